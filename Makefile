@@ -1,0 +1,54 @@
+# Each target makes the environment that it needs; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+FLOOR := .venv-floor
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-floor lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/demo ## the whole way on real data: pretrain, capture, adapt, fold, verify, export
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/test ## the tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/test ## the tests, the slow sweeps over all models included
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-floor: $(FLOOR)/test ## the tests on the oldest supported torch and torchvision
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+lint: $(VENV)/lint ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/lint ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
+	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/latency.py
+
+clean: ## remove the environments and what the demo wrote
+	rm -rf .venv .venv-floor demo-output build *.egg-info
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/pyvenv.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+$(FLOOR)/test: pyproject.toml
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check \
+		"torch==2.11.*" "torchvision==0.26.*" --editable ".[test]"
+	@touch $@

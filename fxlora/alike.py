@@ -1,0 +1,61 @@
+"""Whether two graphs are the same computation, node for node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
+    """Equal node for node, op for op, argument for argument, and in the constants they hold."""
+    return difference(first.graph, second.graph) is None and _same_constants(first, second)
+
+
+def difference(first: fx.Graph, second: fx.Graph) -> str | None:
+    """What the first differing node is, or None. Node names do not count."""
+    numbers: dict[fx.Node, int] = {}
+    if len(first.nodes) != len(second.nodes):
+        return f"{len(first.nodes)} nodes against {len(second.nodes)}"
+    for index, (a, b) in enumerate(zip(first.nodes, second.nodes, strict=True)):
+        numbers[a] = numbers[b] = index
+        if _form(a, numbers) != _form(b, numbers):
+            return f"{a.format_node()} against {b.format_node()}"
+    return None
+
+
+def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:
+    def number(value: fx.Node) -> Any:
+        return ("node", numbers[value])
+
+    return (
+        node.op,
+        None if node.op == "placeholder" else node.target,
+        fx.map_arg(node.args, number),
+        fx.map_arg(node.kwargs, number),
+    )
+
+
+def _same_constants(first: fx.GraphModule, second: fx.GraphModule) -> bool:
+    for node in first.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        a, b = _get(first, node.target), _get(second, node.target)
+        if a is b:
+            continue
+        if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
+            if not alike(a, b):
+                return False
+        elif not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+            return False
+        elif a.dtype != b.dtype or not torch.equal(a, b):
+            return False
+    return True
+
+
+def _get(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,201 @@
+"""Capture through torch.export: the road for a model with example inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..inputs import (
+    ConstantInput,
+    Dimension,
+    FreeInput,
+    Input,
+    InputSpec,
+    TensorInput,
+    category_of,
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs to export with, and the dynamic shapes that go with them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dynamic_shapes: Any
+
+
+def export_mode(
+    model: nn.Module, examples: list[Example], training: bool
+) -> tuple[fx.GraphModule, InputSpec, Example]:
+    """The graph of one mode from the first example that exports, with its input contract.
+
+    Raises:
+        CaptureError: none of the examples exports; the cause is the last one's error.
+    """
+    for example in examples:
+        try:
+            with mode_of(model, training):
+                program = torch.export.export(
+                    model,
+                    example.args,
+                    example.kwargs,
+                    dynamic_shapes=example.dynamic_shapes,
+                    strict=False,
+                )
+        except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model does
+            failure = error
+            continue
+        module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        return module, _contract(program, module, model, example), example
+    raise capture_error(model, failure) from failure
+
+
+def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:
+    """What to try, in order: the user's own shapes, or a dynamic batch and then a static one.
+
+    The batch is dimension 0 of the first tensor, and of every tensor of that size. An example
+    batch of 1 is widened to 2 first, because torch.export fixes dimensions of size 1.
+    """
+    if shapes is not None:
+        return [Example(args, kwargs, shapes)]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)]
+    static = Example(args, kwargs, None)
+    if not tensors:
+        return [static]
+    batch = tensors[0].shape[0]
+    given = _with_dynamic_batch(args, kwargs, batch)
+    if batch != 1:
+        return [given, static]
+    wide_args, wide_kwargs = pytree.tree_map(_widened, (args, kwargs))
+    return [_with_dynamic_batch(wide_args, wide_kwargs, 2), static]
+
+
+def _has_batch(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+
+
+def _widened(leaf: Any) -> Any:
+    return torch.cat([leaf, leaf]) if _has_batch(leaf) and leaf.shape[0] == 1 else leaf
+
+
+def _with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Example:
+    shapes = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if _has_batch(leaf) and leaf.shape[0] == batch:
+            shapes[leaf] = {0: Dim.AUTO}
+    return Example(args, kwargs, shapes)
+
+
+@contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in one mode; every flag that a train() override may touch is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def capture_error(model: nn.Module, error: BaseException) -> CaptureError:
+    """The error of a capture that failed, with the line of the model's code that it came from."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    place = _user_line(error)
+    return CaptureError(
+        f"{type(model).__name__} could not be captured{place}: {type(error).__name__}: "
+        f"{reason[0]} Try the model on the same inputs; where its forward branches on values "
+        "of tensors, capture the submodules that do not."
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    ours = (inspect.getfile(torch).rpartition("/")[0], __file__.rpartition("/fxlora/")[0])
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    for frame in reversed(frames):
+        if not frame.filename.startswith((f"{ours[0]}/", f"{ours[1]}/fxlora/", "<")):
+            return f", at {frame.filename}:{frame.lineno}"
+    return ""
+
+
+# ---- the input contract -------------------------------------------------------------------------
+
+
+def _contract(
+    program: ExportedProgram, module: fx.GraphModule, model: nn.Module, example: Example
+) -> InputSpec:
+    codegen = module.graph._codegen
+    assert isinstance(codegen, fx.graph._PyTreeCodeGen)
+    names = tuple(codegen.pytree_info.orig_args)
+    values = [*example.args, *example.kwargs.values()]
+    placeholders = iter(node for node in module.graph.nodes if node.op == "placeholder")
+    bounds = {str(symbol): _bounds(limits) for symbol, limits in program.range_constraints.items()}
+    structures: list[Any] = []
+    leaves: list[tuple[Input, ...]] = []
+    for name, value in zip(names, values, strict=True):
+        paths, structure = pytree.tree_flatten_with_path(value)
+        structures.append(structure)
+        leaves.append(
+            tuple(
+                _leaf(f"{name}{pytree.keystr(path)}", next(placeholders).meta.get("val"), bounds, model)
+                for path, _ in paths
+            )
+        )
+    return InputSpec(names, tuple(structures), tuple(leaves))
+
+
+def _bounds(limits: Any) -> tuple[int, int | None]:
+    # torch.export starts every dynamic dimension at 2, whatever the graph can do with 1.
+    lower = 1 if limits.lower <= 2 else int(limits.lower)
+    upper = limits.upper
+    return lower, int(upper) if upper.is_finite and upper < torch.iinfo(torch.int64).max else None
+
+
+def _leaf(
+    name: str, value: Any, bounds: dict[str, tuple[int, int | None]], model: nn.Module
+) -> Input:
+    if isinstance(value, torch.Tensor):
+        dims = tuple(_dimension(name, size, bounds, model) for size in value.shape)
+        return TensorInput(name, dims, category_of(value.dtype))
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return FreeInput(name)
+    return ConstantInput(name, value)
+
+
+def _dimension(
+    name: str, size: Any, bounds: dict[str, tuple[int, int | None]], model: nn.Module
+) -> int | Dimension:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression: Any = size.node.expr
+    if expression.is_number:
+        return int(expression)
+    symbols = sorted(expression.free_symbols, key=str)
+    polynomial = sympy.Poly(expression, *symbols) if expression.is_polynomial(*symbols) else None
+    if polynomial is None or len(symbols) > 1 or polynomial.degree() > 1:
+        raise CaptureError(
+            f"{type(model).__name__}: torch.export relates a dimension of {name} to others by "
+            f"{expression}, which cannot be checked at a call. Give dynamic_shapes with that "
+            "dimension static."
+        )
+    scale, offset = (int(c) for c in polynomial.all_coeffs())
+    lower, upper = bounds.get(str(symbols[0]), (1, None))
+    return Dimension(str(symbols[0]), scale, offset, lower, upper)

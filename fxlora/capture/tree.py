@@ -1,0 +1,81 @@
+"""The parameter tree of a captured module: the source's names over the source's storage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..errors import CaptureError
+
+
+def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:
+    """Containers with the model's names; parameters share storage, buffers are copies.
+
+    Args:
+        leaves: paths of submodules that the graph calls, kept whole (over shared storage).
+        written: names of parameters that the graph itself writes to, which are copied.
+    """
+    memo = _own_tensors(model, written)
+
+    def held(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: None if t is None else memo[id(t)] for name, t in tensors.items()}
+
+    def container(module: nn.Module, path: str) -> nn.Module:
+        if path in leaves:
+            return copy.deepcopy(module, memo)
+        result = nn.Module()
+        result.training = module.training
+        result._parameters = held(module._parameters)
+        result._buffers = held(module._buffers)
+        result._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        for name, child in module._modules.items():
+            inner_path = f"{path}.{name}" if path else name
+            if child is not None and (inner_path in leaves or _holds_anything(child)):
+                result._modules[name] = container(child, inner_path)
+        return result
+
+    return container(model, "")
+
+
+def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
+    """Put a constant or a nested graph of a captured graph into the tree."""
+    owner, _, name = path.rpartition(".")
+    container = tree
+    for part in owner.split(".") if owner else []:
+        if part not in container._modules:
+            container.add_module(part, nn.Module())
+        container = container.get_submodule(part)
+    if isinstance(value, nn.Module):
+        container.add_module(name, value)
+    else:
+        container.register_buffer(name, value.detach().clone(), persistent=False)
+
+
+def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise CaptureError(
+                f"parameter '{name}' has no shape yet (a lazy module). "
+                "Call the model once on an example before capturing it."
+            )
+        tensor = parameter.detach()
+        if name in written:
+            tensor = tensor.clone()
+        memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
+    for _, buffer in model.named_buffers(remove_duplicate=False):
+        memo.setdefault(id(buffer), buffer.detach().clone())
+    return memo
+
+
+def _holds_anything(module: nn.Module) -> bool:
+    found: Callable[..., Any] = next
+    nothing = object()
+    return found(module.parameters(), nothing) is not nothing or (
+        found(module.buffers(), nothing) is not nothing
+    )

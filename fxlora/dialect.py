@@ -1,0 +1,149 @@
+"""The dialect: how Python spells the ops that read weights, and their aten overloads.
+
+Everything after capture sees aten overloads only. torch.export emits them itself; graphs from
+the symbolic tracer hold functions and methods, which `spelled` translates.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+# Modules whose forward is one such op: the tracer goes inside them.
+WEIGHT_MODULES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.Bilinear,
+)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A Python function: its parameters in order, their defaults, the overload it stands for."""
+
+    parameters: tuple[str, ...]
+    overload: Callable[[dict[str, Any]], Any]
+    order: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def bind(self, node: fx.Node) -> dict[str, Any]:
+        given = dict(zip(self.parameters, node.args, strict=False))
+        return {**self.defaults, **given, **node.kwargs}
+
+
+def _convolution(dims: int) -> Spelling:
+    packet = getattr(aten, f"conv{dims}d")
+
+    def overload(bound: dict[str, Any]) -> Any:
+        return packet.padding if isinstance(bound["padding"], str) else packet.default
+
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    one = (1,) * dims
+    defaults = {
+        "bias": None,
+        "stride": one,
+        "padding": (0,) * dims,
+        "dilation": one,
+        "groups": 1,
+    }
+    return Spelling(names, overload, names, defaults)
+
+
+def _plain(overload: Any, *names: str, **defaults: Any) -> Spelling:
+    return Spelling(names, lambda _: overload, names, defaults)
+
+
+_LINEAR = _plain(aten.linear.default, "input", "weight", "bias", bias=None)
+_MATMUL = _plain(aten.matmul.default, "input", "other")
+_MM = _plain(aten.mm.default, "input", "mat2")
+_ADDMM = Spelling(
+    ("input", "mat1", "mat2"), lambda _: aten.addmm.default, ("input", "mat1", "mat2")
+)
+_EMBEDDING = Spelling(
+    (
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    ),
+    lambda _: aten.embedding.default,
+    ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
+    {
+        "padding_idx": None,
+        "max_norm": None,
+        "norm_type": 2.0,
+        "scale_grad_by_freq": False,
+        "sparse": False,
+    },
+)
+
+SPELLINGS: dict[object, Spelling] = {
+    F.linear: _LINEAR,
+    torch.matmul: _MATMUL,
+    operator.matmul: _MATMUL,
+    "matmul": _MATMUL,
+    "__matmul__": _MATMUL,
+    torch.mm: _MM,
+    "mm": _MM,
+    torch.addmm: _ADDMM,
+    F.embedding: _EMBEDDING,
+    torch.conv1d: _convolution(1),
+    torch.conv2d: _convolution(2),
+    torch.conv3d: _convolution(3),
+}
+
+
+def lower(graph: fx.Graph) -> None:
+    """Rewrite every spelling in a traced graph as its aten overload, in place."""
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
+            continue
+        spelling = SPELLINGS[node.target]
+        bound = spelling.bind(node)
+        # A call with more than these (beta=, out=) stays: the weight form serves any function.
+        if set(bound) == set(spelling.parameters):
+            _replace(graph, node, spelling, bound)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str, Any]) -> None:
+    with graph.inserting_before(node):
+        if bound.get("max_norm") is not None:
+            renorm = (bound["weight"], bound["input"], bound["max_norm"], bound["norm_type"])
+            graph.call_function(aten.embedding_renorm_.default, renorm)
+        if spelling is _EMBEDDING and bound["padding_idx"] is None:
+            bound["padding_idx"] = -1
+        args = tuple(bound[name] for name in spelling.order)
+        new = graph.call_function(spelling.overload(bound), args)
+    new.meta = node.meta
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def mutated_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors this call writes to, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    written: list[fx.Node] = []
+    for position, argument in enumerate(schema.arguments):
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if isinstance(value, fx.Node) and argument.alias_info and argument.alias_info.is_write:
+            written.append(value)
+    return written

@@ -1,0 +1,47 @@
+"""What can go wrong, as types. Each message says what, where and what to do next."""
+
+from __future__ import annotations
+
+
+class FxLoraError(Exception):
+    """Base of every error that fxlora raises on purpose."""
+
+
+class ConfigError(FxLoraError, ValueError):
+    """A rule, a configuration or a rules file that cannot be meant."""
+
+
+class CaptureError(FxLoraError):
+    """A model whose graph could not be captured."""
+
+
+class InputError(FxLoraError, ValueError):
+    """A call with inputs that the captured graph does not hold for."""
+
+
+class NoMatchError(FxLoraError, LookupError):
+    """A rule or a name that matches nothing."""
+
+
+class UnsupportedOpError(FxLoraError):
+    """A targeted weight that is read in a way no form can adapt."""
+
+
+class InjectError(FxLoraError):
+    """A plan that does not fit the module it is applied to."""
+
+
+class AdapterError(FxLoraError):
+    """An adapter folder that is missing, damaged, foreign or does not fit."""
+
+
+class VerificationError(FxLoraError):
+    """A law of fxlora that does not hold on the given inputs."""
+
+
+class ExportError(FxLoraError):
+    """A module that could not be exported, or a target that could not be written."""
+
+
+class FxLoraWarning(UserWarning):
+    """Something that works and is probably not what was meant."""

@@ -1,0 +1,174 @@
+"""What a captured graph holds for: the contract on its inputs, checked at every call.
+
+An exported graph is specialised to the example it was made from: constants are baked in, a
+static dimension of size 1 would broadcast. The contract turns each such call into an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dynamic dimension of size `scale * symbol + offset`, with the symbol between bounds."""
+
+    symbol: str
+    scale: int = 1
+    offset: int = 0
+    min: int = 1
+    max: int | None = None
+
+    def solve(self, size: int) -> int | None:
+        """The symbol's value for a dimension of this size, or None where there is none."""
+        value, rest = divmod(size - self.offset, self.scale)
+        if rest or value < self.min or (self.max is not None and value > self.max):
+            return None
+        return value
+
+    def describe(self) -> str:
+        form = self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
+        form += f"{self.offset:+d}" if self.offset else ""
+        return f"{form} with {self.symbol} in [{self.min}, {'∞' if self.max is None else self.max}]"
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """A tensor input: its dimensions, and whether it holds floats, integers, …"""
+
+    name: str
+    dims: tuple[int | Dimension, ...]
+    category: str
+
+    def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
+                "Capture again with such an input."
+            )
+        if category_of(value.dtype) != self.category:
+            raise InputError(
+                f"{self.name}: captured as a tensor of {self.category} numbers, "
+                f"called with {value.dtype}. Convert it, or capture again."
+            )
+        if value.ndim != len(self.dims):
+            raise InputError(
+                f"{self.name}: captured with {len(self.dims)} dimensions, "
+                f"called with shape {tuple(value.shape)}."
+            )
+        for axis, dim in enumerate(self.dims):
+            self._check_dimension(axis, dim, value.shape[axis], bound)
+
+    def _check_dimension(
+        self, axis: int, dim: int | Dimension, size: int, bound: dict[str, tuple[int, str]]
+    ) -> None:
+        where = f"{self.name}, dimension {axis}"
+        if isinstance(dim, int):
+            if size != dim:
+                raise InputError(
+                    f"{where}: captured as {dim}, called with {size}. Capture with "
+                    f"dynamic_shapes that leave dimension {axis} of {self.name} open, "
+                    "or with an example of this size."
+                )
+            return
+        if isinstance(size, torch.SymInt):  # re-export: torch.export keeps the relations itself
+            return
+        value = dim.solve(size)
+        if value is None:
+            raise InputError(f"{where}: captured as {dim.describe()}, called with {size}.")
+        first, place = bound.setdefault(dim.symbol, (value, where))
+        if value != first:
+            raise InputError(
+                f"{where}: is {size}, but by {place} (captured as the same dimension "
+                f"{dim.symbol}) it must be {dim.scale * first + dim.offset}."
+            )
+
+
+@dataclass(frozen=True)
+class ConstantInput:
+    """An input that capture baked into the graph (a number, a string, None)."""
+
+    name: str
+    value: Any
+
+    def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
+        if type(value) is not type(self.value) or value != self.value:
+            raise InputError(
+                f"{self.name}: captured as the constant {self.value!r}, called with "
+                f"{value!r}. Capture again with this value."
+            )
+
+
+@dataclass(frozen=True)
+class FreeInput:
+    """An input that the graph takes as it comes (a dynamic integer)."""
+
+    name: str
+
+    def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
+        return
+
+
+Input = TensorInput | ConstantInput | FreeInput
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The arguments of a captured graph by name, each with its structure and its leaves."""
+
+    names: tuple[str, ...]
+    structures: tuple[Any, ...]  # one pytree.TreeSpec per argument
+    leaves: tuple[tuple[Input, ...], ...]
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise InputError unless the graph holds for these arguments."""
+        bound: dict[str, tuple[int, str]] = {}
+        for value, structure, leaves in zip(
+            self._bind(args, kwargs), self.structures, self.leaves, strict=True
+        ):
+            for item, leaf in zip(self._flatten(value, structure, leaves), leaves, strict=True):
+                leaf.check(item, bound)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        if len(args) > len(self.names):
+            raise InputError(
+                f"called with {len(args)} positional arguments, captured with "
+                f"{len(self.names)}: {', '.join(self.names)}."
+            )
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for name in given:
+            if name not in self.names:
+                raise InputError(
+                    f"{name}: not among the captured arguments ({', '.join(self.names)}). "
+                    "Capture again with it."
+                )
+        for name in self.names:
+            if name not in given:
+                raise InputError(f"{name}: missing; it was given when the model was captured.")
+        return [given[name] for name in self.names]
+
+    def _flatten(self, value: Any, structure: Any, leaves: tuple[Input, ...]) -> list[Any]:
+        if structure.is_leaf():
+            return [value]
+        items, found = pytree.tree_flatten(value)
+        if found != structure:
+            names = ", ".join(leaf.name for leaf in leaves)
+            raise InputError(
+                f"captured with the structure {names}; called with another one: {found}."
+            )
+        return items
+
+
+def category_of(dtype: torch.dtype) -> str:
+    """Whether a dtype holds floating, complex, boolean or integer numbers."""
+    if dtype.is_floating_point:
+        return "floating"
+    if dtype.is_complex:
+        return "complex"
+    return "boolean" if dtype == torch.bool else "integer"

@@ -1,0 +1,79 @@
+"""FoldConstants: evaluate W + s·BA, which depends on parameters alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from ..errors import InjectError
+from ..module import CapturedModule
+from .remove import drop_adapters
+from .structure import Insertion, insertions, take_out
+
+
+@dataclass(frozen=True)
+class FoldConstants(PassBase):
+    """One new Parameter per adapted weight, under the old name; no adapter node is left.
+
+    The sum is one addmm in the weight's dtype, which accumulates in float32 (float64) and
+    rounds once.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        assert isinstance(graph_module, CapturedModule)
+        result = graph_module.derive()
+        plan = graph_module.plan
+        if plan is None:
+            return PassResult(result, False)
+        aliases = result.aliases()
+        folded: dict[str, nn.Parameter] = {}
+        for graph in result.distinct_graphs():
+            for insertion in list(insertions(graph, plan)):
+                if insertion.form != "weight":
+                    raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
+                name = insertion.entry.parameter
+                if name not in folded:
+                    folded[name] = _evaluated(result, insertion)
+                take_out(graph, insertion)
+        for name, parameter in folded.items():
+            for alias in aliases[name]:
+                result.set_parameter(alias, parameter)
+        result.folded = (*result.folded, plan)
+        drop_adapters(result)
+        return PassResult(result, True)
+
+
+def _evaluated(module: CapturedModule, insertion: Insertion) -> nn.Parameter:
+    def value(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return module.get_parameter(str(node.target)).detach()
+        assert callable(node.target)
+        return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+
+    with torch.no_grad(), full_precision():
+        return nn.Parameter(value(insertion.output))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products without TF32 and without reductions in half precision."""
+    settings = torch.backends.cuda.matmul
+    names = (
+        "allow_tf32",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+    )
+    before = {name: getattr(settings, name) for name in names}
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)

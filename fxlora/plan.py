@@ -1,0 +1,160 @@
+"""Plan: what match decided, as data. It can be printed, counted, written down and applied."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tomli_w
+
+from .config import Rule, rule_to_data
+from .ops import factor_shapes
+from .tables import render
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site of a plan.
+
+    Attributes:
+        site: the site's name; its adapter parameters are called after it.
+        parameter: the weight's name in `state_dict()`.
+        op, shape, in_first, convolution: what kind of weight it is (see `Site`).
+        form: "branch" (op(x, W) + s·B(A(x))) or "weight" (op(x, W + s·BA)).
+        reason: why the weight form, or what else there is to know.
+        r, alpha, scaling: rank, lora_alpha, and the factor s.
+        dropout: probability on the branch's input, in the train graph.
+        init: `init_lora_weights`.
+        adapter: the adapter's name.
+        rule: number of the rule that matched, from 1.
+    """
+
+    site: str
+    parameter: str
+    op: str
+    shape: tuple[int, ...]
+    in_first: bool
+    convolution: bool
+    form: str
+    reason: str
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    init: bool | str
+    adapter: str
+    rule: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B."""
+        return factor_shapes(self.shape, self.r, self.in_first, self.convolution)
+
+    @property
+    def weight_parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def adapter_parameters(self) -> int:
+        a, b = self.shapes
+        return math.prod(a) + math.prod(b)
+
+    @property
+    def prefix(self) -> str:
+        # A bare parameter occupies its own name in the tree; its adapter stands beside it.
+        return self.site if self.parameter == f"{self.site}.weight" else f"{self.site}_adapter"
+
+    @property
+    def name_a(self) -> str:
+        """Name of A in the adapted module's `state_dict()`."""
+        return f"{self.prefix}.lora_A.{self.adapter}.weight"
+
+    @property
+    def name_b(self) -> str:
+        """Name of B in the adapted module's `state_dict()`."""
+        return f"{self.prefix}.lora_B.{self.adapter}.weight"
+
+    def to_data(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Entry:
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `inject` will do: an entry per adapted site, and what is trained in full.
+
+    Attributes:
+        entries: the sites to adapt.
+        trained: names of parameters to train in full.
+        skipped: (site, reason) for every other site.
+        modules_to_save: paths of the modules that `trained` comes from.
+        rules: the rules it was made from (empty where it was read from an adapter).
+    """
+
+    entries: tuple[Entry, ...]
+    trained: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def adapter_parameters(self) -> int:
+        return sum(entry.adapter_parameters for entry in self)
+
+    def __str__(self) -> str:
+        header = ["site", "op", "weight", "form", "r", "alpha", "+parameters", "rule", "note"]
+        rows = [
+            [
+                e.site,
+                e.op,
+                "x".join(map(str, e.shape)),
+                e.form,
+                e.r,
+                f"{e.alpha:g}",
+                f"{e.adapter_parameters:,}",
+                e.rule,
+                e.reason,
+            ]
+            for e in self
+        ]
+        lines = [render(header, rows)]
+        lines.append(f"{len(self)} sites adapted with {self.adapter_parameters:,} parameters.")
+        if self.modules_to_save:
+            lines.append(f"Trained in full: {', '.join(self.modules_to_save)}.")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} sites left alone:")
+            lines += [f"  {site}: {reason}" for site, reason in self.skipped]
+        return "\n".join(lines)
+
+    def to_data(self) -> dict[str, Any]:
+        """Rules and sites as plain data.
+
+        Raises:
+            ConfigError: a rule has a `where=` function.
+        """
+        return {
+            "version": 1,
+            "rule": [rule_to_data(rule) for rule in self.rules],
+            "site": [entry.to_data() for entry in self],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON, which `match` takes back as rules (see `load_rules`)."""
+        return json.dumps(self.to_data(), indent=2)
+
+    def to_toml(self) -> str:
+        """The plan as TOML, which `match` takes back as rules (see `load_rules`)."""
+        return tomli_w.dumps(self.to_data())

@@ -1,0 +1,395 @@
+"""match: which sites the rules take, and in which form. Pure: nothing is changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .config import ALL_LINEAR, LoraConfig, Rule, Rules, as_rules
+from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
+from .module import CapturedModule
+from .ops import FLATTENED, MATRIX_PRODUCTS
+from .plan import Entry, Plan
+from .sites import Site, find_sites
+
+
+def match(
+    module: CapturedModule,
+    rules: Rules | str | Path,
+    *,
+    adapter_name: str = "default",
+) -> Plan:
+    """Work out what `inject` would do.
+
+    Args:
+        module: a captured module.
+        rules: a LoraConfig, a Rule, a list of them (the first that matches a site wins), or
+            the path of a rules file.
+        adapter_name: the name that the adapter's parameters carry.
+
+    Raises:
+        NoMatchError: a rule, or a name in one, matches nothing; says the nearest names.
+        UnsupportedOpError: a targeted weight is read in a way that no form can adapt.
+        ConfigError: the rules contradict themselves or ask for what a site cannot have.
+    """
+    if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"match takes a captured module, not {type(module).__name__}: capture first.")
+    if module.plan is not None:
+        raise ConfigError("the module has adapters already: fold or remove them first.")
+    if not adapter_name or "." in adapter_name:
+        raise ConfigError(f"adapter_name must be a name without dots, not {adapter_name!r}.")
+    return _Matching(module, as_rules(rules), adapter_name).plan()
+
+
+@dataclass
+class _Matching:
+    """One run of match: the sites, the rules, and what has matched so far."""
+
+    module: CapturedModule
+    rules: tuple[Rule, ...]
+    adapter_name: str
+    sites: list[Site] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sites = find_sites(self.module)
+
+    def plan(self) -> Plan:
+        chosen = [(site, self._first_rule(site)) for site in self.sites]
+        saved = self._modules_to_save(chosen)
+        trained = self._trained(saved)
+        entries: list[Entry] = []
+        skipped: list[tuple[str, str]] = []
+        for site, number in chosen:
+            rule = self.rules[number - 1] if number else None
+            if set(site.names) & trained:
+                skipped.append((site.name, "trained in full"))
+            elif rule is None:
+                skipped.append((site.name, f"no rule matches its {site.op}"))
+            elif rule.lora is None:
+                skipped.append((site.name, f"rule {number} leaves it alone"))
+            else:
+                entries.append(self._entry(site, number, rule.lora))
+        self._check_everything_matched(chosen, entries)
+        trained |= self._biases(entries)
+        if not entries and not trained:
+            raise NoMatchError(f"the rules adapt none of {len(self.sites)} sites.")
+        return Plan(
+            tuple(entries),
+            tuple(n for n, _ in self.module.named_parameters() if n in trained),
+            tuple(skipped),
+            tuple(saved),
+            self.rules,
+        )
+
+    def _first_rule(self, site: Site) -> int:
+        """Number (from 1) of the first rule that takes the site, or 0."""
+        for number, rule in enumerate(self.rules, 1):
+            if self._holds(rule, site):
+                return number
+        return 0
+
+    def _holds(self, rule: Rule, site: Site) -> bool:
+        return (
+            (rule.name is None or any(matches_name(p, site) for p in rule.name))
+            and (rule.op is None or any(fnmatchcase(site.op, kind) for kind in rule.op))
+            and _holds_shape(rule, site)
+            and (rule.lora is None or self._targeted(rule.lora, site))
+            and (rule.where is None or bool(rule.where(site)))
+        )
+
+    def _targeted(self, config: LoraConfig, site: Site) -> bool:
+        if config.targets_anything:
+            by_module = self._in_targets(config.target_modules, site)
+            by_parameter = any(_suffix(t, n) for t in config.target_parameters or () for n in site.names)
+            if not (by_module or by_parameter):
+                return False
+        if config.exclude_modules is not None and self._in_targets(config.exclude_modules, site):
+            return False
+        return config.layers_to_transform is None or _in_layers(config, site)
+
+    def _in_targets(self, targets: str | Sequence[str] | None, site: Site) -> bool:
+        if targets is None:
+            return False
+        if targets in (ALL_LINEAR, (ALL_LINEAR,)):
+            spared = self.module.outputs & set(site.names)
+            embeds = any(reader.kind == "embedding" for reader in site.readers)
+            return site.op in MATRIX_PRODUCTS and not spared and not embeds
+        return _matches_targets(targets, site)
+
+    # ---- trained in full ------------------------------------------------------------------------
+
+    def _modules_to_save(self, chosen: Iterable[tuple[Site, int]]) -> list[str]:
+        """Paths of the modules that some rule trains in full."""
+        holders = {
+            path: module
+            for path, module in self.module.named_modules()
+            if path and next(module.parameters(), None) is not None
+        }
+        found: list[str] = []
+        for number, rule in enumerate(self.rules, 1):
+            for name in (rule.lora.modules_to_save if rule.lora else None) or ():
+                paths = [path for path in holders if _suffix(name, path)]
+                if not paths:
+                    self._no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+                found += paths
+        for site, number in chosen:
+            if number and self.rules[number - 1].train:
+                found.append(site.parameter.rpartition(".")[0] or site.parameter)
+        return list(dict.fromkeys(found))
+
+    def _trained(self, modules: Iterable[str]) -> set[str]:
+        """Names of the parameters below these modules, ties under every name they have."""
+        tied = {name: names for names in self.module.aliases().values() for name in names}
+        trained: set[str] = set()
+        for path in modules:
+            below = [n for n in tied if n == path or n.startswith(f"{path}.")]
+            for name in below:
+                if outside := [n for n in tied[name] if not n.startswith(f"{path}.") and n != path]:
+                    warnings.warn(
+                        f"modules_to_save '{path}': '{name}' is the same tensor as "
+                        f"{', '.join(outside)}, which trains with it.",
+                        FxLoraWarning,
+                        stacklevel=5,
+                    )
+                trained |= set(tied[name])
+        return trained
+
+    def _biases(self, entries: Iterable[Entry]) -> set[str]:
+        """The biases that `bias=` asks for."""
+        every = {n for n, _ in self.module.named_parameters() if n.rpartition(".")[2] == "bias"}
+        trained: set[str] = set()
+        for entry in entries:
+            lora = self.rules[entry.rule - 1].lora
+            if lora and lora.bias == "all":
+                trained |= every
+            elif lora and lora.bias == "lora_only":
+                trained |= every & {f"{entry.parameter.rpartition('.')[0]}.bias"}
+        return trained
+
+    # ---- entries --------------------------------------------------------------------------------
+
+    def _entry(self, site: Site, number: int, config: LoraConfig) -> Entry:
+        _check_supported(site, number)
+        r = int(_by_pattern(config.rank_pattern, site, config.r))
+        alpha = _by_pattern(config.alpha_pattern, site, config.lora_alpha)
+        if r > site.max_rank:
+            warnings.warn(
+                f"r={r} for '{site.name}' is more than the rank {site.max_rank} that its weight "
+                f"{site.shape} can have.",
+                FxLoraWarning,
+                stacklevel=5,
+            )
+        form, reason = choose_form(site, r, config.lora_dropout)
+        return Entry(
+            site=site.name,
+            parameter=site.parameter,
+            op=site.op,
+            shape=site.shape,
+            in_first=site.in_first,
+            convolution=site.convolution,
+            form=form,
+            reason=reason,
+            r=r,
+            alpha=alpha,
+            scaling=config.scaling(r, alpha),
+            dropout=config.lora_dropout if form == "branch" else 0.0,
+            init=config.init_lora_weights,
+            adapter=self.adapter_name,
+            rule=number,
+        )
+
+    # ---- nothing is missed silently -------------------------------------------------------------
+
+    def _check_everything_matched(
+        self, chosen: Sequence[tuple[Site, int]], entries: Sequence[Entry]
+    ) -> None:
+        taken = {number for _, number in chosen}
+        for number, rule in enumerate(self.rules, 1):
+            self._check_names(number, rule)
+            mine = [entry for entry in entries if entry.rule == number]
+            if number not in taken:
+                self._rule_took_nothing(number, rule)
+            if rule.lora is not None:
+                self._check_patterns(number, rule.lora, mine)
+
+    def _check_names(self, number: int, rule: Rule) -> None:
+        """Every single name must match a site, whatever the rule's other keys say."""
+        candidates = [alias for site in self.sites for alias in site.aliases]
+        for name in rule.name or ():
+            if not any(matches_name(name, site) for site in self.sites):
+                self._no_match(f"rule {number} ('{name}')", name, candidates)
+        for key in ("target_modules", "exclude_modules", "target_parameters"):
+            targets = getattr(rule.lora, key) if rule.lora else None
+            for name in (targets,) if isinstance(targets, str) else targets or ():
+                one = name if isinstance(targets, str) or name == ALL_LINEAR else (name,)
+                if not any(self._in_targets(one, site) for site in self.sites):
+                    label = f"rule {number} ('{name}')" if key != "exclude_modules" else (
+                        f"exclude_modules of rule {number} ('{name}')"
+                    )
+                    self._no_match(label, name, candidates)
+
+    def _rule_took_nothing(self, number: int, rule: Rule) -> None:
+        earlier = [
+            str(n)
+            for n, other in enumerate(self.rules[: number - 1], 1)
+            if any(self._holds(rule, site) and self._holds(other, site) for site in self.sites)
+        ]
+        why = f" What it matches was taken by rule {', '.join(earlier)}: put it first." if earlier else ""
+        kinds = ", ".join(sorted({site.op for site in self.sites}))
+        raise NoMatchError(
+            f"rule {number} ({rule.describe()}) matched none of {len(self.sites)} sites.{why} "
+            f"Kinds of op here: {kinds or 'none'}."
+        )
+
+    def _check_patterns(self, number: int, config: LoraConfig, entries: Sequence[Entry]) -> None:
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, key):
+                if not any(_pattern_holds(pattern, entry.site) for entry in entries):
+                    names = [entry.site for entry in entries]
+                    self._no_match(f"{key} of rule {number} ('{pattern}')", pattern, names)
+
+    def _no_match(self, what: str, name: str, candidates: Iterable[str]) -> None:
+        message = f"{what} matched none of {len(self.sites)} sites."
+        if near := nearest(name, candidates):
+            message += f" Nearest: {', '.join(near)}."
+        held = [n for n, _ in self.module.named_parameters(remove_duplicate=False)]
+        if any(_suffix(name, n) or _suffix(name, n.rpartition(".")[0]) for n in held):
+            message += (
+                f" '{name}' is in the model, but no graph reads a weight of two or more "
+                "dimensions there"
+            )
+            message += "." if self.module.inputs["eval"] else ": capture with example inputs sees more."
+        raise NoMatchError(message)
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+def matches_name(pattern: str, site: Site) -> bool:
+    """Whether a Rule's name pattern matches any name of a site."""
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], alias) for alias in site.aliases)
+    if any(character in pattern for character in "*?["):
+        return any(fnmatchcase(alias, pattern) for alias in site.aliases)
+    return any(_suffix(pattern, alias) for alias in site.aliases)
+
+
+def _matches_targets(targets: str | Sequence[str], site: Site) -> bool:
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, alias) for alias in site.aliases)
+    return any(_suffix(target, alias) for target in targets for alias in site.aliases)
+
+
+def _suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _in_layers(config: LoraConfig, site: Site) -> bool:
+    patterns = config.layers_pattern or (r"[^.]*",)
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", f"{site.name}.")
+        if found:
+            layers = config.layers_to_transform
+            assert isinstance(layers, tuple)
+            return int(found.group(1)) in layers
+    return False
+
+
+def _pattern_holds(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _by_pattern(patterns: object, site: Site, default: float) -> float:
+    assert isinstance(patterns, dict)
+    for pattern, value in patterns.items():
+        if _pattern_holds(pattern, site.name):
+            return value
+    return default
+
+
+def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
+    """The candidates most like a name, compared whole and by their last part."""
+    names = list(dict.fromkeys(candidates))
+    tail = name.rpartition(".")[2]
+
+    def likeness(candidate: str) -> float:
+        last = candidate.rpartition(".")[2]
+        pairs = ((name, candidate), (tail, last))
+        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+
+    ranked = sorted(names, key=likeness, reverse=True)
+    return [n for n in ranked[:limit] if likeness(n) > 0.5]
+
+
+# ---- shapes and forms ---------------------------------------------------------------------------
+
+
+def _holds_shape(rule: Rule, site: Site) -> bool:
+    low, high = sorted((site.in_features, site.out_features))
+    bounds = (
+        (rule.min_features, low),
+        (rule.min_in_features, site.in_features),
+        (rule.min_out_features, site.out_features),
+    )
+    limits = (
+        (rule.max_features, high),
+        (rule.max_in_features, site.in_features),
+        (rule.max_out_features, site.out_features),
+    )
+    if any(bound is not None and size < bound for bound, size in bounds):
+        return False
+    if any(limit is not None and size > limit for limit, size in limits):
+        return False
+    if rule.kernel_size is None:
+        return True
+    wanted = rule.kernel_size
+    sizes = (wanted,) * len(site.kernel_size) if isinstance(wanted, int) else wanted
+    return bool(site.kernel_size) and tuple(sizes) == site.kernel_size
+
+
+def _check_supported(site: Site, number: int) -> None:
+    if writer := site.mutated_by():
+        raise UnsupportedOpError(
+            f"'{site.name}' (rule {number}): its weight is written to by {writer.kind} in every "
+            f"call {writer.line}, which an adapter would change. Leave it out, or build the "
+            "layer without (an embedding: max_norm=None)."
+        )
+    if len(site.shape) > 2 and site.op not in FLATTENED:
+        raise UnsupportedOpError(
+            f"'{site.name}' (rule {number}): a weight of shape {site.shape} that {site.op} reads "
+            f"{site.readers[0].line} is no single matrix, and stacks of matrices are not "
+            "supported yet. Leave it out of the rule (Rule(name, lora=None) before it)."
+        )
+
+
+def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
+    """The form of a site, and why: the branch wherever every reader allows it.
+
+    Raises:
+        ConfigError: lora_dropout on a site whose form has no branch input.
+    """
+    for reader in site.readers:
+        if reader.op is None:
+            obstacle: str | None = f"read by {reader.kind}"
+        else:
+            obstacle = reader.op.obstacle(reader.node, site.shape)
+        if obstacle and dropout:
+            raise ConfigError(
+                f"lora_dropout={dropout} on '{site.name}': {obstacle}, so its adapter is added "
+                "to the weight and has no input to drop. Set lora_dropout=0 for it in a rule "
+                "of its own."
+            )
+        if obstacle:
+            return "weight", obstacle
+    ops = [(reader.op, reader.node) for reader in site.readers if reader.op]
+    dearer = next(filter(None, (op.dearer(node, site.shape, r) for op, node in ops)), None)
+    if dearer and not dropout:
+        return "weight", dearer
+    if dropout and not all(op.dropout for op, _ in ops):
+        return "branch", "indices take no dropout"
+    return "branch", "tied" if len(site.names) > 1 else ""

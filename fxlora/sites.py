@@ -1,0 +1,178 @@
+"""Sites: every weight of a captured module with every node that reads it, in every graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .dialect import mutated_inputs
+from .module import CapturedModule
+from .ops import FLATTENED, OPS, Op, kind_of
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One node that reads a weight.
+
+    Attributes:
+        node: the reading node.
+        op: its row in the table of ops, or None where it reads the weight in another way.
+        kind: the op's name.
+        call_site: path of the module whose forward made the call, as far as capture knows.
+        line: the source line of the call, or "".
+    """
+
+    node: fx.Node
+    op: Op | None
+    kind: str
+    call_site: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight of two or more dimensions, by tensor identity, and all its readers.
+
+    Attributes:
+        name: the owner: a module's path for its `weight`, else the parameter's name.
+        parameter: the parameter's (first) name in `state_dict()`.
+        names: all its names in `state_dict()`: a tied weight has several.
+        aliases: every name that a rule may call it by: those, and the modules that own them.
+        op: kind of the op that reads it (of the first reader with a row in the table).
+        shape: of the weight.
+        in_features, out_features: of the layer (channels, for a convolution).
+        kernel_size: of a convolution, else ().
+        groups: of a convolution, else 1.
+        in_first: whether the weight is stored (in, out).
+        dtype: of the weight.
+    """
+
+    name: str
+    parameter: str
+    names: tuple[str, ...]
+    aliases: tuple[str, ...]
+    op: str
+    shape: tuple[int, ...]
+    in_features: int
+    out_features: int
+    kernel_size: tuple[int, ...]
+    groups: int
+    in_first: bool
+    dtype: torch.dtype
+    readers: tuple[Reader, ...] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def convolution(self) -> bool:
+        return self.op.startswith("conv") and "transpose" not in self.op
+
+    @property
+    def max_rank(self) -> int:
+        """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
+        return min(self.shape[0], math.prod(self.shape[1:]))
+
+    def mutated_by(self) -> Reader | None:
+        """A reader that writes to the weight, if there is one."""
+        for reader in self.readers:
+            for written in mutated_inputs(reader.node):
+                if written.op == "get_attr" and written.target in self.names:
+                    return reader
+        return None
+
+
+def find_sites(module: CapturedModule) -> list[Site]:
+    """The sites of a module that no adapter has been injected into, in the model's order."""
+    readers = readers_by_parameter(module)
+    sites: list[Site] = []
+    for first, names in module.aliases().items():
+        weight = module.get_parameter(first)
+        found = tuple(reader for name in names for reader in readers.get(name, ()))
+        if found and weight.ndim >= 2 and weight.is_floating_point():
+            sites.append(_site(first, names, weight, found))
+    return sites
+
+
+def readers_by_parameter(module: CapturedModule) -> dict[str, list[Reader]]:
+    """Every reader of every attribute, over all graphs, by the name under which it is read."""
+    found: dict[str, list[Reader]] = {}
+    for graph in module.distinct_graphs():
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                found.setdefault(str(node.target), []).extend(_readers(node))
+    return found
+
+
+def _readers(weight: fx.Node) -> Iterator[Reader]:
+    for user in weight.users:
+        positions = [i for i, arg in enumerate(user.args) if arg is weight]
+        uses = len([n for n in user.all_input_nodes if n is weight])
+        direct = len(positions) == uses == 1 and weight not in user.kwargs.values()
+        op = OPS.get((user.target, positions[0])) if direct else None
+        kind = op.kind if op else kind_of(user)
+        yield Reader(user, op, kind, _call_site(user), _source_line(user))
+
+
+def _site(
+    first: str, names: list[str], weight: torch.Tensor, readers: tuple[Reader, ...]
+) -> Site:
+    main = next((reader for reader in readers if reader.op), readers[0])
+    shape = tuple(weight.shape)
+    in_first = main.op.in_first if main.op else False
+    flattened = main.kind in FLATTENED
+    groups = _groups(main.node) if flattened else 1
+    inputs, outputs = (shape[0], shape[1]) if in_first else (shape[1], shape[0])
+    if "transpose" in main.kind:
+        inputs, outputs = shape[0], shape[1] * groups
+    elif flattened:
+        inputs = shape[1] * groups
+    return Site(
+        name=_owner(first),
+        parameter=first,
+        names=tuple(names),
+        aliases=_aliases(names),
+        op=main.kind,
+        shape=shape,
+        in_features=inputs,
+        out_features=outputs,
+        kernel_size=shape[2:] if flattened else (),
+        groups=groups,
+        in_first=in_first,
+        dtype=weight.dtype,
+        readers=readers,
+    )
+
+
+def _owner(parameter: str) -> str:
+    module, _, name = parameter.rpartition(".")
+    return module if module and name == "weight" else parameter
+
+
+def _aliases(names: list[str]) -> tuple[str, ...]:
+    modules = [name.rpartition(".")[0] for name in names]
+    return tuple(dict.fromkeys([*map(_owner, names), *names, *filter(None, modules)]))
+
+
+def _groups(node: fx.Node) -> int:
+    # the seventh argument of every convolution, transposed or not
+    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return int(groups)
+
+
+def _call_site(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).partition("@")[0] if stack else ""
+
+
+def _source_line(node: fx.Node) -> str:
+    for line in reversed((node.stack_trace or "").splitlines()):
+        if line.strip().startswith("File "):
+            return line.strip()
+    return ""

@@ -1,0 +1,28 @@
+"""Tables, through tabulate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+FORMATS = {"table": "simple", "github": "github", "html": "html"}
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "table") -> str:
+    """A table as text. Numbers arrive formatted; columns of them are set right."""
+    align = [_alignment(column) for column in zip(*rows, strict=True)] if rows else None
+    return tabulate(
+        rows, header, tablefmt=FORMATS[style], disable_numparse=True, colalign=align
+    )
+
+
+def _alignment(column: Sequence[Any]) -> str:
+    texts = [str(cell) for cell in column if str(cell)]
+    return "right" if texts and all(_numeric(text) for text in texts) else "left"
+
+
+def _numeric(text: str) -> bool:
+    bare = text.strip("%x+-").replace(",", "").replace(".", "")
+    return bare.isdigit()

@@ -1,0 +1,113 @@
+"""The verbs that turn one module into another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.passes.infra.pass_base import PassBase
+
+from .capture import capture
+from .config import Rules
+from .errors import ConfigError, InjectError
+from .module import CapturedModule
+from .passes import Distribute, FoldConstants, Inject, Remove
+from .plan import Plan
+from .rules import match
+
+
+def inject(module: CapturedModule, plan: Plan) -> CapturedModule:
+    """A new module with the plan's adapters as explicit nodes; the given one stays as it is.
+
+    Only A, B and what the plan trains in full require gradients. With the default init B is
+    zero, and the outputs are bit for bit the given module's.
+
+    Raises:
+        InjectError: the plan does not fit the module, or it has adapters already.
+    """
+    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InjectError(f"inject takes a Plan, not {type(plan).__name__}: match makes one.")
+    return _run(Inject(plan), module)
+
+
+def adapt(
+    model: nn.Module,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    rules: Rules | str | Path,
+    dynamic_shapes: Any = None,
+    adapter_name: str = "default",
+) -> CapturedModule:
+    """capture, match and inject in one call."""
+    module = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return inject(module, match(module, rules, adapter_name=adapter_name))
+
+
+def fold(module: CapturedModule) -> CapturedModule:
+    """A new module with `W0 + s·BA` in place of every adapted weight, and no adapter node.
+
+    Its graphs are node for node the captured ones. Folding a folded module changes nothing.
+
+    Raises:
+        InjectError: the module never had adapters.
+    """
+    if isinstance(module, CapturedModule) and module.plan is None and not module.folded:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InjectError("nothing to fold: the module has no adapters.")
+    return _run(FoldConstants(), _run(Distribute(), module))
+
+
+def remove(module: CapturedModule) -> CapturedModule:
+    """A new module without the adapters: weights, heads and buffers as before injection.
+
+    Raises:
+        InjectError: the module has no adapters.
+    """
+    return _run(Remove(), module)
+
+
+def lora_parameters(
+    module: CapturedModule,
+    groups: bool = False,
+    *,
+    lr: float | None = None,
+    lr_ratio: float = 16.0,
+) -> list[Any]:
+    """What an optimizer should train: A, B, and the parameters trained in full.
+
+    Args:
+        groups: return parameter groups ("lora_A", "lora_B" and, if any, "full") instead.
+        lr: learning rate of A and of what trains in full, in groups.
+        lr_ratio: with lr, B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024, λ = 16).
+
+    Raises:
+        InjectError: the module has no adapters.
+    """
+    if not isinstance(module, CapturedModule) or module.plan is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InjectError("no adapters to train: inject a plan first.")
+    if lr_ratio <= 0:
+        raise ConfigError(f"lr_ratio must be > 0, not {lr_ratio}.")
+    a = [module.get_parameter(entry.name_a) for entry in module.plan]
+    b = [module.get_parameter(entry.name_b) for entry in module.plan]
+    full = [module.get_parameter(name) for name in module.plan.trained]
+    if not groups:
+        return [*a, *b, *full]
+    named = (("lora_A", a, 1.0), ("lora_B", b, lr_ratio), ("full", full, 1.0))
+    return [
+        {"name": name, "params": params} | ({} if lr is None else {"lr": lr * factor})
+        for name, params, factor in named
+        if params
+    ]
+
+
+def _run(step: PassBase, module: CapturedModule) -> CapturedModule:
+    if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InjectError(
+            f"expected a captured module, not {type(module).__name__}: "
+            "fxlora.capture(model, args) makes one."
+        )
+    result = step(module)
+    assert result is not None and isinstance(result.graph_module, CapturedModule)
+    return result.graph_module
