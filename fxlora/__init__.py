@@ -1,8 +1,61 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
+from .adapters import load_adapter, save_adapter
 from .capture import capture
 from .config import LoraConfig, Rule, load_rules
+from .errors import (
+    AdapterError,
+    CaptureError,
+    ConfigError,
+    ExportError,
+    FxLoraError,
+    FxLoraWarning,
+    InjectError,
+    InputError,
+    NoMatchError,
+    UnsupportedOpError,
+    VerificationError,
+)
+from .export import export
 from .module import CapturedModule
 from .plan import Plan
+from .report import report
 from .rules import match
+from .sites import Site
 from .verbs import adapt, fold, inject, lora_parameters, remove
+from .verify import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "CapturedModule",
+    "ConfigError",
+    "ExportError",
+    "FxLoraError",
+    "FxLoraWarning",
+    "InjectError",
+    "InputError",
+    "LoraConfig",
+    "NoMatchError",
+    "Plan",
+    "Rule",
+    "Site",
+    "UnsupportedOpError",
+    "Verification",
+    "VerificationError",
+    "adapt",
+    "capture",
+    "export",
+    "fold",
+    "inject",
+    "load_adapter",
+    "load_rules",
+    "lora_parameters",
+    "match",
+    "remove",
+    "report",
+    "save_adapter",
+    "verify",
+]

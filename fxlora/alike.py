@@ -47,9 +47,7 @@ def _same_constants(first: fx.GraphModule, second: fx.GraphModule) -> bool:
         if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
             if not alike(a, b):
                 return False
-        elif not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-            return False
-        elif a.dtype != b.dtype or not torch.equal(a, b):
+        elif not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or a.dtype != b.dtype or not torch.equal(a, b):
             return False
     return True
 

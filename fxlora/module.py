@@ -115,9 +115,7 @@ class CapturedModule(fx.GraphModule):
         memo[id(self)] = result
         return result
 
-    def _rebuild(
-        self, memo: dict[int, Any], originals: dict[str, torch.Tensor]
-    ) -> CapturedModule:
+    def _rebuild(self, memo: dict[int, Any], originals: dict[str, torch.Tensor]) -> CapturedModule:
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
@@ -212,9 +210,7 @@ def _contents(module: nn.Module) -> Iterator[object]:
     yield from module._buffers.values()
 
 
-def _check_inputs(
-    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_inputs(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     spec = module.inputs[module.mode]
     if spec is not None:
         spec.check(args, kwargs)

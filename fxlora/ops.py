@@ -212,9 +212,7 @@ def kind_of(node: fx.Node) -> str:
 # ---- shapes and the weight form -----------------------------------------------------------------
 
 
-def factor_shapes(
-    shape: Shape, r: int, in_first: bool, convolution: bool
-) -> tuple[Shape, Shape]:
+def factor_shapes(shape: Shape, r: int, in_first: bool, convolution: bool) -> tuple[Shape, Shape]:
     """Shapes of A and B for a weight, PEFT's: (r, in) and (out, r); for a convolution
     (r, in/groups, *kernel) and (out, r, 1, …)."""
     if convolution:
@@ -224,9 +222,7 @@ def factor_shapes(
     return (r, math.prod(shape[1:])), (shape[0], r)
 
 
-def adapted_weight(
-    f: Factors, weight: fx.Node, shape: Shape, scaling: float
-) -> fx.Node:
+def adapted_weight(f: Factors, weight: fx.Node, shape: Shape, scaling: float) -> fx.Node:
     """Emit W + s·L·R as one addmm, for any op to read. W (d0, …) → (d0, …)."""
     call = f.graph.call_function
     if len(shape) == 2:

@@ -95,6 +95,8 @@ class Plan:
         trained: names of parameters to train in full.
         skipped: (site, reason) for every other site.
         modules_to_save: paths of the modules that `trained` comes from.
+        model_parameters: how many parameters the model has.
+        trained_parameters: how many of them are trained in full.
         rules: the rules it was made from (empty where it was read from an adapter).
     """
 
@@ -102,6 +104,8 @@ class Plan:
     trained: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    model_parameters: int = 0
+    trained_parameters: int = 0
     rules: tuple[Rule, ...] = ()
 
     def __iter__(self) -> Iterator[Entry]:

@@ -38,7 +38,9 @@ def match(
         ConfigError: the rules contradict themselves or ask for what a site cannot have.
     """
     if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"match takes a captured module, not {type(module).__name__}: capture first.")
+        raise ConfigError(
+            f"match takes a captured module, not {type(module).__name__}: capture first."
+        )
     if module.plan is not None:
         raise ConfigError("the module has adapters already: fold or remove them first.")
     if not adapter_name or "." in adapter_name:
@@ -78,12 +80,15 @@ class _Matching:
         trained |= self._biases(entries)
         if not entries and not trained:
             raise NoMatchError(f"the rules adapt none of {len(self.sites)} sites.")
+        sizes = {name: p.numel() for name, p in self.module.named_parameters()}
         return Plan(
-            tuple(entries),
-            tuple(n for n, _ in self.module.named_parameters() if n in trained),
-            tuple(skipped),
-            tuple(saved),
-            self.rules,
+            entries=tuple(entries),
+            trained=tuple(name for name in sizes if name in trained),
+            skipped=tuple(skipped),
+            modules_to_save=tuple(saved),
+            model_parameters=sum(sizes.values()),
+            trained_parameters=sum(size for name, size in sizes.items() if name in trained),
+            rules=self.rules,
         )
 
     def _first_rule(self, site: Site) -> int:
@@ -105,7 +110,9 @@ class _Matching:
     def _targeted(self, config: LoraConfig, site: Site) -> bool:
         if config.targets_anything:
             by_module = self._in_targets(config.target_modules, site)
-            by_parameter = any(_suffix(t, n) for t in config.target_parameters or () for n in site.names)
+            by_parameter = any(
+                _suffix(t, n) for t in config.target_parameters or () for n in site.names
+            )
             if not (by_module or by_parameter):
                 return False
         if config.exclude_modules is not None and self._in_targets(config.exclude_modules, site):
@@ -228,8 +235,10 @@ class _Matching:
             for name in (targets,) if isinstance(targets, str) else targets or ():
                 one = name if isinstance(targets, str) or name == ALL_LINEAR else (name,)
                 if not any(self._in_targets(one, site) for site in self.sites):
-                    label = f"rule {number} ('{name}')" if key != "exclude_modules" else (
-                        f"exclude_modules of rule {number} ('{name}')"
+                    label = (
+                        f"rule {number} ('{name}')"
+                        if key != "exclude_modules"
+                        else (f"exclude_modules of rule {number} ('{name}')")
                     )
                     self._no_match(label, name, candidates)
 
@@ -239,7 +248,11 @@ class _Matching:
             for n, other in enumerate(self.rules[: number - 1], 1)
             if any(self._holds(rule, site) and self._holds(other, site) for site in self.sites)
         ]
-        why = f" What it matches was taken by rule {', '.join(earlier)}: put it first." if earlier else ""
+        why = (
+            f" What it matches was taken by rule {', '.join(earlier)}: put it first."
+            if earlier
+            else ""
+        )
         kinds = ", ".join(sorted({site.op for site in self.sites}))
         raise NoMatchError(
             f"rule {number} ({rule.describe()}) matched none of {len(self.sites)} sites.{why} "
@@ -263,7 +276,9 @@ class _Matching:
                 f" '{name}' is in the model, but no graph reads a weight of two or more "
                 "dimensions there"
             )
-            message += "." if self.module.inputs["eval"] else ": capture with example inputs sees more."
+            message += (
+                "." if self.module.inputs["eval"] else ": capture with example inputs sees more."
+            )
         raise NoMatchError(message)
 
 

@@ -120,9 +120,7 @@ def _readers(weight: fx.Node) -> Iterator[Reader]:
         yield Reader(user, op, kind, _call_site(user), _source_line(user))
 
 
-def _site(
-    first: str, names: list[str], weight: torch.Tensor, readers: tuple[Reader, ...]
-) -> Site:
+def _site(first: str, names: list[str], weight: torch.Tensor, readers: tuple[Reader, ...]) -> Site:
     main = next((reader for reader in readers if reader.op), readers[0])
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main.op else False

@@ -13,9 +13,7 @@ FORMATS = {"table": "simple", "github": "github", "html": "html"}
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "table") -> str:
     """A table as text. Numbers arrive formatted; columns of them are set right."""
     align = [_alignment(column) for column in zip(*rows, strict=True)] if rows else None
-    return tabulate(
-        rows, header, tablefmt=FORMATS[style], disable_numparse=True, colalign=align
-    )
+    return tabulate(rows, header, tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
 
 
 def _alignment(column: Sequence[Any]) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..alike import alike
 from ..dialect import mutated_inputs
 from ..errors import CaptureError
 from ..module import MODES, CapturedModule
-from ..alike import alike
 from .exported import examples_for, export_mode
 from .traced import trace_mode
 from .tree import attach, build_tree
@@ -101,9 +101,7 @@ def _assemble(
     return module
 
 
-def _adopt_constants(
-    tree: nn.Module, mode: str, source: fx.GraphModule, known: set[str]
-) -> None:
+def _adopt_constants(tree: nn.Module, mode: str, source: fx.GraphModule, known: set[str]) -> None:
     """Take constants and nested graphs along; their names collide between the modes."""
     taken: set[str] = set()
     for node in source.graph.nodes:

@@ -155,7 +155,12 @@ def _contract(
         structures.append(structure)
         leaves.append(
             tuple(
-                _leaf(f"{name}{pytree.keystr(path)}", next(placeholders).meta.get("val"), bounds, model)
+                _leaf(
+                    f"{name}{pytree.keystr(path)}",
+                    next(placeholders).meta.get("val"),
+                    bounds,
+                    model,
+                )
                 for path, _ in paths
             )
         )

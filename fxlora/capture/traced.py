@@ -24,7 +24,7 @@ def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
     try:
         with mode_of(model, training):
             graph = WeightTracer().trace(model)
-    except Exception as error:  # noqa: BLE001 - tracing raises whatever the model does
+    except Exception as error:
         raise capture_error(model, error) from error
     lower(graph)
     return graph

@@ -16,7 +16,9 @@ from .structure import insertions, take_out
 
 @dataclass(frozen=True)
 class Remove(PassBase):
-    """Take the adapters out; put back what was trained in full, and buffers."""
+    """Take the adapters out; with `restore`, put back what was trained in full, and buffers."""
+
+    restore: bool = True
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if not isinstance(graph_module, CapturedModule) or graph_module.plan is None:
@@ -28,7 +30,8 @@ class Remove(PassBase):
         for graph in result.distinct_graphs():
             for insertion in list(insertions(graph, graph_module.plan)):
                 take_out(graph, insertion)
-        _restore(result)
+        if self.restore:
+            _restore(result)
         drop_adapters(result)
         return PassResult(result, True)
 

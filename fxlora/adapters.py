@@ -1,0 +1,310 @@
+"""Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+
+The safetensors header also carries the exact plan, so that a folder that fxlora wrote is
+applied without matching again; a folder that PEFT wrote is matched from its configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import LoraConfig
+from .errors import AdapterError, ConfigError, InjectError, NoMatchError
+from .files import whole_file
+from .module import CapturedModule
+from .plan import Entry, Plan
+from .rules import match
+from .verbs import inject
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+ROOT = "base_model.model."
+
+# Keys of PEFT's configuration that say nothing about the mathematics.
+_INFORMATION = frozenset(
+    {
+        "peft_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "fan_in_fan_out",
+        "runtime_config",
+        "ephemeral_gpu_offload",
+        "megatron_core",
+    }
+)
+
+
+# ---- saving -------------------------------------------------------------------------------------
+
+
+def save_adapter(module: CapturedModule, folder: str | Path) -> None:
+    """Write what training changed: A, B, what was trained in full, and buffers that moved.
+
+    Raises:
+        AdapterError: the module has no adapters, or the folder cannot be written.
+    """
+    if not isinstance(module, CapturedModule) or module.plan is None:
+        raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
+    tensors = {key: _plain(tensor) for key, tensor in _changed(module).items()}
+    header = {"format": "pt", "fxlora": json.dumps(_plan_data(module.plan))}
+    with (
+        whole_file(folder / CONFIG, AdapterError) as config,
+        whole_file(folder / WEIGHTS, AdapterError) as weights,
+    ):
+        save_file(tensors, weights, metadata=header)
+        config.write_text(json.dumps(_peft_config(module.plan), indent=2), encoding="utf-8")
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _changed(module: CapturedModule) -> dict[str, torch.Tensor]:
+    """What differs from the base, by its key in the file."""
+    assert module.plan is not None
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in module.plan:
+        key_a, key_b = _keys(entry)
+        tensors[key_a] = module.get_parameter(entry.name_a)
+        tensors[key_b] = module.get_parameter(entry.name_b)
+    for name in module.trained:
+        tensors[ROOT + name] = module.get_parameter(name)
+    for name, buffer in module.named_buffers():
+        if not _same(buffer, module.originals.get(name)):
+            tensors[ROOT + name] = buffer
+    return tensors
+
+
+def _same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
+    if tensor.is_meta or original is None:
+        return original is not None
+    return tensor.shape == original.shape and torch.equal(tensor, original)
+
+
+def _keys(entry: Entry) -> tuple[str, str]:
+    """PEFT's names of A and B in a file."""
+    if entry.op == "embedding":
+        return f"{ROOT}{entry.site}.lora_embedding_A", f"{ROOT}{entry.site}.lora_embedding_B"
+    return f"{ROOT}{entry.site}.lora_A.weight", f"{ROOT}{entry.site}.lora_B.weight"
+
+
+def _plan_data(plan: Plan) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "entries": [entry.to_data() for entry in plan],
+        "trained": list(plan.trained),
+        "modules_to_save": list(plan.modules_to_save),
+        "model_parameters": plan.model_parameters,
+        "trained_parameters": plan.trained_parameters,
+    }
+
+
+def _peft_config(plan: Plan) -> dict[str, Any]:
+    """The configuration under which PEFT reads the same adapter."""
+    first = plan.entries[0] if plan.entries else None
+    r, alpha = (first.r, first.alpha) if first else (8, 8)
+    rslora = {rule.lora.use_rslora for rule in plan.rules if rule.lora} == {True}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": max((entry.dropout for entry in plan), default=0.0),
+        "target_modules": [entry.site for entry in plan],
+        "rank_pattern": {_exactly(e.site): e.r for e in plan if e.r != r},
+        "alpha_pattern": {_exactly(e.site): _whole(e.alpha) for e in plan if e.alpha != alpha},
+        "modules_to_save": list(plan.modules_to_save) or None,
+        "bias": "none",
+        "use_rslora": rslora,
+        "use_dora": False,
+        "fan_in_fan_out": any(entry.op == "addmm" for entry in plan),
+        "init_lora_weights": True,
+    }
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _exactly(site: str) -> str:
+    return site.replace(".", r"\.")
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What an adapter folder holds."""
+
+    path: Path
+    config: dict[str, Any]
+    header: dict[str, Any] | None
+    tensors: dict[str, torch.Tensor]
+
+
+def load_adapter(
+    module: CapturedModule, folder: str | Path, *, adapter_name: str = "default"
+) -> CapturedModule:
+    """A new module: the captured one with a saved adapter, fxlora's or PEFT's.
+
+    With the same base it is bit for bit the module that was saved.
+
+    Raises:
+        AdapterError: the folder is missing, damaged or foreign, or does not fit the module;
+            names the keys.
+    """
+    if not isinstance(module, CapturedModule):
+        raise AdapterError("load_adapter takes a captured module: fxlora.capture(model, args).")
+    content = _read(Path(folder))
+    if content.header is not None:
+        plan = _plan_from(content.header, content.path, adapter_name)
+    else:
+        plan = _plan_from_peft(module, content, adapter_name)
+    _check_entries(module, plan, content)
+    try:
+        result = inject(module, plan)
+    except InjectError as error:
+        raise AdapterError(f"{content.path} does not fit the module: {error}") from error
+    _fill(result, plan, content)
+    return result
+
+
+def _read(path: Path) -> _Folder:
+    if not path.is_dir():
+        raise AdapterError(f"no adapter folder at {path}.")
+    if not (path / WEIGHTS).is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        why = (
+            "; its adapter_model.bin is a pickle, which runs code when it is read: save it again "
+            "with safetensors"
+            if pickled
+            else ""
+        )
+        raise AdapterError(f"{path} has no {WEIGHTS}{why}.")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        header = json.loads(metadata["fxlora"]) if "fxlora" in metadata else None
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} has no {Path(str(error.filename)).name}.") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"{path} is damaged or no adapter: {error}.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path / CONFIG} is not a configuration: expected an object.")
+    return _Folder(path, config, header, tensors)
+
+
+def _plan_from(header: dict[str, Any], path: Path, adapter_name: str) -> Plan:
+    try:
+        if header["version"] != 1:
+            raise AdapterError(
+                f"{path} was written in version {header['version']} of the layout; this fxlora "
+                "reads version 1. Use a newer fxlora."
+            )
+        entries = [Entry.from_data({**data, "adapter": adapter_name}) for data in header["entries"]]
+        return Plan(
+            entries=tuple(entries),
+            trained=tuple(header["trained"]),
+            modules_to_save=tuple(header["modules_to_save"]),
+            model_parameters=header["model_parameters"],
+            trained_parameters=header["trained_parameters"],
+        )
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error!r}.") from error
+
+
+def _plan_from_peft(module: CapturedModule, content: _Folder, adapter_name: str) -> Plan:
+    config = content.config
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{content.path / CONFIG} is for {config.get('peft_type')!r}, not for LORA."
+        )
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = [k for k, v in config.items() if v and k not in known and k not in _INFORMATION]
+    if unknown:
+        raise AdapterError(
+            f"{content.path / CONFIG} uses {', '.join(unknown)}, which fxlora does not know."
+        )
+    values = {key: value for key, value in config.items() if key in known and value is not None}
+    values["init_lora_weights"] = True  # the values come from the file
+    try:
+        return match(module, LoraConfig(**values), adapter_name=adapter_name)
+    except (ConfigError, NoMatchError) as error:
+        raise AdapterError(f"{content.path} does not fit the module: {error}") from error
+
+
+def _check_entries(module: CapturedModule, plan: Plan, content: _Folder) -> None:
+    """Raise unless the file's keys and shapes are the plan's and the module's."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in plan:
+        expected |= dict(zip(_keys(entry), entry.shapes, strict=True))
+    held = {name: tuple(p.shape) for name, p in _tensors(module)}
+    missing_in_module = [n for n in plan.trained if n not in held]
+    missing_in_module += [e.parameter for e in plan if e.parameter not in held]
+    expected |= {ROOT + name: held[name] for name in plan.trained if name in held}
+    state = {ROOT + name: shape for name, shape in held.items()}
+    problems = [
+        ("the module has no", missing_in_module),
+        ("missing in the file:", [k for k in expected if k not in content.tensors]),
+        (
+            "not in the module:",
+            [k for k in content.tensors if k not in expected and k not in state],
+        ),
+        ("of another shape:", list(_misshapen(content.tensors, {**state, **expected}))),
+    ]
+    said = [f"{what} {_some(names)}" for what, names in problems if names]
+    if said:
+        raise AdapterError(f"{content.path} does not fit the module; {'; '.join(said)}.")
+
+
+def _misshapen(
+    tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
+) -> Iterable[str]:
+    for key, tensor in tensors.items():
+        if key in shapes and tuple(tensor.shape) != shapes[key]:
+            yield f"{key} ({tuple(tensor.shape)} in the file, {shapes[key]} here)"
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _tensors(module: CapturedModule) -> list[tuple[str, torch.Tensor]]:
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+
+
+def _fill(module: CapturedModule, plan: Plan, content: _Folder) -> None:
+    names = {ROOT + name: name for name, _ in _tensors(module)}
+    for entry in plan:
+        names |= dict(zip(_keys(entry), (entry.name_a, entry.name_b), strict=True))
+    held = dict(_tensors(module))
+    with torch.no_grad():
+        for key, tensor in content.tensors.items():
+            held[names[key]].copy_(tensor)

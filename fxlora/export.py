@@ -1,0 +1,78 @@
+"""export: a file that plain PyTorch runs, without fxlora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from .capture.exported import examples_for
+from .errors import ConfigError, ExportError
+from .files import whole_file
+from .module import CapturedModule
+
+FORMATS = ("pt2",)
+
+
+def export(
+    module: CapturedModule,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    path: str | Path | None = None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    format: str = "pt2",
+    dynamic_shapes: Any = None,
+) -> Path:
+    """Write the eval graph to a file; `torch.export.load(path)` needs no fxlora.
+
+    Args:
+        module: a captured module, usually a folded one.
+        args, kwargs: example inputs.
+        path: of the file; it is written whole or not at all.
+        format: "pt2".
+        dynamic_shapes: as for `capture`; by default the batch is dynamic where the captured
+            graph allows it.
+
+    Raises:
+        ExportError: torch.export refuses the module, or the file cannot be written.
+        ConfigError: no such format.
+        InputError: the inputs are not ones that the graph holds for.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
+    if path is None:
+        raise ConfigError("export needs a path: export(module, args, path).")
+    if not isinstance(module, CapturedModule):
+        raise ExportError(f"expected a captured module, not {type(module).__name__}.")
+    positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
+    program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
+    with whole_file(path, ExportError) as temporary:
+        torch.export.save(program, temporary)
+    return Path(path)
+
+
+def exported(
+    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """The eval graph as an ExportedProgram."""
+    evaluation = module.derive().eval()
+    spec = evaluation.inputs["eval"]
+    if spec is not None:
+        spec.check(args, kwargs)
+    for parameter in evaluation.parameters():
+        parameter.requires_grad_(False)
+    failure: Exception | None = None
+    for example in examples_for(args, kwargs, dynamic_shapes):
+        try:
+            return torch.export.export(
+                evaluation,
+                example.args,
+                example.kwargs,
+                dynamic_shapes=example.dynamic_shapes,
+                strict=False,
+            )
+        except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
+            failure = error
+    raise ExportError(f"torch.export refuses the graph: {failure}") from failure

@@ -1,0 +1,43 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import FxLoraError
+
+
+@contextmanager
+def whole_file(path: str | Path, error: type[FxLoraError]) -> Iterator[Path]:
+    """A temporary path beside the target, renamed onto it when the block ends well.
+
+    Raises:
+        error: the target cannot be written; what stood there stands there still.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix
+        )
+    except OSError as cause:
+        raise error(f"cannot write {target}: {cause.strerror or cause}.") from cause
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as cause:
+        raise error(f"cannot write {target}: {cause.strerror or cause}.") from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

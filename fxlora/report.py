@@ -1,0 +1,196 @@
+"""report: what a plan costs and saves, per site and in all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, InjectError
+from .module import CapturedModule
+from .plan import Entry, Plan
+from .tables import FORMATS, render
+
+HEADER = ("site", "op", "weight", "form", "r", "alpha", "W", "A and B", "fewer", "factor")
+DTYPES = (torch.float32, torch.bfloat16)
+TENSORS_PER_PARAMETER = 3  # a gradient, and Adam's two moments
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Counts of parameters.
+
+    Attributes:
+        model: of the model without adapters.
+        adapter: of A and B.
+        full: of what is trained in full.
+        folded: whether A and B are in the weights already.
+    """
+
+    model: int
+    adapter: int
+    full: int
+    folded: bool
+
+    @property
+    def trainable(self) -> int:
+        return self.adapter + self.full
+
+    @property
+    def total(self) -> int:
+        """Parameters that the module holds."""
+        return self.model if self.folded else self.model + self.adapter
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / (self.model + self.adapter)
+
+    def training_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of gradients and Adam state for full fine-tuning, and for this."""
+        each = TENSORS_PER_PARAMETER * dtype.itemsize
+        return self.model * each, self.trainable * each
+
+
+def report(x: Plan | CapturedModule, format: str = "table") -> str:
+    """The parameter-reduction report of a plan, or of an adapted or folded module.
+
+    Needs shapes only, so it works on the meta device.
+
+    Args:
+        format: "table", "github", "json", "csv" (sites only) or "html".
+
+    Raises:
+        ConfigError: no such format.
+        InjectError: the module never had adapters.
+    """
+    plan, folded = _plan_of(x)
+    totals = _Totals(
+        plan.model_parameters, plan.adapter_parameters, plan.trained_parameters, folded
+    )
+    if format == "json":
+        return json.dumps(_data(plan, totals), indent=2)
+    if format == "csv":
+        return _csv(plan)
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, json, csv, not {format!r}.")
+    sites = render(HEADER, [_row(entry) for entry in plan], format)
+    sums = render(("", "parameters"), _sum_rows(totals), format)
+    memory = render(
+        ("gradients + Adam state", "full fine-tuning", "this plan", "saved"),
+        [_memory_row(totals, dtype) for dtype in DTYPES],
+        format,
+    )
+    return "\n\n".join([sites, sums, memory])
+
+
+def _plan_of(x: Plan | CapturedModule) -> tuple[Plan, bool]:
+    if isinstance(x, Plan):
+        return x, False
+    if isinstance(x, CapturedModule) and x.plan is not None:
+        return x.plan, False
+    if isinstance(x, CapturedModule) and x.folded:
+        return x.folded[-1], True
+    raise InjectError("nothing to report: give a plan, or a module that has or had adapters.")
+
+
+def _reduction(entry: Entry) -> tuple[float, float]:
+    """Per cent fewer parameters than the weight has, and how many times fewer."""
+    ratio = entry.adapter_parameters / entry.weight_parameters
+    return 100 * (1 - ratio), 1 / ratio
+
+
+def _row(entry: Entry) -> list[str]:
+    percent, factor = _reduction(entry)
+    return [
+        entry.site,
+        entry.op,
+        "x".join(map(str, entry.shape)),
+        entry.form,
+        str(entry.r),
+        f"{entry.alpha:g}",
+        f"{entry.weight_parameters:,}",
+        f"{entry.adapter_parameters:,}",
+        f"{percent:.2f}%",
+        f"{factor:.4g}x",
+    ]
+
+
+def _sum_rows(totals: _Totals) -> list[list[str]]:
+    rows = [
+        ["model", f"{totals.model:,}"],
+        ["A and B, folded into the weights" if totals.folded else "A and B", f"{totals.adapter:,}"],
+    ]
+    if totals.full:
+        rows.append(["trained in full", f"{totals.full:,}"])
+    rows += [
+        ["trained" if totals.folded else "trainable", f"{totals.trainable:,}"],
+        ["total", f"{totals.total:,}"],
+        ["trained %" if totals.folded else "trainable %", f"{totals.percent:.2f}%"],
+    ]
+    return rows
+
+
+def _memory_row(totals: _Totals, dtype: torch.dtype) -> list[str]:
+    full, lora = totals.training_bytes(dtype)
+    return [str(dtype).removeprefix("torch."), _bytes(full), _bytes(lora), _bytes(full - lora)]
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _csv(plan: Plan) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    for entry in plan:
+        percent, factor = _reduction(entry)
+        row = _row(entry)[:6]
+        writer.writerow([*row, entry.weight_parameters, entry.adapter_parameters, percent, factor])
+    return text.getvalue()
+
+
+def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
+    sites: list[dict[str, Any]] = []
+    for entry in plan:
+        percent, factor = _reduction(entry)
+        sites.append(
+            {
+                "site": entry.site,
+                "op": entry.op,
+                "shape": list(entry.shape),
+                "form": entry.form,
+                "r": entry.r,
+                "alpha": entry.alpha,
+                "weight_parameters": entry.weight_parameters,
+                "adapter_parameters": entry.adapter_parameters,
+                "fewer_percent": percent,
+                "factor": factor,
+            }
+        )
+    memory = {
+        str(dtype).removeprefix("torch."): dict(
+            zip(("full_fine_tuning", "this_plan"), totals.training_bytes(dtype), strict=True)
+        )
+        for dtype in DTYPES
+    }
+    return {
+        "sites": sites,
+        "model_parameters": totals.model,
+        "adapter_parameters": totals.adapter,
+        "full_parameters": totals.full,
+        "trainable_parameters": totals.trainable,
+        "total_parameters": totals.total,
+        "trainable_percent": totals.percent,
+        "folded": totals.folded,
+        "training_state_bytes": memory,
+    }
