@@ -26,7 +26,7 @@ test-floor: $(FLOOR)/test ## the tests on the oldest supported torch and torchvi
 lint: $(VENV)/lint ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/lint ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .

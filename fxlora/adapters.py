@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +73,7 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         whole_file(folder / WEIGHTS, AdapterError) as weights,
     ):
         save_file(tensors, weights, metadata=header)
-        config.write_text(json.dumps(_peft_config(module.plan), indent=2), encoding="utf-8")
+        config.write_text(json.dumps(_peft_config(module, module.plan), indent=2), encoding="utf-8")
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,7 +89,7 @@ def _changed(module: CapturedModule) -> dict[str, torch.Tensor]:
         tensors[key_a] = module.get_parameter(entry.name_a)
         tensors[key_b] = module.get_parameter(entry.name_b)
     for name in module.trained:
-        tensors[ROOT + name] = module.get_parameter(name)
+        tensors[_full_key(module.plan, name)] = module.get_parameter(name)
     for name, buffer in module.named_buffers():
         if not _same(buffer, module.originals.get(name)):
             tensors[ROOT + name] = buffer
@@ -106,6 +109,13 @@ def _keys(entry: Entry) -> tuple[str, str]:
     return f"{ROOT}{entry.site}.lora_A.weight", f"{ROOT}{entry.site}.lora_B.weight"
 
 
+def _full_key(plan: Plan, name: str) -> str:
+    """PEFT's name of a parameter trained in full; it wraps adapted layers as `base_layer`."""
+    owner, _, last = name.rpartition(".")
+    wrapped = any(entry.prefix == owner for entry in plan)
+    return f"{ROOT}{owner}.base_layer.{last}" if wrapped else ROOT + name
+
+
 def _plan_data(plan: Plan) -> dict[str, Any]:
     return {
         "version": 1,
@@ -117,22 +127,24 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _peft_config(plan: Plan) -> dict[str, Any]:
+def _peft_config(module: CapturedModule, plan: Plan) -> dict[str, Any]:
     """The configuration under which PEFT reads the same adapter."""
-    first = plan.entries[0] if plan.entries else None
-    r, alpha = (first.r, first.alpha) if first else (8, 8)
-    rslora = {rule.lora.use_rslora for rule in plan.rules if rule.lora} == {True}
+    # One flag for all in PEFT: where sites differ, an alpha that gives the same scaling.
+    rslora = bool(plan) and all(_is_rslora(entry) for entry in plan)
+    alphas = {e.site: _whole(e.scaling * (math.sqrt(e.r) if rslora else e.r)) for e in plan}
+    ranks = {entry.site: entry.r for entry in plan}
+    r, alpha = (_commonest(ranks.values()), _commonest(alphas.values())) if plan else (8, 8)
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": r,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": alpha,
         "lora_dropout": max((entry.dropout for entry in plan), default=0.0),
-        "target_modules": [entry.site for entry in plan],
-        "rank_pattern": {_exactly(e.site): e.r for e in plan if e.r != r},
-        "alpha_pattern": {_exactly(e.site): _whole(e.alpha) for e in plan if e.alpha != alpha},
+        "target_modules": _targets(module, plan),
+        "rank_pattern": {_exactly(site): n for site, n in ranks.items() if n != r},
+        "alpha_pattern": {_exactly(site): n for site, n in alphas.items() if n != alpha},
         "modules_to_save": list(plan.modules_to_save) or None,
         "bias": "none",
         "use_rslora": rslora,
@@ -142,12 +154,30 @@ def _peft_config(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _is_rslora(entry: Entry) -> bool:
+    return entry.r > 1 and math.isclose(entry.scaling, entry.alpha / math.sqrt(entry.r))
+
+
+def _commonest(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
 def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
+    near = round(value, 9)  # alpha / r * r
+    return int(near) if near.is_integer() else near
+
+
+def _targets(module: CapturedModule, plan: Plan) -> list[str] | str:
+    """The sites by name, or as one expression where a name is the end of another's."""
+    sites = [entry.site for entry in plan]
+    paths = [path for path, _ in module.named_modules()]
+    if any(path.endswith(f".{site}") for site in sites for path in paths):
+        return "|".join(re.escape(site) for site in sites)
+    return sites
 
 
 def _exactly(site: str) -> str:
-    return site.replace(".", r"\.")
+    return f"^{re.escape(site)}"
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -258,34 +288,32 @@ def _plan_from_peft(module: CapturedModule, content: _Folder, adapter_name: str)
 
 def _check_entries(module: CapturedModule, plan: Plan, content: _Folder) -> None:
     """Raise unless the file's keys and shapes are the plan's and the module's."""
+    parameters = {n: tuple(p.shape) for n, p in module.named_parameters(remove_duplicate=False)}
+    buffers = {f"{ROOT}{n}": tuple(b.shape) for n, b in module.named_buffers()}
+    needed = [entry.parameter for entry in plan] + list(plan.trained)
     expected: dict[str, tuple[int, ...]] = {}
     for entry in plan:
         expected |= dict(zip(_keys(entry), entry.shapes, strict=True))
-    held = {name: tuple(p.shape) for name, p in _tensors(module)}
-    missing_in_module = [n for n in plan.trained if n not in held]
-    missing_in_module += [e.parameter for e in plan if e.parameter not in held]
-    expected |= {ROOT + name: held[name] for name in plan.trained if name in held}
-    state = {ROOT + name: shape for name, shape in held.items()}
+    for name in plan.trained:
+        expected[_full_key(plan, name)] = parameters.get(name, ())
+    allowed = {**buffers, **expected}
     problems = [
-        ("the module has no", missing_in_module),
-        ("missing in the file:", [k for k in expected if k not in content.tensors]),
-        (
-            "not in the module:",
-            [k for k in content.tensors if k not in expected and k not in state],
-        ),
-        ("of another shape:", list(_misshapen(content.tensors, {**state, **expected}))),
+        ("the module has no", [name for name in needed if name not in parameters]),
+        ("missing in the file:", [key for key in expected if key not in content.tensors]),
+        ("not what it trains:", [key for key in content.tensors if key not in allowed]),
+        ("of another shape:", _misshapen(content.tensors, allowed)),
     ]
     said = [f"{what} {_some(names)}" for what, names in problems if names]
     if said:
         raise AdapterError(f"{content.path} does not fit the module; {'; '.join(said)}.")
 
 
-def _misshapen(
-    tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
-) -> Iterable[str]:
-    for key, tensor in tensors.items():
-        if key in shapes and tuple(tensor.shape) != shapes[key]:
-            yield f"{key} ({tuple(tensor.shape)} in the file, {shapes[key]} here)"
+def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    return [
+        f"{key} ({tuple(tensor.shape)} in the file, {shapes[key]} here)"
+        for key, tensor in tensors.items()
+        if key in shapes and tuple(tensor.shape) != shapes[key]
+    ]
 
 
 def _some(names: list[str], limit: int = 8) -> str:
@@ -293,18 +321,13 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _tensors(module: CapturedModule) -> list[tuple[str, torch.Tensor]]:
-    return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-
-
 def _fill(module: CapturedModule, plan: Plan, content: _Folder) -> None:
-    names = {ROOT + name: name for name, _ in _tensors(module)}
+    targets: dict[str, torch.Tensor] = {ROOT + n: b for n, b in module.named_buffers()}
+    for name in plan.trained:
+        targets[_full_key(plan, name)] = module.get_parameter(name)
     for entry in plan:
-        names |= dict(zip(_keys(entry), (entry.name_a, entry.name_b), strict=True))
-    held = dict(_tensors(module))
+        for key, name in zip(_keys(entry), (entry.name_a, entry.name_b), strict=True):
+            targets[key] = module.get_parameter(name)
     with torch.no_grad():
         for key, tensor in content.tensors.items():
-            held[names[key]].copy_(tensor)
+            targets[key].copy_(tensor)

@@ -47,9 +47,15 @@ def _same_constants(first: fx.GraphModule, second: fx.GraphModule) -> bool:
         if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
             if not alike(a, b):
                 return False
-        elif not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or a.dtype != b.dtype or not torch.equal(a, b):
+        elif not _equal_tensors(a, b):
             return False
     return True
+
+
+def _equal_tensors(a: object, b: object) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    return a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
 
 
 def _get(module: nn.Module, path: str) -> Any:

@@ -18,7 +18,7 @@ from .errors import ConfigError, FxLoraWarning
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover - the newer module under its older name
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Names = str | Sequence[str] | None
 INITS = (True, False, "kaiming_uniform", "kaiming_normal", "gaussian")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .errors import FxLoraError
 
 
 @contextmanager
-def whole_file(path: str | Path, error: type[FxLoraError]) -> Iterator[Path]:
+def whole_file(path: str | Path, error: type[FxLoraError]) -> Generator[Path]:
     """A temporary path beside the target, renamed onto it when the block ends well.
 
     Raises:

@@ -50,4 +50,7 @@ def new_pair(entry: Entry, weight: torch.Tensor) -> tuple[nn.Parameter, nn.Param
     a, b = (torch.empty(s, device=weight.device, dtype=weight.dtype) for s in entry.shapes)
     init = _embedding if entry.init is True and entry.op == "embedding" else INITS[entry.init]
     init(a, b, entry.r)
+    if entry.padding_idx is not None:
+        # No gradient reaches this column, so the row it stands for stays as it was for good.
+        a.select(1, entry.padding_idx).zero_()
     return nn.Parameter(a), nn.Parameter(b)

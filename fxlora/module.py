@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from .errors import CaptureError, FxLoraError
 from .inputs import InputSpec
@@ -74,20 +75,21 @@ class CapturedModule(fx.GraphModule):
         return self
 
     @property
-    def graph(self) -> fx.Graph:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def graph(self) -> fx.Graph:
         return self._graph
 
     @graph.setter
-    def graph(self, graph: fx.Graph) -> None:
+    def graph(self, g: fx.Graph) -> None:
         """Put another graph in the place of the current mode's one."""
         current = self.__dict__.get("_graph")
         for mode, held in self.__dict__.get("graphs", {}).items():
             if held is current:
-                self.graphs[mode] = graph
-        self._activate(graph)
+                self.graphs[mode] = g
+        self._activate(g)
 
     def _activate(self, graph: fx.Graph) -> None:
-        fx.GraphModule.graph.fset(self, graph)  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+        setter: Any = fx.GraphModule.graph
+        setter.fset(self, graph)
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """The graphs, each once."""
@@ -218,7 +220,7 @@ def _check_inputs(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[st
 
 # ---- devices and dtypes that a graph names ------------------------------------------------------
 
-Moves = dict[object, object]  # old device → new device, old dtype → new dtype
+Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 
 _WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
 
@@ -241,8 +243,8 @@ def _retarget(graph: fx.Graph, moves: Moves) -> None:
 
     for node in graph.nodes:
         if node.op == "call_function":
-            node.args = fx.node.map_aggregate(node.args, moved)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+            node.args = map_aggregate(node.args, moved)
+            node.kwargs = map_aggregate(node.kwargs, moved)
 
 
 def _refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:

@@ -32,6 +32,11 @@ class Factors:
     a: fx.Node
     b: fx.Node
     in_first: bool
+    scaling: float
+
+    def scaled(self, hidden: fx.Node) -> fx.Node:
+        """s·A(x): the scaling where the branch is narrowest, r wide."""
+        return self.graph.call_function(aten.mul.Tensor, (hidden, self.scaling))
 
     @property
     def left(self) -> fx.Node:
@@ -86,7 +91,7 @@ class Op:
     Attributes:
         kind: what rules call it.
         input: position of the activation that the branch starts from.
-        branch: emits L·R applied to the read's own input, without the scaling.
+        branch: emits s·L·R applied to the read's own input.
         in_first: whether the weight is (in, out) in this op.
         obstacle: why this node cannot take the branch all the same, or None.
         dearer: why the branch, though possible, costs more than the weight form, or None.
@@ -107,23 +112,23 @@ class Op:
 
 def _linear(read: Read, f: Factors) -> fx.Node:
     hidden = read.call(aten.linear.default, read.x, f.right)  # (…, r)
-    return read.call(aten.linear.default, hidden, f.left)  # (…, out)
+    return read.call(aten.linear.default, f.scaled(hidden), f.left)  # (…, out)
 
 
 def _input_times_weight(read: Read, f: Factors) -> fx.Node:
     hidden = read.call(aten.linear.default, read.x, f.left_t)  # (…, r)
-    return read.call(aten.linear.default, hidden, f.right_t)  # (…, out)
+    return read.call(aten.linear.default, f.scaled(hidden), f.right_t)  # (…, out)
 
 
 def _weight_times_input(read: Read, f: Factors) -> fx.Node:
     hidden = read.call(aten.matmul.default, f.right, read.x)  # (r, n)
-    return read.call(aten.matmul.default, f.left, hidden)  # (d0, n)
+    return read.call(aten.matmul.default, f.left, f.scaled(hidden))  # (d0, n)
 
 
 def _embedding(read: Read, f: Factors) -> fx.Node:
     # W's gradient may be sparse; A's is dense. Rows of padding_idx get none in either.
     rows = read.call(aten.embedding.default, f.left, read.x, *read.node.args[2:4])  # (…, r)
-    return read.call(aten.linear.default, rows, f.right_t)  # (…, dim)
+    return read.call(aten.linear.default, f.scaled(rows), f.right_t)  # (…, dim)
 
 
 def _addmm_obstacle(node: fx.Node, shape: Shape) -> str | None:
@@ -149,7 +154,7 @@ def _convolution(dims: int) -> Callable[[Read, Factors], fx.Node]:
         hidden = read.call(read.node.target, read.x, a, None, *geometry, groups)
         pointwise = getattr(aten, f"conv{dims}d").default
         one, none = [1] * dims, [0] * dims
-        return read.call(pointwise, hidden, f.b, None, one, none, one, groups)
+        return read.call(pointwise, f.scaled(hidden), f.b, None, one, none, one, groups)
 
     return branch
 
@@ -222,7 +227,7 @@ def factor_shapes(shape: Shape, r: int, in_first: bool, convolution: bool) -> tu
     return (r, math.prod(shape[1:])), (shape[0], r)
 
 
-def adapted_weight(f: Factors, weight: fx.Node, shape: Shape, scaling: float) -> fx.Node:
+def adapted_weight(f: Factors, weight: fx.Node, shape: Shape) -> fx.Node:
     """Emit W + s·L·R as one addmm, for any op to read. W (d0, …) → (d0, …)."""
     call = f.graph.call_function
     if len(shape) == 2:
@@ -233,5 +238,5 @@ def adapted_weight(f: Factors, weight: fx.Node, shape: Shape, scaling: float) ->
             call(aten.reshape.default, (node, size))
             for node, size in ((weight, [d0, d1]), (f.b, [d0, -1]), (f.a, [-1, d1]))
         )
-    result = call(aten.addmm.default, matrices, {"alpha": scaling})
+    result = call(aten.addmm.default, matrices, {"alpha": f.scaling})
     return result if len(shape) == 2 else call(aten.reshape.default, (result, list(shape)))

@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         site: the site's name; its adapter parameters are called after it.
         parameter: the weight's name in `state_dict()`.
-        op, shape, in_first, convolution: what kind of weight it is (see `Site`).
+        op, shape, in_first, convolution, padding_idx: what kind of weight it is (see `Site`).
         form: "branch" (op(x, W) + s·B(A(x))) or "weight" (op(x, W + s·BA)).
         reason: why the weight form, or what else there is to know.
         r, alpha, scaling: rank, lora_alpha, and the factor s.
@@ -39,6 +39,7 @@ class Entry:
     shape: tuple[int, ...]
     in_first: bool
     convolution: bool
+    padding_idx: int | None
     form: str
     reason: str
     r: int
@@ -83,7 +84,8 @@ class Entry:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Entry:
-        return cls(**{**data, "shape": tuple(data["shape"])})
+        values: dict[str, Any] = {**data, "shape": tuple(data["shape"])}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,7 @@ class _Matching:
             shape=site.shape,
             in_first=site.in_first,
             convolution=site.convolution,
+            padding_idx=site.padding_idx,
             form=form,
             reason=reason,
             r=r,

@@ -49,6 +49,7 @@ class Site:
         kernel_size: of a convolution, else ().
         groups: of a convolution, else 1.
         in_first: whether the weight is stored (in, out).
+        padding_idx: row of an embedding that never trains, or None.
         dtype: of the weight.
     """
 
@@ -63,6 +64,7 @@ class Site:
     kernel_size: tuple[int, ...]
     groups: int
     in_first: bool
+    padding_idx: int | None
     dtype: torch.dtype
     readers: tuple[Reader, ...] = field(repr=False)
 
@@ -143,6 +145,7 @@ def _site(first: str, names: list[str], weight: torch.Tensor, readers: tuple[Rea
         kernel_size=shape[2:] if flattened else (),
         groups=groups,
         in_first=in_first,
+        padding_idx=_padding_idx(main.node) if main.kind == "embedding" else None,
         dtype=weight.dtype,
         readers=readers,
     )
@@ -162,6 +165,11 @@ def _groups(node: fx.Node) -> int:
     # the seventh argument of every convolution, transposed or not
     groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     return int(groups)
+
+
+def _padding_idx(node: fx.Node) -> int | None:
+    index: Any = node.args[2] if len(node.args) > 2 else -1
+    return index if index >= 0 else None
 
 
 def _call_site(node: fx.Node) -> str:

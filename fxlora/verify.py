@@ -120,7 +120,7 @@ def verify(
 def _reads(module: CapturedModule) -> dict[str, dict[str, int]]:
     """How often each adapter stands in each mode's graph."""
     assert module.plan is not None
-    counts = {entry.site: dict.fromkeys(MODES, 0) for entry in module.plan}
+    counts: dict[str, dict[str, int]] = {e.site: dict.fromkeys(MODES, 0) for e in module.plan}
     for mode, graph in module.graphs.items():
         for insertion in insertions(graph, module.plan):
             counts[insertion.entry.site][mode] += 1
@@ -141,12 +141,14 @@ def _check_structure(base: CapturedModule, folded: CapturedModule) -> None:
 def _check_identity(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """With B = 0 the outputs are those without adapters, bit for bit."""
     assert module.plan is not None
-    neutral = module.derive().eval()
+    # torch chooses attention kernels by requires_grad, under no_grad too.
+    neutral = module.derive().eval().requires_grad_(False)
+    without = _without_adapters(module).requires_grad_(False)
     with torch.no_grad():
         for entry in module.plan:
             neutral.get_parameter(entry.name_b).zero_()
         adapted = _floats(neutral(*args, **kwargs))
-        plain = _floats(_without_adapters(module)(*args, **kwargs))
+        plain = _floats(without(*args, **kwargs))
     if not all(torch.equal(a, b) for a, b in zip(adapted, plain, strict=True)):
         raise VerificationError("with B = 0 the outputs are not those without adapters.")
 
@@ -202,7 +204,9 @@ def _gradients(
             torch.linspace(0.5, 1.5, o.numel(), device=o.device).view(o.shape).to(o)
             for o in outputs
         ]
-        found = torch.autograd.grad(outputs, wanted, loads, allow_unused=True)
+        found: Any = torch.autograd.grad(
+            outputs, wanted, loads, allow_unused=True
+        )
     return {
         entry.site: 0.0 if grad is None else float(grad.abs().max())
         for entry, grad in zip(entries, found, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,7 @@ def export_mode(
     Raises:
         CaptureError: none of the examples exports; the cause is the last one's error.
     """
+    failure: Exception | None = None
     for example in examples:
         try:
             with mode_of(model, training):
@@ -59,6 +60,7 @@ def export_mode(
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         return module, _contract(program, module, model, example), example
+    assert failure is not None
     raise capture_error(model, failure) from failure
 
 
@@ -99,7 +101,7 @@ def _with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: in
 
 
 @contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+def mode_of(model: nn.Module, training: bool) -> Generator[None]:
     """The model in one mode; every flag that a train() override may touch is put back."""
     flags = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -142,9 +144,8 @@ def _user_line(error: BaseException) -> str:
 def _contract(
     program: ExportedProgram, module: fx.GraphModule, model: nn.Module, example: Example
 ) -> InputSpec:
-    codegen = module.graph._codegen
-    assert isinstance(codegen, fx.graph._PyTreeCodeGen)
-    names = tuple(codegen.pytree_info.orig_args)
+    codegen: Any = module.graph._codegen
+    names: tuple[str, ...] = tuple(codegen.pytree_info.orig_args)
     values = [*example.args, *example.kwargs.values()]
     placeholders = iter(node for node in module.graph.nodes if node.op == "placeholder")
     bounds = {str(symbol): _bounds(limits) for symbol, limits in program.range_constraints.items()}

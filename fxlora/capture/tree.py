@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import CaptureError
 
@@ -59,7 +59,7 @@ def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
 def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
             raise CaptureError(
                 f"parameter '{name}' has no shape yet (a lazy module). "
                 "Call the model once on an example before capturing it."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ def _evaluated(module: CapturedModule, insertion: Insertion) -> nn.Parameter:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> Generator[None]:
     """Matrix products without TF32 and without reductions in half precision."""
     settings = torch.backends.cuda.matmul
     names = (

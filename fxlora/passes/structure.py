@@ -40,7 +40,7 @@ class Insertion:
 
 
 def insert_branch(graph: fx.Graph, entry: Entry, reader: Reader, dropout: float) -> None:
-    """op(x, W) → op(x, W) + s·B(A(dropout(x)))."""
+    """op(x, W) → op(x, W) + B(s·A(dropout(x)))."""
     base, op = reader.node, reader.op
     assert op is not None
     x = base.args[op.input]
@@ -49,8 +49,7 @@ def insert_branch(graph: fx.Graph, entry: Entry, reader: Reader, dropout: float)
         if dropout and op.dropout:
             x = graph.call_function(aten.dropout.default, (x, dropout, True))
         branch = op.branch(Read(graph, base, x), _factors(graph, entry))
-        scaled = graph.call_function(aten.mul.Tensor, (branch, entry.scaling))
-        output = graph.call_function(aten.add.Tensor, (base, scaled))
+        output = graph.call_function(aten.add.Tensor, (base, branch))
     base.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
 
 
@@ -58,13 +57,13 @@ def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
     """W → W + s·BA, for every reader of this node."""
     readers = set(weight.users)
     with graph.inserting_before(weight.next):
-        output = adapted_weight(_factors(graph, entry), weight, entry.shape, entry.scaling)
+        output = adapted_weight(_factors(graph, entry), weight, entry.shape)
     weight.replace_all_uses_with(output, delete_user_cb=lambda user: user in readers)
 
 
 def _factors(graph: fx.Graph, entry: Entry) -> Factors:
     a, b = (graph.create_node("get_attr", name) for name in (entry.name_a, entry.name_b))
-    return Factors(graph, a, b, entry.in_first)
+    return Factors(graph, a, b, entry.in_first, entry.scaling)
 
 
 def weight_nodes(graph: fx.Graph, names: tuple[str, ...] | list[str]) -> list[fx.Node]:

@@ -1,0 +1,198 @@
+"""The laws of the design as one check, against an oracle that shares no code with fxlora.
+
+The oracle is the source model itself, called through torch.func with W0 + s·BA in place of
+each weight: it knows nothing of graphs, sites or forms.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxlora
+from fxlora.alike import difference
+from fxlora.plan import Entry
+
+TOLERANCE = 1e-10
+
+
+def floats(outputs: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1) -> list:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return floats(module(*args, **kwargs))
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b), float((a - b).abs().max())
+
+
+def assert_close(
+    found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = TOLERANCE
+) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        scale = max(float(b.detach().abs().max()), 1e-30)
+        assert float((a - b).detach().abs().max()) <= tolerance * scale
+
+
+def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
+    """A and B at random: an adapter with B = 0 proves nothing."""
+    with torch.no_grad():
+        for entry in lora.plan or ():
+            for name in (entry.name_a, entry.name_b):
+                parameter = lora.get_parameter(name)
+                parameter.normal_(std=std / parameter[0].numel() ** 0.5)
+            if entry.padding_idx is not None:  # as at the start, and as training leaves it
+                lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
+
+
+def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """s·BA in the weight's shape, from the papers' formula alone."""
+    product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
+    if entry.op in ("embedding", "addmm", "matmul") and product.shape != entry.shape:
+        product = product.T
+    return entry.scaling * product.reshape(entry.shape)
+
+
+def merged_weights(
+    model: nn.Module, lora: fxlora.CapturedModule, factors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The source's weights with every delta added, under every name of a tied weight."""
+    source = dict(model.named_parameters(remove_duplicate=False))
+    weights: dict[str, torch.Tensor] = {}
+    for entry in lora.plan or ():
+        original = source[entry.parameter]
+        total = original.detach() + delta(entry, factors[entry.name_a], factors[entry.name_b])
+        weights |= {name: total for name, p in source.items() if p is original}
+    return weights
+
+
+def oracle(
+    model: nn.Module,
+    lora: fxlora.CapturedModule,
+    factors: dict[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[torch.Tensor]:
+    weights = merged_weights(model, lora, factors)
+    return floats(torch.func.functional_call(model, weights, args, kwargs, tie_weights=False))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grads": {k: p.requires_grad for k, p in model.named_parameters()},
+        "no grad": {k: p.grad is None for k, p in model.named_parameters()},
+        "modes": {k: m.training for k, m in model.named_modules()},
+        "hooks": {k: (len(m._forward_hooks), len(m._forward_pre_hooks)) for k, m in model.named_modules()},
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    assert list(after["state"]) == list(before["state"])
+    for name, tensor in before["state"].items():
+        assert torch.equal(tensor, after["state"][name]), name
+    for key in ("grads", "no grad", "modes", "hooks"):
+        assert after[key] == before[key]
+
+
+def check_laws(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    rules: Any,
+    capture: Callable[..., fxlora.CapturedModule] | None = None,
+    check_capture: bool = True,
+) -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
+    """All laws on one model in float64; returns the capture and the adapted module."""
+    kwargs = kwargs or {}
+    model = model.double()
+    before = snapshot(model)
+    gm = capture(model) if capture else fxlora.capture(model, args, kwargs)
+    assert list(gm.state_dict()) == list(model.state_dict())
+    if check_capture:
+        _check_capture(model, gm, args, kwargs)
+    lora = fxlora.inject(gm, fxlora.match(gm, rules))
+    _check_identity(gm, lora, args, kwargs)
+    randomise(lora)
+    _check_outputs_and_gradients(model, gm, lora, args, kwargs)
+    _check_fold(model, gm, lora, args, kwargs)
+    _check_remove(gm, lora, args, kwargs)
+    assert_untouched(model, before)
+    return gm, lora
+
+
+def _check_capture(model: nn.Module, gm: Any, args: Any, kwargs: Any) -> None:
+    for training in (False, True):
+        source = copy.deepcopy(model).train(training)
+        graph = copy.deepcopy(gm).train(training)
+        assert_same(run(graph, args, kwargs), run(source, args, kwargs))
+        for (name, a), (_, b) in zip(graph.named_buffers(), source.named_buffers(), strict=False):
+            if name in dict(source.named_buffers()):
+                assert torch.equal(a, source.get_buffer(name)), name
+            del b
+
+
+def _check_identity(gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
+    for training in (False, True):
+        # torch chooses attention kernels by requires_grad, under no_grad too
+        plain, adapted = (copy.deepcopy(m).train(training).requires_grad_(False) for m in (gm, lora))
+        assert_same(run(adapted, args, kwargs), run(plain, args, kwargs))
+
+
+def _check_outputs_and_gradients(model: Any, gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
+    source = copy.deepcopy(model).eval()
+    lora = copy.deepcopy(lora).eval()
+    base = run(copy.deepcopy(gm).eval(), args, kwargs)
+    effect = [float((a - b).abs().max()) for a, b in zip(run(lora, args, kwargs), base, strict=True)]
+    assert max(effect) > 0
+    names = [name for entry in lora.plan for name in (entry.name_a, entry.name_b)]
+    factors = {n: lora.get_parameter(n).detach().clone().requires_grad_() for n in names}
+    expected = oracle(source, lora, factors, args, kwargs)
+    found = floats(lora(*args, **kwargs))
+    assert_close(found, expected)
+    wanted = torch.autograd.grad([o.square().sum() for o in expected if o.requires_grad], list(factors.values()))
+    sum(o.square().sum() for o in found).backward()
+    for name, gradient in zip(factors, wanted, strict=True):
+        assert float(gradient.abs().max()) > 0, name
+        assert_close([lora.get_parameter(name).grad], [gradient], 1e-8)
+    trained = {n for n, p in lora.named_parameters() if p.grad is not None}
+    assert trained == set(names) | {n for n in lora.trained if n in trained}
+    assert {n for n, p in lora.named_parameters() if p.requires_grad} == set(names) | lora.trained
+
+
+def _check_fold(model: Any, gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
+    folded = fxlora.fold(lora)
+    for mode in ("train", "eval"):
+        assert difference(folded.graphs[mode], gm.graphs[mode]) is None
+    assert list(folded.state_dict()) == list(model.state_dict())
+    assert_close(run(folded.eval(), args, kwargs), run(copy.deepcopy(lora).eval(), args, kwargs))
+    assert_same(run(fxlora.fold(folded).eval(), args, kwargs), run(folded.eval(), args, kwargs))
+    source = copy.deepcopy(model)
+    source.load_state_dict(folded.state_dict())
+    assert_same(run(source.eval(), args, kwargs), run(folded.eval(), args, kwargs))
+
+
+def _check_remove(gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
+    removed = fxlora.remove(lora)
+    for mode in ("train", "eval"):
+        assert difference(removed.graphs[mode], gm.graphs[mode]) is None
+        assert removed.train(mode == "train").code == copy.deepcopy(gm).train(mode == "train").code
+    assert list(removed.state_dict()) == list(gm.state_dict())
+    grads = {n: p.requires_grad for n, p in gm.named_parameters()}
+    assert {n: p.requires_grad for n, p in removed.named_parameters()} == grads
+    assert_same(run(removed.eval(), args, kwargs), run(copy.deepcopy(gm).eval(), args, kwargs))
