@@ -17,13 +17,16 @@ import re
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,9 +47,9 @@ from .verbs import fold, inject
 REPORT_FORMATS = (*tables.FORMATS, "json", "csv")
 PLAN_WRITERS: dict[str, Callable[[Plan], str]] = {".toml": Plan.to_toml, ".json": Plan.to_json}
 INPUT_DTYPES = (
-    "float16 bfloat16 float32 float64 complex64 complex128 "
-    "int8 int16 int32 int64 uint8 bool"
-).split()  # fmt: skip
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("int8", "int16", "int32", "int64", "uint8", "bool"),
+)
 
 Options = argparse.Namespace
 
@@ -61,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(130, "interrupted.", words)
     except Exception as error:  # noqa: BLE001 - a script gets one line and a status, whatever it is
-        advice = "" if "--debug" in words else " Run again with --debug for the traceback."
-        return _failed(1, f"unexpected {_said(error)}{advice}", words)
+        return _failed(1, f"unexpected {_said(error)} (--debug shows the traceback)", words)
     return 0
 
 
@@ -168,12 +170,22 @@ def _planned(options: Options) -> Plan:
 
 def _model(options: Options) -> nn.Module:
     """The model that MODEL names, with the checkpoint's weights in it."""
-    state = None if options.checkpoint is None else _read_checkpoint(options.checkpoint)
+    checkpoint: Path | None = options.checkpoint
+    state = _read_checkpoint(checkpoint) if checkpoint else {}
     torch.manual_seed(options.seed)
-    with _device(options):
-        model = _built(options)
-    if state is not None:
-        _load_checkpoint(model, state, options.checkpoint)
+    build = _builder(options)
+    try:
+        with _device(options):
+            model = build()
+    except (Exception, SystemExit) as error:  # the model's code may raise anything
+        raise ConfigError(
+            f"building {options.model} without arguments failed: {_said(error)} (--debug shows "
+            "where). MODEL must name a callable that needs none."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{options.model} returned a {type(model).__name__}, not an nn.Module.")
+    if checkpoint:
+        _load_checkpoint(model, state, checkpoint)
     return model
 
 
@@ -181,20 +193,31 @@ def _device(options: Options) -> torch.device:
     return torch.device("meta" if options.meta else "cpu")
 
 
-def _built(options: Options) -> nn.Module:
+def _builder(options: Options) -> Callable[[], Any]:
+    """What builds the model. Imports happen here, out of reach of the meta device."""
     source, _, name = options.model.partition(":")
     if not source or not name:
         raise ConfigError(
             f"MODEL '{options.model}' is neither module:callable nor torchvision:name."
         )
     if source == "torchvision":
-        return _from_torchvision(name, options.weights)
+        return _torchvision_builder(name, options.weights)
     if options.weights is not None:
         raise ConfigError(
             f"--weights is for torchvision models; give the weights of {options.model} by "
             "--checkpoint, or load them in the callable."
         )
-    return _from_module(options.model, _named(_imported(source), name), options.meta)
+    found = _named(_imported(source), name)
+    if isinstance(found, nn.Module) and options.meta:
+        raise ConfigError(
+            f"{options.model} is a model that has its weights already: --meta needs a callable "
+            "that builds it. Or leave --meta out."
+        )
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise ConfigError(f"{options.model} is neither a callable nor an nn.Module: {found!r}.")
+    return found
 
 
 def _imported(name: str) -> ModuleType:
@@ -210,7 +233,7 @@ def _imported(name: str) -> ModuleType:
                 "module:callable, with dots for folders."
             ) from error
         raise ConfigError(
-            f"importing '{name}' failed: {_said(error)}. --debug shows where."
+            f"importing '{name}' failed: {_said(error)} (--debug shows where)."
         ) from error
 
 
@@ -227,29 +250,7 @@ def _named(module: ModuleType, name: str) -> Any:
     return found
 
 
-def _from_module(spec: str, found: Any, meta: bool) -> nn.Module:
-    if isinstance(found, nn.Module):
-        if meta:
-            raise ConfigError(
-                f"{spec} is a model that has its weights already: --meta needs a callable "
-                "that builds it. Or leave --meta out."
-            )
-        return found
-    if not callable(found):
-        raise ConfigError(f"{spec} is neither a callable nor an nn.Module: {found!r}.")
-    try:
-        model = found()
-    except (Exception, SystemExit) as error:  # the callable's code may raise anything
-        raise ConfigError(
-            f"calling {spec} without arguments failed: {_said(error)}. Give a callable that "
-            "builds the model on its own; --debug shows where it failed."
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{spec} returned a {type(model).__name__}, not an nn.Module.")
-    return model
-
-
-def _from_torchvision(name: str, weights: str | None) -> nn.Module:
+def _torchvision_builder(name: str, weights: str | None) -> Callable[[], Any]:
     try:
         models = importlib.import_module("torchvision.models")
     except ImportError as error:
@@ -269,10 +270,7 @@ def _from_torchvision(name: str, weights: str | None) -> nn.Module:
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     if weights is None and "weights_backbone" in parameters:
         keywords["weights_backbone"] = None  # its default is a download
-    try:
-        return models.get_model(name, **keywords)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"torchvision:{name} could not be built: {_said(error)}.") from error
+    return partial(models.get_model, name, **keywords)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -283,12 +281,13 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no checkpoint {path}.") from error
+    except OSError as error:
+        raise ConfigError(f"checkpoint {path}: {error.strerror or error}.") from error
     except Exception as error:  # both readers raise whatever the bytes lead them to
+        # torch's own words advise to run what is in the file
         raise ConfigError(
-            f"checkpoint {path} cannot be read as tensors alone ({_said(error)}). Nothing in it "
-            "was run. Save model.state_dict() again, best with safetensors."
+            f"checkpoint {path} is damaged or holds more than tensors; nothing in it was run. "
+            "Save model.state_dict() again, best with safetensors."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         keys = f" with the keys {_some(map(str, state))}" if isinstance(state, dict) else ""
@@ -303,7 +302,8 @@ def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Pat
     """load_state_dict, where one name of a tied weight stands for all of them."""
     refusal = f"checkpoint {path} does not fit {type(model).__name__}:"
     held = model.state_dict(keep_vars=True)
-    given = {id(held[name]) for name in state if name in held}
+    # how many names of each weight the file has
+    given = Counter(id(held[name]) for name in state if name in held)
     try:
         outcome = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -313,7 +313,8 @@ def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Pat
     said = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
     if said:
         raise ConfigError(f"{refusal} {'; '.join(said)}.")
-    if lost := _lost(model, state):
+    tied = {n: t for n, t in state.items() if given[id(held[n])] > 1}
+    if lost := _lost(model, tied):
         raise ConfigError(
             f"{refusal} its values for {_some(lost)} are overwritten by those for another name "
             "of the same weight."
@@ -336,7 +337,10 @@ def _write_weights(model: nn.Module, folded: CapturedModule, path: Path) -> None
             "which fold to different values. Use fxlora export, which needs no model class."
         )
     with whole_file(path, ExportError) as temporary:
-        save_file(_unshared(state), temporary, metadata={"format": "pt"})
+        try:
+            save_file(_unshared(state), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # its word for a full disk
+            raise ExportError(f"cannot write {path}: {error}.") from error
 
 
 def _lost(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
@@ -388,12 +392,12 @@ def _input(text: str) -> Input:
     found = re.fullmatch(r"(?:([^\W\d]\w*)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not [NAME=]SHAPE[:DTYPE], as in 1x3x224x224 or ids=2x16:int64."
+            f"'{text}' is not [NAME=]SHAPE[:DTYPE], as in 1x3x224x224 or ids=2x16:int64"
         )
     name, shape, dtype = found.groups(default="")
     if dtype and dtype not in INPUT_DTYPES:
         raise argparse.ArgumentTypeError(
-            f"'{text}' has no known dtype. Known: {', '.join(INPUT_DTYPES)}."
+            f"'{text}' has no known dtype. Known: {', '.join(INPUT_DTYPES)}"
         )
     return Input(name, tuple(map(int, shape.split("x"))), getattr(torch, dtype or "float32"))
 
@@ -433,8 +437,7 @@ def _lora_options(options: Options) -> dict[str, Any]:
 def _refuse_lora_options(options: Options, source: str) -> None:
     if given := _lora_options(options):
         raise ConfigError(
-            f"{source} says everything about the adapters; {', '.join(given)} would be "
-            "ignored. Leave the option out."
+            f"{source} says all about the adapters: leave out the options for {', '.join(given)}."
         )
 
 
@@ -475,18 +478,30 @@ def _parser() -> _Parser:
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")
 
     folding = command(_fold, "write the model's weights with an adapter folded in", weighed)
-    folding.add_argument("--adapter", type=Path, required=True, metavar="DIR")
-    folding.add_argument("--out", type=_file, required=True, metavar="FILE.safetensors")
+    folding.add_argument(
+        "--adapter", type=Path, required=True, metavar="DIR", help="fxlora's or PEFT's"
+    )
+    folding.add_argument(
+        "--out", type=_file, required=True, metavar="FILE", help="a .safetensors state dict"
+    )
 
     exporting = command(_export, "write a program that plain PyTorch runs", fed)
     exporting.add_argument("--adapter", type=Path, metavar="DIR", help="fold it in first")
-    exporting.add_argument("--out", type=_file, required=True, metavar="FILE.pt2")
+    exporting.add_argument(
+        "--out", type=_file, required=True, metavar="FILE", help="for torch.export.load"
+    )
     exporting.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0])
 
     reporting = command(_report, "count parameters", shaped, _rule_options(adapter=True))
     style = reporting.add_mutually_exclusive_group()
     style.add_argument("--format", choices=REPORT_FORMATS, default="table")
-    style.add_argument("--json", action="store_const", const="json", dest="format")
+    style.add_argument(
+        "--json",
+        action="store_const",
+        const="json",
+        dest="format",
+        help="the same as --format json",
+    )
     return parser
 
 
@@ -531,19 +546,27 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
     parser = _Parser(add_help=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--rules", type=Path, metavar="FILE", help="rules as .toml or .json")
-    names = {"type": _names, "action": "extend", "metavar": "NAME,…"}
+    names: dict[str, Any] = {"type": _names, "action": "extend", "metavar": "NAME,…"}
     which.add_argument(
         "--target", dest="target_modules", help="modules to adapt, or all-linear", **names
     )
     if adapter:
         which.add_argument("--adapter", type=Path, metavar="DIR", help="a saved adapter")
     parser.add_argument("-r", "--rank", type=int, dest="r", metavar="N", help="rank (default 8)")
-    parser.add_argument("--alpha", type=_number, dest="lora_alpha", metavar="X")
-    parser.add_argument("--dropout", type=float, dest="lora_dropout", metavar="P")
-    parser.add_argument("--exclude", dest="exclude_modules", **names)
+    parser.add_argument(
+        "--alpha",
+        type=_number,
+        dest="lora_alpha",
+        metavar="X",
+        help="branches are scaled by X/rank (default 8)",
+    )
+    parser.add_argument(
+        "--dropout", type=float, dest="lora_dropout", metavar="P", help="of the branches' inputs"
+    )
+    parser.add_argument("--exclude", dest="exclude_modules", help="not these modules", **names)
     parser.add_argument("--modules-to-save", help="modules to train in full", **names)
     parser.add_argument(
-        "--rslora", action="store_const", const=True, dest="use_rslora", help="scale by alpha/√r"
+        "--rslora", action="store_const", const=True, dest="use_rslora", help="scale by X/√rank"
     )
     return parser
 

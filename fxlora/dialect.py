@@ -7,7 +7,7 @@ the symbolic tracer hold functions and methods, which `spelled` translates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,8 @@ def lower(graph: fx.Graph) -> None:
 def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str, Any]) -> None:
     with graph.inserting_before(node):
         if bound.get("max_norm") is not None:
-            renorm = (bound["weight"], bound["input"], bound["max_norm"], bound["norm_type"])
+            weight = graph.call_function(aten.detach.default, (bound["weight"],))
+            renorm = (weight, bound["input"], bound["max_norm"], bound["norm_type"])
             graph.call_function(aten.embedding_renorm_.default, renorm)
         if spelling is _EMBEDDING and bound["padding_idx"] is None:
             bound["padding_idx"] = -1
@@ -136,14 +137,29 @@ def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str
     graph.erase_node(node)
 
 
-def mutated_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose tensors this call writes to, by its schema."""
+def written_attributes(node: fx.Node) -> list[str]:
+    """Names of the parameters and buffers that a call writes to, also through views of them."""
+    written: list[str] = []
+    for argument, value in _schema_arguments(node):
+        if argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node):
+            root = _alias_root(value)
+            if root.op == "get_attr":
+                written.append(str(root.target))
+    return written
+
+
+def _alias_root(node: fx.Node) -> fx.Node:
+    """The node whose tensor this one is a view of, by the schemas on the way."""
+    for argument, value in _schema_arguments(node):
+        if argument.alias_info and isinstance(value, fx.Node):
+            return _alias_root(value)
+    return node
+
+
+def _schema_arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
-        return []
-    written: list[fx.Node] = []
+        return
     for position, argument in enumerate(schema.arguments):
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if isinstance(value, fx.Node) and argument.alias_info and argument.alias_info.is_write:
-            written.append(value)
-    return written
+        given = position < len(node.args)
+        yield argument, node.args[position] if given else node.kwargs.get(argument.name)

@@ -369,7 +369,7 @@ def _holds_shape(rule: Rule, site: Site) -> bool:
 
 
 def _check_supported(site: Site, number: int) -> None:
-    if writer := site.mutated_by():
+    if writer := site.writer:
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}): its weight is written to by {writer.kind} in every "
             f"call {writer.line}, which an adapter would change. Leave it out, or build the "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .dialect import mutated_inputs
+from .dialect import written_attributes
 from .module import CapturedModule
 from .ops import FLATTENED, OPS, Op, kind_of
 
@@ -51,6 +51,8 @@ class Site:
         in_first: whether the weight is stored (in, out).
         padding_idx: row of an embedding that never trains, or None.
         dtype: of the weight.
+        readers: the nodes that read it, over all graphs.
+        writer: a node that writes to it, or None.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Site:
     padding_idx: int | None
     dtype: torch.dtype
     readers: tuple[Reader, ...] = field(repr=False)
+    writer: Reader | None = field(repr=False)
 
     @property
     def parameters(self) -> int:
@@ -81,48 +84,61 @@ class Site:
         """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
         return min(self.shape[0], math.prod(self.shape[1:]))
 
-    def mutated_by(self) -> Reader | None:
-        """A reader that writes to the weight, if there is one."""
-        for reader in self.readers:
-            for written in mutated_inputs(reader.node):
-                if written.op == "get_attr" and written.target in self.names:
-                    return reader
-        return None
-
 
 def find_sites(module: CapturedModule) -> list[Site]:
     """The sites of a module that no adapter has been injected into, in the model's order."""
-    readers = readers_by_parameter(module)
+    readers, writers = _by_parameter(module)
     sites: list[Site] = []
     for first, names in module.aliases().items():
         weight = module.get_parameter(first)
         found = tuple(reader for name in names for reader in readers.get(name, ()))
         if found and weight.ndim >= 2 and weight.is_floating_point():
-            sites.append(_site(first, names, weight, found))
+            writer = next((writers[name] for name in names if name in writers), None)
+            sites.append(_site(first, names, weight, found, writer))
     return sites
 
 
-def readers_by_parameter(module: CapturedModule) -> dict[str, list[Reader]]:
-    """Every reader of every attribute, over all graphs, by the name under which it is read."""
-    found: dict[str, list[Reader]] = {}
+def _by_parameter(
+    module: CapturedModule,
+) -> tuple[dict[str, list[Reader]], dict[str, Reader]]:
+    """Every reader, and a writer, of every attribute by the name it has in the graphs."""
+    readers: dict[str, list[Reader]] = {}
+    writers: dict[str, Reader] = {}
     for graph in module.distinct_graphs():
         for node in graph.nodes:
             if node.op == "get_attr":
-                found.setdefault(str(node.target), []).extend(_readers(node))
-    return found
+                readers.setdefault(str(node.target), []).extend(_readers(node))
+            for name in written_attributes(node):
+                writers.setdefault(name, _reader(node, None))
+    return readers, writers
 
 
 def _readers(weight: fx.Node) -> Iterator[Reader]:
     for user in weight.users:
         positions = [i for i, arg in enumerate(user.args) if arg is weight]
-        uses = len([n for n in user.all_input_nodes if n is weight])
-        direct = len(positions) == uses == 1 and weight not in user.kwargs.values()
-        op = OPS.get((user.target, positions[0])) if direct else None
-        kind = op.kind if op else kind_of(user)
-        yield Reader(user, op, kind, _call_site(user), _source_line(user))
+        uses = sum(n is weight for n in _flat_inputs(user))
+        yield _reader(user, OPS.get((user.target, positions[0])) if positions and uses == 1 else None)
 
 
-def _site(first: str, names: list[str], weight: torch.Tensor, readers: tuple[Reader, ...]) -> Site:
+def _flat_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, as often as they stand there."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _reader(node: fx.Node, op: Op | None) -> Reader:
+    kind = op.kind if op else kind_of(node)
+    return Reader(node, op, kind, _call_site(node), _source_line(node))
+
+
+def _site(
+    first: str,
+    names: list[str],
+    weight: torch.Tensor,
+    readers: tuple[Reader, ...],
+    writer: Reader | None,
+) -> Site:
     main = next((reader for reader in readers if reader.op), readers[0])
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main.op else False
@@ -148,6 +164,7 @@ def _site(first: str, names: list[str], weight: torch.Tensor, readers: tuple[Rea
         padding_idx=_padding_idx(main.node) if main.kind == "embedding" else None,
         dtype=weight.dtype,
         readers=readers,
+        writer=writer,
     )
 
 

@@ -61,8 +61,8 @@ def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
 def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """s·BA in the weight's shape, from the papers' formula alone."""
     product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
-    if entry.op in ("embedding", "addmm", "matmul") and product.shape != entry.shape:
-        product = product.T
+    if entry.op in ("embedding", "addmm") or (entry.op == "matmul" and product.shape != entry.shape):
+        product = product.T  # stored (in, out)
     return entry.scaling * product.reshape(entry.shape)
 
 

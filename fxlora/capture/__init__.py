@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..alike import alike
-from ..dialect import mutated_inputs
+from ..dialect import written_attributes
 from ..errors import CaptureError
 from ..module import MODES, CapturedModule
 from .exported import examples_for, export_mode
@@ -83,7 +83,7 @@ def _assemble(
     called: set[str] = set()
     for source in sources.values():
         for node in source.graph.nodes:
-            written |= {str(w.target) for w in mutated_inputs(node) if w.op == "get_attr"}
+            written |= set(written_attributes(node))
             called |= {str(node.target)} if node.op == "call_module" else set()
     tree = build_tree(model, called, written)
     known = _tensor_names(model)

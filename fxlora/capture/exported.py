@@ -107,7 +107,8 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.train(training)
-        yield
+        with torch.random.fork_rng(devices=[]):  # dropout draws while it is traced
+            yield
     finally:
         for module, flag in flags:
             module.training = flag

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import fxlora
+from fxlora import CaptureError, InputError
+
+from .laws import assert_untouched, run, snapshot
+from .models import Attention, Mlp, Normed, Tied
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x, mask=None, *, scale=1.0, extra=None):  # noqa: ANN001, ANN201
+        y = self.fc(x) * scale
+        if mask is not None:
+            y = y * mask
+        return y if extra is None else y + extra["bias"]
+
+
+def test_parameters_share_storage_and_buffers_are_copies() -> None:
+    model = Normed()
+    gm = fxlora.capture(model, torch.randn(2, 3, 9, 7))
+    for name, parameter in model.named_parameters():
+        mine = gm.get_parameter(name)
+        assert mine.data_ptr() == parameter.data_ptr()
+        assert mine is not parameter
+    for name, buffer in model.named_buffers():
+        assert gm.get_buffer(name).data_ptr() != buffer.data_ptr()
+    gm.train()(torch.randn(2, 3, 9, 7))
+    assert int(model.bn.num_batches_tracked) == 0
+    assert int(gm.get_buffer("bn.num_batches_tracked")) == 1
+
+
+def test_it_is_a_true_graph_module() -> None:
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5))
+    assert isinstance(gm, fx.GraphModule)
+    assert type(gm).__name__ == "Mlp"
+    gm.graph.lint()
+    assert "torch.ops.aten.linear.default" in gm.code
+    assert gm.train().code != gm.eval().code
+    copied = copy.deepcopy(gm)
+    copied.get_parameter("up.weight").data.zero_()
+    assert gm.get_parameter("up.weight").abs().sum() > 0
+    assert copied.train().code == gm.train().code
+    assert copied.eval().code == gm.eval().code
+
+
+def test_one_graph_where_the_modes_are_alike() -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(5, 3), nn.ReLU()), torch.randn(2, 5))
+    assert gm.graphs["train"] is gm.graphs["eval"]
+    assert len(fxlora.capture(Mlp(), torch.randn(2, 5)).distinct_graphs()) == 2
+
+
+def test_the_mode_of_the_source_is_kept() -> None:
+    model = Mlp().eval()
+    model.up.train()
+    before = snapshot(model)
+    assert not fxlora.capture(model, torch.randn(2, 5)).training
+    assert_untouched(model, before)
+
+
+def test_tied_weights_stay_one_tensor() -> None:
+    gm = fxlora.capture(Tied(), torch.tensor([[1, 2]]))
+    assert gm.get_parameter("emb.weight") is gm.get_parameter("head.weight")
+    copied = copy.deepcopy(gm)
+    assert copied.get_parameter("emb.weight") is copied.get_parameter("head.weight")
+
+
+def test_loading_a_state_dict_leaves_the_source_alone() -> None:
+    model = Mlp()
+    before = snapshot(model)
+    gm = fxlora.capture(model, torch.randn(2, 5))
+    gm.load_state_dict({k: v + 1 for k, v in gm.state_dict().items()})
+    assert torch.equal(gm.get_parameter("up.weight"), model.up.weight + 1)
+    assert_untouched(model, before)
+
+
+def test_a_weight_that_the_forward_writes_to_is_copied() -> None:
+    model = nn.Embedding(7, 3, max_norm=0.5)
+    before = model.weight.detach().clone()
+    for gm in (fxlora.capture(model, torch.tensor([[1, 2]])), fxlora.capture(model)):
+        gm.eval()(torch.tensor([[1, 4]]))
+        assert not torch.equal(gm.get_parameter("weight"), before)
+        assert torch.equal(model.weight, before)
+
+
+# ---- devices and dtypes -------------------------------------------------------------------------
+
+
+class NamesDevices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        steps = torch.arange(3, device=y.device, dtype=y.dtype)
+        return y + steps + torch.tensor([1.0, 2.0, 3.0], device=y.device, dtype=y.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_to_dtype(dtype: torch.dtype) -> None:
+    model = NamesDevices()
+    gm = fxlora.capture(model, torch.randn(2, 5)).to(dtype)
+    x = torch.randn(4, 5, dtype=dtype)
+    assert model.fc.weight.dtype == torch.float32
+    found, expected = gm(x), copy.deepcopy(model).to(dtype)(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_to_device_moves_the_devices_that_the_graph_names() -> None:
+    gm = fxlora.capture(NamesDevices(), torch.randn(2, 5)).to("meta")
+    assert gm(torch.randn(3, 5, device="meta")).device.type == "meta"
+
+
+def test_a_cast_whose_meaning_is_lost_is_refused() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x).to(torch.float32).softmax(-1).to(x.dtype)
+
+    gm = fxlora.capture(Casts(), torch.randn(2, 5))
+    with pytest.raises(CaptureError, match="Cast the source"):
+        gm.to(torch.bfloat16)
+    assert gm.get_parameter("fc.weight").dtype == torch.float32
+    assert gm.double()(torch.randn(2, 5).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_torch_compile(adapted: bool) -> None:
+    gm = fxlora.capture(Normed(), torch.randn(2, 3, 9, 7))
+    if adapted:
+        gm = fxlora.inject(gm, fxlora.match(gm, fxlora.Rule(op="linear", lora=fxlora.LoraConfig(r=2))))
+    gm.eval()
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 9, 7)
+    assert torch.allclose(compiled(x)["logits"], gm(x)["logits"], atol=1e-6)
+    gm.train()
+    before = gm.get_buffer("bn.num_batches_tracked").clone()
+    compiled(x)
+    assert gm.get_buffer("bn.num_batches_tracked") == before + 1
+    with pytest.raises(Exception, match=r"captured as 9|dimension 2"):
+        compiled(torch.randn(4, 3, 1, 7))
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def test_the_batch_is_dynamic_from_an_example_of_one() -> None:
+    model = Normed().eval()
+    gm = fxlora.capture(model, torch.randn(1, 3, 9, 7))
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 9, 7)
+        assert torch.equal(run(gm, (x,), {})[0], run(model, (x,), {})[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((torch.randn(2, 4),), {"scale": 2.0}, "x, dimension 1: captured as 5, called with 4"),
+        ((torch.randn(2, 1),), {"scale": 2.0}, "x, dimension 1: captured as 5, called with 1"),
+        ((torch.randn(2, 5),), {"scale": 3.0}, "scale: captured as the constant 2.0"),
+        ((torch.randn(2, 5),), {}, "scale: missing"),
+        ((torch.randn(2, 5),), {"scale": 2.0, "mask": None}, "mask: not among"),
+        ((torch.randn(5),), {"scale": 2.0}, "x: captured with 2 dimensions"),
+        ((torch.zeros(2, 5).long(),), {"scale": 2.0}, "x: captured as a tensor of floating"),
+        ((None,), {"scale": 2.0}, "x: captured as a tensor, called with NoneType"),
+        ((torch.randn(2, 5), 2.0, 3), {}, "called with 3 positional"),
+    ],
+)
+def test_calls_outside_the_capture_raise(args: tuple, kwargs: dict, message: str) -> None:
+    gm = fxlora.capture(TwoInputs(), (torch.randn(4, 5),), {"scale": 2.0})
+    with pytest.raises(InputError) as error:
+        gm(*args, **kwargs)
+    assert str(error.value).startswith(message)
+
+
+def test_dimensions_captured_as_the_same_must_be_the_same() -> None:
+    gm = fxlora.capture(TwoInputs(), (torch.randn(4, 5), torch.ones(4, 3)))
+    x = torch.randn(2, 5)
+    gm(x, torch.ones(2, 3))
+    gm(mask=torch.ones(2, 3), x=x)
+    with pytest.raises(InputError, match="mask, dimension 0"):
+        gm(x, torch.ones(1, 3))  # would broadcast
+
+
+def test_nested_inputs_are_named() -> None:
+    gm = fxlora.capture(TwoInputs(), (torch.randn(4, 5),), {"extra": {"bias": torch.ones(4, 3)}})
+    with pytest.raises(InputError, match=r"extra\['bias'\], dimension 1"):
+        gm(torch.randn(4, 5), extra={"bias": torch.ones(4, 1)})
+    with pytest.raises(InputError, match="structure"):
+        gm(torch.randn(4, 5), extra={"other": torch.ones(4, 3)})
+
+
+def test_dynamic_shapes_are_the_users() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).mean((2, 3))
+
+    model = Pool()
+    height = torch.export.Dim("height", min=8, max=64)
+    gm = fxlora.capture(model, torch.randn(2, 3, 9, 11), dynamic_shapes={"x": {2: height}})
+    x = torch.randn(2, 3, 16, 11)
+    assert torch.equal(run(gm, (x,), {})[0], run(model, (x,), {})[0])
+    for bad in (torch.randn(2, 3, 65, 11), torch.randn(2, 3, 7, 11), torch.randn(3, 3, 16, 11)):
+        with pytest.raises(InputError):
+            gm(bad)
+
+
+# ---- what cannot be captured --------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        if y.sum() > 0:
+            return y
+        return -y
+
+
+@pytest.mark.parametrize("args", [(torch.randn(2, 5),), None])
+def test_the_users_line_is_named(args: tuple | None) -> None:
+    model = Branches()
+    before = snapshot(model)
+    line = Branches.forward.__code__.co_firstlineno + 2
+    with pytest.raises(CaptureError, match=rf"Branches .*{__file__}:{line}"):
+        fxlora.capture(model, args)
+    assert_untouched(model, before)
+
+
+def test_lazy_modules_need_a_first_call() -> None:
+    with pytest.raises(CaptureError):
+        fxlora.capture(nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("bad", ["model", torch.nn.functional.relu])
+def test_only_modules_are_captured(bad: object) -> None:
+    with pytest.raises(CaptureError, match=r"nn\.Module"):
+        fxlora.capture(bad)
+
+
+def test_the_tracer_sees_functions_and_methods() -> None:
+    class Spellings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(5, 4))
+            self.b = nn.Parameter(torch.randn(4, 3))
+            self.c = nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.matmul(x @ self.a, other=self.b)
+            return F.linear(weight=self.c, input=y).matmul(self.c)
+
+    model = Spellings()
+    gm = fxlora.capture(model)
+    targets = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+    assert targets == ["aten.matmul.default"] * 2 + ["aten.linear.default", "aten.matmul.default"]
+    x = torch.randn(2, 5)
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_module_that_the_tracer_keeps_whole_is_not_adapted_silently() -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 12)))
+    with pytest.raises(fxlora.NoMatchError, match="capture with example inputs"):
+        fxlora.match(gm, fxlora.Rule("out_proj"))
+    exported = fxlora.capture(Attention(), torch.randn(2, 3, 8))
+    assert len(fxlora.match(exported, fxlora.Rule("out_proj"))) == 3
+
+
+def test_capture_needs_no_seed() -> None:
+    model = Mlp()
+    state = torch.random.get_rng_state()
+    fxlora.capture(model, torch.zeros(2, 5))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+def test_to_cuda() -> None:
+    model = NamesDevices()
+    gm = fxlora.capture(model, torch.randn(2, 5)).to("cuda")
+    x = torch.randn(4, 5, device="cuda")
+    assert torch.allclose(gm(x), copy.deepcopy(model).cuda()(x))
+    lora = fxlora.inject(gm, fxlora.match(gm, fxlora.Rule("fc")))
+    assert lora.get_parameter("fc.lora_A.default.weight").is_cuda
+    assert fxlora.fold(lora)(x).is_cuda
