@@ -46,6 +46,7 @@ _INFORMATION = frozenset(
         "runtime_config",
         "ephemeral_gpu_offload",
         "megatron_core",
+        "qalora_group_size",  # of use_qalora, which is refused
     }
 )
 

@@ -39,7 +39,6 @@ class Entry:
     shape: tuple[int, ...]
     in_first: bool
     convolution: bool
-    padding_idx: int | None
     form: str
     reason: str
     r: int
@@ -49,6 +48,7 @@ class Entry:
     init: bool | str
     adapter: str
     rule: int
+    padding_idx: int | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -80,7 +80,8 @@ class Entry:
         return f"{self.prefix}.lora_B.{self.adapter}.weight"
 
     def to_data(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+        data = {**dataclasses.asdict(self), "shape": list(self.shape)}
+        return {key: value for key, value in data.items() if value is not None}  # TOML has no null
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Entry:

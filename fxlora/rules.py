@@ -308,7 +308,7 @@ def _suffix(target: str, name: str) -> bool:
 def _in_layers(config: LoraConfig, site: Site) -> bool:
     patterns = config.layers_pattern or (r"[^.]*",)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", f"{site.name}.")
+        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", site.name)
         if found:
             layers = config.layers_to_transform
             assert isinstance(layers, tuple)
@@ -371,14 +371,14 @@ def _holds_shape(rule: Rule, site: Site) -> bool:
 def _check_supported(site: Site, number: int) -> None:
     if writer := site.writer:
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): its weight is written to by {writer.kind} in every "
-            f"call {writer.line}, which an adapter would change. Leave it out, or build the "
+            f"'{site.name}' (rule {number}): {writer.kind} writes to its weight in every call, "
+            f"which an adapter would change. Leave it out, or build the "
             "layer without (an embedding: max_norm=None)."
         )
     if len(site.shape) > 2 and site.op not in FLATTENED:
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): a weight of shape {site.shape} that {site.op} reads "
-            f"{site.readers[0].line} is no single matrix, and stacks of matrices are not "
+            f"'{site.name}' (rule {number}): a weight of shape {site.shape} that "
+            f"{site.readers[0].describe()} is no single matrix, and stacks of matrices are not "
             "supported yet. Leave it out of the rule (Rule(name, lora=None) before it)."
         )
 

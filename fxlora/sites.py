@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ class Reader:
         op: its row in the table of ops, or None where it reads the weight in another way.
         kind: the op's name.
         call_site: path of the module whose forward made the call, as far as capture knows.
-        line: the source line of the call, or "".
+        line: `file:line` of the call, or "".
     """
 
     node: fx.Node
@@ -32,6 +33,10 @@ class Reader:
     kind: str
     call_site: str
     line: str
+
+    def describe(self) -> str:
+        """The op and where it is called, for messages."""
+        return f"{self.kind} reads at {self.line}" if self.line else f"{self.kind} reads"
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ def _readers(weight: fx.Node) -> Iterator[Reader]:
     for user in weight.users:
         positions = [i for i, arg in enumerate(user.args) if arg is weight]
         uses = sum(n is weight for n in _flat_inputs(user))
-        yield _reader(user, OPS.get((user.target, positions[0])) if positions and uses == 1 else None)
+        yield _reader(
+            user, OPS.get((user.target, positions[0])) if positions and uses == 1 else None
+        )
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:
@@ -195,7 +202,6 @@ def _call_site(node: fx.Node) -> str:
 
 
 def _source_line(node: fx.Node) -> str:
-    for line in reversed((node.stack_trace or "").splitlines()):
-        if line.strip().startswith("File "):
-            return line.strip()
-    return ""
+    """The last `file:line` of the call's stack trace, or ""."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    return ":".join(places[-1]) if places else ""

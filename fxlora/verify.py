@@ -204,9 +204,7 @@ def _gradients(
             torch.linspace(0.5, 1.5, o.numel(), device=o.device).view(o.shape).to(o)
             for o in outputs
         ]
-        found: Any = torch.autograd.grad(
-            outputs, wanted, loads, allow_unused=True
-        )
+        found: Any = torch.autograd.grad(outputs, wanted, loads, allow_unused=True)
     return {
         entry.site: 0.0 if grad is None else float(grad.abs().max())
         for entry, grad in zip(entries, found, strict=True)

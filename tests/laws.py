@@ -61,7 +61,9 @@ def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
 def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """s·BA in the weight's shape, from the papers' formula alone."""
     product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
-    if entry.op in ("embedding", "addmm") or (entry.op == "matmul" and product.shape != entry.shape):
+    if entry.op in ("embedding", "addmm") or (
+        entry.op == "matmul" and product.shape != entry.shape
+    ):
         product = product.T  # stored (in, out)
     return entry.scaling * product.reshape(entry.shape)
 
@@ -96,7 +98,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "grads": {k: p.requires_grad for k, p in model.named_parameters()},
         "no grad": {k: p.grad is None for k, p in model.named_parameters()},
         "modes": {k: m.training for k, m in model.named_modules()},
-        "hooks": {k: (len(m._forward_hooks), len(m._forward_pre_hooks)) for k, m in model.named_modules()},
+        "hooks": {
+            k: (len(m._forward_hooks), len(m._forward_pre_hooks)) for k, m in model.named_modules()
+        },
     }
 
 
@@ -150,7 +154,9 @@ def _check_capture(model: nn.Module, gm: Any, args: Any, kwargs: Any) -> None:
 def _check_identity(gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
     for training in (False, True):
         # torch chooses attention kernels by requires_grad, under no_grad too
-        plain, adapted = (copy.deepcopy(m).train(training).requires_grad_(False) for m in (gm, lora))
+        plain, adapted = (
+            copy.deepcopy(m).train(training).requires_grad_(False) for m in (gm, lora)
+        )
         assert_same(run(adapted, args, kwargs), run(plain, args, kwargs))
 
 
@@ -158,14 +164,18 @@ def _check_outputs_and_gradients(model: Any, gm: Any, lora: Any, args: Any, kwar
     source = copy.deepcopy(model).eval()
     lora = copy.deepcopy(lora).eval()
     base = run(copy.deepcopy(gm).eval(), args, kwargs)
-    effect = [float((a - b).abs().max()) for a, b in zip(run(lora, args, kwargs), base, strict=True)]
+    effect = [
+        float((a - b).abs().max()) for a, b in zip(run(lora, args, kwargs), base, strict=True)
+    ]
     assert max(effect) > 0
     names = [name for entry in lora.plan for name in (entry.name_a, entry.name_b)]
     factors = {n: lora.get_parameter(n).detach().clone().requires_grad_() for n in names}
     expected = oracle(source, lora, factors, args, kwargs)
     found = floats(lora(*args, **kwargs))
     assert_close(found, expected)
-    wanted = torch.autograd.grad([o.square().sum() for o in expected if o.requires_grad], list(factors.values()))
+    wanted = torch.autograd.grad(
+        [o.square().sum() for o in expected if o.requires_grad], list(factors.values())
+    )
     sum(o.square().sum() for o in found).backward()
     for name, gradient in zip(factors, wanted, strict=True):
         assert float(gradient.abs().max()) > 0, name

@@ -143,7 +143,9 @@ def test_a_cast_whose_meaning_is_lost_is_refused() -> None:
 def test_torch_compile(adapted: bool) -> None:
     gm = fxlora.capture(Normed(), torch.randn(2, 3, 9, 7))
     if adapted:
-        gm = fxlora.inject(gm, fxlora.match(gm, fxlora.Rule(op="linear", lora=fxlora.LoraConfig(r=2))))
+        gm = fxlora.inject(
+            gm, fxlora.match(gm, fxlora.Rule(op="linear", lora=fxlora.LoraConfig(r=2)))
+        )
     gm.eval()
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 3, 9, 7)

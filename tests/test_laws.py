@@ -30,9 +30,7 @@ def inputs(kind: type[nn.Module]) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", [Mlp, Convolutions, Readers, Tied, Attention, Normed])
-def test_exported(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    # TransformerEncoder's fused eval kernel rounds differently; torch.export does not take it.
-    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+def test_exported(kind: type[nn.Module]) -> None:
     check_laws(kind(), inputs(kind), rules=EVERY)
 
 
@@ -105,9 +103,7 @@ def test_convolution_geometry(
     matrix = b.flatten(1) @ a.flatten(1)
     scaling = 5 / (r**0.5 if rslora else r)
     weight = layer.weight + scaling * matrix.reshape(layer.weight.shape)
-    expected = torch.nn.functional.conv2d(
-        x, weight, layer.bias, stride, padding, dilation, groups
-    )
+    expected = torch.nn.functional.conv2d(x, weight, layer.bias, stride, padding, dilation, groups)
     effect = (expected - layer(x)).abs().max()
     assert effect > 0
     for module in (lora.eval(), fxlora.fold(lora).eval()):

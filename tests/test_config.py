@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule, load_rules
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": 0}, "r must be a whole number ≥ 1, not 0"),
+        ({"r": -3}, "r must be"),
+        ({"r": 2.5}, "r must be"),
+        ({"r": True}, "r must be"),
+        ({"r": "8"}, "r must be"),
+        ({"lora_alpha": 0}, "lora_alpha must be a finite number > 0"),
+        ({"lora_alpha": -1}, "lora_alpha"),
+        ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"lora_dropout": -0.1}, "lora_dropout"),
+        ({"bias": "some"}, "bias"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"init_lora_weights": "piza"}, "init_lora_weights must be one of"),
+        ({"target_modules": []}, "empty list"),
+        ({"target_modules": [1]}, "target_modules must be"),
+        ({"target_modules": "("}, "not a regular expression"),
+        ({"modules_to_save": "fc"}, "must be a list of names"),
+        ({"rank_pattern": {"a": 0}}, r"rank_pattern\['a'\]"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern must be a mapping"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "needs layers_to_transform"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "re:("}, "not a regular expression"),
+        ({"name": []}, "empty list"),
+        ({"min_features": -1}, "min_features"),
+        ({"where": 3}, "where must be a function"),
+        ({"lora": 8}, "lora must be a LoraConfig"),
+        ({"name": "a", "lora": LoraConfig(target_modules=["b"])}, "twice"),
+    ],
+)
+def test_a_rule_that_cannot_be_meant(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Rule(**values)
+
+
+def test_an_alpha_that_is_not_whole_is_warned_about() -> None:
+    with pytest.warns(FxLoraWarning, match="not a whole number"):
+        assert LoraConfig(r=4, lora_alpha=2.5).scaling(4, 2.5) == 0.625
+    LoraConfig(lora_alpha=16.0)
+
+
+def test_scaling() -> None:
+    assert LoraConfig(r=4).scaling(4, 16) == 4
+    assert LoraConfig(r=4, use_rslora=True).scaling(4, 16) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rule = 3", "'rule' must be a list of tables"),
+        ("[[rule]]\nnaem = 'x'", "rule 1: unknown key 'naem'. Known: .*name"),
+        ("[[rule]]\nname = 'x'\n[rule.lora]\nrank = 3", "rule 1, lora: unknown key 'rank'"),
+        ("[[rule]]\nname = 'x'\n[rule.lora]\nr = '3'", "rule 1, lora: r must be a whole number"),
+        ("[[rule]]\nname = 3", "rule 1: name must be"),
+        ("[lora]\nr = 3", "needs target_modules"),
+        ("[lora]\nr = 3\n[[rule]]", "give either"),
+        ("", "give either"),
+        ("r = [", "is not valid"),
+        ("[[rule]]\nlora = true", "expected a table"),
+    ],
+)
+def test_rules_files_that_are_wrong(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "lora.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_rules(path)
+    assert "lora.toml" in str(error.value) or "a LoraConfig on its own" in str(error.value)
+
+
+def test_a_rules_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_rules(tmp_path / "none.toml")
+
+
+def test_a_rules_file(tmp_path: Path) -> None:
+    path = tmp_path / "lora.toml"
+    path.write_text(
+        """
+        [[rule]]
+        name = "lm_head"
+        lora = false
+
+        [[rule]]
+        op = "conv2d"
+        min_features = 64
+        lora = { r = 4, lora_alpha = 8 }
+        """
+    )
+    assert load_rules(path) == (
+        Rule("lm_head", lora=None),
+        Rule(op="conv2d", min_features=64, lora=LoraConfig(r=4, lora_alpha=8)),
+    )
+    path.write_text('[lora]\nr = 4\ntarget_modules = ["q_proj"]')
+    assert load_rules(path) == (Rule(lora=LoraConfig(r=4, target_modules=["q_proj"])),)

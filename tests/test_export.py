@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+from fxlora import ConfigError, ExportError, InputError, LoraConfig, Rule
+
+from .laws import randomise, run
+from .models import Mlp, Normed, Tied
+
+R = LoraConfig(r=2, lora_alpha=3)
+
+
+def test_a_fresh_process_needs_no_fxlora(tmp_path: Path) -> None:
+    lora = fxlora.adapt(Normed(), torch.randn(2, 3, 9, 7), rules=Rule(op="linear", lora=R))
+    randomise(lora)
+    folded = fxlora.fold(lora).train()
+    x = torch.randn(5, 3, 9, 7)
+    assert fxlora.export(folded, x, tmp_path / "model.pt2") == tmp_path / "model.pt2"
+    assert folded.training
+    torch.save({"x": x, "y": run(folded.eval(), (x,), {})[0]}, tmp_path / "io.pt")
+    script = f"""
+import sys
+sys.modules["fxlora"] = None  # importing it fails
+import torch
+program = torch.export.load("{tmp_path}/model.pt2").module()
+io = torch.load("{tmp_path}/io.pt", weights_only=True)
+with torch.no_grad():
+    assert torch.equal(program(io["x"])["logits"], io["y"])
+    assert program(io["x"][:2])["logits"].shape == (2, 4)  # the batch is dynamic
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_every_state_exports(tmp_path: Path, adapted: bool) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    module = fxlora.capture(Tied(), ids)
+    if adapted:
+        module = fxlora.inject(module, fxlora.match(module, Rule("mix", lora=R)))
+        randomise(module)
+    path = fxlora.export(module, (ids,), tmp_path / "m.pt2")
+    program = torch.export.load(path)
+    keys = set(program.state_dict)
+    assert ("mix.lora_A.default.weight" in keys) is adapted
+    found = program.module()(torch.cat([ids, ids]))
+    assert torch.equal(found, module.eval()(torch.cat([ids, ids])))
+
+
+def test_keyword_arguments_and_traced_modules(tmp_path: Path) -> None:
+    gm = fxlora.capture(Mlp(), None, {"x": torch.randn(2, 5)})
+    path = fxlora.export(gm, path=tmp_path / "m.pt2", kwargs={"x": torch.randn(3, 5)})
+    x = torch.randn(4, 5)
+    assert torch.equal(torch.export.load(path).module()(x=x), gm.eval()(x))
+    traced = fxlora.capture(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
+    path = fxlora.export(traced, torch.randn(1, 5), tmp_path / "t.pt2")
+    assert torch.equal(torch.export.load(path).module()(x), traced.eval()(x))
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5))
+    with pytest.raises(ConfigError, match="format must be one of"):
+        fxlora.export(gm, torch.randn(2, 5), tmp_path / "m", format="onxx")
+    with pytest.raises(ConfigError, match="needs a path"):
+        fxlora.export(gm, torch.randn(2, 5))
+    with pytest.raises(ExportError, match="cannot write"):
+        fxlora.export(gm, torch.randn(2, 5), tmp_path / "none" / "m.pt2")
+    with pytest.raises(InputError, match="dimension 1"):
+        fxlora.export(gm, torch.randn(2, 4), tmp_path / "m.pt2")
+    with pytest.raises(ExportError, match="captured module"):
+        fxlora.export(Mlp(), torch.randn(2, 5), tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5))
+    path = tmp_path / "m.pt2"
+    path.write_text("before")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    with pytest.raises(ExportError, match="No space left"):
+        fxlora.export(gm, torch.randn(2, 5), path)
+    assert path.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]

@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+from fxlora import ConfigError, LoraConfig, NoMatchError, Rule, UnsupportedOpError, match
+
+from .models import Attention, Convolutions, Readers, Tied
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(6, 7)
+        self.v_proj = nn.Linear(7, 6)
+        self.mlp = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.v_proj(self.q_proj(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.norm = nn.LayerNorm(6)
+        self.lm_head = nn.Linear(6, 11, bias=False)
+        self.spare = nn.Linear(4, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.emb(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+@pytest.fixture(scope="module")
+def gm() -> fxlora.CapturedModule:
+    return fxlora.capture(Model())
+
+
+def names(plan: fxlora.Plan) -> list[str]:
+    return [entry.site for entry in plan]
+
+
+R = LoraConfig(r=2)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (Rule("lm_head", lora=R), ["lm_head"]),
+        (Rule("q_proj", lora=R), [f"layers.{i}.q_proj" for i in range(3)]),
+        (Rule("*.0.?_proj", lora=R), ["layers.0.q_proj", "layers.0.v_proj"]),
+        (Rule(r"re:layers\.[12]\.mlp\.2", lora=R), ["layers.1.mlp.2", "layers.2.mlp.2"]),
+        (Rule(["emb", "lm_head"], lora=R), ["emb", "lm_head"]),
+        (Rule("emb.weight", lora=R), ["emb"]),
+        (Rule(op="embedding", lora=R), ["emb"]),
+        (Rule(op="emb*", lora=R), ["emb"]),
+        (Rule(min_features=7, lora=R), []),
+        (Rule(max_features=7, op="linear", lora=R), ["q", "v"]),
+        (Rule(min_out_features=10, op="linear", lora=R), ["lm_head"]),
+        (Rule(min_in_features=9, max_out_features=6, op="linear", lora=R), ["mlp.2"]),
+        (Rule(where=lambda s: s.shape == (9, 6), lora=R), ["mlp.0"]),
+        (LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), ["q", "lm_head"]),
+        (
+            LoraConfig(r=2, target_modules=r".*\.1\.[qv]_proj"),
+            ["layers.1.q_proj", "layers.1.v_proj"],
+        ),
+        (LoraConfig(r=2, target_parameters=["q_proj.weight"]), ["q"]),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 2]),
+            ["layers.0.q_proj", "layers.2.q_proj"],
+        ),
+        (
+            LoraConfig(
+                r=2, target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"
+            ),
+            ["layers.1.q_proj"],
+        ),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["1.q_proj"]),
+            ["layers.0.q_proj", "layers.2.q_proj"],
+        ),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=r".*\.[12]\..*"),
+            ["layers.0.q_proj"],
+        ),
+    ],
+)
+def test_matching(gm: fxlora.CapturedModule, rules: object, expected: list[str]) -> None:
+    short = {"q": "q_proj", "v": "v_proj", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
+    wanted = [
+        name
+        for e in expected
+        for name in ([f"layers.{i}.{short[e]}" for i in range(3)] if e in short else [e])
+    ]
+    if not wanted:
+        with pytest.raises(NoMatchError):
+            match(gm, rules)
+    else:
+        assert sorted(names(match(gm, rules))) == sorted(wanted)
+
+
+def test_all_linear(gm: fxlora.CapturedModule) -> None:
+    plan = match(gm, LoraConfig(r=2, target_modules="all-linear"))
+    assert len(plan) == 13
+    assert {entry.op for entry in plan} == {"linear"}
+    tied = fxlora.capture(Tied())
+    assert names(match(tied, LoraConfig(r=2, target_modules="all-linear"))) == ["mix"]
+
+
+def test_the_first_rule_that_matches_wins(gm: fxlora.CapturedModule) -> None:
+    rules = [
+        Rule("lm_head", lora=None),
+        Rule("q_proj", lora=LoraConfig(r=3)),
+        Rule(op="linear", lora=R),
+    ]
+    plan = match(gm, rules)
+    assert {entry.r for entry in plan if entry.site.endswith("q_proj")} == {3}
+    assert len(plan) == 12
+    assert ("lm_head", "rule 1 leaves it alone") in plan.skipped
+    assert ("emb", "no rule matches its embedding") in plan.skipped
+
+
+def test_patterns(gm: fxlora.CapturedModule) -> None:
+    config = LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={r"layers\.0\.q_proj": 4, "v_proj": 3},
+        alpha_pattern={r"^layers.1.v_proj": 9},
+    )
+    plan = {entry.site: entry for entry in match(gm, config)}
+    assert [plan[f"layers.{i}.q_proj"].r for i in range(3)] == [4, 2, 2]
+    assert plan["layers.0.q_proj"].scaling == 1.5
+    assert plan["layers.1.v_proj"].scaling == 3.0
+    assert plan["layers.2.v_proj"].scaling == 2.0
+    rslora = match(gm, LoraConfig(r=4, lora_alpha=6, target_modules=["emb"], use_rslora=True))
+    assert rslora.entries[0].scaling == 3.0
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            Rule("q_prj", lora=R),
+            r"rule 1 \('q_prj'\) matched none of 14 sites. Nearest: layers.0.q_proj",
+        ),
+        (LoraConfig(r=2, target_modules=["q_proj", "v_prj"]), "'v_prj'.*Nearest: layers.0.v_proj"),
+        (LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["k_proj"]), "exclude_modules"),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"k_proj": 3}),
+            "rank_pattern.*k_proj",
+        ),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], alpha_pattern={"emb": 3}),
+            "alpha_pattern.*emb",
+        ),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]),
+            "modules_to_save.*lm_head",
+        ),
+        (LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["w9"]), "'w9'"),
+        (Rule("norm", lora=R), "'norm' is in the model, but no graph reads"),
+        (Rule("spare", lora=R), "'spare' is in the model, but no graph reads"),
+        (Rule(op="conv2d", lora=R), "Kinds of op here: embedding, linear"),
+        ([Rule(op="linear", lora=R), Rule("q_proj", lora=R)], "taken by rule 1"),
+        ([Rule("q_proj", lora=None)], "adapt none"),
+    ],
+)
+def test_what_matches_nothing_raises(
+    gm: fxlora.CapturedModule, rules: object, message: str
+) -> None:
+    with pytest.raises(NoMatchError) as error:
+        match(gm, rules)
+    assert re.search(message, str(error.value)), str(error.value)
+
+
+def test_shapes_of_convolutions() -> None:
+    gm = fxlora.capture(Convolutions())
+    by_kernel = match(gm, Rule(kernel_size=3, lora=R))
+    assert names(by_kernel) == ["c2", "grouped", "depthwise", "c1"]
+    assert names(match(gm, Rule(kernel_size=(3, 1), lora=R))) == ["reflect"]
+    assert names(match(gm, Rule(op="conv2d", min_in_features=15, lora=LoraConfig(r=1)))) == [
+        "depthwise"
+    ]
+
+
+def test_one_weight_of_several_in_a_module() -> None:
+    gm = fxlora.capture(Attention(), torch.randn(2, 3, 8))
+    assert names(match(gm, Rule("mha", lora=R))) == ["mha.in_proj_weight"]
+    assert names(match(gm, LoraConfig(r=2, target_modules=["mha.out_proj"]))) == ["mha.out_proj"]
+    readers = fxlora.capture(Readers(), (torch.randn(3, 5), torch.ones(3, 4).long()))
+    assert names(match(readers, Rule("w_matmul", lora=R))) == ["w_matmul"]
+
+
+def test_forms_and_their_reasons() -> None:
+    gm = fxlora.capture(Readers(), (torch.randn(3, 5), torch.ones(3, 4).long()))
+    forms = {e.site: (e.form, e.reason) for e in match(gm, Rule(lora=R))}
+    assert forms["emb"] == ("branch", "")
+    assert forms["w_addmm"] == ("branch", "")
+    assert forms["w_left"] == ("branch", "")
+    assert forms["w_einsum"] == ("weight", "read by einsum")
+    assert forms["w_sliced"][0] == "weight"
+    assert forms["w_sliced"][1].startswith("read by slice")
+    grouped = {e.site: e for e in match(fxlora.capture(Convolutions()), Rule(lora=R))}
+    assert grouped["depthwise"].form == "weight"
+    assert "15 groups" in grouped["depthwise"].reason
+    with pytest.raises(ConfigError, match="no input to drop"):
+        match(gm, Rule("w_einsum", lora=LoraConfig(r=2, lora_dropout=0.1)))
+
+
+def test_what_no_form_can_adapt_raises() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(x, self.w)
+
+    with pytest.raises(
+        UnsupportedOpError,
+        match=r"'w' \(rule 1\): a weight of shape \(3, 5, 4\) that bmm reads at .*test_rules.py:\d+",
+    ):
+        match(fxlora.capture(Experts(), torch.randn(3, 2, 5)), Rule("w", lora=R))
+    renormed = fxlora.capture(nn.Embedding(7, 3, max_norm=1.0), torch.tensor([[1, 2]]))
+    with pytest.raises(UnsupportedOpError, match="embedding_renorm_ writes to its weight"):
+        match(renormed, Rule("weight", lora=R))
+
+
+def test_match_changes_nothing(gm: fxlora.CapturedModule) -> None:
+    code, keys = gm.code, list(gm.state_dict())
+    grads = [p.requires_grad for p in gm.parameters()]
+    match(gm, Rule(op="linear", lora=R))
+    assert (gm.code, list(gm.state_dict())) == (code, keys)
+    assert [p.requires_grad for p in gm.parameters()] == grads
+
+
+def test_modules_to_save(gm: fxlora.CapturedModule) -> None:
+    plan = match(
+        gm, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head", "norm"])
+    )
+    assert plan.trained == ("norm.weight", "norm.bias", "lm_head.weight")
+    assert ("lm_head", "trained in full") in plan.skipped
+    by_rule = match(gm, [Rule("lm_head", train=True), Rule("q_proj", lora=R)])
+    assert by_rule.trained == ("lm_head.weight",)
+    with pytest.warns(fxlora.FxLoraWarning, match="same tensor"):
+        tied = match(
+            fxlora.capture(Tied()),
+            LoraConfig(r=2, target_modules=["mix"], modules_to_save=["head"]),
+        )
+    assert tied.trained == ("emb.weight",)
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [("none", 0), ("lora_only", 3), ("all", 14)],
+)
+def test_bias(gm: fxlora.CapturedModule, bias: str, expected: int) -> None:
+    plan = match(gm, LoraConfig(r=2, target_modules=["q_proj"], bias=bias))
+    assert len([n for n in plan.trained if n.endswith("bias")]) == expected
+
+
+def test_a_rank_beyond_the_weights_is_warned_about(gm: fxlora.CapturedModule) -> None:
+    with pytest.warns(fxlora.FxLoraWarning, match="r=9 for 'emb' is more than the rank 6"):
+        match(gm, Rule("emb", lora=LoraConfig(r=9)))
+
+
+def test_output_embeddings_are_spared_by_all_linear() -> None:
+    class WithHead(Model):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    plan = match(fxlora.capture(WithHead()), LoraConfig(r=2, target_modules="all-linear"))
+    assert "lm_head" not in names(plan)
+    assert len(plan) == 12
+
+
+def test_plan(gm: fxlora.CapturedModule, golden: Callable[[str, str], None]) -> None:
+    rules = [
+        Rule("lm_head", lora=None),
+        Rule("re:.*[qv]_proj", lora=LoraConfig(r=3, lora_alpha=12, modules_to_save=["norm"])),
+        Rule(op="embedding", lora=LoraConfig(r=2, lora_alpha=5)),
+    ]
+    plan = match(gm, rules)
+    assert len(plan) == len(list(plan)) == 7
+    golden("plan.txt", str(plan))
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_plan_is_written_and_read_back(gm: fxlora.CapturedModule, suffix: str, tmp_path) -> None:  # noqa: ANN001
+    rules = [
+        Rule("lm_head", lora=None),
+        Rule(
+            ["q_proj", "*.v_proj"], min_features=6, lora=LoraConfig(r=3, rank_pattern={"q_proj": 2})
+        ),
+        Rule(op="embedding", train=True),
+        LoraConfig(r=2, target_modules=["mlp.0"], layers_to_transform=[1], use_rslora=True),
+    ]
+    plan = match(gm, rules)
+    path = tmp_path / f"plan.{suffix}"
+    path.write_text(plan.to_toml() if suffix == "toml" else plan.to_json())
+    again = match(gm, path)
+    assert again == plan
+    assert names(again) == names(plan)
+
+
+def test_a_function_is_not_written(gm: fxlora.CapturedModule) -> None:
+    plan = match(gm, Rule(where=lambda site: site.name == "emb", lora=R))
+    with pytest.raises(ConfigError, match="where="):
+        plan.to_toml()
+
+
+def test_match_needs_a_captured_module() -> None:
+    with pytest.raises(ConfigError, match="capture first"):
+        match(Model(), R)
+    gm = fxlora.capture(Model())
+    with pytest.raises(ConfigError, match="adapter_name"):
+        match(gm, Rule("emb", lora=R), adapter_name="a.b")
+    lora = fxlora.inject(gm, match(gm, Rule("emb", lora=R)))
+    with pytest.raises(ConfigError, match="has adapters already"):
+        match(lora, Rule("emb", lora=R))
