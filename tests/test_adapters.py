@@ -169,7 +169,7 @@ def test_ours_reads_pefts(tmp_path: Path, rslora: bool) -> None:
     config = peft.LoraConfig(**PLAIN, use_rslora=rslora, init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     theirs.save_pretrained(tmp_path)
@@ -209,7 +209,7 @@ def damaged(folder: Path, what: str) -> None:
         ("truncated", "damaged"),
         ("not safetensors", "damaged"),
         ("no weights", "is a pickle"),
-        ("no config", "has no adapter_config.json"),
+        ("no config", r"has no adapter_config\.json"),
         ("bad config", "damaged"),
         ("config is a list", "expected an object"),
         ("another method", "'IA3', not for LORA"),
@@ -248,7 +248,7 @@ def test_a_mismatch_names_the_keys(tmp_path: Path) -> None:
     assert "missing in the file: base_model.model.conv.lora_B.weight" in text
     assert "not what it trains: base_model.model.extra.weight" in text
     assert "twice.lora_A.weight ((3, 6) in the file, (2, 6) here)" in text
-    with pytest.raises(AdapterError, match="the module has no conv.weight"):
+    with pytest.raises(AdapterError, match=r"the module has no conv\.weight"):
         fxlora.load_adapter(fxlora.capture(Mlp(), torch.randn(2, 5)), tmp_path)
 
 

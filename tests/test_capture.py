@@ -19,7 +19,7 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.fc = nn.Linear(5, 3)
 
-    def forward(self, x, mask=None, *, scale=1.0, extra=None):  # noqa: ANN001, ANN201
+    def forward(self, x, mask=None, *, scale=1.0, extra=None):
         y = self.fc(x) * scale
         if mask is not None:
             y = y * mask

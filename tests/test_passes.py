@@ -258,7 +258,9 @@ def test_inject_refuses_what_does_not_fit() -> None:
     with pytest.raises(InjectError, match="takes a Plan"):
         fxlora.inject(gm, R)
     other = fxlora.capture(nn.Sequential(nn.Linear(5, 3)))
-    with pytest.raises(InjectError, match="no graph of this module reads a parameter 'up.weight'"):
+    with pytest.raises(
+        InjectError, match=r"no graph of this module reads a parameter 'up\.weight'"
+    ):
         fxlora.inject(other, plan)
     wrong = dataclasses.replace(plan.entries[0], shape=(9, 5))
     with pytest.raises(InjectError, match=r"made for a weight \(9, 5\), the module's is \(7, 5\)"):

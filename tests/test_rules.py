@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_what_no_form_can_adapt_raises() -> None:
 
     with pytest.raises(
         UnsupportedOpError,
-        match=r"'w' \(rule 1\): a weight of shape \(3, 5, 4\) that bmm reads at .*test_rules.py:\d+",
+        match=r"'w' \(rule 1\): a weight of shape \(3, 5, 4\) that bmm reads at .*rules.py:\d+",
     ):
         match(fxlora.capture(Experts(), torch.randn(3, 2, 5)), Rule("w", lora=R))
     renormed = fxlora.capture(nn.Embedding(7, 3, max_norm=1.0), torch.tensor([[1, 2]]))
@@ -296,7 +297,9 @@ def test_plan(gm: fxlora.CapturedModule, golden: Callable[[str, str], None]) -> 
 
 
 @pytest.mark.parametrize("suffix", ["toml", "json"])
-def test_a_plan_is_written_and_read_back(gm: fxlora.CapturedModule, suffix: str, tmp_path) -> None:  # noqa: ANN001
+def test_a_plan_is_written_and_read_back(
+    gm: fxlora.CapturedModule, suffix: str, tmp_path: Path
+) -> None:
     rules = [
         Rule("lm_head", lora=None),
         Rule(

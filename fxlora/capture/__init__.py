@@ -27,7 +27,10 @@ def capture(
 
     With example inputs, through torch.export, in train and in eval mode; `train()` and `eval()`
     of the result choose the graph. Without, through torch.fx's tracer (which sees less: give
-    inputs where you can). Frozen parameters share storage with the model; buffers are copies.
+    inputs where you can).
+
+    Parameters share storage with the model, so that nothing large is copied: training them in
+    place trains the model's too (`inject` freezes them). Buffers are copies.
 
     Args:
         model: any nn.Module.

@@ -61,7 +61,7 @@ def export_mode(
         assert isinstance(module, fx.GraphModule)
         return module, _contract(program, module, model, example), example
     assert failure is not None
-    raise capture_error(model, failure) from failure
+    raise capture_error(model, training, failure) from failure
 
 
 def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:
@@ -119,12 +119,13 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def capture_error(model: nn.Module, error: BaseException) -> CaptureError:
+def capture_error(model: nn.Module, training: bool, error: BaseException) -> CaptureError:
     """The error of a capture that failed, with the line of the model's code that it came from."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    place = _user_line(error)
+    place, mode = _user_line(error), "train" if training else "eval"
     return CaptureError(
-        f"{type(model).__name__} could not be captured{place}: {type(error).__name__}: "
+        f"{type(model).__name__} could not be captured in {mode} mode{place}: "
+        f"{type(error).__name__}: "
         f"{reason[0]} Try the model on the same inputs; where its forward branches on values "
         "of tensors, capture the submodules that do not."
     )

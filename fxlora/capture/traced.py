@@ -25,6 +25,6 @@ def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
         with mode_of(model, training):
             graph = WeightTracer().trace(model)
     except Exception as error:
-        raise capture_error(model, error) from error
+        raise capture_error(model, training, error) from error
     lower(graph)
     return graph
