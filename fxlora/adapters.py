@@ -68,12 +68,16 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
     tensors = {key: _plain(tensor) for key, tensor in _changed(module).items()}
-    header = {"format": "pt", "fxlora": json.dumps(_plan_data(module.plan))}
+    # One key: safetensors writes several in any order, and a file should be reproducible.
+    header = {"fxlora": json.dumps(_plan_data(module.plan))}
     with (
         whole_file(folder / CONFIG, AdapterError) as config,
         whole_file(folder / WEIGHTS, AdapterError) as weights,
     ):
-        save_file(tensors, weights, metadata=header)
+        try:
+            save_file(tensors, weights, metadata=header)
+        except SafetensorError as error:  # its word for a full disk
+            raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}.") from error
         config.write_text(json.dumps(_peft_config(module, module.plan), indent=2), encoding="utf-8")
 
 

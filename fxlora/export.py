@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def export(
         raise ExportError(f"expected a captured module, not {type(module).__name__}.")
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
-    with whole_file(path, ExportError) as temporary:
-        torch.export.save(program, temporary)
+    # Through memory: on a full disk torch's own writer aborts the process.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    with whole_file(path, ExportError) as temporary, temporary.open("wb") as file:
+        file.write(content.getbuffer())
     return Path(path)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .config import ALL_LINEAR, LoraConfig, Rule, Rules, as_rules
+from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
 from .module import CapturedModule
 from .ops import FLATTENED, MATRIX_PRODUCTS
@@ -119,14 +119,21 @@ class _Matching:
             return False
         return config.layers_to_transform is None or _in_layers(config, site)
 
-    def _in_targets(self, targets: str | Sequence[str] | None, site: Site) -> bool:
-        if targets is None:
-            return False
-        if targets in (ALL_LINEAR, (ALL_LINEAR,)):
-            spared = self.module.outputs & set(site.names)
-            embeds = any(reader.kind == "embedding" for reader in site.readers)
-            return site.op in MATRIX_PRODUCTS and not spared and not embeds
-        return _matches_targets(targets, site)
+    def _in_targets(self, targets: Names, site: Site) -> bool:
+        """PEFT's matching: one string is an expression for the whole name, a list has names."""
+        if isinstance(targets, str) and targets != ALL_LINEAR:
+            return any(re.fullmatch(targets, alias) for alias in site.aliases)
+        names = (targets,) if isinstance(targets, str) else targets or ()
+        return any(
+            self._in_all_linear(site) if name == ALL_LINEAR else _is_called(name, site)
+            for name in names
+        )
+
+    def _in_all_linear(self, site: Site) -> bool:
+        """Matrix products, less the output layer and embeddings."""
+        spared = self.module.outputs & set(site.names)
+        embeds = any(reader.kind == "embedding" for reader in site.readers)
+        return site.op in MATRIX_PRODUCTS and not spared and not embeds
 
     # ---- trained in full ------------------------------------------------------------------------
 
@@ -292,13 +299,11 @@ def matches_name(pattern: str, site: Site) -> bool:
         return any(re.fullmatch(pattern[3:], alias) for alias in site.aliases)
     if any(character in pattern for character in "*?["):
         return any(fnmatchcase(alias, pattern) for alias in site.aliases)
-    return any(_suffix(pattern, alias) for alias in site.aliases)
+    return _is_called(pattern, site)
 
 
-def _matches_targets(targets: str | Sequence[str], site: Site) -> bool:
-    if isinstance(targets, str):
-        return any(re.fullmatch(targets, alias) for alias in site.aliases)
-    return any(_suffix(target, alias) for target in targets for alias in site.aliases)
+def _is_called(name: str, site: Site) -> bool:
+    return any(_suffix(name, alias) for alias in site.aliases)
 
 
 def _suffix(target: str, name: str) -> bool:

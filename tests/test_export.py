@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_what_was_there(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.export, "save", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(ExportError, match="No space left"):
         fxlora.export(gm, torch.randn(2, 5), path)
     assert path.read_text() == "before"

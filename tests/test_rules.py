@@ -113,6 +113,8 @@ def test_all_linear(gm: fxlora.CapturedModule) -> None:
     plan = match(gm, LoraConfig(r=2, target_modules="all-linear"))
     assert len(plan) == 13
     assert {entry.op for entry in plan} == {"linear"}
+    both = match(gm, LoraConfig(r=2, target_modules=["all-linear", "emb"]))
+    assert len(both) == 14
     tied = fxlora.capture(Tied())
     assert names(match(tied, LoraConfig(r=2, target_modules="all-linear"))) == ["mix"]
 

@@ -126,7 +126,7 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{place}: "
         f"{type(error).__name__}: "
-        f"{reason[0]} Try the model on the same inputs; where its forward branches on values "
+        f"{reason[0].rstrip('.')}. Try the model on the same inputs; where its forward branches on values "
         "of tensors, capture the submodules that do not."
     )
 
