@@ -1,0 +1,94 @@
+"""A script written for PEFT, moved to fxlora: two lines differ.
+
+    from peft import LoraConfig, get_peft_model     from fxlora import LoraConfig, adapt
+    model = get_peft_model(base, config)            model = adapt(base, kwargs=batch, rules=config)
+
+The example batch is new, because fxlora captures the graph that runs on it. What is saved is a
+folder that PEFT reads.
+"""
+
+import importlib.util
+import tempfile
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxlora
+from fxlora import LoraConfig, adapt
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    base, batch = tiny_llama(), copying_task()
+    config = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        lora_dropout=0.05,
+        modules_to_save=["lm_head"],
+    )
+    model = adapt(base, kwargs=batch, rules=config)
+    print(model.plan)
+
+    train(model, batch)
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        fxlora.save_adapter(model, folder)
+        compare_with_peft(base, model, batch, folder)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers with initial weights: nothing is downloaded."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_cache=False,
+        )
+    )
+
+
+def copying_task() -> dict[str, torch.Tensor]:
+    """A batch to learn by heart: sequences whose second half repeats the first."""
+    half = torch.randint(64, (16, 8))
+    tokens = torch.cat([half, half], 1)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """The training loop is the one that a PEFT script has."""
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    for step in range(61):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            print(f"step {step}: loss {loss.item():.3f}")
+
+
+@torch.no_grad()
+def compare_with_peft(
+    base: LlamaForCausalLM, model: torch.nn.Module, batch: dict[str, torch.Tensor], folder: str
+) -> None:
+    """PEFT puts the saved folder on the same base: the base is as it was before fxlora."""
+    ours = model(**batch).logits
+    if importlib.util.find_spec("peft") is None:
+        print("peft is not installed: the folder is not compared with it")
+        return
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(base.eval(), folder)(**batch).logits
+    torch.testing.assert_close(theirs, ours)
+    error = ((ours - theirs).abs().max() / ours.abs().max()).item()
+    print(f"PEFT loads the folder: its logits differ from ours by {error:.1e} of the largest")
+
+
+if __name__ == "__main__":
+    main()
