@@ -14,6 +14,9 @@ help: ## list the targets
 demo: $(VENV)/demo ## the whole way on real data: pretrain, capture, adapt, fold, verify, export
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# One thread a worker: OpenMP's threads spin, and two workers on two cores would wait for them.
+test test-all test-floor: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/test ## the tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 

@@ -26,6 +26,7 @@ from .files import whole_file
 from .module import CapturedModule
 from .plan import Entry, Plan
 from .rules import match
+from .tables import some
 from .verbs import inject
 
 WEIGHTS = "adapter_model.safetensors"
@@ -308,7 +309,7 @@ def _check_entries(module: CapturedModule, plan: Plan, content: _Folder) -> None
         ("not what it trains:", [key for key in content.tensors if key not in allowed]),
         ("of another shape:", _misshapen(content.tensors, allowed)),
     ]
-    said = [f"{what} {_some(names)}" for what, names in problems if names]
+    said = [f"{what} {some(names)}" for what, names in problems if names]
     if said:
         raise AdapterError(f"{content.path} does not fit the module; {'; '.join(said)}.")
 
@@ -319,11 +320,6 @@ def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ..
         for key, tensor in tensors.items()
         if key in shapes and tuple(tensor.shape) != shapes[key]
     ]
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _fill(module: CapturedModule, plan: Plan, content: _Folder) -> None:

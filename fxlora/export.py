@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .capture.exported import examples_for
+from .capture.exported import Example, example_for, examples_for
 from .errors import ConfigError, ExportError
 from .files import whole_file
+from .inputs import InputSpec
 from .module import CapturedModule
 
 FORMATS = ("pt2",)
@@ -33,8 +34,8 @@ def export(
         args, kwargs: example inputs.
         path: of the file; it is written whole or not at all.
         format: "pt2".
-        dynamic_shapes: as for `capture`; by default the batch is dynamic where the captured
-            graph allows it.
+        dynamic_shapes: as for `capture`; by default what is dynamic in the captured graph is
+            dynamic in the file.
 
     Raises:
         ExportError: torch.export refuses the module, or the file cannot be written.
@@ -62,13 +63,10 @@ def exported(
 ) -> ExportedProgram:
     """The eval graph as an ExportedProgram."""
     evaluation = module.derive().eval()
-    spec = evaluation.inputs["eval"]
-    if spec is not None:
-        spec.check(args, kwargs)
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)
     failure: Exception | None = None
-    for example in examples_for(args, kwargs, dynamic_shapes):
+    for example in _examples(evaluation.inputs["eval"], args, kwargs, dynamic_shapes):
         try:
             return torch.export.export(
                 evaluation,
@@ -80,3 +78,12 @@ def exported(
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
+
+
+def _examples(
+    spec: InputSpec | None, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> list[Example]:
+    if spec is None or dynamic_shapes is not None:
+        return examples_for(args, kwargs, dynamic_shapes)
+    spec.check(args, kwargs)
+    return [example_for(spec, args, kwargs)]

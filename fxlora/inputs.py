@@ -129,11 +129,17 @@ class InputSpec:
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise InputError unless the graph holds for these arguments."""
         bound: dict[str, tuple[int, str]] = {}
+        for leaf, item in self.pairs(args, kwargs):
+            leaf.check(item, bound)
+
+    def pairs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Input, Any]]:
+        """Each leaf of the contract with what the call gives for it."""
+        found: list[tuple[Input, Any]] = []
         for value, structure, leaves in zip(
             self._bind(args, kwargs), self.structures, self.leaves, strict=True
         ):
-            for item, leaf in zip(self._flatten(value, structure, leaves), leaves, strict=True):
-                leaf.check(item, bound)
+            found += zip(leaves, self._flatten(value, structure, leaves), strict=True)
+        return found
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if len(args) > len(self.names):

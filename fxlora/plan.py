@@ -15,6 +15,8 @@ from .config import Rule, rule_to_data
 from .ops import factor_shapes
 from .tables import render
 
+IN_FULL = "trained in full"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -138,12 +140,12 @@ class Plan:
             for e in self
         ]
         lines = [render(header, rows)]
-        lines.append(f"{len(self)} sites adapted with {self.adapter_parameters:,} parameters.")
+        lines.append(f"{_sites(len(self))} adapted with {self.adapter_parameters:,} parameters.")
         if self.modules_to_save:
             lines.append(f"Trained in full: {', '.join(self.modules_to_save)}.")
-        if self.skipped:
-            lines.append(f"{len(self.skipped)} sites left alone:")
-            lines += [f"  {site}: {reason}" for site, reason in self.skipped]
+        alone = [f"  {site}: {reason}" for site, reason in self.skipped if reason != IN_FULL]
+        if alone:
+            lines += [f"{_sites(len(alone))} left alone:", *alone]
         return "\n".join(lines)
 
     def to_data(self) -> dict[str, Any]:
@@ -165,3 +167,7 @@ class Plan:
     def to_toml(self) -> str:
         """The plan as TOML, which `match` takes back as rules (see `load_rules`)."""
         return tomli_w.dumps(self.to_data())
+
+
+def _sites(count: int) -> str:
+    return "1 site" if count == 1 else f"{count} sites"

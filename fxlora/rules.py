@@ -14,7 +14,7 @@ from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
 from .module import CapturedModule
 from .ops import FLATTENED, MATRIX_PRODUCTS
-from .plan import Entry, Plan
+from .plan import IN_FULL, Entry, Plan
 from .sites import Site, find_sites
 
 
@@ -69,7 +69,7 @@ class _Matching:
         for site, number in chosen:
             rule = self.rules[number - 1] if number else None
             if set(site.names) & trained:
-                skipped.append((site.name, "trained in full"))
+                skipped.append((site.name, IN_FULL))
             elif rule is None:
                 skipped.append((site.name, f"no rule matches its {site.op}"))
             elif rule.lora is None:
@@ -256,11 +256,10 @@ class _Matching:
             for n, other in enumerate(self.rules[: number - 1], 1)
             if any(self._holds(rule, site) and self._holds(other, site) for site in self.sites)
         ]
-        why = (
-            f" What it matches was taken by rule {', '.join(earlier)}: put it first."
-            if earlier
-            else ""
-        )
+        why = ""
+        if earlier:
+            others = ", ".join(earlier)
+            why = f" Rule {others} took what it matches: put rule {number} before rule {others}."
         kinds = ", ".join(sorted({site.op for site in self.sites}))
         raise NoMatchError(
             f"rule {number} ({rule.describe()}) matched none of {len(self.sites)} sites.{why} "

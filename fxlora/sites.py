@@ -47,7 +47,9 @@ class Site:
         name: the owner: a module's path for its `weight`, else the parameter's name.
         parameter: the parameter's (first) name in `state_dict()`.
         names: all its names in `state_dict()`: a tied weight has several.
-        aliases: every name that a rule may call it by: those, and the modules that own them.
+        aliases: every name that a rule may call it by: those, the modules that own them, and
+            the module around them whose forward reads the weight instead (MultiheadAttention
+            reads its out_proj's).
         op: kind of the op that reads it (of the first reader with a row in the table).
         shape: of the weight.
         in_features, out_features: of the layer (channels, for a convolution).
@@ -160,7 +162,7 @@ def _site(
         name=_owner(first),
         parameter=first,
         names=tuple(names),
-        aliases=_aliases(names),
+        aliases=_aliases(names, readers),
         op=main.kind,
         shape=shape,
         in_features=inputs,
@@ -180,9 +182,14 @@ def _owner(parameter: str) -> str:
     return module if module and name == "weight" else parameter
 
 
-def _aliases(names: list[str]) -> tuple[str, ...]:
+def _aliases(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
     modules = [name.rpartition(".")[0] for name in names]
-    return tuple(dict.fromkeys([*map(_owner, names), *names, *filter(None, modules)]))
+    around = [
+        reader.call_site
+        for reader in readers
+        if any(module.startswith(f"{reader.call_site}.") for module in modules)
+    ]
+    return tuple(dict.fromkeys([*map(_owner, names), *names, *filter(None, modules), *around]))
 
 
 def _groups(node: fx.Node) -> int:

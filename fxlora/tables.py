@@ -1,8 +1,8 @@
-"""Tables, through tabulate."""
+"""Tables, through tabulate, and lists cut short."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -14,6 +14,13 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "t
     """A table as text. Numbers arrive formatted; columns of them are set right."""
     align = [_alignment(column) for column in zip(*rows, strict=True)] if rows else None
     return tabulate(rows, header, tablefmt=FORMATS[style], disable_numparse=True, colalign=align)
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
 
 
 def _alignment(column: Sequence[Any]) -> str:

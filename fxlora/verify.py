@@ -67,7 +67,8 @@ class Verification:
         return (
             f"{render(header, rows)}\n"
             f"folded against unfolded: {self.output_error:.1e} of the largest output "
-            f"(tolerance {self.tolerance:.0e}); base unchanged; graphs restored node for node."
+            f"(tolerance {self.tolerance:.0e}). With B = 0 the outputs are those without adapters, "
+            "bit for bit; the folded graphs are the captured ones, node for node."
         )
 
 

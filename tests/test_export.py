@@ -65,6 +65,20 @@ def test_keyword_arguments_and_traced_modules(tmp_path: Path) -> None:
     assert torch.equal(torch.export.load(path).module()(x), traced.eval()(x))
 
 
+def test_what_was_captured_dynamic_is_exported_dynamic(tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    auto = torch.export.Dim.AUTO
+    gm = fxlora.capture(Tied(), ids, dynamic_shapes={"ids": {0: auto, 1: auto}}).eval()
+    program = torch.export.load(fxlora.export(gm, ids[:1, :1], tmp_path / "m.pt2")).module()
+    for shape in ((1, 1), (3, 5)):
+        other = torch.randint(0, 17, shape)
+        assert torch.equal(program(other), gm(other))
+    static = fxlora.capture(Tied(), ids, dynamic_shapes={"ids": None}).eval()
+    program = torch.export.load(fxlora.export(static, ids, tmp_path / "s.pt2")).module()
+    with pytest.raises(Exception, match=r"Guard failed|==|expected"):
+        program(ids[:1])
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5))
     with pytest.raises(ConfigError, match="format must be one of"):

@@ -174,7 +174,10 @@ def test_patterns(gm: fxlora.CapturedModule) -> None:
         (Rule("norm", lora=R), "'norm' is in the model, but no graph reads"),
         (Rule("spare", lora=R), "'spare' is in the model, but no graph reads"),
         (Rule(op="conv2d", lora=R), "Kinds of op here: embedding, linear"),
-        ([Rule(op="linear", lora=R), Rule("q_proj", lora=R)], "taken by rule 1"),
+        (
+            [Rule(op="linear", lora=R), Rule("q_proj", lora=R)],
+            "Rule 1 took what it matches: put rule 2 before rule 1",
+        ),
         ([Rule("q_proj", lora=None)], "adapt none"),
     ],
 )
@@ -198,7 +201,8 @@ def test_shapes_of_convolutions() -> None:
 
 def test_one_weight_of_several_in_a_module() -> None:
     gm = fxlora.capture(Attention(), torch.randn(2, 3, 8))
-    assert names(match(gm, Rule("mha", lora=R))) == ["mha.in_proj_weight"]
+    assert names(match(gm, Rule("mha", lora=R))) == ["mha.in_proj_weight", "mha.out_proj"]
+    assert names(match(gm, Rule("mha.in_proj_weight", lora=R))) == ["mha.in_proj_weight"]
     assert names(match(gm, LoraConfig(r=2, target_modules=["mha.out_proj"]))) == ["mha.out_proj"]
     readers = fxlora.capture(Readers(), (torch.randn(3, 5), torch.ones(3, 4).long()))
     assert names(match(readers, Rule("w_matmul", lora=R))) == ["w_matmul"]

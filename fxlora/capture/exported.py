@@ -84,6 +84,23 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     return [_with_dynamic_batch(wide_args, wide_kwargs, 2), static]
 
 
+def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """Inputs and dynamic shapes that a captured graph's own contract asks for."""
+    wide: dict[int, torch.Tensor] = {}
+    shapes = ShapesCollection()
+    for leaf, value in spec.pairs(args, kwargs):
+        if not isinstance(leaf, TensorInput):
+            continue
+        axes = [axis for axis, dim in enumerate(leaf.dims) if isinstance(dim, Dimension)]
+        tensor = value
+        for axis in axes:  # torch.export would fix a dimension of size 1
+            tensor = torch.cat([tensor, tensor], axis) if tensor.shape[axis] == 1 else tensor
+        wide[id(value)] = tensor
+        shapes[tensor] = dict.fromkeys(axes, Dim.AUTO)
+    args, kwargs = pytree.tree_map(lambda leaf: wide.get(id(leaf), leaf), (args, kwargs))
+    return Example(args, kwargs, shapes)
+
+
 def _has_batch(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
 
