@@ -1,0 +1,260 @@
+"""What the benchmarks share: options, the header, interleaved timing, memory, tables."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+LIBRARIES = ("torch", "fxlora", "peft", "transformers", "torchvision")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---- options and report -------------------------------------------------------------------------
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    result.add_argument("--rounds", type=int, help="timed runs of every side")
+    result.add_argument("--quick", action="store_true", help="small models, three rounds")
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the raw times here")
+    return result
+
+
+def start(options_parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
+    """The options as given, with the process set up for them."""
+    options = options_parser.parse_args()
+    options.rounds = options.rounds or (3 if options.quick else rounds)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return options
+
+
+class Report:
+    """Prints the header and the tables as they come, and keeps them for the JSON file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.file: Path | None = options.json
+        self.data: dict[str, Any] = {"header": header(options), "tables": []}
+        print("\n".join(f"{key}: {value}" for key, value in self.data["header"].items()))
+
+    def add(
+        self,
+        title: str,
+        rows: Sequence[Mapping[str, Any]],
+        timings: Mapping[str, Timing] | None = None,
+        note: str = "",
+    ) -> None:
+        print(f"\n{title}\n\n{table(rows)}")
+        if note:
+            print(f"\n{note}")
+        seconds = {side: timing.seconds for side, timing in (timings or {}).items()}
+        self.data["tables"].append({"title": title, "rows": rows, "seconds": seconds})
+        if self.file:
+            self.file.write_text(json.dumps(self.data, indent=2))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of formatted cells; columns of numbers are set right."""
+    columns = zip(*(row.values() for row in rows), strict=True)
+    align = ["right" if all(c[:1].isdigit() for c in column) else "left" for column in columns]
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def header(options: argparse.Namespace) -> dict[str, str]:
+    """Everything that a number depends on."""
+    return {
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+        + f", python {platform.python_version()}",
+        "device": device_name(options.device),
+        "threads": f"{options.threads} of {os.cpu_count()} cores, "
+        f"load average {os.getloadavg()[0]:.1f} at the start",
+        "memory": "huge pages for large CPU tensors "
+        + ("on" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "off")
+        + " (THP_MEM_ALLOC_ENABLE)",
+        "times": f"median (min–max) of {options.rounds} interleaved rounds; ratios are the median "
+        "of the rounds' own",
+        "options": ", ".join(
+            f"{name}={_plain(value)}" for name, value in vars(options).items() if name != "json"
+        ),
+    }
+
+
+def _plain(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()} ({platform.machine()})"
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do the work. What `prepare` makes, untimed, is what `run` gets."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The times of one side, round by round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        middle = statistics.median(self.seconds)
+        decimals = 2 if middle < 0.01 else 1 if middle < 0.1 else 0
+        low, middle, high = (
+            f"{1e3 * s:.{decimals}f}" for s in (min(self.seconds), middle, max(self.seconds))
+        )
+        return f"{middle} ({low}–{high})"
+
+    def over(self, other: Timing) -> float:
+        """How many times the other's time: the median over the rounds, each against its own."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / its for mine, its in pairs)
+
+
+def interleave(
+    sides: Mapping[str, Side], rounds: int, device: str, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time the sides round-robin (A B C, B C A, …), after untimed rounds to warm up."""
+    timings = {name: Timing() for name in sides}
+    names = list(sides)
+    gc.collect()
+    gc.freeze()  # what was imported is not searched again between runs
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = timed(sides[name], device)
+            if number >= 0:
+                timings[name].seconds.append(seconds)
+    gc.unfreeze()
+    return timings
+
+
+def timed(side: Side, device: str) -> float:
+    given = side.prepare()
+    gc.collect()
+    gc.disable()
+    synchronize(device)
+    begin = time.perf_counter()
+    result = side.run(given)
+    synchronize(device)
+    seconds = time.perf_counter() - begin
+    gc.enable()
+    del result  # freed outside the time, with what was prepared
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def step_memory(
+    forward: Callable[[], torch.Tensor], modules: Sequence[nn.Module], device: str
+) -> int:
+    """Bytes that a training step takes besides the model's own tensors.
+
+    On CUDA the peak over what was allocated before the step; on the CPU what is saved for
+    backward, each storage once.
+    """
+    if device.startswith("cuda"):
+        return _peak(forward, device)
+    return _saved(forward, modules)
+
+
+def _peak(forward: Callable[[], torch.Tensor], device: str) -> int:
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    forward().backward()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _saved(forward: Callable[[], torch.Tensor], modules: Sequence[nn.Module]) -> int:
+    held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    known = {t.untyped_storage().data_ptr() for t in held}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    loss.backward()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def gpt2(layers: int) -> nn.Module:
+    """GPT-2 small at random, without its dropouts and its cache."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(n_layer=layers, use_cache=False, **dropouts)
+    config.loss_type = "ForCausalLM"
+    return GPT2LMHeadModel(config)
+
+
+def copy_adapters(source: nn.Module, target: nn.Module) -> None:
+    """Give the target, fxlora's or PEFT's, the source's A and B: both call them the same."""
+    theirs = dict(target.named_parameters())
+    adapters = {name: p for name, p in source.named_parameters() if is_adapter(name)}
+    assert adapters.keys() == {name for name in theirs if is_adapter(name)}
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            theirs[name].copy_(parameter)
+
+
+def randomise_b(module: nn.Module, std: float = 0.02) -> None:
+    """B ~ N(0, std²): with B = 0 an adapter has no effect, and nothing can be compared."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if is_adapter(name) and ".lora_B." in name:
+                parameter.normal_(std=std)
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in f".{name}" or ".lora_B." in f".{name}"
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a part of the largest entry expected."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())

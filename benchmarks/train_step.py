@@ -1,0 +1,263 @@
+"""A training step with adapters on every linear or convolution: fxlora, PEFT, and no adapter.
+
+"frozen" is the limit: the same model without adapters, its backward the gradients of the
+activations alone. Its first activation (token embeddings, first convolution) requires grad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from common import (
+    DTYPES,
+    Report,
+    Side,
+    copy_adapters,
+    error,
+    gpt2,
+    interleave,
+    is_adapter,
+    parser,
+    randomise_b,
+    start,
+    step_memory,
+)
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import fxlora
+
+R, ALPHA = 16, 32
+FXLORA, PEFT, FROZEN = "fxlora", "PEFT", "frozen"
+# Between two orders of summation; gradients pass through many layers, or through bfloat16.
+TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
+
+Loss = Callable[[nn.Module], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, what is adapted in it, and its loss on one batch.
+
+    Attributes:
+        example: keyword arguments to capture the model with.
+        stem: computes the first activation.
+        rest: the model from there on, and its loss on that activation.
+    """
+
+    title: str
+    model: nn.Module
+    targets: list[str]
+    example: dict[str, torch.Tensor]
+    loss: Loss
+    stem: Callable[[], torch.Tensor]
+    rest: nn.Module
+    rest_loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One side: how to compute its loss, and what that trains."""
+
+    module: nn.Module
+    loss: Callable[[], torch.Tensor]
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+
+def main() -> None:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    options_parser.add_argument("--compile", action="store_true", help="torch.compile every side")
+    options_parser.add_argument("--models", nargs="+", default=list(TASKS), choices=TASKS)
+    options_parser.add_argument("--text", type=int, nargs=2, default=[2, 128], help="batch, tokens")
+    options_parser.add_argument("--images", type=int, nargs=2, default=[4, 224], help="batch, size")
+    options = start(options_parser, rounds=9)
+    report = Report(options)
+    for name in options.models:
+        task = TASKS[name](options)
+        trainees = prepared(task, options.compile)
+        agreement = check(trainees, TOLERANCES[DTYPES[options.dtype]])
+        compare(task, trainees, agreement, options, report)
+
+
+def compare(
+    task: Task,
+    trainees: dict[str, Trainee],
+    agreement: str,
+    options: argparse.Namespace,
+    report: Report,
+) -> None:
+    memory = {n: step_memory(t.loss, [t.module], options.device) for n, t in trainees.items()}
+    steps = interleave(
+        {name: Side(step(trainee)) for name, trainee in trainees.items()},
+        options.rounds,
+        options.device,
+    )
+    updates = interleave(
+        {name: Side(step(t, adamw(t))) for name, t in trainees.items() if t.trained},
+        options.rounds,
+        options.device,
+    )
+    what = "peak over the step" if options.device.startswith("cuda") else "saved for backward"
+    rows = [
+        {
+            "side": name,
+            "forward + backward, ms": str(steps[name]),
+            "× frozen": f"{steps[name].over(steps[FROZEN]):.2f}",
+            "× PEFT": f"{steps[name].over(steps[PEFT]):.2f}",
+            "with AdamW, ms": str(updates[name]) if name in updates else "",
+            "× PEFT with AdamW": f"{updates[name].over(updates[PEFT]):.2f}"
+            if name in updates
+            else "",
+            f"MB {what}": f"{memory[name] / 1e6:.1f}",
+        }
+        for name in trainees
+    ]
+    mode = "compiled" if options.compile else "eager"
+    timings = {f"{n}, forward + backward": t for n, t in steps.items()}
+    timings |= {f"{n}, with AdamW": t for n, t in updates.items()}
+    report.add(f"{task.title}, {options.dtype}, r={R}, {mode}", rows, timings, agreement)
+
+
+def step(trainee: Trainee, optimizer: torch.optim.Optimizer | None = None) -> Callable[[Any], Any]:
+    parameters = list(trainee.trained.values())
+
+    def run(_: object) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        trainee.loss().backward()
+        if optimizer:
+            optimizer.step()
+
+    return run
+
+
+def adamw(trainee: Trainee) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainee.trained.values(), lr=1e-4)
+
+
+# ---- the sides ----------------------------------------------------------------------------------
+
+
+def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
+    """The three sides over equal weights, fxlora's and PEFT's with equal A and B."""
+
+    def ready(module: nn.Module) -> Any:
+        return torch.compile(module, dynamic=False) if compiled else module
+
+    rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=task.targets)
+    lora = fxlora.adapt(task.model, (), task.example, rules=rules).train()
+    randomise_b(lora)
+    peft = with_peft(task)
+    copy_adapters(lora, peft)
+    frozen = task.rest.requires_grad_(False)
+    run_lora, run_peft, run_frozen = ready(lora), ready(peft), ready(frozen)
+
+    def frozen_loss() -> torch.Tensor:
+        with torch.no_grad():
+            activation = task.stem()
+        return task.rest_loss(run_frozen, activation.requires_grad_())
+
+    return {
+        FXLORA: Trainee(lora, lambda: task.loss(run_lora)),
+        PEFT: Trainee(peft, lambda: task.loss(run_peft)),
+        FROZEN: Trainee(frozen, frozen_loss),
+    }
+
+
+def with_peft(task: Task) -> nn.Module:
+    """The model with PEFT's layers in it, and without the wrapper that PEFT puts around it."""
+    config = PeftConfig(
+        r=R,
+        lora_alpha=ALPHA,
+        target_modules=task.targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in task.model.modules()),
+    )
+    peft = get_peft_model(copy.deepcopy(task.model), config, autocast_adapter_dtype=False)
+    return peft.get_base_model().train()
+
+
+def check(trainees: dict[str, Trainee], tolerance: float) -> str:
+    """That fxlora and PEFT compute the same loss and gradients, and that adapters matter."""
+    losses = {name: trainee.loss() for name, trainee in trainees.items()}
+    for name in (FXLORA, PEFT):
+        losses[name].backward()
+    mine, theirs = trainees[FXLORA].trained, trainees[PEFT].trained
+    assert mine.keys() == theirs.keys() and all(map(is_adapter, mine))
+    assert all(p.grad is not None and p.grad.any() for p in mine.values()), "a dead adapter"
+    gap = error(losses[FXLORA], losses[PEFT])
+    effect = error(losses[FXLORA], losses[FROZEN])
+    gradient = error(
+        torch.cat([p.grad.flatten() for p in mine.values()]),
+        torch.cat([theirs[name].grad.flatten() for name in mine]),
+    )
+    assert effect > 10 * gap, f"the adapters change the loss by {effect:.1e} only"
+    assert gap < tolerance, f"the losses differ by {gap:.1e}"
+    assert gradient < tolerance, f"the gradients differ by {gradient:.1e}"
+    return (
+        f"fxlora against PEFT: loss {gap:.0e} apart, gradients {gradient:.0e} of the largest; "
+        f"the adapters change the loss by {effect:.0e}."
+    )
+
+
+# ---- the models ---------------------------------------------------------------------------------
+
+
+def text(options: argparse.Namespace) -> Task:
+    """GPT-2 small, adapters on every Conv1D."""
+    batch, tokens = options.text
+    layers = 2 if options.quick else 12
+    model = gpt2(layers).to(options.device, DTYPES[options.dtype]).train()
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=options.device)
+    example = {"input_ids": ids, "labels": ids.clone()}
+    return Task(
+        f"GPT-2, {layers} layers, {batch}x{tokens} tokens",
+        model,
+        ["c_attn", "c_proj", "c_fc"],
+        example,
+        lambda module: module(**example).loss,
+        lambda: model.transformer.wte(ids),
+        copy.deepcopy(model),
+        lambda module, embeds: module(inputs_embeds=embeds, labels=example["labels"]).loss,
+    )
+
+
+def vision(options: argparse.Namespace) -> Task:
+    """ResNet-50, adapters on every convolution and on the classifier; batch norm trains."""
+    batch, size = options.images
+    build = torchvision.models.resnet18 if options.quick else torchvision.models.resnet50
+    model = build().to(options.device, DTYPES[options.dtype]).train()
+    images = torch.randn(batch, 3, size, size).to(next(model.parameters()))
+    labels = torch.randint(0, 1000, (batch,), device=options.device)
+    rest = copy.deepcopy(model)
+    rest.conv1 = nn.Identity()
+    kinds = (nn.Conv2d, nn.Linear)
+    return Task(
+        f"{'ResNet-18' if options.quick else 'ResNet-50'}, {batch}x3x{size}x{size}",
+        model,
+        [name for name, module in model.named_modules() if isinstance(module, kinds)],
+        {"x": images},
+        lambda module: F.cross_entropy(module(images).float(), labels),
+        lambda: model.conv1(images),
+        rest,
+        lambda module, activation: F.cross_entropy(module(activation).float(), labels),
+    )
+
+
+TASKS = {"gpt2": text, "resnet": vision}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The five commands: each takes the options and returns what there is to say on stdout."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+
+from ..adapters import load_adapter, save_adapter
+from ..errors import ExportError
+from ..export import export
+from ..files import whole_file
+from ..plan import Plan
+from ..report import report
+from ..rules import match
+from ..verbs import fold, inject
+from .checkpoints import write_weights
+from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
+from .models import build_model
+
+PLAN_WRITERS: dict[str, Callable[[Plan], str]] = {".toml": Plan.to_toml, ".json": Plan.to_json}
+
+
+def run_plan(options: Namespace) -> str:
+    plan = _planned(options)
+    if options.out is not None:
+        with whole_file(options.out, ExportError) as temporary:
+            temporary.write_text(PLAN_WRITERS[options.out.suffix](plan), encoding="utf-8")
+    return plan.to_json() if options.json else str(plan)
+
+
+def run_adapt(options: Namespace) -> str:
+    rules = given_rules(options)
+    captured = captured_model(build_model(options), options)
+    plan = match(captured, rules)
+    torch.manual_seed(options.seed)  # once more: A shall not depend on how the model was built
+    save_adapter(inject(captured, plan), options.out)
+    return f"{plan}\nThe untrained adapter is in {options.out}."
+
+
+def run_fold(options: Namespace) -> str:
+    model = build_model(options)
+    folded = fold(load_adapter(captured_model(model, options), options.adapter))
+    write_weights(model, folded, options.out)
+    return f"{options.out}: the model's weights, {len(folded.folded[-1])} of them folded."
+
+
+def run_export(options: Namespace) -> str:
+    module = captured_model(build_model(options), options)
+    if options.adapter is not None:
+        module = fold(load_adapter(module, options.adapter))
+    args, kwargs = example_inputs(options)
+    with quiet(options):
+        export(module, args, options.out, kwargs=kwargs, format=options.format)
+    return f"{options.out}: torch.export.load reads it without fxlora."
+
+
+def run_report(options: Namespace) -> str:
+    if options.adapter is None:
+        return report(_planned(options), options.format)
+    refuse_lora_options(options, "--adapter")
+    adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
+    return report(adapted, options.format)
+
+
+def _planned(options: Namespace) -> Plan:
+    rules = given_rules(options)  # first: a mistake in them should not cost building the model
+    return match(captured_model(build_model(options), options), rules)

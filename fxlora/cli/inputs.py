@@ -1,0 +1,107 @@
+"""What a command is given besides the model: example inputs to capture with, and rules."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import re
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..capture import capture
+from ..config import LoraConfig, Rules, load_rules
+from ..errors import ConfigError
+from ..module import CapturedModule
+from .models import device
+
+INPUT_DTYPES = (
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("int8", "int16", "int32", "int64", "uint8", "bool"),
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One `--input`: a keyword or "" for a positional one, the shape, and the dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def example(self) -> torch.Tensor:
+        """Normal floats; integers are zero, which every embedding has."""
+        if self.dtype.is_floating_point or self.dtype.is_complex:
+            return torch.randn(self.shape, dtype=self.dtype)
+        return torch.zeros(self.shape, dtype=self.dtype)
+
+
+def parsed_input(text: str) -> Input:
+    found = re.fullmatch(r"(?:([^\W\d]\w*)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
+    if found is None:
+        raise ArgumentTypeError(
+            f"'{text}' is not [NAME=]SHAPE[:DTYPE], as in 1x3x224x224 or ids=2x16:int64"
+        )
+    name, shape, dtype = found.groups(default="")
+    if dtype and dtype not in INPUT_DTYPES:
+        raise ArgumentTypeError(f"'{text}' has no known dtype. Known: {', '.join(INPUT_DTYPES)}")
+    return Input(name, tuple(map(int, shape.split("x"))), getattr(torch, dtype or "float32"))
+
+
+def example_inputs(options: Namespace) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    names = [given.name for given in options.input if given.name]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--input gives {', '.join(sorted(twice))} more than once.")
+    with device(options):
+        args = tuple(given.example() for given in options.input if not given.name)
+        kwargs = {given.name: given.example() for given in options.input if given.name}
+    return args, kwargs
+
+
+def captured_model(model: nn.Module, options: Namespace) -> CapturedModule:
+    with quiet(options):
+        return capture(model, *example_inputs(options)) if options.input else capture(model)
+
+
+@contextlib.contextmanager
+def quiet(options: Namespace) -> Generator[None]:
+    """Hide what torch.export logs, and the half graph that it prints, where it refuses a model.
+
+    The error says it in a line, and a refusal may only mean that the next attempt is made.
+    """
+    if options.debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def given_rules(options: Namespace) -> Rules:
+    if options.rules is None:
+        return LoraConfig(**_lora_options(options))
+    refuse_lora_options(options, "--rules")
+    return load_rules(options.rules)
+
+
+def refuse_lora_options(options: Namespace, source: str) -> None:
+    if given := _lora_options(options):
+        raise ConfigError(
+            f"{source} says all about the adapters: leave out the options for {', '.join(given)}."
+        )
+
+
+def _lora_options(options: Namespace) -> dict[str, Any]:
+    """What was given of LoraConfig: the options' dests are its fields."""
+    fields = [field.name for field in dataclasses.fields(LoraConfig)]
+    return {name: value for name in fields if (value := getattr(options, name, None)) is not None}

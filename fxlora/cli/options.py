@@ -1,0 +1,169 @@
+"""The options of the command line, through argparse."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__, tables
+from ..errors import ConfigError
+from ..export import FORMATS as EXPORT_FORMATS
+from .commands import PLAN_WRITERS, run_adapt, run_export, run_fold, run_plan, run_report
+from .inputs import parsed_input
+
+REPORT_FORMATS = (*tables.FORMATS, "json", "csv")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, with usage errors as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+
+def build_parser() -> _Parser:
+    parser = _Parser(
+        prog="fxlora",
+        description="LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph.",
+        epilog="Exit status: 0 success, 2 a usage error or a refusal, 1 anything unexpected.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fxlora {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable[[Namespace], str], help: str, *parents: _Parser) -> _Parser:
+        name = run.__name__.removeprefix("run_")
+        added = commands.add_parser(
+            name, parents=parents, help=help, description=help, allow_abbrev=False
+        )
+        added.set_defaults(command=run)
+        return added
+
+    shaped, weighed, fed = _model_options(meta=True), _model_options(), _model_options(feed=True)
+
+    plan = command(run_plan, "print what would be adapted, and how", shaped, _rule_options())
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--out", type=_plan_file, metavar="FILE", help="write it as .toml or .json")
+
+    adapt = command(run_adapt, "save an untrained adapter", weighed, _rule_options())
+    adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")
+
+    folding = command(run_fold, "write the model's weights with an adapter folded in", weighed)
+    folding.add_argument(
+        "--adapter", type=Path, required=True, metavar="DIR", help="fxlora's or PEFT's"
+    )
+    folding.add_argument(
+        "--out", type=_file, required=True, metavar="FILE", help="a .safetensors state dict"
+    )
+
+    exporting = command(run_export, "write a program that plain PyTorch runs", fed)
+    exporting.add_argument("--adapter", type=Path, metavar="DIR", help="fold it in first")
+    exporting.add_argument(
+        "--out", type=_file, required=True, metavar="FILE", help="for torch.export.load"
+    )
+    exporting.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0])
+
+    reporting = command(run_report, "count parameters", shaped, _rule_options(adapter=True))
+    style = reporting.add_mutually_exclusive_group()
+    style.add_argument("--format", choices=REPORT_FORMATS, default="table")
+    style.add_argument(
+        "--json",
+        action="store_const",
+        const="json",
+        dest="format",
+        help="the same as --format json",
+    )
+    return parser
+
+
+def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
+    """What every command has: the model, its weights and its inputs.
+
+    Args:
+        meta: whether shapes are enough for the command.
+        feed: whether it cannot do without inputs.
+    """
+    parser = _Parser(add_help=False)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "model", metavar="MODEL", help="module:callable, or torchvision:NAME (torchvision:resnet50)"
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT")
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="state dict: .safetensors, or torch.save's"
+    )
+    parser.set_defaults(meta=False)
+    if meta:
+        weights.add_argument("--meta", action="store_true", help="shapes only, without memory")
+    parser.add_argument(
+        "--input",
+        type=parsed_input,
+        action="append",
+        default=[],
+        required=feed,
+        metavar="[NAME=]SHAPE[:DTYPE]",
+        help="example input, e.g. 1x3x224x224 or ids=2x16:int64; repeat it for several. "
+        "Without any, the model is traced, which sees less",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of whatever is random (default 0)"
+    )
+    return parser
+
+
+def _rule_options(*, adapter: bool = False) -> _Parser:
+    """What to adapt. The dests of the options are LoraConfig's fields."""
+    parser = _Parser(add_help=False)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--rules", type=Path, metavar="FILE", help="rules as .toml or .json")
+    names: dict[str, Any] = {"type": _names, "action": "extend", "metavar": "NAME,…"}
+    which.add_argument(
+        "--target", dest="target_modules", help="modules to adapt, or all-linear", **names
+    )
+    if adapter:
+        which.add_argument("--adapter", type=Path, metavar="DIR", help="a saved adapter")
+    parser.add_argument("-r", "--rank", type=int, dest="r", metavar="N", help="rank (default 8)")
+    parser.add_argument(
+        "--alpha",
+        type=_number,
+        dest="lora_alpha",
+        metavar="X",
+        help="branches are scaled by X/rank (default 8)",
+    )
+    parser.add_argument(
+        "--dropout", type=float, dest="lora_dropout", metavar="P", help="of the branches' inputs"
+    )
+    parser.add_argument("--exclude", dest="exclude_modules", help="not these modules", **names)
+    parser.add_argument("--modules-to-save", help="modules to train in full", **names)
+    parser.add_argument(
+        "--rslora", action="store_const", const=True, dest="use_rslora", help="scale by X/√rank"
+    )
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _file(text: str) -> Path:
+    """A file to write, refused before the work if it has no folder to be in."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {path}: no folder {path.parent}")
+    return path
+
+
+def _plan_file(text: str) -> Path:
+    path = _file(text)
+    if path.suffix not in PLAN_WRITERS:
+        raise argparse.ArgumentTypeError(f"'{path}' must end in {' or '.join(PLAN_WRITERS)}")
+    return path
