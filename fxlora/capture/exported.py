@@ -97,7 +97,11 @@ def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             tensor = torch.cat([tensor, tensor], axis) if tensor.shape[axis] == 1 else tensor
         wide[id(value)] = tensor
         shapes[tensor] = dict.fromkeys(axes, Dim.AUTO)
-    args, kwargs = pytree.tree_map(lambda leaf: wide.get(id(leaf), leaf), (args, kwargs))
+
+    def widened(leaf: Any) -> Any:
+        return wide.get(id(leaf), leaf)
+
+    args, kwargs = pytree.tree_map(widened, (args, kwargs))
     return Example(args, kwargs, shapes)
 
 
@@ -143,8 +147,8 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{place}: "
         f"{type(error).__name__}: "
-        f"{reason[0].rstrip('.')}. Try the model on the same inputs; where its forward branches on values "
-        "of tensors, capture the submodules that do not."
+        f"{reason[0].rstrip('.')}. Try the model on the same inputs; where its forward branches "
+        "on values of tensors, capture the submodules that do not."
     )
 
 
