@@ -181,17 +181,14 @@ def synchronize(device: str) -> None:
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def step_memory(
-    forward: Callable[[], torch.Tensor], modules: Sequence[nn.Module], device: str
-) -> int:
-    """Bytes that a training step takes besides the model's own tensors.
+def step_memory(forward: Callable[[], torch.Tensor], module: nn.Module, device: str) -> int:
+    """Bytes that a training step takes besides the module's own tensors.
 
     On CUDA the peak over what was allocated before the step; on the CPU what is saved for
     backward, each storage once.
     """
-    if device.startswith("cuda"):
-        return _peak(forward, device)
-    return _saved(forward, modules)
+    module.zero_grad(set_to_none=True)
+    return _peak(forward, device) if device.startswith("cuda") else _saved(forward, module)
 
 
 def _peak(forward: Callable[[], torch.Tensor], device: str) -> int:
@@ -204,14 +201,13 @@ def _peak(forward: Callable[[], torch.Tensor], device: str) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _saved(forward: Callable[[], torch.Tensor], modules: Sequence[nn.Module]) -> int:
-    held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    known = {t.untyped_storage().data_ptr() for t in held}
+def _saved(forward: Callable[[], torch.Tensor], module: nn.Module) -> int:
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage
         return tensor
 
@@ -224,12 +220,13 @@ def _saved(forward: Callable[[], torch.Tensor], modules: Sequence[nn.Module]) ->
 # ---- models -------------------------------------------------------------------------------------
 
 
-def gpt2(layers: int) -> nn.Module:
+def gpt2(layers: int) -> GPT2LMHeadModel:
     """GPT-2 small at random, without its dropouts and its cache."""
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(n_layer=layers, use_cache=False, **dropouts)
-    config.loss_type = "ForCausalLM"
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # unset it is the same, after a warning that breaks graphs
+    return model
 
 
 def copy_adapters(source: nn.Module, target: nn.Module) -> None:

@@ -99,35 +99,34 @@ def compare(
     options: argparse.Namespace,
     report: Report,
 ) -> None:
-    memory = {n: step_memory(t.loss, [t.module], options.device) for n, t in trainees.items()}
+    device = options.device
+    memory = {name: step_memory(t.loss, t.module, device) for name, t in trainees.items()}
     steps = interleave(
-        {name: Side(step(trainee)) for name, trainee in trainees.items()},
-        options.rounds,
-        options.device,
+        {name: Side(step(t)) for name, t in trainees.items()}, options.rounds, device
     )
     updates = interleave(
         {name: Side(step(t, adamw(t))) for name, t in trainees.items() if t.trained},
         options.rounds,
-        options.device,
+        device,
     )
-    what = "peak over the step" if options.device.startswith("cuda") else "saved for backward"
-    rows = [
-        {
-            "side": name,
-            "forward + backward, ms": str(steps[name]),
-            "× frozen": f"{steps[name].over(steps[FROZEN]):.2f}",
-            "× PEFT": f"{steps[name].over(steps[PEFT]):.2f}",
-            "with AdamW, ms": str(updates[name]) if name in updates else "",
-            "× PEFT with AdamW": f"{updates[name].over(updates[PEFT]):.2f}"
-            if name in updates
-            else "",
-            f"MB {what}": f"{memory[name] / 1e6:.1f}",
-        }
-        for name in trainees
-    ]
+    measured = "peak over the step" if device.startswith("cuda") else "saved for backward"
+    rows = []
+    for name in trainees:
+        update = updates.get(name)
+        rows.append(
+            {
+                "side": name,
+                "forward + backward, ms": str(steps[name]),
+                "× frozen": f"{steps[name].over(steps[FROZEN]):.2f}",
+                "× PEFT": f"{steps[name].over(steps[PEFT]):.2f}",
+                "with AdamW, ms": str(update) if update else "",
+                "× PEFT with AdamW": f"{update.over(updates[PEFT]):.2f}" if update else "",
+                f"MB {measured}": f"{memory[name] / 1e6:.1f}",
+            }
+        )
     mode = "compiled" if options.compile else "eager"
-    timings = {f"{n}, forward + backward": t for n, t in steps.items()}
-    timings |= {f"{n}, with AdamW": t for n, t in updates.items()}
+    timings = {f"{name}, forward + backward": timing for name, timing in steps.items()}
+    timings |= {f"{name}, with AdamW": timing for name, timing in updates.items()}
     report.add(f"{task.title}, {options.dtype}, r={R}, {mode}", rows, timings, agreement)
 
 
@@ -152,10 +151,14 @@ def adamw(trainee: Trainee) -> torch.optim.Optimizer:
 
 
 def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
-    """The three sides over equal weights, fxlora's and PEFT's with equal A and B."""
+    """The three sides over equal weights, fxlora's and PEFT's with equal A and B.
 
-    def ready(module: nn.Module) -> Any:
-        return torch.compile(module, dynamic=False) if compiled else module
+    What is compiled is the loss: a model that also returns its logits would be charged for
+    their gradients.
+    """
+
+    def ready(loss: Callable[..., torch.Tensor]) -> Any:
+        return torch.compile(loss, dynamic=False) if compiled else loss
 
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=task.targets)
     lora = fxlora.adapt(task.model, (), task.example, rules=rules).train()
@@ -163,16 +166,16 @@ def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
     peft = with_peft(task)
     copy_adapters(lora, peft)
     frozen = task.rest.requires_grad_(False)
-    run_lora, run_peft, run_frozen = ready(lora), ready(peft), ready(frozen)
+    loss_after_stem = ready(lambda activation: task.rest_loss(frozen, activation))
 
     def frozen_loss() -> torch.Tensor:
         with torch.no_grad():
             activation = task.stem()
-        return task.rest_loss(run_frozen, activation.requires_grad_())
+        return loss_after_stem(activation.requires_grad_())
 
     return {
-        FXLORA: Trainee(lora, lambda: task.loss(run_lora)),
-        PEFT: Trainee(peft, lambda: task.loss(run_peft)),
+        FXLORA: Trainee(lora, ready(lambda: task.loss(lora))),
+        PEFT: Trainee(peft, ready(lambda: task.loss(peft))),
         FROZEN: Trainee(frozen, frozen_loss),
     }
 

@@ -63,6 +63,11 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     """
     if not isinstance(module, CapturedModule) or module.plan is None:
         raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")
+    if stray := module.unplanned():
+        raise AdapterError(
+            f"{some(stray)} requires gradients but is not in the plan, so it would be lost. Put "
+            "its module into modules_to_save and train again."
+        )
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,6 +223,8 @@ def load_adapter(
     else:
         plan = _plan_from_peft(module, content, adapter_name)
     _check_entries(module, plan, content)
+    if content.header is not None:
+        _check_config(module, plan, content)
     try:
         result = inject(module, plan)
     except InjectError as error:
@@ -268,7 +275,7 @@ def _plan_from(header: dict[str, Any], path: Path, adapter_name: str) -> Plan:
             model_parameters=header["model_parameters"],
             trained_parameters=header["trained_parameters"],
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error!r}.") from error
 
 
@@ -290,6 +297,22 @@ def _plan_from_peft(module: CapturedModule, content: _Folder, adapter_name: str)
         return match(module, LoraConfig(**values), adapter_name=adapter_name)
     except (ConfigError, NoMatchError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
+
+
+def _check_config(module: CapturedModule, plan: Plan, content: _Folder) -> None:
+    """Raise where the configuration, which PEFT reads, says another thing than the plan."""
+    expected = _peft_config(module, plan)
+    for key in ("task_type", "base_model_name_or_path", "inference_mode"):
+        expected.pop(key)
+    differ = [key for key, value in expected.items() if content.config.get(key) != value]
+    if differ:
+        said = ", ".join(
+            f"{key}={content.config.get(key)!r} for {expected[key]!r}" for key in differ
+        )
+        raise AdapterError(
+            f"{content.path / CONFIG} contradicts {WEIGHTS}, which was saved with it: {said}. "
+            "Save the adapter again instead of editing it."
+        )
 
 
 def _check_entries(module: CapturedModule, plan: Plan, content: _Folder) -> None:

@@ -45,6 +45,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: `{regular expression for the end of a name: value}`.
         layers_to_transform, layers_pattern: only layers of these numbers.
         target_parameters: names of parameters (whole or dotted suffix).
+        task_type, fan_in_fan_out: taken so that PEFT's scripts run; a graph needs neither.
     """
 
     r: int = 8
@@ -62,6 +63,8 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     target_parameters: Sequence[str] | None = None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -163,8 +166,7 @@ class Rule:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} must be a number of features, not {value!r}.")
-        if self.kernel_size is not None and not isinstance(self.kernel_size, int):
-            object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
+        self._check_kernel_size()
         if self.where is not None and not callable(self.where):
             raise ConfigError(f"where must be a function of a Site, not {self.where!r}.")
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
@@ -174,6 +176,14 @@ class Rule:
                 "a rule with a name and a LoraConfig with target_modules say which sites "
                 "twice. Keep one of the two."
             )
+
+    def _check_kernel_size(self) -> None:
+        size = self.kernel_size
+        sizes = (size,) if isinstance(size, int) or size is None else tuple(size)
+        if size is not None and not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ConfigError(f"kernel_size must be a number or a tuple of them, not {size!r}.")
+        if sizes != (size,):
+            object.__setattr__(self, "kernel_size", sizes)
 
     def describe(self) -> str:
         """The rule's keys in a line, for messages."""
@@ -197,6 +207,8 @@ def as_rules(rules: Rules | Mapping[str, Any] | str | Path) -> tuple[Rule, ...]:
         return load_rules(rules)
     if isinstance(rules, Mapping):
         return rules_from_data(rules, "the rules")
+    if not isinstance(rules, LoraConfig | Rule | Sequence):
+        raise ConfigError(f"rules are a LoraConfig, Rules or a file's path, not {rules!r}.")
     items = [rules] if isinstance(rules, LoraConfig | Rule) else list(rules)
     if not items:
         raise ConfigError("no rules: give a LoraConfig or a list of Rules.")

@@ -137,23 +137,76 @@ def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str
     graph.erase_node(node)
 
 
-def written_attributes(node: fx.Node) -> list[str]:
-    """Names of the parameters and buffers that a call writes to, also through views of them."""
-    written: list[str] = []
+# ---- writes -------------------------------------------------------------------------------------
+
+
+def written_attributes(node: fx.Node, owner: fx.GraphModule) -> list[str]:
+    """Names of the parameters and buffers that a call writes to.
+
+    Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
+    spellings of writing: `x.add_()`, `x += y`, `out=x`.
+    """
+    roots = (_alias_root(value) for value in _written(node, owner))
+    return [str(root.target) for root in roots if root.op == "get_attr"]
+
+
+def _written(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
+    if node.op == "call_method":
+        name, target = str(node.target), node.args[0]
+        in_place = name.endswith("_") and not name.endswith("__")
+        if (in_place or name == "__setitem__") and isinstance(target, fx.Node):
+            yield target
+    if node.op != "call_function":
+        return
+    if node.target in _IN_PLACE_OPERATORS and isinstance(node.args[0], fx.Node):
+        yield node.args[0]
+    if isinstance(out := node.kwargs.get("out"), fx.Node):
+        yield out
     for argument, value in _schema_arguments(node):
         if argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node):
-            root = _alias_root(value)
-            if root.op == "get_attr":
-                written.append(str(root.target))
-    return written
+            yield value
+    yield from _written_by_nested(node, owner)
+
+
+def _written_by_nested(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
+    """Operands that the nested graphs of a higher-order op write to; operands come last."""
+    operands = [n for n in node.all_input_nodes if not _is_nested_graph(n, owner)]
+    for graph_node in node.all_input_nodes:
+        if not _is_nested_graph(graph_node, owner):
+            continue
+        nested = owner.get_submodule(str(graph_node.target))
+        assert isinstance(nested, fx.GraphModule)
+        inputs = [n for n in nested.graph.nodes if n.op == "placeholder"]
+        by_input = dict(zip(reversed(inputs), reversed(operands), strict=False))
+        for inner in nested.graph.nodes:
+            for value in _written(inner, nested):
+                root = _alias_root(value)
+                if root in by_input:
+                    yield by_input[root]
+
+
+def _is_nested_graph(node: fx.Node, owner: fx.GraphModule) -> bool:
+    if node.op != "get_attr":
+        return False
+    path, _, name = str(node.target).rpartition(".")
+    return isinstance(getattr(owner.get_submodule(path), name, None), fx.GraphModule)
 
 
 def _alias_root(node: fx.Node) -> fx.Node:
-    """The node whose tensor this one is a view of, by the schemas on the way."""
+    """The node whose tensor this one may be a view of, by the schemas on the way."""
+    if node.op == "call_method" or node.target is getattr:  # .t(), .view(), .data: may be views
+        source = node.args[0]
+        return _alias_root(source) if isinstance(source, fx.Node) else node
     for argument, value in _schema_arguments(node):
         if argument.alias_info and isinstance(value, fx.Node):
             return _alias_root(value)
     return node
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or")
+) | {operator.setitem}
 
 
 def _schema_arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
-from .capture.exported import Example, example_for, examples_for
+from .capture.exported import Example, example_for, examples_for, run_export
 from .errors import ConfigError, ExportError
 from .files import whole_file
 from .inputs import InputSpec
@@ -65,19 +67,37 @@ def exported(
     evaluation = module.derive().eval()
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)
+    program = _checked(evaluation)
     failure: Exception | None = None
     for example in _examples(evaluation.inputs["eval"], args, kwargs, dynamic_shapes):
         try:
-            return torch.export.export(
-                evaluation,
-                example.args,
-                example.kwargs,
-                dynamic_shapes=example.dynamic_shapes,
-                strict=False,
-            )
+            return run_export(program, example)
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
+
+
+def _checked(module: CapturedModule) -> nn.Module:
+    """The module as one that torch.export runs through the contract on its inputs.
+
+    It interprets a GraphModule without its hooks, and would forget what the capture assumed.
+    """
+    generated: Any = type(module).forward
+    spec = module.inputs["eval"]
+
+    @functools.wraps(generated)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if spec is not None:
+            spec.check(args, kwargs)
+        return generated(self, *args, **kwargs)
+
+    program: nn.Module = type("Program", (nn.Module,), {"forward": forward})()
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        program.__dict__[name] = module.__dict__[name]
+    for name in ("_in_spec", "_out_spec"):
+        if name in module.__dict__:
+            program.__dict__[name] = module.__dict__[name]
+    return program.eval()
 
 
 def _examples(

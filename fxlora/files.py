@@ -19,6 +19,8 @@ def whole_file(path: str | Path, error: type[FxLoraError]) -> Generator[Path]:
         error: the target cannot be written; what stood there stands there still.
     """
     target = Path(path)
+    if target.is_dir():
+        raise error(f"cannot write {target}: it is a folder.")
     try:
         handle, name = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix

@@ -1,12 +1,14 @@
 """What a captured graph holds for: the contract on its inputs, checked at every call.
 
 An exported graph is specialised to the example it was made from: constants are baked in, a
-static dimension of size 1 would broadcast. The contract turns each such call into an error.
+static dimension of size 1 would broadcast, and a branch of the source on a size was taken once
+for all. The contract holds what torch.export assumed, and turns any other call into an error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,13 +24,23 @@ class Dimension:
     symbol: str
     scale: int = 1
     offset: int = 0
-    min: int = 1
+    min: int = 0
     max: int | None = None
+
+    def assume(self, size: torch.SymInt) -> None:
+        """Have torch.export assume this of a size, so that a re-export keeps the bounds."""
+        torch._check(size >= self.scale * self.min + self.offset)
+        if self.max is not None:
+            torch._check(size <= self.scale * self.max + self.offset)
 
     def solve(self, size: int) -> int | None:
         """The symbol's value for a dimension of this size, or None where there is none."""
-        value, rest = divmod(size - self.offset, self.scale)
-        if rest or value < self.min or (self.max is not None and value > self.max):
+        value = size - self.offset
+        if self.scale != 1:  # torch.compile traces these, but not divmod
+            if value % self.scale:
+                return None
+            value = value // self.scale
+        if value < self.min or (self.max is not None and value > self.max):
             return None
         return value
 
@@ -40,11 +52,11 @@ class Dimension:
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor input: its dimensions, and whether it holds floats, integers, …"""
+    """A tensor input: its dimensions and its dtype (for integers, any integer will do)."""
 
     name: str
     dims: tuple[int | Dimension, ...]
-    category: str
+    dtype: torch.dtype
 
     def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
         if not isinstance(value, torch.Tensor):
@@ -52,10 +64,11 @@ class TensorInput:
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Capture again with such an input."
             )
-        if category_of(value.dtype) != self.category:
+        integers = category_of(self.dtype) == category_of(value.dtype) == "integer"
+        if value.dtype != self.dtype and not integers:
             raise InputError(
-                f"{self.name}: captured as a tensor of {self.category} numbers, "
-                f"called with {value.dtype}. Convert it, or capture again."
+                f"{self.name}: captured as {self.dtype}, called with {value.dtype}. "
+                "Convert it, or capture again."
             )
         if value.ndim != len(self.dims):
             raise InputError(
@@ -77,7 +90,8 @@ class TensorInput:
                     "or with an example of this size."
                 )
             return
-        if isinstance(size, torch.SymInt):  # re-export: torch.export keeps the relations itself
+        if isinstance(size, torch.SymInt):
+            dim.assume(size)
             return
         value = dim.solve(size)
         if value is None:
@@ -106,16 +120,45 @@ class ConstantInput:
 
 
 @dataclass(frozen=True)
-class FreeInput:
-    """An input that the graph takes as it comes (a dynamic integer)."""
+class IntegerInput:
+    """A dynamic integer."""
 
     name: str
+    dim: Dimension
 
     def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
-        return
+        if isinstance(value, torch.SymInt):
+            self.dim.assume(value)
+        elif type(value) is not int or self.dim.solve(value) is None:
+            raise InputError(
+                f"{self.name}: captured as an integer {self.dim.describe()}, called with {value!r}."
+            )
 
 
-Input = TensorInput | ConstantInput | FreeInput
+Input = TensorInput | ConstantInput | IntegerInput
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What else torch.export assumed of the inputs, such as an even batch.
+
+    Attributes:
+        text: the condition as torch.export says it.
+        holds: the condition as a function of the leaves.
+    """
+
+    text: str
+    holds: Callable[[Sequence[Any]], Any] = field(compare=False)
+
+    def check(self, leaves: Sequence[Any]) -> None:
+        holds = self.holds(leaves)
+        if isinstance(holds, torch.SymBool):  # a re-export keeps the assumption
+            torch._check(holds)
+        elif not holds:
+            raise InputError(
+                f"the captured graph holds only where {self.text}: the source model takes "
+                "another way for this call. Capture it with such inputs."
+            )
 
 
 @dataclass(frozen=True)
@@ -125,12 +168,17 @@ class InputSpec:
     names: tuple[str, ...]
     structures: tuple[Any, ...]  # one pytree.TreeSpec per argument
     leaves: tuple[tuple[Input, ...], ...]
+    guards: tuple[Guard, ...] = ()
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise InputError unless the graph holds for these arguments."""
         bound: dict[str, tuple[int, str]] = {}
-        for leaf, item in self.pairs(args, kwargs):
+        pairs = self.pairs(args, kwargs)
+        for leaf, item in pairs:
             leaf.check(item, bound)
+        items = [item for _, item in pairs]
+        for guard in self.guards:
+            guard.check(items)
 
     def pairs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Input, Any]]:
         """Each leaf of the contract with what the call gives for it."""
@@ -140,6 +188,16 @@ class InputSpec:
         ):
             found += zip(leaves, self._flatten(value, structure, leaves), strict=True)
         return found
+
+    def moved(self, moves: Mapping[Any, Any]) -> InputSpec:
+        """The contract after the module's dtypes changed: floating inputs follow."""
+
+        def move(leaf: Input) -> Input:
+            if isinstance(leaf, TensorInput) and leaf.dtype in moves:
+                return replace(leaf, dtype=moves[leaf.dtype])
+            return leaf
+
+        return replace(self, leaves=tuple(tuple(map(move, group)) for group in self.leaves))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if len(args) > len(self.names):

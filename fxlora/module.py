@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from .inputs import InputSpec
 from .plan import Plan
 
 MODES = ("train", "eval")
+
+
+# What GraphModule.recompile leaves on the module besides `forward`.
+_GENERATED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """The code of one graph, which is kept alive with it: its id is the key."""
+
+    graph: fx.Graph
+    forward: Callable[..., Any]
+    state: dict[str, Any]
 
 
 class CapturedModule(fx.GraphModule):
@@ -34,6 +48,7 @@ class CapturedModule(fx.GraphModule):
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
     """
 
+    _generated: dict[int, _Generated]
     graphs: dict[str, fx.Graph]
     inputs: dict[str, InputSpec | None]
 
@@ -46,7 +61,9 @@ class CapturedModule(fx.GraphModule):
         class_name: str,
         training: bool,
     ) -> None:
+        self.__dict__["_generated"] = {}
         super().__init__(nn.Module(), fx.Graph(), class_name)
+        self._generated.clear()
         self._modules, self._parameters = tree._modules, tree._parameters
         self._buffers = tree._buffers
         self._non_persistent_buffers_set = tree._non_persistent_buffers_set
@@ -68,7 +85,10 @@ class CapturedModule(fx.GraphModule):
         return "train" if self.training else "eval"
 
     def train(self, mode: bool = True) -> CapturedModule:
-        """Choose the train graph (or the eval graph); frozen parameters stay frozen."""
+        """Choose the train graph (or the eval graph); frozen parameters stay frozen.
+
+        The mode belongs to the whole graph: `train()` of a submodule of it has no effect.
+        """
         super().train(mode)
         if self._graph is not self.graphs[self.mode]:
             self._activate(self.graphs[self.mode])
@@ -88,8 +108,30 @@ class CapturedModule(fx.GraphModule):
         self._activate(g)
 
     def _activate(self, graph: fx.Graph) -> None:
-        setter: Any = fx.GraphModule.graph
-        setter.fset(self, graph)
+        """Make a graph the one that runs; its code is kept, for torch.compile to know it again."""
+        known = self._generated.get(id(graph))
+        if known is None:
+            setter: Any = fx.GraphModule.graph
+            setter.fset(self, graph)
+            return
+        self._graph = graph
+        graph.owning_module = self
+        self.__dict__.update(known.state)
+        type(self).forward = known.forward
+
+    def recompile(self) -> Any:
+        """Generate the code of the current graph anew, after it was edited in place."""
+        code = super().recompile()
+        state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}
+        self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
+        return code
+
+    def refresh(self) -> None:
+        """Check the graphs after a rewrite, and forget the code that they had."""
+        for graph in self.distinct_graphs():
+            graph.lint()
+        self._generated.clear()
+        self._activate(self.graphs[self.mode])
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """The graphs, each once."""
@@ -164,6 +206,11 @@ class CapturedModule(fx.GraphModule):
         """Names of the injected A and B."""
         return frozenset(name for entry in self.plan or () for name in (entry.name_a, entry.name_b))
 
+    def unplanned(self) -> list[str]:
+        """Names of parameters that require gradients although no plan trains them."""
+        planned = self.adapter_parameters() | self.trained
+        return [n for n, p in self.named_parameters() if p.requires_grad and n not in planned]
+
     def aliases(self) -> dict[str, list[str]]:
         """Every name of each parameter, by the first one: tied weights have several."""
         first: dict[int, str] = {}
@@ -195,13 +242,19 @@ class CapturedModule(fx.GraphModule):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the weights, and with them the devices and dtypes that the graphs name."""
         moves = _moves(self, fn)
-        for graph in self.distinct_graphs():
+        nested = [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
+        graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
+        for graph in graphs:
             _refuse_ambiguous_casts(graph, moves)
         result = super()._apply(fn, recurse)
         self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
         if moves:
-            for graph in self.distinct_graphs():
+            for graph in graphs:
                 _retarget(graph, moves)
+            self.inputs = {mode: spec and spec.moved(moves) for mode, spec in self.inputs.items()}
+            for module in nested:
+                module.recompile()
+            self._generated.clear()
             self.recompile()
         return result
 

@@ -149,8 +149,8 @@ def _convolution(dims: int) -> Callable[[Read, Factors], fx.Node]:
         a = f.a  # (r, in/groups, *kernel)
         if groups > 1:  # each group's slice meets all r filters
             a = read.call(aten.repeat.default, a, [groups] + [1] * (dims + 1))
-        geometry = [*read.node.args[3:6]] if len(read.node.args) > 3 else []
-        geometry += [[1] * dims, [0] * dims, [1] * dims][len(geometry) :]
+        defaults = [a.default_value for a in read.node.target._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+        geometry = [read.arg(position, defaults[position]) for position in (3, 4, 5)]
         hidden = read.call(read.node.target, read.x, a, None, *geometry, groups)
         pointwise = getattr(aten, f"conv{dims}d").default
         one, none = [1] * dims, [0] * dims

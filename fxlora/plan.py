@@ -11,10 +11,11 @@ from typing import Any
 
 import tomli_w
 
-from .config import Rule, rule_to_data
+from .config import INITS, Rule, rule_to_data
 from .ops import factor_shapes
 from .tables import render
 
+FORMS = ("branch", "weight")
 IN_FULL = "trained in full"
 
 
@@ -51,6 +52,13 @@ class Entry:
     adapter: str
     rule: int
     padding_idx: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.alpha, self.scaling, self.dropout)
+        if self.form not in FORMS or self.init not in INITS or self.r < 1 or self.rule < 1:
+            raise ValueError(f"no such form, init, rank or rule in the entry for '{self.site}'")
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"alpha, scaling or dropout of '{self.site}' is no number")
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

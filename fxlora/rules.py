@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from torch import fx
 
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
 from .module import CapturedModule
 from .ops import FLATTENED, MATRIX_PRODUCTS
 from .plan import IN_FULL, Entry, Plan
-from .sites import Site, find_sites
+from .sites import Reader, Site, find_sites
 
 
 def match(
@@ -104,7 +107,7 @@ class _Matching:
             and (rule.op is None or any(fnmatchcase(site.op, kind) for kind in rule.op))
             and _holds_shape(rule, site)
             and (rule.lora is None or self._targeted(rule.lora, site))
-            and (rule.where is None or bool(rule.where(site)))
+            and (rule.where is None or _where(rule.where, site))
         )
 
     def _targeted(self, config: LoraConfig, site: Site) -> bool:
@@ -175,14 +178,15 @@ class _Matching:
 
     def _biases(self, entries: Iterable[Entry]) -> set[str]:
         """The biases that `bias=` asks for."""
-        every = {n for n, _ in self.module.named_parameters() if n.rpartition(".")[2] == "bias"}
+        every = {n for n, _ in self.module.named_parameters() if "bias" in n.rpartition(".")[2]}
         trained: set[str] = set()
         for entry in entries:
             lora = self.rules[entry.rule - 1].lora
             if lora and lora.bias == "all":
                 trained |= every
             elif lora and lora.bias == "lora_only":
-                trained |= every & {f"{entry.parameter.rpartition('.')[0]}.bias"}
+                owner = entry.parameter.rpartition(".")[0]
+                trained |= {n for n in every if n.rpartition(".")[0] == owner}
         return trained
 
     # ---- entries --------------------------------------------------------------------------------
@@ -231,6 +235,7 @@ class _Matching:
                 self._rule_took_nothing(number, rule)
             if rule.lora is not None:
                 self._check_patterns(number, rule.lora, mine)
+                self._check_layers(number, rule.lora)
 
     def _check_names(self, number: int, rule: Rule) -> None:
         """Every single name must match a site, whatever the rule's other keys say."""
@@ -272,6 +277,14 @@ class _Matching:
                 if not any(_pattern_holds(pattern, entry.site) for entry in entries):
                     names = [entry.site for entry in entries]
                     self._no_match(f"{key} of rule {number} ('{pattern}')", pattern, names)
+
+    def _check_layers(self, number: int, config: LoraConfig) -> None:
+        for layer in config.layers_to_transform or ():  # pyright: ignore[reportGeneralTypeIssues]
+            one = dataclasses.replace(config, layers_to_transform=(layer,))
+            if not any(self._targeted(one, site) for site in self.sites):
+                raise NoMatchError(
+                    f"layers_to_transform of rule {number}: layer {layer} has none of its targets."
+                )
 
     def _no_match(self, what: str, name: str, candidates: Iterable[str]) -> None:
         message = f"{what} matched none of {len(self.sites)} sites."
@@ -349,6 +362,15 @@ def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
 # ---- shapes and forms ---------------------------------------------------------------------------
 
 
+def _where(function: Callable[[Site], bool], site: Site) -> bool:
+    try:
+        return bool(function(site))
+    except Exception as error:
+        raise ConfigError(
+            f"where= raised for '{site.name}': {type(error).__name__}: {error}."
+        ) from error
+
+
 def _holds_shape(rule: Rule, site: Site) -> bool:
     low, high = sorted((site.in_features, site.out_features))
     bounds = (
@@ -373,11 +395,22 @@ def _holds_shape(rule: Rule, site: Site) -> bool:
 
 
 def _check_supported(site: Site, number: int) -> None:
+    if site.overlaps:
+        raise UnsupportedOpError(
+            f"'{site.name}' (rule {number}) shares memory with '{site.overlaps[0]}', "
+            "which is another parameter: an adapter on one would leave the other behind. Tie them "
+            "as one Parameter (b.weight = a.weight)."
+        )
     if writer := site.writer:
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}): {writer.kind} writes to its weight in every call, "
             f"which an adapter would change. Leave it out, or build the "
             "layer without (an embedding: max_norm=None)."
+        )
+    if whole := next((r for r in site.readers if r.node.op == "call_module"), None):
+        raise UnsupportedOpError(
+            f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
+            "whole: capture with example inputs, which sees inside."
         )
     if len(site.shape) > 2 and site.op not in FLATTENED:
         raise UnsupportedOpError(
@@ -396,6 +429,8 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
     for reader in site.readers:
         if reader.op is None:
             obstacle: str | None = f"read by {reader.kind}"
+        elif _multiplies_weights(reader):
+            obstacle = "multiplied with another weight"  # two branches would miss Δu·Δv
         else:
             obstacle = reader.op.obstacle(reader.node, site.shape)
         if obstacle and dropout:
@@ -413,3 +448,9 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
     if dropout and not all(op.dropout for op, _ in ops):
         return "branch", "indices take no dropout"
     return "branch", "tied" if len(site.names) > 1 else ""
+
+
+def _multiplies_weights(reader: Reader) -> bool:
+    """Whether the branch's input is a weight itself (the indices of an embedding never are)."""
+    source = reader.node.args[reader.op.input] if reader.op else None
+    return isinstance(source, fx.Node) and source.op == "get_attr" and reader.kind != "embedding"

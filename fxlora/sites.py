@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -60,6 +62,7 @@ class Site:
         dtype: of the weight.
         readers: the nodes that read it, over all graphs.
         writer: a node that writes to it, or None.
+        overlaps: other parameters in the same memory.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Site:
     dtype: torch.dtype
     readers: tuple[Reader, ...] = field(repr=False)
     writer: Reader | None = field(repr=False)
+    overlaps: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -95,14 +99,35 @@ class Site:
 def find_sites(module: CapturedModule) -> list[Site]:
     """The sites of a module that no adapter has been injected into, in the model's order."""
     readers, writers = _by_parameter(module)
+    overlaps = _overlaps(module)
     sites: list[Site] = []
     for first, names in module.aliases().items():
         weight = module.get_parameter(first)
         found = tuple(reader for name in names for reader in readers.get(name, ()))
         if found and weight.ndim >= 2 and weight.is_floating_point():
             writer = next((writers[name] for name in names if name in writers), None)
-            sites.append(_site(first, names, weight, found, writer))
+            site = _site(first, names, weight, found, writer)
+            sites.append(dataclasses.replace(site, overlaps=tuple(overlaps.get(first, ()))))
     return sites
+
+
+def _overlaps(module: CapturedModule) -> dict[str, list[str]]:
+    """Parameters that are different tensors over the same memory, by name."""
+    spans: list[tuple[int, int, str]] = []
+    for name, parameter in module.named_parameters():
+        start = 0 if parameter.is_meta or not parameter.numel() else parameter.data_ptr()
+        if start:
+            last = sum(
+                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
+            )
+            spans.append((start, start + (last + 1) * parameter.element_size(), name))
+    found: dict[str, list[str]] = {}
+    spans.sort()
+    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            found.setdefault(name, []).append(other)
+            found.setdefault(other, []).append(name)
+    return found
 
 
 def _by_parameter(
@@ -115,9 +140,17 @@ def _by_parameter(
         for node in graph.nodes:
             if node.op == "get_attr":
                 readers.setdefault(str(node.target), []).extend(_readers(node))
-            for name in written_attributes(node):
+            if node.op == "call_module":
+                for name in _inside(module, str(node.target)):
+                    readers.setdefault(name, []).append(_reader(node, None))
+            for name in written_attributes(node, module):
                 writers.setdefault(name, _reader(node, None))
     return readers, writers
+
+
+def _inside(module: CapturedModule, path: str) -> list[str]:
+    """Names of the parameters of a module that the tracer kept whole."""
+    return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
 def _readers(weight: fx.Node) -> Iterator[Reader]:
@@ -138,6 +171,8 @@ def _flat_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _reader(node: fx.Node, op: Op | None) -> Reader:
     kind = op.kind if op else kind_of(node)
+    if node.op == "call_module":
+        kind = f"module {node.target}"
     return Reader(node, op, kind, _call_site(node), _source_line(node))
 
 

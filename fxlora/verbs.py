@@ -49,7 +49,8 @@ def adapt(
 def fold(module: CapturedModule) -> CapturedModule:
     """A new module with `W0 + s·BA` in place of every adapted weight, and no adapter node.
 
-    Its graphs are node for node the captured ones. Folding a folded module changes nothing.
+    Its graphs are node for node the captured ones, and nothing in it requires gradients (what was
+    not adapted shares storage with the source). Folding a folded module changes nothing.
 
     Raises:
         InjectError: the module never had adapters.
@@ -73,28 +74,36 @@ def lora_parameters(
     groups: bool = False,
     *,
     lr: float | None = None,
-    lr_ratio: float = 16.0,
+    lr_ratio: float | None = None,
 ) -> list[Any]:
     """What an optimizer should train: A, B, and the parameters trained in full.
 
     Args:
         groups: return parameter groups ("lora_A", "lora_B" and, if any, "full") instead.
-        lr: learning rate of A and of what trains in full, in groups.
-        lr_ratio: with lr, B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024, λ = 16).
+        lr: learning rate of A and of what trains in full, in groups. Without it the groups
+            carry names only, for you to set their rates.
+        lr_ratio: with lr, B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024); 16 unless given.
 
     Raises:
-        InjectError: the module has no adapters.
+        InjectError: the module has no adapters, or a parameter that is not in the plan
+            requires gradients.
+        ConfigError: lr_ratio without lr, which would have no effect, or not above 0.
     """
     if not isinstance(module, CapturedModule) or module.plan is None:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError("no adapters to train: inject a plan first.")
-    if lr_ratio <= 0:
-        raise ConfigError(f"lr_ratio must be > 0, not {lr_ratio}.")
+    if lr_ratio is not None and (lr is None or not groups or lr_ratio <= 0):
+        raise ConfigError(f"lr_ratio={lr_ratio} must be > 0, and needs groups=True and lr=….")
+    if stray := module.unplanned():
+        raise InjectError(
+            f"'{stray[0]}' requires gradients but is not in the plan, so it would neither be saved "
+            "nor kept apart from the source model. Put its module into modules_to_save."
+        )
     a = [module.get_parameter(entry.name_a) for entry in module.plan]
     b = [module.get_parameter(entry.name_b) for entry in module.plan]
     full = [module.get_parameter(name) for name in module.plan.trained]
     if not groups:
         return [*a, *b, *full]
-    named = (("lora_A", a, 1.0), ("lora_B", b, lr_ratio), ("full", full, 1.0))
+    named = (("lora_A", a, 1.0), ("lora_B", b, lr_ratio or 16.0), ("full", full, 1.0))
     return [
         {"name": name, "params": params} | ({} if lr is None else {"lr": lr * factor})
         for name, params, factor in named

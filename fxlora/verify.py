@@ -98,6 +98,8 @@ def verify(
         raise InjectError("nothing to verify: give the adapted module, before it is folded.")
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     kwargs = dict(kwargs or {})
+    if folded is not None and not isinstance(folded, CapturedModule):
+        raise InjectError(f"folded must be what fxlora.fold made, not {type(folded).__name__}.")
     base = remove(module)
     folded = fold(module) if folded is None else folded
     reads = _reads(module)
@@ -150,7 +152,8 @@ def _check_identity(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[
             neutral.get_parameter(entry.name_b).zero_()
         adapted = _floats(neutral(*args, **kwargs))
         plain = _floats(without(*args, **kwargs))
-    if not all(torch.equal(a, b) for a, b in zip(adapted, plain, strict=True)):
+    pairs = zip(adapted, plain, strict=True)
+    if not all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in pairs):
         raise VerificationError("with B = 0 the outputs are not those without adapters.")
 
 
@@ -258,8 +261,10 @@ def _output_error(
     tolerance = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=1e-10)
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
-        scale = float(a.abs().max()) if a.numel() else 0.0
-        error = float((a - b).abs().max()) if a.numel() else 0.0
+        finite = a[a.isfinite()]
+        scale = float(finite.abs().max()) if finite.numel() else 0.0
+        same = (a == b) | (a.isnan() & b.isnan())  # infinities are equal, their difference is not 0
+        error = float(torch.where(same, 0.0, (a - b).abs()).max()) if a.numel() else 0.0
         worst = max(worst, error / scale if scale else error)
         if not error <= tolerance * scale:
             raise VerificationError(

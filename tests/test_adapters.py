@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -192,6 +193,14 @@ def damaged(folder: Path, what: str) -> None:
         weights.rename(folder / "adapter_model.bin")
     elif what == "no config":
         config.unlink()
+    elif what == "edited config":
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps({**values, "lora_alpha": 40}))
+    elif what == "edited plan":
+        with safe_open(weights, "pt") as file:
+            plan = json.loads(file.metadata()["fxlora"])
+        plan["entries"][0]["form"] = "brunch"
+        save_file(load_file(weights), weights, {"fxlora": json.dumps(plan)})
     elif what == "bad config":
         config.write_text("{")
     elif what == "config is a list":
@@ -214,6 +223,8 @@ def damaged(folder: Path, what: str) -> None:
         ("config is a list", "expected an object"),
         ("another method", "'IA3', not for LORA"),
         ("unknown option", "uses use_qalora"),
+        ("edited config", "contradicts adapter_model"),
+        ("edited plan", "its plan is damaged"),
     ],
 )
 def test_damaged_folders(tmp_path: Path, what: str, message: str) -> None:
@@ -233,8 +244,6 @@ def test_a_mismatch_names_the_keys(tmp_path: Path) -> None:
     fxlora.save_adapter(trained(model), tmp_path)
     gm = fxlora.capture(model, torch.randn(4, 3, 9, 7))
     path = tmp_path / "adapter_model.safetensors"
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -256,8 +265,6 @@ def test_a_file_never_overwrites_frozen_weights(tmp_path: Path) -> None:
     model = Normed()
     fxlora.save_adapter(trained(model), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file(

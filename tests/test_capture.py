@@ -178,7 +178,11 @@ def test_the_batch_is_dynamic_from_an_example_of_one() -> None:
         ((torch.randn(2, 5),), {}, "scale: missing"),
         ((torch.randn(2, 5),), {"scale": 2.0, "mask": None}, "mask: not among"),
         ((torch.randn(5),), {"scale": 2.0}, "x: captured with 2 dimensions"),
-        ((torch.zeros(2, 5).long(),), {"scale": 2.0}, "x: captured as a tensor of floating"),
+        (
+            (torch.zeros(2, 5).long(),),
+            {"scale": 2.0},
+            "x: captured as torch.float32, called with torch.int64",
+        ),
         ((None,), {"scale": 2.0}, "x: captured as a tensor, called with NoneType"),
         ((torch.randn(2, 5), 2.0, 3), {}, "called with 3 positional"),
     ],
@@ -284,7 +288,7 @@ def test_the_tracer_sees_functions_and_methods() -> None:
 
 def test_a_module_that_the_tracer_keeps_whole_is_not_adapted_silently() -> None:
     gm = fxlora.capture(nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 12)))
-    with pytest.raises(fxlora.NoMatchError, match="capture with example inputs"):
+    with pytest.raises(fxlora.UnsupportedOpError, match="capture with example inputs"):
         fxlora.match(gm, fxlora.Rule("out_proj"))
     exported = fxlora.capture(Attention(), torch.randn(2, 3, 8))
     assert len(fxlora.match(exported, fxlora.Rule("out_proj"))) == 3
@@ -306,3 +310,218 @@ def test_to_cuda() -> None:
     lora = fxlora.inject(gm, fxlora.match(gm, fxlora.Rule("fc")))
     assert lora.get_parameter("fc.lora_A.default.weight").is_cuda
     assert fxlora.fold(lora)(x).is_cuda
+
+
+# ---- what a graph assumes -----------------------------------------------------------------------
+
+
+class Sized(nn.Module):
+    """A model that branches on its batch size, in Python."""
+
+    def __init__(self, takes_first) -> None:
+        super().__init__()
+        self.takes_first = takes_first
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return y if self.takes_first(x.shape[0]) else -y
+
+
+@pytest.mark.parametrize(
+    ("takes_first", "example", "good", "bad"),
+    [
+        (lambda n: n % 2 == 0, 4, 6, 3),
+        (lambda n: n != 8, 4, 7, 8),
+        (lambda n: n != 1, 3, 2, 1),
+        (lambda n: n <= 4, 3, 4, 5),
+    ],
+)
+def test_branches_on_sizes_are_guarded(
+    takes_first, example: int, good: int, bad: int, tmp_path
+) -> None:
+    model = Sized(takes_first)
+    gm = fxlora.capture(model, torch.randn(example, 5)).eval()
+    x = torch.randn(good, 5)
+    assert torch.equal(gm(x), model(x))
+    with pytest.raises(InputError):
+        gm(torch.randn(bad, 5))
+    fxlora.export(gm, x, tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert torch.equal(program(x), model(x))
+    with pytest.raises(Exception, match=r"[Gg]uard|==|<=|!=|expected"):
+        program(torch.randn(bad, 5))
+
+
+def test_a_batch_of_one_where_the_source_refuses_it() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    gm = fxlora.capture(model, torch.randn(4, 5))
+    with pytest.raises(InputError):
+        gm.train()(torch.randn(1, 5))
+    assert torch.equal(gm.eval()(torch.ones(1, 5)), model.eval()(torch.ones(1, 5)))
+
+
+def test_a_batch_of_one_that_cannot_be_widened() -> None:
+    model = nn.LSTM(4, 6)
+    x, state = torch.randn(1, 1, 4), (torch.zeros(1, 1, 6), torch.zeros(1, 1, 6))
+    gm = fxlora.capture(model, (x, state))
+    assert torch.equal(gm(x, state)[0], model(x, state)[0])
+
+
+def test_the_dtype_is_part_of_the_capture() -> None:
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5))
+    with pytest.raises(InputError, match=r"captured as torch\.float32, called with torch\.float64"):
+        gm(torch.randn(2, 5).double())
+    assert gm.double()(torch.randn(2, 5).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_graphs_take_other_batches(dynamic: bool | None) -> None:
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5)).eval()
+    compiled = torch.compile(gm, fullgraph=True, backend="eager", dynamic=dynamic)
+    for batch in (4, 3, 2, 7):
+        x = torch.randn(batch, 5)
+        assert torch.equal(compiled(x), gm(x))
+
+
+def test_switching_modes_does_not_compile_again() -> None:
+    compiled_graphs = []
+
+    def backend(graph: fx.GraphModule, _: list) -> object:
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5))
+    compiled = torch.compile(gm, backend=backend)
+    for _ in range(4):
+        for training in (True, False):
+            gm.train(training)
+            compiled(torch.randn(2, 5))
+    assert len(compiled_graphs) == 2
+
+
+def test_frozen_batch_norms_stay_frozen() -> None:
+    model = Normed().train()
+    model.bn.eval()
+    gm = fxlora.capture(model, torch.randn(2, 3, 9, 7))
+    x = torch.randn(4, 3, 9, 7)
+    assert torch.equal(gm(x)["logits"], model(x)["logits"])
+    assert int(gm.get_buffer("bn.num_batches_tracked")) == 0
+
+
+def test_what_is_captured_is_not_captured_again() -> None:
+    gm = fxlora.capture(Mlp(), torch.randn(2, 5))
+    with pytest.raises(CaptureError, match="captured already"):
+        fxlora.capture(gm, torch.randn(2, 5))
+    around = nn.Sequential(gm, nn.Linear(3, 2))
+    fxlora.capture(around, torch.randn(2, 5))
+    assert gm.training
+    assert gm.graph is gm.graphs["train"]
+
+
+def test_writes_in_nested_graphs_stay_off_the_source() -> None:
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.w.clamp_(-0.1, 0.1)
+            return F.linear(x, self.w)
+
+    model = Clamps()
+    before = model.w.detach().clone()
+    gm = fxlora.capture(model, torch.randn(2, 5))
+    gm(torch.randn(2, 5))
+    assert torch.equal(model.w, before)
+    assert gm.get_parameter("w").abs().max() <= 0.1
+    with pytest.raises(fxlora.UnsupportedOpError, match="writes to its weight"):
+        fxlora.match(gm, fxlora.Rule("w", lora=fxlora.LoraConfig(r=2)))
+
+
+def test_dtypes_in_nested_graphs_move() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                offset = torch.zeros(3, dtype=x.dtype) + x.new_ones(3)
+            return self.fc(x) + offset
+
+    gm = fxlora.capture(Nested(), torch.randn(2, 5)).double()
+    assert gm(torch.randn(2, 5).double()).dtype == torch.float64
+
+
+# ---- what the tracer must not hide --------------------------------------------------------------
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+        self.register_buffer("n", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n.add_(1)
+        return self.fc(x)
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, dict(self.named_parameters())["fc.weight"] * 2)
+
+
+class Dice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + torch.rand(1)
+
+
+@pytest.mark.parametrize("kind", [Counts, Constant, Dice])
+def test_the_tracer_bakes_nothing_in(kind: type[nn.Module]) -> None:
+    model = kind()
+    before = snapshot(model)
+    with pytest.raises(CaptureError, match="Give example inputs"):
+        fxlora.capture(model)
+    assert_untouched(model, before)
+    fxlora.capture(model, torch.randn(2, 5))
+
+
+def test_the_tracer_leaves_nothing_in_the_model() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls, self.last = nn.Linear(5, 3), 0, None
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            self.calls += 1
+            self.last = self.fc(x)
+            return self.last * 2 if mask is not None else self.last
+
+    model = Keeps()
+    gm = fxlora.capture(model)
+    assert (model.calls, model.last) == (0, None)
+    x = torch.randn(2, 5)
+    assert torch.equal(gm(x), model(x))
+    with pytest.raises(Exception, match="mask"):
+        gm(x, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("args", [(torch.randn(2, 5),), None])
+def test_hooks_of_the_model_itself_are_refused_and_inner_ones_captured(args: tuple | None) -> None:
+    model = nn.Sequential(nn.Linear(5, 3))
+    model.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(CaptureError, match="forward hooks of its own"):
+        fxlora.capture(model, args)
+    around, x = nn.Sequential(model), torch.randn(2, 5)
+    assert torch.equal(fxlora.capture(around, args)(x), model(x))

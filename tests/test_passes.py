@@ -14,7 +14,7 @@ from fxlora import ConfigError, InjectError, LoraConfig, Rule
 from fxlora.alike import difference
 from fxlora.passes import Distribute, FoldConstants, Inject, Remove
 
-from .laws import randomise
+from .laws import check_laws, randomise
 from .models import Mlp, Normed, Readers, Tied
 
 R = LoraConfig(r=2, lora_alpha=3)
@@ -239,7 +239,9 @@ def test_lora_parameters() -> None:
     torch.optim.AdamW(groups)
     torch.optim.AdamW(fxlora.lora_parameters(lora, groups=True), lr=1e-3)
     with pytest.raises(ConfigError, match="lr_ratio"):
-        fxlora.lora_parameters(lora, groups=True, lr_ratio=0)
+        fxlora.lora_parameters(lora, groups=True, lr=1e-3, lr_ratio=0)
+    with pytest.raises(ConfigError, match="needs groups=True"):
+        fxlora.lora_parameters(lora, lr=1e-3, lr_ratio=4)
     with pytest.raises(InjectError, match="no adapters to train"):
         fxlora.lora_parameters(fxlora.fold(lora))
 
@@ -303,3 +305,58 @@ def test_a_folded_module_can_be_adapted_again() -> None:
         assert torch.allclose(outputs[-1], lora.eval()(x), atol=1e-5)
     assert len(gm.folded) == 2
     assert not torch.allclose(outputs[1], outputs[2], atol=1e-3)
+
+
+# ---- reads that a table of ops does not show ----------------------------------------------------
+
+
+def test_two_adapted_weights_multiplied_with_each_other() -> None:
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.v = nn.Parameter(torch.randn(7, 4)), nn.Parameter(torch.randn(4, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.u @ self.v)
+
+    _, lora = check_laws(Factored(), (torch.randn(3, 5).double(),), rules=Rule(["u", "v"], lora=R))
+    assert {entry.form for entry in lora.plan} == {"weight"}
+
+
+def test_a_tied_weight_that_a_whole_module_reads_is_refused() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.fc = nn.EmbeddingBag(9, 5), nn.Linear(5, 9, bias=False)
+            self.fc.weight = self.bag.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.bag(ids))
+
+    with pytest.raises(fxlora.UnsupportedOpError, match="read inside module bag"):
+        fxlora.match(fxlora.capture(Bag()), Rule("fc", lora=R))
+    ids = torch.tensor([[1, 2], [3, 4]])
+    check_laws(Bag(), (ids,), rules=Rule("fc", lora=R))
+
+
+def test_parameters_in_the_same_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 7))
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    gm = fxlora.capture(model)
+    with pytest.raises(fxlora.UnsupportedOpError, match=r"'0' .* shares memory with '2\.weight'"):
+        fxlora.match(gm, Rule("0", lora=R))
+    fxlora.match(gm, Rule("1", lora=R))
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_padding_by_word(padding: str) -> None:
+    layer = nn.Conv2d(3, 5, 3, padding=padding)
+    check_laws(layer, (torch.randn(2, 3, 8, 9).double(),), rules=Rule("weight", lora=R))
+
+
+def test_what_trains_outside_the_plan_is_refused() -> None:
+    lora = fxlora.adapt(Mlp(), torch.randn(2, 5), rules=Rule("up", lora=R))
+    lora.get_parameter("down.weight").requires_grad_(True)
+    with pytest.raises(InjectError, match=r"'down\.weight' requires gradients but is not"):
+        fxlora.lora_parameters(lora)
+    assert not any(p.requires_grad for p in fxlora.fold(lora).parameters())

@@ -33,7 +33,8 @@ def capture(
     place trains the model's too (`inject` freezes them). Buffers are copies.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module. The mode that it is in is captured as it stands (batch norms
+            frozen by `eval()` stay so), the other one as its `train()` or `eval()` makes it.
         args: example positional arguments (a lone tensor stands for a tuple of one).
         kwargs: example keyword arguments.
         dynamic_shapes: torch.export's specification of the dynamic dimensions. By default
@@ -45,6 +46,16 @@ def capture(
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
+    if isinstance(model, CapturedModule):
+        raise CaptureError(
+            "the module is captured already: match, inject, fold, … take it as it is. To capture "
+            "it for other inputs, capture the source model again."
+        )
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks of its own, which are no part of its graph. "
+            "Remove them, or wrap the model (nn.Sequential(model)): hooks inside are captured."
+        )
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is None and kwargs is None:
@@ -72,7 +83,8 @@ def _capture_exported(
 
 
 def _capture_traced(model: nn.Module) -> CapturedModule:
-    sources = {mode: fx.GraphModule(model, trace_mode(model, mode == "train")) for mode in MODES}
+    graphs = {mode: trace_mode(model, mode == "train") for mode in MODES}
+    sources = {mode: fx.GraphModule(model, graph) for mode, graph in graphs.items()}
     if alike(sources["train"], sources["eval"]):
         sources["train"] = sources["eval"]
     return _assemble(model, sources, dict.fromkeys(MODES))
@@ -86,7 +98,7 @@ def _assemble(
     called: set[str] = set()
     for source in sources.values():
         for node in source.graph.nodes:
-            written |= set(written_attributes(node))
+            written |= set(written_attributes(node, source))
             called |= {str(node.target)} if node.op == "call_module" else set()
     tree = build_tree(model, called, written)
     known = _tensor_names(model)

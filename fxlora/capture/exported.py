@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
+import math
+import re
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,21 +14,23 @@ import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.experimental import _config as export_config
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..inputs import (
     ConstantInput,
     Dimension,
-    FreeInput,
+    Guard,
     Input,
     InputSpec,
+    IntegerInput,
     TensorInput,
-    category_of,
 )
+from ..module import CapturedModule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """Inputs to export with, and the dynamic shapes that go with them."""
 
@@ -47,13 +51,7 @@ def export_mode(
     for example in examples:
         try:
             with mode_of(model, training):
-                program = torch.export.export(
-                    model,
-                    example.args,
-                    example.kwargs,
-                    dynamic_shapes=example.dynamic_shapes,
-                    strict=False,
-                )
+                program = run_export(model, example)
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model does
             failure = error
             continue
@@ -62,6 +60,23 @@ def export_mode(
         return module, _contract(program, module, model, example), example
     assert failure is not None
     raise capture_error(model, training, failure) from failure
+
+
+def run_export(model: nn.Module, example: Example) -> ExportedProgram:
+    """torch.export, told not to take a dynamic size for larger than 1.
+
+    By default it does: a graph from a batch of 2 is then silently wrong for a batch of 1 where
+    the source asks (batch norm in train mode does).
+    """
+    config: Any = export_config  # torch installs `patch` on the module at run time
+    with config.patch(backed_size_oblivious=True):
+        return torch.export.export(
+            model,
+            example.args,
+            example.kwargs,
+            dynamic_shapes=example.dynamic_shapes,
+            strict=False,
+        )
 
 
 def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:
@@ -123,15 +138,22 @@ def _with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: in
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool) -> Generator[None]:
-    """The model in one mode; every flag that a train() override may touch is put back."""
+    """The model in one mode; flags that train() may touch are put back.
+
+    In the mode that it is in, the model is taken as it stands, with the batch norms that the user
+    froze by `eval()` frozen.
+    """
     flags = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.train(training)
+        if model.training != training:
+            model.train(training)
         with torch.random.fork_rng(devices=[]):  # dropout draws while it is traced
             yield
     finally:
         for module, flag in flags:
+            if isinstance(module, CapturedModule):  # its graph goes with the flag
+                module.train(flag)
             module.training = flag
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
@@ -143,12 +165,18 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 def capture_error(model: nn.Module, training: bool, error: BaseException) -> CaptureError:
     """The error of a capture that failed, with the line of the model's code that it came from."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
+    advice = (
+        "Inputs and outputs must be tensors in containers that pytree knows: have the model return "
+        "no cache (transformers: use_cache=False)."
+        if "register a pytree" in str(error)
+        else "Try the model on the same inputs; where its forward branches on values of tensors, "
+        "capture the submodules that do not."
+    )
     place, mode = _user_line(error), "train" if training else "eval"
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{place}: "
         f"{type(error).__name__}: "
-        f"{reason[0].rstrip('.')}. Try the model on the same inputs; where its forward branches "
-        "on values of tensors, capture the submodules that do not."
+        f"{reason[0].rstrip('.')}. {advice}"
     )
 
 
@@ -177,23 +205,37 @@ def _contract(
     for name, value in zip(names, values, strict=True):
         paths, structure = pytree.tree_flatten_with_path(value)
         structures.append(structure)
-        leaves.append(
-            tuple(
-                _leaf(
-                    f"{name}{pytree.keystr(path)}",
-                    next(placeholders).meta.get("val"),
-                    bounds,
-                    model,
-                )
-                for path, _ in paths
+        group = [
+            _leaf(f"{name}{pytree.keystr(path)}", next(placeholders).meta.get("val"), bounds, model)
+            for path, _ in paths
+        ]
+        leaves.append(tuple(group))
+    guards = tuple(_guards(program, model, example))
+    return InputSpec(names, tuple(structures), tuple(leaves), guards)
+
+
+def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Iterator[Guard]:
+    """torch.export's remaining assumptions, written over the leaves instead of its `L[...]`."""
+    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    paths = [f"L{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(dict(bound))[0]]
+    by_length = sorted(enumerate(paths), key=lambda item: -len(item[1]))
+    for text in getattr(program, "_guards_code", None) or ():
+        code = text
+        for index, path in by_length:
+            code = code.replace(path, f"V[{index}]")
+        if "L[" in code:
+            raise CaptureError(
+                f"{type(model).__name__}: torch.export assumes {text}, which cannot be checked at "
+                "a call. Give dynamic_shapes with that dimension static."
             )
-        )
-    return InputSpec(names, tuple(structures), tuple(leaves))
+        readable = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
+        # torch.export's own words about sizes, as a function that torch.compile can trace too
+        holds = eval(f"lambda V: {code}", {"math": math, "Max": max, "Min": min})
+        yield Guard(readable, holds)
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:
-    # torch.export starts every dynamic dimension at 2, whatever the graph can do with 1.
-    lower = 1 if limits.lower <= 2 else int(limits.lower)
+    lower = int(limits.lower) if limits.lower.is_finite else 0
     upper = limits.upper
     return lower, int(upper) if upper.is_finite and upper < torch.iinfo(torch.int64).max else None
 
@@ -203,9 +245,10 @@ def _leaf(
 ) -> Input:
     if isinstance(value, torch.Tensor):
         dims = tuple(_dimension(name, size, bounds, model) for size in value.shape)
-        return TensorInput(name, dims, category_of(value.dtype))
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return FreeInput(name)
+        return TensorInput(name, dims, value.dtype)
+    if isinstance(value, torch.SymInt):
+        dim = _dimension(name, value, bounds, model)
+        return ConstantInput(name, dim) if isinstance(dim, int) else IntegerInput(name, dim)
     return ConstantInput(name, value)
 
 
@@ -226,5 +269,5 @@ def _dimension(
             "dimension static."
         )
     scale, offset = (int(c) for c in polynomial.all_coeffs())
-    lower, upper = bounds.get(str(symbols[0]), (1, None))
+    lower, upper = bounds.get(str(symbols[0]), (0, None))
     return Dimension(str(symbols[0]), scale, offset, lower, upper)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from typing import Any
+
+import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
 from .exported import capture_error, mode_of
@@ -19,12 +26,55 @@ def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
     """The lowered graph of one mode.
 
     Raises:
-        CaptureError: the model's forward cannot be run on symbolic values.
+        CaptureError: the model's forward cannot be run on symbolic values, or computes with its
+            parameters out of the tracer's sight.
     """
     try:
-        with mode_of(model, training):
-            graph = WeightTracer().trace(model)
+        traced = _copy(model)
+        with mode_of(traced, training), _Watch(traced):
+            graph = WeightTracer().trace(traced, _defaults(traced))
     except Exception as error:
         raise capture_error(model, training, error) from error
     lower(graph)
     return graph
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """The same parameters in other modules, which take what a forward leaves behind."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Arguments that are None, a flag or a word unless given: the forward branches on those."""
+    parameters = inspect.signature(model.forward).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is None or isinstance(parameter.default, bool | str)
+    }
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses what the tracer would bake into the graph: values of parameters, buffers, dice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        tensors = [*model.parameters(), *model.buffers()]
+        self.storages = {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in self.storages:
+                raise RuntimeError(
+                    f"{func} runs on a parameter or buffer while the model is traced, so its "
+                    "result would be a constant. Give example inputs: capture(model, args)."
+                )
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(
+                f"{func} draws random numbers while the model is traced, which would be constants. "
+                "Give example inputs: capture(model, args)."
+            )
+        return func(*args, **kwargs)

@@ -33,8 +33,7 @@ class Distribute(PassBase):
                 for node in weight_nodes(graph, aliases[entry.parameter]):
                     if node.users:
                         insert_weight(graph, entry, node)
-            graph.lint()
         entries = tuple(dataclasses.replace(e, form="weight", dropout=0.0) for e in result.plan)
         result.plan = dataclasses.replace(result.plan, entries=entries)
-        result.recompile()
+        result.refresh()
         return PassResult(result, True)

@@ -21,6 +21,8 @@ from .structure import Insertion, insertions, take_out
 class FoldConstants(PassBase):
     """One new Parameter per adapted weight, under the old name; no adapter node is left.
 
+    The result is frozen: what was not adapted still shares storage with the source model.
+
     The sum is one addmm in the weight's dtype, which accumulates in float32 (float64) and
     rounds once.
     """
@@ -46,6 +48,7 @@ class FoldConstants(PassBase):
                 result.set_parameter(alias, parameter)
         result.folded = (*result.folded, plan)
         drop_adapters(result)
+        result.requires_grad_(False)  # the rest still is the source's storage
         return PassResult(result, True)
 
 

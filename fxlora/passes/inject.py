@@ -45,9 +45,7 @@ class Inject(PassBase):
             for graph in result.distinct_graphs():
                 _insert(result, graph, entry, sites[entry.parameter])
         result.plan = self.plan
-        for graph in result.distinct_graphs():
-            graph.lint()
-        result.recompile()
+        result.refresh()
         return PassResult(result, True)
 
 
@@ -101,7 +99,6 @@ def _split_modes(module: CapturedModule) -> None:
     """Give the train graph a life of its own: dropout stands in it alone."""
     if module.graphs["train"] is module.graphs["eval"]:
         module.graphs["train"] = copy.deepcopy(module.graphs["eval"])
-        module.train(module.training)
 
 
 def _add_pair(module: CapturedModule, entry: Entry) -> None:

@@ -56,7 +56,7 @@ def drop_adapters(module: CapturedModule) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in module.grads)
     _merge_modes(module)
-    module.recompile()
+    module.refresh()
 
 
 def _merge_modes(module: CapturedModule) -> None:
@@ -64,4 +64,3 @@ def _merge_modes(module: CapturedModule) -> None:
     train, evaluation = module.graphs["train"], module.graphs["eval"]
     if train is not evaluation and difference(train, evaluation) is None:
         module.graphs["train"] = evaluation
-        module.train(module.training)
