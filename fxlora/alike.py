@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 
 def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
@@ -23,6 +25,52 @@ def difference(first: fx.Graph, second: fx.Graph) -> str | None:
         if _form(a, numbers) != _form(b, numbers):
             return f"{a.format_node()} against {b.format_node()}"
     return None
+
+
+def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph) -> bool:
+    """Whether two exported graphs have the same ops on the same inputs, sizes left aside.
+
+    What computes a size in the dynamic graph is a number in the static one.
+    """
+    ours, theirs = ([n for n in g.nodes if not _is_size(n)] for g in (dynamic, static))
+    if len(ours) != len(theirs):
+        return False
+    numbers: dict[fx.Node, int] = {}
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        numbers[a] = numbers[b] = index
+        if a.op != b.op or (a.op != "placeholder" and a.target != b.target):
+            return False
+        first, second = (_flat(node, numbers) for node in (a, b))
+        if len(first) != len(second) or not all(map(_same_argument, first, second)):
+            return False
+    return True
+
+
+def _is_size(node: fx.Node) -> bool:
+    """A call that makes no tensor: a size, or an assertion about one."""
+    if node.op != "call_function":
+        return False
+    return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
+
+
+def _flat(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
+    def number(value: fx.Node) -> Any:
+        return _Number(numbers.get(value))
+
+    return pytree.tree_leaves(fx.map_arg((node.args, dict(node.kwargs)), number))
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A node as an argument: where it stands among those compared, or None for a size."""
+
+    index: int | None
+
+
+def _same_argument(dynamic: Any, static: Any) -> bool:
+    if isinstance(dynamic, _Number) and dynamic.index is None:
+        return isinstance(static, int)
+    return type(dynamic) is type(static) and dynamic == static
 
 
 def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:

@@ -145,10 +145,12 @@ class Guard:
     Attributes:
         text: the condition as torch.export says it.
         holds: the condition as a function of the leaves.
+        excludes_one: whether it says that a first dimension is not 1.
     """
 
     text: str
     holds: Callable[[Sequence[Any]], Any] = field(compare=False)
+    excludes_one: bool = False
 
     def check(self, leaves: Sequence[Any]) -> None:
         holds = self.holds(leaves)
@@ -188,6 +190,41 @@ class InputSpec:
         ):
             found += zip(leaves, self._flatten(value, structure, leaves), strict=True)
         return found
+
+    @property
+    def excludes_one(self) -> bool:
+        """Whether some first dimension may be larger than 1 but not 1."""
+        firsts = (leaf.dims[:1] for leaf in self._tensors())
+        bounds = any(isinstance(dim, Dimension) and dim.min == 2 for dims in firsts for dim in dims)
+        return bounds or any(guard.excludes_one for guard in self.guards)
+
+    def with_one(self) -> InputSpec:
+        """The contract with first dimensions of 1 allowed."""
+        symbols = {
+            leaf.dims[0].symbol
+            for leaf in self._tensors()
+            if leaf.dims and isinstance(leaf.dims[0], Dimension) and leaf.dims[0].min == 2
+        }
+
+        def lowered(dim: int | Dimension) -> int | Dimension:
+            if isinstance(dim, Dimension) and dim.symbol in symbols:
+                return replace(dim, min=1)
+            return dim
+
+        def allow(leaf: Input) -> Input:
+            if not isinstance(leaf, TensorInput):
+                return leaf
+            return replace(leaf, dims=tuple(map(lowered, leaf.dims)))
+
+        return replace(
+            self,
+            leaves=tuple(tuple(map(allow, group)) for group in self.leaves),
+            guards=tuple(guard for guard in self.guards if not guard.excludes_one),
+        )
+
+    def _tensors(self) -> list[TensorInput]:
+        leaves = (leaf for group in self.leaves for leaf in group)
+        return [leaf for leaf in leaves if isinstance(leaf, TensorInput)]
 
     def moved(self, moves: Mapping[Any, Any]) -> InputSpec:
         """The contract after the module's dtypes changed: floating inputs follow."""

@@ -525,3 +525,29 @@ def test_hooks_of_the_model_itself_are_refused_and_inner_ones_captured(args: tup
         fxlora.capture(model, args)
     around, x = nn.Sequential(model), torch.randn(2, 5)
     assert torch.equal(fxlora.capture(around, args)(x), model(x))
+
+
+def test_one_tensor_given_for_two_inputs_stays_two_inputs() -> None:
+    model, x = TwoInputs(), torch.randn(4, 3)
+    model.fc = nn.Linear(3, 3)
+    gm = fxlora.capture(model, (x,), {"mask": x})
+    other = torch.randn(4, 3)
+    assert torch.equal(gm(other, mask=x), model(other, mask=x))
+
+
+def test_a_guard_on_strides_does_not_exclude_a_batch_of_one() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(6, 18)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 3).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    model = Attends()
+    for example in (1, 2):
+        gm = fxlora.capture(model, torch.randn(example, 5, 6))
+        for batch in (1, 3):
+            x = torch.randn(batch, 5, 6)
+            assert torch.equal(gm(x), model(x))

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.experimental import _config as export_config
 from torch.utils import _pytree as pytree
 
+from ..alike import alike_but_for_sizes
 from ..errors import CaptureError
 from ..inputs import (
     ConstantInput,
@@ -44,22 +45,61 @@ def export_mode(
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
     """The graph of one mode from the first example that exports, with its input contract.
 
+    An example whose graph does not hold for the user's own inputs (the last example) is passed
+    over: those were of batch 1, and the graph is for larger ones only.
+
     Raises:
         CaptureError: none of the examples exports; the cause is the last one's error.
     """
-    failure: Exception | None = None
+    own, failure = examples[-1], None
     for example in examples:
         try:
             with mode_of(model, training):
-                program = run_export(model, example)
+                module, spec = _attempt(model, example)
+            spec.check(own.args, own.kwargs)
+            return module, spec, example
+        except CaptureError:
+            raise
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model does
             failure = error
-            continue
-        module = program.module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        return module, _contract(program, module, model, example), example
     assert failure is not None
     raise capture_error(model, training, failure) from failure
+
+
+def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
+    program = run_export(model, example)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    spec = _contract(program, module, model, example)
+    if spec.excludes_one and _holds_for_one(model, module, spec, example):
+        spec = spec.with_one()
+    return module, spec
+
+
+def _holds_for_one(
+    model: nn.Module, module: fx.GraphModule, spec: InputSpec, example: Example
+) -> bool:
+    """Whether a graph that torch.export guards against a batch of 1 is right there all the same.
+
+    The guard often comes from a question about strides, not from the source: it does if the
+    graph of a batch of 1 has the same ops.
+    """
+    single = {
+        id(value): value[:1]
+        for leaf, value in spec.pairs(example.args, example.kwargs)
+        if isinstance(leaf, TensorInput) and leaf.dims and isinstance(leaf.dims[0], Dimension)
+    }
+
+    def narrowed(leaf: Any) -> Any:
+        return single.get(id(leaf), leaf)
+
+    args, kwargs = pytree.tree_map(narrowed, (example.args, example.kwargs))
+    try:
+        static = run_export(model, Example(args, kwargs, None)).module(check_guards=False)
+    except Exception:  # noqa: BLE001 - the source refuses a batch of 1, each in its own way
+        return False
+    assert isinstance(static, fx.GraphModule)
+    return alike_but_for_sizes(module.graph, static.graph)
 
 
 def run_export(model: nn.Module, example: Example) -> ExportedProgram:
@@ -85,6 +125,7 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     The batch is dimension 0 of the first tensor, and of every tensor of that size. An example
     batch of 1 is widened to 2 first, because torch.export fixes dimensions of size 1.
     """
+    args, kwargs = _told_apart(args, kwargs)
     if shapes is not None:
         return [Example(args, kwargs, shapes)]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)]
@@ -99,8 +140,23 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     return [_with_dynamic_batch(wide_args, wide_kwargs, 2), static]
 
 
+def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A copy of every tensor that is given twice (labels=ids): torch.export would take the two
+    inputs for one, for good."""
+    seen: set[int] = set()
+
+    def apart(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.clone()
+
+    return pytree.tree_map(apart, (args, kwargs))
+
+
 def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
     """Inputs and dynamic shapes that a captured graph's own contract asks for."""
+    args, kwargs = _told_apart(args, kwargs)
     wide: dict[int, torch.Tensor] = {}
     shapes = ShapesCollection()
     for leaf, value in spec.pairs(args, kwargs):
@@ -231,7 +287,8 @@ def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Ite
         readable = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
         # torch.export's own words about sizes, as a function that torch.compile can trace too
         holds = eval(f"lambda V: {code}", {"math": math, "Max": max, "Min": min})
-        yield Guard(readable, holds)
+        excludes_one = re.fullmatch(r"V\[\d+\]\.size\(\)\[0\] != 1", code) is not None
+        yield Guard(readable, holds, excludes_one)
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:
