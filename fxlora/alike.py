@@ -32,7 +32,8 @@ def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph) -> bool:
 
     What computes a size in the dynamic graph is a number in the static one.
     """
-    ours, theirs = ([n for n in g.nodes if not _is_size(n)] for g in (dynamic, static))
+    graphs = (dynamic, static)
+    ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
     if len(ours) != len(theirs):
         return False
     numbers: dict[fx.Node, int] = {}
@@ -53,8 +54,17 @@ def _is_size(node: fx.Node) -> bool:
     return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
+def _is_whole(node: fx.Node) -> bool:
+    """A slice that takes everything, as `x[:, 0]` has for its first dimension."""
+    if node.target is not torch.ops.aten.slice.Tensor or len(node.args) != 4:
+        return False
+    return node.args[2] in (0, None) and node.args[3] == torch.iinfo(torch.int64).max
+
+
 def _flat(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
     def number(value: fx.Node) -> Any:
+        while _is_whole(value):
+            value = value.all_input_nodes[0]
         return _Number(numbers.get(value))
 
     return pytree.tree_leaves(fx.map_arg((node.args, dict(node.kwargs)), number))

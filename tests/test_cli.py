@@ -234,17 +234,20 @@ def test_fold_of_tied_weights_loads_into_the_tied_class(done: Callable[..., str]
     assert_close(other(ids), lora(ids))
 
 
-def test_fold_refuses_weights_that_the_source_class_would_lose(refused: Refused) -> None:
-    x = torch.randn(2, 4)
-    lora = fxlora.adapt(house("Stored"), x, rules=fxlora.LoraConfig(r=2, target_modules=["a"]))
-    fxlora.save_adapter(lora, "adapter")
-    train(house("Stored"), "adapter", x)
-    message = refused(
-        *("fold", "house:Stored", "--input", "2x4"),
-        *("--adapter", "adapter", "--out", "folded.safetensors"),
+def test_weights_that_share_memory_are_refused(refused: Refused) -> None:
+    words = (
+        "adapt",
+        "house:Stored",
+        "--input",
+        "2x4",
+        "--target",
+        "a",
+        "-r",
+        2,
+        "--out",
+        "adapter",
     )
-    assert "shares memory" in message
-    assert "fxlora export" in message
+    assert "shares memory with 'b.weight'" in refused(*words)
 
 
 def test_export_writes_what_plain_pytorch_runs(done: Callable[..., str]) -> None:

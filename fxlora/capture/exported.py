@@ -287,7 +287,7 @@ def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Ite
         readable = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
         # torch.export's own words about sizes, as a function that torch.compile can trace too
         holds = eval(f"lambda V: {code}", {"math": math, "Max": max, "Min": min})
-        excludes_one = re.fullmatch(r"V\[\d+\]\.size\(\)\[0\] != 1", code) is not None
+        excludes_one = re.fullmatch(r"V\[\d+\]\.size\(\)\[0\] (!= 1|> 1|>= 2)", code) is not None
         yield Guard(readable, holds, excludes_one)
 
 
