@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+_END = torch.iinfo(torch.int64).max
+
 
 def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
     """Equal node for node, op for op, argument for argument, and in the constants they hold."""
@@ -58,7 +60,7 @@ def _is_whole(node: fx.Node) -> bool:
     """A slice that takes everything, as `x[:, 0]` has for its first dimension."""
     if node.target is not torch.ops.aten.slice.Tensor or len(node.args) != 4:
         return False
-    return node.args[2] in (0, None) and node.args[3] == torch.iinfo(torch.int64).max
+    return node.args[2:] in ((0, _END), (None, _END))
 
 
 def _flat(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
@@ -80,7 +82,7 @@ class _Number:
 def _same_argument(dynamic: Any, static: Any) -> bool:
     if isinstance(dynamic, _Number) and dynamic.index is None:
         return isinstance(static, int)
-    return type(dynamic) is type(static) and dynamic == static
+    return type(dynamic) is type(static) and bool(dynamic == static)
 
 
 def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:

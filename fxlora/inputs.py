@@ -182,6 +182,14 @@ class InputSpec:
         for guard in self.guards:
             guard.check(items)
 
+    def holds_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether `check` passes."""
+        try:
+            self.check(args, kwargs)
+        except InputError:
+            return False
+        return True
+
     def pairs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Input, Any]]:
         """Each leaf of the contract with what the call gives for it."""
         found: list[tuple[Input, Any]] = []

@@ -45,23 +45,28 @@ def export_mode(
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
     """The graph of one mode from the first example that exports, with its input contract.
 
-    An example whose graph does not hold for the user's own inputs (the last example) is passed
-    over: those were of batch 1, and the graph is for larger ones only.
+    A graph that does not hold for the user's own inputs (the last example) is passed over while
+    there is another: those are of batch 1, and the graph is for larger ones only. In train mode
+    that may be all there is (batch norm refuses a batch of 1).
 
     Raises:
         CaptureError: none of the examples exports; the cause is the last one's error.
     """
     own, failure = examples[-1], None
+    larger: tuple[fx.GraphModule, InputSpec, Example] | None = None
     for example in examples:
         try:
             with mode_of(model, training):
                 module, spec = _attempt(model, example)
-            spec.check(own.args, own.kwargs)
-            return module, spec, example
+            if spec.holds_for(own.args, own.kwargs):
+                return module, spec, example
+            larger = (module, spec, example)
         except CaptureError:
             raise
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model does
             failure = error
+    if larger:
+        return larger
     assert failure is not None
     raise capture_error(model, training, failure) from failure
 
