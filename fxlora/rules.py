@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from torch import fx
-
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
-from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
+from .errors import ConfigError, FxLoraWarning, NoMatchError
+from .forms import check_supported, choose_form
 from .module import CapturedModule
-from .ops import FLATTENED, MATRIX_PRODUCTS
+from .ops import MATRIX_PRODUCTS
 from .plan import IN_FULL, Entry, Plan
-from .sites import Reader, Site, find_sites
+from .sites import Site, find_sites
 
 
 def match(
@@ -192,7 +191,7 @@ class _Matching:
     # ---- entries --------------------------------------------------------------------------------
 
     def _entry(self, site: Site, number: int, config: LoraConfig) -> Entry:
-        _check_supported(site, number)
+        check_supported(site, number)
         r = int(_by_pattern(config.rank_pattern, site, config.r))
         alpha = _by_pattern(config.alpha_pattern, site, config.lora_alpha)
         if r > site.max_rank:
@@ -359,7 +358,7 @@ def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
     return [n for n in ranked[:limit] if likeness(n) > 0.5]
 
 
-# ---- shapes and forms ---------------------------------------------------------------------------
+# ---- shapes ---------------------------------------------------------------------------
 
 
 def _where(function: Callable[[Site], bool], site: Site) -> bool:
@@ -392,65 +391,3 @@ def _holds_shape(rule: Rule, site: Site) -> bool:
     wanted = rule.kernel_size
     sizes = (wanted,) * len(site.kernel_size) if isinstance(wanted, int) else wanted
     return bool(site.kernel_size) and tuple(sizes) == site.kernel_size
-
-
-def _check_supported(site: Site, number: int) -> None:
-    if site.overlaps:
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) shares memory with '{site.overlaps[0]}', "
-            "which is another parameter: an adapter on one would leave the other behind. Tie them "
-            "as one Parameter (b.weight = a.weight)."
-        )
-    if writer := site.writer:
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): {writer.kind} writes to its weight in every call, "
-            f"which an adapter would change. Leave it out, or build the "
-            "layer without (an embedding: max_norm=None)."
-        )
-    if whole := next((r for r in site.readers if r.node.op == "call_module"), None):
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
-            "whole: capture with example inputs, which sees inside."
-        )
-    if len(site.shape) > 2 and site.op not in FLATTENED:
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): a weight of shape {site.shape} that "
-            f"{site.readers[0].describe()} is no single matrix, and stacks of matrices are not "
-            "supported yet. Leave it out of the rule (Rule(name, lora=None) before it)."
-        )
-
-
-def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
-    """The form of a site, and why: the branch wherever every reader allows it.
-
-    Raises:
-        ConfigError: lora_dropout on a site whose form has no branch input.
-    """
-    for reader in site.readers:
-        if reader.op is None:
-            obstacle: str | None = f"read by {reader.kind}"
-        elif _multiplies_weights(reader):
-            obstacle = "multiplied with another weight"  # two branches would miss Δu·Δv
-        else:
-            obstacle = reader.op.obstacle(reader.node, site.shape)
-        if obstacle and dropout:
-            raise ConfigError(
-                f"lora_dropout={dropout} on '{site.name}': {obstacle}, so its adapter is added "
-                "to the weight and has no input to drop. Set lora_dropout=0 for it in a rule "
-                "of its own."
-            )
-        if obstacle:
-            return "weight", obstacle
-    ops = [(reader.op, reader.node) for reader in site.readers if reader.op]
-    dearer = next(filter(None, (op.dearer(node, site.shape, r) for op, node in ops)), None)
-    if dearer and not dropout:
-        return "weight", dearer
-    if dropout and not all(op.dropout for op, _ in ops):
-        return "branch", "indices take no dropout"
-    return "branch", "tied" if len(site.names) > 1 else ""
-
-
-def _multiplies_weights(reader: Reader) -> bool:
-    """Whether the branch's input is a weight itself (the indices of an embedding never are)."""
-    source = reader.node.args[reader.op.input] if reader.op else None
-    return isinstance(source, fx.Node) and source.op == "get_attr" and reader.kind != "embedding"

@@ -16,6 +16,7 @@ LAYERS = [
     {"plan"},
     {"module", "initialize"},
     {"capture", "sites"},
+    {"forms"},
     {"rules", "passes"},
     {"verbs"},
     {"report", "adapters", "verify", "export"},

@@ -237,7 +237,7 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{place}: "
         f"{type(error).__name__}: "
-        f"{reason[0].rstrip('.')}. {advice}"
+        f"{reason[0][:300].rstrip('.')}. {advice}"
     )
 
 
