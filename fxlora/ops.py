@@ -80,7 +80,7 @@ def _no_obstacle(node: fx.Node, shape: Shape) -> str | None:
     return None
 
 
-def _branch_is_cheaper(node: fx.Node, shape: Shape, r: int) -> str | None:
+def _never_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
     return None
 
 
@@ -103,7 +103,7 @@ class Op:
     branch: Callable[[Read, Factors], fx.Node]
     in_first: bool = False
     obstacle: Callable[[fx.Node, Shape], str | None] = _no_obstacle
-    dearer: Callable[[fx.Node, Shape, int], str | None] = _branch_is_cheaper
+    dearer: Callable[[fx.Node, Shape, int], str | None] = _never_dearer
     dropout: bool = True
 
 

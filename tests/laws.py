@@ -120,7 +120,6 @@ def check_laws(
     *,
     rules: Any,
     capture: Callable[..., fxlora.CapturedModule] | None = None,
-    check_capture: bool = True,
 ) -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
     """All laws on one model in float64; returns the capture and the adapted module."""
     kwargs = kwargs or {}
@@ -128,8 +127,7 @@ def check_laws(
     before = snapshot(model)
     gm = capture(model) if capture else fxlora.capture(model, args, kwargs)
     assert list(gm.state_dict()) == list(model.state_dict())
-    if check_capture:
-        _check_capture(model, gm, args, kwargs)
+    _check_capture(model, gm, args, kwargs)
     lora = fxlora.inject(gm, fxlora.match(gm, rules))
     _check_identity(gm, lora, args, kwargs)
     randomise(lora)

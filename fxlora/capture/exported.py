@@ -61,13 +61,13 @@ def export_mode(
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
-        except CaptureError:
-            raise
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model does
             failure = error
     if larger:
         return larger
     assert failure is not None
+    if isinstance(failure, CaptureError):  # of the contract, which says it better
+        raise failure
     raise capture_error(model, training, failure) from failure
 
 

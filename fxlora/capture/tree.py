@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -74,8 +74,4 @@ def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
 
 
 def _holds_anything(module: nn.Module) -> bool:
-    found: Callable[..., Any] = next
-    nothing = object()
-    return found(module.parameters(), nothing) is not nothing or (
-        found(module.buffers(), nothing) is not nothing
-    )
+    return any(True for _ in (*module.parameters(), *module.buffers()))
