@@ -15,6 +15,13 @@ def check_supported(site: Site, number: int) -> None:
     Raises:
         UnsupportedOpError: says the read, and what to do instead.
     """
+    if site.outside is not None:
+        raise UnsupportedOpError(
+            f"'{site.name}' (rule {number}) is read by the model's Python"
+            + (f" at {site.outside}" if site.outside else "")
+            + ", outside of the captured regions, where no adapter can stand. Leave it out of the "
+            "rule (Rule(name, lora=None) before it)."
+        )
     if site.overlaps:
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}) shares memory with '{site.overlaps[0]}', "

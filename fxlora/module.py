@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
 
-from .errors import CaptureError, FxLoraError
+from .errors import FxLoraError
 from .inputs import InputSpec
 from .plan import Plan
-
-MODES = ("train", "eval")
-
-
-# What GraphModule.recompile leaves on the module besides `forward`.
-_GENERATED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+from .program import Program, ProgramModule, tensors_of
+from .retarget import moves_of, refuse_ambiguous_casts, retarget
+from .shell import Shell, shell_program
+from .tables import render, some
 
 
-@dataclass(frozen=True)
-class _Generated:
-    """The code of one graph, which is kept alive with it: its id is the key."""
-
-    graph: fx.Graph
-    forward: Callable[..., Any]
-    state: dict[str, Any]
-
-
-class CapturedModule(fx.GraphModule):
+class CapturedModule(ProgramModule):
     """What every verb of fxlora takes and returns.
 
     A true `torch.fx.GraphModule` whose `state_dict()` keys are the source model's. `train()`
     and `eval()` choose between two graphs, because torch.export bakes the mode into a graph.
+    Where the model has no whole graph, those of its regions (submodules) are held, and the
+    source's Python calls them.
 
     Attributes:
-        graphs: the graph of each mode; one object under both keys where they came out alike.
-        inputs: the contract on the inputs of each mode, or None where capture had no inputs.
+        programs: the graphs: one program, or those of the regions.
+        shell: the source's Python around the regions, or None where the graph is whole.
         plan: what was injected, or None.
         folded: what was folded into the weights, in order.
         trained: names of parameters outside A and B that train (in full, as copies).
@@ -48,41 +37,32 @@ class CapturedModule(fx.GraphModule):
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
     """
 
-    _generated: dict[int, _Generated]
-    graphs: dict[str, fx.Graph]
-    inputs: dict[str, InputSpec | None]
-
     def __init__(
         self,
         tree: nn.Module,
-        graphs: Mapping[str, fx.Graph],
-        inputs: Mapping[str, InputSpec | None],
+        programs: Sequence[Program],
+        shell: Shell | None = None,
         *,
         class_name: str,
         training: bool,
     ) -> None:
-        self.__dict__["_generated"] = {}
-        super().__init__(nn.Module(), fx.Graph(), class_name)
-        self._generated.clear()
-        self._modules, self._parameters = tree._modules, tree._parameters
-        self._buffers = tree._buffers
-        self._non_persistent_buffers_set = tree._non_persistent_buffers_set
-        self.graphs = dict(graphs)
-        self.inputs = dict(inputs)
+        whole = shell_program() if shell else programs[0]
+        super().__init__(tree, whole, class_name, training)
+        self.programs = tuple(programs)
         self.plan: Plan | None = None
         self.folded: tuple[Plan, ...] = ()
         self.trained: frozenset[str] = frozenset()
         self.originals: dict[str, torch.Tensor] = {}
         self.grads: frozenset[str] = frozenset()
         self.outputs: frozenset[str] = frozenset()
-        self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+        self.shell = shell
+        self.runners: list[ProgramModule] = []
+        if shell:
+            self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
+            shell.bind(self, self.runners)
         self.train(training)
 
     # ---- modes ------------------------------------------------------------------------------
-
-    @property
-    def mode(self) -> str:
-        return "train" if self.training else "eval"
 
     def train(self, mode: bool = True) -> CapturedModule:
         """Choose the train graph (or the eval graph); frozen parameters stay frozen.
@@ -90,52 +70,45 @@ class CapturedModule(fx.GraphModule):
         The mode belongs to the whole graph: `train()` of a submodule of it has no effect.
         """
         super().train(mode)
-        if self._graph is not self.graphs[self.mode]:
-            self._activate(self.graphs[self.mode])
+        for module in (self, *self.runners):
+            module.choose(mode)
+        if self.shell:
+            self.shell.choose(mode)
         return self
 
     @property
-    def graph(self) -> fx.Graph:
-        return self._graph
+    def graphs(self) -> dict[str, fx.Graph]:
+        """The graph of each mode."""
+        return self.program.graphs
 
-    @graph.setter
-    def graph(self, g: fx.Graph) -> None:
-        """Put another graph in the place of the current mode's one."""
-        current = self.__dict__.get("_graph")
-        for mode, held in self.__dict__.get("graphs", {}).items():
-            if held is current:
-                self.graphs[mode] = g
-        self._activate(g)
+    @property
+    def inputs(self) -> dict[str, InputSpec | None]:
+        """The contract on the inputs of each mode, or None where capture had no inputs."""
+        return self.program.inputs
 
-    def _activate(self, graph: fx.Graph) -> None:
-        """Make a graph the one that runs; its code is kept, for torch.compile to know it again."""
-        known = self._generated.get(id(graph))
-        if known is None:
-            setter: Any = fx.GraphModule.graph
-            setter.fset(self, graph)
-            return
-        self._graph = graph
-        graph.owning_module = self
-        self.__dict__.update(known.state)
-        type(self).forward = known.forward
+    @property
+    def exported(self) -> bool:
+        """Whether capture had inputs, and so saw all that a call runs."""
+        return all(program.inputs["eval"] is not None for program in self.programs)
 
-    def recompile(self) -> Any:
-        """Generate the code of the current graph anew, after it was edited in place."""
-        code = super().recompile()
-        state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}
-        self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
-        return code
+    def distinct_graphs(self) -> list[fx.Graph]:
+        """The graphs of all programs and modes, each once."""
+        return [graph for program in self.programs for graph in program.distinct_graphs()]
 
     def refresh(self) -> None:
         """Check the graphs after a rewrite, and forget the code that they had."""
-        for graph in self.distinct_graphs():
-            graph.lint()
-        self._generated.clear()
-        self._activate(self.graphs[self.mode])
+        super().refresh()
+        for runner in self.runners:
+            runner.refresh()
+        self._shade()
 
-    def distinct_graphs(self) -> list[fx.Graph]:
-        """The graphs, each once."""
-        return list({id(graph): graph for graph in self.graphs.values()}.values())
+    def _shade(self) -> None:
+        """What regions adapt, the Python around them must not read bare."""
+        if self.shell and self.plan:
+            aliases = self.aliases()
+            self.shell.shade({n for entry in self.plan for n in aliases[entry.parameter]})
+        elif self.shell:
+            self.shell.shade(())
 
     # ---- copies -----------------------------------------------------------------------------
 
@@ -160,11 +133,10 @@ class CapturedModule(fx.GraphModule):
         return result
 
     def _rebuild(self, memo: dict[int, Any], originals: dict[str, torch.Tensor]) -> CapturedModule:
-        copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
-            {mode: copies[id(graph)] for mode, graph in self.graphs.items()},
-            self.inputs,
+            [program.copied() for program in self.programs],
+            self.shell and self.shell.copied(),
             class_name=type(self).__name__,
             training=self.training,
         )
@@ -172,14 +144,13 @@ class CapturedModule(fx.GraphModule):
         result.trained, result.grads, result.outputs = self.trained, self.grads, self.outputs
         result.originals = originals
         result.meta = copy.copy(self.meta)
+        result._shade()
         return result
 
     def tree(self) -> nn.Module:
         """The containers, parameters and buffers, without the graphs."""
         tree = nn.Module()
-        tree._modules, tree._parameters = self._modules, self._parameters
-        tree._buffers = self._buffers
-        tree._non_persistent_buffers_set = self._non_persistent_buffers_set
+        tree.__dict__.update(tensors_of(self))
         tree.training = self.training
         return tree
 
@@ -199,6 +170,47 @@ class CapturedModule(fx.GraphModule):
                 if name in state_dict:
                     parameter.data = parameter.data.clone()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    # ---- regions ----------------------------------------------------------------------------
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Paths of the captured submodules; ("",) where the graph is whole."""
+        return tuple(dict.fromkeys(program.path for program in self.programs))
+
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """Where Python reads a parameter that no graph can stand for, by the parameter's name.
+
+        All names of tied parameters; of those that nothing was seen to read, the place is "".
+        """
+        if not self.shell:
+            return {}
+        read = {str(n.target) for g in self.distinct_graphs() for n in g.nodes if n.op == "get_attr"}
+        found: dict[str, str] = {}
+        for names in self.aliases().values():
+            place = next((self.shell.reads[n] for n in names if n in self.shell.reads), None)
+            if place is not None or not read & set(names):
+                found |= dict.fromkeys(names, place or "")
+        return found
+
+    def __str__(self) -> str:
+        """The code; for a module of regions, a table of them and what none covers."""
+        if not self.shell:
+            return super().__str__()
+        rows = [self._region_row(path) for path in self.regions]
+        table = render(("region", "graphs", "nodes", "parameters"), rows)
+        bare = [f"{name} ({place})" if place else name for name, place in self.uncovered.items()]
+        return (
+            f"{type(self).__name__}, captured by regions ({self.shell.why})\n{table}\n"
+            f"covered by no region: {some(bare, 20) or 'no parameter'}"
+        )
+
+    def _region_row(self, path: str) -> list[str]:
+        programs = [program for program in self.programs if program.path == path]
+        nodes = sum(len(graph.nodes) for p in programs for graph in p.distinct_graphs())
+        size = sum(parameter.numel() for parameter in self.get_submodule(path).parameters())
+        return [path, str(len(programs)), str(nodes), f"{size:,}"]
 
     # ---- names ------------------------------------------------------------------------------
 
@@ -241,21 +253,22 @@ class CapturedModule(fx.GraphModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the weights, and with them the devices and dtypes that the graphs name."""
-        moves = _moves(self, fn)
+        moves = moves_of(self, fn)
         nested = [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
-            _refuse_ambiguous_casts(graph, moves)
+            refuse_ambiguous_casts(graph, moves)
         result = super()._apply(fn, recurse)
         self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
         if moves:
             for graph in graphs:
-                _retarget(graph, moves)
-            self.inputs = {mode: spec and spec.moved(moves) for mode, spec in self.inputs.items()}
+                retarget(graph, moves)
+            for program in self.programs:
+                specs = program.inputs.items()
+                program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
             for module in nested:
                 module.recompile()
-            self._generated.clear()
-            self.recompile()
+            self.refresh()
         return result
 
 
@@ -264,60 +277,3 @@ def _contents(module: nn.Module) -> Iterator[object]:
     yield from module._parameters.values()
     yield from module._buffers.values()
 
-
-def _check_inputs(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    spec = module.inputs[module.mode]
-    if spec is not None:
-        spec.check(args, kwargs)
-
-
-# ---- devices and dtypes that a graph names ------------------------------------------------------
-
-Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
-
-_WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
-
-
-def _moves(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
-    moves: Moves = {}
-    kinds = {(t.device, t.dtype) for t in [*module.parameters(), *module.buffers()]}
-    for device, dtype in kinds:
-        old = torch.empty(0, device=device, dtype=dtype)
-        new = fn(old)
-        for before, after in ((old.device, new.device), (old.dtype, new.dtype)):
-            if before != after:
-                moves[before] = after
-    return moves
-
-
-def _retarget(graph: fx.Graph, moves: Moves) -> None:
-    def moved(value: Any) -> Any:
-        return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
-
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.args = map_aggregate(node.args, moved)
-            node.kwargs = map_aggregate(node.kwargs, moved)
-
-
-def _refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
-    """Narrowing `x.to(float32)`: does the source mean float32, or whatever its weights have?
-
-    The graph cannot tell, and a wrong guess loses precision silently.
-    """
-    for node in graph.nodes:
-        for old in (*node.args, *node.kwargs.values()):
-            new = moves.get(old) if isinstance(old, torch.dtype) else None
-            if new in _WIDTH and _WIDTH[new] < _WIDTH.get(old, 0) and _is_cast(node):
-                line = (node.stack_trace or "").strip().splitlines()[-2:]
-                raise CaptureError(
-                    f"the captured graph casts to {old} at node '{node.name}' "
-                    f"({' '.join(part.strip() for part in line)}); whether that should become "
-                    f"{new} is known to the source model only. Cast the source "
-                    f"(model.to({new})) and capture that."
-                )
-
-
-def _is_cast(node: fx.Node) -> bool:
-    aten = torch.ops.aten
-    return getattr(node.target, "overloadpacket", None) in (aten.to, aten._to_copy)

@@ -296,7 +296,7 @@ class _Matching:
                 "dimensions there"
             )
             message += (
-                "." if self.module.inputs["eval"] else ": capture with example inputs sees more."
+                "." if self.module.exported else ": capture with example inputs sees more."
             )
         raise NoMatchError(message)
 

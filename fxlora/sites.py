@@ -52,7 +52,8 @@ class Site:
         aliases: every name that a rule may call it by: those, the modules that own them, and
             the module around them whose forward reads the weight instead (MultiheadAttention
             reads its out_proj's).
-        op: kind of the op that reads it (of the first reader with a row in the table).
+        op: kind of the op that reads it (of the first reader with a row in the table), or "python"
+            where no graph reads it.
         shape: of the weight.
         in_features, out_features: of the layer (channels, for a convolution).
         kernel_size: of a convolution, else ().
@@ -63,6 +64,8 @@ class Site:
         readers: the nodes that read it, over all graphs.
         writer: a node that writes to it, or None.
         overlaps: other parameters in the same memory.
+        outside: where Python reads it outside of every captured region ("" where nothing was seen
+            to read it), or None where graphs alone read it.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Site:
     readers: tuple[Reader, ...] = field(repr=False)
     writer: Reader | None = field(repr=False)
     overlaps: tuple[str, ...] = ()
+    outside: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -99,15 +103,17 @@ class Site:
 def find_sites(module: CapturedModule) -> list[Site]:
     """The sites of a module that no adapter has been injected into, in the model's order."""
     readers, writers = _by_parameter(module)
-    overlaps = _overlaps(module)
+    overlaps, uncovered = _overlaps(module), module.uncovered
     sites: list[Site] = []
     for first, names in module.aliases().items():
         weight = module.get_parameter(first)
         found = tuple(reader for name in names for reader in readers.get(name, ()))
-        if found and weight.ndim >= 2 and weight.is_floating_point():
-            writer = next((writers[name] for name in names if name in writers), None)
-            site = _site(first, names, weight, found, writer)
-            sites.append(dataclasses.replace(site, overlaps=tuple(overlaps.get(first, ()))))
+        if weight.ndim < 2 or not weight.is_floating_point() or not (found or first in uncovered):
+            continue
+        writer = next((writers[name] for name in names if name in writers), None)
+        site = _site(first, names, weight, found, writer)
+        beside = tuple(overlaps.get(first, ()))
+        sites.append(dataclasses.replace(site, overlaps=beside, outside=uncovered.get(first)))
     return sites
 
 
@@ -183,13 +189,14 @@ def _site(
     readers: tuple[Reader, ...],
     writer: Reader | None,
 ) -> Site:
-    main = next((reader for reader in readers if reader.op), readers[0])
+    main = next((reader for reader in readers if reader.op), readers[0] if readers else None)
+    kind = main.kind if main else "python"
     shape = tuple(weight.shape)
-    in_first = main.op.in_first if main.op else False
-    flattened = main.kind in FLATTENED
-    groups = _groups(main.node) if flattened else 1
+    in_first = main.op.in_first if main and main.op else False
+    flattened = kind in FLATTENED
+    groups = _groups(main.node) if main and flattened else 1
     inputs, outputs = (shape[0], shape[1]) if in_first else (shape[1], shape[0])
-    if "transpose" in main.kind:
+    if "transpose" in kind:
         inputs, outputs = shape[0], shape[1] * groups
     elif flattened:
         inputs = shape[1] * groups
@@ -198,14 +205,14 @@ def _site(
         parameter=first,
         names=tuple(names),
         aliases=_aliases(names, readers),
-        op=main.kind,
+        op=kind,
         shape=shape,
         in_features=inputs,
         out_features=outputs,
         kernel_size=shape[2:] if flattened else (),
         groups=groups,
         in_first=in_first,
-        padding_idx=_padding_idx(main.node) if main.kind == "embedding" else None,
+        padding_idx=_padding_idx(main.node) if main and kind == "embedding" else None,
         dtype=weight.dtype,
         readers=readers,
         writer=writer,

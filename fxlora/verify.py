@@ -10,10 +10,11 @@ from torch.utils import _pytree as pytree
 
 from .alike import difference
 from .errors import InjectError, VerificationError
-from .module import MODES, CapturedModule
+from .module import CapturedModule
 from .passes import Remove
 from .passes.structure import insertions
 from .plan import Entry
+from .program import MODES
 from .tables import render
 from .verbs import fold, remove
 
@@ -124,9 +125,10 @@ def _reads(module: CapturedModule) -> dict[str, dict[str, int]]:
     """How often each adapter stands in each mode's graph."""
     assert module.plan is not None
     counts: dict[str, dict[str, int]] = {e.site: dict.fromkeys(MODES, 0) for e in module.plan}
-    for mode, graph in module.graphs.items():
-        for insertion in insertions(graph, module.plan):
-            counts[insertion.entry.site][mode] += 1
+    for program in module.programs:
+        for mode, graph in program.graphs.items():
+            for insertion in insertions(graph, module.plan):
+                counts[insertion.entry.site][mode] += 1
     for site, by_mode in counts.items():
         if not any(by_mode.values()):
             raise VerificationError(f"'{site}': its adapter stands in no graph.")
@@ -134,11 +136,14 @@ def _reads(module: CapturedModule) -> dict[str, dict[str, int]]:
 
 
 def _check_structure(base: CapturedModule, folded: CapturedModule) -> None:
-    for mode in MODES:
-        if found := difference(base.graphs[mode], folded.graphs[mode]):
-            raise VerificationError(
-                f"the folded {mode} graph is not the captured one node for node: {found}."
-            )
+    for before, after in zip(base.programs, folded.programs, strict=True):
+        for mode in MODES:
+            if found := difference(before.graphs[mode], after.graphs[mode]):
+                region = f" of '{before.path}'" if before.path else ""
+                raise VerificationError(
+                    f"the folded {mode} graph{region} is not the captured one node for node: "
+                    f"{found}."
+                )
 
 
 def _check_identity(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +11,13 @@ from torch import fx, nn
 
 from ..alike import alike
 from ..dialect import written_attributes
-from ..errors import CaptureError
-from ..module import MODES, CapturedModule
-from .exported import examples_for, export_mode
+from ..errors import CaptureError, FxLoraWarning
+from ..module import CapturedModule
+from ..program import MODES, Program
+from ..shell import Shell
+from ..tables import some
+from .exported import Source, examples_for, export_modes
+from .regions import capture_regions
 from .traced import trace_mode
 from .tree import attach, build_tree
 
@@ -70,63 +76,79 @@ def capture(
 def _capture_exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> CapturedModule:
-    examples = examples_for(args, kwargs, dynamic_shapes)
-    sources: dict[str, fx.GraphModule] = {}
-    inputs: dict[str, Any] = {}
-    for mode in MODES:
-        source, inputs[mode], used = export_mode(model, examples, mode == "train")
-        sources[mode] = source
-        examples = examples[examples.index(used) :]
-    if alike(sources["train"], sources["eval"]) and inputs["train"] == inputs["eval"]:
-        sources["train"] = sources["eval"]
-    return _assemble(model, sources, inputs)
+    try:
+        source = export_modes(model, examples_for(args, kwargs, dynamic_shapes))
+    except CaptureError as failure:
+        sources, shell = capture_regions(model, args, kwargs, failure)
+        warnings.warn(
+            f"{shell.why} Its submodules were captured instead, and its Python calls them: "
+            f"{some(sorted({source.path for source in sources}))}. Print the module for the rest.",
+            FxLoraWarning,
+            stacklevel=3,
+        )
+        return _assemble(model, sources, shell)
+    return _assemble(model, [source])
 
 
 def _capture_traced(model: nn.Module) -> CapturedModule:
     graphs = {mode: trace_mode(model, mode == "train") for mode in MODES}
-    sources = {mode: fx.GraphModule(model, graph) for mode, graph in graphs.items()}
-    if alike(sources["train"], sources["eval"]):
-        sources["train"] = sources["eval"]
-    return _assemble(model, sources, dict.fromkeys(MODES))
+    modules = {mode: fx.GraphModule(model, graph) for mode, graph in graphs.items()}
+    if alike(modules["train"], modules["eval"]):
+        modules["train"] = modules["eval"]
+    return _assemble(model, [Source(modules, dict.fromkeys(MODES))])
 
 
 def _assemble(
-    model: nn.Module, sources: dict[str, fx.GraphModule], inputs: dict[str, Any]
+    model: nn.Module, sources: Sequence[Source], shell: Shell | None = None
 ) -> CapturedModule:
-    """One module over one tree from the graphs of both modes."""
+    """One module over one tree from the graphs of both modes, of the whole or of regions."""
     written: set[str] = set()
     called: set[str] = set()
-    for source in sources.values():
-        for node in source.graph.nodes:
-            written |= set(written_attributes(node, source))
-            called |= {str(node.target)} if node.op == "call_module" else set()
+    for source in sources:
+        for module in source.distinct().values():
+            for node in module.graph.nodes:
+                written |= {_full(source, name) for name in written_attributes(node, module)}
+                called |= {str(node.target)} if node.op == "call_module" else set()
     tree = build_tree(model, called, written)
     known = _tensor_names(model)
-    for mode, source in {id(s): (m, s) for m, s in sources.items()}.values():
-        _adopt_constants(tree, mode, source, known)
-    module = CapturedModule(
-        tree,
-        {mode: source.graph for mode, source in sources.items()},
-        inputs,
-        class_name=type(model).__name__,
-        training=model.training,
+    for number, source in enumerate(sources):
+        for mode, module in source.distinct().items():
+            label = f"{mode}{number or ''}"
+            _adopt(tree, label, source, module, known)
+    programs = [
+        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources
+    ]
+    result = CapturedModule(
+        tree, programs, shell, class_name=type(model).__name__, training=model.training
     )
-    module.grads = frozenset(n for n, p in module.named_parameters() if p.requires_grad)
-    module.outputs = _output_embeddings(model)
-    return module
+    result.grads = frozenset(n for n, p in result.named_parameters() if p.requires_grad)
+    result.outputs = _output_embeddings(model)
+    return result
 
 
-def _adopt_constants(tree: nn.Module, mode: str, source: fx.GraphModule, known: set[str]) -> None:
-    """Take constants and nested graphs along; their names collide between the modes."""
+def _adopt(
+    tree: nn.Module, label: str, source: Source, module: fx.GraphModule, known: set[str]
+) -> None:
+    """Name tensors as the whole model does; take constants and nested graphs along.
+
+    The names of those collide between modes and regions, hence the label.
+    """
     taken: set[str] = set()
-    for node in source.graph.nodes:
-        if node.op != "get_attr" or node.target in known:
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
             continue
-        path = f"_constants.{mode}_{str(node.target).replace('.', '_')}"
-        if path not in taken:
-            taken.add(path)
-            attach(tree, path, _attribute(source, str(node.target)))
-        node.target = path
+        name = str(node.target)
+        node.target = _full(source, name)
+        if node.target in known:
+            continue
+        node.target = f"_constants.{label}_{name.replace('.', '_')}"
+        if node.target not in taken:
+            taken.add(node.target)
+            attach(tree, node.target, _attribute(module, name))
+
+
+def _full(source: Source, name: str) -> str:
+    return f"{source.path}.{name}" if source.path else name
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -17,7 +18,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.experimental import _config as export_config
 from torch.utils import _pytree as pytree
 
-from ..alike import alike_but_for_sizes
+from ..alike import alike, alike_but_for_sizes
 from ..errors import CaptureError
 from ..inputs import (
     ConstantInput,
@@ -29,6 +30,7 @@ from ..inputs import (
     TensorInput,
 )
 from ..module import CapturedModule
+from ..program import MODES
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +42,49 @@ class Example:
     dynamic_shapes: Any
 
 
-def export_mode(
-    model: nn.Module, examples: list[Example], training: bool
+@dataclass(eq=False)
+class Source:
+    """What torch.export or the tracer made of a model, or of a submodule: a graph per mode.
+
+    Attributes:
+        modules: by mode; one object under both keys where they came out alike.
+        inputs: what each holds for.
+        path: of the submodule whose names the graphs use; "" is the whole model.
+    """
+
+    modules: dict[str, fx.GraphModule]
+    inputs: dict[str, InputSpec | None]
+    path: str = ""
+
+    def distinct(self) -> dict[str, fx.GraphModule]:
+        """The graph modules, each once, by (the first) mode."""
+        modes = {id(module): mode for mode, module in reversed(self.modules.items())}
+        return {mode: self.modules[mode] for mode in MODES if mode in modes.values()}
+
+
+def export_modes(
+    model: nn.Module, examples: list[Example], *, root: nn.Module | None = None, path: str = ""
+) -> Source:
+    """Both modes of a model, or of a submodule of `root` as it is in the root's modes.
+
+    Raises:
+        CaptureError: none of the examples exports.
+    """
+    modules: dict[str, fx.GraphModule] = {}
+    inputs: dict[str, InputSpec | None] = {}
+    for mode in MODES:
+        with mode_of(root or model, mode == "train"):
+            modules[mode], inputs[mode], used = _export_mode(model, examples, mode)
+        examples = examples[examples.index(used) :]
+    if inputs["train"] == inputs["eval"] and alike(modules["train"], modules["eval"]):
+        modules["train"] = modules["eval"]
+    return Source(modules, inputs, path)
+
+
+def _export_mode(
+    model: nn.Module, examples: list[Example], mode: str
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
-    """The graph of one mode from the first example that exports, with its input contract.
+    """The graph of the current mode from the first example that exports, with its contract.
 
     A graph that does not hold for the user's own inputs (the last example) is passed over while
     there is another: those are of batch 1, and the graph is for larger ones only. In train mode
@@ -56,8 +97,7 @@ def export_mode(
     larger: tuple[fx.GraphModule, InputSpec, Example] | None = None
     for example in examples:
         try:
-            with mode_of(model, training):
-                module, spec = _attempt(model, example)
+            module, spec = _attempt(model, example)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -68,7 +108,7 @@ def export_mode(
     assert failure is not None
     if isinstance(failure, CaptureError):  # of the contract, which says it better
         raise failure
-    raise capture_error(model, training, failure) from failure
+    raise capture_error(model, mode, failure) from failure
 
 
 def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
@@ -223,7 +263,7 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def capture_error(model: nn.Module, training: bool, error: BaseException) -> CaptureError:
+def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureError:
     """The error of a capture that failed, with the line of the model's code that it came from."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
     advice = (
@@ -233,7 +273,7 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
     )
-    place, mode = _user_line(error), "train" if training else "eval"
+    place = _user_line(error)
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{place}: "
         f"{type(error).__name__}: "
@@ -242,12 +282,19 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
 
 
 def _user_line(error: BaseException) -> str:
-    ours = (inspect.getfile(torch).rpartition("/")[0], __file__.rpartition("/fxlora/")[0])
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     for frame in reversed(frames):
-        if not frame.filename.startswith((f"{ours[0]}/", f"{ours[1]}/fxlora/", "<")):
+        if is_foreign(frame.filename):
             return f", at {frame.filename}:{frame.lineno}"
     return ""
+
+
+_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+
+
+def is_foreign(filename: str) -> bool:
+    """Whether a file is neither torch's nor fxlora's: the model's, or a library's under it."""
+    return not filename.startswith(_OURS)
 
 
 # ---- the input contract -------------------------------------------------------------------------

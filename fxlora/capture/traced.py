@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
 from .exported import capture_error, mode_of
+from .tree import twin_of
 
 
 class WeightTracer(fx.Tracer):
@@ -30,18 +30,13 @@ def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
             parameters out of the tracer's sight.
     """
     try:
-        traced = _copy(model)
+        traced = twin_of(model)
         with mode_of(traced, training), _Watch(traced):
             graph = WeightTracer().trace(traced, _defaults(traced))
     except Exception as error:
-        raise capture_error(model, training, error) from error
+        raise capture_error(model, "train" if training else "eval", error) from error
     lower(graph)
     return graph
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """The same parameters in other modules, which take what a forward leaves behind."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
     return container(model, "")
 
 
+def twin_of(model: nn.Module) -> nn.Module:
+    """The same modules again, over the same parameters: what a forward leaves behind stays there."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
     """Put a constant or a nested graph of a captured graph into the tree."""
     owner, _, name = path.rpartition(".")

@@ -13,6 +13,7 @@ from ..errors import InjectError
 from ..initialize import new_pair
 from ..module import CapturedModule
 from ..plan import Entry, Plan
+from ..program import Program
 from ..sites import Site, find_sites
 from .structure import insert_branch, insert_weight, weight_nodes
 
@@ -42,8 +43,8 @@ class Inject(PassBase):
             sites = {site.parameter: site for site in find_sites(result)}
         for entry in self.plan:
             _add_pair(result, entry)
-            for graph in result.distinct_graphs():
-                _insert(result, graph, entry, sites[entry.parameter])
+            for program in result.programs:
+                _insert(program, entry, sites[entry.parameter])
         result.plan = self.plan
         result.refresh()
         return PassResult(result, True)
@@ -97,8 +98,9 @@ def _freeze(module: CapturedModule, plan: Plan) -> None:
 
 def _split_modes(module: CapturedModule) -> None:
     """Give the train graph a life of its own: dropout stands in it alone."""
-    if module.graphs["train"] is module.graphs["eval"]:
-        module.graphs["train"] = copy.deepcopy(module.graphs["eval"])
+    for program in module.programs:
+        if program.graphs["train"] is program.graphs["eval"]:
+            program.graphs["train"] = copy.deepcopy(program.graphs["eval"])
 
 
 def _add_pair(module: CapturedModule, entry: Entry) -> None:
@@ -107,13 +109,14 @@ def _add_pair(module: CapturedModule, entry: Entry) -> None:
     module.set_parameter(entry.name_b, b)
 
 
-def _insert(module: CapturedModule, graph: fx.Graph, entry: Entry, site: Site) -> None:
-    if entry.form == "weight":
-        for node in weight_nodes(graph, site.names):
-            if node.users:
-                insert_weight(graph, entry, node)
-        return
-    training = graph is module.graphs["train"] and graph is not module.graphs["eval"]
-    for reader in site.readers:
-        if reader.node.graph is graph:
-            insert_branch(graph, entry, reader, entry.dropout if training else 0.0)
+def _insert(program: Program, entry: Entry, site: Site) -> None:
+    for graph in program.distinct_graphs():
+        if entry.form == "weight":
+            for node in weight_nodes(graph, site.names):
+                if node.users:
+                    insert_weight(graph, entry, node)
+            continue
+        dropout = 0.0 if graph is program.graphs["eval"] else entry.dropout
+        for reader in site.readers:
+            if reader.node.graph is graph:
+                insert_branch(graph, entry, reader, dropout)

@@ -61,6 +61,7 @@ def drop_adapters(module: CapturedModule) -> None:
 
 def _merge_modes(module: CapturedModule) -> None:
     """One graph again where dropout on branches was all that told the modes apart."""
-    train, evaluation = module.graphs["train"], module.graphs["eval"]
-    if train is not evaluation and difference(train, evaluation) is None:
-        module.graphs["train"] = evaluation
+    for program in module.programs:
+        train, evaluation = program.graphs["train"], program.graphs["eval"]
+        if train is not evaluation and difference(train, evaluation) is None:
+            program.graphs["train"] = evaluation

@@ -1,0 +1,195 @@
+"""Observation: what a model's submodules are called with, and which weights Python reads itself."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import CaptureError
+from ..program import MODES
+from .exported import is_foreign, mode_of
+from .tree import twin_of
+
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class TensorLike:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of this kind."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a submodule.
+
+    Attributes:
+        mode: of the model at the call.
+        structure: the pytree of `(args, kwargs)`.
+        leaves: a TensorLike for each tensor, constants as they are.
+    """
+
+    mode: str
+    structure: Any
+    leaves: tuple[Any, ...]
+
+    @property
+    def opaque(self) -> bool:
+        """Whether an argument is neither a tensor nor a constant in containers of pytree."""
+        return not all(isinstance(leaf, (TensorLike, *_CONSTANTS)) for leaf in self.leaves)
+
+    def like(self, other: Call) -> bool:
+        """Whether the calls differ in the sizes of tensors at most: one graph may serve both."""
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return self.structure == other.structure and all(_alike(a, b) for a, b in pairs)
+
+    def inputs(
+        self, tensors: Sequence[torch.Tensor] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments like those of the call; with these tensors, or with zeros."""
+        given = iter(tensors if tensors is not None else ())
+        values = [
+            leaf
+            if not isinstance(leaf, TensorLike)
+            else leaf.make(leaf.shape)
+            if tensors is None
+            else next(given)
+            for leaf in self.leaves
+        ]
+        return pytree.tree_unflatten(values, self.structure)
+
+
+@dataclass
+class Observation:
+    """What was seen in one run of the model per mode.
+
+    Attributes:
+        calls: of each submodule, by path.
+        reads: of each parameter, by name: the submodules inside which an op took it, and where
+            in the source.
+        failures: what the model raised, by mode.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
+    reads: dict[str, dict[tuple[str, ...], str]] = field(
+        default_factory=dict[str, dict[tuple[str, ...], str]]
+    )
+    failures: dict[str, Exception] = field(default_factory=dict[str, Exception])
+
+    def outside(self, regions: set[str]) -> dict[str, str]:
+        """Where parameters are read outside of all these submodules, by the parameters' names."""
+        found: dict[str, str] = {}
+        for name, places in self.reads.items():
+            for inside, line in places.items():
+                if regions.isdisjoint(inside):
+                    found.setdefault(name, line)
+        return found
+
+
+def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+    """Run a copy of the model (over the same parameters) once in each mode, and watch."""
+    seen = Observation()
+    for mode in MODES:
+        twin = twin_of(model)
+        given = pytree.tree_map(_cloned, (args, kwargs))
+        try:
+            with mode_of(twin, mode == "train"), _Watch(twin, mode, seen):
+                twin(*given[0], **given[1])
+        except Exception as error:  # noqa: BLE001 - the model raises what it likes
+            seen.failures[mode] = error
+    return seen
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+class _Watch(TorchDispatchMode):
+    """Records calls of submodules, and ops on parameters with the submodules they are inside."""
+
+    def __init__(self, model: nn.Module, mode: str, seen: Observation) -> None:
+        super().__init__()
+        self.mode, self.seen = mode, seen
+        self.inside: list[str] = []
+        self.names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(parameter.untyped_storage()._cdata, []).append(name)
+        for path, module in model.named_modules():
+            if path and not isinstance(module, torch.jit.ScriptModule):
+                module.forward = self._recorded(path, module.forward)
+
+    def _recorded(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            call = Call(self.mode, structure, tuple(map(_described, leaves)))
+            self.seen.calls.setdefault(path, []).append(call)
+            self.inside.append(path)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.inside.pop()
+
+        return recorded
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            for name in self._parameters(given):
+                self._note(name)
+                if argument.alias_info and argument.alias_info.is_write:
+                    raise CaptureError(
+                        f"{_line()}: Python outside of any graph writes to '{name}', which is the "
+                        "source model's own. Copy it there before it is written to."
+                    )
+        for name in self._parameters(kwargs):
+            self._note(name)
+        return func(*args, **kwargs)
+
+    def _parameters(self, values: Any) -> Iterator[str]:
+        """Names of the parameters among an op's arguments, views of them included."""
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                yield from self.names.get(value.untyped_storage()._cdata, ())
+
+    def _note(self, name: str) -> None:
+        places = self.seen.reads.setdefault(name, {})
+        inside = tuple(self.inside)
+        if inside not in places:
+            places[inside] = _line()
+
+
+def _described(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor) or type(leaf) not in (torch.Tensor, nn.Parameter):
+        return leaf
+    return TensorLike(tuple(leaf.shape), leaf.dtype, leaf.device)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    if isinstance(first, TensorLike) and isinstance(second, TensorLike):
+        kinds = [(len(leaf.shape), leaf.dtype, leaf.device) for leaf in (first, second)]
+        return kinds[0] == kinds[1]
+    return type(first) is type(second) and first == second
+
+
+def _line() -> str:
+    """`file:line` of the model's code that is running."""
+    for frame in reversed(traceback.extract_stack()):
+        if is_foreign(frame.filename):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""

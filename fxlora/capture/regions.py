@@ -1,0 +1,156 @@
+"""Capture by regions: the road for a model that has no whole graph.
+
+The model runs once per mode; the largest submodules that torch.export takes, for every call that
+was seen, become graphs. What is around them stays Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.export import Dim, ShapesCollection
+
+from ..errors import CaptureError, InputError
+from ..shell import Shell
+from .exported import Example, Source, export_modes
+from .observe import Call, Observation, TensorLike, observe
+from .tree import twin_of
+
+# Ways of calling one submodule that get a graph each; beyond, its children are tried.
+MOST_GRAPHS = 16
+
+
+def capture_regions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
+) -> tuple[list[Source], Shell]:
+    """The graphs of a model's regions, and the Python around them.
+
+    Args:
+        failure: why the model has no whole graph.
+
+    Raises:
+        CaptureError: the model does not run on these inputs, or no submodule of it has a graph.
+    """
+    seen = observe(model, args, kwargs)
+    if len(seen.failures) == 2:
+        raise failure from seen.failures["eval"]
+    sources = [source for path in _children(model, "") for source in _regions(model, path, seen)]
+    if not sources:
+        raise failure
+    outside = seen.outside({source.path for source in sources})
+    flags = {path: module.training for path, module in model.named_modules()}
+    return sources, Shell(twin_of(model), model.training, flags, outside, str(failure))
+
+
+def _regions(root: nn.Module, path: str, seen: Observation) -> Iterator[Source]:
+    """The graphs of a submodule, or else those of the submodules in it."""
+    module = root.get_submodule(path)
+    if next(module.parameters(), None) is None:
+        return  # nothing to adapt
+    try:
+        yield from _graphs(root, path, seen.calls.get(path, ()))
+    except CaptureError:
+        for child in _children(module, path):
+            yield from _regions(root, child, seen)
+
+
+def _children(module: nn.Module, path: str) -> list[str]:
+    return [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+
+
+def _graphs(root: nn.Module, path: str, calls: Sequence[Call]) -> list[Source]:
+    """As few graphs as serve all the calls that were seen.
+
+    Raises:
+        CaptureError: a call has no graph, or there was none.
+    """
+    kinds: list[list[Call]] = []
+    for call in calls:
+        if call.opaque:
+            raise CaptureError(f"'{path}' is called with an object that no graph can take.")
+        same = next((kind for kind in kinds if kind[0].like(call)), None)
+        kinds.append([call]) if same is None else same.append(call)
+    if not 0 < len(kinds) <= MOST_GRAPHS:
+        raise CaptureError(f"'{path}' is called in {len(kinds)} ways.")
+    return [source for same in kinds for source in _graphs_of_kind(root, path, same)]
+
+
+def _graphs_of_kind(root: nn.Module, path: str, calls: Sequence[Call]) -> list[Source]:
+    """One graph for calls that differ in sizes alone; or else one graph per size."""
+    try:
+        return [_graph(root, path, calls)]
+    except CaptureError:
+        sizes = {tuple(_shapes(call)): call for call in calls}
+        if not 1 < len(sizes) <= MOST_GRAPHS:
+            raise
+        return [_graph(root, path, [call]) for call in sizes.values()]
+
+
+def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
+    failure: CaptureError | None = None
+    for example in _examples(calls):
+        try:
+            source = export_modes(root.get_submodule(path), [example], root=root, path=path)
+            _check_holds(source, calls)
+            return source
+        except CaptureError as error:
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def _check_holds(source: Source, calls: Sequence[Call]) -> None:
+    for call in calls:
+        spec = source.inputs[call.mode]
+        args, kwargs = call.inputs()
+        try:
+            assert spec is not None
+            spec.check(args, kwargs)
+        except InputError as error:
+            raise CaptureError(f"'{source.path}': {error}") from error
+
+
+# ---- what to export with ------------------------------------------------------------------------
+
+
+def _examples(calls: Sequence[Call]) -> Iterator[Example]:
+    """Inputs to try, from the most dynamic to the least: the largest call that was seen, with
+    every size dynamic; with those that vary, and the first; with those that vary."""
+    base = max(calls, key=lambda call: sum(math.prod(shape) for shape in _shapes(call)))
+    varied = {
+        (number, axis)
+        for call in calls
+        for number, (shape, other) in enumerate(zip(_shapes(base), _shapes(call), strict=True))
+        for axis, (size, another) in enumerate(zip(shape, other, strict=True))
+        if size != another
+    }
+    shapes = list(_shapes(base))
+    first = {(number, 0) for number, shape in enumerate(shapes) if shape}
+    every = {(n, axis) for n, shape in enumerate(shapes) for axis, s in enumerate(shape) if s > 1}
+    tried: list[set[tuple[int, int]]] = []
+    for dynamic in (every | first | varied, first | varied, varied):
+        if dynamic not in tried:
+            tried.append(dynamic)
+            yield _example(base, dynamic)
+
+
+def _example(call: Call, dynamic: set[tuple[int, int]]) -> Example:
+    """Inputs like a call's, dynamic in these axes of its tensors (by number)."""
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, TensorLike)]
+    shapes = ShapesCollection()
+    made: list[Any] = []
+    for number, tensor in enumerate(tensors):
+        axes = {axis for axis in range(len(tensor.shape)) if (number, axis) in dynamic}
+        # torch.export would fix a size of 1 (and has no use for one of 0)
+        sizes = (max(2, s) if axis in axes else s for axis, s in enumerate(tensor.shape))
+        made.append(tensor.make(tuple(sizes)))
+        shapes[made[-1]] = dict.fromkeys(axes, Dim.AUTO)
+    args, kwargs = call.inputs(made)
+    return Example(args, kwargs, shapes if dynamic else None)
+
+
+def _shapes(call: Call) -> Iterator[tuple[int, ...]]:
+    return (leaf.shape for leaf in call.leaves if isinstance(leaf, TensorLike))

@@ -1,0 +1,130 @@
+"""Program: one way of calling a model, as a graph per mode; and the module that runs it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from .inputs import InputSpec
+
+MODES = ("train", "eval")
+
+# What GraphModule.recompile leaves on the module besides `forward`.
+_GENERATED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
+
+
+@dataclass(eq=False)
+class Program:
+    """One way of calling a model, or a submodule of it.
+
+    Attributes:
+        graphs: the graph of each mode; one object under both keys where they came out alike.
+            They name parameters as the whole model does.
+        inputs: what the graph of each mode holds for, or None where capture had no inputs.
+        path: of the submodule; "" is the whole model.
+    """
+
+    graphs: dict[str, fx.Graph]
+    inputs: dict[str, InputSpec | None]
+    path: str = ""
+
+    def distinct_graphs(self) -> list[fx.Graph]:
+        """The graphs, each once."""
+        return list({id(graph): graph for graph in self.graphs.values()}.values())
+
+    def copied(self) -> Program:
+        """The same over copies of the graphs."""
+        copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
+        graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
+        return Program(graphs, dict(self.inputs), self.path)
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """The code of one graph, which is kept alive with it: its id is the key."""
+
+    graph: fx.Graph
+    forward: Callable[..., Any]
+    state: dict[str, Any]
+
+
+class ProgramModule(fx.GraphModule):
+    """Runs a program over a tree of parameters; its mode chooses the graph."""
+
+    _generated: dict[int, _Generated]
+
+    def __init__(self, tree: nn.Module, program: Program, class_name: str, training: bool) -> None:
+        self.__dict__["_generated"] = {}
+        super().__init__(nn.Module(), fx.Graph(), class_name)
+        self._generated.clear()
+        for name, held in tensors_of(tree).items():
+            self.__dict__[name] = held
+        self.program = program
+        self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+        self.choose(training)
+
+    @property
+    def mode(self) -> str:
+        return "train" if self.training else "eval"
+
+    def choose(self, training: bool) -> None:
+        """Take the graph of a mode, and leave the flags of submodules as they are."""
+        self.training = training
+        if self._graph is not self.program.graphs[self.mode]:
+            self._activate(self.program.graphs[self.mode])
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self._graph
+
+    @graph.setter
+    def graph(self, g: fx.Graph) -> None:
+        """Put another graph in the place of the current mode's one."""
+        current = self.__dict__.get("_graph")
+        program: Program | None = self.__dict__.get("program")
+        for mode, held in program.graphs.items() if program else ():
+            if held is current:
+                program.graphs[mode] = g
+        self._activate(g)
+
+    def _activate(self, graph: fx.Graph) -> None:
+        """Make a graph the one that runs; its code is kept, for torch.compile to know it again."""
+        known = self._generated.get(id(graph))
+        if known is None:
+            setter: Any = fx.GraphModule.graph
+            setter.fset(self, graph)
+            return
+        self._graph = graph
+        graph.owning_module = self
+        self.__dict__.update(known.state)
+        type(self).forward = known.forward
+
+    def recompile(self) -> Any:
+        """Generate the code of the current graph anew, after it was edited in place."""
+        code = super().recompile()
+        state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}
+        self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
+        return code
+
+    def refresh(self) -> None:
+        """Check the graphs after a rewrite, and forget the code that they had."""
+        for graph in self.program.distinct_graphs():
+            graph.lint()
+        self._generated.clear()
+        self._activate(self.program.graphs[self.mode])
+
+
+def tensors_of(tree: nn.Module) -> Mapping[str, Any]:
+    """What holds a module's parameters, buffers and children; not copies."""
+    names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+    return {name: tree.__dict__[name] for name in names}
+
+
+def _check_inputs(module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    spec = module.program.inputs[module.mode]
+    if spec is not None:
+        spec.check(args, kwargs)

@@ -1,0 +1,61 @@
+"""Devices and dtypes that a graph names, which follow the weights when those move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from .errors import CaptureError
+
+Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
+
+_WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
+
+
+def moves_of(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
+    moves: Moves = {}
+    kinds = {(t.device, t.dtype) for t in [*module.parameters(), *module.buffers()]}
+    for device, dtype in kinds:
+        old = torch.empty(0, device=device, dtype=dtype)
+        new = fn(old)
+        for before, after in ((old.device, new.device), (old.dtype, new.dtype)):
+            if before != after:
+                moves[before] = after
+    return moves
+
+
+def retarget(graph: fx.Graph, moves: Moves) -> None:
+    def moved(value: Any) -> Any:
+        return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
+
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = map_aggregate(node.args, moved)
+            node.kwargs = map_aggregate(node.kwargs, moved)
+
+
+def refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
+    """Narrowing `x.to(float32)`: does the source mean float32, or whatever its weights have?
+
+    The graph cannot tell, and a wrong guess loses precision silently.
+    """
+    for node in graph.nodes:
+        for old in (*node.args, *node.kwargs.values()):
+            new = moves.get(old) if isinstance(old, torch.dtype) else None
+            if new in _WIDTH and _WIDTH[new] < _WIDTH.get(old, 0) and _is_cast(node):
+                line = (node.stack_trace or "").strip().splitlines()[-2:]
+                raise CaptureError(
+                    f"the captured graph casts to {old} at node '{node.name}' "
+                    f"({' '.join(part.strip() for part in line)}); whether that should become "
+                    f"{new} is known to the source model only. Cast the source "
+                    f"(model.to({new})) and capture that."
+                )
+
+
+def _is_cast(node: fx.Node) -> bool:
+    aten = torch.ops.aten
+    return getattr(node.target, "overloadpacket", None) in (aten.to, aten._to_copy)

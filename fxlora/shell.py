@@ -1,0 +1,138 @@
+"""Shell: the source model's own Python around captured regions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from .errors import InputError, UnsupportedOpError
+from .program import MODES, Program, ProgramModule
+
+
+@dataclass(eq=False)
+class Shell:
+    """A copy of the source's modules, over the captured tree's tensors; regions run their graphs.
+
+    Attributes:
+        module: the copy.
+        training: the mode that the source was captured in.
+        flags: the training flag of every submodule in that mode, by path.
+        reads: where Python reads a parameter outside of every region, by the parameter's name.
+        why: why the model has no whole graph.
+    """
+
+    module: nn.Module
+    training: bool
+    flags: Mapping[str, bool]
+    reads: Mapping[str, str]
+    why: str
+
+    def copied(self) -> Shell:
+        """Other modules of the same kind, to be bound to another tree."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        module = copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
+        return Shell(module, self.training, self.flags, self.reads, self.why)
+
+    def bind(self, tree: nn.Module, runners: Sequence[ProgramModule]) -> None:
+        """Take the tensors of a tree, and run its regions."""
+        containers = dict(tree.named_modules(remove_duplicate=False))
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            if path in containers:  # a module without tensors has none
+                module._parameters = containers[path]._parameters
+                module._buffers = containers[path]._buffers
+        for path in {runner.program.path for runner in runners}:
+            own = [runner for runner in runners if runner.program.path == path]
+            self.module.get_submodule(path).forward = _RegionCall(path, own)
+
+    def choose(self, training: bool) -> None:
+        """Take a mode; in the one that the source was in, flags are as they were there."""
+        self.module.train(training)
+        if training == self.training:
+            for path, flag in self.flags.items():
+                self.module.get_submodule(path).training = flag
+
+    def shade(self, names: Collection[str]) -> None:
+        """Put these parameters, which regions adapt, out of the reach of Python, and no others."""
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            for name in module._parameters:
+                full = f"{path}.{name}" if path else name
+                if full in names:
+                    module.__dict__[name] = _OutOfReach(full)
+                elif isinstance(module.__dict__.get(name), _OutOfReach):
+                    del module.__dict__[name]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def shell_program() -> Program:
+    """The graph of a module whose regions are called by Python: one call of its shell."""
+    graph = fx.Graph()
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    shell = graph.get_attr("shell")
+    graph.output(graph.call_function(run_shell, (shell, args, kwargs)))
+    return Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))
+
+
+def run_shell(shell: Shell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the source's Python."""
+    return shell(args, kwargs)
+
+
+class _RegionCall:
+    """What stands in the place of a region's forward: the first of its graphs that holds."""
+
+    def __init__(self, path: str, runners: Sequence[ProgramModule]) -> None:
+        self.path = path
+        self.runners = tuple(runners)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for runner in self.runners:
+            spec = runner.program.inputs[runner.mode]
+            if spec is None or spec.holds_for(args, kwargs):
+                return runner.forward(*args, **kwargs)
+        raise InputError(f"region '{self.path}': {self._refusal(args, kwargs)}")
+
+    def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why the first graph does not hold, and how many others do not either."""
+        first, *others = self.runners
+        spec = first.program.inputs[first.mode]
+        assert spec is not None
+        try:
+            spec.check(args, kwargs)
+        except InputError as error:
+            return f"{error}" + (f" ({len(others)} other graphs fit no better)" if others else "")
+        raise AssertionError("the first graph holds")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RegionCall:
+        return self  # a copied shell is bound anew
+
+
+class _OutOfReach:
+    """Stands for a parameter whose adapter Python's own reads would miss: any use raises."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["name"] = name
+
+    def refuse(self) -> UnsupportedOpError:
+        return UnsupportedOpError(
+            f"'{self.__dict__['name']}' is adapted in the captured regions, but here the model's "
+            "Python reads it outside of them. Leave it out of the rules (Rule(name, lora=None))."
+        )
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise self.refuse()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OutOfReach:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        values = [*args, *(kwargs or {}).values()]
+        raise next(value for value in values if isinstance(value, cls)).refuse()
