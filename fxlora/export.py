@@ -16,6 +16,7 @@ from .errors import ConfigError, ExportError
 from .files import whole_file
 from .inputs import InputSpec
 from .module import CapturedModule
+from .tables import some
 
 FORMATS = ("pt2",)
 
@@ -64,6 +65,11 @@ def exported(
     module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
     """The eval graph as an ExportedProgram."""
+    if module.shell:
+        raise ExportError(
+            f"there is no whole graph to export: the model was captured by regions "
+            f"({some(module.regions)}), between which its Python runs ({module.shell.why})"
+        )
     evaluation = module.derive().eval()
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)

@@ -145,12 +145,12 @@ class Guard:
     Attributes:
         text: the condition as torch.export says it.
         holds: the condition as a function of the leaves.
-        excludes_one: whether it says that a first dimension is not 1.
+        excludes_small: whether it only says that a size is not 0, or not 1.
     """
 
     text: str
     holds: Callable[[Sequence[Any]], Any] = field(compare=False)
-    excludes_one: bool = False
+    excludes_small: bool = False
 
     def check(self, leaves: Sequence[Any]) -> None:
         holds = self.holds(leaves)
@@ -199,24 +199,23 @@ class InputSpec:
             found += zip(leaves, self._flatten(value, structure, leaves), strict=True)
         return found
 
-    @property
-    def excludes_one(self) -> bool:
-        """Whether some first dimension may be larger than 1 but not 1."""
-        firsts = (leaf.dims[:1] for leaf in self._tensors())
-        bounds = any(isinstance(dim, Dimension) and dim.min == 2 for dims in firsts for dim in dims)
-        return bounds or any(guard.excludes_one for guard in self.guards)
+    def allowing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputSpec | None:
+        """The contract without what excludes sizes of 0 and 1 from these inputs.
 
-    def with_one(self) -> InputSpec:
-        """The contract with first dimensions of 1 allowed."""
-        symbols = {
-            leaf.dims[0].symbol
-            for leaf in self._tensors()
-            if leaf.dims and isinstance(leaf.dims[0], Dimension) and leaf.dims[0].min == 2
+        None where more than that stands against them.
+        """
+        pairs = self.pairs(args, kwargs)
+        small = {
+            dim.symbol: (size - dim.offset) // dim.scale
+            for leaf, value in pairs
+            if isinstance(leaf, TensorInput) and isinstance(value, torch.Tensor)
+            for dim, size in zip(leaf.dims, value.shape, strict=False)
+            if isinstance(dim, Dimension) and dim.min <= 2
         }
 
         def lowered(dim: int | Dimension) -> int | Dimension:
-            if isinstance(dim, Dimension) and dim.symbol in symbols:
-                return replace(dim, min=1)
+            if isinstance(dim, Dimension) and dim.symbol in small:
+                return replace(dim, min=min(dim.min, max(small[dim.symbol], 0)))
             return dim
 
         def allow(leaf: Input) -> Input:
@@ -224,15 +223,11 @@ class InputSpec:
                 return leaf
             return replace(leaf, dims=tuple(map(lowered, leaf.dims)))
 
-        return replace(
-            self,
-            leaves=tuple(tuple(map(allow, group)) for group in self.leaves),
-            guards=tuple(guard for guard in self.guards if not guard.excludes_one),
-        )
-
-    def _tensors(self) -> list[TensorInput]:
-        leaves = (leaf for group in self.leaves for leaf in group)
-        return [leaf for leaf in leaves if isinstance(leaf, TensorInput)]
+        items = [item for _, item in pairs]
+        guards = tuple(g for g in self.guards if not g.excludes_small or g.holds(items))
+        leaves = tuple(tuple(map(allow, group)) for group in self.leaves)
+        spec = replace(self, leaves=leaves, guards=guards)
+        return spec if spec.holds_for(args, kwargs) else None
 
     def moved(self, moves: Mapping[Any, Any]) -> InputSpec:
         """The contract after the module's dtypes changed: floating inputs follow."""

@@ -186,7 +186,9 @@ class CapturedModule(ProgramModule):
         """
         if not self.shell:
             return {}
-        read = {str(n.target) for g in self.distinct_graphs() for n in g.nodes if n.op == "get_attr"}
+        read = {
+            str(n.target) for g in self.distinct_graphs() for n in g.nodes if n.op == "get_attr"
+        }
         found: dict[str, str] = {}
         for names in self.aliases().values():
             place = next((self.shell.reads[n] for n in names if n in self.shell.reads), None)
@@ -276,4 +278,3 @@ def _contents(module: nn.Module) -> Iterator[object]:
     yield from module.children()
     yield from module._parameters.values()
     yield from module._buffers.values()
-

@@ -86,9 +86,9 @@ class ProgramModule(fx.GraphModule):
         """Put another graph in the place of the current mode's one."""
         current = self.__dict__.get("_graph")
         program: Program | None = self.__dict__.get("program")
-        for mode, held in program.graphs.items() if program else ():
-            if held is current:
-                program.graphs[mode] = g
+        if program:
+            replaced = {mode: g for mode, held in program.graphs.items() if held is current}
+            program.graphs.update(replaced)
         self._activate(g)
 
     def _activate(self, graph: fx.Graph) -> None:

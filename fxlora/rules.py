@@ -295,9 +295,7 @@ class _Matching:
                 f" '{name}' is in the model, but no graph reads a weight of two or more "
                 "dimensions there"
             )
-            message += (
-                "." if self.module.exported else ": capture with example inputs sees more."
-            )
+            message += "." if self.module.exported else ": capture with example inputs sees more."
         raise NoMatchError(message)
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from .errors import InputError, UnsupportedOpError
 from .program import MODES, Program, ProgramModule
+
+
+@dataclass(frozen=True, eq=False)
+class RegionCall:
+    """A call of a region, and what it returned."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
 @dataclass(eq=False)
@@ -30,6 +41,7 @@ class Shell:
     flags: Mapping[str, bool]
     reads: Mapping[str, str]
     why: str
+    _recorded: list[RegionCall] | None = field(default=None, init=False)
 
     def copied(self) -> Shell:
         """Other modules of the same kind, to be bound to another tree."""
@@ -46,7 +58,27 @@ class Shell:
                 module._buffers = containers[path]._buffers
         for path in {runner.program.path for runner in runners}:
             own = [runner for runner in runners if runner.program.path == path]
-            self.module.get_submodule(path).forward = _RegionCall(path, own)
+            self.module.get_submodule(path).forward = _Region(self, path, own)
+
+    @contextmanager
+    def recorded(self) -> Generator[list[RegionCall]]:
+        """Fills a list with the calls of regions."""
+        calls: list[RegionCall] = []
+        self._recorded = calls
+        try:
+            yield calls
+        finally:
+            self._recorded = None
+
+    def note(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep a call of a region, if calls are recorded."""
+        if self._recorded is not None:
+            self._recorded.append(RegionCall(path, args, kwargs, output))
+
+    def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one region."""
+        region: Any = self.module.get_submodule(path).forward
+        return region(*args, **kwargs)
 
     def choose(self, training: bool) -> None:
         """Take a mode; in the one that the source was in, flags are as they were there."""
@@ -83,18 +115,20 @@ def run_shell(shell: Shell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return shell(args, kwargs)
 
 
-class _RegionCall:
+class _Region:
     """What stands in the place of a region's forward: the first of its graphs that holds."""
 
-    def __init__(self, path: str, runners: Sequence[ProgramModule]) -> None:
-        self.path = path
+    def __init__(self, shell: Shell, path: str, runners: Sequence[ProgramModule]) -> None:
+        self.shell, self.path = shell, path
         self.runners = tuple(runners)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for runner in self.runners:
             spec = runner.program.inputs[runner.mode]
             if spec is None or spec.holds_for(args, kwargs):
-                return runner.forward(*args, **kwargs)
+                output = runner.forward(*args, **kwargs)
+                self.shell.note(self.path, args, kwargs, output)
+                return output
         raise InputError(f"region '{self.path}': {self._refusal(args, kwargs)}")
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -108,7 +142,7 @@ class _RegionCall:
             return f"{error}" + (f" ({len(others)} other graphs fit no better)" if others else "")
         raise AssertionError("the first graph holds")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _RegionCall:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Region:
         return self  # a copied shell is bound anew
 
 

@@ -15,6 +15,7 @@ from .passes import Remove
 from .passes.structure import insertions
 from .plan import Entry
 from .program import MODES
+from .shell import RegionCall
 from .tables import render
 from .verbs import fold, remove
 
@@ -204,7 +205,12 @@ def _gradients(
     module: CapturedModule, entries: list[Entry], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, float]:
     with torch.enable_grad():
-        outputs = [out for out in _floats(module(*args, **kwargs)) if out.requires_grad]
+        outputs = [
+            out
+            for call in _calls(module, args, kwargs)
+            for out in _floats(call.output)
+            if out.requires_grad
+        ]
         if not outputs:
             raise VerificationError("no output depends on the adapters: nothing can be trained.")
         wanted = [module.get_parameter(entry.name_b) for entry in entries]
@@ -259,9 +265,11 @@ def _product(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _output_error(
     module: CapturedModule, folded: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[float, float]:
+    folded = folded.derive().eval()
     with torch.no_grad():
-        expected = _floats(module.derive().eval()(*args, **kwargs))
-        found = _floats(folded.derive().eval()(*args, **kwargs))
+        calls = _calls(module.derive().eval(), args, kwargs)
+        expected = [out for call in calls for out in _floats(call.output)]
+        found = [out for call in calls for out in _floats(_again(folded, call))]
     dtypes = {t.dtype for t in expected} | {p.dtype for p in module.parameters()}
     tolerance = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=1e-10)
     worst = 0.0
@@ -277,6 +285,28 @@ def _output_error(
                 f"{scale:.3g} (tolerance {tolerance:.0e} of it)."
             )
     return worst, tolerance
+
+
+def _calls(
+    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[RegionCall]:
+    """One call of the module: itself, or those of its regions that it makes.
+
+    What Python does between regions may jump (boxes above a threshold): there, only regions can
+    be compared.
+    """
+    if not module.shell:
+        return [RegionCall("", args, kwargs, module(*args, **kwargs))]
+    with module.shell.recorded() as calls:
+        module(*args, **kwargs)
+    return calls
+
+
+def _again(module: CapturedModule, call: RegionCall) -> Any:
+    """The same call of another module."""
+    if module.shell:
+        return module.shell.call(call.path, call.args, call.kwargs)
+    return module(*call.args, **call.kwargs)
 
 
 def _floats(outputs: Any) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import fxlora
-from fxlora import CaptureError, InputError
+from fxlora import CaptureError, FxLoraWarning, InputError
 
 from .laws import assert_untouched, run, snapshot
 from .models import Attention, Mlp, Normed, Tied
@@ -250,9 +250,30 @@ def test_the_users_line_is_named(args: tuple | None) -> None:
     model = Branches()
     before = snapshot(model)
     line = Branches.forward.__code__.co_firstlineno + 2
-    with pytest.raises(CaptureError, match=rf"Branches .*{__file__}:{line}"):
-        fxlora.capture(model, args)
+    where = rf"Branches .*{__file__}:{line}"
+    if args is None:
+        with pytest.raises(CaptureError, match=where):
+            fxlora.capture(model)
+    else:  # its layers are captured, and the message says why it was not
+        with pytest.warns(FxLoraWarning, match=where):
+            fxlora.capture(model, args)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["graph", "plan", "outputs", "mode", "aliases"])
+def test_names_that_a_captured_module_has_another_use_for(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, nn.Linear(5, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return getattr(self, name)(x)
+
+    model, x = Named(), torch.randn(2, 5)
+    with pytest.raises(CaptureError, match=rf"'{name}' of its own.*nn\.Sequential"):
+        fxlora.capture(model, x)
+    assert torch.equal(fxlora.capture(nn.Sequential(model), x)(x), model(x))
 
 
 def test_lazy_modules_need_a_first_call() -> None:

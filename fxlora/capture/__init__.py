@@ -57,6 +57,11 @@ def capture(
             "the module is captured already: match, inject, fold, … take it as it is. To capture "
             "it for other inputs, capture the source model again."
         )
+    if hidden := _hidden_name(model):
+        raise CaptureError(
+            f"{type(model).__name__} has a '{hidden}' of its own, which the captured module's "
+            f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
+        )
     if model._forward_hooks or model._forward_pre_hooks:
         raise CaptureError(
             f"{type(model).__name__} has forward hooks of its own, which are no part of its graph. "
@@ -71,6 +76,17 @@ def capture(
     if not isinstance(args, tuple | list | None):
         raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
     return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+
+
+def _hidden_name(model: nn.Module) -> str | None:
+    """A submodule or tensor of the model that a GraphModule, or ours, has another use for."""
+    tree = nn.Module()
+    graph = fx.Graph()
+    graph.output(None)
+    programs = [Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))]
+    example = CapturedModule(tree, programs, class_name="Example", training=False)
+    held = (*model._modules, *model._parameters, *model._buffers)
+    return next((name for name in held if hasattr(example, name)), None)
 
 
 def _capture_exported(
@@ -115,9 +131,7 @@ def _assemble(
         for mode, module in source.distinct().items():
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, known)
-    programs = [
-        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources
-    ]
+    programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
     result = CapturedModule(
         tree, programs, shell, class_name=type(model).__name__, training=model.training
     )

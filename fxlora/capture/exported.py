@@ -16,10 +16,11 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.experimental import _config as export_config
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ..alike import alike, alike_but_for_sizes
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError
 from ..inputs import (
     ConstantInput,
     Dimension,
@@ -103,6 +104,8 @@ def _export_mode(
             larger = (module, spec, example)
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model does
             failure = error
+            if depends_on_data(error):
+                break
     if larger:
         return larger
     assert failure is not None
@@ -111,40 +114,54 @@ def _export_mode(
     raise capture_error(model, mode, failure) from failure
 
 
+def depends_on_data(error: BaseException | None) -> bool:
+    """Whether Python branched on a value: no other sizes of the inputs will help."""
+    return isinstance(error, GuardOnDataDependentSymNode)
+
+
 def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
     program = run_export(model, example)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     spec = _contract(program, module, model, example)
-    if spec.excludes_one and _holds_for_one(model, module, spec, example):
-        spec = spec.with_one()
-    return module, spec
+    return module, allowing(model, module, spec, _of_batch_one(spec, example)) or spec
 
 
-def _holds_for_one(
-    model: nn.Module, module: fx.GraphModule, spec: InputSpec, example: Example
-) -> bool:
-    """Whether a graph that torch.export guards against a batch of 1 is right there all the same.
+def allowing(
+    model: nn.Module, module: fx.GraphModule, spec: InputSpec, single: Example
+) -> InputSpec | None:
+    """The contract of a graph with sizes of 0 and 1 like these allowed, if it is right there.
 
-    The guard often comes from a question about strides, not from the source: it does if the
-    graph of a batch of 1 has the same ops.
+    torch.export's guards against them often come from a question about strides, not from the
+    source: they do if the graph of these very inputs has the same ops.
     """
+    try:
+        wider = spec.allowing(single.args, single.kwargs)
+    except InputError:
+        return None
+    if wider is None or wider == spec:
+        return wider
+    try:
+        static = run_export(model, single).module(check_guards=False)
+    except Exception:  # noqa: BLE001 - the source refuses such inputs, each in its own way
+        return None
+    assert isinstance(static, fx.GraphModule)
+    return wider if alike_but_for_sizes(module.graph, static.graph) else None
+
+
+def _of_batch_one(spec: InputSpec, example: Example) -> Example:
+    """The example's inputs, with dynamic first dimensions cut to 1."""
     single = {
         id(value): value[:1]
         for leaf, value in spec.pairs(example.args, example.kwargs)
         if isinstance(leaf, TensorInput) and leaf.dims and isinstance(leaf.dims[0], Dimension)
     }
 
-    def narrowed(leaf: Any) -> Any:
+    def cut(leaf: Any) -> Any:
         return single.get(id(leaf), leaf)
 
-    args, kwargs = pytree.tree_map(narrowed, (example.args, example.kwargs))
-    try:
-        static = run_export(model, Example(args, kwargs, None)).module(check_guards=False)
-    except Exception:  # noqa: BLE001 - the source refuses a batch of 1, each in its own way
-        return False
-    assert isinstance(static, fx.GraphModule)
-    return alike_but_for_sizes(module.graph, static.graph)
+    args, kwargs = pytree.tree_map(cut, (example.args, example.kwargs))
+    return Example(args, kwargs, None)
 
 
 def run_export(model: nn.Module, example: Example) -> ExportedProgram:
@@ -264,8 +281,7 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 
 
 def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureError:
-    """The error of a capture that failed, with the line of the model's code that it came from."""
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    """The error of an export that failed."""
     advice = (
         "Inputs and outputs must be tensors in containers that pytree knows: have the model return "
         "no cache (transformers: use_cache=False)."
@@ -273,12 +289,16 @@ def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureE
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
     )
-    place = _user_line(error)
-    return CaptureError(
-        f"{type(model).__name__} could not be captured in {mode} mode{place}: "
-        f"{type(error).__name__}: "
-        f"{reason[0][:300].rstrip('.')}. {advice}"
-    )
+    return unable(model, f"could not be captured in {mode} mode", error, advice)
+
+
+def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> CaptureError:
+    """An error with the line of the model's code that another one came from."""
+    reason = str(error).strip().splitlines() or [""]
+    message = f"{type(error).__name__}: {reason[0][:300].rstrip('.')}. {advice}"
+    result = CaptureError(f"{type(model).__name__} {what}{_user_line(error)}: {message}".rstrip())
+    result.__cause__ = error
+    return result
 
 
 def _user_line(error: BaseException) -> str:
@@ -339,8 +359,14 @@ def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Ite
         readable = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
         # torch.export's own words about sizes, as a function that torch.compile can trace too
         holds = eval(f"lambda V: {code}", {"math": math, "Max": max, "Min": min})
-        excludes_one = re.fullmatch(r"V\[\d+\]\.size\(\)\[0\] (!= 1|> 1|>= 2)", code) is not None
-        yield Guard(readable, holds, excludes_one)
+        yield Guard(readable, holds, _excludes_small(code))
+
+
+def _excludes_small(code: str) -> bool:
+    """Whether a guard only says that some size, or product of sizes, is not 0 or not 1."""
+    more = any(word in code for word in (" and ", " or ", "==", "%"))
+    form = r".+ (!= [01]|> [01]|>= [12])|(0|1) < .+|(1|2) <= .+"
+    return not more and re.fullmatch(form, code) is not None
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:

@@ -15,7 +15,15 @@ from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
 from ..shell import Shell
-from .exported import Example, Source, export_modes
+from .exported import (
+    Example,
+    Source,
+    allowing,
+    depends_on_data,
+    export_modes,
+    mode_of,
+    unable,
+)
 from .observe import Call, Observation, TensorLike, observe
 from .tree import twin_of
 
@@ -36,7 +44,7 @@ def capture_regions(
     """
     seen = observe(model, args, kwargs)
     if len(seen.failures) == 2:
-        raise failure from seen.failures["eval"]
+        raise unable(model, "does not run on the example inputs", seen.failures["eval"], "")
     sources = [source for path in _children(model, "") for source in _regions(model, path, seen)]
     if not sources:
         raise failure
@@ -94,23 +102,32 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     for example in _examples(calls):
         try:
             source = export_modes(root.get_submodule(path), [example], root=root, path=path)
-            _check_holds(source, calls)
+            for call in calls:
+                _serve(root, source, call)
             return source
         except CaptureError as error:
             failure = error
+            if depends_on_data(error.__cause__):
+                break
     assert failure is not None
     raise failure
 
 
-def _check_holds(source: Source, calls: Sequence[Call]) -> None:
-    for call in calls:
-        spec = source.inputs[call.mode]
-        args, kwargs = call.inputs()
-        try:
-            assert spec is not None
-            spec.check(args, kwargs)
-        except InputError as error:
+def _serve(root: nn.Module, source: Source, call: Call) -> None:
+    """Raise unless the graph holds for a call, if need be after its sizes of 0 and 1 are proved."""
+    spec, module = source.inputs[call.mode], source.modules[call.mode]
+    assert spec is not None
+    args, kwargs = call.inputs()
+    try:
+        spec.check(args, kwargs)
+    except InputError as error:
+        single = Example(args, kwargs, None)
+        with mode_of(root, call.mode == "train"):
+            wider = allowing(root.get_submodule(source.path), module, spec, single)
+        if wider is None:
             raise CaptureError(f"'{source.path}': {error}") from error
+        alike = [mode for mode, other in source.modules.items() if other is module]
+        source.inputs |= dict.fromkeys(alike, wider)
 
 
 # ---- what to export with ------------------------------------------------------------------------
@@ -118,7 +135,8 @@ def _check_holds(source: Source, calls: Sequence[Call]) -> None:
 
 def _examples(calls: Sequence[Call]) -> Iterator[Example]:
     """Inputs to try, from the most dynamic to the least: the largest call that was seen, with
-    every size dynamic; with those that vary, and the first; with those that vary."""
+    every size dynamic (without those of 1: they may broadcast); with those that vary, and the
+    first of each tensor; with those that vary."""
     base = max(calls, key=lambda call: sum(math.prod(shape) for shape in _shapes(call)))
     varied = {
         (number, axis)
@@ -128,10 +146,11 @@ def _examples(calls: Sequence[Call]) -> Iterator[Example]:
         if size != another
     }
     shapes = list(_shapes(base))
-    first = {(number, 0) for number, shape in enumerate(shapes) if shape}
-    every = {(n, axis) for n, shape in enumerate(shapes) for axis, s in enumerate(shape) if s > 1}
+    every = {(number, axis) for number, shape in enumerate(shapes) for axis in range(len(shape))}
+    first = {(number, axis) for number, axis in every if axis == 0}
+    larger = {(number, axis) for number, axis in every if shapes[number][axis] > 1}
     tried: list[set[tuple[int, int]]] = []
-    for dynamic in (every | first | varied, first | varied, varied):
+    for dynamic in (every, larger | first | varied, first | varied, varied):
         if dynamic not in tried:
             tried.append(dynamic)
             yield _example(base, dynamic)

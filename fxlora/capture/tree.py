@@ -43,7 +43,7 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """The same modules again, over the same parameters: what a forward leaves behind stays there."""
+    """The same modules over the same parameters; what a forward leaves behind stays there."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 

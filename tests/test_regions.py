@@ -1,0 +1,369 @@
+"""Models without a whole graph: captured by their submodules, with their own Python around."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxlora
+from fxlora import LoraConfig, Rule
+from fxlora.errors import (
+    CaptureError,
+    ExportError,
+    FxLoraWarning,
+    InputError,
+    UnsupportedOpError,
+    VerificationError,
+)
+
+from .laws import (
+    assert_close,
+    assert_same,
+    assert_untouched,
+    check_laws,
+    oracle,
+    randomise,
+    run,
+    snapshot,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*submodules were captured instead")
+
+ALL = Rule(op=["linear", "conv*", "embedding"], lora=LoraConfig(r=2, lora_alpha=3))
+
+
+class Boxes:
+    """What no graph takes for an argument."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features = features
+
+
+class Trunk(nn.Module):
+    """3 → 5 → 6 channels, with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.norm = nn.BatchNorm2d(5)
+        self.second = nn.Conv2d(5, 6, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = F.relu(self.norm(self.first(x)))
+        return {"fine": F.pad(x, (0, 0, 0, 0, 0, 1)), "coarse": self.second(x)}
+
+
+class Head(nn.Module):
+    """Reads a region's vector; called with a flag, a word and a number besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 7)
+        self.outer = nn.Linear(7, 4)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(
+        self, x: torch.Tensor, scale: float = 1.0, *, kind: str = "relu", bias: bool = True
+    ) -> torch.Tensor:
+        x = self.drop(getattr(F, kind)(self.inner(x))) * scale
+        return self.outer(x) if bias else F.linear(x, self.outer.weight)
+
+
+class Detector(nn.Module):
+    """Crops as many vectors as there are large activations: no graph can say how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Trunk()
+        self.side = nn.Linear(6, 5)
+        self.head = Head()
+        self.scale = nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, images: list[torch.Tensor], threshold: float = 0.4
+    ) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        found, sides = [], []
+        for image in images:
+            levels = self.trunk(image[None])
+            sides.append(self.side(levels["fine"].mean((2, 3))))
+            boxes = self.select(levels["coarse"], threshold)
+            found.append(self.head(boxes.features) + self.head(boxes.features, 0.5, kind="tanh"))
+        scores = torch.cat(found) @ self.scale
+        return {"scores": scores, "side": torch.cat(sides)}
+
+    def select(self, features: torch.Tensor, threshold: float) -> Boxes:
+        rows = features[0].flatten(1).T
+        order = rows.sum(1).argsort(descending=True)
+        count = int((rows.abs().amax(1) > threshold).sum())  # depends on the data
+        return Boxes(rows[order[:count]])
+
+
+def images(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(3, *size, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+@pytest.fixture
+def detector() -> Detector:
+    torch.manual_seed(0)
+    return Detector().double()
+
+
+SIZES = ((8, 9), (10, 7))
+
+
+def test_all_laws_hold_by_regions(detector: Detector) -> None:
+    gm, lora = check_laws(detector, (images(*SIZES),), rules=ALL)
+    assert gm.regions == ("trunk", "side", "head")
+    sites = [entry.site for entry in lora.plan]
+    assert sites == ["trunk.first", "trunk.second", "side", "head.inner", "head.outer"]
+    assert {entry.form for entry in lora.plan} == {"branch"}
+
+
+def test_one_graph_serves_a_region_unless_constants_differ(detector: Detector) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES),))
+    assert [p.path for p in gm.programs] == ["trunk", "side", "head", "head"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sizes", [((12, 5),), ((4, 4), (6, 11), (9, 9))])
+def test_images_of_other_sizes(
+    detector: Detector, sizes: tuple[tuple[int, int], ...], training: bool
+) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES),)).train(training)
+    source = copy.deepcopy(detector).train(training)
+    args = (images(*sizes),)
+    assert_same(run(gm, args, {}), run(source, args, {}))
+    assert torch.equal(gm.get_buffer("trunk.norm.running_mean"), source.trunk.norm.running_mean)
+    assert gm.get_buffer("calls") == source.calls == 1 != detector.calls
+
+
+def test_no_box_at_all(detector: Detector) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES),)).eval()
+    args = (images(*SIZES), 1e9)
+    expected = copy.deepcopy(detector).eval()(*args)
+    found = gm(*args)
+    assert found["scores"].shape == (0, 3) == expected["scores"].shape
+    assert torch.equal(found["side"], expected["side"])
+
+
+def test_an_example_with_no_box_serves_calls_with_some(detector: Detector) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES), 1e9)).eval()
+    args = (images(*SIZES),)
+    assert_same(run(gm, args, {}), run(copy.deepcopy(detector).eval(), args, {}))
+
+
+def test_print_says_the_regions_and_what_none_covers(detector: Detector) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES),))
+    text = str(gm)
+    for word in ("trunk", "head", "side", "by regions", "scale", Path(__file__).name):
+        assert word in text
+    assert list(gm.uncovered) == ["scale"]
+    gm.graph.lint()
+
+
+def test_capture_says_that_it_is_by_regions(detector: Detector) -> None:
+    with pytest.warns(FxLoraWarning, match="Detector could not be captured.*trunk"):
+        fxlora.capture(detector, (images(*SIZES),))
+
+
+@pytest.mark.parametrize("rule", ["scale", "*"])
+def test_targeting_what_no_region_covers_raises(detector: Detector, rule: str) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES),))
+    line = rf"'scale' .*{Path(__file__).name}:\d+"
+    with pytest.raises(UnsupportedOpError, match=line):
+        fxlora.match(gm, Rule(rule, lora=LoraConfig(r=1)))
+
+
+def test_the_shell_keeps_the_source_as_it_was(detector: Detector) -> None:
+    before = snapshot(detector)
+    gm = fxlora.capture(detector, (images(*SIZES),))
+    lora = fxlora.adapt(detector, (images(*SIZES),), rules=ALL).train()
+    randomise(lora)
+    lora(images(*SIZES))["scores"].sum().backward()
+    assert_untouched(detector, before)
+    assert gm.trunk.first.weight.data_ptr() == detector.trunk.first.weight.data_ptr()
+
+
+def test_derived_modules_do_not_disturb_each_other(detector: Detector) -> None:
+    args = (images(*SIZES),)
+    gm = fxlora.capture(detector, args).eval()
+    expected = run(gm, args, {})
+    lora = fxlora.inject(gm, fxlora.match(gm, ALL)).eval()
+    randomise(lora)
+    folded = fxlora.fold(lora).eval()
+    other = copy.deepcopy(lora).eval()
+    assert not torch.equal(run(lora, args, {})[0], expected[0])
+    assert_same(run(other, args, {}), run(lora, args, {}))
+    for name in fxlora.lora_parameters(other):
+        name.data.zero_()
+    assert not torch.equal(run(lora, args, {})[0], expected[0])
+    assert torch.allclose(run(folded, args, {})[0], run(lora, args, {})[0], rtol=1e-10)
+    assert_same(run(gm, args, {}), expected)
+
+
+def test_adapters_report_and_verify(detector: Detector, tmp_path: Path) -> None:
+    args = (images(*SIZES),)
+    gm = fxlora.capture(detector, args)
+    lora = fxlora.inject(gm, fxlora.match(gm, ALL))
+    randomise(lora)
+    fxlora.save_adapter(lora, tmp_path / "adapter")
+    loaded = fxlora.load_adapter(gm, tmp_path / "adapter")
+    assert_same(run(loaded.eval(), args, {}), run(lora.eval(), args, {}))
+    assert "head.inner" in fxlora.report(lora)
+    assert "head.inner" in str(fxlora.verify(lora, args))
+    assert len(fxlora.lora_parameters(lora)) == 10
+
+
+def test_verify_finds_a_region_that_was_folded_wrong(detector: Detector) -> None:
+    args = (images(*SIZES),)
+    lora = fxlora.adapt(detector, args, rules=ALL)
+    randomise(lora)
+    folded = fxlora.fold(lora)
+    bias = folded.get_parameter("head.inner.bias")
+    folded.set_parameter("head.inner.bias", nn.Parameter(bias + 0.1))
+    with pytest.raises(VerificationError):
+        fxlora.verify(lora, args, folded=folded)
+
+
+def test_there_is_no_whole_graph_to_export(detector: Detector, tmp_path: Path) -> None:
+    folded = fxlora.fold(fxlora.adapt(detector, (images(*SIZES),), rules=ALL))
+    with pytest.raises(ExportError, match=r"regions \(trunk, side, head\)"):
+        fxlora.export(folded, (images(*SIZES),), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_call_that_no_graph_of_a_region_holds_for(detector: Detector) -> None:
+    gm = fxlora.capture(detector, (images(*SIZES),)).eval()
+    with pytest.raises(InputError, match="region 'trunk'"):
+        gm([image.float() for image in images(*SIZES)])
+
+
+class ReadsBehind(nn.Module):
+    """Uses a layer as a module and, in some calls, its bare weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 7)
+        self.b = nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.b(self.a(x))
+        return F.linear(y, self.a.weight) if bool((x.sum() > 0).item()) else y
+
+
+def test_a_weight_that_python_was_seen_to_read_is_refused() -> None:
+    gm = fxlora.capture(ReadsBehind(), torch.ones(3, 5))
+    assert list(gm.uncovered) == ["a.weight"]
+    with pytest.raises(UnsupportedOpError, match=r"'a' .*python|'a' .*Python"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+    fxlora.match(gm, Rule("b", lora=LoraConfig(r=2)))
+
+
+def test_a_weight_that_python_reads_later_raises_there() -> None:
+    lora = fxlora.adapt(ReadsBehind(), -torch.ones(3, 5), rules=Rule("a", lora=LoraConfig(r=2)))
+    lora(-torch.ones(3, 5))
+    with pytest.raises(UnsupportedOpError, match=r"'a\.weight' is adapted"):
+        lora(torch.ones(3, 5))
+    source = ReadsBehind()
+    rule = Rule("a", lora=LoraConfig(r=2))
+    folded = fxlora.fold(fxlora.adapt(source, -torch.ones(3, 5), rules=rule))
+    assert_same(run(folded, (torch.ones(3, 5),), {}), run(source, (torch.ones(3, 5),), {}))
+
+
+class LayerDrop(nn.Module):
+    """Skips layers at random while it trains, one of them shared under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.again = self.layers[0]
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        for layer in (*self.layers, self.again):
+            if not self.training or bool(torch.rand([]) > 0.5):
+                x = x + layer(x)
+        return self.head(x if mask is None else x * mask)
+
+
+def test_layers_that_a_run_skips() -> None:
+    torch.manual_seed(0)
+    gm, lora = check_laws(LayerDrop(), (torch.randn(3, 6, dtype=torch.float64),), rules=ALL)
+    assert gm.regions == ("layers.0", "layers.1", "layers.2", "head")
+    assert [entry.site for entry in lora.plan] == [*gm.regions]
+
+
+def test_batch_norms_that_the_user_froze_stay_frozen(detector: Detector) -> None:
+    detector.train()
+    detector.trunk.norm.eval()
+    args = (images(*SIZES),)
+    gm = fxlora.capture(detector, args)
+    assert_same(run(gm, args, {}), run(copy.deepcopy(detector), args, {}))
+    assert torch.equal(gm.get_buffer("trunk.norm.running_mean"), torch.zeros(5).double())
+    assert_same(run(gm.eval(), args, {}), run(copy.deepcopy(detector).eval(), args, {}))
+    assert_same(run(gm.train(), args, {}), run(copy.deepcopy(detector), args, {}))
+
+
+def test_inputs_that_the_model_itself_refuses(detector: Detector) -> None:
+    with pytest.raises(CaptureError):
+        fxlora.capture(detector, (torch.randn(2, 4),))
+
+
+def test_a_model_without_any_region_says_why() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.w.T if bool(x.sum() > 0) else x
+
+    line = Bare.forward.__code__.co_firstlineno + 1
+    with pytest.raises(CaptureError, match=rf"Bare .*{Path(__file__).name}:{line}"):
+        fxlora.capture(Bare(), torch.randn(2, 5))
+
+
+def test_torchvisions_detection() -> None:
+    detection = pytest.importorskip("torchvision.models.detection")
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3))
+    trunk.out_channels = 8
+    anchors = detection.anchor_utils.AnchorGenerator(((16, 32),), ((0.5, 1.0),))
+    pool = detection.faster_rcnn.MultiScaleRoIAlign(["0"], 3, 2)
+    model = detection.FasterRCNN(
+        trunk, min_size=64, max_size=96, rpn_anchor_generator=anchors, box_roi_pool=pool,
+        box_head=detection.faster_rcnn.TwoMLPHead(72, 20),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(20, 5),
+    ).double()  # fmt: skip
+    boxes = torch.tensor([[5.0, 6, 20, 30], [10, 12, 40, 38]], dtype=torch.float64)
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 3])}] * 2
+    args = (images((64, 64), (64, 64)), targets)
+    gm = fxlora.capture(model, args)
+    assert gm.regions == ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor")
+    assert gm.uncovered == {} and list(gm.state_dict()) == list(model.state_dict())
+    for inputs in (args, (images((64, 40)), targets[:1])):
+        for training in (False, True):
+            source = copy.deepcopy(model).train(training)
+            assert_same(run(gm.train(training), inputs, {}), run(source, inputs, {}))
+    lora = fxlora.inject(gm, fxlora.match(gm, ALL)).train()
+    randomise(lora)
+    # Losses do not jump, as the boxes do that pass a threshold by a rounding.
+    factors = {n: lora.get_parameter(n).detach() for e in lora.plan for n in (e.name_a, e.name_b)}
+    torch.manual_seed(1)
+    expected = oracle(copy.deepcopy(model).train(), lora, factors, args, {})
+    assert len(factors) == 18 and len(expected) == 4
+    assert all((a != b).all() for a, b in zip(expected, run(gm.train(), args, {}), strict=True))
+    assert_close(run(lora, args, {}), expected)
+    assert_close(run(fxlora.fold(lora).train(), args, {}), expected)
+    torch.manual_seed(1)
+    sum(lora(*args).values()).backward()
+    assert all(lora.get_parameter(name).grad.abs().max() > 0 for name in factors)
+    fxlora.verify(lora, args)
