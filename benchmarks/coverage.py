@@ -31,6 +31,7 @@ from zoo import LIBRARIES, Case, families, randomise_constants
 import fxlora
 from fxlora import LoraConfig, Rule
 from fxlora.alike import difference
+from fxlora.forms import check_supported
 from fxlora.sites import find_sites
 
 LAYERS = ["linear", "conv*", "embedding", "addmm"]
@@ -109,7 +110,10 @@ class Trial:
                 raise Fault(f"buffer '{name}' {distance(own[name], buffer)}")
 
     def sites(self) -> None:
-        self.record["sites"] = len(find_sites(self.captured))
+        """How many weights there are, and which of them no form could adapt."""
+        sites = find_sites(self.captured)
+        self.record["sites"] = len(sites)
+        self.record["refused"] = [text for site in sites if (text := refusal(site))]
 
     def match(self) -> None:
         plan = fxlora.match(self.captured, RULES)
@@ -224,6 +228,14 @@ def backward(module: nn.Module, loss: Callable[[nn.Module, str], torch.Tensor]) 
     found = {n for n, p in named if p.grad is not None and bool((p.grad != 0).any())}
     module.zero_grad(set_to_none=True)
     return found
+
+
+def refusal(site: fxlora.Site) -> str | None:
+    try:
+        check_supported(site, 1)
+    except fxlora.UnsupportedOpError as error:
+        return str(error)
+    return None
 
 
 def randomise(lora: fxlora.CapturedModule) -> None:
@@ -341,7 +353,7 @@ def supervise(task: Task, options: argparse.Namespace, context: Any) -> Record:
 def sweep(tasks: list[Task], options: argparse.Namespace) -> Iterator[Record]:
     """The records as they come; the server that forks the processes has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["coverage", *(f"zoo.{name}_zoo" for name in options.library)])
+    context.set_forkserver_preload(["__main__", *(f"zoo.{name}_zoo" for name in options.library)])
     with ThreadPoolExecutor(options.jobs) as pool:
         yield from pool.map(lambda task: supervise(task, options, context), tasks)
 

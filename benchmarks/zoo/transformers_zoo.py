@@ -106,6 +106,16 @@ def sequence() -> dict[str, Any]:
     return text() | {"labels": torch.tensor([0, 1])}
 
 
+def unmasked() -> dict[str, Any]:
+    return tokens_only() | {"labels": torch.tensor([0, 1])}
+
+
+def laid_out() -> dict[str, Any]:
+    """A box (left, top, right, bottom) for every token."""
+    corner, size = torch.randint(0, 30, (2, BATCH, TOKENS, 2))
+    return sequence() | {"bbox": torch.cat([corner, corner + size], -1)}
+
+
 def token_classes() -> dict[str, Any]:
     return text() | {"labels": torch.randint(0, 2, (BATCH, TOKENS))}
 
@@ -407,12 +417,12 @@ ENCODERS: dict[str, Any] = {
     "fnet": of(
         "FNetForSequenceClassification",
         TEXT,
-        lambda: {k: v for k, v in sequence().items() if k != "attention_mask"},
+        unmasked,
     ),
     "nystromformer": of(
         "NystromformerForSequenceClassification",
         TEXT,
-        sequence,
+        unmasked,
         num_landmarks=3,
         segment_means_seq_len=9,
         conv_kernel_size=3,
@@ -450,7 +460,7 @@ ENCODERS: dict[str, Any] = {
     "layoutlm": of(
         "LayoutLMForSequenceClassification",
         TEXT,
-        lambda: sequence() | {"bbox": torch.randint(0, 60, (BATCH, TOKENS, 4))},
+        laid_out,
         max_2d_position_embeddings=64,
     ),
     "dpr": of("DPRQuestionEncoder", TEXT, text),
@@ -517,7 +527,7 @@ ENCODER_DECODERS: dict[str, Any] = {
     "fsmt": of(
         "FSMTForConditionalGeneration",
         {k: v for k, v in ENCODER_DECODER.items() if k != "vocab_size"},
-        translation,
+        lambda: text() | {"labels": torch.randint(3, VOCABULARY, (BATCH, TOKENS))},
         langs=["a", "b"],
         src_vocab_size=VOCABULARY,
         tgt_vocab_size=VOCABULARY,
@@ -599,7 +609,14 @@ IMAGES: dict[str, Any] = {
     "regnet": of(
         "RegNetForImageClassification", STAGES, image_class, embedding_size=8, groups_width=4
     ),
-    "bit": of("BitForImageClassification", STAGES, image_class, embedding_size=8, num_groups=4),
+    "bit": of(
+        "BitForImageClassification",
+        STAGES,
+        image_class,
+        embedding_size=8,
+        num_groups=4,
+        hidden_sizes=[8, 16, 24, 32],
+    ),
     "segformer": of(
         "SegformerForSemanticSegmentation",
         {"num_labels": 5},
@@ -658,7 +675,7 @@ IMAGES: dict[str, Any] = {
         partial(image_class, 64),
         embed_dim=[8, 12, 16],
         num_heads=[1, 2, 4],
-        depth=[1, 1, 2],
+        depth=[1, 2, 3],
     ),
     "focalnet": of(
         "FocalNetForImageClassification",
@@ -1009,7 +1026,7 @@ SPOKEN: dict[str, Any] = {
         hidden_size=8,
         codebook_size=16,
         codebook_dim=8,
-        target_bandwidths=[1.5],
+        target_bandwidths=[24.0],
         upsampling_ratios=[4, 2],
     ),
 }
