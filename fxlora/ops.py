@@ -234,12 +234,13 @@ def is_transpose(node: fx.Node) -> bool:
     """Whether a call is the transpose of a matrix."""
     if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return True
+    dims: Any
     if node.target is aten.permute.default:
-        dims: Any = node.args[1]
+        dims = node.args[1]
         return [dim % 2 for dim in dims] == [1, 0] and len(dims) == 2
     if node.target is aten.transpose.int:
-        first, second = node.args[1:3]
-        return (first - second) % 2 == 1  # pyright: ignore[reportOperatorIssue]
+        dims = node.args[1:3]
+        return (dims[0] - dims[1]) % 2 == 1
     return False
 
 
