@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint format bench clean
+.PHONY: help demo test test-all test-floor lint format bench coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -40,13 +40,16 @@ bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/latency.py
 
+coverage: $(VENV)/coverage ## every model of torchvision, timm's families, transformers' architectures (hours)
+	$(BIN)/python benchmarks/coverage.py --json coverage.json $(ARGS)
+
 clean: ## remove the environments and what the demo wrote
 	rm -rf .venv .venv-floor demo-output build *.egg-info
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/pyvenv.cfg pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/lint $(VENV)/coverage: $(VENV)/%: $(VENV)/pyvenv.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 

@@ -27,21 +27,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # ---- options and report -------------------------------------------------------------------------
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def untimed_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    result.add_argument("--rounds", type=int, help="timed runs of every side")
-    result.add_argument("--quick", action="store_true", help="small models, three rounds")
-    result.add_argument("--json", type=Path, metavar="FILE", help="also write the raw times here")
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the raw data here")
     return result
 
 
-def start(options_parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark of time has."""
+    result = untimed_parser(description)
+    result.add_argument("--rounds", type=int, help="timed runs of every side")
+    result.add_argument("--quick", action="store_true", help="small models, three rounds")
+    return result
+
+
+def start(options_parser: argparse.ArgumentParser, rounds: int = 0) -> argparse.Namespace:
     """The options as given, with the process set up for them."""
     options = options_parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else rounds)
+    if rounds:
+        options.rounds = options.rounds or (3 if options.quick else rounds)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     return options
@@ -67,6 +74,10 @@ class Report:
             print(f"\n{note}")
         seconds = {side: timing.seconds for side, timing in (timings or {}).items()}
         self.data["tables"].append({"title": title, "rows": rows, "seconds": seconds})
+        self.save()
+
+    def save(self) -> None:
+        """Write what there is so far."""
         if self.file:
             self.file.write_text(json.dumps(self.data, indent=2))
 
@@ -80,8 +91,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def header(options: argparse.Namespace) -> dict[str, str]:
     """Everything that a number depends on."""
-    return {
-        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    libraries = dict.fromkeys((*LIBRARIES, *getattr(options, "library", ())))
+    found = {
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
         + f", python {platform.python_version()}",
         "device": device_name(options.device),
         "threads": f"{options.threads} of {os.cpu_count()} cores, "
@@ -89,12 +101,16 @@ def header(options: argparse.Namespace) -> dict[str, str]:
         "memory": "huge pages for large CPU tensors "
         + ("on" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "off")
         + " (THP_MEM_ALLOC_ENABLE)",
-        "times": f"median (min–max) of {options.rounds} interleaved rounds; ratios are the median "
-        "of the rounds' own",
         "options": ", ".join(
             f"{name}={_plain(value)}" for name, value in vars(options).items() if name != "json"
         ),
     }
+    if "rounds" in options:
+        found["times"] = (
+            f"median (min–max) of {options.rounds} interleaved rounds; ratios are the median "
+            "of the rounds' own"
+        )
+    return found
 
 
 def _plain(value: object) -> object:

@@ -125,6 +125,11 @@ def _weight_times_input(read: Read, f: Factors) -> fx.Node:
     return read.call(aten.matmul.default, f.left, f.scaled(hidden))  # (d0, n)
 
 
+def _transposed_weight_times_input(read: Read, f: Factors) -> fx.Node:
+    hidden = read.call(aten.matmul.default, f.left_t, read.x)  # (r, n)
+    return read.call(aten.matmul.default, f.right_t, f.scaled(hidden))  # (d1, n)
+
+
 def _embedding(read: Read, f: Factors) -> fx.Node:
     # W's gradient may be sparse; A's is dense. Rows of padding_idx get none in either.
     rows = read.call(aten.embedding.default, f.left, read.x, *read.node.args[2:4])  # (…, r)
@@ -200,11 +205,48 @@ OPS: dict[tuple[Any, int], Op] = {
     **_conv_rows(3),
 }
 
+# The same for an op that is given W^T: x @ W.T is what F.linear(x, W) is.
+_LINEAR_SPELLED_OUT = Op("linear", 0, _linear)
+_MATMUL_TRANSPOSED_LEFT = Op("matmul", 1, _transposed_weight_times_input, in_first=True)
+
+TRANSPOSED_OPS: dict[tuple[Any, int], Op] = {
+    (aten.linear.default, 1): Op("matmul", 0, _input_times_weight, in_first=True),
+    (aten.addmm.default, 2): Op("linear", 1, _linear, obstacle=_addmm_obstacle),
+    (aten.mm.default, 1): _LINEAR_SPELLED_OUT,
+    (aten.matmul.default, 1): _LINEAR_SPELLED_OUT,
+    (aten.mm.default, 0): _MATMUL_TRANSPOSED_LEFT,
+    (aten.matmul.default, 0): _MATMUL_TRANSPOSED_LEFT,
+}
+
 # Weights of more than two dimensions that are matrices (d0, d1·k) all the same.
 FLATTENED = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
+
+
+def row_of(node: fx.Node, position: int, transposed: bool) -> Op | None:
+    """The row of a call that is given a weight, or its transpose, at this position."""
+    return (TRANSPOSED_OPS if transposed else OPS).get((node.target, position))
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether a call is the transpose of a matrix."""
+    if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
+        return True
+    dims: Any
+    if node.target is aten.permute.default:
+        dims = node.args[1]
+        return [dim % 2 for dim in dims] == [1, 0] and len(dims) == 2
+    if node.target is aten.transpose.int:
+        dims = node.args[1:3]
+        return (dims[0] - dims[1]) % 2 == 1
+    return False
+
+
+def reads_no_values(node: fx.Node) -> bool:
+    """Whether a call looks at a tensor's dtype and shape alone (torch.export leaves some)."""
+    return node.target is aten._assert_tensor_metadata.default
 
 
 def kind_of(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from torch import fx
 
 from .dialect import written_attributes
 from .module import CapturedModule
-from .ops import FLATTENED, OPS, Op, kind_of
+from .ops import FLATTENED, Op, is_transpose, kind_of, reads_no_values, row_of
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,18 @@ def _inside(module: CapturedModule, path: str) -> list[str]:
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
-def _readers(weight: fx.Node) -> Iterator[Reader]:
-    for user in weight.users:
+def _readers(weight: fx.Node, transposed: bool = False) -> Iterator[Reader]:
+    """What reads a weight, or its transpose, in the graph's order: that of `users` is no copy's."""
+    for user in sorted(weight.users):
+        if reads_no_values(user):
+            continue
+        if is_transpose(user) and user.users:
+            yield from _readers(user, not transposed)
+            continue
         positions = [i for i, arg in enumerate(user.args) if arg is weight]
         uses = sum(n is weight for n in _flat_inputs(user))
-        yield _reader(
-            user, OPS.get((user.target, positions[0])) if positions and uses == 1 else None
-        )
+        row = row_of(user, positions[0], transposed) if positions and uses == 1 else None
+        yield _reader(user, row)
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:

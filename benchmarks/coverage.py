@@ -1,0 +1,461 @@
+"""How many models of each library fxlora handles, and what stops the others.
+
+Each model is built small and at random, in a process of its own, and taken through everything:
+captured in both modes (bit for bit the source's outputs?), adapted at every layer, trained for a
+step (a gradient at every adapter whose weight has one in the source?), folded (the same outputs,
+the captured graphs again?).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Report, start, untimed_parser
+from torch import nn
+from torch.utils import _pytree as pytree
+from zoo import LIBRARIES, Case, families, randomise_constants
+
+import fxlora
+from fxlora import LoraConfig, Rule
+from fxlora.alike import difference
+from fxlora.forms import check_supported
+from fxlora.sites import find_sites
+
+LAYERS = ["linear", "conv*", "embedding", "addmm"]
+RULES = [Rule(op=LAYERS, lora=LoraConfig(r=2, lora_alpha=3))]
+# Of the largest output.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+DOUBLE_BELOW = 150e6  # parameters: larger models are run in single precision, for memory's sake
+
+Record = dict[str, Any]
+Task = tuple[str, str, str]  # library, family, name
+
+
+class Fault(Exception):
+    """What a check found wrong."""
+
+
+# ---- one model ----------------------------------------------------------------------------------
+
+
+class Trial:
+    """One model on its way; each step writes what it finds into the record."""
+
+    def __init__(self, case: Case, device: str, record: Record) -> None:
+        self.record = record
+        self.case = runnable(case, device)
+        self.model = self.case.model
+        self.dtype = next(p.dtype for p in self.model.parameters())
+        record["dtype"] = str(self.dtype).rpartition(".")[2]
+        record["parameters"] = sum(p.numel() for p in self.model.parameters())
+
+    def run(self) -> None:
+        """Every step that can be taken; those after a failed capture or match cannot."""
+        if not (self._try("capture", self.capture) and self._try("sites", self.sites)):
+            return
+        self._try("eval", lambda: self.exact("eval"))
+        self._try("train", lambda: self.exact("train"))
+        if self._try("match", self.match):
+            self._try("effect", self.effect)
+            self._try("gradients", self.gradients)
+            self._try("fold", self.fold)
+
+    def _try(self, step: str, action: Callable[[], None]) -> bool:
+        begin = time.perf_counter()
+        try:
+            action()
+            self.record["passed"].append(step)
+        except Exception as error:  # noqa: BLE001 - whatever stops a model is the result
+            self.record["failures"].append(reason(step, error))
+            return False
+        finally:
+            self.record["seconds"][step] = round(time.perf_counter() - begin, 2)
+        return True
+
+    def capture(self) -> None:
+        before = state(self.model)
+        self.captured = fxlora.capture(self.model, self.case.args, self.case.kwargs)
+        if state(self.model) != before:
+            raise Fault("the source model was changed")
+        regions = getattr(self.captured, "regions", None)
+        self.record["road"] = "regions" if regions else "whole"
+
+    def exact(self, mode: str) -> None:
+        """Outputs and buffers, bit for bit."""
+        expected = self.outputs(self.model, mode)
+        found = self.outputs(self.captured, mode)
+        if len(found) != len(expected):
+            raise Fault(f"{len(found)} output tensors, the source has {len(expected)}")
+        for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+            if not same_bits(a, b):
+                raise Fault(f"output {index} of {len(found)} {distance(a, b)}")
+        own = dict(self.captured.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            if name in own and not same_bits(own[name], buffer):
+                raise Fault(f"buffer '{name}' {distance(own[name], buffer)}")
+
+    def sites(self) -> None:
+        """How many weights there are, and which of them no form could adapt."""
+        sites = find_sites(self.captured)
+        self.record["sites"] = len(sites)
+        self.record["refused"] = [text for site in sites if (text := refusal(site))]
+
+    def match(self) -> None:
+        plan = fxlora.match(self.captured, RULES)
+        self.record["adapted"] = len(plan)
+        self.record["weight forms"] = Counter(e.reason for e in plan if e.form == "weight")
+        self.record["skipped"] = Counter(why for _, why in plan.skipped)
+        self.lora = fxlora.inject(self.captured, plan)
+        randomise(self.lora)
+
+    def effect(self) -> None:
+        pairs = self.float_pairs(self.lora, self.captured)
+        if all(torch.equal(a, b) for a, b in pairs):
+            raise Fault("the adapters do not change the outputs")
+
+    def gradients(self) -> None:
+        """A and B have a gradient wherever the source's weight has one, and nothing else has."""
+        with_gradient = backward(self.model, self.loss)
+        trained = backward(self.lora, self.loss)
+        entries = {name: e for e in self.lora.plan or () for name in (e.name_a, e.name_b)}
+        dead = [n for n, e in entries.items() if e.parameter in with_gradient and n not in trained]
+        reached = {entry.parameter for entry in entries.values()}
+        names = self.captured.aliases()
+        taken = {alias for n in reached for alias in names[n]}
+        matrices = {n for n, p in self.model.named_parameters() if p.ndim > 1}
+        self.record["left alone"] = sorted((with_gradient & matrices) - taken)
+        self.record["unused"] = len(reached - with_gradient)
+        if dead:
+            raise Fault(f"no gradient at {len(dead)} of {len(entries)}: {', '.join(dead[:3])}")
+        if others := trained - set(entries):
+            raise Fault(f"a gradient at {sorted(others)[0]}, which is frozen")
+
+    def fold(self) -> None:
+        folded = fxlora.fold(self.lora)
+        for mode in folded.graphs:
+            if changed := difference(folded.graphs[mode], self.captured.graphs[mode]):
+                raise Fault(f"the folded {mode} graph is another one: {changed}")
+        pairs = self.float_pairs(folded, self.lora)
+        error = max((relative(a, b) for a, b in pairs), default=0.0)
+        self.record["fold error"] = error
+        if not error <= TOLERANCES[self.dtype]:
+            raise Fault(f"folded outputs differ by {error:.1e} of the largest")
+
+    def float_pairs(
+        self, first: nn.Module, second: nn.Module
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found, expected = (self.outputs(module, "eval") for module in (first, second))
+        shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise Fault(f"outputs of shapes {shapes[0]}, not {shapes[1]}")
+        pairs = zip(found, expected, strict=True)
+        return [pair for pair in pairs if pair[0].is_floating_point()]
+
+    def outputs(self, module: nn.Module, mode: str) -> list[torch.Tensor]:
+        module.train(mode == "train")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return tensors(self.call(module))
+
+    def loss(self, module: nn.Module, mode: str) -> torch.Tensor:
+        module.train(mode == "train")
+        torch.manual_seed(1)
+        leaves = [leaf for leaf in tensors(self.call(module)) if leaf.requires_grad]
+        return torch.stack([leaf[leaf.isfinite()].abs().square().mean() for leaf in leaves]).sum()
+
+    def call(self, module: nn.Module) -> Any:
+        # models may write into what they are given (detection resizes its targets)
+        args, kwargs = pytree.tree_map(cloned, (self.case.args, self.case.kwargs))
+        return module(*args, **kwargs)
+
+
+def runnable(case: Case, device: str) -> Case:
+    """The case in double precision if the model runs in it, else in single.
+
+    In both modes: what fails in one would be taken for fxlora's failure.
+    """
+    randomise_constants(case.model)
+    parameters = sum(p.numel() for p in case.model.parameters())
+    dtypes = [torch.float64] if parameters < DOUBLE_BELOW else []
+    for dtype in (*dtypes, torch.float32):
+        attempt = converted(case, device, dtype)
+        buffers = {n: b.clone() for n, b in attempt.model.named_buffers()}
+        try:
+            for training in (False, True):
+                attempt.model.train(training)
+                inputs = pytree.tree_map(cloned, (attempt.args, attempt.kwargs))
+                with torch.no_grad():
+                    outputs = tensors(attempt.model(*inputs[0], **inputs[1]))
+                if not any(bool(leaf.isfinite().any()) for leaf in outputs):
+                    raise Fault("the source's own outputs are not finite")
+            return attempt
+        except (Fault, RuntimeError, TypeError, NotImplementedError):
+            if dtype == torch.float32:
+                raise
+        finally:
+            for name, buffer in attempt.model.named_buffers():
+                buffer.copy_(buffers[name])
+    raise AssertionError("unreachable")
+
+
+def converted(case: Case, device: str, dtype: torch.dtype) -> Case:
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+    args, kwargs = pytree.tree_map(moved, (case.args, case.kwargs))
+    return Case(case.model.to(device, dtype), args, kwargs)
+
+
+def backward(module: nn.Module, loss: Callable[[nn.Module, str], torch.Tensor]) -> set[str]:
+    """Names of the parameters that a step in train mode and one in eval mode reach."""
+    for mode in ("train", "eval"):
+        loss(module, mode).backward()
+    named = list(module.named_parameters(remove_duplicate=False))
+    found = {n for n, p in named if p.grad is not None and bool((p.grad != 0).any())}
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def refusal(site: fxlora.Site) -> str | None:
+    try:
+        check_supported(site, 1)
+    except fxlora.UnsupportedOpError as error:
+        return str(error)
+    return None
+
+
+def randomise(lora: fxlora.CapturedModule) -> None:
+    """A and B at random, of which one is zero at the start."""
+    with torch.no_grad():
+        for entry in lora.plan or ():
+            for name in (entry.name_a, entry.name_b):
+                parameter = lora.get_parameter(name)
+                parameter.normal_(std=0.3 / parameter[0].numel() ** 0.5)
+            if entry.padding_idx is not None:  # as at the start, and as training leaves it
+                lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
+
+
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in every bit: NaN is equal to itself, 0.0 is not -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> str:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return f"is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}"
+    return f"differs by {relative(a, b):.1e} of the largest"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, as a part of the largest entry expected; where both are finite."""
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return float("inf")
+    a, b = a[finite].to(torch.complex128).abs(), b[finite].to(torch.complex128)
+    if not b.numel():
+        return 0.0
+    return float((a - b.abs()).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def state(model: nn.Module) -> list[Any]:
+    """What capture must leave as it is: values (by their version), flags, modes, hooks."""
+    tensors_ = [*model.parameters(), *model.buffers()]
+    modules = list(model.modules())
+    return [
+        [(id(t), t.data_ptr(), t._version, t.requires_grad, t.grad is None) for t in tensors_],
+        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
+        list(model.state_dict()),
+    ]
+
+
+def reason(step: str, error: BaseException) -> str:
+    """One line: the step, the error, and for an error that fxlora did not mean, where it was."""
+    text = re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))[:400]
+    if isinstance(error, Fault | fxlora.FxLoraError):
+        name = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
+        return f"{step}: {name}{text}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"{step}: {type(error).__name__} at {place}: {text}"
+
+
+# ---- a process for each -------------------------------------------------------------------------
+
+
+def work(task: Task, device: str, threads: int, results: Connection) -> None:
+    """What the process of one model does; the record goes back even where a step dies."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    library, family, name = task
+    record = empty(task)
+    begin = time.perf_counter()
+    try:
+        trial = Trial(families(library)[family][name](), device, record)
+        trial.run()
+    except Exception as error:  # noqa: BLE001 - the zoo's fault, and a result all the same
+        record["failures"].append(reason("zoo", error))
+    record["seconds"]["all"] = round(time.perf_counter() - begin, 1)
+    results.send(record)
+
+
+def empty(task: Task) -> Record:
+    keys = ("library", "family", "name")
+    return {**dict(zip(keys, task, strict=True)), "passed": [], "failures": [], "seconds": {}}
+
+
+def supervise(task: Task, options: argparse.Namespace, context: Any) -> Record:
+    """Run one model in a fresh process, which may hang or crash."""
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (task, options.device, options.threads, sender)
+    process = context.Process(target=work, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    record = empty(task)
+    try:
+        if receiver.poll(options.timeout):
+            record = receiver.recv()
+        else:
+            record["failures"].append(f"process: no result after {options.timeout:g} s")
+    except EOFError:
+        process.join()
+        record["failures"].append(f"process: ended with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    return record
+
+
+def sweep(tasks: list[Task], options: argparse.Namespace) -> Iterator[Record]:
+    """The records as they come; the server that forks the processes has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *(f"zoo.{name}_zoo" for name in options.library)])
+    with ThreadPoolExecutor(options.jobs) as pool:
+        yield from pool.map(lambda task: supervise(task, options, context), tasks)
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = options_given()
+    report = Report(options)
+    records = resumed(options)
+    done = {(r["library"], r["family"], r["name"]) for r in records}
+    tasks = [task for task in chosen(options) if task not in done]
+    for number, record in enumerate(sweep(tasks, options), 1):
+        records.append(record)
+        report.data["models"] = records
+        report.save()
+        print(f"[{number}/{len(tasks)}] {line(record)}", flush=True)
+    for library in dict.fromkeys(r["library"] for r in records):
+        mine = [r for r in records if r["library"] == library]
+        report.add(library, rows(mine))
+    forms = sum((Counter(r.get("weight forms", {})) for r in records), Counter())
+    if forms:
+        found = [{"sites": str(n), "reason": why} for why, n in forms.most_common()]
+        report.add("In the weight form", found)
+    failed = [
+        {"model": f"{r['library']} {r['name']}", "reason": failure[:200]}
+        for r in records
+        for failure in r["failures"]
+    ]
+    if failed:
+        report.add("Failures", failed)
+
+
+def options_given() -> argparse.Namespace:
+    parser = untimed_parser(__doc__)
+    parser.add_argument("--library", nargs="+", default=list(LIBRARIES), choices=LIBRARIES)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="names that contain this")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--resume", action="store_true", help="keep what --json FILE has already")
+    return start(parser)
+
+
+def resumed(options: argparse.Namespace) -> list[Record]:
+    if not options.resume or not options.json.exists():
+        return []
+    return json.loads(options.json.read_text()).get("models", [])
+
+
+def chosen(options: argparse.Namespace) -> list[Task]:
+    return [
+        (library, family, name)
+        for library in options.library
+        for family, models in families(library).items()
+        for name in models
+        if re.search(options.only, f"{family}/{name}")
+    ]
+
+
+def rows(records: list[Record]) -> list[dict[str, str]]:
+    """A row for each family, and their sum."""
+    by_family: dict[str, list[Record]] = {}
+    for record in records:
+        by_family.setdefault(record["family"], []).append(record)
+    groups = {**by_family, "all": records} if len(by_family) > 1 else by_family
+    return [{"family": family, **row(group)} for family, group in groups.items()]
+
+
+def row(records: list[Record]) -> dict[str, str]:
+    def passed(step: str) -> str:
+        return str(sum(step in record["passed"] for record in records))
+
+    def total(key: str) -> int:
+        return sum(record.get(key, 0) for record in records)
+
+    roads = Counter(record.get("road") for record in records)
+    forms = sum(sum(record.get("weight forms", {}).values()) for record in records)
+    return {
+        "models": str(len(records)),
+        "whole": str(roads["whole"]),
+        "regions": str(roads["regions"]),
+        "exact, eval": passed("eval"),
+        "exact, train": passed("train"),
+        "weights": str(total("sites")),
+        "adapted": str(total("adapted")),
+        "weight form": str(forms),
+        "gradients": passed("gradients"),
+        "folded": passed("fold"),
+        "no failure": str(sum(not record["failures"] for record in records)),
+        "seconds": f"{sum(record['seconds'].get('all', 0.0) for record in records):.0f}",
+    }
+
+
+def line(record: Record) -> str:
+    name = f"{record['library']} {record['name']}"
+    verdict = " | ".join(record["failures"]) or "ok"
+    seconds = record["seconds"].get("all", 0.0)
+    sites = f"{record.get('adapted', 0)}/{record.get('sites', 0)}"
+    return f"{name} {record.get('dtype', '')} {sites} {seconds:.0f}s: {verdict}"
+
+
+if __name__ == "__main__":
+    main()
