@@ -11,7 +11,7 @@ from ..alike import alike
 from ..dialect import written_attributes
 from ..errors import CaptureError
 from ..module import MODES, CapturedModule
-from .exported import examples_for, export_mode
+from .exported import examples_for, export_mode, in_signature_order
 from .traced import trace_mode
 from .tree import attach, build_tree
 
@@ -70,7 +70,7 @@ def capture(
 def _capture_exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> CapturedModule:
-    examples = examples_for(args, kwargs, dynamic_shapes)
+    examples = examples_for(args, in_signature_order(model, kwargs), dynamic_shapes)
     sources: dict[str, fx.GraphModule] = {}
     inputs: dict[str, Any] = {}
     for mode in MODES:

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,18 @@ from ..inputs import (
     TensorInput,
 )
 from ..module import CapturedModule
+from .places import raised_at
+from .sizes import refuse_fixed_sizes
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Inputs to export with, and the dynamic shapes that go with them."""
+    """Inputs to export with, the dynamic shapes that go with them, and who asked for those."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any
+    asked: bool = False  # by the user: a dimension that comes out static is an error then
 
 
 def export_mode(
@@ -57,7 +60,7 @@ def export_mode(
     for example in examples:
         try:
             with mode_of(model, training):
-                module, spec = _attempt(model, example)
+                module, spec = _attempt(model, example, training)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -71,8 +74,11 @@ def export_mode(
     raise capture_error(model, training, failure) from failure
 
 
-def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
-    program = run_export(model, example)
+def _attempt(
+    model: nn.Module, example: Example, training: bool
+) -> tuple[fx.GraphModule, InputSpec]:
+    with refuse_fixed_sizes(model, training) if example.asked else nullcontext():
+        program = run_export(model, example)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     spec = _contract(program, module, model, example)
@@ -132,7 +138,7 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     """
     args, kwargs = _told_apart(args, kwargs)
     if shapes is not None:
-        return [Example(args, kwargs, shapes)]
+        return [Example(args, kwargs, shapes, asked=True)]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)]
     static = Example(args, kwargs, None)
     if not tensors:
@@ -143,6 +149,12 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
         return [given, static]
     wide_args, wide_kwargs = pytree.tree_map(_widened, (args, kwargs))
     return [_with_dynamic_batch(wide_args, wide_kwargs, 2), static]
+
+
+def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords as the forward declares them: torch.export speaks of inputs in that order."""
+    declared = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 
 def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -225,7 +237,8 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 
 def capture_error(model: nn.Module, training: bool, error: BaseException) -> CaptureError:
     """The error of a capture that failed, with the line of the model's code that it came from."""
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ".join([lines[0][:300], *(x.strip() for x in lines[1:] if x.startswith("  - "))])
     advice = (
         "Inputs and outputs must be tensors in containers that pytree knows: have the model return "
         "no cache (transformers: use_cache=False)."
@@ -233,21 +246,12 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
     )
-    place, mode = _user_line(error), "train" if training else "eval"
+    place, mode = raised_at(error), "train" if training else "eval"
+    where = f", at {place}" if place else ""
     return CaptureError(
-        f"{type(model).__name__} could not be captured in {mode} mode{place}: "
-        f"{type(error).__name__}: "
-        f"{reason[0][:300].rstrip('.')}. {advice}"
+        f"{type(model).__name__} could not be captured in {mode} mode{where}: "
+        f"{type(error).__name__}: {reason.rstrip('.')}. {advice}"
     )
-
-
-def _user_line(error: BaseException) -> str:
-    ours = (inspect.getfile(torch).rpartition("/")[0], __file__.rpartition("/fxlora/")[0])
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    for frame in reversed(frames):
-        if not frame.filename.startswith((f"{ours[0]}/", f"{ours[1]}/fxlora/", "<")):
-            return f", at {frame.filename}:{frame.lineno}"
-    return ""
 
 
 # ---- the input contract -------------------------------------------------------------------------
