@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Reader:
         kind: the op's name.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
+        transposed: whether the weight's transpose is what it reads.
     """
 
     node: fx.Node
@@ -35,6 +37,7 @@ class Reader:
     kind: str
     call_site: str
     line: str
+    transposed: bool = False
 
     def describe(self) -> str:
         """The op and where it is called, for messages."""
@@ -52,8 +55,9 @@ class Site:
         aliases: every name that a rule may call it by: those, the modules that own them, and
             the module around them whose forward reads the weight instead (MultiheadAttention
             reads its out_proj's).
-        op: kind of the op that reads it (of the first reader with a row in the table), or "python"
-            where no graph reads it.
+        op: kind of the op that reads it, or that reads what is computed from it and other
+            weights alone (W * mask, a parametrization); of the first with a row in the table.
+            "python" where no graph reads it.
         shape: of the weight.
         in_features, out_features: of the layer (channels, for a convolution).
         kernel_size: of a convolution, else ().
@@ -104,6 +108,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
     """The sites of a module that no adapter has been injected into, in the model's order."""
     readers, writers = _by_parameter(module)
     overlaps, uncovered = _overlaps(module), module.uncovered
+    live = functools.cache(_live_nodes)
     sites: list[Site] = []
     for first, names in module.aliases().items():
         weight = module.get_parameter(first)
@@ -111,10 +116,33 @@ def find_sites(module: CapturedModule) -> list[Site]:
         if weight.ndim < 2 or not weight.is_floating_point() or not (found or first in uncovered):
             continue
         writer = next((writers[name] for name in names if name in writers), None)
-        site = _site(first, names, weight, found, writer)
-        beside = tuple(overlaps.get(first, ()))
-        sites.append(dataclasses.replace(site, overlaps=beside, outside=uncovered.get(first)))
+        site = _site(first, names, weight, found, writer, live)
+        sites.append(
+            dataclasses.replace(
+                site,
+                aliases=(*site.aliases, *_parametrized(module, names)),
+                overlaps=tuple(overlaps.get(first, ())),
+                outside=uncovered.get(first),
+            )
+        )
     return sites
+
+
+def _parametrized(module: CapturedModule, names: list[str]) -> list[str]:
+    """The names that weights behind torch's parametrizations have for the user: the module's.
+
+    Of several originals (weight_norm has a magnitude and a direction) the largest has them.
+    """
+    found: list[str] = []
+    for name in names:
+        owner, _, path = name.rpartition(".parametrizations.")
+        tensor, _, original = path.partition(".")
+        if original.startswith("original"):
+            container = module.get_submodule(name.rpartition(".")[0])
+            sizes = {n: p.numel() for n, p in container.named_parameters(recurse=False)}
+            if sizes[original] == max(sizes.values()):
+                found += [owner, f"{owner}.{tensor}"]
+    return found
 
 
 def _overlaps(module: CapturedModule) -> dict[str, list[str]]:
@@ -170,7 +198,7 @@ def _readers(weight: fx.Node, transposed: bool = False) -> Iterator[Reader]:
         positions = [i for i, arg in enumerate(user.args) if arg is weight]
         uses = sum(n is weight for n in _flat_inputs(user))
         row = row_of(user, positions[0], transposed) if positions and uses == 1 else None
-        yield _reader(user, row)
+        yield _reader(user, row, transposed)
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:
@@ -180,11 +208,11 @@ def _flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _reader(node: fx.Node, op: Op | None) -> Reader:
+def _reader(node: fx.Node, op: Op | None, transposed: bool = False) -> Reader:
     kind = op.kind if op else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
-    return Reader(node, op, kind, _call_site(node), _source_line(node))
+    return Reader(node, op, kind, _call_site(node), _source_line(node), transposed)
 
 
 def _site(
@@ -193,8 +221,9 @@ def _site(
     weight: torch.Tensor,
     readers: tuple[Reader, ...],
     writer: Reader | None,
+    live: LiveNodes,
 ) -> Site:
-    main = next((reader for reader in readers if reader.op), readers[0] if readers else None)
+    main = _main_reader(readers, live)
     kind = main.kind if main else "python"
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main and main.op else False
@@ -224,6 +253,44 @@ def _site(
     )
 
 
+def _main_reader(readers: tuple[Reader, ...], live: LiveNodes) -> Reader | None:
+    """The read that names the site's op.
+
+    Where weights alone are computed with (a norm, W * mask), it is that of the outcome.
+    """
+    known = [reader for reader in readers if reader.op]
+    direct = (reader for reader in known if reader.node in live(reader.node.graph))
+    beyond = (_through_weights(reader, live(reader.node.graph)) for reader in readers)
+    return next(itertools.chain(direct, filter(None, beyond), known, readers), None)
+
+
+def _through_weights(reader: Reader, live: set[fx.Node]) -> Reader | None:
+    queue = [(reader.node, reader.transposed)]
+    seen = set(live)
+    while queue:
+        node, transposed = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        for read in _readers(node, transposed):
+            if read.op and read.node in live:
+                return read
+        queue += [(user, transposed ^ is_transpose(user)) for user in node.users]
+    return None
+
+
+LiveNodes = Callable[[fx.Graph], set[fx.Node]]
+
+
+def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on an input."""
+    live: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not live.isdisjoint(node.all_input_nodes):
+            live.add(node)
+    return live
+
+
 def _owner(parameter: str) -> str:
     module, _, name = parameter.rpartition(".")
     return module if module and name == "weight" else parameter
@@ -240,9 +307,16 @@ def _aliases(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
 
 
 def _groups(node: fx.Node) -> int:
-    # the seventh argument of every convolution, transposed or not
-    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    names = [argument.name for argument in _schema(node)]
+    position = next(i for i, name in enumerate(names) if name in ("groups", "n_weight_grps"))
+    given = position < len(node.args)
+    groups: Any = node.args[position] if given else node.kwargs.get(names[position], 1)
     return int(groups)
+
+
+def _schema(node: fx.Node) -> Any:
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema.arguments
 
 
 def _padding_idx(node: fx.Node) -> int | None:

@@ -16,7 +16,8 @@ from ..module import CapturedModule
 from ..program import MODES, Program
 from ..shell import Shell
 from ..tables import some
-from .exported import Source, examples_for, export_modes
+from .exported import Source, examples_for, export_modes, in_signature_order
+from .hooks import refuse_backward_hooks
 from .regions import capture_regions
 from .traced import trace_mode
 from .tree import attach, build_tree
@@ -62,16 +63,17 @@ def capture(
             f"{type(model).__name__} has a '{hidden}' of its own, which the captured module's "
             f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
         )
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise CaptureError(
-            f"{type(model).__name__} has forward hooks of its own, which are no part of its graph. "
-            "Remove them, or wrap the model (nn.Sequential(model)): hooks inside are captured."
-        )
+    refuse_backward_hooks(model)
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is None and kwargs is None:
         if dynamic_shapes is not None:
             raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise CaptureError(
+                f"{type(model).__name__} has forward hooks of its own, which torch.fx's tracer "
+                "passes by. Give example inputs: capture(model, args)."
+            )
         return _capture_traced(model)
     if not isinstance(args, tuple | list | None):
         raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
@@ -85,16 +87,23 @@ def _hidden_name(model: nn.Module) -> str | None:
     graph.output(None)
     programs = [Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))]
     example = CapturedModule(tree, programs, class_name="Example", training=False)
-    held = (*model._modules, *model._parameters, *model._buffers)
-    return next((name for name in held if hasattr(example, name)), None)
+    held = (
+        *model.named_children(),
+        *model.named_parameters(recurse=False),
+        *model.named_buffers(recurse=False),
+    )
+    return next((name for name, _ in held if hasattr(example, name)), None)
 
 
 def _capture_exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> CapturedModule:
+    kwargs = in_signature_order(model, kwargs)
     try:
         source = export_modes(model, examples_for(args, kwargs, dynamic_shapes))
     except CaptureError as failure:
+        if dynamic_shapes is not None:  # of a whole graph, which was asked for
+            raise
         sources, shell = capture_regions(model, args, kwargs, failure)
         warnings.warn(
             f"{shell.why} Its submodules were captured instead, and its Python calls them: "
@@ -107,8 +116,7 @@ def _capture_exported(
 
 
 def _capture_traced(model: nn.Module) -> CapturedModule:
-    graphs = {mode: trace_mode(model, mode == "train") for mode in MODES}
-    modules = {mode: fx.GraphModule(model, graph) for mode, graph in graphs.items()}
+    modules = {mode: trace_mode(model, mode) for mode in MODES}
     if alike(modules["train"], modules["eval"]):
         modules["train"] = modules["eval"]
     return _assemble(model, [Source(modules, dict.fromkeys(MODES))])

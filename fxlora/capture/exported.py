@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -32,15 +32,20 @@ from ..inputs import (
 )
 from ..module import CapturedModule
 from ..program import MODES
+from .functions import opaque_functions
+from .hooks import no_tensor_hooks
+from .places import raised_at
+from .sizes import refuse_fixed_sizes
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Inputs to export with, and the dynamic shapes that go with them."""
+    """Inputs to export with, the dynamic shapes that go with them, and who asked for those."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any
+    asked: bool = False  # by the user: a dimension that comes out static is an error then
 
 
 @dataclass(eq=False)
@@ -98,7 +103,7 @@ def _export_mode(
     larger: tuple[fx.GraphModule, InputSpec, Example] | None = None
     for example in examples:
         try:
-            module, spec = _attempt(model, example)
+            module, spec = _attempt(model, example, mode)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -119,12 +124,27 @@ def depends_on_data(error: BaseException | None) -> bool:
     return isinstance(error, GuardOnDataDependentSymNode)
 
 
-def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
-    program = run_export(model, example)
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
+def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphModule, InputSpec]:
+    with refuse_fixed_sizes(model, mode) if example.asked else nullcontext():
+        program, module = _exported(model, example)
     spec = _contract(program, module, model, example)
     return module, allowing(model, module, spec, _of_batch_one(spec, example)) or spec
+
+
+_RNN_WARNING = (
+    r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, | ))+(was|were) assigned"
+)
+
+
+def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
+    with opaque_functions() as functions, no_tensor_hooks(), warnings.catch_warnings():
+        # torch.export swaps the weights under the list that an RNN keeps of them
+        warnings.filterwarnings("ignore", _RNN_WARNING, UserWarning)
+        program = run_export(model, example)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    functions.restore(module)
+    return program, module
 
 
 def allowing(
@@ -142,10 +162,9 @@ def allowing(
     if wider is None or wider == spec:
         return wider
     try:
-        static = run_export(model, single).module(check_guards=False)
+        _, static = _exported(model, single)
     except Exception:  # noqa: BLE001 - the source refuses such inputs, each in its own way
         return None
-    assert isinstance(static, fx.GraphModule)
     return wider if alike_but_for_sizes(module.graph, static.graph) else None
 
 
@@ -189,7 +208,7 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     """
     args, kwargs = _told_apart(args, kwargs)
     if shapes is not None:
-        return [Example(args, kwargs, shapes)]
+        return [Example(args, kwargs, shapes, asked=True)]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)]
     static = Example(args, kwargs, None)
     if not tensors:
@@ -200,6 +219,12 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
         return [given, static]
     wide_args, wide_kwargs = pytree.tree_map(_widened, (args, kwargs))
     return [_with_dynamic_batch(wide_args, wide_kwargs, 2), static]
+
+
+def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords as the forward declares them: torch.export speaks of inputs in that order."""
+    declared = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 
 def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -283,9 +308,10 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureError:
     """The error of an export that failed."""
     advice = (
-        "Inputs and outputs must be tensors in containers that pytree knows: have the model return "
-        "no cache (transformers: use_cache=False)."
-        if "register a pytree" in str(error)
+        "Inputs and outputs must be tensors in containers that pytree knows "
+        "(torch.export.register_dataclass makes a dataclass one): have the model return no cache "
+        "(transformers: use_cache=False)."
+        if "pytree" in str(error)
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
     )
@@ -294,27 +320,14 @@ def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureE
 
 def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> CaptureError:
     """An error with the line of the model's code that another one came from."""
-    reason = str(error).strip().splitlines() or [""]
-    message = f"{type(error).__name__}: {reason[0][:300].rstrip('.')}. {advice}"
-    result = CaptureError(f"{type(model).__name__} {what}{_user_line(error)}: {message}".rstrip())
+    lines = str(error).strip().splitlines() or [""]
+    reason = " ".join([lines[0][:300], *(x.strip() for x in lines[1:] if x.startswith("  - "))])
+    place = raised_at(error)
+    where = f", at {place}" if place else ""
+    message = f"{type(error).__name__}: {reason.rstrip('.')}. {advice}"
+    result = CaptureError(f"{type(model).__name__} {what}{where}: {message}".rstrip())
     result.__cause__ = error
     return result
-
-
-def _user_line(error: BaseException) -> str:
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    for frame in reversed(frames):
-        if is_foreign(frame.filename):
-            return f", at {frame.filename}:{frame.lineno}"
-    return ""
-
-
-_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
-
-
-def is_foreign(filename: str) -> bool:
-    """Whether a file is neither torch's nor fxlora's: the model's, or a library's under it."""
-    return not filename.startswith(_OURS)
 
 
 # ---- the input contract -------------------------------------------------------------------------

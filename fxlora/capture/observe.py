@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
 from ..program import MODES
-from .exported import is_foreign, mode_of
+from .exported import mode_of
+from .places import called_at
 from .tree import twin_of
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -154,7 +154,7 @@ class _Watch(TorchDispatchMode):
                 self._note(name)
                 if argument.alias_info and argument.alias_info.is_write:
                     raise CaptureError(
-                        f"{_line()}: Python outside of any graph writes to '{name}', which is the "
+                        f"{called_at()}: Python outside of any graph writes to '{name}', the "
                         "source model's own. Copy it there before it is written to."
                     )
         for name in self._parameters(kwargs):
@@ -171,7 +171,7 @@ class _Watch(TorchDispatchMode):
         places = self.seen.reads.setdefault(name, {})
         inside = tuple(self.inside)
         if inside not in places:
-            places[inside] = _line()
+            places[inside] = called_at()
 
 
 def _described(leaf: Any) -> Any:
@@ -185,11 +185,3 @@ def _alike(first: Any, second: Any) -> bool:
         kinds = [(len(leaf.shape), leaf.dtype, leaf.device) for leaf in (first, second)]
         return kinds[0] == kinds[1]
     return type(first) is type(second) and first == second
-
-
-def _line() -> str:
-    """`file:line` of the model's code that is running."""
-    for frame in reversed(traceback.extract_stack()):
-        if is_foreign(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return ""

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
 from .exported import capture_error, mode_of
+from .functions import opaque_functions
 from .tree import twin_of
 
 
@@ -22,8 +23,8 @@ class WeightTracer(fx.Tracer):
         return type(m) not in WEIGHT_MODULES and super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
-    """The lowered graph of one mode.
+def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
+    """The lowered graph of one mode, over the model's parameters and the constants it met.
 
     Raises:
         CaptureError: the model's forward cannot be run on symbolic values, or computes with its
@@ -31,12 +32,12 @@ def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
     """
     try:
         traced = twin_of(model)
-        with mode_of(traced, training), _Watch(traced):
+        with mode_of(traced, mode == "train"), opaque_functions(), _Watch(traced):
             graph = WeightTracer().trace(traced, _defaults(traced))
     except Exception as error:
-        raise capture_error(model, "train" if training else "eval", error) from error
+        raise capture_error(model, mode, error) from error
     lower(graph)
-    return graph
+    return fx.GraphModule(traced, graph)
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

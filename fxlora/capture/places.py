@@ -1,0 +1,64 @@
+"""Places in the model's own code, for errors: what raised, and what fixed a size."""
+
+from __future__ import annotations
+
+import inspect
+import sysconfig
+from collections.abc import Iterable
+from types import FrameType, TracebackType
+
+import sympy
+import torch
+
+from .. import errors
+
+_TORCH = f"{inspect.getfile(torch).rpartition('/')[0]}/"
+_FXLORA = f"{errors.__file__.rpartition('/')[0]}/"
+_SYMPY = f"{inspect.getfile(sympy).rpartition('/')[0]}/"
+_STDLIB = f"{sysconfig.get_path('stdlib')}/"
+_PACKAGES = tuple(f"{sysconfig.get_path(kind)}/" for kind in ("purelib", "platlib"))
+
+
+def raised_at(error: BaseException) -> str:
+    """`file:line` of the model's code that an error came from, or ""."""
+    return _innermost(_down(error.__traceback__))
+
+
+def called_at() -> str:
+    """`file:line` of the model's code that is running now, below fxlora's own; or ""."""
+    return _innermost(reversed(list(_up(inspect.currentframe()))))
+
+
+def _down(trace: TracebackType | None) -> Iterable[tuple[str, int]]:
+    while trace is not None:
+        yield trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        trace = trace.tb_next
+
+
+def _up(frame: FrameType | None) -> Iterable[tuple[str, int]]:
+    """From here up to where fxlora called torch.export; what called fxlora is not the model."""
+    inside = False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_FXLORA) and inside:
+            return
+        inside = inside or not name.startswith(_FXLORA)
+        yield name, frame.f_lineno
+        frame = frame.f_back
+
+
+def _innermost(places: Iterable[tuple[str, int]]) -> str:
+    """The last place in the model's code; failing that, in torch's own modules."""
+    users = modules = ""
+    for name, line in places:
+        if name.startswith((f"{_TORCH}nn/modules/", f"{_TORCH}nn/utils/")):
+            modules = f"{name}:{line}" if not name.endswith("/module.py") else modules
+        elif not _is_machinery(name):
+            users = f"{name}:{line}"
+    return users or modules
+
+
+def _is_machinery(name: str) -> bool:
+    if name.startswith(("<", _TORCH, _FXLORA, _SYMPY)):
+        return True
+    return name.startswith(_STDLIB) and not name.startswith(_PACKAGES)
