@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .nested import call_of
+
 aten = torch.ops.aten
 
 # Modules whose forward is one such op: the tracer goes inside them.
@@ -140,7 +142,7 @@ def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str
 # ---- writes -------------------------------------------------------------------------------------
 
 
-def written_attributes(node: fx.Node, owner: fx.GraphModule) -> list[str]:
+def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
     """Names of the parameters and buffers that a call writes to.
 
     Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
@@ -150,7 +152,7 @@ def written_attributes(node: fx.Node, owner: fx.GraphModule) -> list[str]:
     return [str(root.target) for root in roots if root.op == "get_attr"]
 
 
-def _written(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
+def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
     if node.op == "call_method":
         name, target = str(node.target), node.args[0]
         in_place = name.endswith("_") and not name.endswith("__")
@@ -168,28 +170,16 @@ def _written(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
     yield from _written_by_nested(node, owner)
 
 
-def _written_by_nested(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
-    """Operands that the nested graphs of a higher-order op write to; operands come last."""
-    operands = [n for n in node.all_input_nodes if not _is_nested_graph(n, owner)]
-    for graph_node in node.all_input_nodes:
-        if not _is_nested_graph(graph_node, owner):
-            continue
-        nested = owner.get_submodule(str(graph_node.target))
-        assert isinstance(nested, fx.GraphModule)
-        inputs = [n for n in nested.graph.nodes if n.op == "placeholder"]
-        by_input = dict(zip(reversed(inputs), reversed(operands), strict=False))
+def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
+    """What a call passes into nested graphs that write to it."""
+    call = call_of(node, owner)
+    for nested in call.graphs if call else ():
+        given = dict(call.given(nested)) if call else {}
         for inner in nested.graph.nodes:
             for value in _written(inner, nested):
-                root = _alias_root(value)
-                if root in by_input:
-                    yield by_input[root]
-
-
-def _is_nested_graph(node: fx.Node, owner: fx.GraphModule) -> bool:
-    if node.op != "get_attr":
-        return False
-    path, _, name = str(node.target).rpartition(".")
-    return isinstance(getattr(owner.get_submodule(path), name, None), fx.GraphModule)
+                outside = given.get(_alias_root(value))
+                if isinstance(outside, fx.Node):
+                    yield outside
 
 
 def _alias_root(node: fx.Node) -> fx.Node:

@@ -68,6 +68,8 @@ class CapturedModule(fx.GraphModule):
         self._buffers = tree._buffers
         self._non_persistent_buffers_set = tree._non_persistent_buffers_set
         self.graphs = dict(graphs)
+        for graph in self.distinct_graphs():  # which holds the nested graphs that it calls
+            graph.owning_module = self
         self.inputs = dict(inputs)
         self.plan: Plan | None = None
         self.folded: tuple[Plan, ...] = ()
@@ -128,7 +130,11 @@ class CapturedModule(fx.GraphModule):
 
     def refresh(self) -> None:
         """Check the graphs after a rewrite, and forget the code that they had."""
+        for nested in self.nested_graphs():
+            nested.graph.lint()
+            nested.recompile()
         for graph in self.distinct_graphs():
+            graph.owning_module = self
             graph.lint()
         self._generated.clear()
         self._activate(self.graphs[self.mode])
@@ -136,6 +142,10 @@ class CapturedModule(fx.GraphModule):
     def distinct_graphs(self) -> list[fx.Graph]:
         """The graphs, each once."""
         return list({id(graph): graph for graph in self.graphs.values()}.values())
+
+    def nested_graphs(self) -> list[fx.GraphModule]:
+        """The graphs that the graphs call, and those that these call."""
+        return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
 
     # ---- copies -----------------------------------------------------------------------------
 
@@ -242,7 +252,7 @@ class CapturedModule(fx.GraphModule):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the weights, and with them the devices and dtypes that the graphs name."""
         moves = _moves(self, fn)
-        nested = [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
+        nested = self.nested_graphs()
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             _refuse_ambiguous_casts(graph, moves)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .dialect import written_attributes
 from .module import CapturedModule
+from .nested import Path, call_of, every_call, shared
 from .ops import FLATTENED, OPS, Op, kind_of
 
 
@@ -28,6 +29,8 @@ class Reader:
         kind: the op's name.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
+        path: the calls of nested graphs around the node, from the outermost in.
+        shared: whether several calls share a graph around the node.
     """
 
     node: fx.Node
@@ -35,6 +38,13 @@ class Reader:
     kind: str
     call_site: str
     line: str
+    path: Path = ()
+    shared: bool = False
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the captured module that the read is part of."""
+        return self.path[0].node.graph if self.path else self.node.graph
 
     def describe(self) -> str:
         """The op and where it is called, for messages."""
@@ -136,16 +146,16 @@ def _by_parameter(
     """Every reader, and a writer, of every attribute by the name it has in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
-    for graph in module.distinct_graphs():
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                readers.setdefault(str(node.target), []).extend(_readers(node))
-            if node.op == "call_module":
-                for name in _inside(module, str(node.target)):
-                    readers.setdefault(name, []).append(_reader(node, None))
-            for name in written_attributes(node, module):
-                writers.setdefault(name, _reader(node, None))
-    return readers, writers
+    for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), []).extend(_readers(node, module, ()))
+        if node.op == "call_module":
+            for name in _inside(module, str(node.target)):
+                readers.setdefault(name, []).append(_reader(node, None, ()))
+        for name in written_attributes(node, module):
+            writers.setdefault(name, _reader(node, None, ()))
+    together = shared(call for g in module.distinct_graphs() for call in every_call(g, module))
+    return {name: [_marked(r, together) for r in found] for name, found in readers.items()}, writers
 
 
 def _inside(module: CapturedModule, path: str) -> list[str]:
@@ -153,13 +163,19 @@ def _inside(module: CapturedModule, path: str) -> list[str]:
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
-def _readers(weight: fx.Node) -> Iterator[Reader]:
+def _readers(weight: fx.Node, owner: nn.Module, path: Path) -> Iterator[Reader]:
+    """What reads a weight, also inside the nested graphs that it is passed into."""
     for user in weight.users:
-        positions = [i for i, arg in enumerate(user.args) if arg is weight]
         uses = sum(n is weight for n in _flat_inputs(user))
-        yield _reader(
-            user, OPS.get((user.target, positions[0])) if positions and uses == 1 else None
-        )
+        call = call_of(user, owner)
+        passed = [i for i, o in enumerate(call.operands) if o is weight] if call else []
+        if call and len(passed) == uses:
+            for given, graph in [pair for i in passed for pair in call.inputs(i)]:
+                yield from _readers(given, graph, (*path, call))
+            continue
+        positions = [i for i, arg in enumerate(user.args) if arg is weight]
+        op = OPS.get((user.target, positions[0])) if positions and uses == 1 else None
+        yield _reader(user, op, path)
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:
@@ -169,11 +185,19 @@ def _flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _reader(node: fx.Node, op: Op | None) -> Reader:
+def _reader(node: fx.Node, op: Op | None, path: Path) -> Reader:
     kind = op.kind if op else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
-    return Reader(node, op, kind, _call_site(node), _source_line(node))
+    nodes = [node, *(call.node for call in reversed(path))]  # the body of a loop has no places
+    call_site = next(filter(None, map(_call_site, nodes)), "")
+    line = next(filter(None, map(_source_line, nodes)), "")
+    return Reader(node, op, kind, call_site, line, path)
+
+
+def _marked(reader: Reader, together: set[fx.GraphModule]) -> Reader:
+    around = {graph for call in reader.path for graph in call.graphs}
+    return dataclasses.replace(reader, shared=bool(around & together))
 
 
 def _site(
@@ -244,6 +268,6 @@ def _call_site(node: fx.Node) -> str:
 
 
 def _source_line(node: fx.Node) -> str:
-    """The last `file:line` of the call's stack trace, or ""."""
-    places = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    """The last `file:line` of the call's stack trace, or "" (generated code is no place)."""
+    places = re.findall(r'File "([^"<]+)", line (\d+)', node.stack_trace or "")
     return ":".join(places[-1]) if places else ""

@@ -125,7 +125,7 @@ def _reads(module: CapturedModule) -> dict[str, dict[str, int]]:
     assert module.plan is not None
     counts: dict[str, dict[str, int]] = {e.site: dict.fromkeys(MODES, 0) for e in module.plan}
     for mode, graph in module.graphs.items():
-        for insertion in insertions(graph, module.plan):
+        for insertion in insertions(module, graph):
             counts[insertion.entry.site][mode] += 1
     for site, by_mode in counts.items():
         if not any(by_mode.values()):

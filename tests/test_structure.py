@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fxlora"
 
 # From the bottom up; a part imports only parts of lower rows, or of its own folder.
 LAYERS = [
-    {"errors", "tables"},
+    {"errors", "tables", "nested"},
     {"config", "inputs", "dialect", "files", "alike", "ops"},
     {"plan"},
     {"module", "initialize"},

@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ..errors import InjectError
 from ..initialize import new_pair
 from ..module import CapturedModule
+from ..nested import nested_graph
 from ..plan import Entry, Plan
 from ..sites import Site, find_sites
 from .structure import insert_branch, insert_weight, weight_nodes
@@ -60,7 +61,7 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape}. Make the plan with match(module, …) on this module."
         )
-    if entry.form == "branch" and any(reader.op is None for reader in site.readers):
+    if entry.form == "branch" and any(r.op is None or r.shared for r in site.readers):
         raise InjectError(
             f"'{entry.site}': the plan says branch, but a reader here has none. Match again."
         )
@@ -98,7 +99,11 @@ def _freeze(module: CapturedModule, plan: Plan) -> None:
 def _split_modes(module: CapturedModule) -> None:
     """Give the train graph a life of its own: dropout stands in it alone."""
     if module.graphs["train"] is module.graphs["eval"]:
-        module.graphs["train"] = copy.deepcopy(module.graphs["eval"])
+        graph = module.graphs["train"] = copy.deepcopy(module.graphs["eval"])
+        for node in graph.nodes:
+            if nested := nested_graph(node, module):
+                node.target = f"{node.target}_in_training"
+                module.set_submodule(node.target, copy.deepcopy(nested))
 
 
 def _add_pair(module: CapturedModule, entry: Entry) -> None:
@@ -115,5 +120,5 @@ def _insert(module: CapturedModule, graph: fx.Graph, entry: Entry, site: Site) -
         return
     training = graph is module.graphs["train"] and graph is not module.graphs["eval"]
     for reader in site.readers:
-        if reader.node.graph is graph:
-            insert_branch(graph, entry, reader, entry.dropout if training else 0.0)
+        if reader.graph is graph:
+            insert_branch(entry, reader, entry.dropout if training else 0.0)
