@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch._higher_order_ops import scan, while_loop
 from torch._higher_order_ops.map import map as map_over
 
 import fxlora
 from fxlora import LoraConfig, Rule
-from fxlora.alike import difference
 from fxlora.nested import every_call
-from fxlora.sites import find_sites
 
-from .laws import check_laws, floats, randomise
+from .laws import check_laws
 
 R = LoraConfig(r=2, lora_alpha=3)
 EVERY = [Rule(lora=R)]

@@ -29,6 +29,7 @@ from ..inputs import (
     TensorInput,
 )
 from ..module import CapturedModule
+from .checkpoints import gather_checkpoints, marked_checkpoints
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +73,14 @@ def export_mode(
 
 
 def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
-    program = run_export(model, example)
+    with marked_checkpoints():
+        program = run_export(model, example)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     spec = _contract(program, module, model, example)
     if spec.excludes_one and _holds_for_one(model, module, spec, example):
         spec = spec.with_one()
+    gather_checkpoints(module)
     return module, spec
 
 
@@ -100,7 +103,8 @@ def _holds_for_one(
 
     args, kwargs = pytree.tree_map(narrowed, (example.args, example.kwargs))
     try:
-        static = run_export(model, Example(args, kwargs, None)).module(check_guards=False)
+        with marked_checkpoints():
+            static = run_export(model, Example(args, kwargs, None)).module(check_guards=False)
     except Exception:  # noqa: BLE001 - the source refuses a batch of 1, each in its own way
         return False
     assert isinstance(static, fx.GraphModule)
