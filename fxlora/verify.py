@@ -257,7 +257,7 @@ def _output_error(
     with torch.no_grad():
         expected = _floats(module.derive().eval()(*args, **kwargs))
         found = _floats(folded.derive().eval()(*args, **kwargs))
-    dtypes = {t.dtype for t in expected} | {p.dtype for p in module.parameters()}
+    dtypes = {t.dtype for t in expected} | {p.dtype for p in module.parameters()} | _named(module)
     tolerance = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=1e-10)
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
@@ -272,6 +272,14 @@ def _output_error(
                 f"{scale:.3g} (tolerance {tolerance:.0e} of it)."
             )
     return worst, tolerance
+
+
+def _named(module: CapturedModule) -> set[torch.dtype]:
+    """The dtypes that the graphs name: what a cast or an autocast computes in."""
+    graphs = [*module.distinct_graphs(), *(nested.graph for nested in module.nested_graphs())]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    values = pytree.tree_leaves([(node.args, dict(node.kwargs)) for node in nodes])
+    return {value for value in values if isinstance(value, torch.dtype)}
 
 
 def _floats(outputs: Any) -> list[torch.Tensor]:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -77,8 +76,8 @@ def gather_checkpoints(module: fx.GraphModule, depth: int = 0) -> None:
             regions.setdefault(mark[: depth + 1], []).append(node)
     cut = [
         _cut_out(module, nodes, f"checkpoint_{'_'.join(map(str, mark))}")
-        for mark, nodes in regions.items()
-        if _stands_alone(nodes)
+        for mark, marked in regions.items()
+        if _stands_alone(nodes := _closed(marked))
     ]
     for nested in [graph for node in module.graph.nodes if (graph := nested_graph(node, module))]:
         gather_checkpoints(nested, depth + (nested in cut))
@@ -95,11 +94,22 @@ def _mark(node: fx.Node, module: nn.Module) -> Mark:
         return _mark(source, module)
     call = call_of(node, module)
     if call is None:
-        return node.meta.get("custom", {}).get(_MARK, ())
+        return node.meta.get("custom", {}).get(_MARK, ()) if node.op == "call_function" else ()
     inner = [(n, graph) for graph in call.graphs for n in graph.graph.nodes]
-    marks = [_mark(n, graph) for n, graph in inner if n.op == "call_function"]
+    marks = [_mark(n, graph) for n, graph in inner if n.op == "call_function" and n.users]
     common = itertools.takewhile(lambda same: len(set(same)) == 1, zip(*marks, strict=False))
     return tuple(same[0] for same in common)
+
+
+def _closed(marked: list[fx.Node]) -> list[fx.Node]:
+    """Marked nodes, and what stands between them and reads them (assertions have no mark)."""
+    nodes = dict.fromkeys(marked)
+    between, last = marked[0], marked[-1]
+    while between is not last:
+        if any(source in nodes for source in between.all_input_nodes):
+            nodes[between] = None
+        between = between.next
+    return sorted(nodes)
 
 
 def _stands_alone(nodes: list[fx.Node]) -> bool:

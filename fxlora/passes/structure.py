@@ -56,6 +56,7 @@ def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
             x = graph.call_function(aten.dropout.default, (x, dropout, True))
         branch = op.branch(Read(graph, base, x), _factors(graph, entry, reader.path))
         output = graph.call_function(aten.add.Tensor, (base, branch))
+        output.meta = dict(base.meta)  # a loop asks its outputs' values for their storage
     base.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
 
 
