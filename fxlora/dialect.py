@@ -148,7 +148,7 @@ def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
     Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
     spellings of writing: `x.add_()`, `x += y`, `out=x`.
     """
-    roots = (_alias_root(value) for value in _written(node, owner))
+    roots = (_alias_root(value, owner) for value in _written(node, owner))
     return [str(root.target) for root in roots if root.op == "get_attr"]
 
 
@@ -177,20 +177,36 @@ def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
         given = dict(call.given(nested)) if call else {}
         for inner in nested.graph.nodes:
             for value in _written(inner, nested):
-                outside = given.get(_alias_root(value))
+                outside = given.get(_alias_root(value, nested))
                 if isinstance(outside, fx.Node):
                     yield outside
 
 
-def _alias_root(node: fx.Node) -> fx.Node:
+def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
     """The node whose tensor this one may be a view of, by the schemas on the way."""
+    if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+        passed = _passed_through(source, node.args[1], owner) or source
+        return _alias_root(passed, owner)
     if node.op == "call_method" or node.target is getattr:  # .t(), .view(), .data: may be views
         source = node.args[0]
-        return _alias_root(source) if isinstance(source, fx.Node) else node
+        return _alias_root(source, owner) if isinstance(source, fx.Node) else node
     for argument, value in _schema_arguments(node):
         if argument.alias_info and isinstance(value, fx.Node):
-            return _alias_root(value)
+            return _alias_root(value, owner)
     return node
+
+
+def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | None:
+    """What a call of nested graphs is given that its result `index` may be a view of."""
+    call = call_of(node, owner)
+    for nested in call.graphs if call else ():
+        results: Any = nested.graph.output_node().args[0]
+        if isinstance(results, list | tuple) and isinstance(results[index], fx.Node):
+            given = dict(call.given(nested)) if call else {}
+            outside = given.get(_alias_root(results[index], nested))
+            if isinstance(outside, fx.Node):
+                return outside
+    return None
 
 
 _IN_PLACE_OPERATORS = frozenset(

@@ -52,7 +52,6 @@ OPERANDS: dict[str, Operands] = {
     "scan": Operands(3),  # (graph, carried, stepped through, operands)
     "while_loop": Operands(3),  # (graph, graph, carried, operands)
     "invoke_subgraph": Operands(2, spread=True),  # (graph, identifier, *operands)
-    "tag_activation_checkpoint": Operands(1, spread=True),  # (graph, *operands)
     "wrap_with_autocast": Operands(5, spread=True),  # (device, dtype, on, cache, graph, *operands)
     "wrap_with_set_grad_enabled": Operands(2, spread=True),  # (enabled, graph, *operands)
 }

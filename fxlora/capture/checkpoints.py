@@ -13,7 +13,6 @@ import operator
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch.utils.checkpoint as torch_checkpoint
 from torch import fx, nn
@@ -59,9 +58,15 @@ def marked_checkpoints() -> Generator[None]:
             with marks():
                 return function(*args)
 
-    found = {name: around for name in _AROUND if hasattr(torch_checkpoint, name)}
-    with mock.patch.multiple(torch_checkpoint, CheckpointFunction=Reentrant, **found):
+    patched = {"CheckpointFunction": Reentrant, **dict.fromkeys(_AROUND, around)}
+    before = {name: held for name in patched if (held := getattr(torch_checkpoint, name, None))}
+    try:
+        for name in before:
+            setattr(torch_checkpoint, name, patched[name])
         yield
+    finally:
+        for name, held in before.items():
+            setattr(torch_checkpoint, name, held)
 
 
 def gather_checkpoints(module: fx.GraphModule, depth: int = 0) -> None:
