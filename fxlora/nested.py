@@ -51,7 +51,6 @@ OPERANDS: dict[str, Operands] = {
     "map_impl": Operands(2),  # (graph, stepped through, operands)
     "scan": Operands(3),  # (graph, carried, stepped through, operands)
     "while_loop": Operands(3),  # (graph, graph, carried, operands)
-    "invoke_subgraph": Operands(2, spread=True),  # (graph, identifier, *operands)
     "wrap_with_autocast": Operands(5, spread=True),  # (device, dtype, on, cache, graph, *operands)
     "wrap_with_set_grad_enabled": Operands(2, spread=True),  # (enabled, graph, *operands)
 }

@@ -390,7 +390,7 @@ def test_checkpoints_keep_the_batch_dynamic() -> None:
 # ---- delivery -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Deep, OneBranch, Autocast])
+@pytest.mark.parametrize("kind", [Deep, OneBranch])
 def test_delivery(kind: type[Pair], tmp_path: Path) -> None:
     """Adapted and folded modules with nested graphs export and compile."""
     x = positive(4).float()
@@ -403,7 +403,7 @@ def test_delivery(kind: type[Pair], tmp_path: Path) -> None:
             assert torch.allclose(torch.export.load(path).module()(x), expected)
             torch._dynamo.reset()
             compiled = torch.compile(module, backend="aot_eager")
-            assert torch.allclose(compiled(x), expected, atol=1e-2 if kind is Autocast else 1e-5)
+            assert torch.allclose(compiled(x), expected, atol=1e-5)
     torch._dynamo.reset()
     compiled = torch.compile(lora.train(), backend="aot_eager")
     compiled(x).sum().backward()
@@ -417,7 +417,7 @@ def test_a_transformer_with_gradient_checkpointing() -> None:
         vocab_size=37,
         hidden_size=12,
         intermediate_size=20,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=3,
         num_key_value_heads=1,
         use_cache=False,
@@ -428,17 +428,17 @@ def test_a_transformer_with_gradient_checkpointing() -> None:
     rules = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
     gm, lora = check_laws(model, (), {"input_ids": ids}, rules=rules)
     calls = every_call(gm.graphs["train"], gm)
-    assert sum(call.node.target is checkpoint for call in calls) == 2
+    assert sum(call.node.target is checkpoint for call in calls) == 1
     assert {(e.op, e.form) for e in lora.plan} == {("linear", "branch")}
-    assert len(lora.plan) == 14
-    q = next(s for s in find_sites(gm) if s.name == "model.layers.1.self_attn.q_proj")
+    assert len(lora.plan) == 7
+    q = next(s for s in find_sites(gm) if s.name == "model.layers.0.self_attn.q_proj")
     assert {r.call_site for r in q.readers} == {q.name}
+    assert all(n.target is not checkpoint for n in gm.graphs["eval"].nodes)
     randomise(lora)
-    source = copy.deepcopy(model)
-    source.gradient_checkpointing_disable()
-    other = fxlora.adapt(source, (), {"input_ids": ids}, rules=rules).train()
-    other.load_state_dict(lora.state_dict())
-    for module in (lora.train(), other):
-        module(input_ids=ids).logits.square().sum().backward()
-    for a, b in zip(*map(fxlora.lora_parameters, (lora, other)), strict=True):
-        assert torch.equal(a.grad, b.grad)
+    gradients = []
+    for training in (True, False):  # the eval graph keeps every activation
+        logits = lora.train(training)(input_ids=ids).logits
+        gradients.append(torch.autograd.grad(logits.square().sum(), fxlora.lora_parameters(lora)))
+    for a, b in zip(*gradients, strict=True):
+        assert b.abs().max() > 0
+        assert torch.equal(a, b)
