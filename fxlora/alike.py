@@ -9,12 +9,19 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .nested import nested_graph
+
 _END = torch.iinfo(torch.int64).max
 
 
 def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
     """Equal node for node, op for op, argument for argument, and in the constants they hold."""
-    return difference(first.graph, second.graph) is None and _same_constants(first, second)
+    return alike_graphs(first.graph, second.graph)
+
+
+def alike_graphs(first: fx.Graph, second: fx.Graph) -> bool:
+    """The same for graphs that their modules own."""
+    return difference(first, second) is None and _same_constants(first, second)
 
 
 def difference(first: fx.Graph, second: fx.Graph) -> str | None:
@@ -24,9 +31,21 @@ def difference(first: fx.Graph, second: fx.Graph) -> str | None:
         return f"{len(first.nodes)} nodes against {len(second.nodes)}"
     for index, (a, b) in enumerate(zip(first.nodes, second.nodes, strict=True)):
         numbers[a] = numbers[b] = index
-        if _form(a, numbers) != _form(b, numbers):
+        if inner := _nested_pair(a, b):
+            if found := difference(inner[0].graph, inner[1].graph):
+                return f"in {a.target} and {b.target}: {found}"
+        elif _form(a, numbers) != _form(b, numbers):
             return f"{a.format_node()} against {b.format_node()}"
     return None
+
+
+def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+    """The nested graphs that two nodes fetch, if both do. Where they are kept does not count."""
+    first, second = (
+        nested_graph(node, owner) if (owner := node.graph.owning_module) else None
+        for node in (a, b)
+    )
+    return (first, second) if first and second else None
 
 
 def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph) -> bool:
@@ -41,7 +60,10 @@ def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph) -> bool:
     numbers: dict[fx.Node, int] = {}
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         numbers[a] = numbers[b] = index
-        if a.op != b.op or (a.op != "placeholder" and a.target != b.target):
+        if inner := _nested_pair(a, b):
+            if not alike_but_for_sizes(inner[0].graph, inner[1].graph):
+                return False
+        elif a.op != b.op or (a.op != "placeholder" and a.target != b.target):
             return False
         first, second = (_flat(node, numbers) for node in (a, b))
         if len(first) != len(second) or not all(map(_same_argument, first, second)):
@@ -97,15 +119,15 @@ def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:
     )
 
 
-def _same_constants(first: fx.GraphModule, second: fx.GraphModule) -> bool:
-    for node in first.graph.nodes:
-        if node.op != "get_attr":
+def _same_constants(first: fx.Graph, second: fx.Graph) -> bool:
+    for one, other in zip(first.nodes, second.nodes, strict=True):
+        if one.op != "get_attr":
             continue
-        a, b = _get(first, node.target), _get(second, node.target)
+        a, b = (_get(node.graph.owning_module, node.target) for node in (one, other))
         if a is b:
             continue
         if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
-            if not alike(a, b):
+            if not _same_constants(a.graph, b.graph):
                 return False
         elif not _equal_tensors(a, b):
             return False
@@ -118,7 +140,7 @@ def _equal_tensors(a: object, b: object) -> bool:
     return a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
 
 
-def _get(module: nn.Module, path: str) -> Any:
+def _get(module: nn.Module | None, path: str) -> Any:
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)

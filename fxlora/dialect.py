@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .nested import call_of
+
 aten = torch.ops.aten
 
 # Modules whose forward is one such op: the tracer goes inside them.
@@ -140,17 +142,17 @@ def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str
 # ---- writes -------------------------------------------------------------------------------------
 
 
-def written_attributes(node: fx.Node, owner: fx.GraphModule) -> list[str]:
+def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
     """Names of the parameters and buffers that a call writes to.
 
     Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
     spellings of writing: `x.add_()`, `x += y`, `out=x`.
     """
-    roots = (_alias_root(value) for value in _written(node, owner))
+    roots = (_alias_root(value, owner) for value in _written(node, owner))
     return [str(root.target) for root in roots if root.op == "get_attr"]
 
 
-def _written(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
+def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
     if node.op == "call_method":
         name, target = str(node.target), node.args[0]
         in_place = name.endswith("_") and not name.endswith("__")
@@ -168,39 +170,43 @@ def _written(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
     yield from _written_by_nested(node, owner)
 
 
-def _written_by_nested(node: fx.Node, owner: fx.GraphModule) -> Iterator[fx.Node]:
-    """Operands that the nested graphs of a higher-order op write to; operands come last."""
-    operands = [n for n in node.all_input_nodes if not _is_nested_graph(n, owner)]
-    for graph_node in node.all_input_nodes:
-        if not _is_nested_graph(graph_node, owner):
-            continue
-        nested = owner.get_submodule(str(graph_node.target))
-        assert isinstance(nested, fx.GraphModule)
-        inputs = [n for n in nested.graph.nodes if n.op == "placeholder"]
-        by_input = dict(zip(reversed(inputs), reversed(operands), strict=False))
+def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
+    """What a call passes into nested graphs that write to it."""
+    call = call_of(node, owner)
+    for nested in call.graphs if call else ():
+        given = dict(call.given(nested)) if call else {}
         for inner in nested.graph.nodes:
             for value in _written(inner, nested):
-                root = _alias_root(value)
-                if root in by_input:
-                    yield by_input[root]
+                outside = given.get(_alias_root(value, nested))
+                if isinstance(outside, fx.Node):
+                    yield outside
 
 
-def _is_nested_graph(node: fx.Node, owner: fx.GraphModule) -> bool:
-    if node.op != "get_attr":
-        return False
-    path, _, name = str(node.target).rpartition(".")
-    return isinstance(getattr(owner.get_submodule(path), name, None), fx.GraphModule)
-
-
-def _alias_root(node: fx.Node) -> fx.Node:
+def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
     """The node whose tensor this one may be a view of, by the schemas on the way."""
+    if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+        passed = _passed_through(source, node.args[1], owner) or source
+        return _alias_root(passed, owner)
     if node.op == "call_method" or node.target is getattr:  # .t(), .view(), .data: may be views
         source = node.args[0]
-        return _alias_root(source) if isinstance(source, fx.Node) else node
+        return _alias_root(source, owner) if isinstance(source, fx.Node) else node
     for argument, value in _schema_arguments(node):
         if argument.alias_info and isinstance(value, fx.Node):
-            return _alias_root(value)
+            return _alias_root(value, owner)
     return node
+
+
+def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | None:
+    """What a call of nested graphs is given that its result `index` may be a view of."""
+    call = call_of(node, owner)
+    for nested in call.graphs if call else ():
+        results: Any = nested.graph.output_node().args[0]
+        if isinstance(results, list | tuple) and isinstance(results[index], fx.Node):
+            given = dict(call.given(nested)) if call else {}
+            outside = given.get(_alias_root(results[index], nested))
+            if isinstance(outside, fx.Node):
+                return outside
+    return None
 
 
 _IN_PLACE_OPERATORS = frozenset(

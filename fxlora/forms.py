@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .errors import ConfigError, UnsupportedOpError
+from .nested import grad_enabled, origin
 from .ops import FLATTENED
 from .sites import Reader, Site
 
@@ -34,6 +35,12 @@ def check_supported(site: Site, number: int) -> None:
             "which an adapter would change. Leave it out, or build the "
             "layer without (an embedding: max_norm=None)."
         )
+    if not any(grad_enabled(reader.path) for reader in site.readers):
+        raise UnsupportedOpError(
+            f"'{site.name}' (rule {number}) is read under torch.no_grad() alone: its adapter "
+            "would never train. Leave it out of the rule (Rule(name, lora=None) before it), or "
+            "take the no_grad away (a reentrant checkpoint has one: use_reentrant=False)."
+        )
     if whole := next((r for r in site.readers if r.node.op == "call_module"), None):
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
@@ -56,6 +63,8 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
     for reader in site.readers:
         if reader.op is None:
             obstacle: str | None = f"read by {reader.kind}"
+        elif reader.shared:
+            obstacle = "in a graph that several calls share"
         elif _multiplies_weights(reader):
             obstacle = "multiplied with another weight"  # two branches would miss Δu·Δv
         else:
@@ -80,4 +89,6 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
 def _multiplies_weights(reader: Reader) -> bool:
     """Whether the branch's input is a weight itself (the indices of an embedding never are)."""
     source = reader.node.args[reader.op.input] if reader.op else None
-    return isinstance(source, fx.Node) and source.op == "get_attr" and reader.kind != "embedding"
+    if not isinstance(source, fx.Node) or reader.kind == "embedding":
+        return False
+    return origin(reader.path, source).op == "get_attr"

@@ -49,6 +49,8 @@ class CapturedModule(ProgramModule):
         whole = shell_program() if shell else programs[0]
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
+        for graph in self.distinct_graphs():  # which holds the nested graphs that it calls
+            graph.owning_module = self
         self.plan: Plan | None = None
         self.folded: tuple[Plan, ...] = ()
         self.trained: frozenset[str] = frozenset()
@@ -97,6 +99,11 @@ class CapturedModule(ProgramModule):
 
     def refresh(self) -> None:
         """Check the graphs after a rewrite, and forget the code that they had."""
+        for nested in self.nested_graphs():
+            nested.graph.lint()
+            nested.recompile()
+        for graph in self.distinct_graphs():
+            graph.owning_module = self
         super().refresh()
         for runner in self.runners:
             runner.refresh()
@@ -109,6 +116,10 @@ class CapturedModule(ProgramModule):
             self.shell.shade({n for entry in self.plan for n in aliases[entry.parameter]})
         elif self.shell:
             self.shell.shade(())
+
+    def nested_graphs(self) -> list[fx.GraphModule]:
+        """The graphs that the graphs call, and those that these call."""
+        return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
 
     # ---- copies -----------------------------------------------------------------------------
 
@@ -256,7 +267,7 @@ class CapturedModule(ProgramModule):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the weights, and with them the devices and dtypes that the graphs name."""
         moves = moves_of(self, fn)
-        nested = [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
+        nested = self.nested_graphs()
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .dialect import written_attributes
 from .module import CapturedModule
+from .nested import Path, call_of, every_call, shared
 from .ops import FLATTENED, Op, is_transpose, kind_of, reads_no_values, row_of
 
 
@@ -30,6 +31,8 @@ class Reader:
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
         transposed: whether the weight's transpose is what it reads.
+        path: the calls of nested graphs around the node, from the outermost in.
+        shared: whether several calls share a graph around the node.
     """
 
     node: fx.Node
@@ -38,6 +41,13 @@ class Reader:
     call_site: str
     line: str
     transposed: bool = False
+    path: Path = ()
+    shared: bool = False
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the captured module that the read is part of."""
+        return self.path[0].node.graph if self.path else self.node.graph
 
     def describe(self) -> str:
         """The op and where it is called, for messages."""
@@ -116,7 +126,8 @@ def find_sites(module: CapturedModule) -> list[Site]:
         if weight.ndim < 2 or not weight.is_floating_point() or not (found or first in uncovered):
             continue
         writer = next((writers[name] for name in names if name in writers), None)
-        site = _site(first, names, weight, found, writer, live)
+        main = _main_reader(found, module, live)
+        site = _site(first, names, weight, found, writer, main)
         sites.append(
             dataclasses.replace(
                 site,
@@ -170,16 +181,16 @@ def _by_parameter(
     """Every reader, and a writer, of every attribute by the name it has in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
-    for graph in module.distinct_graphs():
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                readers.setdefault(str(node.target), []).extend(_readers(node))
-            if node.op == "call_module":
-                for name in _inside(module, str(node.target)):
-                    readers.setdefault(name, []).append(_reader(node, None))
-            for name in written_attributes(node, module):
-                writers.setdefault(name, _reader(node, None))
-    return readers, writers
+    for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), []).extend(_readers(node, module))
+        if node.op == "call_module":
+            for name in _inside(module, str(node.target)):
+                readers.setdefault(name, []).append(_reader(node, None))
+        for name in written_attributes(node, module):
+            writers.setdefault(name, _reader(node, None))
+    together = shared(call for g in module.distinct_graphs() for call in every_call(g, module))
+    return {name: [_marked(r, together) for r in found] for name, found in readers.items()}, writers
 
 
 def _inside(module: CapturedModule, path: str) -> list[str]:
@@ -187,18 +198,29 @@ def _inside(module: CapturedModule, path: str) -> list[str]:
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
-def _readers(weight: fx.Node, transposed: bool = False) -> Iterator[Reader]:
-    """What reads a weight, or its transpose, in the graph's order: that of `users` is no copy's."""
+def _readers(
+    weight: fx.Node, owner: nn.Module, path: Path = (), transposed: bool = False
+) -> Iterator[Reader]:
+    """What reads a weight, or its transpose, also inside the nested graphs that it is passed into.
+
+    In the graph's order: that of `users` is no copy's.
+    """
     for user in sorted(weight.users):
         if reads_no_values(user):
             continue
         if is_transpose(user) and user.users:
-            yield from _readers(user, not transposed)
+            yield from _readers(user, owner, path, not transposed)
+            continue
+        uses = sum(n is weight for n in _flat_inputs(user))
+        call = call_of(user, owner)
+        passed = [i for i, o in enumerate(call.operands) if o is weight] if call else []
+        if call and len(passed) == uses:
+            for given, graph in [pair for i in passed for pair in call.inputs(i)]:
+                yield from _readers(given, graph, (*path, call), transposed)
             continue
         positions = [i for i, arg in enumerate(user.args) if arg is weight]
-        uses = sum(n is weight for n in _flat_inputs(user))
         row = row_of(user, positions[0], transposed) if positions and uses == 1 else None
-        yield _reader(user, row, transposed)
+        yield _reader(user, row, path, transposed)
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:
@@ -208,11 +230,19 @@ def _flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _reader(node: fx.Node, op: Op | None, transposed: bool = False) -> Reader:
+def _reader(node: fx.Node, op: Op | None, path: Path = (), transposed: bool = False) -> Reader:
     kind = op.kind if op else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
-    return Reader(node, op, kind, _call_site(node), _source_line(node), transposed)
+    nodes = [node, *(call.node for call in reversed(path))]  # the body of a loop has no places
+    call_site = next(filter(None, map(_call_site, nodes)), "")
+    line = next(filter(None, map(_source_line, nodes)), "")
+    return Reader(node, op, kind, call_site, line, transposed, path)
+
+
+def _marked(reader: Reader, together: set[fx.GraphModule]) -> Reader:
+    around = {graph for call in reader.path for graph in call.graphs}
+    return dataclasses.replace(reader, shared=bool(around & together))
 
 
 def _site(
@@ -221,9 +251,8 @@ def _site(
     weight: torch.Tensor,
     readers: tuple[Reader, ...],
     writer: Reader | None,
-    live: LiveNodes,
+    main: Reader | None,
 ) -> Site:
-    main = _main_reader(readers, live)
     kind = main.kind if main else "python"
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main and main.op else False
@@ -253,18 +282,18 @@ def _site(
     )
 
 
-def _main_reader(readers: tuple[Reader, ...], live: LiveNodes) -> Reader | None:
+def _main_reader(readers: tuple[Reader, ...], owner: nn.Module, live: LiveNodes) -> Reader | None:
     """The read that names the site's op.
 
     Where weights alone are computed with (a norm, W * mask), it is that of the outcome.
     """
     known = [reader for reader in readers if reader.op]
     direct = (reader for reader in known if reader.node in live(reader.node.graph))
-    beyond = (_through_weights(reader, live(reader.node.graph)) for reader in readers)
+    beyond = (_through_weights(reader, owner, live(reader.node.graph)) for reader in readers)
     return next(itertools.chain(direct, filter(None, beyond), known, readers), None)
 
 
-def _through_weights(reader: Reader, live: set[fx.Node]) -> Reader | None:
+def _through_weights(reader: Reader, owner: nn.Module, live: set[fx.Node]) -> Reader | None:
     queue = [(reader.node, reader.transposed)]
     seen = set(live)
     while queue:
@@ -272,7 +301,7 @@ def _through_weights(reader: Reader, live: set[fx.Node]) -> Reader | None:
         if node in seen:
             continue
         seen.add(node)
-        for read in _readers(node, transposed):
+        for read in _readers(node, owner, (), transposed):
             if read.op and read.node in live:
                 return read
         queue += [(user, transposed ^ is_transpose(user)) for user in node.users]
@@ -330,6 +359,6 @@ def _call_site(node: fx.Node) -> str:
 
 
 def _source_line(node: fx.Node) -> str:
-    """The last `file:line` of the call's stack trace, or ""."""
-    places = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    """The last `file:line` of the call's stack trace, or "" (generated code is no place)."""
+    places = re.findall(r'File "([^"<]+)", line (\d+)', node.stack_trace or "")
     return ":".join(places[-1]) if places else ""

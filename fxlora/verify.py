@@ -128,7 +128,7 @@ def _reads(module: CapturedModule) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {e.site: dict.fromkeys(MODES, 0) for e in module.plan}
     for program in module.programs:
         for mode, graph in program.graphs.items():
-            for insertion in insertions(graph, module.plan):
+            for insertion in insertions(module, graph):
                 counts[insertion.entry.site][mode] += 1
     for site, by_mode in counts.items():
         if not any(by_mode.values()):
@@ -270,7 +270,7 @@ def _output_error(
         calls = _calls(module.derive().eval(), args, kwargs)
         expected = [out for call in calls for out in _floats(call.output)]
         found = [out for call in calls for out in _floats(_again(folded, call))]
-    dtypes = {t.dtype for t in expected} | {p.dtype for p in module.parameters()}
+    dtypes = {t.dtype for t in expected} | {p.dtype for p in module.parameters()} | _named(module)
     tolerance = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=1e-10)
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
@@ -307,6 +307,14 @@ def _again(module: CapturedModule, call: RegionCall) -> Any:
     if module.shell:
         return module.shell.call(call.path, call.args, call.kwargs)
     return module(*call.args, **call.kwargs)
+
+
+def _named(module: CapturedModule) -> set[torch.dtype]:
+    """The dtypes that the graphs name: what a cast or an autocast computes in."""
+    graphs = [*module.distinct_graphs(), *(nested.graph for nested in module.nested_graphs())]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    values = pytree.tree_leaves([(node.args, dict(node.kwargs)) for node in nodes])
+    return {value for value in values if isinstance(value, torch.dtype)}
 
 
 def _floats(outputs: Any) -> list[torch.Tensor]:

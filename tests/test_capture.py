@@ -462,6 +462,30 @@ def test_writes_in_nested_graphs_stay_off_the_source() -> None:
         fxlora.match(gm, fxlora.Rule("w", lora=fxlora.LoraConfig(r=2)))
 
 
+def test_writes_to_what_a_nested_graph_returns_stay_off_the_source() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (nn.Parameter(torch.randn(4, 5)) for _ in "wv")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                flat = self.w.view(-1)
+            y = F.linear(x, self.w)
+            with torch.no_grad():
+                flat.add_(1)
+                self.v.chunk(2)[0].mul_(2)
+            return F.linear(x, self.w) + y + F.linear(x, self.v)
+
+    model = Writes()
+    before = copy.deepcopy(model.state_dict())
+    gm = fxlora.capture(model, torch.randn(2, 5))
+    gm(torch.randn(2, 5))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert not torch.equal(gm.get_parameter(name), before[name])
+
+
 def test_dtypes_in_nested_graphs_move() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ from ..module import CapturedModule
 from ..program import MODES, Program
 from ..shell import Shell
 from ..tables import some
+from .checkpoints import gather_checkpoints
 from .exported import Source, examples_for, export_modes, in_signature_order
 from .hooks import refuse_backward_hooks
 from .regions import capture_regions
@@ -130,6 +131,7 @@ def _assemble(
     called: set[str] = set()
     for source in sources:
         for module in source.distinct().values():
+            gather_checkpoints(module)
             for node in module.graph.nodes:
                 written |= {_full(source, name) for name in written_attributes(node, module)}
                 called |= {str(node.target)} if node.op == "call_module" else set()

@@ -32,6 +32,7 @@ from ..inputs import (
 )
 from ..module import CapturedModule
 from ..program import MODES
+from .checkpoints import marked_checkpoints, marks_of
 from .functions import opaque_functions
 from .hooks import no_tensor_hooks
 from .places import raised_at
@@ -82,8 +83,10 @@ def export_modes(
         with mode_of(root or model, mode == "train"):
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode)
         examples = examples[examples.index(used) :]
-    if inputs["train"] == inputs["eval"] and alike(modules["train"], modules["eval"]):
-        modules["train"] = modules["eval"]
+    train, evaluation = modules["train"], modules["eval"]
+    same_inputs = inputs["train"] == inputs["eval"]
+    if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
+        modules["train"] = evaluation
     return Source(modules, inputs, path)
 
 
@@ -137,7 +140,8 @@ _RNN_WARNING = (
 
 
 def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
-    with opaque_functions() as functions, no_tensor_hooks(), warnings.catch_warnings():
+    marks = (opaque_functions(), no_tensor_hooks(), marked_checkpoints())
+    with marks[0] as functions, marks[1], marks[2], warnings.catch_warnings():
         # torch.export swaps the weights under the list that an RNN keeps of them
         warnings.filterwarnings("ignore", _RNN_WARNING, UserWarning)
         program = run_export(model, example)

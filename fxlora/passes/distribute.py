@@ -26,9 +26,9 @@ class Distribute(PassBase):
             return PassResult(result, False)
         aliases = result.aliases()
         for graph in result.distinct_graphs():
-            branches = [i for i in insertions(graph, result.plan) if i.form == "branch"]
+            branches = [i for i in insertions(result, graph) if i.form == "branch"]
             for branch in branches:
-                take_out(graph, branch)
+                take_out(branch)
             for entry in {b.entry.parameter: b.entry for b in branches}.values():
                 for node in weight_nodes(graph, aliases[entry.parameter]):
                     if node.users:

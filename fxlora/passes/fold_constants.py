@@ -36,13 +36,13 @@ class FoldConstants(PassBase):
         aliases = result.aliases()
         folded: dict[str, nn.Parameter] = {}
         for graph in result.distinct_graphs():
-            for insertion in list(insertions(graph, plan)):
+            for insertion in insertions(result, graph):
                 if insertion.form != "weight":
                     raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
                 name = insertion.entry.parameter
                 if name not in folded:
                     folded[name] = _evaluated(result, insertion)
-                take_out(graph, insertion)
+                take_out(insertion)
         for name, parameter in folded.items():
             for alias in aliases[name]:
                 result.set_parameter(alias, parameter)

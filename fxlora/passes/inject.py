@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ..errors import InjectError
 from ..initialize import new_pair
 from ..module import CapturedModule
+from ..nested import nested_graph
 from ..plan import Entry, Plan
 from ..program import Program
 from ..sites import Site, find_sites
@@ -61,7 +62,7 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape}. Make the plan with match(module, …) on this module."
         )
-    if entry.form == "branch" and any(reader.op is None for reader in site.readers):
+    if entry.form == "branch" and any(r.op is None or r.shared for r in site.readers):
         raise InjectError(
             f"'{entry.site}': the plan says branch, but a reader here has none. Match again."
         )
@@ -100,7 +101,11 @@ def _split_modes(module: CapturedModule) -> None:
     """Give the train graph a life of its own: dropout stands in it alone."""
     for program in module.programs:
         if program.graphs["train"] is program.graphs["eval"]:
-            program.graphs["train"] = copy.deepcopy(program.graphs["eval"])
+            graph = program.graphs["train"] = copy.deepcopy(program.graphs["eval"])
+            for node in graph.nodes:
+                if nested := nested_graph(node, module):
+                    node.target = f"{node.target}_in_training"
+                    module.set_submodule(node.target, copy.deepcopy(nested))
 
 
 def _add_pair(module: CapturedModule, entry: Entry) -> None:
@@ -118,5 +123,5 @@ def _insert(program: Program, entry: Entry, site: Site) -> None:
             continue
         dropout = 0.0 if graph is program.graphs["eval"] else entry.dropout
         for reader in site.readers:
-            if reader.node.graph is graph:
-                insert_branch(graph, entry, reader, dropout)
+            if reader.graph is graph:
+                insert_branch(entry, reader, dropout)

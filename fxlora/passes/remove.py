@@ -8,9 +8,10 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..alike import difference
+from ..alike import alike_graphs
 from ..errors import InjectError
 from ..module import CapturedModule
+from ..nested import nested_graph
 from .structure import insertions, take_out
 
 
@@ -28,8 +29,8 @@ class Remove(PassBase):
         assert isinstance(graph_module, CapturedModule) and graph_module.plan is not None
         result = graph_module.derive()
         for graph in result.distinct_graphs():
-            for insertion in list(insertions(graph, graph_module.plan)):
-                take_out(graph, insertion)
+            for insertion in insertions(result, graph):
+                take_out(insertion)
         if self.restore:
             _restore(result)
         drop_adapters(result)
@@ -63,5 +64,11 @@ def _merge_modes(module: CapturedModule) -> None:
     """One graph again where dropout on branches was all that told the modes apart."""
     for program in module.programs:
         train, evaluation = program.graphs["train"], program.graphs["eval"]
-        if train is not evaluation and difference(train, evaluation) is None:
+        if train is not evaluation and alike_graphs(train, evaluation):
             program.graphs["train"] = evaluation
+            for path in _nested_paths(module, train) - _nested_paths(module, evaluation):
+                module.delete_submodule(path)
+
+
+def _nested_paths(module: CapturedModule, graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if nested_graph(node, module)}

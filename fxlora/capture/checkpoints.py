@@ -1,0 +1,171 @@
+"""Activation checkpoints, which torch.export forgets, kept in the graphs.
+
+torch.export runs through `torch.utils.checkpoint` and keeps the ops alone: a captured model would
+store every activation, and the inside of a reentrant checkpoint would stand under no_grad for
+good. Here what a checkpoint runs is marked while it is traced; the marked nodes then become a
+nested graph, called by `torch.utils.checkpoint.checkpoint` itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils.checkpoint as torch_checkpoint
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ..nested import call_of, nested_graph
+
+_MARK = "fxlora_checkpoint"
+
+# What `checkpoint` calls around the function that it is given; the name depends on the version.
+_AROUND = (
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+
+Mark = tuple[int, ...]  # the checkpoints around a node, from the outermost in
+
+
+@contextmanager
+def marked_checkpoints() -> Generator[None]:
+    """Within, checkpoints that are traced mark the nodes of what they run."""
+    numbers = itertools.count()
+
+    @contextmanager
+    def marks() -> Generator[None]:
+        mode = get_proxy_mode()
+        graph: fx.Graph = mode.tracer.graph if mode else fx.Graph()
+        before = set(graph.nodes)
+        yield
+        number = next(numbers)
+        for node in graph.nodes:
+            if node not in before:
+                custom = node.meta.get("custom", {})
+                node.meta["custom"] = {**custom, _MARK: (number, *custom.get(_MARK, ()))}
+
+    def around(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with marks():
+            yield
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            with marks():
+                return function(*args)
+
+    patched = {"CheckpointFunction": Reentrant, **dict.fromkeys(_AROUND, around)}
+    before = {name: held for name in patched if (held := getattr(torch_checkpoint, name, None))}
+    try:
+        for name in before:
+            setattr(torch_checkpoint, name, patched[name])
+        yield
+    finally:
+        for name, held in before.items():
+            setattr(torch_checkpoint, name, held)
+
+
+def marks_of(module: fx.GraphModule) -> list[Mark]:
+    """The checkpoints that each node was traced in."""
+    return [_mark(node, module) for node in module.graph.nodes]
+
+
+def gather_checkpoints(module: fx.GraphModule, depth: int = 0) -> None:
+    """Put the nodes of every checkpoint of a traced module into a nested graph, in place.
+
+    Args:
+        depth: how many checkpoints there are around the module's graph.
+    """
+    regions: dict[Mark, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if len(mark := _mark(node, module)) > depth:
+            regions.setdefault(mark[: depth + 1], []).append(node)
+    cut = [
+        _cut_out(module, nodes, f"checkpoint_{'_'.join(map(str, mark))}")
+        for mark, marked in regions.items()
+        if _stands_alone(nodes := _closed(marked))
+    ]
+    for nested in [graph for node in module.graph.nodes if (graph := nested_graph(node, module))]:
+        gather_checkpoints(nested, depth + (nested in cut))
+    if cut:
+        module.graph.lint()
+        module.recompile()
+
+
+def _mark(node: fx.Node, module: nn.Module) -> Mark:
+    """The checkpoints that a node was traced in; a call of nested graphs takes it from them."""
+    if nested_graph(node, module):
+        return _mark(next(iter(node.users)), module) if len(node.users) == 1 else ()
+    if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+        return _mark(source, module)
+    call = call_of(node, module)
+    if call is None:
+        return node.meta.get("custom", {}).get(_MARK, ()) if node.op == "call_function" else ()
+    inner = [(n, graph) for graph in call.graphs for n in graph.graph.nodes]
+    marks = [_mark(n, graph) for n, graph in inner if n.op == "call_function" and n.users]
+    common = itertools.takewhile(lambda same: len(set(same)) == 1, zip(*marks, strict=False))
+    return tuple(same[0] for same in common)
+
+
+def _closed(marked: list[fx.Node]) -> list[fx.Node]:
+    """Marked nodes, and what stands between them and reads them (assertions have no mark)."""
+    nodes = dict.fromkeys(marked)
+    between, last = marked[0], marked[-1]
+    while between is not last:
+        if any(source in nodes for source in between.all_input_nodes):
+            nodes[between] = None
+        between = between.next
+    return sorted(nodes)
+
+
+def _stands_alone(nodes: list[fx.Node]) -> bool:
+    """Whether the nodes can be one call, in the place of the last of them."""
+    inside, last = set(nodes), nodes[-1]
+    if last.op in ("placeholder", "output"):
+        return False
+    return all(user in inside or last < user for node in nodes for user in node.users)
+
+
+def _cut_out(module: fx.GraphModule, nodes: list[fx.Node], name: str) -> fx.GraphModule:
+    """Make nodes of a graph a nested graph under a checkpoint."""
+    inside = set(nodes)
+    sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
+    operands = [source for source in sources if source not in inside]
+    results = [node for node in nodes if not set(node.users) <= inside]
+    region = _copied(module, operands, nodes, results)
+    module.add_module(name, region)
+    with module.graph.inserting_after(nodes[-1]):
+        fetched = module.graph.create_node("get_attr", name)
+    with module.graph.inserting_after(fetched):
+        call = module.graph.call_function(
+            torch_checkpoint.checkpoint, (fetched, *operands), {"use_reentrant": False}
+        )
+    call.meta["val"] = tuple(node.meta.get("val") for node in results)
+    with module.graph.inserting_after(call):
+        for index, node in reversed(list(enumerate(results))):
+            item = module.graph.call_function(operator.getitem, (call, index))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(nodes):
+        module.graph.erase_node(node)
+    return region
+
+
+def _copied(
+    module: fx.GraphModule, operands: list[fx.Node], nodes: list[fx.Node], results: list[fx.Node]
+) -> fx.GraphModule:
+    graph, root = fx.Graph(), nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in operands:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if nested := nested_graph(node, module):
+            root.add_module(str(node.target), nested)
+    graph.output(tuple(copies[node] for node in results))
+    return fx.GraphModule(root, graph)

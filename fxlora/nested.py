@@ -1,0 +1,211 @@
+"""Calls of nested graphs: which operand of a higher-order op is which input of its graphs.
+
+torch.export keeps a region of a model (autocast, no_grad, cond, scan, …) as a graph of its own,
+held by a `get_attr` and called by a higher-order op that passes what the region reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Where an op takes what every graph of its call gets unchanged, as its last inputs.
+
+    (What a loop carries, or takes a slice of at each step, comes before.)
+
+    Attributes:
+        position: of the first such operand among the op's arguments, or of the sequence of them.
+        spread: whether they are arguments of the op themselves.
+    """
+
+    position: int
+    spread: bool = False
+
+    def of(self, node: fx.Node) -> list[Any]:
+        found: Any = node.args[self.position :] if self.spread else node.args[self.position]
+        return list(found)
+
+    def put(self, node: fx.Node, operands: list[Any]) -> None:
+        args = list(node.args)
+        if self.spread:
+            args[self.position :] = operands
+        else:
+            sequence: Any = args[self.position]
+            args[self.position] = tuple(operands) if isinstance(sequence, tuple) else operands
+        node.args = tuple(args)
+
+
+# A higher-order op that is not here is left closed: a weight that goes in is read by the call.
+OPERANDS: dict[str, Operands] = {
+    "cond": Operands(3),  # (predicate, graph, graph, operands)
+    "map_impl": Operands(2),  # (graph, stepped through, operands)
+    "scan": Operands(3),  # (graph, carried, stepped through, operands)
+    "while_loop": Operands(3),  # (graph, graph, carried, operands)
+    "wrap_with_autocast": Operands(5, spread=True),  # (device, dtype, on, cache, graph, *operands)
+    "wrap_with_set_grad_enabled": Operands(2, spread=True),  # (enabled, graph, *operands)
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one or more nested graphs, which all get the same operands.
+
+    Attributes:
+        node: the calling node.
+        graphs: the graphs that it may run: the branches of a cond, test and body of a loop.
+    """
+
+    node: fx.Node
+    graphs: tuple[fx.GraphModule, ...]
+
+    @property
+    def where(self) -> Operands | None:
+        """Where the operands stand, or None where that is not known."""
+        return _operands(self.node)
+
+    @property
+    def operands(self) -> list[Any]:
+        """What every graph gets unchanged."""
+        return self.where.of(self.node) if self.where else []
+
+    @property
+    def grad(self) -> bool | None:
+        """Whether it turns gradients on or off; None where it leaves them as they are."""
+        return bool(self.node.args[0]) if _name(self.node) == "wrap_with_set_grad_enabled" else None
+
+    def given(self, graph: fx.GraphModule) -> list[tuple[fx.Node, Any]]:
+        """The inputs of a graph with what they are given, as far as that is known.
+
+        Operands come last, also where an op is not known: the pairs are made from the end.
+        """
+        values: list[Any] = []
+        map_aggregate(self.node.args, values.append)
+        if (where := self.where) and where.spread:
+            values = where.of(self.node)
+        inputs = _inputs(graph)
+        count = min(len(inputs), len(values))
+        return list(zip(inputs[-count:], values[-count:], strict=True)) if count else []
+
+    def inputs(self, index: int) -> list[tuple[fx.Node, fx.GraphModule]]:
+        """The input of each graph that gets an operand, and the graph."""
+        behind = len(self.operands) - index
+        return [(_inputs(graph)[-behind], graph) for graph in self.graphs]
+
+    def seen_as(self, operand: fx.Node) -> list[fx.Node]:
+        """The input of each graph for a node outside, which is passed in if it is not yet."""
+        where = self.where
+        assert where is not None
+        operands = self.operands
+        if operand not in operands:
+            for graph in self.graphs:
+                _append_input(graph.graph, operand.name)
+            operands = [*operands, operand]
+            where.put(self.node, operands)
+        return [given for given, _ in self.inputs(operands.index(operand))]
+
+    def drop(self, index: int) -> None:
+        """Pass an operand no longer, which no graph uses."""
+        where = self.where
+        assert where is not None
+        for given, _ in self.inputs(index):
+            given.graph.erase_node(given)
+        operands = self.operands
+        del operands[index]
+        where.put(self.node, operands)
+
+
+Path = tuple[Call, ...]  # the calls around a node, from the outermost in
+
+
+def call_of(node: fx.Node, owner: nn.Module) -> Call | None:
+    """The call of nested graphs that a node is, if it is one; `owner` holds the graphs."""
+    if node.op != "call_function":
+        return None
+    graphs = tuple(
+        graph for source in node.all_input_nodes if (graph := nested_graph(source, owner))
+    )
+    return Call(node, graphs) if graphs else None
+
+
+def nested_graph(node: fx.Node, owner: nn.Module) -> fx.GraphModule | None:
+    """The nested graph that a node fetches, if it does."""
+    if node.op != "get_attr":
+        return None
+    path, _, name = str(node.target).rpartition(".")
+    found = getattr(owner.get_submodule(path), name, None)
+    return found if isinstance(found, fx.GraphModule) else None
+
+
+def every_call(graph: fx.Graph, owner: nn.Module) -> Iterator[Call]:
+    """The calls in a graph, in the graphs that those call, and so on."""
+    for node in graph.nodes:
+        if call := call_of(node, owner):
+            yield call
+            for inner in call.graphs:
+                yield from every_call(inner.graph, inner)
+
+
+def shared(calls: Iterator[Call]) -> set[fx.GraphModule]:
+    """The graphs that several calls share: what is put into one call would be in all."""
+    counts = Counter(graph for call in calls for graph in call.graphs)
+    return {graph for graph, count in counts.items() if count > 1}
+
+
+def inside(path: Path, graph: fx.Graph, operand: fx.Node) -> fx.Node:
+    """The node that stands in a graph for one outside, which is passed in where it is not yet.
+
+    Args:
+        path: the calls that lead to the graph, from the one beside the node outside.
+    """
+    around = [*(call.node.graph for call in path[1:]), graph]
+    for call, inner in zip(path, around, strict=True):
+        operand = next(given for given in call.seen_as(operand) if given.graph is inner)
+    return operand
+
+
+def origin(path: Path, node: fx.Node) -> fx.Node:
+    """The node in the outermost graph that one inside some calls stands for, or itself."""
+    for call in reversed(path):
+        graph = next(graph for graph in call.graphs if graph.graph is node.graph)
+        outside = dict(call.given(graph)).get(node)
+        if not isinstance(outside, fx.Node):
+            return node
+        node = outside
+    return node
+
+
+def grad_enabled(path: Path) -> bool:
+    """Whether gradients are recorded inside some calls, as far as the calls say."""
+    return next((call.grad for call in reversed(path) if call.grad is not None), True)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+
+
+def _operands(node: fx.Node) -> Operands | None:
+    if node.target is checkpoint:  # (graph, *operands)
+        return Operands(1, spread=True)
+    return OPERANDS.get(_name(node))
+
+
+def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _append_input(graph: fx.Graph, name: str) -> None:
+    last: fx.Node | None = None
+    for node in graph.nodes:
+        last = node if node.op == "placeholder" else last
+    with graph.inserting_after(last):  # None: at the start
+        graph.placeholder(name)
