@@ -148,8 +148,12 @@ def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
     Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
     spellings of writing: `x.add_()`, `x += y`, `out=x`.
     """
-    roots = (_alias_root(value, owner) for value in _written(node, owner))
-    return [str(root.target) for root in roots if root.op == "get_attr"]
+    return [str(root.target) for root in written_nodes(node, owner) if root.op == "get_attr"]
+
+
+def written_nodes(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
+    """The nodes whose tensors a call writes to, itself or through a view of theirs."""
+    return [_alias_root(value, owner) for value in _written(node, owner)]
 
 
 def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:

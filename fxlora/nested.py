@@ -45,6 +45,16 @@ class Operands:
         node.args = tuple(args)
 
 
+def checkpointed(graph: fx.GraphModule, written: tuple[Any, ...], *operands: Any) -> Any:
+    """Run a nested graph, and run it once more for the gradients instead of keeping activations.
+
+    Args:
+        written: its first inputs: buffers that it writes to, which a checkpoint may not save.
+        operands: its other inputs.
+    """
+    return checkpoint(lambda *rest: graph(*written, *rest), *operands, use_reentrant=False)
+
+
 # A higher-order op that is not here is left closed: a weight that goes in is read by the call.
 OPERANDS: dict[str, Operands] = {
     "cond": Operands(3),  # (predicate, graph, graph, operands)
@@ -90,8 +100,6 @@ class Call:
         """
         values: list[Any] = []
         map_aggregate(self.node.args, values.append)
-        if (where := self.where) and where.spread:
-            values = where.of(self.node)
         inputs = _inputs(graph)
         count = min(len(inputs), len(values))
         return list(zip(inputs[-count:], values[-count:], strict=True)) if count else []
@@ -194,8 +202,8 @@ def _name(node: fx.Node) -> str:
 
 
 def _operands(node: fx.Node) -> Operands | None:
-    if node.target is checkpoint:  # (graph, *operands)
-        return Operands(1, spread=True)
+    if node.target is checkpointed:  # (graph, written, *operands)
+        return Operands(2, spread=True)
     return OPERANDS.get(_name(node))
 
 

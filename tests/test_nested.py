@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fxlora
 from fxlora import LoraConfig, Rule
 from fxlora.alike import difference
-from fxlora.nested import OPERANDS, every_call
+from fxlora.nested import OPERANDS, checkpointed, every_call
 from fxlora.sites import find_sites
 
 from .laws import check_laws, randomise
@@ -379,6 +379,30 @@ def test_dropout_is_drawn_alike_in_both_passes(kind: type[Pair]) -> None:
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_buffers_are_written_as_in_the_source(autocast: bool) -> None:
+    """A checkpoint around a batch norm updates its statistics in both of its passes."""
+
+    class Source(Mixed):
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return super().forward(torch.tanh(x), ids) * 2
+
+    args = (torch.randn(3, 3, 5, 7).double(), torch.tensor([1, 2, 3]))
+    source = Source().double().train()
+    gm = fxlora.capture(source, args)
+    lora = fxlora.inject(gm, fxlora.match(gm, EVERY))
+    for module in (source, gm, lora):
+        module.train()(*args).square().sum().backward()
+    assert source.norm.num_batches_tracked == 2
+    for name, buffer in source.named_buffers():
+        for module in (gm, lora):
+            assert torch.equal(module.get_buffer(name), buffer), name
+    for name, parameter in source.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(gm.get_parameter(name).grad, parameter.grad)
+
+
 def test_checkpoints_keep_the_batch_dynamic() -> None:
     source = Checkpoint().eval()
     gm = fxlora.capture(source, (positive(1).float(),)).eval()
@@ -428,12 +452,12 @@ def test_a_transformer_with_gradient_checkpointing() -> None:
     rules = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
     gm, lora = check_laws(model, (), {"input_ids": ids}, rules=rules)
     calls = every_call(gm.graphs["train"], gm)
-    assert sum(call.node.target is checkpoint for call in calls) == 1
+    assert sum(call.node.target is checkpointed for call in calls) == 1
     assert {(e.op, e.form) for e in lora.plan} == {("linear", "branch")}
     assert len(lora.plan) == 7
     q = next(s for s in find_sites(gm) if s.name == "model.layers.0.self_attn.q_proj")
     assert {r.call_site for r in q.readers} == {q.name}
-    assert all(n.target is not checkpoint for n in gm.graphs["eval"].nodes)
+    assert all(n.target is not checkpointed for n in gm.graphs["eval"].nodes)
     randomise(lora)
     gradients = []
     for training in (True, False):  # the eval graph keeps every activation

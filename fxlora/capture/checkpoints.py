@@ -3,14 +3,14 @@
 torch.export runs through `torch.utils.checkpoint` and keeps the ops alone: a captured model would
 store every activation, and the inside of a reentrant checkpoint would stand under no_grad for
 good. Here what a checkpoint runs is marked while it is traced; the marked nodes then become a
-nested graph, called by `torch.utils.checkpoint.checkpoint` itself.
+nested graph, called under `torch.utils.checkpoint.checkpoint`.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..nested import call_of, nested_graph
+from ..dialect import written_nodes
+from ..nested import call_of, checkpointed, nested_graph
 
 _MARK = "fxlora_checkpoint"
 
@@ -74,23 +75,30 @@ def marks_of(module: fx.GraphModule) -> list[Mark]:
     return [_mark(node, module) for node in module.graph.nodes]
 
 
-def gather_checkpoints(module: fx.GraphModule, depth: int = 0) -> None:
+def gather_checkpoints(
+    module: fx.GraphModule, depth: int = 0, buffers: Collection[fx.Node] | None = None
+) -> None:
     """Put the nodes of every checkpoint of a traced module into a nested graph, in place.
 
     Args:
         depth: how many checkpoints there are around the module's graph.
+        buffers: the nodes that stand for attributes; by default those that fetch one.
     """
     regions: dict[Mark, list[fx.Node]] = {}
     for node in module.graph.nodes:
         if len(mark := _mark(node, module)) > depth:
             regions.setdefault(mark[: depth + 1], []).append(node)
+    if buffers is None:
+        buffers = [node for node in module.graph.nodes if node.op == "get_attr"]
     cut = [
-        _cut_out(module, nodes, f"checkpoint_{'_'.join(map(str, mark))}")
+        _cut_out(module, nodes, buffers, f"checkpoint_{'_'.join(map(str, mark))}")
         for mark, marked in regions.items()
         if _stands_alone(nodes := _closed(marked))
     ]
-    for nested in [graph for node in module.graph.nodes if (graph := nested_graph(node, module))]:
-        gather_checkpoints(nested, depth + (nested in cut))
+    for call in filter(None, (call_of(node, module) for node in module.graph.nodes)):
+        for nested in call.graphs:
+            inside = [given for given, outside in call.given(nested) if outside in buffers]
+            gather_checkpoints(nested, depth + (nested in cut), inside)
     if cut:
         module.graph.lint()
         module.recompile()
@@ -130,20 +138,22 @@ def _stands_alone(nodes: list[fx.Node]) -> bool:
     return all(user in inside or last < user for node in nodes for user in node.users)
 
 
-def _cut_out(module: fx.GraphModule, nodes: list[fx.Node], name: str) -> fx.GraphModule:
+def _cut_out(
+    module: fx.GraphModule, nodes: list[fx.Node], buffers: Collection[fx.Node], name: str
+) -> fx.GraphModule:
     """Make nodes of a graph a nested graph under a checkpoint."""
     inside = set(nodes)
     sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
-    operands = [source for source in sources if source not in inside]
+    changed = {root for node in nodes for root in written_nodes(node, module)} & set(buffers)
+    operands = [n for n in sources if n not in inside and n not in changed]
+    written = tuple(n for n in sources if n in changed)
     results = [node for node in nodes if not set(node.users) <= inside]
-    region = _copied(module, operands, nodes, results)
+    region = _copied(module, [*written, *operands], nodes, results)
     module.add_module(name, region)
     with module.graph.inserting_after(nodes[-1]):
         fetched = module.graph.create_node("get_attr", name)
     with module.graph.inserting_after(fetched):
-        call = module.graph.call_function(
-            torch_checkpoint.checkpoint, (fetched, *operands), {"use_reentrant": False}
-        )
+        call = module.graph.call_function(checkpointed, (fetched, written, *operands))
     call.meta["val"] = tuple(node.meta.get("val") for node in results)
     with module.graph.inserting_after(call):
         for index, node in reversed(list(enumerate(results))):
