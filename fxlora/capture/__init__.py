@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..alike import alike
 from ..dialect import written_attributes
@@ -24,6 +25,7 @@ from .traced import trace_mode
 from .tree import attach, build_tree
 
 
+@torch.inference_mode(False)  # what is made in it can never train
 def capture(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -47,7 +49,8 @@ def capture(
         kwargs: example keyword arguments.
         dynamic_shapes: torch.export's specification of the dynamic dimensions. By default
             the batch (dimension 0 of the first tensor, and of those that share its size) is
-            dynamic and the rest is as in the example.
+            dynamic and the rest is as in the example. What you ask for and the model fixes is an
+            error, for `Dim.AUTO` too.
 
     Raises:
         CaptureError: the model cannot be captured; says where in the model's code.
@@ -65,6 +68,11 @@ def capture(
             f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
         )
     refuse_backward_hooks(model)
+    if any(not is_lazy(p) and p.is_inference() for p in model.parameters()):
+        raise CaptureError(
+            f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
+            "never take part in training. Make it outside, or capture copy.deepcopy(model)."
+        )
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is None and kwargs is None:

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,9 @@ from ..program import MODES
 from .checkpoints import marked_checkpoints, marks_of
 from .functions import opaque_functions
 from .hooks import no_tensor_hooks
-from .places import raised_at
+from .places import defined_at, raised_at
 from .sizes import refuse_fixed_sizes
+from .surroundings import refuse_constant_dice, undisturbed
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +141,12 @@ _RNN_WARNING = (
 
 
 def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
-    marks = (opaque_functions(), no_tensor_hooks(), marked_checkpoints())
-    with marks[0] as functions, marks[1], marks[2], warnings.catch_warnings():
+    with ExitStack() as stack:
+        functions = stack.enter_context(opaque_functions())
+        stack.enter_context(no_tensor_hooks())
+        stack.enter_context(marked_checkpoints())
+        stack.enter_context(refuse_constant_dice(model))
+        stack.enter_context(warnings.catch_warnings())
         # torch.export swaps the weights under the list that an RNN keeps of them
         warnings.filterwarnings("ignore", _RNN_WARNING, UserWarning)
         program = run_export(model, example)
@@ -291,19 +296,16 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
     froze by `eval()` frozen.
     """
     flags = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        if model.training != training:
-            model.train(training)
-        with torch.random.fork_rng(devices=[]):  # dropout draws while it is traced
+    with undisturbed(model):
+        try:
+            if model.training != training:
+                model.train(training)
             yield
-    finally:
-        for module, flag in flags:
-            if isinstance(module, CapturedModule):  # its graph goes with the flag
-                module.train(flag)
-            module.training = flag
-        for parameter, flag in grads:
-            parameter.requires_grad_(flag)
+        finally:
+            for module, flag in flags:
+                if isinstance(module, CapturedModule):  # its graph goes with the flag
+                    module.train(flag)
+                module.training = flag
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> Ca
     lines = str(error).strip().splitlines() or [""]
     reason = " ".join([lines[0][:300], *(x.strip() for x in lines[1:] if x.startswith("  - "))])
     place = raised_at(error)
-    where = f", at {place}" if place else ""
+    where = f", at {place}" if place else f", in the forward at {defined_at(model.forward)}"
     message = f"{type(error).__name__}: {reason.rstrip('.')}. {advice}"
     result = CaptureError(f"{type(model).__name__} {what}{where}: {message}".rstrip())
     result.__cause__ = error

@@ -11,8 +11,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
+from ..errors import CaptureError
 from .exported import capture_error, mode_of
 from .functions import opaque_functions
+from .surroundings import refuse_constant_dice
 from .tree import twin_of
 
 
@@ -32,12 +34,16 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
     """
     try:
         traced = twin_of(model)
-        with mode_of(traced, mode == "train"), opaque_functions(), _Watch(traced):
+        dice = refuse_constant_dice(traced)
+        with mode_of(traced, mode == "train"), opaque_functions(), dice, _Watch(traced):
             graph = WeightTracer().trace(traced, _defaults(traced))
+            module = fx.GraphModule(traced, graph)  # takes the constants along, which are on traced
+    except CaptureError:
+        raise
     except Exception as error:
         raise capture_error(model, mode, error) from error
     lower(graph)
-    return fx.GraphModule(traced, graph)
+    return module
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
