@@ -202,8 +202,17 @@ OPS: dict[tuple[Any, int], Op] = {
 
 # Weights of more than two dimensions that are matrices (d0, d1·k) all the same.
 FLATTENED = frozenset(
-    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+    {
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "deform_conv2d",
+    }
 )
+TRANSPOSES = frozenset({"t", "transpose", "mT", "numpy_T", "permute", "matrix_H", "adjoint"})
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 

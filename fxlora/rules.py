@@ -132,10 +132,12 @@ class _Matching:
         )
 
     def _in_all_linear(self, site: Site) -> bool:
-        """Matrix products, less the output layer and embeddings."""
+        """Matrix products, less the output layer, embeddings, and factors of computed weights."""
         spared = self.module.outputs & set(site.names)
-        embeds = any(reader.kind == "embedding" for reader in site.readers)
-        return site.op in MATRIX_PRODUCTS and not spared and not embeds
+        kinds = {reader.kind for reader in site.readers}
+        layer, behind, _ = site.parameter.partition(".parametrizations.")
+        own = site.op in kinds or (behind and layer in site.aliases)
+        return bool(site.op in MATRIX_PRODUCTS and own and not spared) and "embedding" not in kinds
 
     # ---- trained in full ------------------------------------------------------------------------
 
@@ -298,7 +300,23 @@ class _Matching:
             message += (
                 "." if self.module.inputs["eval"] else ": capture with example inputs sees more."
             )
-        raise NoMatchError(message)
+        raise NoMatchError(message + self._no_site(name))
+
+    def _no_site(self, name: str) -> str:
+        """Why a tensor of this name is no site although a weight might be meant."""
+        for full, buffer in self.module.named_buffers(remove_duplicate=False):
+            if _suffix(name, full) and buffer.ndim >= 2:
+                return (
+                    f" '{full}' is a buffer: only parameters take adapters. Make it one before you "
+                    "capture (del the buffer, then set nn.Parameter(tensor, requires_grad=False)), "
+                    "and it is frozen all the same."
+                )
+        for full, parameter in self.module.named_parameters(remove_duplicate=False):
+            owner = full.rpartition(".")[0]
+            called = _suffix(name, full) or _suffix(name, owner)
+            if called and parameter.ndim >= 2 and not parameter.is_floating_point():
+                return f" '{full}' holds {parameter.dtype}; adapters are for real numbers."
+        return ""
 
 
 # ---- names --------------------------------------------------------------------------------------

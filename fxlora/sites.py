@@ -15,7 +15,7 @@ from torch import fx
 
 from .dialect import written_attributes
 from .module import CapturedModule
-from .ops import FLATTENED, OPS, Op, kind_of
+from .ops import FLATTENED, OPS, TRANSPOSES, Op, kind_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Site:
         aliases: every name that a rule may call it by: those, the modules that own them, and
             the module around them whose forward reads the weight instead (MultiheadAttention
             reads its out_proj's).
-        op: kind of the op that reads it (of the first reader with a row in the table).
+        op: kind of the op that reads it, or that reads what is computed from it and other
+            weights alone (W * mask, a parametrization); of the first with a row in the table.
         shape: of the weight.
         in_features, out_features: of the layer (channels, for a convolution).
         kernel_size: of a convolution, else ().
@@ -107,8 +108,27 @@ def find_sites(module: CapturedModule) -> list[Site]:
         if found and weight.ndim >= 2 and weight.is_floating_point():
             writer = next((writers[name] for name in names if name in writers), None)
             site = _site(first, names, weight, found, writer)
-            sites.append(dataclasses.replace(site, overlaps=tuple(overlaps.get(first, ()))))
+            aliases = (*site.aliases, *_parametrized(module, names))
+            over = tuple(overlaps.get(first, ()))
+            sites.append(dataclasses.replace(site, aliases=aliases, overlaps=over))
     return sites
+
+
+def _parametrized(module: CapturedModule, names: list[str]) -> list[str]:
+    """The names that weights behind torch's parametrizations have for the user: the module's.
+
+    Of several originals (weight_norm has a magnitude and a direction) the largest has them.
+    """
+    found: list[str] = []
+    for name in names:
+        owner, _, path = name.rpartition(".parametrizations.")
+        tensor, _, original = path.partition(".")
+        if original.startswith("original"):
+            container = module.get_submodule(name.rpartition(".")[0])
+            sizes = {n: p.numel() for n, p in container.named_parameters(recurse=False)}
+            if sizes[original] == max(sizes.values()):
+                found += [owner, f"{owner}.{tensor}"]
+    return found
 
 
 def _overlaps(module: CapturedModule) -> dict[str, list[str]]:
@@ -183,9 +203,12 @@ def _site(
     readers: tuple[Reader, ...],
     writer: Reader | None,
 ) -> Site:
-    main = next((reader for reader in readers if reader.op), readers[0])
+    direct = next((reader for reader in readers if reader.op), None)
+    main, flipped = (direct, False) if direct else _through_weights(readers[0])
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main.op else False
+    if main.kind == "matmul":  # the other ops' names fix which factor is A
+        in_first ^= flipped
     flattened = main.kind in FLATTENED
     groups = _groups(main.node) if flattened else 1
     inputs, outputs = (shape[0], shape[1]) if in_first else (shape[1], shape[0])
@@ -212,6 +235,38 @@ def _site(
     )
 
 
+def _through_weights(reader: Reader) -> tuple[Reader, bool]:
+    """The read of what is computed from this weight and other weights alone, or the read itself;
+
+    and whether the weight is transposed on the way.
+    """
+    queue = [(reader.node, False)]
+    seen: set[fx.Node] = set()
+    while queue:
+        node, flipped = queue.pop(0)
+        if node in seen or not _depends_on_weights_alone(node):
+            continue
+        seen.add(node)
+        flipped ^= kind_of(node) in TRANSPOSES
+        for read in _readers(node):
+            if read.op and not _depends_on_weights_alone(read.node):
+                return read, flipped
+        queue += [(user, flipped) for user in node.users]
+    return reader, False
+
+
+def _depends_on_weights_alone(node: fx.Node) -> bool:
+    sources, seen = [node], {node}
+    while sources:
+        source = sources.pop()
+        if source.op == "placeholder":
+            return False
+        new = set(source.all_input_nodes) - seen
+        seen |= new
+        sources += new
+    return True
+
+
 def _owner(parameter: str) -> str:
     module, _, name = parameter.rpartition(".")
     return module if module and name == "weight" else parameter
@@ -228,9 +283,16 @@ def _aliases(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
 
 
 def _groups(node: fx.Node) -> int:
-    # the seventh argument of every convolution, transposed or not
-    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    names = [argument.name for argument in _schema(node)]
+    position = next(i for i, name in enumerate(names) if name in ("groups", "n_weight_grps"))
+    given = position < len(node.args)
+    groups: Any = node.args[position] if given else node.kwargs.get(names[position], 1)
     return int(groups)
+
+
+def _schema(node: fx.Node) -> Any:
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema.arguments
 
 
 def _padding_idx(node: fx.Node) -> int | None:

@@ -12,6 +12,7 @@ from ..dialect import written_attributes
 from ..errors import CaptureError
 from ..module import MODES, CapturedModule
 from .exported import examples_for, export_mode, in_signature_order
+from .hooks import refuse_backward_hooks
 from .traced import trace_mode
 from .tree import attach, build_tree
 
@@ -51,16 +52,17 @@ def capture(
             "the module is captured already: match, inject, fold, … take it as it is. To capture "
             "it for other inputs, capture the source model again."
         )
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise CaptureError(
-            f"{type(model).__name__} has forward hooks of its own, which are no part of its graph. "
-            "Remove them, or wrap the model (nn.Sequential(model)): hooks inside are captured."
-        )
+    refuse_backward_hooks(model)
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is None and kwargs is None:
         if dynamic_shapes is not None:
             raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise CaptureError(
+                f"{type(model).__name__} has forward hooks of its own, which torch.fx's tracer "
+                "passes by. Give example inputs: capture(model, args)."
+            )
         return _capture_traced(model)
     if not isinstance(args, tuple | list | None):
         raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
@@ -83,8 +85,7 @@ def _capture_exported(
 
 
 def _capture_traced(model: nn.Module) -> CapturedModule:
-    graphs = {mode: trace_mode(model, mode == "train") for mode in MODES}
-    sources = {mode: fx.GraphModule(model, graph) for mode, graph in graphs.items()}
+    sources = {mode: trace_mode(model, mode == "train") for mode in MODES}
     if alike(sources["train"], sources["eval"]):
         sources["train"] = sources["eval"]
     return _assemble(model, sources, dict.fromkeys(MODES))

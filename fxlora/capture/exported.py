@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from ..inputs import (
     TensorInput,
 )
 from ..module import CapturedModule
+from .functions import opaque_functions
+from .hooks import no_tensor_hooks
 from .places import raised_at
 from .sizes import refuse_fixed_sizes
 
@@ -78,13 +81,27 @@ def _attempt(
     model: nn.Module, example: Example, training: bool
 ) -> tuple[fx.GraphModule, InputSpec]:
     with refuse_fixed_sizes(model, training) if example.asked else nullcontext():
-        program = run_export(model, example)
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
+        program, module = _exported(model, example)
     spec = _contract(program, module, model, example)
     if spec.excludes_one and _holds_for_one(model, module, spec, example):
         spec = spec.with_one()
     return module, spec
+
+
+_RNN_WARNING = (
+    r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, | ))+(was|were) assigned"
+)
+
+
+def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
+    with opaque_functions() as functions, no_tensor_hooks(), warnings.catch_warnings():
+        # torch.export swaps the weights under the list that an RNN keeps of them
+        warnings.filterwarnings("ignore", _RNN_WARNING, UserWarning)
+        program = run_export(model, example)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    functions.restore(module)
+    return program, module
 
 
 def _holds_for_one(
@@ -106,10 +123,9 @@ def _holds_for_one(
 
     args, kwargs = pytree.tree_map(narrowed, (example.args, example.kwargs))
     try:
-        static = run_export(model, Example(args, kwargs, None)).module(check_guards=False)
+        _, static = _exported(model, Example(args, kwargs, None))
     except Exception:  # noqa: BLE001 - the source refuses a batch of 1, each in its own way
         return False
-    assert isinstance(static, fx.GraphModule)
     return alike_but_for_sizes(module.graph, static.graph)
 
 
@@ -240,9 +256,10 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = " ".join([lines[0][:300], *(x.strip() for x in lines[1:] if x.startswith("  - "))])
     advice = (
-        "Inputs and outputs must be tensors in containers that pytree knows: have the model return "
-        "no cache (transformers: use_cache=False)."
-        if "register a pytree" in str(error)
+        "Inputs and outputs must be tensors in containers that pytree knows "
+        "(torch.export.register_dataclass makes a dataclass one): have the model return no cache "
+        "(transformers: use_cache=False)."
+        if "pytree" in str(error)
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
     )

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
 from .exported import capture_error, mode_of
+from .functions import opaque_functions
 
 
 class WeightTracer(fx.Tracer):
@@ -22,8 +23,8 @@ class WeightTracer(fx.Tracer):
         return type(m) not in WEIGHT_MODULES and super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
-    """The lowered graph of one mode.
+def trace_mode(model: nn.Module, training: bool) -> fx.GraphModule:
+    """The lowered graph of one mode, over the model's parameters and the constants it met.
 
     Raises:
         CaptureError: the model's forward cannot be run on symbolic values, or computes with its
@@ -31,12 +32,12 @@ def trace_mode(model: nn.Module, training: bool) -> fx.Graph:
     """
     try:
         traced = _copy(model)
-        with mode_of(traced, training), _Watch(traced):
+        with mode_of(traced, training), opaque_functions(), _Watch(traced):
             graph = WeightTracer().trace(traced, _defaults(traced))
     except Exception as error:
         raise capture_error(model, training, error) from error
     lower(graph)
-    return graph
+    return fx.GraphModule(traced, graph)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -1,0 +1,239 @@
+"""torch.autograd.Function in a captured graph: kept whole, with its own backward.
+
+torch.export and the tracer both run a Function's forward op by op and drop its backward. The
+graph would have the right outputs and, silently, other gradients: a straight-through estimator
+would have none. So while a model is captured, the forward of every Function is one opaque op, and
+in the finished graph one call of the Function itself. A re-export, for inference, goes inside.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
+
+from ..errors import CaptureError
+
+_OPEN = object()  # among the arguments of a FunctionCall: where a tensor or a size goes
+
+
+class FunctionCall:
+    """A Function's `apply` as the target of a node; the node's arguments are tensors and sizes."""
+
+    def __init__(self, function: type[Function], args: tuple[Any, ...]) -> None:
+        leaves, self.structure = pytree.tree_flatten(args)
+        self.function = function
+        self.leaves = tuple(_OPEN if _is_open(leaf) else leaf for leaf in leaves)
+        self.__name__ = self.__qualname__ = function.__name__  # torch.fx writes it into the code
+
+    def __call__(self, *values: Any) -> Any:
+        given = iter(values)
+        leaves = [next(given) if leaf is _OPEN else leaf for leaf in self.leaves]
+        apply: Callable[..., Any] = self.function.apply
+        return apply(*pytree.tree_unflatten(leaves, self.structure))
+
+    def __repr__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionCall) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.function, self.structure, self.leaves
+
+
+class Functions:
+    """The calls of Functions during one capture; a number in the graph stands for each."""
+
+    def __init__(self) -> None:
+        self.calls: list[FunctionCall] = []
+        self.outputs: list[Any] = []  # of each call, with fake tensors
+        self.inside = False  # a Function's own forward is running
+
+    def forward(self, function: type[Function], args: tuple[Any, ...]) -> Any:
+        """What stands for a Function's forward while a model is captured."""
+        call = FunctionCall(function, args)
+        values = [leaf for leaf in pytree.tree_leaves(args) if _is_open(leaf)]
+        proxy = next((value for value in values if isinstance(value, fx.Proxy)), None)
+        if proxy is not None:
+            return proxy.tracer.create_proxy("call_function", call, tuple(values), {})
+        self.calls.append(call)
+        self.outputs.append(None)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        sizes = [value for value in values if not isinstance(value, torch.Tensor)]
+        kinds = [isinstance(value, torch.Tensor) for value in values]
+        found = iter(_OP(len(self.calls) - 1, tensors, sizes, kinds))
+        return pytree.tree_map_only(torch.Tensor, lambda _: next(found), self.outputs[-1])
+
+    def fake(self, number: int, values: list[Any]) -> list[torch.Tensor]:
+        """The outputs of a call, by running the Function's forward on fake tensors."""
+        call = self.calls[number]
+        self.inside = True
+        try:
+            with torch.no_grad(), _Own(call, values):
+                result = call(*values)
+        finally:
+            self.inside = False
+        if isinstance(result, list):
+            result = tuple(cast("list[Any]", result))
+        self.outputs[number] = result
+        leaves = result if isinstance(result, tuple) else (result,)
+        # an output may be an input, or a view of one; an opaque op may not return those
+        return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def restore(self, module: fx.GraphModule) -> None:
+        """Put the calls themselves into a graph, and those nested in it, for the opaque ops."""
+        for inner in module.modules():
+            if isinstance(inner, fx.GraphModule):
+                for node in inner.graph.find_nodes(op="call_function", target=_OP):
+                    self._restore(node)
+                inner.recompile()
+
+    def _restore(self, node: fx.Node) -> None:
+        number, tensors, sizes, kinds = cast("tuple[Any, ...]", node.args)
+        sources = {True: iter(tensors), False: iter(sizes)}
+        node.target = self.calls[number]
+        node.args = tuple(next(sources[is_tensor]) for is_tensor in kinds)
+        result = self.outputs[number]
+        places = (
+            [i for i, v in enumerate(result) if isinstance(v, torch.Tensor)]
+            if isinstance(result, tuple)
+            else None
+        )
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            if places is None:
+                user.replace_all_uses_with(node)
+                node.graph.erase_node(user)
+            else:
+                user.args = (node, places[cast("int", user.args[1])])
+
+
+_active: list[Functions] = []  # of the capture that is going on
+
+
+@contextmanager
+def opaque_functions() -> Generator[Functions]:
+    """Have every Function's forward be one opaque op, however its `apply` is reached."""
+    functions = Functions()
+    changed: dict[type[Function], Any] = {}
+
+    def watch(function: type[Function]) -> None:
+        changed[function] = function.__dict__.get("forward")
+        function.forward = staticmethod(_replacement(functions, function))
+
+    for function in _subclasses(Function):
+        watch(function)
+    base: Any = Function
+    base.__init_subclass__ = classmethod(watch)  # those that a forward defines
+    _active.append(functions)
+    try:
+        yield functions
+    finally:
+        _active.pop()
+        del base.__init_subclass__
+        for function, held in changed.items():
+            if held is None:
+                del function.forward
+            else:
+                function.forward = held
+
+
+def _replacement(functions: Functions, function: type[Function]) -> Callable[..., Any]:
+    original = function.forward
+    takes_context = function.setup_context is Function.setup_context
+
+    def forward(*args: Any) -> Any:
+        own = args[1:] if takes_context else args
+        traced = any(isinstance(v, FakeTensor | fx.Proxy) for v in pytree.tree_leaves(own))
+        if functions.inside or not traced:
+            return original(*args)
+        return functions.forward(function, own)
+
+    return forward
+
+
+def _subclasses(of: type[Function]) -> Iterator[type[Function]]:
+    """Every Function there is, less those that torch's own tracing is made of."""
+    for function in of.__subclasses__():
+        if not function.__module__.startswith("torch._"):
+            yield function
+            yield from _subclasses(function)
+
+
+def _is_open(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor | torch.SymInt | fx.Proxy)
+
+
+class _Own(TorchDispatchMode):
+    """Refuses a forward that works on tensors which it was not given, or writes to those it was.
+
+    A weight that it reaches through a closure would be read out of the graph's sight.
+    """
+
+    def __init__(self, call: FunctionCall, values: list[Any]) -> None:
+        super().__init__()
+        self.call = call
+        self.given = {_storage(v) for v in values if isinstance(v, torch.Tensor)}
+        self.known = set(self.given)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, FakeTensor) and _storage(value) not in self.known:
+                raise self._refusal("reads a weight or an activation that is no argument of it")
+        if func._schema.is_mutable and any(
+            argument.alias_info
+            and argument.alias_info.is_write
+            and isinstance(value, torch.Tensor)
+            and _storage(value) in self.given
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+        ):
+            raise self._refusal("writes to its arguments")
+        result = func(*args, **kwargs)
+        self.known |= {
+            _storage(v) for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)
+        }
+        return result
+
+    def _refusal(self, does: str) -> CaptureError:
+        advice = (
+            "Use torch.utils.checkpoint with use_reentrant=False."
+            if self.call.function is CheckpointFunction
+            else "Pass every tensor to apply(), and return what it changes."
+        )
+        return CaptureError(
+            f"the forward of the autograd.Function {self.call} {does}, which a graph cannot show. "
+            f"{advice}"
+        )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _fake(
+    number: int, tensors: list[torch.Tensor], sizes: list[Any], kinds: list[bool]
+) -> list[torch.Tensor]:
+    sources = {True: iter(tensors), False: iter(sizes)}
+    return _active[-1].fake(number, [next(sources[is_tensor]) for is_tensor in kinds])
+
+
+_LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
+_LIBRARY.define("function(int number, Tensor[] tensors, SymInt[] sizes, bool[] kinds) -> Tensor[]")
+torch.library.register_fake("fxlora::function", _fake, lib=_LIBRARY)
+_OP = torch.ops.fxlora.function.default
