@@ -111,6 +111,7 @@ def lora_parameters(
     ]
 
 
+@torch.inference_mode(False)  # what is made in it can never train
 def _run(step: PassBase, module: CapturedModule) -> CapturedModule:
     if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError(

@@ -17,6 +17,7 @@ from .traced import trace_mode
 from .tree import attach, build_tree
 
 
+@torch.inference_mode(False)  # what is made in it can never train
 def capture(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -53,6 +54,11 @@ def capture(
             "it for other inputs, capture the source model again."
         )
     refuse_backward_hooks(model)
+    if stray := next((n for n, t in model.named_parameters() if t.is_inference()), None):
+        raise CaptureError(
+            f"{type(model).__name__} was made under torch.inference_mode ('{stray}'), and such "
+            "weights can never take part in training. Make it outside, or capture copy.deepcopy(model)."
+        )
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is None and kwargs is None:

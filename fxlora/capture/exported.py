@@ -32,8 +32,9 @@ from ..inputs import (
 from ..module import CapturedModule
 from .functions import opaque_functions
 from .hooks import no_tensor_hooks
-from .places import raised_at
+from .places import defined_at, raised_at
 from .sizes import refuse_fixed_sizes
+from .surroundings import undisturbed
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,19 +234,16 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
     froze by `eval()` frozen.
     """
     flags = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        if model.training != training:
-            model.train(training)
-        with torch.random.fork_rng(devices=[]):  # dropout draws while it is traced
+    with undisturbed(model):
+        try:
+            if model.training != training:
+                model.train(training)
             yield
-    finally:
-        for module, flag in flags:
-            if isinstance(module, CapturedModule):  # its graph goes with the flag
-                module.train(flag)
-            module.training = flag
-        for parameter, flag in grads:
-            parameter.requires_grad_(flag)
+        finally:
+            for module, flag in flags:
+                if isinstance(module, CapturedModule):  # its graph goes with the flag
+                    module.train(flag)
+                module.training = flag
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -263,8 +261,9 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
     )
-    place, mode = raised_at(error), "train" if training else "eval"
-    where = f", at {place}" if place else ""
+    mode = "train" if training else "eval"
+    place = raised_at(error)
+    where = f", at {place}" if place else f", in the forward at {defined_at(model.forward)}"
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{where}: "
         f"{type(error).__name__}: {reason.rstrip('.')}. {advice}"

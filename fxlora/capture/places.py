@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 
 import sympy
@@ -27,6 +27,12 @@ def raised_at(error: BaseException) -> str:
 def called_at() -> str:
     """`file:line` of the model's code that is running now, below fxlora's own; or ""."""
     return _innermost(reversed(list(_up(inspect.currentframe()))))
+
+
+def defined_at(function: Callable[..., object]) -> str:
+    """`file:line` of a function's definition."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
 def _down(trace: TracebackType | None) -> Iterable[tuple[str, int]]:

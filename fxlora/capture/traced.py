@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
+from ..errors import CaptureError
 from .exported import capture_error, mode_of
 from .functions import opaque_functions
 
@@ -34,10 +35,13 @@ def trace_mode(model: nn.Module, training: bool) -> fx.GraphModule:
         traced = _copy(model)
         with mode_of(traced, training), opaque_functions(), _Watch(traced):
             graph = WeightTracer().trace(traced, _defaults(traced))
+            module = fx.GraphModule(traced, graph)  # takes the constants along, which are on traced
+    except CaptureError:
+        raise
     except Exception as error:
         raise capture_error(model, training, error) from error
     lower(graph)
-    return fx.GraphModule(traced, graph)
+    return module
 
 
 def _copy(model: nn.Module) -> nn.Module:

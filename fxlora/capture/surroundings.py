@@ -1,0 +1,164 @@
+"""What a capture must neither see nor change: the model's state, dice, autocast, torch's talk.
+
+torch.export is not safe to call from two threads, and what is patched here is global: one capture
+at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import _trace
+
+from ..errors import CaptureError
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Generator[None]:
+    """Run a model's forward for its graph, and leave everything as it was.
+
+    Gradients are on and autocast is off inside, whatever is in force around: a graph runs under
+    the modes of its caller, as the source does.
+
+    Raises:
+        CaptureError: the forward draws Python's or numpy's random numbers.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
+        stack.enter_context(_state_of(model))
+        stack.enter_context(_quiet())
+        stack.enter_context(_dice(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _state_of(model: nn.Module) -> Generator[None]:
+    """Attributes that a forward sets, and lists that it adds to, as they were before.
+
+    They would hold tensors of the trace. Parameters, buffers and hooks are in such dicts, too.
+    """
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    containers = [
+        (value, copy.copy(value))
+        for held in attributes
+        for value in held.values()
+        if isinstance(value, list | dict | set)
+    ]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, held in zip(modules, attributes, strict=True):
+            _put_back(module.__dict__, held)
+        for container, before in containers:
+            _put_back(container, before)
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
+
+
+def _put_back(container: Any, before: Any) -> None:
+    same = len(container) == len(before) and all(
+        a is b for a, b in zip(_items(container), _items(before), strict=True)
+    )
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _items(container: Any) -> list[Any]:
+    if isinstance(container, dict):
+        return [item for pair in container.items() for item in pair]  # pyright: ignore[reportUnknownVariableType]
+    return list(container)
+
+
+# ---- dice ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _dice(model: nn.Module) -> Generator[None]:
+    """Every generator as it was. What Python's or numpy's gives would be a constant of the graph.
+
+    (torch's own draws are nodes.)
+    """
+    numpy: Any = sys.modules.get("numpy")
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    python, arrays = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+        drawn = [] if random.getstate() == python else ["random"]
+        if numpy and not _same_state(numpy.random.get_state(), arrays):
+            drawn.append("numpy.random")
+        if drawn:
+            raise CaptureError(
+                f"{type(model).__name__} draws numbers from {' and '.join(drawn)} in its forward, "
+                "which a graph would repeat for ever. Draw them with torch (torch.rand), or turn "
+                "what needs them off."
+            )
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(arrays)
+
+
+def _same_state(first: Any, second: Any) -> bool:
+    return all(
+        bool((a == b).all()) if hasattr(a, "all") else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+# ---- torch's talk -------------------------------------------------------------------------------
+
+_LOGGERS = (
+    "torch.export",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.experimental.proxy_tensor",
+)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep torch.export from printing half a graph where it refuses a model: the error says it.
+
+    A refusal may only mean that the next attempt is made. TORCH_LOGS shows all of it.
+    """
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    exporting: Any = _trace
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    exporting.print = _nothing  # in that module alone; what the model prints is its own
+    try:
+        yield
+    finally:
+        del exporting.print
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(*_: object, **__: object) -> bool:
+    return False
