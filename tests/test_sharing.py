@@ -304,3 +304,72 @@ def test_calls_from_several_threads() -> None:
     expected = [lora(x) for x in inputs]
     for a, b in zip(in_threads([lambda x=x: lora(x) for x in inputs]), expected, strict=True):
         assert torch.equal(a, b)
+
+
+# ---- dtypes -------------------------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """A convolution, a norm and linears: one site for every form of branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, groups=3)
+        self.norm = nn.LayerNorm(6)
+        self.fc = nn.Linear(6, 5)
+        self.head = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(torch.relu(self.conv(x)).mean((2, 3)))
+        return torch.tanh(self.fc(y)) @ (self.head * 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float64, False),
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+        (torch.float16, False),  # under bfloat16's autocast torch itself refuses the norm
+    ],
+)
+def test_a_training_step_in_every_dtype(dtype: torch.dtype, autocast: bool) -> None:
+    model, x = Both().to(dtype), torch.randn(4, 3, 9, 7, dtype=dtype)
+    before = snapshot(model)
+    gm = fxlora.capture(model, x)
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule(lora=LoraConfig(r=2))))
+    assert {entry.form for entry in lora.plan} == {"branch", "weight"}
+    parameters = fxlora.lora_parameters(lora)
+    assert {p.dtype for p in parameters} == {dtype}
+    randomise(lora)
+    start = [p.detach().clone() for p in parameters]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(gm(x), model(x))
+        loss = lora(x).float().square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in parameters)
+    torch.optim.SGD(parameters, 0.05).step()
+    assert all(not torch.equal(a, b) for a, b in zip(parameters, start, strict=True))
+    folded = fxlora.fold(lora).eval()
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    unfolded, base, found = (m.eval()(x).double() for m in (lora, gm, folded))
+    effect = float((unfolded - base).abs().max())
+    assert effect > 0
+    rounding = float(torch.finfo(dtype).eps) * 30 * float(unfolded.abs().max())
+    assert float((found - unfolded).abs().max()) <= rounding
+    assert_untouched(model, before)
+
+
+def test_a_model_without_data() -> None:
+    with torch.device("meta"):
+        model, x = Both(), torch.randn(4, 3, 9, 7)
+    gm = fxlora.capture(model, x)
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule(lora=LoraConfig(r=2))))
+    loss = lora(x).square().sum()
+    loss.backward()
+    assert {p.device.type for p in lora.parameters()} == {"meta"}
+    assert all(p.grad is not None for p in fxlora.lora_parameters(lora))
+    folded = fxlora.fold(lora)
+    assert folded(x).shape == model(x).shape == (4, 4)

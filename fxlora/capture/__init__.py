@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..alike import alike
 from ..dialect import written_attributes
@@ -54,10 +55,10 @@ def capture(
             "it for other inputs, capture the source model again."
         )
     refuse_backward_hooks(model)
-    if stray := next((n for n, t in model.named_parameters() if t.is_inference()), None):
+    if any(not is_lazy(p) and p.is_inference() for p in model.parameters()):
         raise CaptureError(
-            f"{type(model).__name__} was made under torch.inference_mode ('{stray}'), and such "
-            "weights can never take part in training. Make it outside, or capture copy.deepcopy(model)."
+            f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
+            "never take part in training. Make it outside, or capture copy.deepcopy(model)."
         )
     if isinstance(args, torch.Tensor):
         args = (args,)
