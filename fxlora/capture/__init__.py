@@ -42,7 +42,8 @@ def capture(
         kwargs: example keyword arguments.
         dynamic_shapes: torch.export's specification of the dynamic dimensions. By default
             the batch (dimension 0 of the first tensor, and of those that share its size) is
-            dynamic and the rest is as in the example.
+            dynamic and the rest is as in the example. What you ask for and the model fixes is an
+            error, for `Dim.AUTO` too.
 
     Raises:
         CaptureError: the model cannot be captured; says where in the model's code.
