@@ -76,6 +76,8 @@ class CapturedModule(fx.GraphModule):
         self.grads: frozenset[str] = frozenset()
         self.outputs: frozenset[str] = frozenset()
         self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+        if any(spec and spec.updates for spec in inputs.values()):
+            self.register_forward_hook(_update_inputs, with_kwargs=True)
         self.train(training)
 
     # ---- modes ------------------------------------------------------------------------------
@@ -269,6 +271,14 @@ def _check_inputs(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[st
     spec = module.inputs[module.mode]
     if spec is not None:
         spec.check(args, kwargs)
+
+
+def _update_inputs(
+    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    spec = module.inputs[module.mode]
+    if spec is not None:
+        spec.update(args, kwargs, output)
 
 
 # ---- devices and dtypes that a graph names ------------------------------------------------------

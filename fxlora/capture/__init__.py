@@ -12,6 +12,7 @@ from ..dialect import written_attributes
 from ..errors import CaptureError
 from ..module import MODES, CapturedModule
 from .exported import examples_for, export_mode
+from .pytrees import register_containers
 from .traced import trace_mode
 from .tree import attach, build_tree
 
@@ -70,6 +71,7 @@ def capture(
 def _capture_exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> CapturedModule:
+    register_containers(model)
     examples = examples_for(args, kwargs, dynamic_shapes)
     sources: dict[str, fx.GraphModule] = {}
     inputs: dict[str, Any] = {}

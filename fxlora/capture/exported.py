@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -27,8 +27,10 @@ from ..inputs import (
     InputSpec,
     IntegerInput,
     TensorInput,
+    Update,
 )
 from ..module import CapturedModule
+from .pytrees import watch_updates
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +74,13 @@ def export_mode(
 
 
 def _attempt(model: nn.Module, example: Example) -> tuple[fx.GraphModule, InputSpec]:
-    program = run_export(model, example)
+    with watch_updates(model) as updates:
+        program = run_export(model, example)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     spec = _contract(program, module, model, example)
+    names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
+    spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
     if spec.excludes_one and _holds_for_one(model, module, spec, example):
         spec = spec.with_one()
     return module, spec
@@ -227,8 +232,9 @@ def capture_error(model: nn.Module, training: bool, error: BaseException) -> Cap
     """The error of a capture that failed, with the line of the model's code that it came from."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
     advice = (
-        "Inputs and outputs must be tensors in containers that pytree knows: have the model return "
-        "no cache (transformers: use_cache=False)."
+        "Inputs and outputs must be tensors in containers that pytree knows: register the class "
+        "(torch.utils._pytree.register_pytree_node), or have the model return no cache "
+        "(transformers: use_cache=False, or a release whose exporters register its caches)."
         if "register a pytree" in str(error)
         else "Try the model on the same inputs; where its forward branches on values of tensors, "
         "capture the submodules that do not."
