@@ -302,7 +302,7 @@ class InputSpec:
             names = ", ".join(leaf.name for leaf in leaves)
             raise InputError(
                 f"captured with the structure {names}; called with another one: "
-                f"{shortened(found)}."
+                f"{first_difference(found, structure)}"
             )
         return items
 
@@ -316,7 +316,10 @@ def category_of(dtype: torch.dtype) -> str:
     return "boolean" if dtype == torch.bool else "integer"
 
 
-def shortened(value: object, length: int = 300) -> str:
-    """The beginning of a long description, on one line."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= length else f"{text[:length]} …"
+def first_difference(found: object, expected: object) -> str:
+    """Where two descriptions part, in a few words of each."""
+    ours, theirs = (" ".join(str(value).split()) for value in (found, expected))
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    end = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    begin = max(end - 30, 0)
+    return f"…{ours[begin : end + 40]}… instead of …{theirs[begin : end + 40]}…"

@@ -230,21 +230,25 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 
 def capture_error(model: nn.Module, training: bool, error: BaseException) -> CaptureError:
     """The error of a capture that failed, with the line of the model's code that it came from."""
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    advice = (
-        "Inputs and outputs must be tensors in containers that pytree knows: register the class "
-        "(torch.utils._pytree.register_pytree_node), or have the model return no cache "
-        "(transformers: use_cache=False, or a release whose exporters register its caches)."
-        if "register a pytree" in str(error)
-        else "Try the model on the same inputs; where its forward branches on values of tensors, "
-        "capture the submodules that do not."
-    )
+    reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+    advice = next(advice for words, advice in _ADVICE.items() if words in str(error))
     place, mode = _user_line(error), "train" if training else "eval"
     return CaptureError(
         f"{type(model).__name__} could not be captured in {mode} mode{place}: "
         f"{type(error).__name__}: "
-        f"{reason[0][:300].rstrip('.')}. {advice}"
+        f"{reason[:300].rstrip('.')}. {advice}"
     )
+
+
+_ADVICE = {
+    "register a pytree": "Inputs and outputs must be tensors in containers that pytree knows: "
+    "register the class (torch.utils._pytree.register_pytree_node), or have the model return no "
+    "cache (transformers: use_cache=False, or a release whose exporters register its caches).",
+    "Constraints violated": "Give Dim.AUTO for that dimension, or a Dim with a range that the "
+    "model treats alike.",
+    "": "Try the model on the same inputs; where its forward branches on values of tensors, "
+    "capture the submodules that do not.",
+}
 
 
 def _user_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ _REGISTRARS: dict[str, Callable[[nn.Module], None]] = {"transformers": _register
 
 
 @contextmanager
-def watch_updates(model: nn.Module) -> Iterator[dict[int | str, Any]]:
+def watch_updates(model: nn.Module) -> Generator[dict[int | str, Any]]:
     """Finds the containers among the arguments that a forward changes in place.
 
     A graph takes tensors out of containers and returns others: of a cache that the source brings
