@@ -15,7 +15,15 @@ from torch.export import Dim
 import fxlora
 from fxlora import CaptureError, InjectError, InputError, LoraConfig
 
-from .laws import assert_close, assert_untouched, merged_weights, randomise, snapshot
+from .laws import (
+    assert_close,
+    assert_untouched,
+    floats,
+    merged_weights,
+    oracle,
+    randomise,
+    snapshot,
+)
 from .models import Mlp
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
@@ -365,3 +373,88 @@ def test_a_host_trains_its_adapters() -> None:
     optimizer.step()
     assert float((host.eval()(x) - start).detach().abs().max()) > 0
     assert_untouched(model, before)
+
+
+# ---- what else transformers' models do ----------------------------------------------------------
+
+LABELS = IDS.flip(1).contiguous()
+MOE = {"num_experts_per_tok": 2, "num_hidden_layers": 1, "use_cache": False}
+ONE = {"num_hidden_layers": 1, "use_cache": False}
+
+
+def mixtral() -> Any:
+    return build("MixtralForCausalLM", "MixtralConfig", **SMALL | MOE, num_local_experts=4)
+
+
+def qwen2_moe() -> Any:
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 18}
+    return build("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **SMALL | MOE | experts)
+
+
+def t5_for_labels() -> Any:
+    config = {**T5, "num_layers": 1, "decoder_start_token_id": 0, "pad_token_id": 0}
+    return build("T5ForConditionalGeneration", "T5Config", **config)
+
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (mixtral, {"input_ids": IDS, "labels": LABELS}),
+    "qwen2_moe": (qwen2_moe, {"input_ids": IDS}),
+    "encoder-decoder": (t5_for_labels, {"input_ids": IDS, "labels": LABELS}),
+    "tied, tuple": (
+        lambda: llama(**ONE, tie_word_embeddings=True),
+        {"input_ids": IDS, "return_dict": False, "labels": LABELS},
+    ),
+    "eager": (
+        lambda: llama(**ONE, attn_implementation="eager", attention_dropout=0.2),
+        {"input_ids": IDS, "output_attentions": True, "output_hidden_states": True},
+    ),
+    "embeds": (lambda: llama(**ONE), {"inputs_embeds": torch.linspace(-1, 1, 648).view(3, 9, 24)}),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_calls(kind: str) -> None:
+    model_of, kwargs = CALLS[kind]
+    model = model_of()
+    gm = fxlora.capture(model, (), kwargs)
+    wider = {k: torch.cat([v, v[:2]]) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    for training in (True, False):
+        source = copy.deepcopy(model).train(training)
+        for given in (kwargs, wider):
+            assert_alike(call(gm.train(training), given), call(source, given))
+    targets = {"encoder-decoder": ["q", "v", "wi", "wo"], "qwen2_moe": ["q_proj", "up_proj"]}
+    config = LoraConfig(r=3, target_modules=targets.get(kind, "all-linear"))
+    lora = fxlora.inject(gm, fxlora.match(gm, config))
+    randomise(lora)
+    expected = floats(call(merged(model, lora), kwargs))
+    base = floats(call(gm, kwargs))
+    assert max(float((a - b).abs().max()) for a, b in zip(base, expected, strict=True)) > 1e-3
+    for module in (lora, fxlora.fold(lora)):
+        assert_close(floats(call(module, kwargs)), expected, 1e-4)
+
+
+def test_gradient_checkpointing() -> None:
+    kwargs = {"input_ids": IDS, "labels": LABELS}
+    model = llama(use_cache=False, attention_dropout=0.2).double().train()
+    plain = copy.deepcopy(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.warns(fxlora.FxLoraWarning, match="checkpoints activations"):
+        gm = fxlora.capture(model, (), kwargs)
+    lora = fxlora.inject(
+        gm, fxlora.match(gm, LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    )
+    randomise(lora)
+    factors = {n: p.detach().clone().requires_grad_() for n, p in lora.named_parameters()}
+    factors = {n: p for n, p in factors.items() if "lora_" in n}
+    torch.manual_seed(3)
+    expected = oracle(plain, lora, factors, (), kwargs)[0]
+    torch.manual_seed(3)
+    found = lora(**kwargs).loss
+    assert_close([found], [expected])
+    found.backward()
+    gradients = torch.autograd.grad(expected, list(factors.values()))
+    for name, gradient in zip(factors, gradients, strict=True):
+        assert float(gradient.abs().max()) > 0
+        assert_close([lora.get_parameter(name).grad], [gradient], 1e-8)
+    folded = fxlora.fold(lora).eval()
+    assert_close([call(folded, kwargs).loss], [call(lora.eval(), kwargs).loss])

@@ -11,6 +11,7 @@ from ..alike import alike
 from ..dialect import written_attributes
 from ..errors import CaptureError
 from ..module import MODES, CapturedModule
+from .autograd import watch_autograd
 from .exported import examples_for, export_mode
 from .pytrees import register_containers
 from .traced import trace_mode
@@ -65,7 +66,8 @@ def capture(
         return _capture_traced(model)
     if not isinstance(args, tuple | list | None):
         raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
-    return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+    with watch_autograd(model):
+        return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
 
 
 def _capture_exported(

@@ -287,8 +287,7 @@ def _contract(
 
 def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Iterator[Guard]:
     """torch.export's remaining assumptions, written over the leaves instead of its `L[...]`."""
-    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
-    paths = [f"L{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(dict(bound))[0]]
+    paths = _paths(model, example)
     by_length = sorted(enumerate(paths), key=lambda item: -len(item[1]))
     for text in getattr(program, "_guards_code", None) or ():
         code = text
@@ -304,6 +303,24 @@ def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Ite
         holds = eval(f"lambda V: {code}", {"math": math, "Max": max, "Min": min})
         excludes_one = re.fullmatch(r"V\[\d+\]\.size\(\)\[0\] (!= 1|> 1|>= 2)", code) is not None
         yield Guard(readable, holds, excludes_one)
+
+
+def _paths(model: nn.Module, example: Example) -> list[str]:
+    """What torch.export calls each leaf of the inputs, in the order of the call.
+
+    Its names follow the forward's signature, in which keywords may stand elsewhere.
+    """
+    values = [*example.args, *example.kwargs.values()]
+    numbers = list(range(len(values)))
+    split = len(example.args)
+    keywords = dict(zip(example.kwargs, numbers[split:], strict=True))
+    bound = inspect.signature(model.forward).bind(*numbers[:split], **keywords).arguments
+    places = {number: path for path, number in pytree.tree_flatten_with_path(dict(bound))[0]}
+    return [
+        f"L{pytree.keystr((*places[number], *path))}"
+        for number, value in enumerate(values)
+        for path, _ in pytree.tree_flatten_with_path(value)[0]
+    ]
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:
