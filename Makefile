@@ -39,6 +39,7 @@ bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/capture_cost.py
 
 clean: ## remove the environments and what the demo wrote
 	rm -rf .venv .venv-floor demo-output build *.egg-info

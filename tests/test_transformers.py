@@ -139,7 +139,7 @@ def test_a_given_cache_follows_the_sources() -> None:
     model = llama()
     step = decode_step(model)
     kept = copy.deepcopy(step["past_key_values"])
-    batch, past = Dim("batch"), Dim("past")
+    batch, past = Dim.AUTO, Dim.AUTO
     shapes = {"input_ids": {0: batch}, "past_key_values": [{0: batch, 2: past}] * 4}
     gm = fxlora.capture(model, (), step, dynamic_shapes=shapes | {"use_cache": None}).eval()
     assert_alike(step["past_key_values"], kept)
