@@ -40,6 +40,7 @@ bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/capture_memory.py
+	$(BIN)/python benchmarks/capture_cost.py
 
 coverage: $(VENV)/coverage ## every model of torchvision, timm's families, transformers' architectures (hours)
 	$(BIN)/python benchmarks/coverage.py --json coverage.json $(ARGS)

@@ -17,6 +17,7 @@ from .errors import (
     VerificationError,
 )
 from .export import export
+from .host import hosted, recorded_calls
 from .module import CapturedModule
 from .plan import Plan
 from .report import report
@@ -49,11 +50,13 @@ __all__ = [
     "capture",
     "export",
     "fold",
+    "hosted",
     "inject",
     "load_adapter",
     "load_rules",
     "lora_parameters",
     "match",
+    "recorded_calls",
     "remove",
     "report",
     "save_adapter",

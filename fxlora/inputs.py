@@ -164,6 +164,31 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A container among the arguments (a cache) that the source changes in place and returns.
+
+    Attributes:
+        argument: its name.
+        path: where it stands in the output.
+    """
+
+    argument: str
+    path: Any  # a pytree.KeyPath
+
+    def apply(self, given: Any, output: Any) -> None:
+        """Give the caller's container the state of the one that the graph returned."""
+        returned = pytree.key_get(output, self.path)
+        if isinstance(given, dict):
+            given.clear()
+            given.update(returned)
+        elif isinstance(given, list):
+            given[:] = returned
+        else:
+            for name, value in vars(returned).items():
+                setattr(given, name, value)
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """The arguments of a captured graph by name, each with its structure and its leaves."""
 
@@ -171,6 +196,7 @@ class InputSpec:
     structures: tuple[Any, ...]  # one pytree.TreeSpec per argument
     leaves: tuple[tuple[Input, ...], ...]
     guards: tuple[Guard, ...] = ()
+    updates: tuple[Update, ...] = ()
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise InputError unless the graph holds for these arguments."""
@@ -198,6 +224,12 @@ class InputSpec:
         ):
             found += zip(leaves, self._flatten(value, structure, leaves), strict=True)
         return found
+
+    def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Change the arguments that the source changes in place, after a call."""
+        given = dict(zip(self.names, self._bind(args, kwargs), strict=True))
+        for update in self.updates:
+            update.apply(given[update.argument], output)
 
     def allowing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputSpec | None:
         """The contract without what excludes sizes of 0 and 1 from these inputs.
@@ -264,7 +296,8 @@ class InputSpec:
         if found != structure:
             names = ", ".join(leaf.name for leaf in leaves)
             raise InputError(
-                f"captured with the structure {names}; called with another one: {found}."
+                f"captured with the structure {names}; called with another one: "
+                f"{first_difference(found, structure)}"
             )
         return items
 
@@ -276,3 +309,12 @@ def category_of(dtype: torch.dtype) -> str:
     if dtype.is_complex:
         return "complex"
     return "boolean" if dtype == torch.bool else "integer"
+
+
+def first_difference(found: object, expected: object) -> str:
+    """Where two descriptions part, in a few words of each."""
+    ours, theirs = (" ".join(str(value).split()) for value in (found, expected))
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    end = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    begin = max(end - 30, 0)
+    return f"…{ours[begin : end + 40]}… instead of …{theirs[begin : end + 40]}…"

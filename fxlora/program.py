@@ -65,6 +65,8 @@ class ProgramModule(fx.GraphModule):
             self.__dict__[name] = held
         self.program = program
         self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+        if any(spec and spec.updates for spec in program.inputs.values()):
+            self.register_forward_hook(_update_inputs, with_kwargs=True)
         self.choose(training)
 
     @property
@@ -128,3 +130,11 @@ def _check_inputs(module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str
     spec = module.program.inputs[module.mode]
     if spec is not None:
         spec.check(args, kwargs)
+
+
+def _update_inputs(
+    module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    spec = module.program.inputs[module.mode]
+    if spec is not None:
+        spec.update(args, kwargs, output)

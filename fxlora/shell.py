@@ -127,6 +127,8 @@ class _Region:
             spec = runner.program.inputs[runner.mode]
             if spec is None or spec.holds_for(args, kwargs):
                 output = runner.forward(*args, **kwargs)
+                if spec is not None:
+                    spec.update(args, kwargs, output)
                 self.shell.note(self.path, args, kwargs, output)
                 return output
         raise InputError(f"region '{self.path}': {self._refusal(args, kwargs)}")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import CaptureError, FxLoraWarning, InputError
@@ -597,3 +600,41 @@ def test_a_guard_on_strides_does_not_exclude_a_batch_of_one() -> None:
         for batch in (1, 3):
             x = torch.randn(batch, 5, 6)
             assert torch.equal(gm(x), model(x))
+
+
+class EvenOrOdd(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (2 if a.shape[0] % 2 == 0 else 3) * a.sum() + b.sum()
+
+
+def test_guards_know_keywords_in_any_order() -> None:
+    shapes = {"b": {0: Dim.AUTO}, "a": {0: Dim.AUTO}}
+    example = {"b": torch.ones(7), "a": torch.ones(4)}
+    gm = fxlora.capture(EvenOrOdd(), (), example, dynamic_shapes=shapes)
+    assert float(gm(b=torch.ones(3), a=torch.ones(6))) == 15
+    with pytest.raises(InputError, match=r"a\.shape"):
+        gm(b=torch.ones(4), a=torch.ones(5))
+
+
+class Checkpointed(Mlp):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> Any:
+        inner = super().forward
+        return checkpoint(inner, x, use_reentrant=self.reentrant) if self.training else inner(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_regions_keep_their_gradients(reentrant: bool) -> None:
+    model, x = Checkpointed(reentrant).double(), torch.randn(4, 5, dtype=torch.double)
+    gm = fxlora.capture(model, x)
+    plain = Mlp().double()
+    plain.load_state_dict(model.state_dict())
+    for module in (gm, plain):
+        torch.manual_seed(1)
+        module.train()(x).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any()
+        assert torch.equal(gm.get_parameter(name).grad, parameter.grad)

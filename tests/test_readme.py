@@ -27,6 +27,8 @@ def test_python_blocks_run(number: int, tmp_path: Path) -> None:
     code = blocks("python")[number]
     if "import peft" in code:
         pytest.importorskip("peft", reason="peft is optional")
+    if "transformers" in code:
+        pytest.importorskip("transformers", reason="transformers is optional")
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)

@@ -20,7 +20,7 @@ LAYERS = [
     {"forms"},
     {"rules", "passes"},
     {"verbs"},
-    {"report", "adapters", "verify", "export"},
+    {"report", "adapters", "verify", "export", "host"},
     {"__init__"},
     {"cli"},
     {"__main__"},

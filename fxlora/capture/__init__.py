@@ -20,6 +20,7 @@ from ..tables import some
 from .checkpoints import gather_checkpoints
 from .exported import Source, examples_for, export_modes, in_signature_order
 from .hooks import refuse_backward_hooks
+from .pytrees import register_containers
 from .regions import capture_regions
 from .traced import trace_mode
 from .tree import attach, build_tree
@@ -107,6 +108,7 @@ def _hidden_name(model: nn.Module) -> str | None:
 def _capture_exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> CapturedModule:
+    register_containers(model)
     kwargs = in_signature_order(model, kwargs)
     try:
         source = export_modes(model, examples_for(args, kwargs, dynamic_shapes))

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -29,6 +29,7 @@ from ..inputs import (
     InputSpec,
     IntegerInput,
     TensorInput,
+    Update,
 )
 from ..module import CapturedModule
 from ..program import MODES
@@ -36,6 +37,7 @@ from .checkpoints import marked_checkpoints, marks_of
 from .functions import opaque_functions
 from .hooks import no_tensor_hooks
 from .places import defined_at, raised_at
+from .pytrees import watch_updates
 from .sizes import refuse_fixed_sizes
 from .surroundings import refuse_constant_dice, undisturbed
 
@@ -129,9 +131,12 @@ def depends_on_data(error: BaseException | None) -> bool:
 
 
 def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphModule, InputSpec]:
-    with refuse_fixed_sizes(model, mode) if example.asked else nullcontext():
+    fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
+    with fixed, watch_updates(model) as updates:
         program, module = _exported(model, example)
     spec = _contract(program, module, model, example)
+    names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
+    spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
     return module, allowing(model, module, spec, _of_batch_one(spec, example)) or spec
 
 
@@ -313,15 +318,20 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 
 def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureError:
     """The error of an export that failed."""
-    advice = (
-        "Inputs and outputs must be tensors in containers that pytree knows "
-        "(torch.export.register_dataclass makes a dataclass one): have the model return no cache "
-        "(transformers: use_cache=False)."
-        if "pytree" in str(error)
-        else "Try the model on the same inputs; where its forward branches on values of tensors, "
-        "capture the submodules that do not."
-    )
+    advice = next(advice for words, advice in _ADVICE.items() if words in str(error))
     return unable(model, f"could not be captured in {mode} mode", error, advice)
+
+
+_ADVICE = {
+    "pytree": "Inputs and outputs must be tensors in containers that pytree knows: register the "
+    "class (torch.export.register_dataclass for a dataclass, else "
+    "torch.utils._pytree.register_pytree_node), or have the model return no cache (transformers: "
+    "use_cache=False, or a release whose exporters register its caches).",
+    "Constraints violated": "Give Dim.AUTO for that dimension, or a Dim with a range that the "
+    "model treats alike.",
+    "": "Try the model on the same inputs; where its forward branches on values of tensors, "
+    "capture the submodules that do not.",
+}
 
 
 def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> CaptureError:
@@ -363,8 +373,7 @@ def _contract(
 
 def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Iterator[Guard]:
     """torch.export's remaining assumptions, written over the leaves instead of its `L[...]`."""
-    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
-    paths = [f"L{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(dict(bound))[0]]
+    paths = _paths(model, example)
     by_length = sorted(enumerate(paths), key=lambda item: -len(item[1]))
     for text in getattr(program, "_guards_code", None) or ():
         code = text
@@ -386,6 +395,24 @@ def _excludes_small(code: str) -> bool:
     more = any(word in code for word in (" and ", " or ", "==", "%"))
     form = r".+ (!= [01]|> [01]|>= [12])|(0|1) < .+|(1|2) <= .+"
     return not more and re.fullmatch(form, code) is not None
+
+
+def _paths(model: nn.Module, example: Example) -> list[str]:
+    """What torch.export calls each leaf of the inputs, in the order of the call.
+
+    Its names follow the forward's signature, in which keywords may stand elsewhere.
+    """
+    values = [*example.args, *example.kwargs.values()]
+    numbers = list(range(len(values)))
+    split = len(example.args)
+    keywords = dict(zip(example.kwargs, numbers[split:], strict=True))
+    bound = inspect.signature(model.forward).bind(*numbers[:split], **keywords).arguments
+    places = {number: path for path, number in pytree.tree_flatten_with_path(dict(bound))[0]}
+    return [
+        f"L{pytree.keystr((*places[number], *path))}"
+        for number, value in enumerate(values)
+        for path, _ in pytree.tree_flatten_with_path(value)[0]
+    ]
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:

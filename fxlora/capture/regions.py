@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from .exported import (
     allowing,
     depends_on_data,
     export_modes,
+    in_signature_order,
     mode_of,
     unable,
 )
@@ -99,9 +101,11 @@ def _graphs_of_kind(root: nn.Module, path: str, calls: Sequence[Call]) -> list[S
 
 def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     failure: CaptureError | None = None
+    module = root.get_submodule(path)
     for example in _examples(calls):
+        ordered = replace(example, kwargs=in_signature_order(module, example.kwargs))
         try:
-            source = export_modes(root.get_submodule(path), [example], root=root, path=path)
+            source = export_modes(module, [ordered], root=root, path=path)
             for call in calls:
                 _serve(root, source, call)
             return source

@@ -1,0 +1,107 @@
+"""What a capture costs: one torch.export against capture + match + inject, by depth.
+
+Llama-3-8B's shape on the meta device, so that nothing but the machinery takes time, with a
+dynamic batch and sequence on both sides; and two layers of real tensors beside two of none. A
+capture exports the model in both modes, and each again with a batch of 1 where torch.export
+guards against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import Report, Side, Timing, interleave, parser, start
+from torch import nn
+from torch.export import Dim
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxlora
+
+LAYERS = [2, 4, 8, 16, 32, 64]
+SHAPES = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
+RULES = fxlora.LoraConfig(r=16, target_modules="all-linear")
+
+
+EXPORT, ADAPT, INJECT = "one export", "capture + match + inject", "of it match + inject"
+
+
+def main() -> None:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, metavar="N")
+    options = start(options_parser, rounds=3)
+    options.layers = options.layers[:2] if options.quick else options.layers
+    report = Report(options)
+    shape = "Llama-3-8B's shape, batch and sequence dynamic"
+    deep = [measured(layers, "meta", 128256, options) for layers in options.layers]
+    add(report, f"{shape}, on the meta device (one round from 16 layers on)", deep)
+    pair = [measured(2, place, 1024, options) for place in ("meta", options.device)]
+    add(report, f"{shape}, a vocabulary of 1,024, without values and with", pair)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both sides on one model."""
+
+    name: str
+    layers: int
+    nodes: int
+    times: dict[str, Timing]
+
+    def row(self) -> dict[str, str]:
+        adapt, per = self.times[ADAPT], statistics.median(self.times[ADAPT].seconds) / self.layers
+        return {
+            "layers": self.name,
+            "nodes": f"{self.nodes:,}",
+            **{f"{side}, ms": str(timing) for side, timing in self.times.items()},
+            "ms per layer": f"{1e3 * per:.0f}",
+            "capture + match + inject / one export": f"{adapt.over(self.times[EXPORT]):.2f}",
+        }
+
+
+def measured(layers: int, place: str, vocabulary: int, options: argparse.Namespace) -> Measured:
+    model = llama(layers, place, vocabulary)
+    example = {"input_ids": torch.zeros(2, 64, dtype=torch.long, device=place)}
+    captured = fxlora.capture(model, (), example, dynamic_shapes=SHAPES)
+
+    def export(_: Any) -> object:
+        return torch.export.export(model, (), example, dynamic_shapes=SHAPES, strict=False)
+
+    def adapt(_: Any) -> object:
+        return fxlora.adapt(model, (), example, rules=RULES, dynamic_shapes=SHAPES)
+
+    def inject(_: Any) -> object:
+        return fxlora.inject(captured, fxlora.match(captured, RULES))
+
+    sides = {EXPORT: Side(export), ADAPT: Side(adapt), INJECT: Side(inject)}
+    rounds, warmup = (options.rounds, 1) if layers <= 8 else (1, 0)
+    times = interleave(sides, rounds, options.device, warmup)
+    return Measured(f"{layers} ({place})", layers, len(captured.graph.nodes), times)
+
+
+def llama(layers: int, place: str, vocabulary: int) -> nn.Module:
+    """In evaluation mode, as both sides take it first."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        use_cache=False,
+        dtype=torch.bfloat16,
+    )
+    with torch.device(place):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def add(report: Report, title: str, rows: list[Measured]) -> None:
+    timings = {f"{m.name}, {side}": t for m in rows for side, t in m.times.items()}
+    report.add(title, [m.row() for m in rows], timings)
+
+
+if __name__ == "__main__":
+    main()

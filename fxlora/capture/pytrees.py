@@ -1,0 +1,114 @@
+"""Containers around tensors: what their packages must register, and what a forward changes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def register_containers(model: nn.Module) -> None:
+    """Have the packages that a model's classes come from register their containers with pytree.
+
+    torch.export takes and returns registered containers only. This does what the packages' own
+    exporters do, once for the process, and imports no package that the model has not.
+    """
+    kinds = {type(module): module for module in model.modules()}
+    for package, register in _REGISTRARS.items():
+        if package in sys.modules:
+            members = [m for kind, m in kinds.items() if _comes_from(kind, package)]
+            for member in {type(m).__module__: m for m in members}.values():
+                register(member)
+
+
+def _comes_from(kind: type, package: str) -> bool:
+    return any(base.__module__.partition(".")[0] == package for base in kind.__mro__)
+
+
+def _register_caches(module: nn.Module) -> None:
+    """transformers' caches: DynamicCache, EncoderDecoderCache, and those of single models.
+
+    Releases before this exporter register DynamicCache alone, and lose what a sliding window has
+    counted: those are left unregistered, and torch.export says so.
+    """
+    try:
+        exporter = importlib.import_module("transformers.exporters.exporter_dynamo")
+        register: Callable[[nn.Module], None] = exporter.register_cache_pytrees_for_model
+    except (ImportError, AttributeError):
+        return
+    register(module)
+
+
+_REGISTRARS: dict[str, Callable[[nn.Module], None]] = {"transformers": _register_caches}
+
+
+# ---- arguments that the forward changes ---------------------------------------------------------
+
+
+@contextmanager
+def watch_updates(model: nn.Module) -> Generator[dict[int | str, Any]]:
+    """Finds the containers among the arguments that a forward changes in place.
+
+    A graph takes tensors out of containers and returns others: of a cache that the source brings
+    up to date it would leave the caller's as it was. Where the source also returns the container,
+    the caller's can follow it; where it does not, the change would be lost.
+
+    Yields:
+        the path in the output of each changed argument, by its position or name.
+
+    Raises:
+        CaptureError: in the forward, where a changed container is not among its outputs.
+    """
+    before: list[Any] = []
+    updates: dict[int | str, Any] = {}
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before[:] = map(pytree.tree_flatten, [*args, *kwargs.values()])
+
+    def compare(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        places = [*range(len(args)), *kwargs]
+        for place, value, old in zip(places, [*args, *kwargs.values()], before, strict=True):
+            if _changed(value, old):
+                updates[place] = _path_to(value, output, place, model)
+
+    handles = (
+        model.register_forward_pre_hook(remember, with_kwargs=True),
+        model.register_forward_hook(compare, with_kwargs=True),
+    )
+    try:
+        yield updates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _changed(value: Any, before: tuple[list[Any], Any]) -> bool:
+    leaves, structure = pytree.tree_flatten(value)
+    if structure.is_leaf():
+        return False
+    return structure != before[1] or any(
+        new is not old for new, old in zip(leaves, before[0], strict=True)
+    )
+
+
+def _path_to(value: Any, output: Any, place: int | str, model: nn.Module) -> Any:
+    found, _ = pytree.tree_flatten_with_path(output, is_leaf=lambda item: item is value)
+    for path, item in found:
+        if item is value:
+            return path
+    raise CaptureError(
+        f"{type(model).__name__} changes its argument {place!r} ({type(value).__name__}) in place "
+        "and does not return it; a graph would lose the change. Have the forward return it "
+        "(transformers: use_cache=True), or pass no such argument."
+    )

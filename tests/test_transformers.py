@@ -1,0 +1,460 @@
+"""Models of transformers: their caches, generate() on a graph, checkpointing, experts."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import fxlora
+from fxlora import CaptureError, InjectError, InputError, LoraConfig
+
+from .laws import (
+    assert_close,
+    assert_untouched,
+    floats,
+    merged_weights,
+    oracle,
+    randomise,
+    snapshot,
+)
+from .models import Mlp
+
+transformers = pytest.importorskip("transformers", reason="transformers is optional")
+pytest.importorskip(
+    "transformers.exporters.exporter_dynamo",
+    reason="this release of transformers does not register its caches",
+)
+
+IDS = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(5))
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+T5 = {"vocab_size": 97, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+
+
+def build(kind: str, config: str, **options: Any) -> Any:
+    """A model at random, with weights large enough for its answers to differ from each other."""
+    model = getattr(transformers, kind)(getattr(transformers, config)(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def llama(**options: Any) -> Any:
+    return build("LlamaForCausalLM", "LlamaConfig", **SMALL | options)
+
+
+def mistral() -> Any:
+    return build("MistralForCausalLM", "MistralConfig", **SMALL, sliding_window=4)
+
+
+def t5() -> Any:
+    return build("T5ForConditionalGeneration", "T5Config", **T5)
+
+
+def mamba() -> Any:
+    config = {"vocab_size": 97, "hidden_size": 24, "state_size": 5, "num_hidden_layers": 2}
+    return build("MambaForCausalLM", "MambaConfig", **config)
+
+
+def call(module: Any, kwargs: dict[str, Any]) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return module(**kwargs)
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Equal in types, attributes and bits, all the way down."""
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_alike(found[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_alike(ours, theirs)
+    elif hasattr(expected, "__dict__") and not isinstance(expected, type):
+        assert_alike(vars(found), vars(expected))
+    else:
+        assert found == expected
+
+
+# ---- caches -------------------------------------------------------------------------------------
+
+OUTPUTS = {
+    "llama": (llama, {"input_ids": IDS}, "past_key_values"),
+    "mistral": (mistral, {"input_ids": IDS}, "past_key_values"),
+    "t5": (t5, {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}, "past_key_values"),
+    "mamba": (mamba, {"input_ids": IDS, "use_cache": True}, "cache_params"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_caches_are_returned(kind: str) -> None:
+    model_of, kwargs, name = OUTPUTS[kind]
+    model = model_of()
+    before = snapshot(model)
+    gm = fxlora.capture(model, (), kwargs)
+    for training in (False, True):
+        source = copy.deepcopy(model).train(training)
+        for rows in (slice(0, 3), slice(0, 2)):
+            given = {
+                key: value[rows] if isinstance(value, torch.Tensor) else value
+                for key, value in kwargs.items()
+            }
+            found = call(gm.train(training), given)
+            assert_alike(found, call(source, given))
+        assert getattr(found, name) is found[name] is not None
+        assert found.logits.shape[0] == 2
+    assert_untouched(model, before)
+
+
+def decode_step(model: Any, batch: int = 3, past: int = 7) -> dict[str, Any]:
+    cache = call(model, {"input_ids": IDS[:batch, :past]}).past_key_values
+    return {"input_ids": IDS[:batch, -1:], "past_key_values": cache, "use_cache": True}
+
+
+def test_a_given_cache_follows_the_sources() -> None:
+    model = llama()
+    step = decode_step(model)
+    kept = copy.deepcopy(step["past_key_values"])
+    batch, past = Dim.AUTO, Dim.AUTO
+    shapes = {"input_ids": {0: batch}, "past_key_values": [{0: batch, 2: past}] * 4}
+    gm = fxlora.capture(model, (), step, dynamic_shapes=shapes | {"use_cache": None}).eval()
+    assert_alike(step["past_key_values"], kept)
+    for size, length in ((3, 7), (2, 2), (2, 5)):
+        ours = decode_step(model, size, length)
+        theirs = copy.deepcopy(ours)
+        for _ in range(3):  # the same object again: it must have grown
+            found, expected = call(gm, ours), call(model, theirs)
+            assert_close([found.logits], [expected.logits], 1e-6)
+            assert_alike(ours["past_key_values"], found.past_key_values)
+            for a, b in zip(found.past_key_values, expected.past_key_values, strict=True):
+                assert_close(list(a[:2]), list(b[:2]), 1e-6)
+        assert ours["past_key_values"].get_seq_length() == length + 3
+    empty = transformers.DynamicCache(config=model.config)
+    with pytest.raises(InputError, match="'keys': None"):
+        gm(**step | {"past_key_values": empty})
+
+
+def test_a_cache_that_the_graph_writes_to_follows_the_sources() -> None:
+    model = mamba()
+    cache = call(model, {"input_ids": IDS, "use_cache": True}).cache_params
+    step = {"input_ids": IDS[:, :1], "cache_params": cache, "use_cache": True}
+    theirs = copy.deepcopy(step)
+    gm = fxlora.capture(model, (), step).eval()
+    assert_alike(step, theirs)
+    for _ in range(2):
+        assert_alike(call(gm, step), call(model, theirs))
+        assert_alike(step, theirs)
+
+
+def test_what_a_sliding_window_has_counted_is_part_of_the_capture() -> None:
+    model = mistral()
+    step = decode_step(model)
+    theirs = copy.deepcopy(step)
+    gm = fxlora.capture(model, (), step).eval()
+    assert_close([call(gm, step).logits], [call(model, theirs).logits], 1e-6)
+    with pytest.raises(InputError, match="'cumulative_length': 8"):
+        gm(**step)
+
+
+class Recorder(nn.Module):
+    """Changes the dict and the list that it is given."""
+
+    def __init__(self, returns: bool) -> None:
+        super().__init__()
+        self.lin, self.returns = nn.Linear(5, 3), returns
+
+    def forward(self, x: torch.Tensor, seen: dict[str, Any]) -> Any:
+        seen["last"] = self.lin(x)
+        seen["all"].append(x)
+        return (x, {"state": seen}) if self.returns else x
+
+
+def test_containers_that_a_forward_changes() -> None:
+    x = torch.randn(4, 5)
+    with pytest.raises(CaptureError, match=r"changes its argument 1 \(dict\) in place"):
+        fxlora.capture(Recorder(False), (x, {"last": x, "all": [x]}))
+    model = Recorder(True)
+    gm = fxlora.capture(model, (x, {"last": x, "all": [x]}))
+    ours, theirs = {"last": x, "all": [x]}, {"last": x, "all": [x]}
+    gm(x, ours), model(x, theirs)
+    assert_alike(ours, theirs)
+    with pytest.raises(InputError, match="another"):
+        gm(x, ours)
+
+
+def test_unregistered_containers_are_refused_with_advice() -> None:
+    class Box:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x = x
+
+    class Boxing(Mlp):
+        def forward(self, x: torch.Tensor) -> Any:
+            return Box(super().forward(x))
+
+    with pytest.raises(CaptureError, match="use_cache=False"):
+        fxlora.capture(Boxing(), torch.randn(4, 5))
+
+
+def test_nothing_is_imported_that_the_model_has_not() -> None:
+    code = (
+        "import sys, torch, fxlora; fxlora.capture(torch.nn.Linear(3, 2), torch.ones(2, 3)); "
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ---- hosts --------------------------------------------------------------------------------------
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    return model.generate(ids, max_new_tokens=12, do_sample=False, **options)
+
+
+def merged(model: Any, lora: fxlora.CapturedModule) -> Any:
+    """The source with W0 + s·BA for weights."""
+    result = copy.deepcopy(model)
+    result.load_state_dict(merged_weights(model, lora, dict(lora.named_parameters())), strict=False)
+    return result
+
+
+def captured_for_generate(model: Any, **options: Any) -> fxlora.CapturedModule:
+    with fxlora.recorded_calls(model) as calls:
+        model.generate(IDS, max_new_tokens=1, **options)
+    args, kwargs = calls[0]
+    shapes = {
+        name: {0: Dim.AUTO, 1: Dim.AUTO} if isinstance(value, torch.Tensor) else None
+        for name, value in kwargs.items()
+    }
+    return fxlora.capture(model, args, kwargs, dynamic_shapes=shapes)
+
+
+def adapted(gm: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
+    lora = fxlora.inject(gm, fxlora.match(gm, config))
+    randomise(lora, 1.0)
+    return lora
+
+
+@pytest.fixture(scope="module")
+def generating() -> tuple[Any, fxlora.CapturedModule]:
+    torch.manual_seed(0)
+    model = llama()
+    return model, captured_for_generate(model, use_cache=False)
+
+
+@pytest.mark.parametrize("size", [(2, 5), (1, 3)])
+def test_generate_on_a_graph(generating: Any, size: tuple[int, int]) -> None:
+    model, gm = generating
+    before = snapshot(model)
+    ids = IDS[: size[0], : size[1]]
+    plain = generate(model, ids)
+    assert torch.equal(generate(fxlora.hosted(model, gm), ids, use_cache=False), plain)
+    lora = adapted(gm)
+    expected = generate(merged(model, lora), ids)
+    assert not torch.equal(expected, plain)
+    for module in (lora, fxlora.fold(lora)):
+        assert torch.equal(generate(fxlora.hosted(model, module), ids, use_cache=False), expected)
+    assert_untouched(model, before)
+
+
+def test_a_folded_host_is_saved_as_its_class(generating: Any, tmp_path: Any) -> None:
+    model, gm = generating
+    lora = adapted(gm)
+    fxlora.hosted(model, fxlora.fold(lora)).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(generate(loaded, IDS), generate(merged(model, lora), IDS))
+
+
+def test_what_a_host_refuses(generating: Any) -> None:
+    model, gm = generating
+    host = fxlora.hosted(model, adapted(gm))
+    assert type(host).__name__ == type(model).__name__ and isinstance(host, type(model))
+    with pytest.raises(InputError, match="past_key_values: not among the captured"):
+        generate(host, IDS)
+    with pytest.raises(InputError, match="position_ids: missing"):
+        host(IDS)
+    with pytest.raises(InjectError, match=r"'model.layers' of a host|'model' of a host"):
+        host.model(IDS)
+    with pytest.raises(InjectError, match="source model"):
+        fxlora.hosted(host, gm)
+    with pytest.raises(InjectError, match="not Linear"):
+        fxlora.hosted(model, nn.Linear(2, 3))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InjectError, match="captured from"):
+        fxlora.hosted(nn.Linear(2, 3), gm)
+    host.lm_head = nn.Linear(24, 97)
+    with pytest.raises(InjectError, match="'lm_head' of the host was replaced"):
+        generate(host, IDS, use_cache=False)
+
+
+class Optional(Mlp):
+    """An Mlp with arguments that say something only if they are given."""
+
+    def forward(
+        self, x: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = super().forward(x) * scale
+        return y if bias is None else y + bias
+
+
+def test_a_host_of_any_module() -> None:
+    model, x = Optional().double(), torch.randn(4, 5, dtype=torch.double)
+    lora = fxlora.adapt(model, x, rules=LoraConfig(r=2, target_modules=["up", "down"]))
+    randomise(lora)
+    host = fxlora.hosted(model, lora)
+    assert [n for n, _ in host.named_parameters()] == [n for n, _ in lora.named_parameters()]
+    assert all(p is lora.get_parameter(n) for n, p in host.named_parameters())
+    assert list(host.state_dict()) == list(lora.state_dict())
+    for training in (True, False):
+        host.train(training)
+        assert host.training == lora.training == host.up.training == training
+        assert_alike(call(host, {"x": x}), call(lora, {"x": x}))
+        assert_close([call(host, {"x": x})], [call(merged(model, lora).train(training), {"x": x})])
+    assert_alike(host(x, 1.0, None), lora(x))
+    for wrong in ({"scale": 2.0}, {"bias": x[0, :3]}):
+        with pytest.raises(InputError, match="not among the captured arguments"):
+            host(x, **wrong)
+
+
+def test_a_copied_or_moved_host() -> None:
+    model, x = Mlp().double().eval(), torch.randn(4, 5, dtype=torch.double)
+    lora = fxlora.adapt(model, x, rules=LoraConfig(r=2, target_modules=["up", "down"]))
+    randomise(lora)
+    host = fxlora.hosted(model, lora)
+    expected = host(x)
+    copied = copy.deepcopy(host)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert float(copied(x).detach().abs().max()) == 0
+    assert torch.equal(host(x), expected)
+    assert host.float() is host
+    assert {p.dtype for p in [*host.parameters(), *lora.parameters()]} == {torch.float}
+    assert_close([host(x.float()).double()], [expected], 1e-5)
+    assert model(x).dtype is torch.double
+    host.load_state_dict({n: torch.zeros_like(t) for n, t in host.state_dict().items()})
+    assert float(lora(x.float()).detach().abs().max()) == 0
+    assert float(model(x).detach().abs().max()) > 0
+
+
+def test_a_host_trains_its_adapters() -> None:
+    model, x = Mlp(), torch.randn(4, 5)
+    lora = fxlora.adapt(model, x, rules=LoraConfig(r=2, target_modules=["up", "down"]))
+    host = fxlora.hosted(model, lora)
+    trained = [p for p in host.parameters() if p.requires_grad]
+    assert len(trained) == 4
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    before = snapshot(model)
+    start = copy.deepcopy(host).eval()(x)
+    host.train()(x).square().sum().backward()
+    optimizer.step()
+    assert float((host.eval()(x) - start).detach().abs().max()) > 0
+    assert_untouched(model, before)
+
+
+# ---- what else transformers' models do ----------------------------------------------------------
+
+LABELS = IDS.flip(1).contiguous()
+MOE = {"num_experts_per_tok": 2, "num_hidden_layers": 1, "use_cache": False}
+ONE = {"num_hidden_layers": 1, "use_cache": False}
+
+
+def mixtral() -> Any:
+    return build("MixtralForCausalLM", "MixtralConfig", **SMALL | MOE, num_local_experts=4)
+
+
+def qwen2_moe() -> Any:
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 18}
+    return build("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **SMALL | MOE | experts)
+
+
+def t5_for_labels() -> Any:
+    config = {**T5, "num_layers": 1, "decoder_start_token_id": 0, "pad_token_id": 0}
+    return build("T5ForConditionalGeneration", "T5Config", **config)
+
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (mixtral, {"input_ids": IDS, "labels": LABELS}),
+    "qwen2_moe": (qwen2_moe, {"input_ids": IDS}),
+    "encoder-decoder": (t5_for_labels, {"input_ids": IDS, "labels": LABELS}),
+    "tied, tuple": (
+        lambda: llama(**ONE, tie_word_embeddings=True),
+        {"input_ids": IDS, "return_dict": False, "labels": LABELS},
+    ),
+    "eager": (
+        lambda: llama(**ONE, attn_implementation="eager", attention_dropout=0.2),
+        {"input_ids": IDS, "output_attentions": True, "output_hidden_states": True},
+    ),
+    "embeds": (lambda: llama(**ONE), {"inputs_embeds": torch.linspace(-1, 1, 648).view(3, 9, 24)}),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_calls(kind: str) -> None:
+    model_of, kwargs = CALLS[kind]
+    model = model_of()
+    gm = fxlora.capture(model, (), kwargs)
+    wider = {k: torch.cat([v, v[:2]]) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    for training in (True, False):
+        source = copy.deepcopy(model).train(training)
+        for given in (kwargs, wider):
+            assert_alike(call(gm.train(training), given), call(source, given))
+    targets = {"encoder-decoder": ["q", "v", "wi", "wo"], "qwen2_moe": ["q_proj", "up_proj"]}
+    config = LoraConfig(r=3, target_modules=targets.get(kind, "all-linear"))
+    lora = fxlora.inject(gm, fxlora.match(gm, config))
+    randomise(lora)
+    expected = floats(call(merged(model, lora), kwargs))
+    base = floats(call(gm, kwargs))
+    assert max(float((a - b).abs().max()) for a, b in zip(base, expected, strict=True)) > 1e-3
+    for module in (lora, fxlora.fold(lora)):
+        assert_close(floats(call(module, kwargs)), expected, 1e-4)
+
+
+def test_gradient_checkpointing() -> None:
+    kwargs = {"input_ids": IDS, "labels": LABELS}
+    model = llama(use_cache=False, attention_dropout=0.2).double().train()
+    plain = copy.deepcopy(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.warns(fxlora.FxLoraWarning, match="checkpoints activations"):
+        gm = fxlora.capture(model, (), kwargs)
+    lora = fxlora.inject(
+        gm, fxlora.match(gm, LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    )
+    randomise(lora)
+    factors = {n: p.detach().clone().requires_grad_() for n, p in lora.named_parameters()}
+    factors = {n: p for n, p in factors.items() if "lora_" in n}
+    torch.manual_seed(3)
+    expected = oracle(plain, lora, factors, (), kwargs)[0]
+    torch.manual_seed(3)
+    found = lora(**kwargs).loss
+    assert_close([found], [expected])
+    found.backward()
+    gradients = torch.autograd.grad(expected, list(factors.values()))
+    for name, gradient in zip(factors, gradients, strict=True):
+        assert float(gradient.abs().max()) > 0
+        assert_close([lora.get_parameter(name).grad], [gradient], 1e-8)
+    folded = fxlora.fold(lora).eval()
+    assert_close([call(folded, kwargs).loss], [call(lora.eval(), kwargs).loss])
