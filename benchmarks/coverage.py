@@ -34,7 +34,7 @@ from fxlora.alike import difference
 from fxlora.forms import check_supported
 from fxlora.sites import find_sites
 
-LAYERS = ["linear", "conv*", "embedding", "addmm"]
+LAYERS = ["linear", "conv*", "embedding", "addmm", "matmul"]
 RULES = [Rule(op=LAYERS, lora=LoraConfig(r=2, lora_alpha=3))]
 # Of the largest output.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .errors import ConfigError, UnsupportedOpError
-from .ops import FLATTENED
+from .ops import FLATTENED, is_transpose
 from .sites import Reader, Site
 
 
@@ -32,7 +32,7 @@ def check_supported(site: Site, number: int) -> None:
             f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
             "whole: capture with example inputs, which sees inside."
         )
-    if len(site.shape) > 2 and site.op not in FLATTENED:
+    if len(site.shape) > 2 and FLATTENED.get(site.op) != len(site.shape):
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}): a weight of shape {site.shape} that "
             f"{site.readers[0].describe()} is no single matrix, and stacks of matrices are not "
@@ -47,8 +47,10 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
         ConfigError: lora_dropout on a site whose form has no branch input.
     """
     for reader in site.readers:
-        if reader.op is None:
-            obstacle: str | None = f"read by {reader.kind}"
+        if reader.through:
+            obstacle: str | None = f"read by {reader.kind} through {reader.through}"
+        elif reader.op is None:
+            obstacle = f"read by {reader.kind}"
         elif _multiplies_weights(reader):
             obstacle = "multiplied with another weight"  # two branches would miss Δu·Δv
         else:
@@ -73,4 +75,6 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
 def _multiplies_weights(reader: Reader) -> bool:
     """Whether the branch's input is a weight itself (the indices of an embedding never are)."""
     source = reader.node.args[reader.op.input] if reader.op else None
+    while isinstance(source, fx.Node) and is_transpose(source):
+        source = source.args[0]
     return isinstance(source, fx.Node) and source.op == "get_attr" and reader.kind != "embedding"

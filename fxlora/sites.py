@@ -15,17 +15,19 @@ from torch import fx
 
 from .dialect import written_attributes
 from .module import CapturedModule
-from .ops import FLATTENED, Op, is_transpose, kind_of, reads_no_values, row_of
+from .ops import FLATTENED, Op, is_product, is_transpose, kind_of, reads_no_values, row_of
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One node that reads a weight.
+    """One node where a weight meets the data.
 
     Attributes:
         node: the reading node.
         op: its row in the table of ops, or None where it reads the weight in another way.
         kind: the op's name.
+        through: what it reads is not the weight but a function of it, and this is the first op
+            on the way (a cast, a weight norm); "" where it is the weight or its transpose.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
     """
@@ -33,8 +35,14 @@ class Reader:
     node: fx.Node
     op: Op | None
     kind: str
+    through: str
     call_site: str
     line: str
+
+    @property
+    def branch(self) -> Op | None:
+        """The row by which a branch can stand beside this read."""
+        return None if self.through else self.op
 
     def describe(self) -> str:
         """The op and where it is called, for messages."""
@@ -137,9 +145,10 @@ def _by_parameter(
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
     for graph in module.distinct_graphs():
+        constants = _constants(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
-                readers.setdefault(str(node.target), []).extend(_readers(node))
+                readers.setdefault(str(node.target), []).extend(_readers(node, constants))
             if node.op == "call_module":
                 for name in _inside(module, str(node.target)):
                     readers.setdefault(name, []).append(_reader(node, None))
@@ -153,18 +162,44 @@ def _inside(module: CapturedModule, path: str) -> list[str]:
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
-def _readers(weight: fx.Node, transposed: bool = False) -> Iterator[Reader]:
-    """What reads a weight, or its transpose, in the graph's order: that of `users` is no copy's."""
-    for user in sorted(weight.users):
-        if reads_no_values(user):
-            continue
-        if is_transpose(user) and user.users:
-            yield from _readers(user, not transposed)
-            continue
-        positions = [i for i, arg in enumerate(user.args) if arg is weight]
-        uses = sum(n is weight for n in _flat_inputs(user))
-        row = row_of(user, positions[0], transposed) if positions and uses == 1 else None
-        yield _reader(user, row)
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on parameters and buffers alone."""
+    constants: set[fx.Node] = set()
+    for node in graph.nodes:
+        computed = node.op == "call_function" and constants.issuperset(node.all_input_nodes)
+        if computed or node.op == "get_attr":
+            constants.add(node)
+    return constants
+
+
+def _readers(weight: fx.Node, constants: set[fx.Node]) -> Iterator[Reader]:
+    """Where a weight, or what weights alone make, takes part in a product or meets data.
+
+    In the graph's order: that of `users` is not a copy's.
+    """
+    seen: set[fx.Node] = set()
+
+    def follow(value: fx.Node, transposed: bool, through: str) -> Iterator[Reader]:
+        for user in sorted(value.users):
+            if reads_no_values(user) or user in seen:
+                continue
+            row = _row(user, value, transposed)
+            if row or is_product(user) or user not in constants or not user.users:
+                yield _reader(user, row, through)
+                continue
+            seen.add(user)
+            if is_transpose(user):
+                yield from follow(user, not transposed, through)
+            else:
+                yield from follow(user, transposed, through or kind_of(user))
+
+    return follow(weight, False, "")
+
+
+def _row(user: fx.Node, value: fx.Node, transposed: bool) -> Op | None:
+    positions = [i for i, arg in enumerate(user.args) if arg is value]
+    uses = sum(n is value for n in _flat_inputs(user))
+    return row_of(user, positions[0], transposed) if positions and uses == 1 else None
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:
@@ -174,11 +209,11 @@ def _flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _reader(node: fx.Node, op: Op | None) -> Reader:
-    kind = op.kind if op else kind_of(node)
+def _reader(node: fx.Node, op: Op | None, through: str = "") -> Reader:
+    kind = op.kind if op else f"operand of {kind_of(node)}" if is_product(node) else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
-    return Reader(node, op, kind, _call_site(node), _source_line(node))
+    return Reader(node, op, kind, through, _call_site(node), _source_line(node))
 
 
 def _site(
@@ -191,7 +226,7 @@ def _site(
     main = next((reader for reader in readers if reader.op), readers[0])
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main.op else False
-    flattened = main.kind in FLATTENED
+    flattened = FLATTENED.get(main.kind) == len(shape)
     groups = _groups(main.node) if flattened else 1
     inputs, outputs = (shape[0], shape[1]) if in_first else (shape[1], shape[0])
     if "transpose" in main.kind:

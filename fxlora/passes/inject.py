@@ -60,7 +60,7 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape}. Make the plan with match(module, …) on this module."
         )
-    if entry.form == "branch" and any(reader.op is None for reader in site.readers):
+    if entry.form == "branch" and any(reader.branch is None for reader in site.readers):
         raise InjectError(
             f"'{entry.site}': the plan says branch, but a reader here has none. Match again."
         )
