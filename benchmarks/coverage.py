@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
+import sys
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from fxlora.alike import difference
 from fxlora.forms import check_supported
 from fxlora.sites import find_sites
 
-LAYERS = ["linear", "conv*", "embedding", "addmm"]
+LAYERS = ["linear", "conv*", "embedding", "addmm", "matmul"]
 RULES = [Rule(op=LAYERS, lora=LoraConfig(r=2, lora_alpha=3))]
 # Of the largest output.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -353,10 +355,16 @@ def supervise(task: Task, options: argparse.Namespace, context: Any) -> Record:
 
 def sweep(tasks: list[Task], options: argparse.Namespace) -> Iterator[Record]:
     """The records as they come; the server that forks the processes has imported everything."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # not passed on before Python 3.12
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", *(f"zoo.{name}_zoo" for name in options.library)])
+    context.set_forkserver_preload(["__main__", *(f"zoo.{name}" for name in options.library)])
     with ThreadPoolExecutor(options.jobs) as pool:
-        yield from pool.map(lambda task: supervise(task, options, context), tasks)
+        waiting = [pool.submit(supervise, task, options, context) for task in tasks]
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -376,7 +384,10 @@ def main() -> None:
     for library in dict.fromkeys(r["library"] for r in records):
         mine = [r for r in records if r["library"] == library]
         report.add(library, rows(mine))
-    forms = sum((Counter(r.get("weight forms", {})) for r in records), Counter())
+    forms: Counter[str] = Counter()
+    for record in records:
+        for why, number in record.get("weight forms", {}).items():
+            forms[re.sub(r"\d+( groups|x less)", r"n\1", why)] += number
     if forms:
         found = [{"sites": str(n), "reason": why} for why, n in forms.most_common()]
         report.add("In the weight form", found)
@@ -396,11 +407,14 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--resume", action="store_true", help="keep what --json FILE has already")
-    return start(parser)
+    options = start(parser)
+    if options.resume and not options.json:
+        parser.error("--resume goes on with what is in --json FILE: name it")
+    return options
 
 
 def resumed(options: argparse.Namespace) -> list[Record]:
-    if not options.resume or not options.json.exists():
+    if not (options.resume and options.json.exists()):
         return []
     return json.loads(options.json.read_text()).get("models", [])
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from .errors import ConfigError, UnsupportedOpError
 from .nested import grad_enabled, origin
-from .ops import FLATTENED
+from .ops import FLATTENED, is_transpose
 from .sites import Reader, Site
 
 
@@ -46,7 +46,7 @@ def check_supported(site: Site, number: int) -> None:
             f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
             "whole: capture with example inputs, which sees inside."
         )
-    if len(site.shape) > 2 and site.op not in FLATTENED:
+    if len(site.shape) > 2 and FLATTENED.get(site.op) != len(site.shape):
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}): a weight of shape {site.shape} that "
             f"{site.readers[0].describe()} is no single matrix, and stacks of matrices are not "
@@ -61,8 +61,10 @@ def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
         ConfigError: lora_dropout on a site whose form has no branch input.
     """
     for reader in site.readers:
-        if reader.op is None:
-            obstacle: str | None = f"read by {reader.kind}"
+        if reader.through:
+            obstacle: str | None = f"read by {reader.kind} through {reader.through}"
+        elif reader.op is None:
+            obstacle = f"read by {reader.kind}"
         elif reader.shared:
             obstacle = "in a graph that several calls share"
         elif _multiplies_weights(reader):
@@ -91,4 +93,7 @@ def _multiplies_weights(reader: Reader) -> bool:
     source = reader.node.args[reader.op.input] if reader.op else None
     if not isinstance(source, fx.Node) or reader.kind == "embedding":
         return False
-    return origin(reader.path, source).op == "get_attr"
+    source = origin(reader.path, source)
+    while is_transpose(source):
+        source = source.all_input_nodes[0]
+    return source.op == "get_attr"

@@ -218,24 +218,24 @@ TRANSPOSED_OPS: dict[tuple[Any, int], Op] = {
     (aten.matmul.default, 0): _MATMUL_TRANSPOSED_LEFT,
 }
 
-# Weights of more than two dimensions that are matrices (d0, d1·k) all the same.
-FLATTENED = frozenset(
-    {
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "deform_conv2d",
-    }
-)
+_PRODUCTS = frozenset(overload for overload, _ in OPS)
+
+# Weights of so many dimensions that are matrices (d0, d1·k) all the same.
+FLATTENED = {
+    f"conv{turned}{dims}d": dims + 2 for turned in ("", "_transpose") for dims in (1, 2, 3)
+} | {"deform_conv2d": 4}
+CASTS = frozenset({"to", "_to_copy", "type_as"})
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
 def row_of(node: fx.Node, position: int, transposed: bool) -> Op | None:
     """The row of a call that is given a weight, or its transpose, at this position."""
     return (TRANSPOSED_OPS if transposed else OPS).get((node.target, position))
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a call is of an op with a row, whatever it is given."""
+    return node.target in _PRODUCTS
 
 
 def is_transpose(node: fx.Node) -> bool:

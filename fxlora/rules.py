@@ -15,7 +15,7 @@ from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError
 from .forms import check_supported, choose_form
 from .module import CapturedModule
-from .ops import MATRIX_PRODUCTS
+from .ops import CASTS, MATRIX_PRODUCTS
 from .plan import IN_FULL, Entry, Plan
 from .sites import Site, find_sites
 
@@ -136,7 +136,8 @@ class _Matching:
         spared = self.module.outputs & set(site.names)
         kinds = {reader.kind for reader in site.readers}
         layer, behind, _ = site.parameter.partition(".parametrizations.")
-        own = site.op in kinds or (behind and layer in site.aliases)
+        read = any(r.kind == site.op and r.through in ("", *CASTS) for r in site.readers)
+        own = read or (behind and layer in site.aliases)
         return bool(site.op in MATRIX_PRODUCTS and own and not spared) and "embedding" not in kinds
 
     # ---- trained in full ------------------------------------------------------------------------

@@ -16,21 +16,23 @@ from torch import fx, nn
 
 from .dialect import written_attributes
 from .module import CapturedModule
-from .nested import Path, call_of, every_call, shared
-from .ops import FLATTENED, Op, is_transpose, kind_of, reads_no_values, row_of
+from .nested import Call, Path, call_of, every_call, shared
+from .ops import FLATTENED, Op, is_product, is_transpose, kind_of, reads_no_values, row_of
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One node that reads a weight.
+    """One node where a weight meets the data.
 
     Attributes:
         node: the reading node.
         op: its row in the table of ops, or None where it reads the weight in another way.
         kind: the op's name.
+        through: what it reads is not the weight but a function of it, and this is the first op
+            on the way (a cast, a weight norm); "" where it is the weight or its transpose.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
-        transposed: whether the weight's transpose is what it reads.
+        alone: whether the node reads weights alone.
         path: the calls of nested graphs around the node, from the outermost in.
         shared: whether several calls share a graph around the node.
     """
@@ -38,9 +40,10 @@ class Reader:
     node: fx.Node
     op: Op | None
     kind: str
+    through: str
     call_site: str
     line: str
-    transposed: bool = False
+    alone: bool = False
     path: Path = ()
     shared: bool = False
 
@@ -48,6 +51,11 @@ class Reader:
     def graph(self) -> fx.Graph:
         """The graph of the captured module that the read is part of."""
         return self.path[0].node.graph if self.path else self.node.graph
+
+    @property
+    def branch(self) -> Op | None:
+        """The row by which a branch can stand beside this read."""
+        return None if self.through else self.op
 
     def describe(self) -> str:
         """The op and where it is called, for messages."""
@@ -118,7 +126,6 @@ def find_sites(module: CapturedModule) -> list[Site]:
     """The sites of a module that no adapter has been injected into, in the model's order."""
     readers, writers = _by_parameter(module)
     overlaps, uncovered = _overlaps(module), module.uncovered
-    live = functools.cache(_live_nodes)
     sites: list[Site] = []
     for first, names in module.aliases().items():
         weight = module.get_parameter(first)
@@ -126,8 +133,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
         if weight.ndim < 2 or not weight.is_floating_point() or not (found or first in uncovered):
             continue
         writer = next((writers[name] for name in names if name in writers), None)
-        main = _main_reader(found, module, live)
-        site = _site(first, names, weight, found, writer, main)
+        site = _site(first, names, weight, found, writer)
         sites.append(
             dataclasses.replace(
                 site,
@@ -181,9 +187,11 @@ def _by_parameter(
     """Every reader, and a writer, of every attribute by the name it has in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
+    constants = functools.cache(_constants)
     for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
         if node.op == "get_attr":
-            readers.setdefault(str(node.target), []).extend(_readers(node, module))
+            found = _readers(node, module, constants)
+            readers.setdefault(str(node.target), []).extend(found)
         if node.op == "call_module":
             for name in _inside(module, str(node.target)):
                 readers.setdefault(name, []).append(_reader(node, None))
@@ -198,29 +206,65 @@ def _inside(module: CapturedModule, path: str) -> list[str]:
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
-def _readers(
-    weight: fx.Node, owner: nn.Module, path: Path = (), transposed: bool = False
-) -> Iterator[Reader]:
-    """What reads a weight, or its transpose, also inside the nested graphs that it is passed into.
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on parameters and buffers alone."""
+    constants: set[fx.Node] = set()
+    for node in graph.nodes:
+        computed = node.op == "call_function" and constants.issuperset(node.all_input_nodes)
+        if computed or node.op == "get_attr":
+            constants.add(node)
+    return constants
 
-    In the graph's order: that of `users` is no copy's.
+
+def _readers(
+    weight: fx.Node, module: nn.Module, constants: Callable[[fx.Graph], set[fx.Node]]
+) -> Iterator[Reader]:
+    """Where a weight, or what weights alone make, takes part in a product or meets data.
+
+    Also inside the nested graphs that it is passed into, and in the graph's order: that of
+    `users` is no copy's.
     """
-    for user in sorted(weight.users):
-        if reads_no_values(user):
-            continue
-        if is_transpose(user) and user.users:
-            yield from _readers(user, owner, path, not transposed)
-            continue
-        uses = sum(n is weight for n in _flat_inputs(user))
-        call = call_of(user, owner)
-        passed = [i for i, o in enumerate(call.operands) if o is weight] if call else []
-        if call and len(passed) == uses:
-            for given, graph in [pair for i in passed for pair in call.inputs(i)]:
-                yield from _readers(given, graph, (*path, call), transposed)
-            continue
-        positions = [i for i, arg in enumerate(user.args) if arg is weight]
-        row = row_of(user, positions[0], transposed) if positions and uses == 1 else None
-        yield _reader(user, row, path, transposed)
+    seen: set[fx.Node] = set()
+
+    def follow(
+        value: fx.Node, owner: nn.Module, path: Path, transposed: bool, through: str
+    ) -> Iterator[Reader]:
+        for user in sorted(value.users):
+            if reads_no_values(user) or user in seen:
+                continue
+            inputs = _nested_inputs(user, value, owner)
+            if inputs:
+                for call, given, graph in inputs:
+                    yield from follow(given, graph, (*path, call), transposed, through)
+                continue
+            row = _row(user, value, transposed)
+            alone = user in constants(user.graph) and bool(user.users)
+            turns = is_transpose(user) and bool(user.users)
+            if not turns and not (alone and (through or not is_product(user))):
+                yield _reader(user, row, path, through, alone)
+                continue
+            seen.add(user)
+            on = through if turns else through or kind_of(user)
+            yield from follow(user, owner, path, transposed ^ turns, on)
+
+    return follow(weight, module, (), False, "")
+
+
+def _nested_inputs(
+    user: fx.Node, value: fx.Node, owner: nn.Module
+) -> list[tuple[Call, fx.Node, fx.GraphModule]]:
+    """The inputs of nested graphs that a value is passed on to, if that is all a call does."""
+    call = call_of(user, owner)
+    passed = [i for i, o in enumerate(call.operands) if o is value] if call else []
+    if call is None or len(passed) != sum(n is value for n in _flat_inputs(user)):
+        return []
+    return [(call, given, graph) for i in passed for given, graph in call.inputs(i)]
+
+
+def _row(user: fx.Node, value: fx.Node, transposed: bool) -> Op | None:
+    positions = [i for i, arg in enumerate(user.args) if arg is value]
+    uses = sum(n is value for n in _flat_inputs(user))
+    return row_of(user, positions[0], transposed) if positions and uses == 1 else None
 
 
 def _flat_inputs(node: fx.Node) -> list[fx.Node]:
@@ -230,14 +274,20 @@ def _flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _reader(node: fx.Node, op: Op | None, path: Path = (), transposed: bool = False) -> Reader:
-    kind = op.kind if op else kind_of(node)
+def _reader(
+    node: fx.Node,
+    op: Op | None,
+    path: Path = (),
+    through: str = "",
+    alone: bool = False,
+) -> Reader:
+    kind = op.kind if op else f"operand of {kind_of(node)}" if is_product(node) else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
     nodes = [node, *(call.node for call in reversed(path))]  # the body of a loop has no places
     call_site = next(filter(None, map(_call_site, nodes)), "")
     line = next(filter(None, map(_source_line, nodes)), "")
-    return Reader(node, op, kind, call_site, line, transposed, path)
+    return Reader(node, op, kind, through, call_site, line, alone, path)
 
 
 def _marked(reader: Reader, together: set[fx.GraphModule]) -> Reader:
@@ -251,12 +301,12 @@ def _site(
     weight: torch.Tensor,
     readers: tuple[Reader, ...],
     writer: Reader | None,
-    main: Reader | None,
 ) -> Site:
+    main = _main_reader(readers)
     kind = main.kind if main else "python"
     shape = tuple(weight.shape)
     in_first = main.op.in_first if main and main.op else False
-    flattened = kind in FLATTENED
+    flattened = FLATTENED.get(kind) == len(shape)
     groups = _groups(main.node) if main and flattened else 1
     inputs, outputs = (shape[0], shape[1]) if in_first else (shape[1], shape[0])
     if "transpose" in kind:
@@ -282,42 +332,11 @@ def _site(
     )
 
 
-def _main_reader(readers: tuple[Reader, ...], owner: nn.Module, live: LiveNodes) -> Reader | None:
-    """The read that names the site's op.
-
-    Where weights alone are computed with (a norm, W * mask), it is that of the outcome.
-    """
+def _main_reader(readers: tuple[Reader, ...]) -> Reader | None:
+    """The read that names the site's op: a product with data if there is one."""
     known = [reader for reader in readers if reader.op]
-    direct = (reader for reader in known if reader.node in live(reader.node.graph))
-    beyond = (_through_weights(reader, owner, live(reader.node.graph)) for reader in readers)
-    return next(itertools.chain(direct, filter(None, beyond), known, readers), None)
-
-
-def _through_weights(reader: Reader, owner: nn.Module, live: set[fx.Node]) -> Reader | None:
-    queue = [(reader.node, reader.transposed)]
-    seen = set(live)
-    while queue:
-        node, transposed = queue.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        for read in _readers(node, owner, (), transposed):
-            if read.op and read.node in live:
-                return read
-        queue += [(user, transposed ^ is_transpose(user)) for user in node.users]
-    return None
-
-
-LiveNodes = Callable[[fx.Graph], set[fx.Node]]
-
-
-def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on an input."""
-    live: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not live.isdisjoint(node.all_input_nodes):
-            live.add(node)
-    return live
+    with_data = [reader for reader in known if not reader.alone]
+    return next(iter((*with_data, *known, *readers)), None)
 
 
 def _owner(parameter: str) -> str:
@@ -330,7 +349,8 @@ def _aliases(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
     around = [
         reader.call_site
         for reader in readers
-        if any(module.startswith(f"{reader.call_site}.") for module in modules)
+        if not reader.through
+        and any(module.startswith(f"{reader.call_site}.") for module in modules)
     ]
     return tuple(dict.fromkeys([*map(_owner, names), *names, *filter(None, modules), *around]))
 

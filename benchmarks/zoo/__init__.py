@@ -30,7 +30,7 @@ Families = Mapping[str, Mapping[str, Callable[[], Case]]]
 
 def families(library: str) -> Families:
     """The table of one library."""
-    return importlib.import_module(f"{__name__}.{library}_zoo").MODELS
+    return importlib.import_module(f"{__name__}.{library}").MODELS
 
 
 def randomise_constants(model: nn.Module) -> None:

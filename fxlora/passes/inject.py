@@ -62,7 +62,7 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape}. Make the plan with match(module, …) on this module."
         )
-    if entry.form == "branch" and any(r.op is None or r.shared for r in site.readers):
+    if entry.form == "branch" and any(r.branch is None or r.shared for r in site.readers):
         raise InjectError(
             f"'{entry.site}': the plan says branch, but a reader here has none. Match again."
         )

@@ -16,9 +16,9 @@ CLASSES = 7
 DETECTION = r"rcnn|retinanet|fcos|ssd"
 SEGMENTATION = r"^(fcn|deeplab|lraspp)"
 # Side of the images where 64 will not do.
-SIDES = {"inception": 96, "alexnet": 80, "vgg": 48, "squeezenet": 48, "maxvit": 224}
+SIDES = {"inception": 299, "alexnet": 80, "vgg": 48, "squeezenet": 48, "maxvit": 224}
 # (frames, side) where 8 frames of 32x32 will not do: MViT's position tables are of fixed size.
-CLIPS = {"mvit": (16, 224), "s3d": (16, 64), "swin3d": (4, 64)}
+CLIPS = {"mvit": (16, 224), "s3d": (16, 224), "swin3d": (4, 64)}
 
 
 def image(name: str) -> Case:
@@ -33,7 +33,8 @@ def image(name: str) -> Case:
     if "quantized" in name:
         options["quantize"] = False
     if re.match(SEGMENTATION, name):
-        options |= {"weights_backbone": None, "aux_loss": True}
+        options |= {"weights_backbone": None}
+        options |= {} if name.startswith("lraspp") else {"aux_loss": True}
     model = get_model(name, num_classes=CLASSES, **options)
     return Case(model, (torch.randn(2, 3, side, side),))
 

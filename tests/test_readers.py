@@ -113,4 +113,100 @@ def test_an_assertion_on_a_weight_is_no_read() -> None:
 
     gm = fxlora.capture(Cast(), torch.randn(4, 5))
     plan = fxlora.match(gm, LoraConfig(r=2, target_parameters=["matrix"]))
-    assert [(entry.form, entry.reason) for entry in plan] == [("weight", "read by to")]
+    assert [(entry.form, entry.reason) for entry in plan] == [
+        ("weight", "read by linear through to")
+    ]
+
+
+# ---- what is computed from weights alone --------------------------------------------------------
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is normalised at every call, as in BiT and in NFNets."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+class Squeezed(nn.Module):
+    """A depthwise convolution that takes its weight through a view, as in Mamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, groups=6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv1d(x, self.conv.weight.squeeze(1).unsqueeze(1), groups=6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (Standardised(3, 6, (3, 2)), (2, 3, 7, 8), "conv2d through reshape"),
+        (Squeezed(), (2, 6, 9), "conv1d through squeeze"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 6, 4)),
+            (2, 3, 9),
+            "conv1d through _weight_norm",
+        ),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)), (4, 5), "linear through"),
+    ],
+    ids=["standardised", "squeezed", "weight norm", "linear"],
+)
+def test_a_function_of_a_weight_takes_the_weight_form(layer, shape, expected) -> None:
+    model = nn.Sequential(layer, nn.Tanh())
+    x = torch.randn(shape, dtype=torch.float64)
+    rule = Rule(op=["conv*", "linear"], where=lambda s: s.parameters > 7, lora=LoraConfig(r=2))
+    _, lora = check_laws(model, (x,), rules=rule)
+    (entry,) = lora.plan
+    assert entry.form == "weight"
+    assert entry.reason.startswith(f"read by {expected}")
+    assert entry.convolution == ("conv" in expected)
+
+
+def test_a_stack_of_kernels_is_still_refused() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = nn.Parameter(torch.randn(4, 6, 3, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv1d(x, self.kernels[1])
+
+    gm = fxlora.capture(Stack(), torch.randn(2, 3, 9))
+    with pytest.raises(fxlora.UnsupportedOpError, match="no single matrix"):
+        fxlora.match(gm, LoraConfig(target_parameters=["kernels"]))
+
+
+def test_a_weight_times_its_own_transpose() -> None:
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.matrix @ self.matrix.T)
+
+    x = torch.randn(4, 7, dtype=torch.float64)
+    _, lora = check_laws(Gram(), (x,), rules=LoraConfig(r=2, target_parameters=["matrix"]))
+    (entry,) = lora.plan
+    assert (entry.form, entry.reason) == ("weight", "multiplied with another weight")
+
+
+def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(7, 5))
+            self.proj = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(self.queries) @ x
+
+    gm = fxlora.capture(Queries(), torch.randn(3, 4))
+    kinds = {site.name: site.op for site in fxlora.sites.find_sites(gm)}
+    assert kinds == {"queries": "operand of linear", "proj": "linear"}
+    plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
+    assert [entry.site for entry in plan] == ["proj"]
