@@ -32,7 +32,7 @@ from .laws import (
     snapshot,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*submodules were captured instead")
+pytestmark = pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
 
 ALL = Rule(op=["linear", "conv*", "embedding"], lora=LoraConfig(r=2, lora_alpha=3))
 

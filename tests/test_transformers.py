@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import fxlora
-from fxlora import CaptureError, InjectError, InputError, LoraConfig
+from fxlora import FxLoraWarning, InjectError, InputError, LoraConfig
 
 from .laws import (
     assert_close,
@@ -195,8 +195,9 @@ class Recorder(nn.Module):
 
 def test_containers_that_a_forward_changes() -> None:
     x = torch.randn(4, 5)
-    with pytest.raises(CaptureError, match=r"changes its argument 1 \(dict\) in place"):
-        fxlora.capture(Recorder(False), (x, {"last": x, "all": [x]}))
+    with pytest.warns(FxLoraWarning, match=r"changes its argument 1 \(dict\) in place"):
+        gm = fxlora.capture(Recorder(False), (x, {"last": x, "all": [x]}))
+    assert gm.regions == ("lin",)  # and Python changes it
     model = Recorder(True)
     gm = fxlora.capture(model, (x, {"last": x, "all": [x]}))
     ours, theirs = {"last": x, "all": [x]}, {"last": x, "all": [x]}
@@ -206,7 +207,7 @@ def test_containers_that_a_forward_changes() -> None:
         gm(x, ours)
 
 
-def test_unregistered_containers_are_refused_with_advice() -> None:
+def test_unregistered_containers_come_with_advice() -> None:
     class Box:
         def __init__(self, x: torch.Tensor) -> None:
             self.x = x
@@ -215,7 +216,7 @@ def test_unregistered_containers_are_refused_with_advice() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return Box(super().forward(x))
 
-    with pytest.raises(CaptureError, match="use_cache=False"):
+    with pytest.warns(FxLoraWarning, match="use_cache=False"):
         fxlora.capture(Boxing(), torch.randn(4, 5))
 
 
@@ -438,8 +439,7 @@ def test_gradient_checkpointing() -> None:
     model = llama(use_cache=False, attention_dropout=0.2).double().train()
     plain = copy.deepcopy(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.warns(fxlora.FxLoraWarning, match="checkpoints activations"):
-        gm = fxlora.capture(model, (), kwargs)
+    gm = fxlora.capture(model, (), kwargs)
     lora = fxlora.inject(
         gm, fxlora.match(gm, LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
     )

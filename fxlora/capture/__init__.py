@@ -117,7 +117,7 @@ def _capture_exported(
             raise
         sources, shell = capture_regions(model, args, kwargs, failure)
         warnings.warn(
-            f"{shell.why} Its submodules were captured instead, and its Python calls them: "
+            f"{shell.why} Its submodules are captured instead, and its Python calls them: "
             f"{some(sorted({source.path for source in sources}))}. Print the module for the rest.",
             FxLoraWarning,
             stacklevel=3,

@@ -316,9 +316,11 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def capture_error(model: nn.Module, mode: str, error: BaseException) -> CaptureError:
-    """The error of an export that failed."""
-    advice = next(advice for words, advice in _ADVICE.items() if words in str(error))
+def capture_error(
+    model: nn.Module, mode: str, error: BaseException, otherwise: str = ""
+) -> CaptureError:
+    """The error of a capture that failed, with what to do about it, or `otherwise`."""
+    advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), otherwise)
     return unable(model, f"could not be captured in {mode} mode", error, advice)
 
 
@@ -329,8 +331,6 @@ _ADVICE = {
     "use_cache=False, or a release whose exporters register its caches).",
     "Constraints violated": "Give Dim.AUTO for that dimension, or a Dim with a range that the "
     "model treats alike.",
-    "": "Try the model on the same inputs; where its forward branches on values of tensors, "
-    "capture the submodules that do not.",
 }
 
 

@@ -41,7 +41,9 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
     except CaptureError:
         raise
     except Exception as error:
-        raise capture_error(model, mode, error) from error
+        raise capture_error(
+            model, mode, error, "Give example inputs: capture(model, args)."
+        ) from error
     lower(graph)
     return module
 
