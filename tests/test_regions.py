@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -367,3 +368,14 @@ def test_torchvisions_detection() -> None:
     sum(lora(*args).values()).backward()
     assert all(lora.get_parameter(name).grad.abs().max() > 0 for name in factors)
     fxlora.verify(lora, args)
+
+
+def test_an_attempt_that_takes_too_long_gives_way_to_a_less_dynamic_one(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["fxlora.capture.regions"], "PATIENCE", 0.0)
+    gm = fxlora.capture(detector, (images(*SIZES),)).eval()
+    (head, *_) = (p for p in gm.programs if p.path == "side")  # always called with one row
+    assert [type(dim) for dim in head.inputs["eval"].leaves[0][0].dims] == [int, int]
+    args = (images(*SIZES),)
+    assert_same(run(gm, args, {}), run(copy.deepcopy(detector).eval(), args, {}))

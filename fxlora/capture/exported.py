@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import time
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.experimental import _config as export_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..alike import alike, alike_but_for_sizes
@@ -50,6 +52,7 @@ class Example:
     kwargs: dict[str, Any]
     dynamic_shapes: Any
     asked: bool = False  # by the user: a dimension that comes out static is an error then
+    patience: float = math.inf  # seconds that an export may take
 
 
 @dataclass(eq=False)
@@ -204,7 +207,7 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
     the source asks (batch norm in train mode does).
     """
     config: Any = export_config  # torch installs `patch` on the module at run time
-    with config.patch(backed_size_oblivious=True):
+    with config.patch(backed_size_oblivious=True), _Patience(example.patience):
         return torch.export.export(
             model,
             example.args,
@@ -212,6 +215,22 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
             dynamic_shapes=example.dynamic_shapes,
             strict=False,
         )
+
+
+class _Patience(TorchFunctionMode):
+    """Gives up after some seconds: with every size dynamic, some models take minutes."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.end = time.monotonic() + seconds
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if time.monotonic() > self.end:
+            self.end = math.inf  # what is left to do is to put things back
+            raise TimeoutError("more dynamic sizes than torch.export works out in a minute")
+        return func(*args, **(kwargs or {}))
 
 
 def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:

@@ -31,6 +31,8 @@ from .tree import twin_of
 
 # Ways of calling one submodule that get a graph each; beyond, its children are tried.
 MOST_GRAPHS = 16
+# Seconds for an attempt that has a less dynamic one after it.
+PATIENCE = 60.0
 
 
 def capture_regions(
@@ -102,8 +104,11 @@ def _graphs_of_kind(root: nn.Module, path: str, calls: Sequence[Call]) -> list[S
 def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     failure: CaptureError | None = None
     module = root.get_submodule(path)
-    for example in _examples(calls):
-        ordered = replace(example, kwargs=in_signature_order(module, example.kwargs))
+    examples = list(_examples(calls))
+    for example in examples:
+        kwargs = in_signature_order(module, example.kwargs)
+        patience = math.inf if example is examples[-1] else PATIENCE
+        ordered = replace(example, kwargs=kwargs, patience=patience)
         try:
             source = export_modes(module, [ordered], root=root, path=path)
             for call in calls:
