@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .capture.exported import Example, example_for, examples_for, run_export
+from .capture.examples import Example, example_for, examples_for
+from .capture.exported import run_export
 from .errors import ConfigError, ExportError
 from .files import whole_file
 from .inputs import InputSpec

@@ -18,7 +18,8 @@ from ..program import MODES, Program
 from ..shell import Shell
 from ..tables import some
 from .checkpoints import gather_checkpoints
-from .exported import Source, examples_for, export_modes, in_signature_order
+from .examples import examples_for, in_signature_order
+from .exported import Source, export_modes
 from .hooks import refuse_backward_hooks
 from .pytrees import register_containers
 from .regions import capture_regions

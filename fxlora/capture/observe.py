@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
 from ..program import MODES
-from .exported import mode_of
 from .places import called_at
+from .surroundings import mode_of
 from .tree import twin_of
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)

@@ -16,17 +16,11 @@ from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
 from ..shell import Shell
-from .exported import (
-    Example,
-    Source,
-    allowing,
-    depends_on_data,
-    export_modes,
-    in_signature_order,
-    mode_of,
-    unable,
-)
+from .examples import Example, in_signature_order
+from .exported import Source, allowing, depends_on_data, export_modes
+from .failures import unable
 from .observe import Call, Observation, TensorLike, observe
+from .surroundings import mode_of
 from .tree import twin_of
 
 # Ways of calling one submodule that get a graph each; beyond, its children are tried.

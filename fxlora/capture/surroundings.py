@@ -21,6 +21,7 @@ from torch import nn
 from torch.export import _trace
 
 from ..errors import CaptureError
+from ..module import CapturedModule
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -42,6 +43,26 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def mode_of(model: nn.Module, training: bool) -> Generator[None]:
+    """The model in one mode; flags that train() may touch are put back.
+
+    In the mode that it is in, the model is taken as it stands, with the batch norms that the user
+    froze by `eval()` frozen.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    with undisturbed(model):
+        try:
+            if model.training != training:
+                model.train(training)
+            yield
+        finally:
+            for module, flag in flags:
+                if isinstance(module, CapturedModule):  # its graph goes with the flag
+                    module.train(flag)
+                module.training = flag
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dialect import WEIGHT_MODULES, lower
 from ..errors import CaptureError
-from .exported import capture_error, mode_of
+from .failures import capture_error
 from .functions import opaque_functions
-from .surroundings import refuse_constant_dice
+from .surroundings import mode_of, refuse_constant_dice
 from .tree import twin_of
 
 
