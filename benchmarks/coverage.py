@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from common import Report, start, untimed_parser
 from torch import nn
@@ -176,13 +178,13 @@ class Trial:
 
     def outputs(self, module: nn.Module, mode: str) -> list[torch.Tensor]:
         module.train(mode == "train")
-        torch.manual_seed(1)
+        seed_everything()
         with torch.no_grad():
             return tensors(self.call(module))
 
     def loss(self, module: nn.Module, mode: str) -> torch.Tensor:
         module.train(mode == "train")
-        torch.manual_seed(1)
+        seed_everything()
         leaves = [leaf for leaf in tensors(self.call(module)) if leaf.requires_grad]
         if not leaves:  # no box was found
             return torch.zeros((), requires_grad=True)
@@ -192,6 +194,12 @@ class Trial:
         # models may write into what they are given (detection resizes its targets)
         args, kwargs = pytree.tree_map(cloned, (self.case.args, self.case.kwargs))
         return module(*args, **kwargs)
+
+
+def seed_everything() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    numpy.random.seed(1)
 
 
 def runnable(case: Case, device: str) -> Case:

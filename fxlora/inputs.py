@@ -292,6 +292,8 @@ class InputSpec:
     def _flatten(self, value: Any, structure: Any, leaves: tuple[Input, ...]) -> list[Any]:
         if structure.is_leaf():
             return [value]
+        if isinstance(value, torch.Size):
+            value = tuple(value)
         items, found = pytree.tree_flatten(value)
         if found != structure:
             names = ", ".join(leaf.name for leaf in leaves)

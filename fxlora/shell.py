@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from .errors import InputError, UnsupportedOpError
 from .program import MODES, Program, ProgramModule
@@ -70,10 +72,14 @@ class Shell:
         finally:
             self._recorded = None
 
-    def note(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def kept(self, values: Any) -> Any:
+        """A copy, if calls are recorded: Python may write into what a region takes and gives."""
+        return values if self._recorded is None else pytree.tree_map(_copied, values)
+
+    def note(self, path: str, given: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> None:
         """Keep a call of a region, if calls are recorded."""
         if self._recorded is not None:
-            self._recorded.append(RegionCall(path, args, kwargs, output))
+            self._recorded.append(RegionCall(path, *given, self.kept(output)))
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one region."""
@@ -93,12 +99,16 @@ class Shell:
             for name in module._parameters:
                 full = f"{path}.{name}" if path else name
                 if full in names:
-                    module.__dict__[name] = _OutOfReach(full)
+                    module.__dict__[name] = _OutOfReach(full, module)
                 elif isinstance(module.__dict__.get(name), _OutOfReach):
                     del module.__dict__[name]
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.module(*args, **kwargs)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def shell_program() -> Program:
@@ -126,10 +136,11 @@ class _Region:
         for runner in self.runners:
             spec = runner.program.inputs[runner.mode]
             if spec is None or spec.holds_for(args, kwargs):
+                given = self.shell.kept((args, kwargs))
                 output = runner.forward(*args, **kwargs)
                 if spec is not None:
                     spec.update(args, kwargs, output)
-                self.shell.note(self.path, args, kwargs, output)
+                self.shell.note(self.path, given, output)
                 return output
         raise InputError(f"region '{self.path}': {self._refusal(args, kwargs)}")
 
@@ -148,11 +159,21 @@ class _Region:
         return self  # a copied shell is bound anew
 
 
-class _OutOfReach:
-    """Stands for a parameter whose adapter Python's own reads would miss: any use raises."""
+# What is the same of a weight with an adapter and without.
+_UNCHANGED = frozenset(
+    "dtype device shape size ndim dim numel layout stride itemsize element_size requires_grad "
+    "is_cuda is_meta is_floating_point is_complex".split()
+)
 
-    def __init__(self, name: str) -> None:
-        self.__dict__["name"] = name
+
+class _OutOfReach:
+    """Stands for a parameter whose adapter Python's own reads would miss: any use raises.
+
+    What an adapter does not change (dtype, device, shape) may be asked for.
+    """
+
+    def __init__(self, name: str, owner: nn.Module) -> None:
+        self.__dict__.update(name=name, owner=owner)
 
     def refuse(self) -> UnsupportedOpError:
         return UnsupportedOpError(
@@ -161,7 +182,10 @@ class _OutOfReach:
         )
 
     def __getattr__(self, attribute: str) -> Any:
-        raise self.refuse()
+        if attribute not in _UNCHANGED:
+            raise self.refuse()
+        parameter = self.__dict__["owner"]._parameters[self.__dict__["name"].rpartition(".")[2]]
+        return getattr(parameter, attribute)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OutOfReach:
         return self

@@ -134,7 +134,7 @@ class _Watch(TorchDispatchMode):
 
     def _recorded(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = pytree.tree_flatten((args, kwargs))
+            leaves, structure = pytree.tree_flatten(_plain((args, kwargs)))
             call = Call(self.mode, structure, tuple(map(_described, leaves)))
             self.seen.calls.setdefault(path, []).append(call)
             self.inside.append(path)
@@ -172,6 +172,16 @@ class _Watch(TorchDispatchMode):
         inside = tuple(self.inside)
         if inside not in places:
             places[inside] = called_at()
+
+
+def _plain(given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """Sizes as the tuples that torch.export takes them for."""
+    args, kwargs = given
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, torch.Size) else value
+
+    return tuple(map(plain, args)), {name: plain(value) for name, value in kwargs.items()}
 
 
 def _described(leaf: Any) -> Any:
