@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,11 @@ def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule
     return (first, second) if first and second else None
 
 
-def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph) -> bool:
-    """Whether two exported graphs have the same ops on the same inputs, sizes left aside.
+def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[str, int]) -> bool:
+    """Whether two exported graphs have the same ops on the same inputs.
 
-    What computes a size in the dynamic graph is a number in the static one.
+    What computes a size in the dynamic graph is a number in the static one: the same, with what
+    the symbols are there.
     """
     graphs = (dynamic, static)
     ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
@@ -61,11 +63,11 @@ def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph) -> bool:
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         numbers[a] = numbers[b] = index
         if inner := _nested_pair(a, b):
-            if not alike_but_for_sizes(inner[0].graph, inner[1].graph):
+            if not alike_but_for_sizes(inner[0].graph, inner[1].graph, symbols):
                 return False
         elif a.op != b.op or (a.op != "placeholder" and a.target != b.target):
             return False
-        first, second = (_flat(node, numbers) for node in (a, b))
+        first, second = (_flat(node, numbers, symbols) for node in (a, b))
         if len(first) != len(second) or not all(map(_same_argument, first, second)):
             return False
     return True
@@ -85,25 +87,34 @@ def _is_whole(node: fx.Node) -> bool:
     return node.args[2:] in ((0, _END), (None, _END))
 
 
-def _flat(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
+def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, int]) -> list[Any]:
     def number(value: fx.Node) -> Any:
         while _is_whole(value):
             value = value.all_input_nodes[0]
-        return _Number(numbers.get(value))
+        return _Number(numbers[value]) if value in numbers else _size(value, symbols)
 
     return pytree.tree_leaves(fx.map_arg((node.args, dict(node.kwargs)), number))
 
 
 @dataclass(frozen=True)
 class _Number:
-    """A node as an argument: where it stands among those compared, or None for a size."""
+    """A node as an argument: where it stands among those compared."""
 
-    index: int | None
+    index: int
+
+
+def _size(node: fx.Node, symbols: Mapping[str, int]) -> Any:
+    """What a size is where the symbols are these, or the node itself where that is not known."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.SymInt):
+        return value if isinstance(value, int) else node
+    expression: Any = value.node.expr
+    known = {s: symbols[str(s)] for s in expression.free_symbols if str(s) in symbols}
+    number: Any = expression.subs(known)
+    return int(number) if number.is_number else node
 
 
 def _same_argument(dynamic: Any, static: Any) -> bool:
-    if isinstance(dynamic, _Number) and dynamic.index is None:
-        return isinstance(static, int)
     return type(dynamic) is type(static) and bool(dynamic == static)
 
 

@@ -7,7 +7,7 @@ the symbolic tracer hold functions and methods, which `spelled` translates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,9 +220,15 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 def _schema_arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return
-    for position, argument in enumerate(schema.arguments):
-        given = position < len(node.args)
-        yield argument, node.args[position] if given else node.kwargs.get(argument.name)
+    if node.op == "call_function":
+        yield from arguments_of(node.target, node.args, node.kwargs)
+
+
+def arguments_of(
+    op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """The arguments that an op's schema declares, each with what a call gives for it."""
+    schema = getattr(op, "_schema", None)
+    for position, argument in enumerate(schema.arguments if schema else ()):
+        given = position < len(args)
+        yield argument, args[position] if given else kwargs.get(argument.name)

@@ -231,34 +231,56 @@ class InputSpec:
         for update in self.updates:
             update.apply(given[update.argument], output)
 
+    def symbols(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+        """What each symbol is for these inputs."""
+        return {
+            dim.symbol: (size - dim.offset) // dim.scale
+            for leaf, value in self.pairs(args, kwargs)
+            if isinstance(leaf, TensorInput) and isinstance(value, torch.Tensor)
+            for dim, size in zip(leaf.dims, value.shape, strict=False)
+            if isinstance(dim, Dimension)
+        }
+
+    def batches(self) -> list[str]:
+        """The symbols of first dimensions."""
+        tensors = (leaf for group in self.leaves for leaf in group if isinstance(leaf, TensorInput))
+        firsts = (leaf.dims[0] for leaf in tensors if leaf.dims)
+        return list(dict.fromkeys(dim.symbol for dim in firsts if isinstance(dim, Dimension)))
+
+    def larger(self, symbols: Mapping[str, int]) -> InputSpec:
+        """The contract with those of the symbols that are 0 or 1 here larger than that."""
+        small = {symbol for symbol, value in symbols.items() if value < 2}
+
+        def raised(dim: int | Dimension) -> int | Dimension:
+            if isinstance(dim, Dimension) and dim.symbol in small:
+                return replace(dim, min=max(dim.min, 2))
+            return dim
+
+        return self._with_dims(raised)
+
+    def _with_dims(self, change: Callable[[int | Dimension], int | Dimension]) -> InputSpec:
+        def changed(leaf: Input) -> Input:
+            if not isinstance(leaf, TensorInput):
+                return leaf
+            return replace(leaf, dims=tuple(map(change, leaf.dims)))
+
+        return replace(self, leaves=tuple(tuple(map(changed, group)) for group in self.leaves))
+
     def allowing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputSpec | None:
         """The contract without what excludes sizes of 0 and 1 from these inputs.
 
         None where more than that stands against them.
         """
-        pairs = self.pairs(args, kwargs)
-        small = {
-            dim.symbol: (size - dim.offset) // dim.scale
-            for leaf, value in pairs
-            if isinstance(leaf, TensorInput) and isinstance(value, torch.Tensor)
-            for dim, size in zip(leaf.dims, value.shape, strict=False)
-            if isinstance(dim, Dimension) and dim.min <= 2
-        }
+        symbols = self.symbols(args, kwargs)
 
         def lowered(dim: int | Dimension) -> int | Dimension:
-            if isinstance(dim, Dimension) and dim.symbol in small:
-                return replace(dim, min=min(dim.min, max(small[dim.symbol], 0)))
+            if isinstance(dim, Dimension) and dim.min <= 2:
+                return replace(dim, min=min(dim.min, max(symbols.get(dim.symbol, dim.min), 0)))
             return dim
 
-        def allow(leaf: Input) -> Input:
-            if not isinstance(leaf, TensorInput):
-                return leaf
-            return replace(leaf, dims=tuple(map(lowered, leaf.dims)))
-
-        items = [item for _, item in pairs]
+        items = [item for _, item in self.pairs(args, kwargs)]
         guards = tuple(g for g in self.guards if not g.excludes_small or g.holds(items))
-        leaves = tuple(tuple(map(allow, group)) for group in self.leaves)
-        spec = replace(self, leaves=leaves, guards=guards)
+        spec = replace(self._with_dims(lowered), guards=guards)
         return spec if spec.holds_for(args, kwargs) else None
 
     def moved(self, moves: Mapping[Any, Any]) -> InputSpec:

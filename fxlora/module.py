@@ -111,11 +111,11 @@ class CapturedModule(ProgramModule):
 
     def _shade(self) -> None:
         """What regions adapt, the Python around them must not read bare."""
-        if self.shell and self.plan:
+        if self.shell:
             aliases = self.aliases()
-            self.shell.shade({n for entry in self.plan for n in aliases[entry.parameter]})
-        elif self.shell:
-            self.shell.shade(())
+            adapted = {name for entry in self.plan or () for name in aliases[entry.parameter]}
+            self.shell.bind(self, self.runners, adapted)
+            self.shell.choose(self.training)
 
     def nested_graphs(self) -> list[fx.GraphModule]:
         """The graphs that the graphs call, and those that these call."""

@@ -43,24 +43,57 @@ class Shell:
     flags: Mapping[str, bool]
     reads: Mapping[str, str]
     why: str
+    _tensors: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    _tree: nn.Module = field(default_factory=nn.Module, init=False)
     _recorded: list[RegionCall] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self._tensors:
+            parameters = self.module.named_parameters(remove_duplicate=False)
+            buffers = self.module.named_buffers(remove_duplicate=False)
+            self._tensors = {**dict(parameters), **dict(buffers)}
 
     def copied(self) -> Shell:
         """Other modules of the same kind, to be bound to another tree."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        module = copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
-        return Shell(module, self.training, self.flags, self.reads, self.why)
+        return Shell(self.module, self.training, self.flags, self.reads, self.why, self._tensors)
 
-    def bind(self, tree: nn.Module, runners: Sequence[ProgramModule]) -> None:
-        """Take the tensors of a tree, and run its regions."""
-        containers = dict(tree.named_modules(remove_duplicate=False))
-        for path, module in self.module.named_modules(remove_duplicate=False):
-            if path in containers:  # a module without tensors has none
-                module._parameters = containers[path]._parameters
-                module._buffers = containers[path]._buffers
+    def bind(
+        self, tree: nn.Module, runners: Sequence[ProgramModule], adapted: Collection[str] = ()
+    ) -> None:
+        """Take the tensors of a tree, wherever the modules hold them, and run its regions.
+
+        Args:
+            adapted: names of the parameters that regions adapt, which Python must not read bare.
+        """
+        tensors: dict[str, Any] = dict(tree.named_buffers(remove_duplicate=False))
+        for name, parameter in tree.named_parameters(remove_duplicate=False):
+            tensors[name] = _OutOfReach(name, parameter) if name in adapted else parameter
+        memo = {id(old): tensors[name] for name, old in self._tensors.items() if name in tensors}
+        self.module = copied_module(self.module, memo)
+        self._tensors, self._tree = tensors, tree
         for path in {runner.program.path for runner in runners}:
             own = [runner for runner in runners if runner.program.path == path]
-            self.module.get_submodule(path).forward = _Region(self, path, own)
+            region = self.module.get_submodule(path)
+            region.forward = _Region(self, path, own)
+            for hooks in (region._forward_hooks, region._forward_pre_hooks):
+                hooks.clear()  # they are in the graph
+        self._sync()
+
+    def _sync(self) -> None:
+        """Have the modules hold what the tree holds now."""
+        containers = dict(self._tree.named_modules(remove_duplicate=False))
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            if path in containers:  # a module without tensors has none
+                module._buffers = containers[path]._buffers
+                module.__dict__["_parameters"] = {
+                    name: self._seen(_joined(path, name), parameter)
+                    for name, parameter in containers[path]._parameters.items()
+                }
+
+    def _seen(self, name: str, parameter: nn.Parameter | None) -> Any:
+        """What Python sees of a parameter: nothing, where regions adapt it."""
+        held = self._tensors.get(name)
+        return held if isinstance(held, _OutOfReach) else parameter
 
     @contextmanager
     def recorded(self) -> Generator[list[RegionCall]]:
@@ -93,18 +126,22 @@ class Shell:
             for path, flag in self.flags.items():
                 self.module.get_submodule(path).training = flag
 
-    def shade(self, names: Collection[str]) -> None:
-        """Put these parameters, which regions adapt, out of the reach of Python, and no others."""
-        for path, module in self.module.named_modules(remove_duplicate=False):
-            for name in module._parameters:
-                full = f"{path}.{name}" if path else name
-                if full in names:
-                    module.__dict__[name] = _OutOfReach(full, module)
-                elif isinstance(module.__dict__.get(name), _OutOfReach):
-                    del module.__dict__[name]
-
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._sync()
         return self.module(*args, **kwargs)
+
+
+def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy. What a past forward left on a module (part of an autograd graph) is detached."""
+    for part in module.modules():
+        for value in pytree.tree_leaves(list(part.__dict__.values())):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach())
+    return copy.deepcopy(module, memo)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _copied(leaf: Any) -> Any:
@@ -161,19 +198,22 @@ class _Region:
 
 # What is the same of a weight with an adapter and without.
 _UNCHANGED = frozenset(
-    "dtype device shape size ndim dim numel layout stride itemsize element_size requires_grad "
-    "is_cuda is_meta is_floating_point is_complex".split()
+    (
+        *("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "stride"),
+        *("itemsize", "element_size", "requires_grad", "is_cuda", "is_meta"),
+        *("is_floating_point", "is_complex"),
+    )
 )
 
 
 class _OutOfReach:
-    """Stands for a parameter whose adapter Python's own reads would miss: any use raises.
+    """Stands for a parameter whose adapter Python's own reads would miss: computing with it raises.
 
     What an adapter does not change (dtype, device, shape) may be asked for.
     """
 
-    def __init__(self, name: str, owner: nn.Module) -> None:
-        self.__dict__.update(name=name, owner=owner)
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.__dict__.update(name=name, parameter=parameter)
 
     def refuse(self) -> UnsupportedOpError:
         return UnsupportedOpError(
@@ -184,8 +224,7 @@ class _OutOfReach:
     def __getattr__(self, attribute: str) -> Any:
         if attribute not in _UNCHANGED:
             raise self.refuse()
-        parameter = self.__dict__["owner"]._parameters[self.__dict__["name"].rpartition(".")[2]]
-        return getattr(parameter, attribute)
+        return getattr(self.__dict__["parameter"], attribute)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OutOfReach:
         return self
@@ -194,5 +233,7 @@ class _OutOfReach:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        values = [*args, *(kwargs or {}).values()]
-        raise next(value for value in values if isinstance(value, cls)).refuse()
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, cls):
+                raise value.refuse()
+        raise UnsupportedOpError(f"{func} reads an adapted weight outside of captured regions.")

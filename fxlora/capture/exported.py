@@ -122,7 +122,7 @@ def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphMod
     spec = contract_of(program, module, model, example)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
-    return module, allowing(model, module, spec, _of_batch_one(spec, example)) or spec
+    return module, _proved_for_one(model, module, spec, example)
 
 
 _RNN_WARNING = (
@@ -146,33 +146,65 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
     return program, module
 
 
-def allowing(
+def proved_for(
     model: nn.Module, module: fx.GraphModule, spec: InputSpec, single: Example
 ) -> InputSpec | None:
     """The contract of a graph with sizes of 0 and 1 like these allowed, if it is right there.
 
     torch.export's guards against them often come from a question about strides, not from the
-    source: they do if the graph of these very inputs has the same ops.
+    source; and where there is no guard, it may have taken a size for larger than 1 (a squeeze).
+    The graph is right if that of these very inputs has the same ops on the same sizes.
     """
     try:
         wider = spec.allowing(single.args, single.kwargs)
     except InputError:
         return None
-    if wider is None or wider == spec:
+    if wider is None or (wider == spec and not _squeezes(module.graph)):
         return wider
     try:
         _, static = _exported(model, single)
     except Exception:  # noqa: BLE001 - the source refuses such inputs, each in its own way
         return None
-    return wider if alike_but_for_sizes(module.graph, static.graph) else None
+    sizes = spec.symbols(single.args, single.kwargs)
+    return wider if alike_but_for_sizes(module.graph, static.graph, sizes) else None
 
 
-def _of_batch_one(spec: InputSpec, example: Example) -> Example:
-    """The example's inputs, with dynamic first dimensions cut to 1."""
+def _squeezes(graph: fx.Graph) -> bool:
+    """Whether the number of dimensions may depend on sizes of 1."""
+    packet = torch.ops.aten.squeeze
+    return any(getattr(node.target, "overloadpacket", None) is packet for node in graph.nodes)
+
+
+def _proved_for_one(
+    model: nn.Module, module: fx.GraphModule, spec: InputSpec, example: Example
+) -> InputSpec:
+    """The contract with batches of 1 where they are proved to be right, and without where not.
+
+    A proof is of one symbol alone; where there are several, also of all together.
+    """
+    singles = [_cut_to_one(spec, example, {symbol}) for symbol in spec.batches()]
+    if len(singles) > 1:
+        singles.append(_cut_to_one(spec, example, set(spec.batches())))
+    wider: InputSpec | None = spec
+    for single in singles:
+        wider = wider and proved_for(model, module, wider, single)
+    if wider is not None:
+        return wider
+    for single in singles:  # what was not proved is not allowed
+        if spec.holds_for(single.args, single.kwargs):
+            spec = spec.larger(spec.symbols(single.args, single.kwargs))
+    return spec
+
+
+def _cut_to_one(spec: InputSpec, example: Example, symbols: set[str]) -> Example:
+    """The example's inputs, with first dimensions of these symbols cut to 1."""
     single = {
         id(value): value[:1]
         for leaf, value in spec.pairs(example.args, example.kwargs)
-        if isinstance(leaf, TensorInput) and leaf.dims and isinstance(leaf.dims[0], Dimension)
+        if isinstance(leaf, TensorInput)
+        and leaf.dims
+        and isinstance(first := leaf.dims[0], Dimension)
+        and first.symbol in symbols
     }
 
     def cut(leaf: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..dialect import arguments_of
 from ..errors import CaptureError
 from ..program import MODES
 from .places import called_at
@@ -130,26 +132,28 @@ class _Watch(TorchDispatchMode):
             self.names.setdefault(parameter.untyped_storage()._cdata, []).append(name)
         for path, module in model.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
-                module.forward = self._recorded(path, module.forward)
+                # before the module's own hooks, which an export runs, too
+                module.register_forward_pre_hook(
+                    partial(self._enter, path), prepend=True, with_kwargs=True
+                )
+                module.register_forward_hook(self._leave, always_call=True)
 
-    def _recorded(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = pytree.tree_flatten(_plain((args, kwargs)))
-            call = Call(self.mode, structure, tuple(map(_described, leaves)))
-            self.seen.calls.setdefault(path, []).append(call)
-            self.inside.append(path)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self.inside.pop()
+    def _enter(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        leaves, structure = pytree.tree_flatten(_plain((args, kwargs)))
+        call = Call(self.mode, structure, tuple(map(_described, leaves)))
+        self.seen.calls.setdefault(path, []).append(call)
+        self.inside.append(path)
 
-        return recorded
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.inside.pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, given in zip(func._schema.arguments, args, strict=False):
+        for argument, given in arguments_of(func, args, kwargs):
             for name in self._parameters(given):
                 self._note(name)
                 if argument.alias_info and argument.alias_info.is_write:
@@ -157,8 +161,6 @@ class _Watch(TorchDispatchMode):
                         f"{called_at()}: Python outside of any graph writes to '{name}', the "
                         "source model's own. Copy it there before it is written to."
                     )
-        for name in self._parameters(kwargs):
-            self._note(name)
         return func(*args, **kwargs)
 
     def _parameters(self, values: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch.export import Dim, ShapesCollection
 from ..errors import CaptureError, InputError
 from ..shell import Shell
 from .examples import Example, in_signature_order
-from .exported import Source, allowing, depends_on_data, export_modes
+from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
 from .observe import Call, Observation, TensorLike, observe
 from .surroundings import mode_of
@@ -126,7 +126,7 @@ def _serve(root: nn.Module, source: Source, call: Call) -> None:
     except InputError as error:
         single = Example(args, kwargs, None)
         with mode_of(root, call.mode == "train"):
-            wider = allowing(root.get_submodule(source.path), module, spec, single)
+            wider = proved_for(root.get_submodule(source.path), module, spec, single)
         if wider is None:
             raise CaptureError(f"'{source.path}': {error}") from error
         alike = [mode for mode, other in source.modules.items() if other is module]

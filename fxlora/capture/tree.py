@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from ..errors import CaptureError
+from ..shell import copied_module
 
 
 def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:
@@ -25,10 +26,14 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
     def held(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: None if t is None else memo[id(t)] for name, t in tensors.items()}
 
+    containers: dict[int, nn.Module] = {}  # a module under two names is one here, too
+
     def container(module: nn.Module, path: str) -> nn.Module:
         if path in leaves:
             return copy.deepcopy(module, memo)
-        result = nn.Module()
+        if id(module) in containers:
+            return containers[id(module)]
+        result = containers[id(module)] = nn.Module()
         result.training = module.training
         result._parameters = held(module._parameters)
         result._buffers = held(module._buffers)
@@ -43,8 +48,16 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """The same modules over the same parameters; what a forward leaves behind stays there."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    """The same modules over other Parameters in the same memory: what a forward sets stays there.
+
+    (What it writes into a parameter in place does not.)
+    """
+    memo = {
+        id(p): nn.Parameter(p.detach(), p.requires_grad)
+        for p in model.parameters()
+        if not is_lazy(p)
+    }
+    return copied_module(model, memo)
 
 
 def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
