@@ -79,6 +79,11 @@ class Shell:
                 hooks.clear()  # they are in the graph
         self._sync()
 
+    def open(self, paths: Sequence[str]) -> None:
+        """Run the source's own code in these regions."""
+        for path in paths:
+            self.module.get_submodule(path).__dict__.pop("forward", None)
+
     def _sync(self) -> None:
         """Have the modules hold what the tree holds now."""
         containers = dict(self._tree.named_modules(remove_duplicate=False))

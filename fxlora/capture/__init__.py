@@ -22,7 +22,7 @@ from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
 from .hooks import refuse_backward_hooks
 from .pytrees import register_containers
-from .regions import capture_regions
+from .regions import Regions, wrong_regions
 from .traced import trace_mode
 from .tree import attach, build_tree
 
@@ -116,14 +116,18 @@ def _capture_exported(
     except CaptureError as failure:
         if dynamic_shapes is not None:  # of a whole graph, which was asked for
             raise
-        sources, shell = capture_regions(model, args, kwargs, failure)
+        regions = Regions(model, args, kwargs, failure)
+        module = _assemble(model, *regions.capture())
+        while wrong := wrong_regions(module, regions.seen):
+            regions.leave(wrong)
+            module = _assemble(model, *regions.capture())
         warnings.warn(
-            f"{shell.why} Its submodules are captured instead, and its Python calls them: "
-            f"{some(sorted({source.path for source in sources}))}. Print the module for the rest.",
+            f"{failure} Its submodules are captured instead, and its Python calls them: "
+            f"{some(module.regions)}. Print the module for the rest.",
             FxLoraWarning,
             stacklevel=3,
         )
-        return _assemble(model, sources, shell)
+        return module
     return _assemble(model, [source])
 
 
@@ -138,7 +142,7 @@ def _assemble(
     model: nn.Module, sources: Sequence[Source], shell: Shell | None = None
 ) -> CapturedModule:
     """One module over one tree from the graphs of both modes, of the whole or of regions."""
-    written: set[str] = set()
+    written: set[str] = set(shell.reads) if shell else set()  # Python may write to those
     called: set[str] = set()
     for source in sources:
         for module in source.distinct().values():

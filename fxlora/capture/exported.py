@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -50,6 +51,12 @@ class Source:
     modules: dict[str, fx.GraphModule]
     inputs: dict[str, InputSpec | None]
     path: str = ""
+
+    def copied(self) -> Source:
+        """The same with graphs of its own."""
+        copies = {id(module): copy.deepcopy(module) for module in self.modules.values()}
+        modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
+        return Source(modules, dict(self.inputs), self.path)
 
     def distinct(self) -> dict[str, fx.GraphModule]:
         """The graph modules, each once, by (the first) mode."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from ..dialect import arguments_of
 from ..errors import CaptureError
 from ..program import MODES
 from .places import called_at
-from .surroundings import mode_of
+from .surroundings import mode_of, seed_all, undisturbed
 from .tree import twin_of
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -84,6 +85,8 @@ class Observation:
         reads: of each parameter, by name: the submodules inside which an op took it, and where
             in the source.
         failures: what the model raised, by mode.
+        args, kwargs: what it was called with.
+        outcomes: outputs and buffers after it, by mode.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
@@ -91,6 +94,21 @@ class Observation:
         default_factory=dict[str, dict[tuple[str, ...], str]]
     )
     failures: dict[str, Exception] = field(default_factory=dict[str, Exception])
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    outcomes: dict[str, list[torch.Tensor]] = field(default_factory=dict[str, list[torch.Tensor]])
+
+    def ran(self, module: nn.Module, mode: str) -> bool:
+        """Whether a module gives in this mode what the model gave, bit for bit."""
+        if mode in self.failures:
+            return True  # nothing to compare with
+        try:
+            with undisturbed(module):
+                found = outcome(module, self.args, self.kwargs)
+        except Exception:  # noqa: BLE001 - where the model raised nothing
+            return False
+        expected = self.outcomes[mode]
+        return len(found) == len(expected) and all(map(_same_bits, found, expected))
 
     def outside(self, regions: set[str]) -> dict[str, str]:
         """Where parameters are read outside of all these submodules, by the parameters' names."""
@@ -104,16 +122,54 @@ class Observation:
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
     """Run a copy of the model (over the same parameters) once in each mode, and watch."""
-    seen = Observation()
+    seen = Observation(args=args, kwargs=kwargs)
     for mode in MODES:
         twin = twin_of(model)
-        given = pytree.tree_map(_cloned, (args, kwargs))
         try:
             with mode_of(twin, mode == "train"), _Watch(twin, mode, seen):
-                twin(*given[0], **given[1])
+                seen.outcomes[mode] = outcome(twin, args, kwargs)
         except Exception as error:  # noqa: BLE001 - the model raises what it likes
             seen.failures[mode] = error
     return seen
+
+
+def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a call gives, and the buffers after it, under one seed."""
+    args, kwargs = pytree.tree_map(_cloned, (args, kwargs))
+    seed_all()
+    leaves = pytree.tree_leaves(module(*args, **kwargs))
+    buffers = [b for name, b in module.named_buffers() if not name.startswith("_constants")]
+    return [t.detach() for t in (*leaves, *buffers) if isinstance(t, torch.Tensor)]
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    nan = (first != first) & (second != second)
+    return first.is_meta or bool(((first == second) | nan).all())
+
+
+def refuse_closures(model: nn.Module, failure: CaptureError) -> None:
+    """Refuse functions on a model that reach its modules by themselves: no copy redirects them.
+
+    Raises:
+        CaptureError: names the attribute.
+    """
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            for leaf in pytree.tree_leaves(value):
+                if any(isinstance(held, nn.Module | torch.Tensor) for held in _closed_over(leaf)):
+                    raise CaptureError(
+                        f"{failure} Nor by regions: '{path or type(model).__name__}.{name}' holds "
+                        "a function that reaches a module or tensor by itself, so that no copy of "
+                        "the model can be made. Make it a method."
+                    )
+
+
+def _closed_over(value: Any) -> Iterator[Any]:
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
 
 
 def _cloned(leaf: Any) -> Any:

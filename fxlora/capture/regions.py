@@ -7,7 +7,7 @@ was seen, become graphs. What is around them stays Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,13 @@ from torch import nn
 from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
+from ..module import CapturedModule
+from ..program import MODES
 from ..shell import Shell
 from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
-from .observe import Call, Observation, TensorLike, observe
+from .observe import Call, Observation, TensorLike, observe, refuse_closures
 from .surroundings import mode_of
 from .tree import twin_of
 
@@ -29,38 +31,86 @@ MOST_GRAPHS = 16
 PATIENCE = 60.0
 
 
-def capture_regions(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
-) -> tuple[list[Source], Shell]:
-    """The graphs of a model's regions, and the Python around them.
-
-    Args:
-        failure: why the model has no whole graph.
+class Regions:
+    """The regions of a model, as far as they are found to give what it gives.
 
     Raises:
-        CaptureError: the model does not run on these inputs, or no submodule of it has a graph.
+        CaptureError: the model does not run on these inputs, or its Python is out of reach.
     """
-    seen = observe(model, args, kwargs)
-    if len(seen.failures) == 2:
-        raise unable(model, "does not run on the example inputs", seen.failures["eval"], "")
-    sources = [source for path in _children(model, "") for source in _regions(model, path, seen)]
-    if not sources:
-        raise failure
-    outside = seen.outside({source.path for source in sources})
-    flags = {path: module.training for path, module in model.named_modules()}
-    return sources, Shell(twin_of(model), model.training, flags, outside, str(failure))
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
+    ) -> None:
+        refuse_closures(model, failure)
+        self.model, self.failure = model, failure
+        self.seen = observe(model, args, kwargs)
+        if len(self.seen.failures) == 2:
+            raise unable(
+                model, "does not run on the example inputs", self.seen.failures["eval"], ""
+            )
+        self._left: set[str] = set()
+        self._known: dict[str, list[Source]] = {}
+
+    def capture(self) -> tuple[list[Source], Shell]:
+        """The graphs, and the Python around them.
+
+        Raises:
+            CaptureError: no submodule has a graph.
+        """
+        model = self.model
+        sources = [s for path in _children(model, "") for s in self._below(path)]
+        if not sources:
+            raise self.failure
+        outside = self.seen.outside({source.path for source in sources})
+        flags = {path: module.training for path, module in model.named_modules()}
+        shell = Shell(twin_of(model), model.training, flags, outside, str(self.failure))
+        return sources, shell
+
+    def leave(self, paths: Collection[str]) -> None:
+        """Take these for no regions; their submodules may be."""
+        self._left |= set(paths)
+
+    def _below(self, path: str) -> Iterator[Source]:
+        """The graphs of a submodule, or else those of the submodules in it."""
+        module = self.model.get_submodule(path)
+        if next(module.parameters(), None) is None:
+            return  # nothing to adapt
+        try:
+            yield from self._of(path)
+        except CaptureError:
+            for child in _children(module, path):
+                yield from self._below(child)
+
+    def _of(self, path: str) -> list[Source]:
+        if path in self._left:
+            raise CaptureError(f"'{path}' does not give as a region what it gives in the model.")
+        if path not in self._known:
+            self._known[path] = _graphs(self.model, path, self.seen.calls.get(path, ()))
+        return [source.copied() for source in self._known[path]]
 
 
-def _regions(root: nn.Module, path: str, seen: Observation) -> Iterator[Source]:
-    """The graphs of a submodule, or else those of the submodules in it."""
-    module = root.get_submodule(path)
-    if next(module.parameters(), None) is None:
-        return  # nothing to adapt
-    try:
-        yield from _graphs(root, path, seen.calls.get(path, ()))
-    except CaptureError:
-        for child in _children(module, path):
-            yield from _regions(root, child, seen)
+def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
+    """The regions with which the example's outputs or buffers are not the source's, bit for bit.
+
+    What passes between a submodule and the Python around it besides arguments (an attribute set
+    from outside, a mode changed on the way) shows here.
+    """
+    shell = module.shell
+    assert shell is not None
+    if _gives(module, seen):
+        return []
+    faulty = [path for path in module.regions if not _gives(module, seen, only=path)]
+    return faulty or list(module.regions)
+
+
+def _gives(module: CapturedModule, seen: Observation, only: str | None = None) -> bool:
+    for mode in MODES:
+        copied = module.derive().train(mode == "train")
+        assert copied.shell is not None
+        copied.shell.open([path for path in module.regions if only not in (None, path)])
+        if not seen.ran(copied, mode):
+            return False
+    return True
 
 
 def _children(module: nn.Module, path: str) -> list[str]:

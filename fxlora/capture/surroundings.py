@@ -150,6 +150,14 @@ def refuse_constant_dice(model: nn.Module) -> Generator[None]:
         )
 
 
+def seed_all(seed: int = 0) -> None:
+    """Every generator at the same place, for two runs to be compared."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+
+
 def _same_state(first: Any, second: Any) -> bool:
     return all(
         bool((a == b).all()) if hasattr(a, "all") else a == b
