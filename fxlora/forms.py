@@ -18,10 +18,8 @@ def check_supported(site: Site, number: int) -> None:
     """
     if site.outside is not None:
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read by the model's Python"
-            + (f" at {site.outside}" if site.outside else "")
-            + ", outside of the captured regions, where no adapter can stand. Leave it out of the "
-            "rule (Rule(name, lora=None) before it)."
+            f"'{site.name}' (rule {number}) {site.why_outside}, so that no adapter can stand "
+            "there. Leave it out of the rule (Rule(name, lora=None) before it)."
         )
     if site.overlaps:
         raise UnsupportedOpError(

@@ -18,6 +18,7 @@ from .module import CapturedModule
 from .ops import CASTS, MATRIX_PRODUCTS
 from .plan import IN_FULL, Entry, Plan
 from .sites import Site, find_sites
+from .tables import some
 
 
 def match(
@@ -72,6 +73,8 @@ class _Matching:
             rule = self.rules[number - 1] if number else None
             if set(site.names) & trained:
                 skipped.append((site.name, IN_FULL))
+            elif rule is None and site.outside is not None:
+                skipped.append((site.name, site.why_outside))
             elif rule is None:
                 skipped.append((site.name, f"no rule matches its {site.op}"))
             elif rule.lora is None:
@@ -80,6 +83,7 @@ class _Matching:
                 entries.append(self._entry(site, number, rule.lora))
         self._check_everything_matched(chosen, entries)
         trained |= self._biases(entries)
+        self._warn_of_uncovered(skipped)
         if not entries and not trained:
             raise NoMatchError(f"the rules adapt none of {len(self.sites)} sites.")
         sizes = {name: p.numel() for name, p in self.module.named_parameters()}
@@ -238,6 +242,18 @@ class _Matching:
             if rule.lora is not None:
                 self._check_patterns(number, rule.lora, mine)
                 self._check_layers(number, rule.lora)
+
+    def _warn_of_uncovered(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Rules by op cannot take what no region covers: say so."""
+        reasons = {s.name: s.why_outside for s in self.sites if s.outside is not None}
+        missed = [name for name, why in skipped if reasons.get(name) == why]
+        if missed:
+            warnings.warn(
+                f"no rule can adapt {len(missed)} weights, which no region covers: "
+                f"{some(missed)}. The plan's skipped says why.",
+                FxLoraWarning,
+                stacklevel=4,
+            )
 
     def _check_names(self, number: int, rule: Rule) -> None:
         """Every single name must match a site, whatever the rule's other keys say."""

@@ -113,6 +113,13 @@ class Site:
         return math.prod(self.shape)
 
     @property
+    def why_outside(self) -> str:
+        """Why no graph stands for its reads."""
+        if self.outside:
+            return f"is read by the model's Python at {self.outside}, outside of captured regions"
+        return "is in no captured region: the example ran nothing that reads it"
+
+    @property
     def convolution(self) -> bool:
         return self.op.startswith("conv") and "transpose" not in self.op
 

@@ -479,3 +479,52 @@ def test_what_no_graph_can_hold_is_refused_or_stays_python(model: Callable[[], n
         gm = fxlora.capture(source, x)
     assert gm.regions == ("layer",)
     assert torch.equal(gm(x), source(x))
+
+
+# ---- state that is no buffer --------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_state_in_attributes_stays_python(how: str) -> None:
+    def forward(model: Any, x: torch.Tensor) -> torch.Tensor:
+        if how == "in place":
+            model.state.add_(1)
+        else:
+            model.state = model.state + 1
+        return model.layer(x) * model.state
+
+    model, x = Odd(forward).double(), normal(4, 5)
+    model.state = torch.zeros(3).double()
+    gm = fxlora.capture(model, x)
+    assert gm.regions == ("layer",) and not model.state.any()
+    for _ in range(3):
+        assert torch.equal(gm(x), model(x))
+
+
+def test_what_a_forward_only_leaves_behind_is_no_state() -> None:
+    def forward(model: Any, x: torch.Tensor) -> torch.Tensor:
+        model.last = model.layer(x)
+        return model.last * 2
+
+    assert fxlora.capture(Odd(forward).double(), normal(4, 5)).regions == ("",)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.layer(x).sum(0) / (x.shape[0] - 1 if x.shape[0] > 1 else 1),
+        lambda m, x: m.layer(x).squeeze(0).mean(0),
+        lambda m, x: torch.cat([m.layer(x), x.new_ones(x.shape[0] if x.shape[0] > 1 else 3, 3)]),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_batch_of_one_is_right_or_refused(forward: Any, batch: int) -> None:
+    model = Odd(forward).double()
+    gm, x = fxlora.capture(model, normal(4, 5)), normal(batch, 5)
+    try:
+        found = gm(x)
+    except fxlora.InputError:
+        assert batch == 1
+        return
+    assert torch.equal(found, model(x))

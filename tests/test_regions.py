@@ -33,7 +33,10 @@ from .laws import (
     snapshot,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*submodules are captured instead"),
+    pytest.mark.filterwarnings("ignore:no rule can adapt"),
+]
 
 ALL = Rule(op=["linear", "conv*", "embedding"], lora=LoraConfig(r=2, lora_alpha=3))
 
@@ -381,3 +384,87 @@ def test_an_attempt_that_takes_too_long_gives_way_to_a_less_dynamic_one(
     assert [type(dim) for dim in head.inputs["eval"].leaves[0][0].dims] == [int, int]
     args = (images(*SIZES),)
     assert_same(run(gm, args, {}), run(copy.deepcopy(detector).eval(), args, {}))
+
+
+class Around(nn.Module):
+    """Python that deals with a region in other ways than by calling it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.region, self.seen = kind, Stateful(), 0.0
+        if kind == "hook":
+            self.region.register_forward_hook(lambda m, given, out: out * 2)
+        if kind == "pre-hook":
+            self.region.register_forward_pre_hook(lambda m, given: (given[0] + 1,))
+        if kind == "list":
+            self.kept = [self.region.inner.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "sets":
+            self.region.scale = 1 + float(x.abs().max())
+        if self.kind == "mode":
+            self.region.train()
+        y = self.region(x) * (1 if float(x.sum()) > -1e9 else 2)
+        y = y + self.region.aux if self.kind == "reads" else y
+        return y + self.kept[0].sum() if self.kind == "list" and x.shape[0] == 7 else y
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drop, self.scale = nn.Linear(5, 3), nn.Dropout(0.5), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.drop(self.inner(x)) * self.scale
+        self.aux = y.detach().square().mean()
+        return y
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "sets", "mode", "reads", "list"])
+def test_what_passes_by_a_region_is_not_lost(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Around(kind).double()
+    before = snapshot(model)
+    example = (torch.randn(4, 5).double(),)
+    if kind == "mode":  # draws in eval, too
+        gm = fxlora.capture(model, example)
+    else:
+        gm, lora = check_laws(model, example, rules=ALL)
+    assert gm.regions == (("region",) if "hook" in kind or kind == "list" else ("region.inner",))
+    x = torch.randn(2, 5).double()
+    for training in (False, True):
+        source = copy.deepcopy(model).train(training)
+        assert_same(run(gm.train(training), (x,), {}), run(source, (x,), {}))
+    if kind == "list":
+        with pytest.raises(UnsupportedOpError, match="outside of them"):
+            lora(torch.randn(7, 5).double())
+    assert_untouched(model, before)
+
+
+def test_functions_that_reach_the_model_by_themselves_are_refused() -> None:
+    class Reaches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner = nn.Linear(5, 3)
+            self.function = lambda x: inner(x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.function(x) * (1 if float(x.sum()) > 0 else 2)
+
+    with pytest.raises(CaptureError, match=r"Reaches\.function' holds a function"):
+        fxlora.capture(Reaches(), torch.randn(4, 5))
+
+
+def test_experts_that_the_example_did_not_reach_are_named() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts[int(x.sum() > 1e9)](x)
+
+    gm = fxlora.capture(Experts(), torch.randn(4, 5))
+    with pytest.warns(FxLoraWarning, match=r"no rule can adapt 1 weights.*experts\.1"):
+        plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
+    assert "ran nothing that reads it" in dict(plan.skipped)["experts.1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
@@ -35,7 +36,7 @@ from .functions import opaque_functions
 from .hooks import no_tensor_hooks
 from .pytrees import watch_updates
 from .sizes import refuse_fixed_sizes
-from .surroundings import mode_of, refuse_constant_dice
+from .surroundings import mode_of, refuse_constant_dice, refuse_state
 
 
 @dataclass(eq=False)
@@ -132,25 +133,43 @@ def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphMod
     return module, _proved_for_one(model, module, spec, example)
 
 
-_RNN_WARNING = (
-    r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, | ))+(was|were) assigned"
-)
-
-
 def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
     with ExitStack() as stack:
         functions = stack.enter_context(opaque_functions())
         stack.enter_context(no_tensor_hooks())
         stack.enter_context(marked_checkpoints())
         stack.enter_context(refuse_constant_dice(model))
-        stack.enter_context(warnings.catch_warnings())
-        # torch.export swaps the weights under the list that an RNN keeps of them
-        warnings.filterwarnings("ignore", _RNN_WARNING, UserWarning)
+        stack.enter_context(refuse_state(model))
+        said = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
         program = run_export(model, example)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    for warning in said:
+        if assigned := re.match(_ASSIGNED, str(warning.message)):
+            _refuse_assigned_state(model, module, assigned.group(1))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
     functions.restore(module)
     return program, module
+
+
+# What torch.export says of attributes that a forward sets. (Of the list that an RNN keeps of its
+# weights, too: torch.export swaps them underneath.)
+_ASSIGNED = r"The tensor attributes? (.*) (?:was|were) assigned during export"
+
+
+def _refuse_assigned_state(model: nn.Module, module: fx.GraphModule, names: str) -> None:
+    """Raise if a tensor that the forward replaces is also one that it reads."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in re.findall(r"self\.([\w.]+)", names):
+        if name in read and not name.rpartition(".")[2].startswith("_flat_weights"):
+            raise CaptureError(
+                f"{type(model).__name__} keeps state in its attribute '{name}', which a graph "
+                f"cannot: register_buffer('{name.rpartition('.')[2]}', …), and write into that."
+            )
 
 
 def proved_for(

@@ -12,13 +12,14 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import _trace
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..module import CapturedModule
@@ -83,15 +84,48 @@ def _state_of(model: nn.Module) -> Generator[None]:
         if isinstance(value, list | dict | set)
     ]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    contents = [(t, t._version, t.detach().clone()) for _, t in plain_tensors(model)]
     try:
         yield
     finally:
+        for tensor, version, content in contents:
+            if tensor._version != version:
+                tensor.detach().copy_(content)
         for module, held in zip(modules, attributes, strict=True):
             _put_back(module.__dict__, held)
         for container, before in containers:
             _put_back(container, before)
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors on a model's modules that are neither parameters nor buffers, by dotted name."""
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            own = name not in ("_parameters", "_buffers", "_modules")
+            for leaf in pytree.tree_leaves(value) if own else ():
+                if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter):
+                    yield (f"{path}.{name}" if path else name), leaf
+
+
+@contextmanager
+def refuse_state(model: nn.Module) -> Generator[None]:
+    """Raise where a forward keeps state in tensors that are no buffers.
+
+    A graph would start from the same state at every call.
+
+    Raises:
+        CaptureError: names the attribute.
+    """
+    before = [(name, tensor, tensor._version) for name, tensor in plain_tensors(model)]
+    yield
+    for name, tensor, version in before:
+        if tensor._version != version:
+            raise CaptureError(
+                f"{type(model).__name__} writes to its attribute '{name}' in place, which a graph "
+                f"cannot keep from call to call: register_buffer('{name.rpartition('.')[2]}', …)."
+            )
 
 
 def _put_back(container: Any, before: Any) -> None:
