@@ -468,3 +468,29 @@ def test_experts_that_the_example_did_not_reach_are_named() -> None:
     with pytest.warns(FxLoraWarning, match=r"no rule can adapt 1 weights.*experts\.1"):
         plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
     assert "ran nothing that reads it" in dict(plan.skipped)["experts.1"]
+
+
+def test_a_squeeze_of_what_the_data_decide_is_right_or_refused() -> None:
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x).squeeze(0)
+            return y * 2 if y.dim() == 1 else y
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = Squeezes()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x[(x.sum(1) > 0).nonzero()[:, 0]])
+
+    model, x = Chosen(), torch.ones(4, 5)
+    gm, one = fxlora.capture(model, x), x * torch.tensor([1.0, -1, -1, -1])[:, None]
+    assert torch.equal(gm(x), model(x))
+    with pytest.raises(InputError, match="region 'head'"):
+        gm(one)
+    assert torch.equal(fxlora.capture(model, one)(one), model(one))

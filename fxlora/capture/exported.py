@@ -15,7 +15,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as export_config
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    free_unbacked_symbols,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -127,6 +130,7 @@ def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphMod
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
     with fixed, watch_updates(model) as updates:
         program, module = _exported(model, example)
+    _refuse_unknown_squeezes(model, module.graph)
     spec = contract_of(program, module, model, example)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
@@ -197,8 +201,25 @@ def proved_for(
 
 def _squeezes(graph: fx.Graph) -> bool:
     """Whether the number of dimensions may depend on sizes of 1."""
-    packet = torch.ops.aten.squeeze
-    return any(getattr(node.target, "overloadpacket", None) is packet for node in graph.nodes)
+    return any(_is_squeeze(node) for node in graph.nodes)
+
+
+def _is_squeeze(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) is torch.ops.aten.squeeze
+
+
+def _refuse_unknown_squeezes(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise where a squeeze may find a 1 in the data: torch.export takes it that it does not."""
+    for node in filter(_is_squeeze, graph.nodes):
+        value = node.all_input_nodes[0].meta.get("val")
+        sizes: Any = value.shape if isinstance(value, torch.Tensor) else ()
+        named: Any = node.args[1] if len(node.args) > 1 else range(len(sizes))
+        axes = [named] if isinstance(named, int) else named
+        if any(free_unbacked_symbols(sizes[axis]) for axis in axes):
+            raise CaptureError(
+                f"{type(model).__name__} squeezes a tensor whose size depends on the data: whether "
+                "that drops a dimension, no graph can say. Give squeeze the dimension that is 1."
+            )
 
 
 def _proved_for_one(
