@@ -38,8 +38,9 @@ def capture(
     """Capture a model as a `torch.fx.GraphModule`; the model itself is left as it is.
 
     With example inputs, through torch.export, in train and in eval mode; `train()` and `eval()`
-    of the result choose the graph. Without, through torch.fx's tracer (which sees less: give
-    inputs where you can).
+    of the result choose the graph. A model whose Python looks at values has no whole graph: its
+    largest submodules that have one are captured, and its Python calls them (with a warning).
+    Without inputs, through torch.fx's tracer (which sees less: give inputs where you can).
 
     Parameters share storage with the model, so that nothing large is copied: training them in
     place trains the model's too (`inject` freezes them). Buffers are copies.
