@@ -194,7 +194,8 @@ class _Region:
         try:
             spec.check(args, kwargs)
         except InputError as error:
-            return f"{error}" + (f" ({len(others)} other graphs fit no better)" if others else "")
+            more = f" ({len(others)} other graphs fit no better)" if others else ""
+            return f"{error}{more} Give capture an example in which the region is called like this."
         raise AssertionError("the first graph holds")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Region:

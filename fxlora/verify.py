@@ -187,6 +187,7 @@ def _effects(
         raise VerificationError(
             f"the adapter on '{dead[0]}' cannot change the outputs for these inputs"
             + (f", nor can {len(dead) - 1} others: {', '.join(dead[1:6])}." if dead[1:] else ".")
+            + " Give inputs that reach it (a branch, an expert), or leave it out of the rules."
         )
     return effects
 

@@ -126,7 +126,7 @@ def _capture_exported(
             f"{failure} Its submodules are captured instead, and its Python calls them: "
             f"{some(module.regions)}. Print the module for the rest.",
             FxLoraWarning,
-            stacklevel=3,
+            stacklevel=4,  # capture's decorator is a frame, too
         )
         return module
     return _assemble(model, [source])
