@@ -90,7 +90,7 @@ class Regions:
 
 
 def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
-    """The regions with which the example's outputs or buffers are not the source's, but for rounding.
+    """The regions with which the example's outputs or buffers are not the source's, up to rounding.
 
     What passes between a submodule and the Python around it besides arguments (an attribute set
     from outside, a mode changed on the way) shows here.
