@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -494,3 +495,21 @@ def test_a_squeeze_of_what_the_data_decide_is_right_or_refused() -> None:
     with pytest.raises(InputError, match="region 'head'"):
         gm(one)
     assert torch.equal(fxlora.capture(model, one)(one), model(one))
+
+
+def test_no_weight_is_copied_on_the_way(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = sys.modules["fxlora.capture.exported"].Source
+    own = {parameter.untyped_storage().data_ptr() for parameter in detector.parameters()}
+    seen: list[Any] = []
+    copied = source.copied
+
+    def watched(self: Any) -> Any:
+        seen.append(copied(self))
+        return seen[-1]
+
+    monkeypatch.setattr(source, "copied", watched)
+    fxlora.capture(detector, (images(*SIZES),))
+    tensors = [p for s in seen for m in s.modules.values() for p in m.parameters()]
+    assert tensors and {p.untyped_storage().data_ptr() for p in tensors} <= own

@@ -57,8 +57,10 @@ class Source:
     path: str = ""
 
     def copied(self) -> Source:
-        """The same with graphs of its own."""
-        copies = {id(module): copy.deepcopy(module) for module in self.modules.values()}
+        """The same with graphs of its own, over the same tensors."""
+        held = [(*m.parameters(), *m.buffers()) for m in self.modules.values()]
+        memo = {id(tensor): tensor for tensors in held for tensor in tensors}
+        copies = {id(m): copy.deepcopy(m, dict(memo)) for m in self.modules.values()}
         modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
         return Source(modules, dict(self.inputs), self.path)
 
