@@ -7,7 +7,8 @@ from torch import fx
 from .errors import ConfigError, UnsupportedOpError
 from .nested import grad_enabled, origin
 from .ops import FLATTENED, is_transpose
-from .sites import Reader, Site
+from .readers import Reader
+from .sites import Site
 
 
 def check_supported(site: Site, number: int) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +15,17 @@ from .errors import ConfigError, FxLoraWarning, NoMatchError
 from .forms import check_supported, choose_form
 from .module import CapturedModule
 from .ops import CASTS, MATRIX_PRODUCTS
+from .patterns import (
+    by_pattern,
+    holds_shape,
+    holds_where,
+    in_layers,
+    is_called,
+    is_suffix,
+    matches_name,
+    nearest,
+    pattern_holds,
+)
 from .plan import IN_FULL, Entry, Plan
 from .sites import Site, find_sites
 from .tables import some
@@ -108,22 +118,22 @@ class _Matching:
         return (
             (rule.name is None or any(matches_name(p, site) for p in rule.name))
             and (rule.op is None or any(fnmatchcase(site.op, kind) for kind in rule.op))
-            and _holds_shape(rule, site)
+            and holds_shape(rule, site)
             and (rule.lora is None or self._targeted(rule.lora, site))
-            and (rule.where is None or _where(rule.where, site))
+            and (rule.where is None or holds_where(rule.where, site))
         )
 
     def _targeted(self, config: LoraConfig, site: Site) -> bool:
         if config.targets_anything:
             by_module = self._in_targets(config.target_modules, site)
             by_parameter = any(
-                _suffix(t, n) for t in config.target_parameters or () for n in site.names
+                is_suffix(t, n) for t in config.target_parameters or () for n in site.names
             )
             if not (by_module or by_parameter):
                 return False
         if config.exclude_modules is not None and self._in_targets(config.exclude_modules, site):
             return False
-        return config.layers_to_transform is None or _in_layers(config, site)
+        return config.layers_to_transform is None or in_layers(config, site)
 
     def _in_targets(self, targets: Names, site: Site) -> bool:
         """PEFT's matching: one string is an expression for the whole name, a list has names."""
@@ -131,7 +141,7 @@ class _Matching:
             return any(re.fullmatch(targets, alias) for alias in site.aliases)
         names = (targets,) if isinstance(targets, str) else targets or ()
         return any(
-            self._in_all_linear(site) if name == ALL_LINEAR else _is_called(name, site)
+            self._in_all_linear(site) if name == ALL_LINEAR else is_called(name, site)
             for name in names
         )
 
@@ -156,7 +166,7 @@ class _Matching:
         found: list[str] = []
         for number, rule in enumerate(self.rules, 1):
             for name in (rule.lora.modules_to_save if rule.lora else None) or ():
-                paths = [path for path in holders if _suffix(name, path)]
+                paths = [path for path in holders if is_suffix(name, path)]
                 if not paths:
                     self._no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
                 found += paths
@@ -199,8 +209,8 @@ class _Matching:
 
     def _entry(self, site: Site, number: int, config: LoraConfig) -> Entry:
         check_supported(site, number)
-        r = int(_by_pattern(config.rank_pattern, site, config.r))
-        alpha = _by_pattern(config.alpha_pattern, site, config.lora_alpha)
+        r = int(by_pattern(config.rank_pattern, site, config.r))
+        alpha = by_pattern(config.alpha_pattern, site, config.lora_alpha)
         if r > site.max_rank:
             warnings.warn(
                 f"r={r} for '{site.name}' is more than the rank {site.max_rank} that its weight "
@@ -292,7 +302,7 @@ class _Matching:
     def _check_patterns(self, number: int, config: LoraConfig, entries: Sequence[Entry]) -> None:
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, key):
-                if not any(_pattern_holds(pattern, entry.site) for entry in entries):
+                if not any(pattern_holds(pattern, entry.site) for entry in entries):
                     names = [entry.site for entry in entries]
                     self._no_match(f"{key} of rule {number} ('{pattern}')", pattern, names)
 
@@ -309,7 +319,7 @@ class _Matching:
         if near := nearest(name, candidates):
             message += f" Nearest: {', '.join(near)}."
         held = [n for n, _ in self.module.named_parameters(remove_duplicate=False)]
-        if any(_suffix(name, n) or _suffix(name, n.rpartition(".")[0]) for n in held):
+        if any(is_suffix(name, n) or is_suffix(name, n.rpartition(".")[0]) for n in held):
             message += (
                 f" '{name}' is in the model, but no graph reads a weight of two or more "
                 "dimensions there"
@@ -320,7 +330,7 @@ class _Matching:
     def _no_site(self, name: str) -> str:
         """Why a tensor of this name is no site although a weight might be meant."""
         for full, buffer in self.module.named_buffers(remove_duplicate=False):
-            if _suffix(name, full) and buffer.ndim >= 2:
+            if is_suffix(name, full) and buffer.ndim >= 2:
                 return (
                     f" '{full}' is a buffer: only parameters take adapters. Make it one before you "
                     "capture (del the buffer, then set nn.Parameter(tensor, requires_grad=False)), "
@@ -328,99 +338,7 @@ class _Matching:
                 )
         for full, parameter in self.module.named_parameters(remove_duplicate=False):
             owner = full.rpartition(".")[0]
-            called = _suffix(name, full) or _suffix(name, owner)
+            called = is_suffix(name, full) or is_suffix(name, owner)
             if called and parameter.ndim >= 2 and not parameter.is_floating_point():
                 return f" '{full}' holds {parameter.dtype}; adapters are for real numbers."
         return ""
-
-
-# ---- names --------------------------------------------------------------------------------------
-
-
-def matches_name(pattern: str, site: Site) -> bool:
-    """Whether a Rule's name pattern matches any name of a site."""
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], alias) for alias in site.aliases)
-    if any(character in pattern for character in "*?["):
-        return any(fnmatchcase(alias, pattern) for alias in site.aliases)
-    return _is_called(pattern, site)
-
-
-def _is_called(name: str, site: Site) -> bool:
-    return any(_suffix(name, alias) for alias in site.aliases)
-
-
-def _suffix(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _in_layers(config: LoraConfig, site: Site) -> bool:
-    patterns = config.layers_pattern or (r"[^.]*",)
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", site.name)
-        if found:
-            layers = config.layers_to_transform
-            assert isinstance(layers, tuple)
-            return int(found.group(1)) in layers
-    return False
-
-
-def _pattern_holds(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _by_pattern(patterns: object, site: Site, default: float) -> float:
-    assert isinstance(patterns, dict)
-    for pattern, value in patterns.items():
-        if _pattern_holds(pattern, site.name):
-            return value
-    return default
-
-
-def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """The candidates most like a name, compared whole and by their last part."""
-    names = list(dict.fromkeys(candidates))
-    tail = name.rpartition(".")[2]
-
-    def likeness(candidate: str) -> float:
-        last = candidate.rpartition(".")[2]
-        pairs = ((name, candidate), (tail, last))
-        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
-
-    ranked = sorted(names, key=likeness, reverse=True)
-    return [n for n in ranked[:limit] if likeness(n) > 0.5]
-
-
-# ---- shapes ---------------------------------------------------------------------------
-
-
-def _where(function: Callable[[Site], bool], site: Site) -> bool:
-    try:
-        return bool(function(site))
-    except Exception as error:
-        raise ConfigError(
-            f"where= raised for '{site.name}': {type(error).__name__}: {error}."
-        ) from error
-
-
-def _holds_shape(rule: Rule, site: Site) -> bool:
-    low, high = sorted((site.in_features, site.out_features))
-    bounds = (
-        (rule.min_features, low),
-        (rule.min_in_features, site.in_features),
-        (rule.min_out_features, site.out_features),
-    )
-    limits = (
-        (rule.max_features, high),
-        (rule.max_in_features, site.in_features),
-        (rule.max_out_features, site.out_features),
-    )
-    if any(bound is not None and size < bound for bound, size in bounds):
-        return False
-    if any(limit is not None and size > limit for limit, size in limits):
-        return False
-    if rule.kernel_size is None:
-        return True
-    wanted = rule.kernel_size
-    sizes = (wanted,) * len(site.kernel_size) if isinstance(wanted, int) else wanted
-    return bool(site.kernel_size) and tuple(sizes) == site.kernel_size

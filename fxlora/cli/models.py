@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..rules import nearest
+from ..patterns import nearest
 from .checkpoints import load_checkpoint, read_checkpoint
 from .lines import said
 

@@ -17,7 +17,7 @@ from ..module import CapturedModule
 from ..nested import Path, call_of, inside
 from ..ops import Factors, Read, adapted_weight
 from ..plan import Entry
-from ..sites import Reader
+from ..readers import Reader
 
 aten = torch.ops.aten
 
