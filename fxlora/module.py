@@ -107,10 +107,10 @@ class CapturedModule(ProgramModule):
         super().refresh()
         for runner in self.runners:
             runner.refresh()
-        self._shade()
+        self._bind_shell()
 
-    def _shade(self) -> None:
-        """What regions adapt, the Python around them must not read bare."""
+    def _bind_shell(self) -> None:
+        """Python around regions has this module's tensors, and none that a region adapts."""
         if self.shell:
             aliases = self.aliases()
             adapted = {name for entry in self.plan or () for name in aliases[entry.parameter]}
@@ -155,7 +155,7 @@ class CapturedModule(ProgramModule):
         result.trained, result.grads, result.outputs = self.trained, self.grads, self.outputs
         result.originals = originals
         result.meta = copy.copy(self.meta)
-        result._shade()
+        result._bind_shell()
         return result
 
     def tree(self) -> nn.Module:

@@ -58,6 +58,20 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured; says where in the model's code.
     """
+    _check_model(model)
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if args is not None or kwargs is not None:
+        if not isinstance(args, tuple | list | None):
+            raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
+        return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+    if dynamic_shapes is not None:
+        raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
+    return _capture_traced(model)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise where no road can capture a model."""
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
     if isinstance(model, CapturedModule):
@@ -76,20 +90,6 @@ def capture(
             f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
             "never take part in training. Make it outside, or capture copy.deepcopy(model)."
         )
-    if isinstance(args, torch.Tensor):
-        args = (args,)
-    if args is None and kwargs is None:
-        if dynamic_shapes is not None:
-            raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
-        if model._forward_hooks or model._forward_pre_hooks:
-            raise CaptureError(
-                f"{type(model).__name__} has forward hooks of its own, which torch.fx's tracer "
-                "passes by. Give example inputs: capture(model, args)."
-            )
-        return _capture_traced(model)
-    if not isinstance(args, tuple | list | None):
-        raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
-    return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
 
 
 def _hidden_name(model: nn.Module) -> str | None:
@@ -117,22 +117,33 @@ def _capture_exported(
     except CaptureError as failure:
         if dynamic_shapes is not None:  # of a whole graph, which was asked for
             raise
-        regions = Regions(model, args, kwargs, failure)
-        module = _assemble(model, *regions.capture())
-        while wrong := wrong_regions(module, regions.seen):
-            regions.leave(wrong)
-            module = _assemble(model, *regions.capture())
-        warnings.warn(
-            f"{failure} Its submodules are captured instead, and its Python calls them: "
-            f"{some(module.regions)}. Print the module for the rest.",
-            FxLoraWarning,
-            stacklevel=4,  # capture's decorator is a frame, too
-        )
-        return module
+        return _capture_by_regions(model, args, kwargs, failure)
     return _assemble(model, [source])
 
 
+def _capture_by_regions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
+) -> CapturedModule:
+    regions = Regions(model, args, kwargs, failure)
+    module = _assemble(model, *regions.capture())
+    while wrong := wrong_regions(module, regions.seen):
+        regions.leave(wrong)
+        module = _assemble(model, *regions.capture())
+    warnings.warn(
+        f"{failure} Its submodules are captured instead, and its Python calls them: "
+        f"{some(module.regions)}. Print the module for the rest.",
+        FxLoraWarning,
+        stacklevel=5,  # capture's decorator is a frame, too
+    )
+    return module
+
+
 def _capture_traced(model: nn.Module) -> CapturedModule:
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks of its own, which torch.fx's tracer "
+            "passes by. Give example inputs: capture(model, args)."
+        )
     modules = {mode: trace_mode(model, mode) for mode in MODES}
     if alike(modules["train"], modules["eval"]):
         modules["train"] = modules["eval"]
