@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .adapted import adapted_weight
 from .alike import difference
 from .errors import InjectError, VerificationError
 from .module import CapturedModule
@@ -235,7 +236,6 @@ def _weight_error(
     In the dtype's ε, and ε' of the type that products accumulate in:
     ε/2·|W| + (r + 2)·ε'·(|W0| + s·|B||A|) (Higham, Accuracy and Stability, §3.1).
     """
-    a, b = (module.get_parameter(n).detach().double() for n in (entry.name_a, entry.name_b))
     weight = base.get_parameter(entry.parameter).detach()
     found = folded.get_parameter(entry.parameter).detach()
     if found.dtype != weight.dtype or found.shape != weight.shape:
@@ -243,8 +243,10 @@ def _weight_error(
             f"'{entry.site}': folded to {found.dtype} {tuple(found.shape)} from "
             f"{weight.dtype} {tuple(weight.shape)}."
         )
-    exact = weight.double() + entry.scaling * _product(entry, a, b)
-    size = weight.double().abs() + entry.scaling * _product(entry, a.abs(), b.abs())
+    values = {name: module.get_parameter(name).detach().double() for name in entry.tensors}
+    exact = adapted_weight(entry, weight.double(), values)
+    largest = {name: value.abs() for name, value in values.items()}
+    size = adapted_weight(entry, weight.double().abs(), largest).abs()
     accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
     bound = torch.finfo(weight.dtype).eps / 2 * exact.abs()
     bound += (entry.r + 2) * torch.finfo(accumulator).eps * size + torch.finfo(weight.dtype).tiny
@@ -255,12 +257,6 @@ def _weight_error(
             "rounding allows)."
         )
     return error
-
-
-def _product(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """BA in the weight's shape."""
-    product = b.flatten(1) @ a.flatten(1)
-    return (product.T if entry.in_first else product).reshape(entry.shape)
 
 
 def _output_error(

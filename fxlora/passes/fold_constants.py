@@ -33,26 +33,35 @@ class FoldConstants(PassBase):
         plan = graph_module.plan
         if plan is None:
             return PassResult(result, False)
-        aliases = result.aliases()
         folded: dict[str, nn.Parameter] = {}
         for graph in result.distinct_graphs():
-            for insertion in insertions(result, graph):
-                if insertion.form != "weight":
-                    raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
-                name = insertion.entry.parameter
+            standing = insertions(result, graph)
+            for name, (names, output) in _adapted(standing).items():
                 if name not in folded:
-                    folded[name] = _evaluated(result, insertion)
+                    folded |= dict.fromkeys(names, _evaluated(result, output))
+            for insertion in reversed(standing):
                 take_out(insertion)
         for name, parameter in folded.items():
-            for alias in aliases[name]:
-                result.set_parameter(alias, parameter)
+            result.set_parameter(name, parameter)
         result.folded = (*result.folded, plan)
         drop_adapters(result)
         result.requires_grad_(False)  # the rest still is the source's storage
         return PassResult(result, True)
 
 
-def _evaluated(module: CapturedModule, insertion: Insertion) -> nn.Parameter:
+def _adapted(standing: list[Insertion]) -> dict[str, tuple[tuple[str, ...], fx.Node]]:
+    """The node that stands for each weight in a graph, behind all of its parts, by its name."""
+    found: dict[str, tuple[tuple[str, ...], fx.Node]] = {}
+    inner = {insertion.base for insertion in standing}
+    for insertion in standing:
+        if insertion.form != "weight":
+            raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
+        if insertion.output not in inner:
+            found[insertion.entry.parameter] = (insertion.entry.names, insertion.output)
+    return found
+
+
+def _evaluated(module: CapturedModule, output: fx.Node) -> nn.Parameter:
     def value(node: fx.Node) -> Any:
         if node.op == "get_attr":
             return module.get_parameter(str(node.target)).detach()
@@ -60,7 +69,7 @@ def _evaluated(module: CapturedModule, insertion: Insertion) -> nn.Parameter:
         return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
     with torch.no_grad(), full_precision():
-        return nn.Parameter(value(insertion.output))
+        return nn.Parameter(value(output))
 
 
 @contextmanager
