@@ -30,7 +30,7 @@ def test_a_sound_module_verifies(lora: fxlora.CapturedModule) -> None:
     found = fxlora.verify(lora, X, folded=fxlora.fold(lora))
     assert [check.site for check in found.sites] == ["conv", "twice", "first"]
     assert all(check.effect > 0 for check in found.sites)
-    assert [check.reads["eval"] for check in found.sites] == [1, 2, 2]
+    assert [check.reads_in("eval") for check in found.sites] == [1, 2, 2]
     assert found.output_error < found.tolerance
     assert "twice" in str(found)
     assert all(torch.equal(t, state[n]) for n, t in lora.state_dict().items())
@@ -110,7 +110,9 @@ def test_a_weight_that_only_the_train_graph_reads() -> None:
 
     adapted = fxlora.adapt(Auxiliary(), torch.randn(3, 5), rules=Rule(["main", "aux"], lora=R))
     found = fxlora.verify(adapted, torch.randn(3, 5))
-    assert {c.site: c.reads for c in found.sites}["aux"] == {"train": 1, "eval": 0}
+    (aux,) = (check for check in found.sites if check.site == "aux")
+    assert (aux.reads_in("train"), aux.reads_in("eval")) == (1, 0)
+    assert "1/0" in str(found)
 
 
 def test_what_has_nothing_to_verify(lora: fxlora.CapturedModule) -> None:
