@@ -6,15 +6,17 @@ each read that an adapter stands at is then cut off its weight: what still reads
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from .errors import VerificationError
 from .module import CapturedModule
-from .nested import grad_enabled
-from .passes.structure import Insertion, insertions
+from .nested import call_of, grad_enabled
+from .passes.structure import insertions, take_out
 from .plan import Entry
 from .readers import Reader, readers_and_writers
 
@@ -51,9 +53,10 @@ def prove_coverage(module: CapturedModule, base: CapturedModule) -> list[tuple[R
         VerificationError: an adapter stands nowhere, or where it cannot train; names the site.
     """
     readers, _ = readers_and_writers(base)
+    names = adapted_names(module)
     found: list[tuple[Read, ...]] = []
     for entry in module.plan or ():
-        reads = list(_to_adapt(base, entry, readers))
+        reads = list(_reads(base, names[entry.name_a], readers))
         if not reads:
             raise VerificationError(f"coverage: the adapter on '{entry.site}' stands in no graph.")
         training = [reader for mode, _, reader in reads if mode == "train"]
@@ -76,66 +79,78 @@ def refuse_bare_reads(module: CapturedModule) -> None:
     Raises:
         VerificationError: names the site, and the mode, op and line of the bare read.
     """
-    cut = module.derive()
-    adapted = {pair for graph in cut.distinct_graphs() for pair in _cut_off(cut, graph)}
-    readers, _ = readers_and_writers(cut)
+    names = adapted_names(module)
+    for entries in _layers(module):
+        cut = module.derive()
+        adapted = {node for graph in cut.distinct_graphs() for node in _cut(cut, graph, entries)}
+        readers, _ = readers_and_writers(cut)
+        for entry in entries:
+            for mode, region, reader in _reads(cut, names[entry.name_a], readers):
+                if reader.node not in adapted:
+                    where = f" of '{region}'" if region else ""
+                    raise VerificationError(
+                        f"coverage: '{entry.site}': no adapter stands where {reader.describe()} "
+                        f"in the {mode} graph{where}."
+                    )
     for entry in module.plan or ():
-        for mode, region, reader in _to_adapt(cut, entry, readers):
-            if (entry.parameter, reader.node) not in adapted:
-                where = f" of '{region}'" if region else ""
-                raise VerificationError(
-                    f"coverage: '{entry.site}': no adapter stands where {reader.describe()} in "
-                    f"the {mode} graph{where}."
-                )
         if place := module.uncovered.get(entry.parameter):
             raise VerificationError(
                 f"coverage: Python reads '{entry.site}' at {place}, outside of every graph."
             )
 
 
-def _to_adapt(
-    module: CapturedModule, entry: Entry, readers: dict[str, list[Reader]]
+def adapted_names(module: CapturedModule) -> dict[str, list[str]]:
+    """The names in the graphs under which each entry adapts its weight, by the name of its A."""
+    aliases = module.aliases()
+    return {entry.name_a: aliases[entry.parameter] for entry in module.plan or ()}
+
+
+def _reads(
+    module: CapturedModule, names: list[str], readers: dict[str, list[Reader]]
 ) -> Iterator[tuple[str, str, Reader]]:
-    """What an entry has to adapt, with mode and region: every read, under every name."""
-    names = module.aliases()[entry.parameter]
-    own = [reader for name in names for reader in readers.get(name, ())]
+    """Every read of a weight under some names, with its mode and its region."""
+    found = [reader for name in names for reader in readers.get(name, ())]
     for program in module.programs:
         for mode, graph in program.graphs.items():
-            yield from ((mode, program.path, reader) for reader in own if reader.graph is graph)
+            yield from ((mode, program.path, reader) for reader in found if reader.graph is graph)
 
 
-def _cut_off(module: CapturedModule, graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
-    """Take the weight away from what an adapter stands between.
+def _layers(module: CapturedModule) -> list[list[Entry]]:
+    """The plan's entries so that no two in a list adapt one weight: the proof is for each alone."""
+    layers: list[list[Entry]] = []
+    depth = Counter[str]()
+    for entry in module.plan or ():
+        if depth[entry.parameter] == len(layers):
+            layers.append([])
+        layers[depth[entry.parameter]].append(entry)
+        depth[entry.parameter] += 1
+    return layers
+
+
+def _cut(module: CapturedModule, graph: fx.Graph, entries: list[Entry]) -> Iterator[fx.Node]:
+    """Leave the adapters of some entries alone in a graph, and cut them off their weights.
 
     Yields:
-        what keeps the weight and is adapted all the same: the parameter, and the op beside
-        which the branch stands.
+        what is given a weight all the same and is no bare read: an op that a branch stands
+        beside, and the nodes of the adapters.
     """
+    for insertion in reversed(insertions(module, graph)):
+        if insertion.entry not in entries:
+            take_out(insertion)
     found = insertions(module, graph)
-    before = {insertion.output: insertion.base for insertion in found}
     for insertion in found:
-        root = _root(insertion, before)
-        passing_by = [u for u in insertion.base.users if not _leads_to(u, insertion.output)]
-        for user in passing_by:  # of several adapters in a row it has the first ones alone
-            user.replace_input_with(insertion.base, root)
-    for insertion in found:
-        root = _root(insertion, before)
-        inside = [user for user in root.users if _leads_to(user, insertion.output)]
-        if insertion.form == "branch" and len(inside) == len(root.users):
-            yield insertion.entry.parameter, root
+        base, output = insertion.base, insertion.output
+        inside = [user for user in base.users if _leads_to(user, output)]
         if insertion.form == "weight":
-            with graph.inserting_before(root):
+            with graph.inserting_before(base):
                 nothing = graph.create_node("get_attr", insertion.entry.name_a)
             for user in inside:
-                user.replace_input_with(root, nothing)
-
-
-def _root(insertion: Insertion, before: dict[fx.Node, fx.Node]) -> fx.Node:
-    """What was there before the first of several adapters in a row."""
-    node = insertion.base
-    while node in before:
-        node = before[node]
-    return node
+                user.replace_input_with(base, nothing)
+        elif len(inside) == len(base.users):  # nothing takes the op's result past the branch
+            yield from (base, *base.all_input_nodes[: base.target is operator.getitem])
+    tensors = module.adapter_parameters()
+    starts = {node for node in graph.nodes if node.op == "get_attr" and node.target in tensors}
+    yield from _of_adapters(module, graph, starts, {insertion.output for insertion in found})
 
 
 def _leads_to(node: fx.Node, target: fx.Node) -> bool:
@@ -150,3 +165,22 @@ def _leads_to(node: fx.Node, target: fx.Node) -> bool:
             reached.add(node)
             ahead.extend(node.users)
     return False
+
+
+def _of_adapters(
+    module: nn.Module, graph: fx.Graph, starts: set[fx.Node], ends: set[fx.Node]
+) -> Iterator[fx.Node]:
+    """What depends on adapters' tensors, up to the nodes in which they end."""
+    inside = set(starts)
+    for node in graph.nodes:
+        if inside.isdisjoint(node.all_input_nodes):
+            continue
+        if call := call_of(node, module):
+            for nested in call.graphs:
+                given = {i for i, o in call.given(nested) if o in inside}
+                yield from _of_adapters(nested, nested.graph, given, ends)
+        elif node in ends:
+            yield node
+        else:
+            inside.add(node)
+    yield from inside

@@ -40,6 +40,12 @@ class SiteCheck:
         """In how many places the adapter stands in the graphs of a mode."""
         return sum(read.mode == mode for read in self.reads)
 
+    @property
+    def modes(self) -> str:
+        """ "agree", or which mode alone reads the weight: the adapter stands there alone."""
+        reading = [mode for mode in MODES if self.reads_in(mode)]
+        return "agree" if len(reading) == len(MODES) else f"{reading[0]} alone"
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -57,14 +63,16 @@ class Verification:
 
     def __str__(self) -> str:
         header = (
-            *("site", "form", "reads train/eval", "effect", "gradient of A", "of B"),
-            *("folded weight: error", "tolerance"),
+            *("site", "form", "reads train/eval", "modes", "base", "effect", "grad A", "grad B"),
+            *("folded: error", "tolerance"),
         )
         rows = [
             [
                 check.site,
                 check.form,
                 "/".join(str(check.reads_in(mode)) for mode in MODES),
+                check.modes,
+                "unchanged",
                 f"{check.effect:.1e}",
                 f"{check.gradient_a:.1e}",
                 f"{check.gradient_b:.1e}",
@@ -76,11 +84,10 @@ class Verification:
         count = sum(len(check.reads) for check in self.sites)
         return (
             f"{render(header, rows)}\n"
-            f"An adapter stands at each of {count} reads of these weights. Both modes have the "
-            "captured graphs with these adapters and nothing else; folded, they are the captured "
-            "ones, node for node. The base weights are those of the injection, bit for bit; with "
-            "B = 0 the outputs are those without adapters, bit for bit.\n"
-            f"Folded against unfolded: {self.output_error:.1e} of the largest output "
+            f"An adapter stands at each of the {count} reads of these weights. The graph of each "
+            "mode is the captured\none with these adapters and nothing else; with B = 0 the "
+            "outputs are those without, bit for bit.\nThe folded graphs are the captured ones, "
+            f"node for node; the outputs differ by {self.output_error:.1e} of the\nlargest "
             f"(tolerance {self.tolerance:.0e})."
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .alike import difference, first_difference
-from .coverage import prove_coverage, refuse_bare_reads
+from .coverage import adapted_names, prove_coverage, refuse_bare_reads
 from .errors import InjectError, VerificationError
 from .exact import exact_weight
 from .module import CapturedModule
@@ -76,6 +76,7 @@ def verify(
     _check_base(module)
     folded = fold(module) if folded is None else folded
     _check_structure(base, folded)
+    _check_ties(module, folded)
     weights = _weights(module, folded)
     _check_the_rest(module, folded)
     _check_identity(module, base, args, kwargs)
@@ -89,8 +90,8 @@ def verify(
             effect=effects[entry.name_a].effect,
             gradient_a=effects[entry.name_a].by_a,
             gradient_b=effects[entry.name_a].by_b,
-            weight_error=weights[entry.parameter][0],
-            weight_tolerance=weights[entry.parameter][1],
+            weight_error=weights[entry.name_a][0],
+            weight_tolerance=weights[entry.name_a][1],
         )
         for entry, found in zip(module.plan, reads, strict=True)
     ]
@@ -146,18 +147,38 @@ def _check_structure(base: CapturedModule, folded: CapturedModule) -> None:
                     f"fold: the folded {mode} graph{_of(before.path)} is not the captured one "
                     f"node for node: {found}."
                 )
-    ours, theirs = (_tied(module) for module in (base, folded))
-    if lost := [name for name in ours if theirs.get(name) != ours[name]]:
-        raise VerificationError(
-            f"fold: a tie is lost. '{lost[0]}' is one parameter with "
-            f"{some(ours[lost[0]] - {lost[0]}) or 'no other'} in the captured module, and with "
-            f"{some(theirs.get(lost[0], set()) - {lost[0]}) or 'no other'} in the folded one."
-        )
 
 
-def _tied(module: CapturedModule) -> dict[str, set[str]]:
-    """All names of the parameter that a name stands for, its own among them."""
-    return {name: set(names) for names in module.aliases().values() for name in names}
+def _check_ties(module: CapturedModule, folded: CapturedModule) -> None:
+    """Names of one weight are names of one folded weight where they are adapted alike."""
+    found = {name: names for names in folded.aliases().values() for name in names}
+    for (first, *others), _ in _kept(module):
+        there = set(found.get(first, ()))
+        if there != {first, *others}:
+            raise VerificationError(
+                f"fold: a tie is lost. '{first}' is one parameter with "
+                f"{some(others) or 'no other'} in the captured module, and with "
+                f"{some(sorted(there - {first})) or 'no other'} in the folded one."
+            )
+
+
+def _kept(module: CapturedModule) -> list[tuple[list[str], list[Entry]]]:
+    """The parameters that a fold leaves: the names of each, and the entries folded into it."""
+    names = adapted_names(module)
+    adapters = module.adapter_parameters()
+    found: list[tuple[list[str], list[Entry]]] = []
+    for aliases in module.aliases().values():
+        entries = [e for e in module.plan or () if e.parameter in aliases]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in aliases:
+            into = tuple(e.name_a for e in entries if name in names[e.name_a])
+            alike.setdefault(into, []).append(name)
+        found += [
+            (group, [e for e in entries if e.name_a in into])
+            for into, group in alike.items()
+            if group[0] not in adapters
+        ]
+    return found
 
 
 def _of(path: str) -> str:
@@ -184,18 +205,20 @@ def _check_base(module: CapturedModule) -> None:
 
 
 def _weights(module: CapturedModule, folded: CapturedModule) -> dict[str, tuple[float, float]]:
-    """Error and tolerance of each folded weight, where the error is the largest part of it."""
-    assert module.plan is not None
-    by_weight: dict[str, list[Entry]] = {}
-    for entry in module.plan:
-        by_weight.setdefault(entry.parameter, []).append(entry)
-    return {name: _weight_error(module, folded, found) for name, found in by_weight.items()}
+    """Error and tolerance of the folded weight of each entry, by the name of its A."""
+    found: dict[str, tuple[float, float]] = {}
+    for names, entries in _kept(module):
+        if entries:
+            error = _weight_error(module, folded, names[0], entries)
+            found |= {entry.name_a: error for entry in entries}
+    return found
 
 
 def _weight_error(
-    module: CapturedModule, folded: CapturedModule, entries: list[Entry]
+    module: CapturedModule, folded: CapturedModule, name: str, entries: list[Entry]
 ) -> tuple[float, float]:
-    site, name = entries[0].site, entries[0].parameter
+    """Where the error is the largest part of what rounding may do."""
+    site = entries[0].site
     weight, found = (m.get_parameter(name).detach() for m in (module, folded))
     if found.dtype != weight.dtype or found.shape != weight.shape:
         raise VerificationError(
@@ -216,9 +239,7 @@ def _weight_error(
 
 def _check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
     """What is not adapted comes through the fold as it is."""
-    assert module.plan is not None
-    aliases = module.aliases()
-    adapted = {name for entry in module.plan for name in aliases[entry.parameter]}
+    adapted = {name for names in adapted_names(module).values() for name in names}
     held = module.state_dict()
     for name, tensor in folded.state_dict().items():
         if name not in adapted and not (name in held and _same(held[name], tensor)):
