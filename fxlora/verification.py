@@ -42,7 +42,7 @@ class SiteCheck:
 
     @property
     def modes(self) -> str:
-        """ "agree", or which mode alone reads the weight: the adapter stands there alone."""
+        """Whether both modes read the weight ("agree"), or which of them alone."""
         reading = [mode for mode in MODES if self.reads_in(mode)]
         return "agree" if len(reading) == len(MODES) else f"{reading[0]} alone"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +119,8 @@ def _check_modes(module: CapturedModule, base: CapturedModule) -> None:
     """Each mode's graph is what injection makes of the base, node for node."""
     assert module.plan is not None
     entries = tuple(dataclasses.replace(entry, init=True) for entry in module.plan)
-    again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
+    with _own_dice(module):
+        again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
     assert again is not None and isinstance(again.graph_module, CapturedModule)
     for ours, theirs in zip(module.programs, again.graph_module.programs, strict=True):
         for mode in MODES:
@@ -409,11 +412,17 @@ def _again(module: CapturedModule, call: RegionCall) -> Any:
 
 
 def _output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call with dice of its own: every module throws the same, and the user's stay theirs."""
+    with _own_dice(module):
+        return module(*args, **kwargs)
+
+
+@contextmanager
+def _own_dice(module: CapturedModule) -> Generator[None]:
+    """Every call throws the same, and the user's dice stay as they are."""
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        return module(*args, **kwargs)
+        yield
 
 
 def _named(module: CapturedModule) -> set[torch.dtype]:

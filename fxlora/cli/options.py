@@ -127,8 +127,9 @@ def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
         action="append",
         default=[],
         required=feed,
-        metavar="[NAME=]SHAPE[:DTYPE]",
-        help="example input, e.g. 1x3x224x224 or ids=2x16:int64; repeat it for several. "
+        metavar="[NAME=]SHAPE[:DTYPE[:HIGH]]",
+        help="example input, e.g. 1x3x224x224 or ids=2x16:int64:1000; repeat it for several. "
+        "Integers are random below HIGH, or 0. "
         "Without any, the model is traced, which sees less",
     )
     parser.add_argument(
