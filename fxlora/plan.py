@@ -137,6 +137,11 @@ class Entry:
         before = self.variants[: self.variants.index(variant)]
         return dataclasses.replace(self, variants=before)
 
+    def without_gains(self) -> Entry:
+        """The entry less the variants that scale the outputs."""
+        plain = tuple(v for v in self.variants if VARIANTS[v].gain is None)
+        return dataclasses.replace(self, variants=plain)
+
     @property
     def tensors(self) -> dict[str, Shape]:
         """Names and shapes of everything that injection adds."""

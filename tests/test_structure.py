@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fxlora"
 
 # From the bottom up; a part imports only parts of lower rows, or of its own folder.
 LAYERS = [
-    {"errors", "tables", "nested", "layout", "provenance"},
+    {"errors", "tables", "nested", "layout", "provenance", "fingerprints"},
     {"inits", "parts", "inputs", "dialect", "files", "alike", "ops"},
     {"variants"},
     {"config"},
@@ -22,7 +22,8 @@ LAYERS = [
     {"sites"},
     {"forms", "patterns"},
     {"rules", "passes"},
-    {"verbs"},
+    {"verbs", "coverage", "exact"},
+    {"verification"},
     {"report", "adapters", "verify", "export", "host"},
     {"__init__"},
     {"cli"},

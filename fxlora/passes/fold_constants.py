@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from ..adapted import scales_outputs
 from ..errors import InjectError
 from ..module import CapturedModule
 from .remove import drop_adapters
@@ -36,9 +37,10 @@ class FoldConstants(PassBase):
         folded: dict[str, nn.Parameter] = {}
         for graph in result.distinct_graphs():
             standing = insertions(result, graph)
-            for name, (names, output) in _adapted(standing).items():
-                if name not in folded:
-                    folded |= dict.fromkeys(names, _evaluated(result, output))
+            for chain in _by_weight(standing):
+                entry = chain[0].entry
+                if entry.parameter not in folded:
+                    folded |= dict.fromkeys(entry.names, _evaluated(result, chain))
             for insertion in reversed(standing):
                 take_out(insertion)
         for name, parameter in folded.items():
@@ -49,27 +51,33 @@ class FoldConstants(PassBase):
         return PassResult(result, True)
 
 
-def _adapted(standing: list[Insertion]) -> dict[str, tuple[tuple[str, ...], fx.Node]]:
-    """The node that stands for each weight in a graph, behind all of its parts, by its name."""
-    found: dict[str, tuple[tuple[str, ...], fx.Node]] = {}
-    inner = {insertion.base for insertion in standing}
+def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:
+    """The adapters of each weight (of its parts), each behind the one before."""
+    chains: dict[tuple[str, ...], list[Insertion]] = {}
     for insertion in standing:
         if insertion.form != "weight":
             raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
-        if insertion.output not in inner:
-            found[insertion.entry.parameter] = (insertion.entry.names, insertion.output)
-    return found
+        chains.setdefault(insertion.entry.names, []).append(insertion)
+    return list(chains.values())
 
 
-def _evaluated(module: CapturedModule, output: fx.Node) -> nn.Parameter:
+def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
+    """The value of an adapted weight, rounded once to its dtype.
+
+    An addmm does that by itself. What takes more than sums is computed in float32 at least.
+    """
+    wide = any(scales_outputs(insertion.entry) for insertion in chain)
+
     def value(node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return module.get_parameter(str(node.target)).detach()
+            tensor = module.get_parameter(str(node.target)).detach()
+            return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if wide else tensor
         assert callable(node.target)
         return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
+    weight = module.get_parameter(chain[0].entry.parameter)
     with torch.no_grad(), full_precision():
-        return nn.Parameter(value(output))
+        return nn.Parameter(value(chain[-1].output).to(weight.dtype))
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Inject(PassBase):
             for program in result.programs:
                 _insert(program, entry, sites[entry.names])
         result.plan = self.plan
+        result.take_fingerprints()
         result.refresh()
         return PassResult(result, True)
 

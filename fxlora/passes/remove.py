@@ -54,6 +54,7 @@ def drop_adapters(module: CapturedModule) -> None:
     for name in module.adapter_parameters():
         module.remove_parameter(name)
     module.plan, module.trained, module.originals = None, frozenset(), {}
+    module.fingerprints = {}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in module.grads)
     _merge_modes(module)
