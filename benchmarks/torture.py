@@ -82,12 +82,14 @@ def counted(patterns: Sequence[Pattern], side: str) -> Any:
 def row(pattern: Pattern, ways: Sequence[Judgement], ours: Judgement) -> dict[str, str]:
     found = {"pattern": pattern.name}
     for side, judgement in (("PEFT", best(ways)), ("fxlora", ours)):
-        found |= {f"{side}: {SHORT.get(c, c)}": v for c, v in cells(judgement).items()}
+        found |= {f"{side} {SHORT.get(c, c)}": v for c, v in cells(judgement).items()}
     return found
 
 
 def cells(judgement: Judgement) -> dict[str, str]:
     signs = {check: SIGNS[outcome.verdict] for check, outcome in judgement.cells.items()}
+    if len(set(map(id, judgement.cells.values()))) == 1:  # it never came to the checks
+        signs = {check: SIGNS[judgement.verdict] if check == CHECKS[0] else "" for check in CHECKS}
     if judgement.warned and judgement.verdict == "silent":
         first = next(c for c, o in judgement.cells.items() if o.verdict == "silent")
         signs[first] += " (warned)"
@@ -108,11 +110,10 @@ def notes(
     patterns: Sequence[Pattern], sides: Mapping[str, Sequence[Judgement]]
 ) -> list[str]:
     return [
-        f"{side}, {pattern.name}: {check}: {outcome.verdict}: {outcome.note}"
+        f"{side}, {pattern.name}: {judgement.verdict}: {judgement.note}"
         for side, judgements in sides.items()
         for pattern, judgement in zip(patterns, judgements, strict=True)
-        for check, outcome in judgement.cells.items()
-        if outcome.verdict == judgement.verdict and outcome.note == judgement.note != ""
+        if judgement.note
     ]
 
 

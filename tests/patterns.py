@@ -43,6 +43,7 @@ class Pattern:
         match: more arguments of `fxlora.match`.
         parts: the rows of the output that each part takes.
         reference: the same model in a way that torch.func can call.
+        modes: of the model (training or not) in which it reads the weights.
         tolerance: of the largest entry.
         dtype: of the model and its inputs.
         plain: whether s·BA is what the adapter adds (DoRA scales, PiSSA subtracts).
@@ -61,6 +62,7 @@ class Pattern:
     match: Mapping[str, Any] = field(default_factory=dict[str, Any])
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     reference: Callable[[], Built] | None = None
+    modes: tuple[bool, ...] = (True, False)
     tolerance: float = 1e-10
     dtype: torch.dtype = torch.float64
     plain: bool = True
@@ -177,6 +179,10 @@ def rule(*names: str, **keys: Any) -> Callable[[], Any]:
     return lambda: Rule(list(names), lora=LoraConfig(r=2, lora_alpha=3, **keys), **fields)
 
 
+X = x(4, 5)
+LIN, CONV, EMB, W = ("lin.weight",), ("conv.weight",), ("emb.weight",), ("layer.w",)
+
+
 # ---- modules whose forward is not called --------------------------------------------------------
 
 
@@ -247,6 +253,97 @@ def two_names_called() -> Built:
     )
 
 
+class Aliased(nn.Module):
+    """Reads its Linear's weight, beside the Linear itself, as something that it keeps."""
+
+    def __init__(self, keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 7).double()  # later, the memory would no longer be shared
+        kept = keep(self.lin.weight)
+        if buffer:
+            self.register_buffer("kept", kept)
+        else:
+            self.__dict__["kept"] = kept
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        kept = self.kept[0] if isinstance(self.kept, list) else self.kept.T
+        return torch.tanh(F.linear(a, kept)) * self.lin(a)
+
+
+def aliased(keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> Callable[[], Built]:
+    return lambda: (Aliased(keep, buffer), (torch.randn(4, 5),))
+
+
+class Absorbed(nn.Module):
+    """DeepSeek's attention in decoding: keys are never made, the query meets the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv_b = nn.Linear(5, 18, bias=False)
+
+    def forward(self, cache: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        keys, values = self.kv_b.weight.view(2, 9, 5).split([4, 5], 1)
+        scores = torch.einsum("bhd,hdc,btc->bht", query, keys, cache)
+        return torch.einsum("bht,btc,hdc->bhd", scores.softmax(-1), cache, values)
+
+
+class Fused(nn.Module):
+    """Mamba hands the weights of its layers to one function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, groups=6)
+        self.x_proj = nn.Linear(6, 5)
+        self.out_proj = nn.Linear(5, 7)
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        taps = self.conv.weight.squeeze(1)
+        hidden = F.conv1d(a, taps.unsqueeze(1), self.conv.bias, groups=6).transpose(1, 2)
+        hidden = torch.tanh(F.linear(F.silu(hidden), self.x_proj.weight, self.x_proj.bias))
+        return F.linear(hidden, self.out_proj.weight, self.out_proj.bias)
+
+
+class Reparametrised(nn.Module):
+    """RepVGG: two branches in training, their sum as one convolution in eval."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.point = nn.Conv2d(3, 6, 1, bias=False)
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return self.wide(a) + self.point(a)
+        kernel = self.wide.weight + F.pad(self.point.weight, [1, 1, 1, 1])
+        return F.conv2d(a, kernel, padding=1)
+
+
+class Auxiliary(nn.Module):
+    """A head that is there in training only (GoogLeNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 7)
+        self.aux = nn.Linear(7, 3)
+
+    def forward(self, a: torch.Tensor) -> Any:
+        hidden = torch.tanh(self.lin(a))
+        return (hidden, self.aux(hidden)) if self.training else hidden
+
+
+def repeated() -> Built:
+    """ALBERT: one layer, three times in a list."""
+    one = nn.Linear(5, 5, bias=False)
+    model = Net(_in_turn, layers=nn.ModuleList([one] * 3))
+    return model, (torch.randn(4, 5),)
+
+
+def _in_turn(m: Any, a: torch.Tensor) -> torch.Tensor:
+    for one in m.layers:
+        a = torch.tanh(one(a))
+    return a
+
+
 FUNCTIONAL = [
     Pattern("Swin: functional attention", swin,
             ("features.1.0.attn.qkv.weight", "features.1.0.attn.proj.weight"), measured="silent"),
@@ -280,7 +377,7 @@ FUNCTIONAL = [
     Pattern("one module under two names", two_names, ("first.weight", "called.weight"),
             rules=rule("first", tied="share")),
     Pattern("one module under two names, both called", two_names_called,
-            ("first.weight", "second.weight"), rules=rule("first", tied="share")),
+            ("first.weight", "second.weight")),
     Pattern("1x1 convolution by a Linear's weight",
             net(lambda m, a: F.conv2d(a, m.lin.weight[:, :, None, None]), x(2, 5, 3, 4),
                 lin=linear()),
@@ -297,6 +394,53 @@ FUNCTIONAL = [
             net(lambda m, a: torch.bmm(a, torch.stack([e.weight for e in m.experts]).mT),
                 x(3, 4, 5), experts=lambda: nn.ModuleList(nn.Linear(5, 7) for _ in range(3))),
             ("experts.0.weight", "experts.1.weight", "experts.2.weight")),
+    Pattern("nn.Transformer, fused in eval",
+            net(lambda m, a, b: m.t(a, b), x(3, 4, 6), x(3, 5, 6),
+                t=lambda: nn.Transformer(6, 2, 1, 1, 11, batch_first=True)),
+            ("t.decoder.layers.0.multihead_attn.in_proj_weight",
+             "t.encoder.layers.0.linear2.weight")),
+    Pattern("F.multi_head_attention_forward",
+            net(lambda m, q: F.multi_head_attention_forward(
+                    q, q, q, 6, 2, m.mha.in_proj_weight, m.mha.in_proj_bias, None, None, False,
+                    0.0, m.mha.out_proj.weight, m.mha.out_proj.bias)[0],
+                x(4, 3, 6), mha=mha()),
+            ("mha.in_proj_weight", "mha.out_proj.weight")),
+    Pattern("Mamba: one function for many layers' weights",
+            lambda: (Fused(), (torch.randn(2, 6, 9),)),
+            ("conv.weight", "x_proj.weight", "out_proj.weight")),
+    Pattern("DeepSeek: absorbed kv_b_proj",
+            lambda: (Absorbed(), (torch.randn(3, 4, 5), torch.randn(3, 2, 4))),
+            ("kv_b.weight",)),
+    Pattern("RepVGG: another read in eval",
+            lambda: (Reparametrised(), (torch.randn(2, 3, 5, 7),)),
+            ("wide.weight", "point.weight")),
+    Pattern("a head in training only", lambda: (Auxiliary(), (torch.randn(4, 5),)),
+            ("aux.weight",), modes=(True,)),
+    Pattern("ModuleList([layer] * 3) (ALBERT)", repeated,
+            ("layers.0.weight", "layers.1.weight", "layers.2.weight")),
+    Pattern("a Python list holds the weight", aliased(lambda weight: [weight]), ("lin.weight",)),
+    Pattern("a buffer that shares the weight's memory",
+            aliased(lambda weight: weight.detach().T, True), ("lin.weight",),
+            expects=fxlora.UnsupportedOpError),
+    Pattern("an attribute that shares the weight's memory",
+            aliased(lambda weight: weight.detach().T), ("lin.weight",),
+            expects=fxlora.UnsupportedOpError),
+    Pattern("functional_call inside the model",
+            net(lambda m, a: torch.func.functional_call(
+                    m.lin, dict(m.lin.named_parameters()), (a,)), x(4, 5), lin=linear()),
+            ("lin.weight",)),
+    Pattern("a masked weight: torch.tril(self.lin.weight)",
+            net(lambda m, a: F.linear(a, torch.tril(m.lin.weight), m.lin.bias), x(4, 5),
+                lin=linear()),
+            ("lin.weight",)),
+    Pattern("unfold and the kernel as a matrix",
+            net(lambda m, a: m.conv.weight.view(6, -1) @ F.unfold(a, (2, 4)), x(2, 3, 7, 8),
+                conv=lambda: nn.Conv2d(3, 6, (2, 4), bias=False)),
+            ("conv.weight",)),
+    Pattern("a kernel there and, transposed, back",
+            net(lambda m, a: F.conv_transpose2d(F.conv2d(a, m.conv.weight), m.conv.weight),
+                x(2, 3, 7, 8), conv=lambda: nn.Conv2d(3, 6, (2, 4), bias=False)),
+            ("conv.weight",)),
     Pattern("sampled softmax: rows of the head by index",
             net(lambda m, a, i: F.linear(a, m.head.weight[i]), x(4, 5), ids(11, 6),
                 head=linear(5, 11)),
@@ -402,8 +546,6 @@ def lin(make: Callable[[], nn.Module]) -> Callable[[], Built]:
     return net(lambda m, a: torch.tanh(m.lin(a)), x(4, 5), lin=make)
 
 
-LIN, CONV, EMB = ("lin.weight",), ("conv.weight",), ("emb.weight",)
-
 DERIVED = [
     Pattern("subclass of Linear that scales its output", lin(lambda: Scaled(5, 7)), LIN,
             measured="silent"),
@@ -429,6 +571,10 @@ DERIVED = [
     Pattern("weight_norm of a convolution",
             parametrized(parametrizations.weight_norm, lambda: nn.Conv1d(3, 7, 4)), LIN,
             peft=original("original1")),
+    Pattern("weight_norm over taps, groups (wav2vec 2)",
+            net(lambda m, a: torch.tanh(m.conv(a)), x(2, 6, 11),
+                conv=lambda: parametrizations.weight_norm(nn.Conv1d(6, 8, 4, groups=2), dim=2)),
+            CONV, peft=({"target_parameters": ["conv.parametrizations.weight.original1"]},)),
     Pattern("spectral_norm", parametrized(parametrizations.spectral_norm), LIN, peft=original()),
     Pattern("spectral_norm, the old one",
             parametrized(lambda m: nn.utils.spectral_norm(m)), ("lin.weight_orig",),
@@ -583,6 +729,33 @@ SHARED = [
             net(lambda m, a: (torch.tanh(m.lin(a)), m.lin.weight.square().sum()), x(4, 5),
                 lin=linear()),
             LIN),
+    Pattern("embedding by a Linear's weight",
+            net(lambda m, i: m.lin(F.embedding(i, m.lin.weight)), ids(7, 3, 4), lin=linear()),
+            LIN),
+    Pattern("emb.weight[ids]",
+            net(lambda m, i: torch.tanh(m.emb.weight[i]), ids(13, 3, 4),
+                emb=lambda: nn.Embedding(13, 6)),
+            EMB),
+    Pattern("embedding extended by new tokens, cat",
+            net(lambda m, i: torch.tanh(F.embedding(i, torch.cat([m.emb.weight, m.new]))),
+                ids(15, 3, 4), emb=lambda: nn.Embedding(13, 6), new=w(2, 6)),
+            EMB),
+    Pattern("head is the embedding times a projection",
+            net(lambda m, i: F.linear(m.p(m.emb(i)), m.emb.weight @ m.p.weight.T), ids(13, 3, 4),
+                emb=lambda: nn.Embedding(13, 6), p=linear(6, 5)),
+            ("emb.weight", "p.weight")),
+    Pattern("embeddings less their mean",
+            net(lambda m, i: m.emb(i) - m.emb.weight.mean(0), ids(13, 3, 4),
+                emb=lambda: nn.Embedding(13, 6)),
+            EMB),
+    Pattern("weight.detach() beside the layer",
+            net(lambda m, a: torch.tanh(m.lin(a)) * F.linear(a, m.lin.weight.detach()), X,
+                lin=linear()),
+            LIN),
+    Pattern("weight.detach() alone",
+            net(lambda m, a: torch.tanh(F.linear(m.pre(a), m.lin.weight.detach())), X,
+                pre=linear(5, 5), lin=linear()),
+            LIN, expects=fxlora.UnsupportedOpError),
     Pattern("a module called twice",
             net(lambda m, a, b: torch.tanh(m.lin(a)) * m.lin(b), x(4, 5), x(4, 5), lin=linear()),
             LIN),
@@ -604,7 +777,6 @@ SHARED = [
 
 # ---- raw parameters -----------------------------------------------------------------------------
 
-W, X = ("layer.w",), x(4, 5)
 
 
 class MatMul(torch.autograd.Function):
@@ -648,6 +820,13 @@ def attention(m: Any, q: torch.Tensor) -> torch.Tensor:
 
 def vmapped(m: Any, a: torch.Tensor) -> torch.Tensor:
     return torch.vmap(lambda v: F.linear(a, v))(m.w)
+
+
+def changed(m: Any, a: torch.Tensor) -> torch.Tensor:
+    weight = m.w.clone()
+    weight[0] = 0
+    weight[:, 1] *= 2
+    return a @ weight
 
 
 RAW = [
@@ -694,6 +873,43 @@ RAW = [
             layer(lambda m, a, i: torch.bmm(a[:, None], m.w[i])[:, 0], X, ids(3, 4), w=w(3, 5, 7)),
             W),
     Pattern("experts under vmap", layer(vmapped, X, w=w(3, 7, 5)), W),
+    Pattern("experts under vmap, functional_call",
+            layer(lambda m, a: torch.vmap(
+                      lambda v: torch.func.functional_call(m.skeleton, {"weight": v}, (a,)))(m.w),
+                  X, w=w(3, 7, 5), skeleton=linear(5, 7, False)), W),
+    Pattern("experts by torch._grouped_mm",
+            layer(lambda m, a, ends: torch._grouped_mm(a, m.w, offs=ends), x(6, 16),
+                  lambda: torch.tensor([2, 4, 6], dtype=torch.int32), w=w(3, 16, 24)), W,
+            dtype=torch.float32, tolerance=1e-4),
+    Pattern("a clone of W, changed in place", layer(changed, X, w=w(5, 7)), W),
+    Pattern("linalg.multi_dot", layer(lambda m, a: torch.linalg.multi_dot([a, m.u, m.v]), X,
+                                      u=w(5, 3), v=w(3, 7)), ("layer.u", "layer.v")),
+    Pattern("W.index_select", layer(lambda m, a, i: a @ m.w.index_select(0, i), x(4, 3),
+                                    lambda: torch.tensor([1, 0, 5]), w=w(6, 7)), W),
+    Pattern("W.gather", layer(lambda m, i: m.w.gather(0, i), ids(6, 3, 7), w=w(6, 7)), W),
+    Pattern("one_hot @ W", layer(lambda m, i: F.one_hot(i, 6).to(m.w.dtype) @ m.w, ids(6, 4),
+                                 w=w(6, 7)), W),
+    Pattern("prompt tokens, cat",
+            layer(lambda m, a: torch.cat([m.w.expand(3, -1, -1), a], 1), x(3, 4, 5), w=w(1, 6, 5)),
+            W),
+    Pattern("positions, sliced and added", layer(lambda m, a: a + m.w[: a.shape[1]], x(2, 4, 5),
+                                                 w=w(9, 5)), W),
+    Pattern("positions, interpolated (ViT)",
+            layer(lambda m, a: a + F.interpolate(m.w, (4, 6), mode="bilinear"), x(2, 3, 4, 6),
+                  w=w(1, 3, 2, 5)), W),
+    Pattern("a spectral weight, view_as_complex (FNO)",
+            layer(lambda m, a: torch.fft.irfft(torch.einsum(
+                      "bim,iom->bom", torch.fft.rfft(a), torch.view_as_complex(m.w)), n=6),
+                  x(2, 3, 6), w=w(3, 5, 4, 2)), W),
+    Pattern("a long convolution, rfft(W) (Hyena)",
+            layer(lambda m, a: torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(m.w), n=8),
+                  x(2, 3, 8), w=w(3, 8)), W),
+    Pattern("prototypes, cdist", layer(lambda m, a: torch.cdist(a, m.w), X, w=w(7, 5)), W),
+    Pattern("a codebook (VQ)",
+            layer(lambda m, a: m.w[torch.cdist(a, m.w).argmin(1)], X, w=w(7, 5)), W),
+    Pattern("LSTM, projected, both ways",
+            wrapped(lambda: nn.LSTM(5, 6, 2, proj_size=3, bidirectional=True), x(4, 3, 5)),
+            ("layer.weight_hr_l0", "layer.weight_ih_l1_reverse")),
     Pattern("LSTM", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)),
             ("layer.weight_ih_l0", "layer.weight_hh_l0")),
     Pattern("GRU, two layers, both ways",
@@ -809,6 +1025,29 @@ def frozen(m: Any, a: torch.Tensor) -> torch.Tensor:
     return m.head(features)
 
 
+def inferred(m: Any, a: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        features = m.lin(a)
+    return m.head(features.clone())
+
+
+def by_hand(m: Any, a: torch.Tensor) -> torch.Tensor:
+    """The weight is an argument of what is checkpointed."""
+    return checkpoint(  # pyright: ignore
+        lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False
+    )
+
+
+def sparse(m: Any, a: torch.Tensor) -> torch.Tensor:
+    return torch.sparse.mm(m.adjacency.to_sparse(), m.lin(a))
+
+
+def doubled_gradient() -> nn.Linear:
+    made = nn.Linear(5, 7)
+    made.register_full_backward_hook(lambda m, given, out: (given[0] * 2,))
+    return made
+
+
 def conditional(m: Any, a: torch.Tensor) -> torch.Tensor:
     def near(b: torch.Tensor) -> torch.Tensor:
         return torch.tanh(F.linear(b, m.lin.weight))
@@ -827,6 +1066,11 @@ def routed(m: Any, a: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def packed_sequence(m: Any, a: torch.Tensor) -> torch.Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(a, torch.tensor([4, 3, 1]), batch_first=True)
+    return m.lstm(packed)[0].data
+
+
 def clipped(m: Any, a: torch.Tensor) -> torch.Tensor:
     """A critic that clips its weights in every call (WGAN)."""
     with torch.no_grad():
@@ -843,6 +1087,24 @@ FLOW = [
     Pattern("read under no_grad alone",
             net(frozen, X, lin=linear(), head=linear(7, 6)), LIN,
             expects=fxlora.UnsupportedOpError),
+    Pattern("read in inference_mode alone",
+            net(inferred, X, lin=linear(), head=linear(7, 6)), LIN, expects=fxlora.FxLoraError),
+    Pattern("checkpoint, the weight as argument", net(by_hand, X, lin=linear()), LIN,
+            reference=net(lambda m, a: torch.tanh(F.linear(a, m.lin.weight)), X, lin=linear())),
+    Pattern("a product with a sparse matrix (GNN)",
+            net(sparse, X, lin=linear(), adjacency=lambda: torch.randn(4, 4).relu()), LIN,
+            expects=fxlora.CaptureError),
+    Pattern("a backward hook on the layer",
+            net(lambda m, a: m.lin(torch.tanh(m.pre(a))), X, pre=linear(5, 5),
+                lin=doubled_gradient),
+            ("pre.weight", "lin.weight"), expects=fxlora.CaptureError),
+    Pattern("a packed sequence",
+            net(packed_sequence, x(3, 4, 5), lstm=lambda: nn.LSTM(5, 6, batch_first=True)),
+            ("lstm.weight_ih_l0",), expects=fxlora.CaptureError),
+    Pattern("adaptive softmax: clusters by data",
+            net(lambda m, a, t: m.s(a, t).output, x(9, 5), ids(20, 9),
+                s=lambda: nn.AdaptiveLogSoftmaxWithLoss(5, 20, [4, 9], 1.5)),
+            ("s.head.weight", "s.tail.0.0.weight"), exportable=False),
     Pattern("torch.cond", net(conditional, X, lin=linear()), LIN,
             reference=net(lambda m, a: torch.tanh(F.linear(a, m.lin.weight)), X, lin=linear())),
     Pattern("experts chosen by Python", net(routed, x(8, 5),
@@ -878,6 +1140,10 @@ NONE = [
             layer(lambda m, a: (a.to(m.w.dtype) @ m.w).abs(), X,
                   w=lambda: nn.Parameter(torch.randn(5, 7, dtype=torch.complex128))),
             W, expects=fxlora.FxLoraError),
+    Pattern("integers times a learned scale",
+            layer(lambda m, a: F.linear(a, m.w.to(a.dtype) * m.scale), X,
+                  w=lambda: torch.randint(-9, 9, (7, 5), dtype=torch.int8), scale=w(7, 1)), W,
+            expects=fxlora.NoMatchError),
     Pattern("a vector", net(lambda m, a: m.norm(a), X, norm=lambda: nn.LayerNorm(5)),
             ("norm.weight",), expects=fxlora.FxLoraError),
     Pattern("a layer that nothing calls",

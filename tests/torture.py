@@ -4,9 +4,10 @@ A and B are drawn at random (with B = 0 nothing can be told apart), then, in flo
 
 * effect train, effect eval: each adapter on its own changes the output;
 * gradient: it reaches every A and B, and is the gradient of the source called with W + s·BA;
-* folded == unfolded: the folded (merged) module's outputs are the unfolded ones', in both modes,
-  and both are the source's with the folded weights, and with W + s·BA, in place of W
-  (torch.func.functional_call: it knows nothing of hooks, wrappers or graphs);
+* folded == unfolded: the folded (merged) module's outputs are the unfolded ones', in both modes;
+  and they are the source's with the folded weights, and with W + s·BA, in place of W
+  (torch.func.functional_call: it knows nothing of hooks, wrappers or graphs), and, where that is
+  meant for every name of a weight, with W + s·BA written into the source's own memory;
 * exports: torch.export takes the unfolded module and the folded one, and the programs agree.
 
 How PEFT is judged: by its own word. s·BA is what its `get_delta_weight` says that it merges. Each
@@ -276,8 +277,13 @@ class Peft(Side):
             yield name, name, layer.get_delta_weight("default")
 
     def adapted(self) -> set[int]:
+        """By module: the layer of a module stands for whatever its parameters are called."""
         weights = dict(self.source.named_parameters(remove_duplicate=False))
-        return {id(weights[name]) for name, _ in self._layers() if name in weights}
+        found = {name for name, _ in self._layers()}
+        if "target_modules" in self.way:
+            owners = {name.rpartition(".")[0] for name in found}
+            found = {name for name in weights if name.rpartition(".")[0] in owners}
+        return {id(weights[name]) for name in found if name in weights}
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
         weights = dict(self.source.named_parameters(remove_duplicate=False))
@@ -380,6 +386,8 @@ def _effect_eval(side: Side) -> None:
 @torch.no_grad()
 def _effect(side: Side, training: bool) -> None:
     _check_meant(side)
+    if training not in side.pattern.modes:
+        return
     base = outputs(side.source, side.args, training)
     pairs = side.pairs()
     values = {site: b.detach().clone() for site, (_, b) in pairs.items()}
@@ -447,6 +455,20 @@ def _reference(side: Side, weights: dict[str, torch.Tensor], training: bool) -> 
     return outputs(call, side.args)
 
 
+def _written(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Tensors:
+    """The source's outputs with the weights written into its own memory, which reaches reads that
+    have no name; nothing where a tie is meant to part."""
+    model, args = side.pattern.built()
+    names = dict(model.named_parameters(remove_duplicate=False))
+    meant = {id(names[name]) for name in weights}
+    if {name for name, w in names.items() if id(w) in meant} != weights.keys():
+        return []
+    for name, weight in weights.items():
+        names[name].data.copy_(weight)
+    model.train(training)
+    return outputs(model, args)
+
+
 @torch.no_grad()
 def _folded(side: Side) -> None:
     merged = side.merged()
@@ -461,6 +483,10 @@ def _folded(side: Side) -> None:
         meanings = [distance(unfolded, _reference(side, w, training)) for w in side.meanings()]
         if meanings and min(meanings) > side.pattern.tolerance:
             raise Wrong(f"unfolded is not the source with W + s·BA: {min(meanings):.1g}")
+        for weights in side.meanings():
+            error = distance(unfolded, _written(side, weights, training) or unfolded)
+            if error > side.pattern.tolerance:
+                raise Wrong(f"a read of W is not adapted: {error:.1g}")
         if len(known) == len(names) and side.pattern.loadable:
             error = distance(unfolded, _reference(side, known, training))
             if error > side.pattern.tolerance:
