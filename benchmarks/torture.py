@@ -25,7 +25,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.patterns import PATTERNS, Pattern  # noqa: E402
+from tests.patterns import GROUPS, PATTERNS, Pattern  # noqa: E402
 from tests.torture import (  # noqa: E402
     CANNOT,
     CHECKS,
@@ -46,13 +46,16 @@ def main() -> None:
     chosen = [p for name, p in PATTERNS.items() if re.search(options.only, name)]
     peft = [judge_peft(pattern) for pattern in counted(chosen, "PEFT")]
     ours = [judge_fxlora(pattern) for pattern in counted(chosen, "fxlora")]
-    rows = [row(*found) for found in zip(chosen, peft, ours, strict=True)]
-    print(f"\n{table(rows, options.format)}\n")
+    if not options.brief:
+        rows = [row(*found) for found in zip(chosen, peft, ours, strict=True)]
+        print(f"\n{table(rows, options.format)}")
+    print()
     sides = {
         "PEFT, by target_modules": [ways[0] for ways in peft],
         "PEFT, the best way": [best(ways) for ways in peft],
         "fxlora": ours,
     }
+    print(table(summary(chosen, sides), options.format), end="\n\n")
     print(table([total(side, found) for side, found in sides.items()], options.format))
     if options.notes:
         print("\n" + "\n".join(notes(chosen, sides)))
@@ -64,6 +67,7 @@ def options_given() -> argparse.Namespace:
     parser = untimed_parser(__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="patterns whose name has this")
     parser.add_argument("--format", default="simple", help="of the tables: github for the README")
+    parser.add_argument("--brief", action="store_true", help="the sums alone")
     parser.add_argument("--notes", action="store_true", help="say what went wrong where")
     return start(parser)
 
@@ -96,6 +100,25 @@ def cells(judgement: Judgement) -> dict[str, str]:
     return signs
 
 
+def summary(
+    patterns: Sequence[Pattern], sides: Mapping[str, Sequence[Judgement]]
+) -> list[dict[str, str]]:
+    """A row for each group of patterns: how many of each verdict."""
+    rows: list[dict[str, str]] = []
+    for group, members in GROUPS.items():
+        numbers = [n for n, pattern in enumerate(patterns) if pattern in members]
+        if numbers:
+            found = {side: verdicts([j[n] for n in numbers]) for side, j in sides.items()}
+            rows.append({"group": group, "patterns": str(len(numbers)), **found})
+    return rows
+
+
+def verdicts(judgements: Sequence[Judgement]) -> str:
+    counts = Counter(judgement.verdict for judgement in judgements)
+    order = ("right", "refused", CANNOT, "crash", "silent")
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
+
+
 def total(side: str, judgements: Sequence[Judgement]) -> dict[str, str]:
     counts = Counter(judgement.verdict for judgement in judgements)
     found = {verdict: str(counts[verdict]) for verdict in reversed((CANNOT, *VERDICTS))}
@@ -106,9 +129,7 @@ def table(rows: Sequence[Mapping[str, str]], style: str) -> str:
     return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True)
 
 
-def notes(
-    patterns: Sequence[Pattern], sides: Mapping[str, Sequence[Judgement]]
-) -> list[str]:
+def notes(patterns: Sequence[Pattern], sides: Mapping[str, Sequence[Judgement]]) -> list[str]:
     return [
         f"{side}, {pattern.name}: {judgement.verdict}: {judgement.note}"
         for side, judgements in sides.items()

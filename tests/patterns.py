@@ -187,16 +187,15 @@ LIN, CONV, EMB, W = ("lin.weight",), ("conv.weight",), ("emb.weight",), ("layer.
 
 
 def swin() -> Built:
-    from torchvision.models.swin_transformer import SwinTransformer
+    from torchvision.models.swin_transformer import SwinTransformerBlock
 
-    model = SwinTransformer([2, 2], 6, depths=[2], num_heads=[2], window_size=[2, 3], num_classes=5)
-    return model, (torch.randn(2, 3, 8, 12),)
+    return SwinTransformerBlock(6, 2, [2, 3], [1, 0]), (torch.randn(2, 4, 9, 6),)
 
 
 def vit() -> Built:
-    from torchvision.models.vision_transformer import VisionTransformer
+    from torchvision.models.vision_transformer import EncoderBlock
 
-    return VisionTransformer(8, 4, 1, 2, 6, 11, num_classes=5), (torch.randn(2, 3, 8, 8),)
+    return EncoderBlock(2, 6, 11, 0.1, 0.0), (torch.randn(3, 4, 6),)
 
 
 def mha(**keys: Any) -> Callable[[], nn.MultiheadAttention]:
@@ -209,7 +208,7 @@ def attends(m: Any, q: torch.Tensor) -> torch.Tensor:
 
 def encoder() -> Built:
     one = nn.TransformerEncoderLayer(6, 2, 11, batch_first=True)
-    return nn.TransformerEncoder(one, 2), (torch.randn(3, 4, 6),)
+    return nn.TransformerEncoder(one, 1), (torch.randn(3, 4, 6),)
 
 
 def decoder() -> Built:
@@ -346,9 +345,9 @@ def _in_turn(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 FUNCTIONAL = [
     Pattern("Swin: functional attention", swin,
-            ("features.1.0.attn.qkv.weight", "features.1.0.attn.proj.weight"), measured="silent"),
+            ("attn.qkv.weight", "attn.proj.weight"), measured="silent"),
     Pattern("ViT: out_proj of nn.MultiheadAttention", vit,
-            ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight",), measured="silent"),
+            ("self_attention.out_proj.weight",), measured="silent"),
     Pattern("MultiheadAttention: in_proj and out_proj", net(attends, x(3, 4, 6), mha=mha()),
             ("mha.in_proj_weight", "mha.out_proj.weight"), peft=({"target_modules": ["mha"]},)),
     Pattern("MultiheadAttention with kdim and vdim",
@@ -359,7 +358,7 @@ FUNCTIONAL = [
     Pattern("MultiheadAttention with bias_k, bias_v",
             net(attends, x(3, 4, 6), mha=mha(add_bias_kv=True)), ("mha.out_proj.weight",)),
     Pattern("TransformerEncoder, fused in eval", encoder,
-            ("layers.0.linear1.weight", "layers.1.linear2.weight"), measured="silent"),
+            ("layers.0.linear1.weight", "layers.0.linear2.weight"), measured="silent"),
     Pattern("TransformerDecoder: attention to memory", decoder,
             ("layers.0.multihead_attn.out_proj.weight", "layers.0.linear1.weight")),
     Pattern("F.linear(x, self.lin.weight)",
@@ -394,11 +393,6 @@ FUNCTIONAL = [
             net(lambda m, a: torch.bmm(a, torch.stack([e.weight for e in m.experts]).mT),
                 x(3, 4, 5), experts=lambda: nn.ModuleList(nn.Linear(5, 7) for _ in range(3))),
             ("experts.0.weight", "experts.1.weight", "experts.2.weight")),
-    Pattern("nn.Transformer, fused in eval",
-            net(lambda m, a, b: m.t(a, b), x(3, 4, 6), x(3, 5, 6),
-                t=lambda: nn.Transformer(6, 2, 1, 1, 11, batch_first=True)),
-            ("t.decoder.layers.0.multihead_attn.in_proj_weight",
-             "t.encoder.layers.0.linear2.weight")),
     Pattern("F.multi_head_attention_forward",
             net(lambda m, q: F.multi_head_attention_forward(
                     q, q, q, 6, 2, m.mha.in_proj_weight, m.mha.in_proj_bias, None, None, False,
@@ -778,7 +772,6 @@ SHARED = [
 # ---- raw parameters -----------------------------------------------------------------------------
 
 
-
 class MatMul(torch.autograd.Function):
     """x @ W.T with a backward of its own."""
 
@@ -917,7 +910,8 @@ RAW = [
             ("layer.weight_ih_l0", "layer.weight_hh_l1_reverse")),
     Pattern("RNN", wrapped(lambda: nn.RNN(5, 6, batch_first=True), x(4, 3, 5)),
             ("layer.weight_ih_l0",)),
-    Pattern("LSTMCell", wrapped(lambda: nn.LSTMCell(5, 6), x(4, 5), lambda: (torch.randn(4, 6),) * 2),
+    Pattern("LSTMCell",
+            wrapped(lambda: nn.LSTMCell(5, 6), x(4, 5), lambda: (torch.randn(4, 6),) * 2),
             ("layer.weight_ih", "layer.weight_hh")),
     Pattern("Bilinear", layer(lambda m, a, b: m.inner(a, b), x(4, 5), x(4, 3),
                               inner=lambda: nn.Bilinear(5, 3, 7)),
@@ -1155,7 +1149,9 @@ NONE = [
 # ---- variants -----------------------------------------------------------------------------------
 
 
-def variant(name: str, build: Callable[[], Built], weights: tuple[str, ...], **keys: Any) -> Pattern:
+def variant(
+    name: str, build: Callable[[], Built], weights: tuple[str, ...], **keys: Any
+) -> Pattern:
     single = keys.get("init_lora_weights") in ("pissa", "olora")  # PEFT's are, and say so
     return Pattern(
         name,
@@ -1190,17 +1186,16 @@ VARIANTS = [
             ("lin.weight", "head.weight"), match={"budget": 80}),
 ]  # fmt: skip
 
-PATTERNS: dict[str, Pattern] = {
-    pattern.name: pattern
-    for pattern in (
-        *FUNCTIONAL,
-        *DERIVED,
-        *CONVOLUTIONS,
-        *SHARED,
-        *RAW,
-        *PACKED,
-        *FLOW,
-        *NONE,
-        *VARIANTS,
-    )
+GROUPS = {
+    "modules whose forward is not called": FUNCTIONAL,
+    "layers that do more than their type says": DERIVED,
+    "convolutions": CONVOLUTIONS,
+    "embeddings, ties and shares": SHARED,
+    "raw parameters": RAW,
+    "packed projections": PACKED,
+    "control flow": FLOW,
+    "nothing to adapt": NONE,
+    "variants": VARIANTS,
 }
+PATTERNS = {pattern.name: pattern for group in GROUPS.values() for pattern in group}
+assert len(PATTERNS) == sum(map(len, GROUPS.values())), "two patterns have one name"

@@ -12,9 +12,9 @@ A and B are drawn at random (with B = 0 nothing can be told apart), then, in flo
 
 How PEFT is judged: by its own word. s·BA is what its `get_delta_weight` says that it merges. Each
 way to write the target is tried (target_modules, target_parameters, and what a pattern adds), and
-the best outcome counts; what target_modules alone does is told beside it. Where a weight is tied, an adapter may mean one name or all of them: it must mean
-the same in forward and in merge. Fused kernels are on, as users run it. "(warned)" says that PEFT
-said something about it.
+the best outcome counts; what target_modules alone does is told beside it. Where a weight is tied,
+an adapter may mean one name or all of them, but the same in forward, in backward and in merge.
+Fused kernels are on, as users run it. "(warned)" says that PEFT said something about it.
 """
 
 from __future__ import annotations
