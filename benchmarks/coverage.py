@@ -135,7 +135,8 @@ class Trial:
         self.record["unused"] = len(reached - with_gradient)
         if dead:
             raise Fault(f"no gradient at {len(dead)} of {len(entries)}: {', '.join(dead[:3])}")
-        if others := trained - set(entries):
+        same = [set(group) for group in self.lora.aliases().values() if entries.keys() & set(group)]
+        if others := trained.difference(*same):
             raise Fault(f"a gradient at {sorted(others)[0]}, which is frozen")
 
     def fold(self) -> None:
