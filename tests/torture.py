@@ -36,6 +36,7 @@ from torch.utils import _pytree as pytree
 
 import fxlora
 
+from . import laws
 from .patterns import Pattern
 
 CHECKS = ("effect train", "effect eval", "gradient", "folded == unfolded", "exports")
@@ -200,12 +201,10 @@ class FxLora(Side):
     def deltas(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         weights = dict(self.source.named_parameters(remove_duplicate=False))
         for entry in self.module.plan or ():
-            a, b = self.pairs()[entry.site]
-            rows = self.pattern.parts.get(entry.site.rpartition(".")[2])
+            values = {name: self.module.get_parameter(name) for name in entry.tensors}
             if entry.parameter in weights:
-                shape = tuple(weights[entry.parameter].shape)
-                product = entry.scaling * in_shape(a, b, shape, entry.in_first, rows)
-                yield entry.site, entry.parameter, product
+                zero = torch.zeros_like(weights[entry.parameter])
+                yield entry.site, entry.parameter, laws.adapted(entry, zero, values)
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
         """Each delta on the names that the pattern says, of a tied weight."""
@@ -310,37 +309,6 @@ def _summed(
         for name in names[adapter]:
             total[name] = total.get(name, weights[name].detach()) + delta
     return total
-
-
-def in_shape(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    shape: tuple[int, ...],
-    in_first: bool,
-    rows: tuple[int, int] | None,
-) -> torch.Tensor:
-    """BA in the weight's shape: no two dimensions are equal, so the sizes say which goes where.
-
-    A stack has A (E, r, in) and B (E, out, r). `rows` are those of the output that a part takes.
-    """
-    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] == shape[0]:
-        product = torch.einsum("eor,eri->eoi", b, a)
-        return product if product.shape == shape else product.mT
-    product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
-    if rows is not None:
-        outputs = next(n for n in shape if n != a.shape[-1])
-        full = product.new_zeros(outputs, a.shape[-1])
-        full[rows[0] : rows[1]] = product
-        product = full
-    for turned in (product.T, product) if in_first else (product, product.T):
-        for split in range(1, len(shape)):
-            if turned.shape == (_numel(shape[:split]), _numel(shape[split:])):
-                return turned.reshape(shape)
-    raise AssertionError(f"BA {tuple(product.shape)} is no delta of a weight {shape}")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def randomise(pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
