@@ -241,20 +241,27 @@ def _weight_error(
 
 
 def _check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
-    """What is not adapted comes through the fold as it is."""
+    """What is not adapted comes through the fold as it is, buffers too."""
     adapted = {name for names in adapted_names(module).values() for name in names}
-    held = module.state_dict()
-    for name, tensor in folded.state_dict().items():
-        if name not in adapted and not (name in held and _same(held[name], tensor)):
+    ours, theirs = _tensors(module), _tensors(folded)
+    for name in (ours.keys() | theirs.keys()) - adapted - module.adapter_parameters():
+        if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
             raise VerificationError(
                 f"fold: '{name}' has no adapter, and is another tensor in the folded module."
             )
 
 
+def _tensors(module: CapturedModule) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit; NaN is NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
+    if (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()):
+        return True
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
