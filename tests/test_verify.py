@@ -189,7 +189,7 @@ def test_one_read_of_several_that_is_missing(lora: fxlora.CapturedModule) -> Non
 def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
     lora, args = readers_lora()
     (insertion,) = standing(lora, "train", site)
-    graph, last = lora.graphs["train"], next(reversed(lora.graphs["train"].nodes))
+    graph, last = lora.graphs["train"], lora.graphs["train"].output_node()
     with graph.inserting_before(last):
         past = graph.call_function(aten.sum.default, (insertion.base,))
         result = graph.call_function(aten.add.Tensor, (last.args[0][0], past))
@@ -325,7 +325,7 @@ def test_a_tie_that_is_lost() -> None:
 def test_a_node_more_in_the_folded_graph(lora: fxlora.CapturedModule) -> None:
     folded = fxlora.fold(lora)
     graph = folded.graphs["train"]
-    last = next(reversed(graph.nodes))
+    last = graph.output_node()
     first = last.all_input_nodes[0]
     with graph.inserting_before(last):
         last.replace_input_with(first, graph.call_function(aten.neg.default, (first,)))
