@@ -101,8 +101,7 @@ def refuse_bare_reads(module: CapturedModule) -> None:
 
 def adapted_names(module: CapturedModule) -> dict[str, list[str]]:
     """The names in the graphs under which each entry adapts its weight, by the name of its A."""
-    aliases = module.aliases()
-    return {entry.name_a: aliases[entry.parameter] for entry in module.plan or ()}
+    return {entry.name_a: list(entry.names) for entry in module.plan or ()}
 
 
 def _reads(

@@ -115,8 +115,7 @@ class CapturedModule(ProgramModule):
     def _bind_shell(self) -> None:
         """Python around regions has this module's tensors, and none that a region adapts."""
         if self.shell:
-            aliases = self.aliases()
-            adapted = {name for entry in self.plan or () for name in aliases[entry.parameter]}
+            adapted = {name for entry in self.plan or () for name in entry.names}
             self.shell.bind(self, self.runners, adapted)
             self.shell.choose(self.training)
 
@@ -245,8 +244,8 @@ class CapturedModule(ProgramModule):
     # ---- names ------------------------------------------------------------------------------
 
     def adapter_parameters(self) -> frozenset[str]:
-        """Names of the injected A and B."""
-        return frozenset(name for entry in self.plan or () for name in (entry.name_a, entry.name_b))
+        """Names of what injection added: A, B, and what a variant holds beside them."""
+        return frozenset(name for entry in self.plan or () for name in entry.tensors)
 
     def unplanned(self) -> list[str]:
         """Names of parameters that require gradients although no plan trains them."""

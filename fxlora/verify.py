@@ -16,6 +16,7 @@ from .alike import difference, first_difference
 from .coverage import adapted_names, prove_coverage, refuse_bare_reads
 from .errors import InjectError, VerificationError
 from .exact import exact_weight
+from .initialize import new_tensors
 from .module import CapturedModule
 from .passes import Inject, Remove
 from .passes.structure import insertions
@@ -278,7 +279,9 @@ def _check_identity(
     without = base.derive().eval().requires_grad_(False)
     with torch.no_grad():
         for entry in module.plan:
-            neutral.get_parameter(entry.name_b).zero_()
+            start = dataclasses.replace(entry, init="kaiming_uniform")  # B = 0
+            for name, tensor in new_tensors(start, module.get_parameter(entry.parameter)).items():
+                neutral.get_parameter(name).copy_(tensor)
         adapted = _floats(_output(neutral, args, kwargs))
         plain = _floats(_output(without, args, kwargs))
     if not all(_same(a, b) for a, b in zip(adapted, plain, strict=True)):

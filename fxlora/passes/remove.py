@@ -29,7 +29,7 @@ class Remove(PassBase):
         assert isinstance(graph_module, CapturedModule) and graph_module.plan is not None
         result = graph_module.derive()
         for graph in result.distinct_graphs():
-            for insertion in insertions(result, graph):
+            for insertion in reversed(insertions(result, graph)):
                 take_out(insertion)
         if self.restore:
             _restore(result)

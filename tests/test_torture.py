@@ -1,0 +1,40 @@
+"""Every pattern: right in all five measurements, or the typed error that it owes."""
+
+from __future__ import annotations
+
+import pytest
+
+import fxlora
+
+from .patterns import PATTERNS
+from .torture import judge_fxlora, judge_peft
+
+MEASURED = [name for name, pattern in PATTERNS.items() if pattern.measured]
+
+
+@pytest.fixture(autouse=True)
+def _no_fused_attention() -> None:
+    """Not here: users run with the fused kernels, and they are what PEFT misses."""
+
+
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+@pytest.mark.parametrize("name", PATTERNS)
+def test_right_or_a_typed_error(name: str) -> None:
+    pattern = PATTERNS[name]
+    judgement = judge_fxlora(pattern)
+    if pattern.expects:
+        assert judgement.verdict == "refused", judgement
+        assert isinstance(judgement.error, pattern.expects), judgement.note
+        return
+    wrong = {check: outcome for check, outcome in judgement.cells.items() if outcome.note}
+    if not pattern.exportable:
+        assert isinstance(wrong.pop("exports").error, fxlora.ExportError)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_is_said_of_peft(name: str) -> None:
+    """By target_modules. A newer PEFT may mend a case: then what we say of it is out of date."""
+    pytest.importorskip("peft", reason="peft is optional")
+    judgement = judge_peft(PATTERNS[name])[0]
+    assert judgement.verdict == PATTERNS[name].measured, judgement.note

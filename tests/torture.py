@@ -1,0 +1,507 @@
+"""Five measurements of LoRA on a pattern, the same for fxlora and for PEFT.
+
+A and B are drawn at random (with B = 0 nothing can be told apart), then, in float64:
+
+* effect train, effect eval: each adapter on its own changes the output;
+* gradient: it reaches every A and B, and is the gradient of the source called with W + s·BA;
+* folded == unfolded: the folded (merged) module's outputs are the unfolded ones', in both modes;
+  and they are the source's with the folded weights, and with W + s·BA, in place of W
+  (torch.func.functional_call: it knows nothing of hooks, wrappers or graphs), and, where that is
+  meant for every name of a weight, with W + s·BA written into the source's own memory;
+* exports: torch.export takes the unfolded module and the folded one, and the programs agree.
+
+How PEFT is judged: by its own word. s·BA is what its `get_delta_weight` says that it merges. Each
+way to write the target is tried (target_modules, target_parameters, and what a pattern adds), and
+the best outcome counts; what target_modules alone does is told beside it. Where a weight is tied,
+an adapter may mean one name or all of them, but the same in forward, in backward and in merge.
+Fused kernels are on, as users run it. "(warned)" says that PEFT said something about it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import operator
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxlora
+
+from .patterns import Pattern
+
+CHECKS = ("effect train", "effect eval", "gradient", "folded == unfolded", "exports")
+# From the worst for the user to the best: the first that occurs is a pattern's verdict.
+VERDICTS = ("silent", "crash", "refused", "right")
+CANNOT = "cannot say"  # there is no way to write the target
+RANK, ALPHA = 2, 3
+ZEROS = {"allow_unused": True, "materialize_grads": True}
+EFFECT = 1e-8  # of the largest output: rounding is far below, an adapter far above
+
+Tensors = list[torch.Tensor]
+
+
+class Wrong(Exception):
+    """No error was raised, and the result is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    verdict: str
+    note: str = ""
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one side did with one pattern."""
+
+    cells: dict[str, Outcome]
+    warned: str = ""
+
+    @property
+    def verdict(self) -> str:
+        found = {outcome.verdict for outcome in self.cells.values()}
+        return next((v for v in VERDICTS if v in found), CANNOT)
+
+    @property
+    def note(self) -> str:
+        """What the first cell of the verdict says."""
+        return next((o.note for o in self.cells.values() if o.verdict == self.verdict), "")
+
+    @property
+    def error(self) -> Exception | None:
+        return next((o.error for o in self.cells.values() if o.verdict == self.verdict), None)
+
+    def score(self) -> tuple[int, ...]:
+        """More right cells, then fewer silent ones, then fewer crashes."""
+        counts = Counter(outcome.verdict for outcome in self.cells.values())
+        return counts["right"], -counts["silent"], -counts["crash"]
+
+
+def judge_fxlora(pattern: Pattern) -> Judgement:
+    return _judge(lambda: FxLora(pattern))
+
+
+def judge_peft(pattern: Pattern) -> list[Judgement]:
+    """One for each way to write the target: by module first, if there is one."""
+    ways = pattern.ways_of_peft()
+    return [_judge(lambda way=way: Peft(pattern, way)) for way in ways] or [
+        Judgement(dict.fromkeys(CHECKS, Outcome(CANNOT)))
+    ]
+
+
+def best(judgements: list[Judgement]) -> Judgement:
+    return max(judgements, key=Judgement.score)
+
+
+def _judge(make: Callable[[], Side]) -> Judgement:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cells = _cells(make)
+    said = [w for w in caught if "peft" in Path(w.filename).parts and _helps(str(w.message))]
+    return Judgement(cells, str(said[0].message) if said else "")
+
+
+def _helps(message: str) -> bool:
+    return "fan_in_fan_out" not in message and "Already" not in message
+
+
+def _cells(make: Callable[[], Side]) -> dict[str, Outcome]:
+    try:
+        side = make()
+    except Exception as error:  # noqa: BLE001 - whatever stops a side is its outcome
+        # PEFT means these two; the rest comes from within.
+        meant = isinstance(error, fxlora.FxLoraError | ValueError | NotImplementedError)
+        outcome = Outcome("refused" if meant else "crash", _line(error), error)
+        return dict.fromkeys(CHECKS, outcome)
+    checks = (_effect_train, _effect_eval, _gradient, _folded, _exports)
+    return {name: _attempt(check, side) for name, check in zip(CHECKS, checks, strict=True)}
+
+
+def _attempt(check: Callable[[Side], None], side: Side) -> Outcome:
+    try:
+        check(side.copy())
+    except Wrong as error:
+        return Outcome("silent", str(error), error)
+    except fxlora.FxLoraError as error:
+        return Outcome("refused", _line(error), error)
+    except Exception as error:  # noqa: BLE001 - whatever stops a side is its outcome
+        return Outcome("crash", _line(error), error)
+    return Outcome("right")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# ---- the two sides ------------------------------------------------------------------------------
+
+
+class Side:
+    """An adapted model with random A and B, beside its source."""
+
+    pattern: Pattern
+    source: nn.Module
+    args: tuple[Any, ...]
+    module: nn.Module
+
+    def copy(self) -> Side:
+        return copy.deepcopy(self)
+
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """A and B by the name of what they adapt."""
+        raise NotImplementedError
+
+    def deltas(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(adapter, name of the weight in the source, s·BA in its shape), for plain LoRA."""
+        raise NotImplementedError
+
+    def merged(self) -> nn.Module:
+        raise NotImplementedError
+
+    def exported(self, module: nn.Module) -> Callable[..., Any]:
+        raise NotImplementedError
+
+    def meanings(self) -> list[dict[str, torch.Tensor]]:
+        """The weights to call the source with: a reading of what was asked for, or several."""
+        raise NotImplementedError
+
+    def adapted(self) -> set[int]:
+        """The source's weights that have an adapter, by identity."""
+        names = dict(self.source.named_parameters(remove_duplicate=False))
+        return {id(names[name]) for _, name, _ in self.deltas() if name in names}
+
+
+class FxLora(Side):
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self.source, self.args = pattern.built()
+        gm = fxlora.capture(self.source, self.args)
+        plan = fxlora.match(gm, pattern.fxlora_rules(), **pattern.match)
+        self.module = fxlora.inject(gm, plan)
+        randomise(self.pairs())
+        for entry in plan:
+            if entry.padding_idx is not None:  # as at the start, and as training leaves it
+                self.pairs()[entry.site][0].data[:, entry.padding_idx] = 0
+
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        get = self.module.get_parameter
+        return {e.site: (get(e.name_a), get(e.name_b)) for e in self.module.plan or ()}
+
+    def deltas(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        weights = dict(self.source.named_parameters(remove_duplicate=False))
+        for entry in self.module.plan or ():
+            a, b = self.pairs()[entry.site]
+            rows = self.pattern.parts.get(entry.site.rpartition(".")[2])
+            if entry.parameter in weights:
+                shape = tuple(weights[entry.parameter].shape)
+                product = entry.scaling * in_shape(a, b, shape, entry.in_first, rows)
+                yield entry.site, entry.parameter, product
+
+    def meanings(self) -> list[dict[str, torch.Tensor]]:
+        """Each delta on the names that the pattern says, of a tied weight."""
+        if not self.pattern.plain:
+            return []
+        deltas = list(self.deltas())
+        return [_summed(self.source, deltas, self._names(deltas))] if deltas else []
+
+    def _names(self, deltas: list[tuple[str, str, torch.Tensor]]) -> dict[str, list[str]]:
+        weights = dict(self.source.named_parameters(remove_duplicate=False))
+        found: dict[str, list[str]] = {}
+        for site, parameter, _ in deltas:
+            tied = [n for n, w in weights.items() if w is weights[parameter]]
+            meant = [n for n in tied if n in self.pattern.weights] or tied
+            own = [n for n in meant if n in (site, f"{site}.weight")]
+            several = sum(weights[other] is weights[parameter] for _, other, _ in deltas) > 1
+            found[site] = own if several and own else meant
+        return found
+
+    def merged(self) -> nn.Module:
+        return fxlora.fold(self.module)
+
+    def exported(self, module: nn.Module) -> Callable[..., Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = fxlora.export(module, self.args, Path(folder) / "model.pt2")
+            return torch.export.load(path).module()
+
+
+class Peft(Side):
+    def __init__(self, pattern: Pattern, way: dict[str, Any]) -> None:
+        import peft
+
+        self.pattern, self.way = pattern, way
+        self.source, self.args = pattern.built()
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **{**pattern.config, **way})
+        self.module = peft.get_peft_model(pattern.built()[0], config)
+        randomise(self.pairs())
+        for _, layer in self._layers():  # as for fxlora
+            index = getattr(layer.get_base_layer(), "padding_idx", None)
+            if index is not None and "default" in layer.lora_embedding_A:
+                layer.lora_embedding_A["default"].data[:, index] = 0
+
+    def copy(self) -> Side:
+        return Peft(self.pattern, self.way)  # a deep copy parts what shares memory
+
+    def _layers(self) -> Iterator[tuple[str, Any]]:
+        from peft.tuners.lora import LoraLayer
+
+        for path, layer in self.module.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                name = ".".join(part for part in path.split(".") if part != "base_layer")
+                weight = getattr(layer, "parameter_name", None)
+                if weight is None:
+                    weight = "in_proj_weight" if hasattr(layer, "in_proj_weight") else "weight"
+                yield f"{name}.{weight}".removeprefix("."), layer
+
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        found: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        for name, layer in self._layers():
+            if "default" in layer.lora_embedding_A:
+                pair = (layer.lora_embedding_A["default"], layer.lora_embedding_B["default"])
+            else:
+                pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            found[name] = pair
+        return found
+
+    def deltas(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for name, layer in self._layers():
+            yield name, name, layer.get_delta_weight("default")
+
+    def adapted(self) -> set[int]:
+        """By module: the layer of a module stands for whatever its parameters are called."""
+        weights = dict(self.source.named_parameters(remove_duplicate=False))
+        found = {name for name, _ in self._layers()}
+        if "target_modules" in self.way:
+            owners = {name.rpartition(".")[0] for name in found}
+            found = {name for name in weights if name.rpartition(".")[0] in owners}
+        return {id(weights[name]) for name in found if name in weights}
+
+    def meanings(self) -> list[dict[str, torch.Tensor]]:
+        weights = dict(self.source.named_parameters(remove_duplicate=False))
+        if not self.pattern.plain or not all(name in weights for name in self.pairs()):
+            return []  # a parametrized weight is no parameter of the source
+        own = {name: [name] for name in self.pairs()}
+        tied = {n: [m for m, w in weights.items() if w is weights[n]] for n in own}
+        readings = [own] if own == tied else [own, tied]
+        return [_summed(self.source, list(self.deltas()), names) for names in readings]
+
+    def merged(self) -> nn.Module:
+        return Peft(self.pattern, self.way).module.merge_and_unload()
+
+    def exported(self, module: nn.Module) -> Callable[..., Any]:
+        return torch.export.export(copy.deepcopy(module).eval(), self.args).module()
+
+
+def _summed(
+    source: nn.Module, deltas: list[tuple[str, str, torch.Tensor]], names: dict[str, list[str]]
+) -> dict[str, torch.Tensor]:
+    weights = dict(source.named_parameters(remove_duplicate=False))
+    total: dict[str, torch.Tensor] = {}
+    for adapter, _, delta in deltas:
+        for name in names[adapter]:
+            total[name] = total.get(name, weights[name].detach()) + delta
+    return total
+
+
+def in_shape(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    shape: tuple[int, ...],
+    in_first: bool,
+    rows: tuple[int, int] | None,
+) -> torch.Tensor:
+    """BA in the weight's shape: no two dimensions are equal, so the sizes say which goes where.
+
+    A stack has A (E, r, in) and B (E, out, r). `rows` are those of the output that a part takes.
+    """
+    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] == shape[0]:
+        product = torch.einsum("eor,eri->eoi", b, a)
+        return product if product.shape == shape else product.mT
+    product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
+    if rows is not None:
+        outputs = next(n for n in shape if n != a.shape[-1])
+        full = product.new_zeros(outputs, a.shape[-1])
+        full[rows[0] : rows[1]] = product
+        product = full
+    for turned in (product.T, product) if in_first else (product, product.T):
+        for split in range(1, len(shape)):
+            if turned.shape == (_numel(shape[:split]), _numel(shape[split:])):
+                return turned.reshape(shape)
+    raise AssertionError(f"BA {tuple(product.shape)} is no delta of a weight {shape}")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def randomise(pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in itertools.chain(*pairs.values()):
+            parameter.normal_(std=0.5)
+
+
+# ---- the five checks ----------------------------------------------------------------------------
+
+
+def outputs(
+    module: Callable[..., Any], args: tuple[Any, ...], training: bool | None = None
+) -> Tensors:
+    if training is not None and isinstance(module, nn.Module):
+        module = copy.deepcopy(module).train(training)
+    torch.manual_seed(1)
+    leaves = pytree.tree_leaves(module(*args))
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def distance(found: Tensors, expected: Tensors) -> float:
+    """Largest difference, as a part of the largest entry expected."""
+    assert len(found) == len(expected) > 0
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        scale = float(b.detach().abs().max())
+        worst = max(worst, float((a - b).detach().abs().max()) / max(scale, 1e-30))
+    return worst
+
+
+def _effect_train(side: Side) -> None:
+    _effect(side, True)
+
+
+def _effect_eval(side: Side) -> None:
+    _effect(side, False)
+
+
+@torch.no_grad()
+def _effect(side: Side, training: bool) -> None:
+    _check_meant(side)
+    if training not in side.pattern.modes:
+        return
+    base = outputs(side.source, side.args, training)
+    pairs = side.pairs()
+    values = {site: b.detach().clone() for site, (_, b) in pairs.items()}
+    for site in pairs:
+        for other, (_, b) in pairs.items():
+            b.copy_(values[other] if other == site else torch.zeros_like(b))
+        if not distance(outputs(side.module, side.args, training), base) > EFFECT:
+            raise Wrong(f"the adapter of {site} has no effect")
+
+
+def _check_meant(side: Side) -> None:
+    """What the user named is there, and adapted."""
+    names = dict(side.source.named_parameters(remove_duplicate=False))
+    for name in side.pattern.weights:
+        try:
+            operator.attrgetter(name)(side.source)
+        except AttributeError:
+            raise Wrong(f"there is no {name}") from None
+        if name in names and id(names[name]) not in side.adapted():
+            raise Wrong(f"{name} is not adapted")
+
+
+def _gradient(side: Side) -> None:
+    pairs = {
+        f"{x} of {site}": p
+        for site, pair in side.pairs().items()
+        for x, p in zip("AB", pair, strict=True)
+    }
+    meanings = [_reference(side, weights, True) for weights in side.meanings()]
+    expected = [
+        [g.to_dense() for g in torch.autograd.grad(_loss(o), [*pairs.values()], **ZEROS)]
+        for o in meanings
+    ]
+    side.module.train()
+    _loss(outputs(side.module, side.args)).backward()
+    found: Tensors = []
+    for name, parameter in pairs.items():
+        if parameter.grad is None or not parameter.grad.to_dense().any():
+            raise Wrong(f"no gradient at {name}")
+        found.append(parameter.grad.to_dense())
+    errors = [distance(found, gradients) for gradients in expected]
+    if errors and min(errors) > 100 * side.pattern.tolerance:
+        raise Wrong(f"the gradient differs by {min(errors):.1g}")
+
+
+def _loss(out: Tensors) -> torch.Tensor:
+    """Cotangents that cancel nothing: an even sum is blind behind a softmax or a norm."""
+    terms = [(o * torch.linspace(0.5, 1.5, o.numel()).view(o.shape).to(o)).sum() for o in out]
+    if not any(t.requires_grad for t in terms):
+        raise Wrong("no gradient reaches anything")
+    return torch.stack([t for t in terms if t.requires_grad]).sum()
+
+
+def _reference(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Tensors:
+    """The source's outputs with other weights."""
+    model = copy.deepcopy(side.source)
+    if side.pattern.reference:
+        model = side.pattern.reference()[0].to(next(model.parameters()).dtype)
+        model.load_state_dict(side.source.state_dict())
+    model.train(training)
+
+    def call(*args: Any) -> Any:
+        return torch.func.functional_call(model, weights, args, tie_weights=False)
+
+    return outputs(call, side.args)
+
+
+def _written(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Tensors:
+    """The source's outputs with the weights written into its own memory, which reaches reads that
+    have no name; nothing where a tie is meant to part."""
+    model, args = side.pattern.built()
+    names = dict(model.named_parameters(remove_duplicate=False))
+    meant = {id(names[name]) for name in weights}
+    if {name for name, w in names.items() if id(w) in meant} != weights.keys():
+        return []
+    for name, weight in weights.items():
+        names[name].data.copy_(weight)
+    model.train(training)
+    return outputs(model, args)
+
+
+@torch.no_grad()
+def _folded(side: Side) -> None:
+    merged = side.merged()
+    weights = dict(merged.named_parameters(remove_duplicate=False))
+    names = dict(side.source.named_parameters(remove_duplicate=False))
+    known = {n: w for n, w in weights.items() if n in names and w.shape == names[n].shape}
+    for training in (True, False):
+        unfolded = outputs(side.module, side.args, training)
+        error = distance(outputs(merged, side.args, training), unfolded)
+        if error > side.pattern.tolerance:
+            raise Wrong(f"folded and unfolded differ by {error:.1g} of the output")
+        meanings = [distance(unfolded, _reference(side, w, training)) for w in side.meanings()]
+        if meanings and min(meanings) > side.pattern.tolerance:
+            raise Wrong(f"unfolded is not the source with W + s·BA: {min(meanings):.1g}")
+        for weights in side.meanings():
+            error = distance(unfolded, _written(side, weights, training) or unfolded)
+            if error > side.pattern.tolerance:
+                raise Wrong(f"a read of W is not adapted: {error:.1g}")
+        if len(known) == len(names) and side.pattern.loadable:
+            error = distance(unfolded, _reference(side, known, training))
+            if error > side.pattern.tolerance:
+                raise Wrong(f"unfolded is not the source with the folded weights: {error:.1g}")
+
+
+@torch.no_grad()
+def _exports(side: Side) -> None:
+    for what, module in (("unfolded", side.module), ("folded", side.merged())):
+        expected = outputs(module, side.args, False)
+        try:
+            program = side.exported(module)
+        except fxlora.FxLoraError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{what}: {_line(error)}") from error
+        if distance(outputs(program, side.args), expected) > side.pattern.tolerance:
+            raise Wrong(f"the {what} program's outputs differ")
