@@ -159,17 +159,17 @@ def _check_ties(module: CapturedModule, folded: CapturedModule) -> None:
     for (first, *others), _ in _kept(module):
         there = set(found.get(first, ()))
         if there != {first, *others}:
+            what = "lost" if set(others) - there else "made"
             raise VerificationError(
-                f"fold: a tie is lost. '{first}' is one parameter with "
-                f"{some(others) or 'no other'} in the captured module, and with "
-                f"{some(sorted(there - {first})) or 'no other'} in the folded one."
+                f"fold: a tie is {what}. '{first}' is adapted like {some(others) or 'no other'}, "
+                f"and is one folded parameter with {some(sorted(there - {first})) or 'no other'}."
             )
 
 
 def _kept(module: CapturedModule) -> list[tuple[list[str], list[Entry]]]:
     """The parameters that a fold leaves: the names of each, and the entries folded into it."""
     names = adapted_names(module)
-    adapters = module.adapter_parameters()
+    adapters = _names_of_adapters(module)
     found: list[tuple[list[str], list[Entry]]] = []
     for aliases in module.aliases().values():
         entries = [e for e in module.plan or () if e.parameter in aliases]
@@ -245,11 +245,18 @@ def _check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
     """What is not adapted comes through the fold as it is, buffers too."""
     adapted = {name for names in adapted_names(module).values() for name in names}
     ours, theirs = _tensors(module), _tensors(folded)
-    for name in (ours.keys() | theirs.keys()) - adapted - module.adapter_parameters():
+    for name in (ours.keys() | theirs.keys()) - adapted - _names_of_adapters(module):
         if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
             raise VerificationError(
                 f"fold: '{name}' has no adapter, and is another tensor in the folded module."
             )
+
+
+def _names_of_adapters(module: CapturedModule) -> set[str]:
+    """All names of the adapters' tensors: a module with two names has its adapter under both."""
+    own = module.adapter_parameters()
+    groups = module.aliases().values()
+    return {name for names in groups if not own.isdisjoint(names) for name in names}
 
 
 def _tensors(module: CapturedModule) -> dict[str, Tensor]:
@@ -347,9 +354,7 @@ def _gradients(
             if out.requires_grad
         ]
         if not outputs:
-            raise VerificationError(
-                "effect and gradient: no output depends on the adapters, nothing can be trained."
-            )
+            return {entry.name_a: _Effect() for entry in entries}
         names = [name for entry in entries for name in (entry.name_a, entry.name_b)]
         # Cotangents that cancel nothing: an even sum is blind behind a softmax or a layer norm.
         loads = [
