@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .alike import difference, first_difference
-from .coverage import adapted_names, prove_coverage, refuse_bare_reads
+from .coverage import prove_coverage, refuse_bare_reads
 from .errors import InjectError, VerificationError
-from .exact import exact_weight
 from .initialize import new_tensors
 from .module import CapturedModule
-from .passes import Inject, Remove
-from .passes.structure import insertions
 from .plan import Entry
-from .program import MODES
+from .proofs import (
+    check_base,
+    check_folded_graphs,
+    check_modes,
+    check_the_rest,
+    check_ties,
+    folded_weights,
+    own_dice,
+    same,
+    without_adapters,
+)
 from .shell import RegionCall
-from .tables import some
 from .verbs import fold
 from .verification import SiteCheck, Verification
 
@@ -73,15 +76,15 @@ def verify(
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     kwargs = dict(kwargs or {})
     refuse_bare_reads(module)
-    base = _without_adapters(module)
+    base = without_adapters(module)
     reads = prove_coverage(module, base)
-    _check_modes(module, base)
-    _check_base(module)
+    check_modes(module, base)
+    check_base(module)
     folded = fold(module) if folded is None else folded
-    _check_structure(base, folded)
-    _check_ties(module, folded)
-    weights = _weights(module, folded)
-    _check_the_rest(module, folded)
+    check_folded_graphs(base, folded)
+    check_ties(module, folded)
+    weights = folded_weights(module, folded)
+    check_the_rest(module, folded)
     _check_identity(module, base, args, kwargs)
     effects = _effects(module, args, kwargs)
     error, tolerance = _output_error(module, folded, args, kwargs)
@@ -101,167 +104,6 @@ def verify(
     return Verification(tuple(checks), error, tolerance)
 
 
-# ---- graphs -------------------------------------------------------------------------------------
-
-
-def _without_adapters(module: CapturedModule) -> CapturedModule:
-    """The module less its adapters; heads and buffers stay as they were trained."""
-    try:
-        result = Remove(restore=False)(module)
-    except (AttributeError, RuntimeError) as error:  # fx's check of a graph
-        raise VerificationError(
-            f"coverage: the adapters cannot be taken out of the graphs again ({error})."
-        ) from error
-    assert result is not None and isinstance(result.graph_module, CapturedModule)
-    return result.graph_module.eval()
-
-
-def _check_modes(module: CapturedModule, base: CapturedModule) -> None:
-    """Each mode's graph is what injection makes of the base, node for node."""
-    assert module.plan is not None
-    entries = tuple(dataclasses.replace(entry, init=True) for entry in module.plan)
-    with _own_dice(module):
-        again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
-    assert again is not None and isinstance(again.graph_module, CapturedModule)
-    for ours, theirs in zip(module.programs, again.graph_module.programs, strict=True):
-        for mode in MODES:
-            if pair := first_difference(ours.graphs[mode], theirs.graphs[mode]):
-                raise VerificationError(
-                    f"modes agree: the {mode} graph{_of(ours.path)} is not the captured one with "
-                    f"the plan's adapters; {_around(module, ours.graphs[mode], pair[0])} it has "
-                    f"{pair[0].format_node()} for {pair[1].format_node()}."
-                )
-
-
-def _around(module: CapturedModule, graph: fx.Graph, node: fx.Node) -> str:
-    """Which adapter a node is part of, or comes before."""
-    for insertion in insertions(module, graph):
-        if insertion.output.graph is node.graph and not insertion.output < node:
-            return f"at '{insertion.entry.site}'"
-    return "behind every adapter"
-
-
-def _check_structure(base: CapturedModule, folded: CapturedModule) -> None:
-    if [p.path for p in base.programs] != [p.path for p in folded.programs]:
-        raise VerificationError("fold: the folded module has other regions than the captured one.")
-    for before, after in zip(base.programs, folded.programs, strict=True):
-        for mode in MODES:
-            if found := difference(before.graphs[mode], after.graphs[mode]):
-                raise VerificationError(
-                    f"fold: the folded {mode} graph{_of(before.path)} is not the captured one "
-                    f"node for node: {found}."
-                )
-
-
-def _check_ties(module: CapturedModule, folded: CapturedModule) -> None:
-    """Names of one weight are names of one folded weight where they are adapted alike."""
-    found = {name: names for names in folded.aliases().values() for name in names}
-    for (first, *others), _ in _kept(module):
-        there = set(found.get(first, ()))
-        if there != {first, *others}:
-            raise VerificationError(
-                f"fold: a tie is lost. '{first}' is one parameter with "
-                f"{some(others) or 'no other'} in the captured module, and with "
-                f"{some(sorted(there - {first})) or 'no other'} in the folded one."
-            )
-
-
-def _kept(module: CapturedModule) -> list[tuple[list[str], list[Entry]]]:
-    """The parameters that a fold leaves: the names of each, and the entries folded into it."""
-    names = adapted_names(module)
-    adapters = module.adapter_parameters()
-    found: list[tuple[list[str], list[Entry]]] = []
-    for aliases in module.aliases().values():
-        entries = [e for e in module.plan or () if e.parameter in aliases]
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for name in aliases:
-            into = tuple(e.name_a for e in entries if name in names[e.name_a])
-            alike.setdefault(into, []).append(name)
-        found += [
-            (group, [e for e in entries if e.name_a in into])
-            for into, group in alike.items()
-            if group[0] not in adapters
-        ]
-    return found
-
-
-def _of(path: str) -> str:
-    return f" of '{path}'" if path else ""
-
-
-# ---- weights ------------------------------------------------------------------------------------
-
-
-def _check_base(module: CapturedModule) -> None:
-    assert module.plan is not None
-    if stray := module.unplanned():
-        raise VerificationError(
-            f"base unchanged: '{stray[0]}' requires gradients and is not in the plan, so that "
-            "training changes the base. Freeze it, or put its module into modules_to_save."
-        )
-    changed = module.changed_weights()
-    sites = [entry.site for entry in module.plan if entry.parameter in changed]
-    if sites:
-        raise VerificationError(
-            f"base unchanged: the weight under '{sites[0]}' was written to since the adapter was "
-            "injected" + (f", and so were those under {some(sites[1:])}." if sites[1:] else ".")
-        )
-
-
-def _weights(module: CapturedModule, folded: CapturedModule) -> dict[str, tuple[float, float]]:
-    """Error and tolerance of the folded weight of each entry, by the name of its A."""
-    found: dict[str, tuple[float, float]] = {}
-    for names, entries in _kept(module):
-        if entries:
-            error = _weight_error(module, folded, names[0], entries)
-            found |= {entry.name_a: error for entry in entries}
-    return found
-
-
-def _weight_error(
-    module: CapturedModule, folded: CapturedModule, name: str, entries: list[Entry]
-) -> tuple[float, float]:
-    """Where the error is the largest part of what rounding may do."""
-    site = entries[0].site
-    weight, found = (m.get_parameter(name).detach() for m in (module, folded))
-    if found.dtype != weight.dtype or found.shape != weight.shape:
-        raise VerificationError(
-            f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
-            f"{tuple(weight.shape)}."
-        )
-    exact = exact_weight(module, entries)
-    errors = (found.double() - exact.value).abs().flatten()
-    worst = int((errors / exact.bound.flatten()).argmax())  # of a NaN, there
-    error, bound = float(errors[worst]), float(exact.bound.flatten()[worst])
-    if not error <= bound:
-        raise VerificationError(
-            f"fold: '{site}': its folded weight is not W0 + s·BA (off by {error:.3g} where "
-            f"rounding allows {bound:.3g})."
-        )
-    return error, bound
-
-
-def _check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
-    """What is not adapted comes through the fold as it is."""
-    adapted = {name for names in adapted_names(module).values() for name in names}
-    held = module.state_dict()
-    for name, tensor in folded.state_dict().items():
-        if name not in adapted and not (name in held and _same(held[name], tensor)):
-            raise VerificationError(
-                f"fold: '{name}' has no adapter, and is another tensor in the folded module."
-            )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit; NaN is NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-# ---- outputs ------------------------------------------------------------------------------------
-
-
 def _check_identity(
     module: CapturedModule, base: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -270,14 +112,14 @@ def _check_identity(
     # torch chooses attention kernels by requires_grad, under no_grad too.
     neutral = module.derive().eval().requires_grad_(False)
     without = base.derive().eval().requires_grad_(False)
-    with torch.no_grad(), _own_dice(module):
+    with torch.no_grad(), own_dice(module):
         for entry in module.plan:
             start = dataclasses.replace(entry, init="kaiming_uniform")  # B = 0
             for name, tensor in new_tensors(start, module.get_parameter(entry.parameter)).items():
                 neutral.get_parameter(name).copy_(tensor)
         adapted = _floats(_output(neutral, args, kwargs))
         plain = _floats(_output(without, args, kwargs))
-    if not all(_same(a, b) for a, b in zip(adapted, plain, strict=True)):
+    if not all(same(a, b) for a, b in zip(adapted, plain, strict=True)):
         raise VerificationError(
             "base unchanged: with B = 0 the outputs are not those without adapters."
         )
@@ -340,9 +182,7 @@ def _gradients(
             if out.requires_grad
         ]
         if not outputs:
-            raise VerificationError(
-                "effect and gradient: no output depends on the adapters, nothing can be trained."
-            )
+            return {entry.name_a: _Effect() for entry in entries}
         names = [name for entry in entries for name in (entry.name_a, entry.name_b)]
         # Cotangents that cancel nothing: an even sum is blind behind a softmax or a layer norm.
         loads = [
@@ -415,17 +255,8 @@ def _again(module: CapturedModule, call: RegionCall) -> Any:
 
 
 def _output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _own_dice(module):
+    with own_dice(module):
         return module(*args, **kwargs)
-
-
-@contextmanager
-def _own_dice(module: CapturedModule) -> Generator[None]:
-    """Every call throws the same, and the user's dice stay as they are."""
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield
 
 
 def _named(module: CapturedModule) -> set[torch.dtype]:

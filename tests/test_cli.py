@@ -579,6 +579,7 @@ PLAN = ("plan", "house:Mixed", "--target", "lin")
         ([*PLAN, "--input", "=2x4"], ["'=2x4'"]),
         ([*PLAN, "--input", "2x4:int65"], ["'2x4:int65'", "int64"]),
         ([*PLAN, "--input", "2x4:int64:0"], ["'2x4:int64:0'"]),
+        ([*PLAN, "--input", "2x4:int8:1000"], ["int8 has no integers up to that"]),
         ([*PLAN, "--input", "2x4:float32:9"], ["'2x4:float32:9'", "integers alone"]),
         ([*PLAN, "--input", "ids=2x4:int64", "--input", "ids=1:int64"], ["ids more than once"]),
         ([*PLAN, *IDS, "--input", "size=2x4"], ["Mixed does not run", "size"]),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from fxlora.passes.structure import Insertion, insertions, take_out
 
 from .laws import randomise
 from .models import Convolutions, Normed, Readers, Tied
+from .patterns import PATTERNS
 
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -190,7 +192,7 @@ def test_one_read_of_several_that_is_missing(lora: fxlora.CapturedModule) -> Non
 def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
     lora, args = readers_lora()
     (insertion,) = standing(lora, "train", site)
-    graph, last = lora.graphs["train"], next(reversed(lora.graphs["train"].nodes))
+    graph, last = lora.graphs["train"], lora.graphs["train"].output_node()
     with graph.inserting_before(last):
         past = graph.call_function(aten.sum.default, (insertion.base,))
         result = graph.call_function(aten.add.Tensor, (last.args[0][0], past))
@@ -216,6 +218,35 @@ def test_a_missing_read_before_one_that_is_adapted() -> None:
     take_out(standing(lora, "eval", "w")[0])
     with pytest.raises(VerificationError, match="'w': no adapter stands where matmul reads"):
         refuse_bare_reads(lora)
+
+
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("RepVGG: another read in eval", "a head in training only", "one module under two names"),
+        *("head.weight = emb.weight, rule on head", "head.weight = emb.weight, tied=share"),
+        *("packed QKV: q and v", "MultiheadAttention: q and v", "stacked experts, bmm"),
+        *("DoRA", "DoRA: embedding", "PiSSA: F.linear(x, self.lin.weight)", "weight_norm"),
+        *("EmbeddingBag, sum", "LSTM, projected, both ways", "a clone of W, changed in place"),
+        *("checkpoint", "torch.cond", "experts chosen by Python", "a weight times a weight"),
+    ],
+)
+def test_each_adapter_of_a_pattern_that_is_taken_out_is_missed(name: str) -> None:
+    pattern = PATTERNS[name]
+    model, args = pattern.built()
+    gm = fxlora.capture(model, args)
+    lora = fxlora.inject(gm, fxlora.match(gm, pattern.fxlora_rules(), **pattern.match))
+    randomise(lora)
+    fxlora.verify(lora, args)
+    programs = range(len(lora.programs))
+    for program, mode in itertools.product(programs, ("train", "eval")):
+        for index in range(len(insertions(lora, lora.programs[program].graphs[mode]))):
+            broken = copy.deepcopy(lora)
+            found = insertions(broken, broken.programs[program].graphs[mode])[index]
+            take_out(found)
+            with pytest.raises(VerificationError, match=f"coverage: '{found.entry.site}'"):
+                refuse_bare_reads(broken)
 
 
 @pytest.mark.parametrize("site", ["functional", "w_einsum"])
@@ -318,7 +349,19 @@ def test_a_tie_that_is_lost() -> None:
     folded = fxlora.fold(lora)
     fxlora.verify(lora, ids, folded=folded)
     folded.set_parameter("head.weight", nn.Parameter(folded.get_parameter("head.weight").clone()))
-    law = r"fold: a tie is lost\. 'emb\.weight' is one parameter with head\.weight"
+    law = r"fold: a tie is lost\. 'emb\.weight' is adapted like head\.weight, .* with no other"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, ids, folded=folded)
+
+
+def test_a_tie_that_the_adapter_split_and_somebody_made_again() -> None:
+    ids = torch.tensor([[1, 2, 5]])
+    lora = fxlora.adapt(Tied(), ids, rules=Rule("head", lora=R))
+    randomise(lora)
+    folded = fxlora.fold(lora)
+    fxlora.verify(lora, ids, folded=folded)
+    folded.set_parameter("emb.weight", folded.get_parameter("head.weight"))
+    law = r"fold: a tie is made\. 'emb\.weight' is adapted like no other, .* with head\.weight"
     with pytest.raises(VerificationError, match=law):
         fxlora.verify(lora, ids, folded=folded)
 
@@ -326,7 +369,7 @@ def test_a_tie_that_is_lost() -> None:
 def test_a_node_more_in_the_folded_graph(lora: fxlora.CapturedModule) -> None:
     folded = fxlora.fold(lora)
     graph = folded.graphs["train"]
-    last = next(reversed(graph.nodes))
+    last = graph.output_node()
     first = last.all_input_nodes[0]
     with graph.inserting_before(last):
         last.replace_input_with(first, graph.call_function(aten.neg.default, (first,)))

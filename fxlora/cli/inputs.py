@@ -64,6 +64,8 @@ def parsed_input(text: str) -> Input:
     parsed: torch.dtype = getattr(torch, dtype or "float32")
     if high and _takes_fractions(parsed):
         raise ArgumentTypeError(f"'{text}': a bound is for integers alone")
+    if high and int(high) > (2 if parsed is torch.bool else torch.iinfo(parsed).max):
+        raise ArgumentTypeError(f"'{text}': {dtype} has no integers up to that bound")
     return Input(name, tuple(map(int, shape.split("x"))), parsed, int(high or 1))
 
 
