@@ -8,29 +8,27 @@ the captured graphs again?).
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import random
-import re
-import sys
 import time
-import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 import torch
-from common import Report, start, untimed_parser
+from sweep import (
+    Fault,
+    Record,
+    add_failures,
+    grouped,
+    options_given,
+    reason,
+    sweep_parser,
+    swept,
+)
 from torch import nn
 from torch.utils import _pytree as pytree
-from zoo import LIBRARIES, Case, families, randomise_constants
+from zoo import Case, randomise_constants
 
 import fxlora
 from fxlora import LoraConfig, Rule
@@ -43,13 +41,6 @@ RULES = [Rule(op=LAYERS, lora=LoraConfig(r=2, lora_alpha=3))]
 # Of the largest output.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 DOUBLE_BELOW = 150e6  # parameters: larger models are run in single precision, for memory's sake
-
-Record = dict[str, Any]
-Task = tuple[str, str, str]  # library, family, name
-
-
-class Fault(Exception):
-    """What a check found wrong."""
 
 
 # ---- one model ----------------------------------------------------------------------------------
@@ -144,7 +135,8 @@ class Trial:
         self.record["unused"] = len(reached - with_gradient)
         if dead:
             raise Fault(f"no gradient at {len(dead)} of {len(entries)}: {', '.join(dead[:3])}")
-        if others := trained - set(entries):
+        same = [set(group) for group in self.lora.aliases().values() if entries.keys() & set(group)]
+        if others := trained.difference(*same):
             raise Fault(f"a gradient at {sorted(others)[0]}, which is frozen")
 
     def fold(self) -> None:
@@ -313,147 +305,25 @@ def state(model: nn.Module) -> list[Any]:
     ]
 
 
-def reason(step: str, error: BaseException) -> str:
-    """One line: the step, the error, and for an error that fxlora did not mean, where it was."""
-    text = re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))[:400]
-    if isinstance(error, Fault | fxlora.FxLoraError):
-        name = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
-        return f"{step}: {name}{text}"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}:{frame.lineno}"
-    return f"{step}: {type(error).__name__} at {place}: {text}"
-
-
-# ---- a process for each -------------------------------------------------------------------------
-
-
-def work(task: Task, device: str, threads: int, results: Connection) -> None:
-    """What the process of one model does; the record goes back even where a step dies."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    # The fused kernels for inference round differently than the ops that they stand for.
-    torch.backends.mha.get_fastpath_enabled = lambda: False
-    library, family, name = task
-    record = empty(task)
-    begin = time.perf_counter()
-    try:
-        trial = Trial(families(library)[family][name](), device, record)
-        trial.run()
-    except Exception as error:  # noqa: BLE001 - the zoo's fault, and a result all the same
-        record["failures"].append(reason("zoo", error))
-    record["seconds"]["all"] = round(time.perf_counter() - begin, 1)
-    results.send(record)
-
-
-def empty(task: Task) -> Record:
-    keys = ("library", "family", "name")
-    return {**dict(zip(keys, task, strict=True)), "passed": [], "failures": [], "seconds": {}}
-
-
-def supervise(task: Task, options: argparse.Namespace, context: Any) -> Record:
-    """Run one model in a fresh process, which may hang or crash."""
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (task, options.device, options.threads, sender)
-    process = context.Process(target=work, args=arguments, daemon=True)
-    process.start()
-    sender.close()
-    record = empty(task)
-    try:
-        if receiver.poll(options.timeout):
-            record = receiver.recv()
-        else:
-            record["failures"].append(f"process: no result after {options.timeout:g} s")
-    except EOFError:
-        process.join()
-        record["failures"].append(f"process: ended with exit code {process.exitcode}")
-    finally:
-        process.kill()
-        process.join()
-    return record
-
-
-def sweep(tasks: list[Task], options: argparse.Namespace) -> Iterator[Record]:
-    """The records as they come; the server that forks the processes has imported everything."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # not passed on before Python 3.12
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", *(f"zoo.{name}" for name in options.library)])
-    with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(supervise, task, options, context) for task in tasks]
-        try:
-            for future in as_completed(waiting):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 # ---- report -------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    options = options_given()
-    report = Report(options)
-    records = resumed(options)
-    done = {(r["library"], r["family"], r["name"]) for r in records}
-    tasks = [task for task in chosen(options) if task not in done]
-    for number, record in enumerate(sweep(tasks, options), 1):
-        records.append(record)
-        report.data["models"] = records
-        report.save()
-        print(f"[{number}/{len(tasks)}] {line(record)}", flush=True)
-    for library in dict.fromkeys(r["library"] for r in records):
-        mine = [r for r in records if r["library"] == library]
+    report, records = swept(options_given(sweep_parser(__doc__)), work, line)
+    for library, mine in grouped(records, "library").items():
         report.add(library, rows(mine))
-    forms: Counter[str] = Counter()
-    for record in records:
-        for why, number in record.get("weight forms", {}).items():
-            forms[re.sub(r"\d+( groups|x less)", r"n\1", why)] += number
-    if forms:
-        found = [{"sites": str(n), "reason": why} for why, n in forms.most_common()]
-        report.add("In the weight form", found)
-    failed = [
-        {"model": f"{r['library']} {r['name']}", "reason": failure[:200]}
-        for r in records
-        for failure in r["failures"]
-    ]
-    if failed:
-        report.add("Failures", failed)
+    add_failures(report, records)
 
 
-def options_given() -> argparse.Namespace:
-    parser = untimed_parser(__doc__)
-    parser.add_argument("--library", nargs="+", default=list(LIBRARIES), choices=LIBRARIES)
-    parser.add_argument("--only", default="", metavar="PATTERN", help="names that contain this")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--resume", action="store_true", help="keep what --json FILE has already")
-    options = start(parser)
-    if options.resume and not options.json:
-        parser.error("--resume goes on with what is in --json FILE: name it")
-    return options
-
-
-def resumed(options: argparse.Namespace) -> list[Record]:
-    if not (options.resume and options.json.exists()):
-        return []
-    return json.loads(options.json.read_text()).get("models", [])
-
-
-def chosen(options: argparse.Namespace) -> list[Task]:
-    return [
-        (library, family, name)
-        for library in options.library
-        for family, models in families(library).items()
-        for name in models
-        if re.search(options.only, f"{family}/{name}")
-    ]
+def work(build: Callable[[], Case], device: str, record: Record) -> None:
+    # The fused kernels for inference round differently than the ops that they stand for.
+    torch.backends.mha.get_fastpath_enabled = lambda: False
+    Trial(build(), device, record).run()
 
 
 def rows(records: list[Record]) -> list[dict[str, str]]:
     """A row for each family, and their sum."""
-    by_family: dict[str, list[Record]] = {}
-    for record in records:
-        by_family.setdefault(record["family"], []).append(record)
+    by_family = grouped(records, "family")
     groups = {**by_family, "all": records} if len(by_family) > 1 else by_family
     return [{"family": family, **row(group)} for family, group in groups.items()]
 

@@ -372,11 +372,15 @@ def print_accuracies(
 def print_verification(verification: fxlora.Verification) -> None:
     """The laws that fxlora.verify found to hold, in a few lines."""
     sites = verification.sites
+    worst = max(site.weight_error / site.weight_tolerance for site in sites)
     print(
         f"fxlora.verify: all {len(sites)} adapters change the output; each folded weight is "
-        f"W0 + s·BA (at worst {max(s.weight_error for s in sites):.2f} of what rounding may do);"
+        f"W0 + s·BA (at worst {worst:.2f} of what rounding may do);"
     )
-    print(str(verification).splitlines()[-1])
+    print(
+        f"folded against unfolded: {verification.output_error:.1e} of the largest output "
+        f"(tolerance {verification.tolerance:.0e})."
+    )
 
 
 def print_latencies(graphs: dict[str, nn.Module], inputs: Tensor, rounds: int) -> None:

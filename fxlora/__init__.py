@@ -24,7 +24,8 @@ from .report import report
 from .rules import match
 from .sites import Site
 from .verbs import adapt, fold, inject, lora_parameters, remove
-from .verify import Verification, verify
+from .verification import Verification
+from .verify import verify
 
 __version__ = "0.1.0"
 

@@ -27,16 +27,22 @@ def alike_graphs(first: fx.Graph, second: fx.Graph) -> bool:
 
 def difference(first: fx.Graph, second: fx.Graph) -> str | None:
     """What the first differing node is, or None. Node names do not count."""
+    pair = first_difference(first, second)
+    if pair and len(pair[0].graph.nodes) != len(pair[1].graph.nodes):
+        return f"{len(pair[0].graph.nodes)} nodes against {len(pair[1].graph.nodes)}"
+    return f"{pair[0].format_node()} against {pair[1].format_node()}" if pair else None
+
+
+def first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
+    """The first nodes that differ, in these graphs or in those nested in them."""
     numbers: dict[fx.Node, int] = {}
-    if len(first.nodes) != len(second.nodes):
-        return f"{len(first.nodes)} nodes against {len(second.nodes)}"
-    for index, (a, b) in enumerate(zip(first.nodes, second.nodes, strict=True)):
+    for index, (a, b) in enumerate(zip(first.nodes, second.nodes, strict=False)):
         numbers[a] = numbers[b] = index
         if inner := _nested_pair(a, b):
-            if found := difference(inner[0].graph, inner[1].graph):
-                return f"in {a.target} and {b.target}: {found}"
+            if found := first_difference(inner[0].graph, inner[1].graph):
+                return found
         elif _form(a, numbers) != _form(b, numbers):
-            return f"{a.format_node()} against {b.format_node()}"
+            return a, b  # the last node of a shorter graph, an output, differs too
     return None
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, FxLoraWarning
+from .inits import INITS
+from .parts import Parts, check_parts
+from .variants import VARIANTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,7 +24,6 @@ else:  # pragma: no cover - the newer module under its older name
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Names = str | Sequence[str] | None
-INITS = (True, False, "kaiming_uniform", "kaiming_normal", "gaussian")
 ALL_LINEAR = "all-linear"
 
 
@@ -39,12 +41,18 @@ class LoraConfig:
         lora_dropout: probability of zeroing an entry of the branch's input, in train mode.
         modules_to_save: modules (whole name or dotted suffix) trained in full, as copies.
         bias: "none"; "all" biases or those of adapted layers ("lora_only") train too.
+        use_dora: PEFT's word for `variant="dora"`.
         init_lora_weights: True or "kaiming_uniform" (A Kaiming uniform with a=√5, B zero; an
             embedding has A zero and B normal, as in loralib), "kaiming_normal", "gaussian"
-            (A normal with deviation 1/r), False (A and B both Kaiming uniform: no identity).
+            (A normal with deviation 1/r), "orthogonal" (both random, BA = 0), "pissa" and "olora"
+            (from the weight, which is trained less that), False (A and B both Kaiming uniform: no
+            identity).
         rank_pattern, alpha_pattern: `{regular expression for the end of a name: value}`.
         layers_to_transform, layers_pattern: only layers of these numbers.
         target_parameters: names of parameters (whole or dotted suffix).
+        variant: a row of `fxlora.variants` ("dora"), or None for plain LoRA.
+        tied: of a weight under several names, a rule adapts the reads that go by the names that
+            it matches ("rule"), or all of them ("share").
         task_type, fan_in_fan_out: taken so that PEFT's scripts run; a graph needs neither.
     """
 
@@ -63,6 +71,8 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     target_parameters: Sequence[str] | None = None
+    variant: str | None = None
+    tied: Literal["rule", "share"] = "rule"
     task_type: str | None = None
     fan_in_fan_out: bool = False
 
@@ -73,10 +83,12 @@ class LoraConfig:
             raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}.')
-        if self.use_dora is not False:
-            raise ConfigError("use_dora is not supported yet; leave it False.")
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora must be True or False, not {self.use_rslora!r}.")
+        if self.tied not in ("rule", "share"):
+            raise ConfigError(f'tied must be "rule" or "share", not {self.tied!r}.')
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        self._check_variant()
         if not any(self.init_lora_weights is i or self.init_lora_weights == i for i in INITS):
             raise ConfigError(
                 f"init_lora_weights must be one of {', '.join(map(repr, INITS))}, "
@@ -92,6 +104,15 @@ class LoraConfig:
                 check(f"{name}[{key!r}]", value)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform.")
+
+    def _check_variant(self) -> None:
+        if self.variant is not None and self.variant not in VARIANTS:
+            names = ", ".join(sorted(VARIANTS))
+            raise ConfigError(f"variant must be one of {names}, not {self.variant!r}.")
+        if self.use_dora and self.variant not in (None, "dora"):
+            raise ConfigError(f"use_dora=True and variant={self.variant!r} contradict each other.")
+        if self.use_dora:
+            object.__setattr__(self, "variant", "dora")
 
     def _normalise_names(self) -> None:
         """Sequences of names as tuples, so that a configuration compares by value."""
@@ -138,6 +159,10 @@ class Rule:
         where: a function of the `Site`, true where the rule holds.
         lora: the configuration, or None to leave the sites alone.
         train: train the weight's module in full (as a copy) instead.
+        parts: the weight is several in one, beside each other in its output dimension, and each
+            gets an adapter of its own. How many equal parts, or by name: sizes (`{"q": 64,
+            "k": 16, "v": 16}`, all of them in order) or ranges (`{"q": (0, 64), "v": (80, 96)}`).
+        enable: which of the parts: a flag for each, or their names. All by default.
     """
 
     name: Names = None
@@ -153,6 +178,8 @@ class Rule:
     where: Callable[[Any], bool] | None = None
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     train: bool = False
+    parts: Parts = None
+    enable: Sequence[bool] | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "op"):
@@ -167,6 +194,7 @@ class Rule:
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} must be a number of features, not {value!r}.")
         self._check_kernel_size()
+        check_parts(self.parts, self.enable)
         if self.where is not None and not callable(self.where):
             raise ConfigError(f"where must be a function of a Site, not {self.where!r}.")
         if self.lora is not None and not isinstance(self.lora, LoraConfig):

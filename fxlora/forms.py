@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import fx
 
 from .errors import ConfigError, UnsupportedOpError
 from .nested import grad_enabled, origin
-from .ops import FLATTENED, is_transpose
+from .ops import is_transpose, named_argument
 from .readers import Reader
 from .sites import Site
+from .variants import VARIANTS
 
 
 def check_supported(site: Site, number: int) -> None:
@@ -45,54 +48,92 @@ def check_supported(site: Site, number: int) -> None:
             f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
             "whole: capture with example inputs, which sees inside."
         )
-    if len(site.shape) > 2 and FLATTENED.get(site.op) != len(site.shape):
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): a weight of shape {site.shape} that "
-            f"{site.readers[0].describe()} is no single matrix, and stacks of matrices are not "
-            "supported yet. Leave it out of the rule (Rule(name, lora=None) before it)."
-        )
 
 
-def choose_form(site: Site, r: int, dropout: float) -> tuple[str, str]:
-    """The form of a site, and why: the branch wherever every reader allows it.
+@dataclass(frozen=True)
+class Form:
+    """How a site is adapted: "branch" or "weight", and why."""
+
+    name: str
+    reason: str = ""
+
+
+def choose_form(
+    site: Site,
+    r: int,
+    dropout: float,
+    rows: tuple[int, int] | None = None,
+    variants: tuple[str, ...] = (),
+) -> Form:
+    """The form of a site, or of a part of it: the branch wherever every reader allows it.
 
     Raises:
         ConfigError: lora_dropout on a site whose form has no branch input.
+        UnsupportedOpError: no form computes the right gradients.
     """
-    for reader in site.readers:
-        if reader.through:
-            obstacle: str | None = f"read by {reader.kind} through {reader.through}"
-        elif reader.op is None:
-            obstacle = f"read by {reader.kind}"
-        elif reader.shared:
-            obstacle = "in a graph that several calls share"
-        elif _multiplies_weights(reader):
-            obstacle = "multiplied with another weight"  # two branches would miss Δu·Δv
-        else:
-            obstacle = reader.op.obstacle(reader.node, site.shape)
-        if obstacle and dropout:
-            raise ConfigError(
-                f"lora_dropout={dropout} on '{site.name}': {obstacle}, so its adapter is added "
-                "to the weight and has no input to drop. Set lora_dropout=0 for it in a rule "
-                "of its own."
-            )
-        if obstacle:
-            return "weight", obstacle
+    found = (_obstacle(site, reader, rows, variants) for reader in site.readers)
+    obstacle = next(filter(None, found), None)
+    if obstacle and dropout:
+        raise ConfigError(
+            f"lora_dropout={dropout} on '{site.name}': {obstacle}, so its adapter is added "
+            "to the weight and has no input to drop. Set lora_dropout=0 for it in a rule "
+            "of its own."
+        )
+    if obstacle:
+        return _weight_form(site, obstacle)
     ops = [(reader.op, reader.node) for reader in site.readers if reader.op]
     dearer = next(filter(None, (op.dearer(node, site.shape, r) for op, node in ops)), None)
     if dearer and not dropout:
-        return "weight", dearer
+        return _weight_form(site, dearer)
     if dropout and not all(op.dropout for op, _ in ops):
-        return "branch", "indices take no dropout"
-    return "branch", "tied" if len(site.names) > 1 else ""
+        return Form("branch", "indices take no dropout")
+    return Form("branch")
+
+
+def _obstacle(
+    site: Site, reader: Reader, rows: tuple[int, int] | None, variants: tuple[str, ...]
+) -> str | None:
+    """Why no branch can stand beside a read, or None."""
+    op = reader.op
+    if reader.through:
+        return f"read by {reader.kind} through {reader.through}"
+    if op is None:
+        return f"read by {reader.kind}"
+    if reader.shared:
+        return "in a graph that several calls share"
+    if _multiplies_weights(reader):
+        return "multiplied with another weight"  # two branches would miss Δu·Δv
+    seen = op.layout_of(reader.node, reader.weight, len(site.shape))
+    if site.layout not in (seen, seen.swapped):
+        return f"read as {seen.roles} and as {site.layout.roles}"
+    scales = any(VARIANTS[name].gain for name in variants)
+    if (rows or scales) and (op.output is None or seen.stacked):
+        return f"read by {reader.kind}, whose outputs are not in one dimension"
+    if rows and site.groups > 1:
+        return "a part of a grouped convolution"
+    if scales and (rows or reader.path or op.result is not None):
+        return f"{', '.join(variants)} scales its outputs"
+    return op.obstacle(reader.node, reader.weight, site.shape)
+
+
+def _weight_form(site: Site, reason: str) -> Form:
+    """The weight form, unless a look-up would make a sparse gradient of the sum."""
+    sparse = [r for r in site.readers if named_argument(r.node, "sparse") is True]
+    if sparse:
+        raise UnsupportedOpError(
+            f"'{site.name}': {sparse[0].describe()} with sparse=True, and its adapter has to be "
+            f"added to the weight ({reason}), where gradients cannot be sparse. Build the layer "
+            "with sparse=False: the frozen weight has no gradient anyway."
+        )
+    return Form("weight", reason)
 
 
 def _multiplies_weights(reader: Reader) -> bool:
-    """Whether the branch's input is a weight itself (the indices of an embedding never are)."""
-    source = reader.node.args[reader.op.input] if reader.op else None
-    if not isinstance(source, fx.Node) or reader.kind == "embedding":
+    """Whether the branch's input is a weight itself (the indices of a look-up never are)."""
+    source = reader.op.input_of(reader.node, reader.weight) if reader.op else None
+    if not isinstance(source, fx.Node) or not reader.op or not reader.op.dropout:
         return False
     source = origin(reader.path, source)
-    while is_transpose(source):
+    while is_transpose(source, source, 2):
         source = source.all_input_nodes[0]
     return source.op == "get_attr"

@@ -1,56 +1,55 @@
-"""How A and B start. A table: an init of another kind is another row."""
+"""What injection adds, as it starts."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from .adapted import sum_matrix
+from .inits import FILLS, STARTS, embedding
 from .plan import Entry
+from .variants import VARIANTS
 
 
-def _kaiming_uniform(a: torch.Tensor, b: torch.Tensor, r: int) -> None:
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    nn.init.zeros_(b)
+@torch.no_grad()
+def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
+    """Fresh A and B for an entry, and what its variants hold beside them, by name.
 
-
-def _kaiming_normal(a: torch.Tensor, b: torch.Tensor, r: int) -> None:
-    nn.init.kaiming_normal_(a, a=math.sqrt(5))
-    nn.init.zeros_(b)
-
-
-def _gaussian(a: torch.Tensor, b: torch.Tensor, r: int) -> None:
-    nn.init.normal_(a, std=1 / r)
-    nn.init.zeros_(b)
-
-
-def _embedding(a: torch.Tensor, b: torch.Tensor, r: int) -> None:
-    nn.init.zeros_(a)
-    nn.init.normal_(b)
-
-
-def _random(a: torch.Tensor, b: torch.Tensor, r: int) -> None:
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-
-
-INITS: dict[bool | str, Callable[[torch.Tensor, torch.Tensor, int], None]] = {
-    True: _kaiming_uniform,  # loralib's and PEFT's, for layers
-    "kaiming_uniform": _kaiming_uniform,
-    "kaiming_normal": _kaiming_normal,
-    "gaussian": _gaussian,
-    False: _random,
-}
-
-
-def new_pair(entry: Entry, weight: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """A fresh A and B for an entry, on the weight's device and in its dtype."""
-    a, b = (torch.empty(s, device=weight.device, dtype=weight.dtype) for s in entry.shapes)
-    init = _embedding if entry.init is True and entry.op == "embedding" else INITS[entry.init]
-    init(a, b, entry.r)
+    They are on the weight's device and in its dtype; what the entry does not train is frozen.
+    """
+    if entry.rows is not None:
+        start, stop = entry.rows
+        weight = weight.narrow(entry.layout.part_dim, start, stop - start)
+    a, b = entry.layout.packed(*_started(entry, weight), entry.covered)
     if entry.padding_idx is not None:
         # No gradient reaches this column, so the row it stands for stays as it was for good.
-        a.select(1, entry.padding_idx).zero_()
-    return nn.Parameter(a), nn.Parameter(b)
+        a.select(-1, entry.padding_idx).zero_()
+    tensors = {entry.name_a: a, entry.name_b: b}
+    for variant, held in entry.extras.items():
+        before = entry.upto(variant)  # what a variant starts from has those before it
+        adapted = sum_matrix(before, weight, tensors)
+        by_output = adapted.mT if entry.layout.in_first else adapted
+        values = VARIANTS[variant].start(by_output, a, b)
+        tensors |= {n: v.reshape(held[n]) for n, v in zip(held, values, strict=True)}
+    return {
+        name: nn.Parameter(tensor.to(weight.dtype).contiguous(), name in entry.trainable)
+        for name, tensor in tensors.items()
+    }
+
+
+def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A as (…, r, in) and B as (…, out, r), kernels flat."""
+    stack, d0, d1 = entry.layout.sizes(entry.covered)
+    size_i, size_o = (d0, d1) if entry.layout.in_first else (d1, d0)
+    if start := STARTS.get(entry.init):
+        matrix = entry.layout.matrix(weight, entry.covered)
+        by_output = matrix.mT if entry.layout.in_first else matrix
+        wide = by_output.to(torch.promote_types(weight.dtype, torch.float32))
+        down, up = start(wide, entry.r, entry.scaling)
+        return down.to(weight.dtype), up.to(weight.dtype)
+    down = weight.new_empty(*stack, entry.r, size_i)
+    up = weight.new_empty(*stack, size_o, entry.r)
+    looks_up = entry.op in ("embedding", "embedding_bag")
+    fill = embedding if entry.init is True and looks_up else FILLS[entry.init]
+    fill(down, up)
+    return down, up

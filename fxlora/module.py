@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from .errors import FxLoraError
+from .fingerprints import fingerprint
 from .inputs import InputSpec
 from .plan import Plan
 from .program import Program, ProgramModule, tensors_of
@@ -33,6 +34,7 @@ class CapturedModule(ProgramModule):
         folded: what was folded into the weights, in order.
         trained: names of parameters outside A and B that train (in full, as copies).
         originals: the tensors that training may change, as they were before injection.
+        fingerprints: of the weights under adapters, which nothing may change.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
     """
@@ -55,6 +57,7 @@ class CapturedModule(ProgramModule):
         self.folded: tuple[Plan, ...] = ()
         self.trained: frozenset[str] = frozenset()
         self.originals: dict[str, torch.Tensor] = {}
+        self.fingerprints: dict[str, int] = {}
         self.grads: frozenset[str] = frozenset()
         self.outputs: frozenset[str] = frozenset()
         self.shell = shell
@@ -112,8 +115,7 @@ class CapturedModule(ProgramModule):
     def _bind_shell(self) -> None:
         """Python around regions has this module's tensors, and none that a region adapts."""
         if self.shell:
-            aliases = self.aliases()
-            adapted = {name for entry in self.plan or () for name in aliases[entry.parameter]}
+            adapted = {name for entry in self.plan or () for name in entry.names}
             self.shell.bind(self, self.runners, adapted)
             self.shell.choose(self.training)
 
@@ -153,7 +155,7 @@ class CapturedModule(ProgramModule):
         )
         result.plan, result.folded = self.plan, self.folded
         result.trained, result.grads, result.outputs = self.trained, self.grads, self.outputs
-        result.originals = originals
+        result.originals, result.fingerprints = originals, dict(self.fingerprints)
         result.meta = copy.copy(self.meta)
         result._bind_shell()
         return result
@@ -180,7 +182,21 @@ class CapturedModule(ProgramModule):
             for name, parameter in self.named_parameters(remove_duplicate=False):
                 if name in state_dict:
                     parameter.data = parameter.data.clone()
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self.take_fingerprints()  # the base is what was asked for
+        return outcome
+
+    # ---- the base under adapters ------------------------------------------------------------
+
+    def take_fingerprints(self) -> None:
+        """Remember the weights under adapters as they are now."""
+        names = [entry.parameter for entry in self.plan or ()]
+        self.fingerprints = {name: fingerprint(self.get_parameter(name)) for name in names}
+
+    def changed_weights(self) -> list[str]:
+        """Names of the weights under adapters that are not what they were."""
+        before = self.fingerprints.items()
+        return [name for name, mark in before if fingerprint(self.get_parameter(name)) != mark]
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -228,8 +244,8 @@ class CapturedModule(ProgramModule):
     # ---- names ------------------------------------------------------------------------------
 
     def adapter_parameters(self) -> frozenset[str]:
-        """Names of the injected A and B."""
-        return frozenset(name for entry in self.plan or () for name in (entry.name_a, entry.name_b))
+        """Names of what injection added: A, B, and what a variant holds beside them."""
+        return frozenset(name for entry in self.plan or () for name in entry.tensors)
 
     def unplanned(self) -> list[str]:
         """Names of parameters that require gradients although no plan trains them."""
@@ -271,7 +287,10 @@ class CapturedModule(ProgramModule):
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
+        changed = {name: self.fingerprints[name] for name in self.changed_weights()}
         result = super()._apply(fn, recurse)
+        self.take_fingerprints()
+        self.fingerprints |= changed  # a move is no excuse
         self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
         if moves:
             for graph in graphs:

@@ -1,18 +1,13 @@
 """The ops that read weights, one row each. Nothing else in fxlora knows kinds of op.
 
-A low-rank pair is A and B with W + s·L·R, W seen as a matrix (d0, d1): L (d0, r), R (r, d1).
-The layout of a weight says which of A and B is which:
-
-    out first (linear, convolution; W is (out, in, …))   L = B     R = A
-    in first  (embedding, addmm, x @ W; W is (in, out))  L = A^T   R = B^T
-
-so A always takes the input and B gives the output, with PEFT's shapes. A row says how its op
-applies L·R to its own input without forming it: the branch. What has no row, or an obstacle,
-takes the weight form.
+A row says how its op applies a low-rank pair to its own input without forming the product: the
+branch. What has no row, or an obstacle, takes the weight form. A branch is written once, in aten
+overloads on torch.fx's proxies.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,62 +16,64 @@ from typing import Any
 import torch
 from torch import fx
 
+from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
+
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The pair as nodes of a graph. A `_t` is the transpose; taking it twice adds no node."""
+class Read:
+    """One call that reads a weight, as an op row sees it.
 
-    graph: fx.Graph
-    a: fx.Node
-    b: fx.Node
-    in_first: bool
+    Attributes:
+        node: the call.
+        weight: the node that it is given as the weight.
+        x: its input, or what dropout left of it (a proxy).
+        layout: the weight's in this op.
+        shape: the weight's.
+        scaling: s.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    x: Any
+    layout: Layout
+    shape: Shape
     scaling: float
 
-    def scaled(self, hidden: fx.Node) -> fx.Node:
+    def arg(self, position: int) -> Any:
+        """An argument of the call, as the branch can take it."""
+        given = argument(self.node, position)
+        return fx.map_arg(given, lambda node: fx.Proxy(node, self.x.tracer))
+
+    def scaled(self, hidden: Any) -> Any:
         """s·A(x): the scaling where the branch is narrowest, r wide."""
-        return self.graph.call_function(aten.mul.Tensor, (hidden, self.scaling))
-
-    @property
-    def left(self) -> fx.Node:
-        return self._t(self.a) if self.in_first else self.b
-
-    @property
-    def left_t(self) -> fx.Node:
-        return self.a if self.in_first else self._t(self.b)
-
-    @property
-    def right(self) -> fx.Node:
-        return self._t(self.b) if self.in_first else self.a
-
-    @property
-    def right_t(self) -> fx.Node:
-        return self.b if self.in_first else self._t(self.a)
-
-    def _t(self, node: fx.Node) -> fx.Node:
-        return self.graph.call_function(aten.t.default, (node,))
+        return aten.mul.Tensor(hidden, self.scaling)
 
 
-@dataclass(frozen=True)
-class Read:
-    """One call that reads a weight, as an op row sees it."""
-
-    graph: fx.Graph
-    node: fx.Node
-    x: fx.Node
-
-    def arg(self, position: int, default: Any = None) -> Any:
-        return self.node.args[position] if position < len(self.node.args) else default
-
-    def call(self, op: Any, *args: Any) -> fx.Node:
-        return self.graph.call_function(op, args)
+def argument(node: fx.Node, position: int, default: Any = None) -> Any:
+    """An argument of a call, by the position that it has in the schema."""
+    if position < len(node.args):
+        return node.args[position]
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None or position >= len(schema.arguments):
+        return default
+    declared = schema.arguments[position]
+    return node.kwargs.get(declared.name, declared.default_value)
 
 
-Shape = tuple[int, ...]
+def named_argument(node: fx.Node, *names: str) -> Any:
+    """An argument of a call by its name in the schema (the first name that it has), or None."""
+    schema: Any = getattr(node.target, "_schema", None)
+    declared = [a.name for a in schema.arguments] if schema else []
+    position = next((declared.index(name) for name in names if name in declared), None)
+    return None if position is None else argument(node, position)
 
 
-def _no_obstacle(node: fx.Node, shape: Shape) -> str | None:
+Branch = Callable[[Read, Any, Any], Any]
+
+
+def _no_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     return None
 
 
@@ -91,86 +88,248 @@ class Op:
     Attributes:
         kind: what rules call it.
         input: position of the activation that the branch starts from.
-        branch: emits s·L·R applied to the read's own input.
+        branch: (read, down (…, r, in), up (…, out, r)) → s·B(A(x)).
         in_first: whether the weight is (in, out) in this op.
+        kernel: how many dimensions of the weight are a kernel's.
         obstacle: why this node cannot take the branch all the same, or None.
         dearer: why the branch, though possible, costs more than the weight form, or None.
         dropout: whether lora_dropout applies to its input (indices cannot be dropped).
+        output: the dimension of the output that the weight's outputs are in, from the end; None
+            where that depends on the input.
+        bias: position of what is added to the product, unscaled.
+        result: which of the op's results is the product, where it has several.
+        layout: the weight's roles, where `in_first` and `kernel` do not say them.
     """
 
     kind: str
     input: int
-    branch: Callable[[Read, Factors], fx.Node]
+    branch: Branch
     in_first: bool = False
-    obstacle: Callable[[fx.Node, Shape], str | None] = _no_obstacle
+    kernel: int = 0
+    obstacle: Callable[[fx.Node, fx.Node, Shape], str | None] = _no_obstacle
     dearer: Callable[[fx.Node, Shape, int], str | None] = _never_dearer
     dropout: bool = True
+    output: int | None = -1
+    bias: int | None = None
+    result: int | None = None
+    layout: Callable[[fx.Node, fx.Node], Layout | None] | None = None
+
+    def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout:
+        """The roles of a weight of so many dimensions that `node` is given as `weight`."""
+        found = self.layout(node, weight) if self.layout else None
+        if found and len(found.roles) == dims:
+            return found
+        return plain(dims, self.in_first, self.kernel)
+
+    def input_of(self, node: fx.Node, weight: fx.Node) -> Any:
+        """What the op applies the weight to."""
+        given = node.args[self.input]
+        if isinstance(given, list | tuple):  # an einsum's operands
+            return next((operand for operand in given if operand is not weight), None)
+        return given
 
 
-# ---- branches -----------------------------------------------------------------------------------
+# ---- matrix products ----------------------------------------------------------------------------
 
 
-def _linear(read: Read, f: Factors) -> fx.Node:
-    hidden = read.call(aten.linear.default, read.x, f.right)  # (…, r)
-    return read.call(aten.linear.default, f.scaled(hidden), f.left)  # (…, out)
+def _times_weight(read: Read, down: Any, up: Any) -> Any:
+    """x @ W, or x @ W^T: (…, in) → (…, out)."""
+    if read.layout.stacked:
+        hidden = aten.matmul.default(read.x, read.layout.transposed(down))  # (…, e, n, r)
+        return aten.matmul.default(read.scaled(hidden), read.layout.transposed(up))
+    hidden = aten.linear.default(read.x, down)  # (…, r)
+    return aten.linear.default(read.scaled(hidden), up)
 
 
-def _input_times_weight(read: Read, f: Factors) -> fx.Node:
-    hidden = read.call(aten.linear.default, read.x, f.left_t)  # (…, r)
-    return read.call(aten.linear.default, f.scaled(hidden), f.right_t)  # (…, out)
+def _weight_times(read: Read, down: Any, up: Any) -> Any:
+    """W @ x: (…, in, n) → (…, out, n)."""
+    hidden = aten.matmul.default(down, read.x)  # (…, r, n)
+    return aten.matmul.default(up, read.scaled(hidden))
 
 
-def _weight_times_input(read: Read, f: Factors) -> fx.Node:
-    hidden = read.call(aten.matmul.default, f.right, read.x)  # (r, n)
-    return read.call(aten.matmul.default, f.left, f.scaled(hidden))  # (d0, n)
+def _own_alpha(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+    scaled = any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
+    return f"{kind_of(node)} with an alpha or beta of its own" if scaled else None
 
 
-def _transposed_weight_times_input(read: Read, f: Factors) -> fx.Node:
-    hidden = read.call(aten.matmul.default, f.left_t, read.x)  # (r, n)
-    return read.call(aten.matmul.default, f.right_t, f.scaled(hidden))  # (d1, n)
+def _perhaps_vector(position: int) -> Callable[[fx.Node, fx.Node, Shape], str | None]:
+    """An obstacle where a stack of matrices meets a vector, or what may be one."""
+
+    def obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+        value = _value(node.args[position])
+        if len(shape) == 2 or (value is not None and value.ndim >= 2):
+            return None
+        return "a stack of matrices times a vector, as far as is known"
+
+    return obstacle
 
 
-def _embedding(read: Read, f: Factors) -> fx.Node:
+def _value(node: Any) -> torch.Tensor | None:
+    """The example value of a node; the tracer leaves none."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+# ---- einsum: any product of a weight and one other tensor ---------------------------------------
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """The subscripts of an einsum of an input and a weight; a "." stands for an ellipsis."""
+
+    x: str
+    weight: str
+    output: str
+
+    @classmethod
+    def of(cls, node: fx.Node, weight: fx.Node) -> _Equation | None:
+        text, operands = node.args[:2]
+        assert isinstance(text, str) and isinstance(operands, list | tuple)
+        if len(operands) != 2:
+            return None
+        inputs, arrow, output = text.replace(" ", "").replace("...", ".").partition("->")
+        if not arrow:  # numpy's rule: what occurs once, in alphabetical order
+            output = "".join(sorted(n for n in set(inputs) - {","} if inputs.count(n) == 1))
+        parts = inputs.split(",")
+        mine = [operand is weight for operand in operands].index(True)
+        return cls(parts[1 - mine], parts[mine], output)
+
+    @property
+    def roles(self) -> str:
+        return "".join(map(self._role, self.weight))
+
+    def _role(self, letter: str) -> str:
+        kept = letter in self.output
+        if letter in self.x:
+            return STACK if kept else INPUT
+        return OUTPUT if kept else "?"
+
+    @property
+    def layout(self) -> Layout | None:
+        """The weight's roles, or None where it is no product of matrices that a pair can split."""
+        once = all(len(set(part)) == len(part) for part in (self.weight, self.x))
+        roles = set(self.roles)
+        if not once or "." in self.weight or not {INPUT, OUTPUT} <= roles <= {"e", "i", "o"}:
+            return None
+        return Layout(self.roles)
+
+    def of_role(self, role: str) -> str:
+        return "".join(n for n, r in zip(self.weight, self.roles, strict=True) if r == role)
+
+    def split(self) -> tuple[str, str]:
+        """The same as two products: of x and A, of that and B."""
+        stack, inputs, outputs = map(self.of_role, "eio")
+        used = {*self.x, *self.weight, *self.output}
+        rank = next(n for n in "rzyxwvutsqponmlkjihgfedcba" if n not in used)
+        hidden = "".join(n for n in self.output if n not in outputs) + rank
+        first = f"{self.x},{stack}{rank}{inputs}->{hidden}"
+        second = f"{hidden},{stack}{outputs}{rank}->{self.output}"
+        return first.replace(".", "..."), second.replace(".", "...")
+
+
+def _einsum_layout(node: fx.Node, weight: fx.Node) -> Layout | None:
+    equation = _Equation.of(node, weight)
+    return equation and equation.layout
+
+
+def _einsum_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+    found = _einsum_layout(node, weight)
+    return None if found else f"einsum '{node.args[0]}' is no product of an input and matrices"
+
+
+def _einsum(read: Read, down: Any, up: Any) -> Any:
+    equation = _Equation.of(read.node, read.weight)
+    assert equation is not None
+    size = dict(zip(equation.weight, read.shape, strict=True))
+    stack, inputs, outputs = ([size[n] for n in equation.of_role(role)] for role in "eio")
+    if len(inputs) > 1:
+        down = aten.reshape.default(down, [*stack, -1, *inputs])
+    if len(outputs) > 1:
+        up = aten.reshape.default(up, [*stack, *outputs, -1])
+    first, second = equation.split()
+    hidden = aten.einsum.default(first, [read.x, down])
+    return aten.einsum.default(second, [read.scaled(hidden), up])
+
+
+# ---- look-ups -----------------------------------------------------------------------------------
+
+
+def _embedding(read: Read, down: Any, up: Any) -> Any:
     # W's gradient may be sparse; A's is dense. Rows of padding_idx get none in either.
-    rows = read.call(aten.embedding.default, f.left, read.x, *read.node.args[2:4])  # (…, r)
-    return read.call(aten.linear.default, f.scaled(rows), f.right_t)  # (…, dim)
+    table = read.layout.transposed(down)  # (num, r)
+    rows = aten.embedding.default(table, read.x, read.arg(2))  # (…, r)
+    return aten.linear.default(read.scaled(rows), up)  # (…, dim)
 
 
-def _addmm_obstacle(node: fx.Node, shape: Shape) -> str | None:
-    return "addmm with an alpha of its own" if node.kwargs.get("alpha", 1) != 1 else None
+def _embedding_bag(read: Read, down: Any, up: Any) -> Any:
+    table = read.layout.transposed(down)
+    offsets, mode, weights, last = (read.arg(position) for position in (2, 4, 6, 7))
+    padding = read.arg(8)
+    given = (table, read.x, offsets, False, mode, False, weights, last, padding)
+    bags = aten.embedding_bag.padding_idx(*given)[0]  # (bags, r)
+    return aten.linear.default(read.scaled(bags), up)
 
 
-def _stack_obstacle(node: fx.Node, shape: Shape) -> str | None:
-    return None if len(shape) == 2 else "a stack of matrices"
+def _frequencies(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+    # It scales W's gradient by row, and so also what reaches B through it: no branch does that.
+    return "scale_grad_by_freq" if named_argument(node, "scale_grad_by_freq") else None
 
 
-# ---- convolutions: A keeps the layer's geometry, B is 1x1 ----------------------------------------
+def _bag_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+    if argument(node, 4, 0) not in (0, 1):  # sum, mean
+        return "a maximum over each bag is not linear"
+    return _frequencies(node, weight, shape)
 
 
-def _convolution(dims: int) -> Callable[[Read, Factors], fx.Node]:
-    def branch(read: Read, f: Factors) -> fx.Node:
+# ---- convolutions: the layer's geometry where the kernel is, the other factor is 1x1 -------------
+
+
+def _ones(dims: int) -> tuple[list[int], list[int]]:
+    return [1] * dims, [0] * dims
+
+
+def _convolution(dims: int) -> Branch:
+    pointwise = getattr(aten, f"conv{dims}d").default
+    one, none = _ones(dims)
+
+    def branch(read: Read, down: Any, up: Any) -> Any:
         # (input, weight, bias, stride, padding, dilation, groups)
-        groups = read.arg(6, 1)
-        a = f.a  # (r, in/groups, *kernel)
+        stride, padding, dilation, groups = (read.arg(position) for position in (3, 4, 5, 6))
         if groups > 1:  # each group's slice meets all r filters
-            a = read.call(aten.repeat.default, a, [groups] + [1] * (dims + 1))
-        defaults = [a.default_value for a in read.node.target._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
-        geometry = [read.arg(position, defaults[position]) for position in (3, 4, 5)]
-        hidden = read.call(read.node.target, read.x, a, None, *geometry, groups)
-        pointwise = getattr(aten, f"conv{dims}d").default
-        one, none = [1] * dims, [0] * dims
-        return read.call(pointwise, f.scaled(hidden), f.b, None, one, none, one, groups)
+            down = aten.repeat.default(down, [groups] + [1] * (dims + 1))
+        hidden = read.node.target(read.x, down, None, stride, padding, dilation, groups)  # pyright: ignore[reportCallIssue]
+        return pointwise(read.scaled(hidden), up, None, one, none, one, groups)
+
+    return branch
+
+
+def _transposed_convolution(dims: int) -> Branch:
+    pointwise = getattr(aten, f"conv{dims}d").default
+    one, none = _ones(dims)
+
+    def branch(read: Read, down: Any, up: Any) -> Any:
+        # (input, weight, bias, stride, padding, output_padding, groups, dilation)
+        stride, padding, extra, groups, dilation = (read.arg(position) for position in range(3, 8))
+        r_up = read.layout.transposed(up)  # (r, out/groups, *kernel)
+        if groups > 1:  # each group of inputs has r channels of its own, and shares B
+            down = aten.reshape.default(down, [-1, groups, read.shape[0] // groups, *one])
+            down = aten.flatten.using_ints(aten.transpose.int(down, 0, 1), 0, 1)
+            r_up = aten.repeat.default(r_up, [groups] + [1] * (dims + 1))
+        hidden = pointwise(read.x, down, None, one, none, one, groups)
+        geometry = (stride, padding, extra, groups, dilation)
+        return read.node.target(read.scaled(hidden), r_up, None, *geometry)  # pyright: ignore[reportCallIssue]
 
     return branch
 
 
 def _grouped_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
-    """Whether the weight form is cheaper for a grouped convolution: per output position,
+    """Whether the weight form is cheaper for a grouped convolution: per position,
 
     branch: r·in·k + r·out multiplications forward, and as many twice more backward;
     weight: out·(in/groups)·k once, for the gradient of the whole weight.
+    (Of a transposed one, in and out change places.)
     """
-    groups = int(node.args[6]) if len(node.args) > 6 else 1  # pyright: ignore[reportArgumentType]
+    groups = int(named_argument(node, "groups"))
     if groups == 1:
         return None
     branch = 3 * r * (groups * math.prod(shape[1:]) + shape[0])
@@ -182,55 +341,115 @@ def _grouped_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
 
 def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
     packet = getattr(aten, f"conv{dims}d")
-    row = Op(f"conv{dims}d", 0, _convolution(dims), dearer=_grouped_dearer)
-    return {(packet.default, 1): row, (packet.padding, 1): row}
+    transposed = getattr(aten, f"conv_transpose{dims}d")
+    row = Op(
+        packet.__name__,
+        0,
+        _convolution(dims),
+        kernel=dims,
+        dearer=_grouped_dearer,
+        output=-1 - dims,
+        bias=2,
+    )
+    turned = dataclasses.replace(
+        row, kind=transposed.__name__, branch=_transposed_convolution(dims), in_first=True
+    )
+    overload = transposed.default if dims == 1 else transposed.input
+    return {(packet.default, 1): row, (packet.padding, 1): row, (overload, 1): turned}
 
 
-_MATMUL = Op("matmul", 0, _input_times_weight, in_first=True, obstacle=_stack_obstacle)
-_MATMUL_LEFT = Op("matmul", 1, _weight_times_input, obstacle=_stack_obstacle)
+_LINEAR = Op("linear", 0, _times_weight, bias=2)
+_ADDMM = Op("addmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, bias=0)
+_MATMUL = Op("matmul", 0, _times_weight, in_first=True, obstacle=_perhaps_vector(0))
+_MATMUL_LEFT = Op("matmul", 1, _weight_times, output=None, obstacle=_perhaps_vector(1))
+_BMM = Op("bmm", 0, _times_weight, in_first=True)
+_BMM_LEFT = Op("bmm", 1, _weight_times, output=None)
+_BADDBMM = Op("baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha)
+_BADDBMM_LEFT = Op("baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha)
 
 # (overload, position of the weight among its arguments) → row
 OPS: dict[tuple[Any, int], Op] = {
-    (aten.linear.default, 1): Op("linear", 0, _linear),
-    (aten.addmm.default, 2): Op(
-        "addmm", 1, _input_times_weight, in_first=True, obstacle=_addmm_obstacle
-    ),
+    (aten.linear.default, 1): _LINEAR,
+    (aten.addmm.default, 2): _ADDMM,
     (aten.mm.default, 1): _MATMUL,
     (aten.matmul.default, 1): _MATMUL,
     (aten.mm.default, 0): _MATMUL_LEFT,
     (aten.matmul.default, 0): _MATMUL_LEFT,
-    (aten.embedding.default, 0): Op("embedding", 1, _embedding, in_first=True, dropout=False),
+    (aten.bmm.default, 1): _BMM,
+    (aten.bmm.default, 0): _BMM_LEFT,
+    (aten.baddbmm.default, 2): _BADDBMM,
+    (aten.baddbmm.default, 1): _BADDBMM_LEFT,
+    (aten.einsum.default, 1): Op(
+        "einsum", 1, _einsum, obstacle=_einsum_obstacle, output=None, layout=_einsum_layout
+    ),
+    (aten.embedding.default, 0): Op(
+        "embedding", 1, _embedding, in_first=True, obstacle=_frequencies, dropout=False
+    ),
+    (aten.embedding_bag.padding_idx, 0): Op(
+        "embedding_bag",
+        1,
+        _embedding_bag,
+        in_first=True,
+        obstacle=_bag_obstacle,
+        dropout=False,
+        result=0,
+    ),
     **_conv_rows(1),
     **_conv_rows(2),
     **_conv_rows(3),
 }
 
-# The same for an op that is given W^T: x @ W.T is what F.linear(x, W) is.
-_LINEAR_SPELLED_OUT = Op("linear", 0, _linear)
-_MATMUL_TRANSPOSED_LEFT = Op("matmul", 1, _transposed_weight_times_input, in_first=True)
 
+def _given_transposed(row: Op, kind: str) -> Op:
+    return dataclasses.replace(row, kind=kind, in_first=not row.in_first)
+
+
+# The same for an op that is given the transpose: x @ W.T is what F.linear(x, W) is.
 TRANSPOSED_OPS: dict[tuple[Any, int], Op] = {
-    (aten.linear.default, 1): Op("matmul", 0, _input_times_weight, in_first=True),
-    (aten.addmm.default, 2): Op("linear", 1, _linear, obstacle=_addmm_obstacle),
-    (aten.mm.default, 1): _LINEAR_SPELLED_OUT,
-    (aten.matmul.default, 1): _LINEAR_SPELLED_OUT,
-    (aten.mm.default, 0): _MATMUL_TRANSPOSED_LEFT,
-    (aten.matmul.default, 0): _MATMUL_TRANSPOSED_LEFT,
+    (aten.linear.default, 1): _given_transposed(_LINEAR, "matmul"),
+    (aten.addmm.default, 2): _given_transposed(_ADDMM, "linear"),
+    (aten.mm.default, 1): _given_transposed(_MATMUL, "linear"),
+    (aten.matmul.default, 1): _given_transposed(_MATMUL, "linear"),
+    (aten.mm.default, 0): _given_transposed(_MATMUL_LEFT, "matmul"),
+    (aten.matmul.default, 0): _given_transposed(_MATMUL_LEFT, "matmul"),
+    (aten.bmm.default, 1): _given_transposed(_BMM, "bmm"),
+    (aten.bmm.default, 0): _given_transposed(_BMM_LEFT, "bmm"),
+    (aten.baddbmm.default, 2): _given_transposed(_BADDBMM, "baddbmm"),
+    (aten.baddbmm.default, 1): _given_transposed(_BADDBMM_LEFT, "baddbmm"),
 }
 
 _PRODUCTS = frozenset(overload for overload, _ in OPS)
 
-# Weights of so many dimensions that are matrices (d0, d1·k) all the same.
-FLATTENED = {
-    f"conv{turned}{dims}d": dims + 2 for turned in ("", "_transpose") for dims in (1, 2, 3)
-} | {"deform_conv2d": 4}
+# Kinds without a row whose weights have a kernel: how many dimensions of it.
+_KERNELS = {"deform_conv2d": 2}
 CASTS = frozenset({"to", "_to_copy", "type_as"})
+VIEWS = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
-def row_of(node: fx.Node, position: int, transposed: bool) -> Op | None:
-    """The row of a call that is given a weight, or its transpose, at this position."""
-    return (TRANSPOSED_OPS if transposed else OPS).get((node.target, position))
+def row_of(node: fx.Node, weight: fx.Node, transposed: bool) -> Op | None:
+    """The row of a call that is given a weight, or its transpose, once."""
+    positions = [i for i, given in enumerate(node.args) if _holds(given, weight)]
+    uses = sum(n is weight for n in flat_inputs(node))
+    if not positions or uses != 1:
+        return None
+    return (TRANSPOSED_OPS if transposed else OPS).get((node.target, positions[0]))
+
+
+def _holds(given: Any, weight: fx.Node) -> bool:
+    return given is weight or (isinstance(given, list | tuple) and any(g is weight for g in given))
+
+
+def flat_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, as often as they stand there."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def layout_without_row(kind: str, dims: int) -> Layout:
+    """The roles of a weight that an op without a row reads."""
+    return plain(dims, False, _KERNELS.get(kind, 0))
 
 
 def is_product(node: fx.Node) -> bool:
@@ -238,18 +457,28 @@ def is_product(node: fx.Node) -> bool:
     return node.target in _PRODUCTS
 
 
-def is_transpose(node: fx.Node) -> bool:
-    """Whether a call is the transpose of a matrix."""
-    if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
-        return True
-    dims: Any
+def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
+    """Whether a call is the transpose of a matrix, or of each in a stack.
+
+    Args:
+        of: what would be transposed.
+        dims: how many dimensions it has where its example value does not say.
+    """
+    value = _value(of)
+    dims = dims if value is None else value.ndim
+    if dims < 2:
+        return False
+    if node.target in (aten.t.default, aten.numpy_T.default):
+        return dims == 2
+    last = {dims - 2, dims - 1}
+    turned: Any
     if node.target is aten.permute.default:
-        dims = node.args[1]
-        return [dim % 2 for dim in dims] == [1, 0] and len(dims) == 2
+        turned = [dim % dims for dim in node.args[1]]  # pyright: ignore[reportGeneralTypeIssues, reportOperatorIssue, reportUnknownVariableType, reportOptionalIterable]
+        return turned == [*range(dims - 2), dims - 1, dims - 2]
     if node.target is aten.transpose.int:
-        dims = node.args[1:3]
-        return (dims[0] - dims[1]) % 2 == 1
-    return False
+        turned = node.args[1:3]
+        return {dim % dims for dim in turned} == last
+    return node.target is aten.mT.default
 
 
 def reads_no_values(node: fx.Node) -> bool:
@@ -262,31 +491,3 @@ def kind_of(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", None)
     name = getattr(packet, "__name__", None) or getattr(node.target, "__name__", None)
     return str(name or node.target)
-
-
-# ---- shapes and the weight form -----------------------------------------------------------------
-
-
-def factor_shapes(shape: Shape, r: int, in_first: bool, convolution: bool) -> tuple[Shape, Shape]:
-    """Shapes of A and B for a weight, PEFT's: (r, in) and (out, r); for a convolution
-    (r, in/groups, *kernel) and (out, r, 1, …)."""
-    if convolution:
-        return (r, *shape[1:]), (shape[0], r, *(1 for _ in shape[2:]))
-    if in_first:
-        return (r, shape[0]), (math.prod(shape[1:]), r)
-    return (r, math.prod(shape[1:])), (shape[0], r)
-
-
-def adapted_weight(f: Factors, weight: fx.Node, shape: Shape) -> fx.Node:
-    """Emit W + s·L·R as one addmm, for any op to read. W (d0, …) → (d0, …)."""
-    call = f.graph.call_function
-    if len(shape) == 2:
-        matrices = (weight, f.left, f.right)
-    else:
-        d0, d1 = shape[0], math.prod(shape[1:])
-        matrices = tuple(
-            call(aten.reshape.default, (node, size))
-            for node, size in ((weight, [d0, d1]), (f.b, [d0, -1]), (f.a, [-1, d1]))
-        )
-    result = call(aten.addmm.default, matrices, {"alpha": f.scaling})
-    return result if len(shape) == 2 else call(aten.reshape.default, (result, list(shape)))

@@ -11,9 +11,11 @@ from typing import Any
 
 import tomli_w
 
-from .config import INITS, Rule, rule_to_data
-from .ops import factor_shapes
+from .config import Rule, rule_to_data
+from .inits import INITS
+from .layout import Layout, Shape
 from .tables import render
+from .variants import VARIANTS
 
 FORMS = ("branch", "weight")
 IN_FULL = "trained in full"
@@ -21,27 +23,31 @@ IN_FULL = "trained in full"
 
 @dataclass(frozen=True)
 class Entry:
-    """One site of a plan.
+    """One adapter of a plan: a site, or a part of one.
 
     Attributes:
-        site: the site's name; its adapter parameters are called after it.
+        site: the site's name (and the part's); its adapter parameters are called after it.
         parameter: the weight's name in `state_dict()`.
-        op, shape, in_first, convolution, padding_idx: what kind of weight it is (see `Site`).
+        names: all the names under which its reads are adapted: a tied weight has several.
+        op, shape, layout, padding_idx: what kind of weight it is (see `Site`).
+        part: the name of the part of a packed weight, or None.
+        rows: which of the outputs the part is, from and to.
         form: "branch" (op(x, W) + s·B(A(x))) or "weight" (op(x, W + s·BA)).
         reason: why the weight form, or what else there is to know.
         r, alpha, scaling: rank, lora_alpha, and the factor s.
         dropout: probability on the branch's input, in the train graph.
         init: `init_lora_weights`.
+        variants: rows of the table of variants, in the order in which they apply.
         adapter: the adapter's name.
         rule: number of the rule that matched, from 1.
     """
 
     site: str
     parameter: str
+    names: tuple[str, ...]
     op: str
-    shape: tuple[int, ...]
-    in_first: bool
-    convolution: bool
+    shape: Shape
+    layout: Layout
     form: str
     reason: str
     r: int
@@ -51,6 +57,9 @@ class Entry:
     init: bool | str
     adapter: str
     rule: int
+    variants: tuple[str, ...] = ()
+    part: str | None = None
+    rows: tuple[int, int] | None = None
     padding_idx: int | None = None
 
     def __post_init__(self) -> None:
@@ -59,44 +68,106 @@ class Entry:
             raise ValueError(f"no such form, init, rank or rule in the entry for '{self.site}'")
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             raise ValueError(f"alpha, scaling or dropout of '{self.site}' is no number")
+        if not set(self.variants) <= set(VARIANTS) or self.parameter not in self.names:
+            raise ValueError(f"no such variant or name in the entry for '{self.site}'")
+        if len(self.layout.roles) != len(self.shape):
+            raise ValueError(f"layout and shape of '{self.site}' differ")
+
+    # ---- shapes -----------------------------------------------------------------------------
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def covered(self) -> Shape:
+        """Shape of what is adapted: the weight's, or the part's."""
+        if self.rows is None:
+            return self.shape
+        size = list(self.shape)
+        size[self.layout.part_dim] = self.rows[1] - self.rows[0]
+        return tuple(size)
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
         """Shapes of A and B."""
-        return factor_shapes(self.shape, self.r, self.in_first, self.convolution)
+        return self.layout.factor_shapes(self.covered, self.r)
 
     @property
     def weight_parameters(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.covered)
 
     @property
     def adapter_parameters(self) -> int:
-        a, b = self.shapes
-        return math.prod(a) + math.prod(b)
+        """How many parameters train."""
+        return sum(math.prod(self.tensors[name]) for name in self.trainable)
+
+    # ---- names ------------------------------------------------------------------------------
 
     @property
     def prefix(self) -> str:
         # A bare parameter occupies its own name in the tree; its adapter stands beside it.
-        return self.site if self.parameter == f"{self.site}.weight" else f"{self.site}_adapter"
+        owner = self.site.removesuffix(f".{self.part}") if self.part else self.site
+        own = owner if f"{owner}.weight" in self.names else f"{owner}_adapter"
+        return f"{own}.{self.part}" if self.part else own
+
+    def name_of(self, kind: str) -> str:
+        """Name of one of its tensors in the adapted module's `state_dict()`."""
+        return f"{self.prefix}.{kind}.{self.adapter}.weight"
 
     @property
     def name_a(self) -> str:
-        """Name of A in the adapted module's `state_dict()`."""
-        return f"{self.prefix}.lora_A.{self.adapter}.weight"
+        return self.name_of("lora_A")
 
     @property
     def name_b(self) -> str:
-        """Name of B in the adapted module's `state_dict()`."""
-        return f"{self.prefix}.lora_B.{self.adapter}.weight"
+        return self.name_of("lora_B")
+
+    @property
+    def extras(self) -> dict[str, dict[str, Shape]]:
+        """What each variant holds beside A and B: names and shapes, by the variant."""
+        return {
+            variant: {
+                self.name_of(kind): shape
+                for kind, shape in VARIANTS[variant]
+                .tensors(self.layout, self.covered, self.r)
+                .items()
+            }
+            for variant in self.variants
+        }
+
+    def upto(self, variant: str) -> Entry:
+        """The entry with the variants before this one alone."""
+        before = self.variants[: self.variants.index(variant)]
+        return dataclasses.replace(self, variants=before)
+
+    def without_gains(self) -> Entry:
+        """The entry less the variants that scale the outputs."""
+        plain = tuple(v for v in self.variants if VARIANTS[v].gain is None)
+        return dataclasses.replace(self, variants=plain)
+
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """Names and shapes of everything that injection adds."""
+        a, b = self.shapes
+        found = {self.name_a: a, self.name_b: b}
+        for held in self.extras.values():
+            found |= held
+        return found
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of what of it trains."""
+        extra = [n for v, held in self.extras.items() if VARIANTS[v].trains for n in held]
+        return (self.name_a, self.name_b, *extra)
+
+    # ---- as data ----------------------------------------------------------------------------
 
     def to_data(self) -> dict[str, Any]:
-        data = {**dataclasses.asdict(self), "shape": list(self.shape)}
-        return {key: value for key, value in data.items() if value is not None}  # TOML has no null
+        data = {**dataclasses.asdict(self), "layout": self.layout.roles}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+        return {key: value for key, value in plain.items() if value is not None}  # TOML has no null
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Entry:
-        values: dict[str, Any] = {**data, "shape": tuple(data["shape"])}
-        return cls(**values)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}  # pyright: ignore[reportUnknownArgumentType]
+        return cls(**{**values, "layout": Layout(data["layout"])})
 
 
 @dataclass(frozen=True)
@@ -137,7 +208,7 @@ class Plan:
             [
                 e.site,
                 e.op,
-                "x".join(map(str, e.shape)),
+                "x".join(map(str, e.covered)),
                 e.form,
                 e.r,
                 f"{e.alpha:g}",

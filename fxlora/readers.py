@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,16 @@ from torch import fx, nn
 from .dialect import written_attributes
 from .module import CapturedModule
 from .nested import Call, Path, call_of, every_call, shared
-from .ops import Op, is_product, is_transpose, kind_of, reads_no_values, row_of
+from .ops import (
+    Op,
+    flat_inputs,
+    is_product,
+    is_transpose,
+    kind_of,
+    reads_no_values,
+    row_of,
+)
+from .provenance import call_site, source_line
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Reader:
 
     Attributes:
         node: the reading node.
+        weight: what it is given: the weight, or what was made of it.
         op: its row in the table of ops, or None where it reads the weight in another way.
         kind: the op's name.
         through: what it reads is not the weight but a function of it, and this is the first op
@@ -35,6 +44,7 @@ class Reader:
     """
 
     node: fx.Node
+    weight: fx.Node
     op: Op | None
     kind: str
     through: str
@@ -66,15 +76,16 @@ def readers_and_writers(
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
     constants = functools.cache(_constants)
+    dims = {name: p.ndim for name, p in module.named_parameters(remove_duplicate=False)}
     for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
         if node.op == "get_attr":
-            found = _readers(node, module, constants)
+            found = _readers(node, module, dims.get(str(node.target), 0), constants)
             readers.setdefault(str(node.target), []).extend(found)
         if node.op == "call_module":
             for name in _inside(module, str(node.target)):
-                readers.setdefault(name, []).append(_reader(node, None))
+                readers.setdefault(name, []).append(_reader(node, node, None))
         for name in written_attributes(node, module):
-            writers.setdefault(name, _reader(node, None))
+            writers.setdefault(name, _reader(node, node, None))
     together = shared(call for g in module.distinct_graphs() for call in every_call(g, module))
     return {name: [_marked(r, together) for r in found] for name, found in readers.items()}, writers
 
@@ -95,7 +106,10 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _readers(
-    weight: fx.Node, module: nn.Module, constants: Callable[[fx.Graph], set[fx.Node]]
+    weight: fx.Node,
+    module: nn.Module,
+    dims: int,
+    constants: Callable[[fx.Graph], set[fx.Node]],
 ) -> Iterator[Reader]:
     """Where a weight, or what weights alone make, takes part in a product or meets data.
 
@@ -115,11 +129,11 @@ def _readers(
                 for call, given, graph in inputs:
                     yield from follow(given, graph, (*path, call), transposed, through)
                 continue
-            row = _row(user, value, transposed)
+            row = row_of(user, value, transposed)
             alone = user in constants(user.graph) and bool(user.users)
-            turns = is_transpose(user) and bool(user.users)
+            turns = is_transpose(user, value, dims) and bool(user.users)
             if not turns and not (alone and (through or not is_product(user))):
-                yield _reader(user, row, path, through, alone)
+                yield _reader(user, value, row, path, through, alone)
                 continue
             seen.add(user)
             on = through if turns else through or kind_of(user)
@@ -134,26 +148,14 @@ def _nested_inputs(
     """The inputs of nested graphs that a value is passed on to, if that is all a call does."""
     call = call_of(user, owner)
     passed = [i for i, o in enumerate(call.operands) if o is value] if call else []
-    if call is None or len(passed) != sum(n is value for n in _flat_inputs(user)):
+    if call is None or len(passed) != sum(n is value for n in flat_inputs(user)):
         return []
     return [(call, given, graph) for i in passed for given, graph in call.inputs(i)]
 
 
-def _row(user: fx.Node, value: fx.Node, transposed: bool) -> Op | None:
-    positions = [i for i, arg in enumerate(user.args) if arg is value]
-    uses = sum(n is value for n in _flat_inputs(user))
-    return row_of(user, positions[0], transposed) if positions and uses == 1 else None
-
-
-def _flat_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, as often as they stand there."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
 def _reader(
     node: fx.Node,
+    weight: fx.Node,
     op: Op | None,
     path: Path = (),
     through: str = "",
@@ -163,22 +165,11 @@ def _reader(
     if node.op == "call_module":
         kind = f"module {node.target}"
     nodes = [node, *(call.node for call in reversed(path))]  # the body of a loop has no places
-    call_site = next(filter(None, map(_call_site, nodes)), "")
-    line = next(filter(None, map(_source_line, nodes)), "")
-    return Reader(node, op, kind, through, call_site, line, alone, path)
+    site = next(filter(None, map(call_site, nodes)), "")
+    line = next(filter(None, map(source_line, nodes)), "")
+    return Reader(node, weight, op, kind, through, site, line, alone, path)
 
 
 def _marked(reader: Reader, together: set[fx.GraphModule]) -> Reader:
     around = {graph for call in reader.path for graph in call.graphs}
     return dataclasses.replace(reader, shared=bool(around & together))
-
-
-def _call_site(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]).partition("@")[0] if stack else ""
-
-
-def _source_line(node: fx.Node) -> str:
-    """The last `file:line` of the call's stack trace, or "" (generated code is no place)."""
-    places = re.findall(r'File "([^"<]+)", line (\d+)', node.stack_trace or "")
-    return ":".join(places[-1]) if places else ""

@@ -108,7 +108,7 @@ def _row(entry: Entry) -> list[str]:
     return [
         entry.site,
         entry.op,
-        "x".join(map(str, entry.shape)),
+        "x".join(map(str, entry.covered)),
         entry.form,
         str(entry.r),
         f"{entry.alpha:g}",
@@ -167,7 +167,7 @@ def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
             {
                 "site": entry.site,
                 "op": entry.op,
-                "shape": list(entry.shape),
+                "shape": list(entry.covered),
                 "form": entry.form,
                 "r": entry.r,
                 "alpha": entry.alpha,

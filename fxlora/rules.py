@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .budget import within
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError
 from .forms import check_supported, choose_form
+from .inits import STARTS
 from .module import CapturedModule
 from .ops import CASTS, MATRIX_PRODUCTS
+from .parts import rows_of
 from .patterns import (
     by_pattern,
     holds_shape,
@@ -27,8 +30,9 @@ from .patterns import (
     pattern_holds,
 )
 from .plan import IN_FULL, Entry, Plan
-from .sites import Site, find_sites
+from .sites import Site, find_sites, merged
 from .tables import some
+from .variants import variants_of
 
 
 def match(
@@ -36,6 +40,7 @@ def match(
     rules: Rules | str | Path,
     *,
     adapter_name: str = "default",
+    budget: int | str | None = None,
 ) -> Plan:
     """Work out what `inject` would do.
 
@@ -44,6 +49,9 @@ def match(
         rules: a LoraConfig, a Rule, a list of them (the first that matches a site wins), or
             the path of a rules file.
         adapter_name: the name that the adapter's parameters carry.
+        budget: how many parameters A and B may have in all, a number or a share of the model's
+            ("1%"). The ranks keep the proportions that the rules give them, and each site its
+            factor s.
 
     Raises:
         NoMatchError: a rule, or a name in one, matches nothing; says the nearest names.
@@ -58,7 +66,7 @@ def match(
         raise ConfigError("the module has adapters already: fold or remove them first.")
     if not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a name without dots, not {adapter_name!r}.")
-    return _Matching(module, as_rules(rules), adapter_name).plan()
+    return _Matching(module, as_rules(rules), adapter_name, budget).plan()
 
 
 @dataclass
@@ -68,13 +76,14 @@ class _Matching:
     module: CapturedModule
     rules: tuple[Rule, ...]
     adapter_name: str
+    budget: int | str | None
     sites: list[Site] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sites = find_sites(self.module)
 
     def plan(self) -> Plan:
-        chosen = [(site, self._first_rule(site)) for site in self.sites]
+        chosen = self._tied([(site, self._first_rule(site)) for site in self.sites])
         saved = self._modules_to_save(chosen)
         trained = self._trained(saved)
         entries: list[Entry] = []
@@ -90,8 +99,11 @@ class _Matching:
             elif rule.lora is None:
                 skipped.append((site.name, f"rule {number} leaves it alone"))
             else:
-                entries.append(self._entry(site, number, rule.lora))
+                entries += self._entries(site, number, rule)
         self._check_everything_matched(chosen, entries)
+        if self.budget is not None:
+            entries = within(entries, self.budget, self.module)
+        _warn_of_large(entries)
         trained |= self._biases(entries)
         self._warn_of_uncovered(skipped)
         if not entries and not trained:
@@ -207,36 +219,105 @@ class _Matching:
 
     # ---- entries --------------------------------------------------------------------------------
 
-    def _entry(self, site: Site, number: int, config: LoraConfig) -> Entry:
+    def _entries(self, site: Site, number: int, rule: Rule) -> list[Entry]:
+        """An entry for a site, or one for each part of it that the rule enables."""
+        assert rule.lora is not None
         check_supported(site, number)
+        if rule.parts is None:
+            return [self._entry(site, number, rule.lora)]
+        size = site.shape[site.layout.part_dim]
+        return [
+            self._entry(site, number, rule.lora, part, rows)
+            for part, rows in rows_of(rule.parts, rule.enable, size, site.name).items()
+        ]
+
+    def _entry(
+        self,
+        site: Site,
+        number: int,
+        config: LoraConfig,
+        part: str | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Entry:
         r = int(by_pattern(config.rank_pattern, site, config.r))
         alpha = by_pattern(config.alpha_pattern, site, config.lora_alpha)
-        if r > site.max_rank:
-            warnings.warn(
-                f"r={r} for '{site.name}' is more than the rank {site.max_rank} that its weight "
-                f"{site.shape} can have.",
-                FxLoraWarning,
-                stacklevel=5,
-            )
-        form, reason = choose_form(site, r, config.lora_dropout)
-        return Entry(
-            site=site.name,
+        variants = variants_of(config.init_lora_weights, config.variant)
+        form = choose_form(site, r, config.lora_dropout, rows, variants)
+        notes = [form.reason]
+        if site.tied:
+            notes.append(f"tied with {', '.join(site.tied)}, which keeps its weight")
+        elif len(site.names) > 1:
+            notes.append("tied")
+        entry = Entry(
+            site=f"{site.name}.{part}" if part else site.name,
             parameter=site.parameter,
+            names=site.names,
             op=site.op,
             shape=site.shape,
-            in_first=site.in_first,
-            convolution=site.convolution,
+            layout=site.layout,
             padding_idx=site.padding_idx,
-            form=form,
-            reason=reason,
+            form=form.name,
+            reason="; ".join(filter(None, notes)),
             r=r,
             alpha=alpha,
             scaling=config.scaling(r, alpha),
-            dropout=config.lora_dropout if form == "branch" else 0.0,
+            dropout=config.lora_dropout if form.name == "branch" else 0.0,
             init=config.init_lora_weights,
+            variants=variants,
+            part=part,
+            rows=rows,
             adapter=self.adapter_name,
             rule=number,
         )
+        self._check_rank(entry)
+        return entry
+
+    def _check_rank(self, entry: Entry) -> None:
+        largest = min(entry.layout.sizes(entry.covered)[1:])
+        if entry.r <= largest:
+            return
+        said = (
+            f"r={entry.r} for '{entry.site}' is more than the rank {largest} that its weight "
+            f"{entry.covered} can have."
+        )
+        if entry.init in STARTS:
+            raise ConfigError(f"{said} {entry.init!r} starts from it: give a smaller r.")
+        warnings.warn(said, FxLoraWarning, stacklevel=6)
+
+    # ---- tied weights ---------------------------------------------------------------------------
+
+    def _tied(self, chosen: Sequence[tuple[Site, int]]) -> list[tuple[Site, int]]:
+        """The sites of one tied weight that one rule takes as one site.
+
+        A rule with `tied="share"` takes all of them.
+        """
+        found: list[tuple[Site, int]] = []
+        done: set[str] = set()
+        for site, number in chosen:
+            if site.parameter in done:
+                continue
+            others = [(s, n) for s, n in chosen if s.parameter in site.tied]
+            sharing = next((n for _, n in [(site, number), *others] if self._shares(n)), None)
+            if sharing is not None:
+                self._check_shared(site, sharing, others)
+                number, together = sharing, [s for s, _ in others]
+            else:
+                together = [s for s, n in others if n == number and number]
+            found.append((merged([site, *together]), number))
+            done |= {s.parameter for s in (site, *together)}
+        return found
+
+    def _shares(self, number: int) -> bool:
+        lora = self.rules[number - 1].lora if number else None
+        return lora is not None and lora.tied == "share"
+
+    def _check_shared(self, site: Site, sharing: int, others: Sequence[tuple[Site, int]]) -> None:
+        for other, number in others:
+            if number not in (0, sharing):
+                raise ConfigError(
+                    f"'{site.name}' and '{other.name}' are one tied weight. Rule {sharing} says "
+                    f'tied="share", and rule {number} takes one of them: let one rule take both.'
+                )
 
     # ---- nothing is missed silently -------------------------------------------------------------
 
@@ -342,3 +423,15 @@ class _Matching:
             if called and parameter.ndim >= 2 and not parameter.is_floating_point():
                 return f" '{full}' holds {parameter.dtype}; adapters are for real numbers."
         return ""
+
+
+def _warn_of_large(entries: Sequence[Entry]) -> None:
+    """An adapter that has more parameters than its weight saves nothing."""
+    large = [e.site for e in entries if e.adapter_parameters > e.weight_parameters]
+    if large:
+        warnings.warn(
+            f"{len(large)} adapters have more parameters than their weights: {some(large)}. Give "
+            "them a smaller r, or train them in full (Rule(name, train=True)).",
+            FxLoraWarning,
+            stacklevel=4,
+        )

@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 
+from .layout import Layout, Shape
 from .module import CapturedModule
-from .ops import FLATTENED
+from .ops import VIEWS, layout_without_row, named_argument
 from .readers import Reader, readers_and_writers
 
 
 @dataclass(frozen=True)
 class Site:
-    """A weight of two or more dimensions, by tensor identity, and all its readers.
+    """A weight of two or more dimensions, and all the reads of it that go by its name.
+
+    A tied weight is one tensor under several names. Where every read is a call of a module that
+    has one of them, each name is a site of its own; else they are one.
 
     Attributes:
         name: the owner: a module's path for its `weight`, else the parameter's name.
         parameter: the parameter's (first) name in `state_dict()`.
-        names: all its names in `state_dict()`: a tied weight has several.
+        names: all its names in `state_dict()` whose reads these are.
+        tied: names of the same tensor that are other sites'.
         aliases: every name that a rule may call it by: those, the modules that own them, and
             the module around them whose forward reads the weight instead (MultiheadAttention
             reads its out_proj's).
@@ -31,10 +36,8 @@ class Site:
             weights alone (W * mask, a parametrization); of the first with a row in the table.
             "python" where no graph reads it.
         shape: of the weight.
-        in_features, out_features: of the layer (channels, for a convolution).
-        kernel_size: of a convolution, else ().
+        layout: the roles of its dimensions.
         groups: of a convolution, else 1.
-        in_first: whether the weight is stored (in, out).
         padding_idx: row of an embedding that never trains, or None.
         dtype: of the weight.
         readers: the nodes that read it, over all graphs.
@@ -47,14 +50,12 @@ class Site:
     name: str
     parameter: str
     names: tuple[str, ...]
+    tied: tuple[str, ...]
     aliases: tuple[str, ...]
     op: str
-    shape: tuple[int, ...]
-    in_features: int
-    out_features: int
-    kernel_size: tuple[int, ...]
+    shape: Shape
+    layout: Layout
     groups: int
-    in_first: bool
     padding_idx: int | None
     dtype: torch.dtype
     readers: tuple[Reader, ...] = field(repr=False)
@@ -67,6 +68,27 @@ class Site:
         return math.prod(self.shape)
 
     @property
+    def in_features(self) -> int:
+        """Of the layer (channels, for a convolution)."""
+        transposed = self.layout.in_first
+        return self.layout.features(self.shape)[0] * (1 if transposed else self.groups)
+
+    @property
+    def out_features(self) -> int:
+        transposed = self.layout.in_first
+        return self.layout.features(self.shape)[1] * (self.groups if transposed else 1)
+
+    @property
+    def kernel_size(self) -> Shape:
+        """Of a convolution, else ()."""
+        return self.layout.kernel(self.shape)
+
+    @property
+    def in_first(self) -> bool:
+        """Whether the weight is stored (in, out)."""
+        return self.layout.in_first
+
+    @property
     def why_outside(self) -> str:
         """Why no graph stands for its reads."""
         if self.outside:
@@ -74,13 +96,9 @@ class Site:
         return "is in no captured region: the example ran nothing that reads it"
 
     @property
-    def convolution(self) -> bool:
-        return self.op.startswith("conv") and "transpose" not in self.op
-
-    @property
     def max_rank(self) -> int:
         """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
-        return min(self.shape[0], math.prod(self.shape[1:]))
+        return min(self.layout.sizes(self.shape)[1:])
 
 
 def find_sites(module: CapturedModule) -> list[Site]:
@@ -88,22 +106,65 @@ def find_sites(module: CapturedModule) -> list[Site]:
     readers, writers = readers_and_writers(module)
     overlaps, uncovered = _overlaps(module), module.uncovered
     sites: list[Site] = []
-    for first, names in module.aliases().items():
+    for first, every_name in module.aliases().items():
         weight = module.get_parameter(first)
-        found = tuple(reader for name in names for reader in readers.get(name, ()))
-        if weight.ndim < 2 or not weight.is_floating_point() or not (found or first in uncovered):
+        read = any(readers.get(name) for name in every_name)
+        if weight.ndim < 2 or not weight.is_floating_point() or not (read or first in uncovered):
             continue
-        writer = next((writers[name] for name in names if name in writers), None)
-        site = _site(first, names, weight, found, writer)
-        sites.append(
-            dataclasses.replace(
-                site,
-                aliases=(*site.aliases, *_parametrized(module, names)),
-                overlaps=tuple(overlaps.get(first, ())),
-                outside=uncovered.get(first),
+        writer = next((writers[name] for name in every_name if name in writers), None)
+        for names in _by_call_site(every_name, readers):
+            found = tuple(reader for name in names for reader in readers.get(name, ()))
+            site = _site(names, weight, found, writer)
+            sites.append(
+                dataclasses.replace(
+                    site,
+                    tied=tuple(name for name in every_name if name not in names),
+                    aliases=(*site.aliases, *_parametrized(module, names)),
+                    overlaps=tuple(overlaps.get(first, ())),
+                    outside=uncovered.get(first),
+                )
             )
-        )
-    return sites
+    every = module.named_parameters(remove_duplicate=False)
+    order = {name: number for number, (name, _) in enumerate(every)}
+    return sorted(sites, key=lambda site: order[site.parameter])
+
+
+def _by_call_site(names: list[str], readers: dict[str, list[Reader]]) -> list[list[str]]:
+    """The names of a weight by whose call reads it; all together where that is not clear.
+
+    A name that nothing reads goes with the first.
+    """
+    read = [name for name in names if readers.get(name)]
+    found = [reader for name in read for reader in readers[name]]
+    owned = [any(_is_owner(reader.call_site, name) for name in names) for reader in found]
+    if len(read) < 2 or not all(owned):
+        return [names]
+    unread = [name for name in names if name not in read]
+    return [[read[0], *unread], *([name] for name in read[1:])]
+
+
+def _is_owner(call_site: str, parameter: str) -> bool:
+    owner = parameter.rpartition(".")[0]
+    return bool(owner) and (call_site == owner or call_site.startswith(f"{owner}."))
+
+
+def merged(sites: Sequence[Site]) -> Site:
+    """Sites of one tied weight as one."""
+    first, *rest = sites
+    if not rest:
+        return first
+    names = tuple(name for site in sites for name in site.names)
+    readers = tuple(reader for site in sites for reader in site.readers)
+    aliases = tuple(dict.fromkeys(alias for site in sites for alias in site.aliases))
+    described = _described(readers, first.shape)
+    return dataclasses.replace(
+        first,
+        names=names,
+        tied=tuple(name for name in first.tied if name not in names),
+        aliases=aliases,
+        readers=readers,
+        **described,
+    )
 
 
 def _parametrized(module: CapturedModule, names: list[str]) -> list[str]:
@@ -143,40 +204,63 @@ def _overlaps(module: CapturedModule) -> dict[str, list[str]]:
 
 
 def _site(
-    first: str,
     names: list[str],
     weight: torch.Tensor,
     readers: tuple[Reader, ...],
     writer: Reader | None,
 ) -> Site:
-    main = _main_reader(readers)
-    kind = main.kind if main else "python"
-    shape = tuple(weight.shape)
-    in_first = main.op.in_first if main and main.op else False
-    flattened = FLATTENED.get(kind) == len(shape)
-    groups = _groups(main.node) if main and flattened else 1
-    inputs, outputs = (shape[0], shape[1]) if in_first else (shape[1], shape[0])
-    if "transpose" in kind:
-        inputs, outputs = shape[0], shape[1] * groups
-    elif flattened:
-        inputs = shape[1] * groups
     return Site(
-        name=_owner(first),
-        parameter=first,
+        name=_owner(names[0]),
+        parameter=names[0],
         names=tuple(names),
+        tied=(),
         aliases=_aliases(names, readers),
-        op=kind,
-        shape=shape,
-        in_features=inputs,
-        out_features=outputs,
-        kernel_size=shape[2:] if flattened else (),
-        groups=groups,
-        in_first=in_first,
-        padding_idx=_padding_idx(main.node) if main and kind == "embedding" else None,
+        shape=tuple(weight.shape),
         dtype=weight.dtype,
         readers=readers,
         writer=writer,
+        **_described(readers, tuple(weight.shape)),
     )
+
+
+def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
+    """What the reads say of a weight."""
+    main = _main_reader(readers)
+    kind = main.kind if main else "python"
+    layout = layout_without_row(kind, len(shape))
+    if main and main.op:
+        seen = main.op.layout_of(main.node, main.weight, len(shape))
+        layout = _behind_view(main, shape) or seen
+    groups = named_argument(main.node, "groups", "n_weight_grps") if main else None
+    padding = [r for r in readers if r.op and not r.op.dropout]
+    return {
+        "op": kind,
+        "layout": layout,
+        "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
+        "padding_idx": _padding_idx(padding),
+    }
+
+
+def _behind_view(reader: Reader, shape: Shape) -> Layout | None:
+    """The roles of a weight that an op reads as a matrix through a view, or None.
+
+    (heads, features, in) seen as (heads·features, in) has two dimensions of outputs.
+    """
+    seen: Any = reader.weight.meta.get("val")
+    if reader.op is None or reader.through not in VIEWS or not isinstance(seen, torch.Tensor):
+        return None
+    rows = [n for n in range(1, len(shape)) if math.prod(shape[:n]) == seen.shape[0]]
+    if seen.ndim != 2 or not rows or math.prod(shape[rows[0] :]) != seen.shape[1]:
+        return None
+    first, second = reader.op.layout_of(reader.node, reader.weight, 2).roles
+    return Layout(first * rows[0] + second * (len(shape) - rows[0]))
+
+
+def _padding_idx(lookups: list[Reader]) -> int | None:
+    """The row that no look-up trains, if all agree on one."""
+    found = {named_argument(reader.node, "padding_idx") for reader in lookups}
+    index = found.pop() if len(found) == 1 else None
+    return index if isinstance(index, int) and index >= 0 else None
 
 
 def _main_reader(readers: tuple[Reader, ...]) -> Reader | None:
@@ -193,28 +277,13 @@ def _owner(parameter: str) -> str:
 
 def _aliases(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
     modules = [name.rpartition(".")[0] for name in names]
+    short = [name.removesuffix("_weight") for name in names]  # MultiheadAttention's in_proj
     around = [
         reader.call_site
         for reader in readers
         if not reader.through
         and any(module.startswith(f"{reader.call_site}.") for module in modules)
     ]
-    return tuple(dict.fromkeys([*map(_owner, names), *names, *filter(None, modules), *around]))
-
-
-def _groups(node: fx.Node) -> int:
-    names = [argument.name for argument in _schema(node)]
-    position = next(i for i, name in enumerate(names) if name in ("groups", "n_weight_grps"))
-    given = position < len(node.args)
-    groups: Any = node.args[position] if given else node.kwargs.get(names[position], 1)
-    return int(groups)
-
-
-def _schema(node: fx.Node) -> Any:
-    schema: Any = getattr(node.target, "_schema", None)
-    return schema.arguments
-
-
-def _padding_idx(node: fx.Node) -> int | None:
-    index: Any = node.args[2] if len(node.args) > 2 else -1
-    return index if index >= 0 else None
+    return tuple(
+        dict.fromkeys([*map(_owner, names), *names, *short, *filter(None, modules), *around])
+    )

@@ -98,8 +98,10 @@ def lora_parameters(
             f"'{stray[0]}' requires gradients but is not in the plan, so it would neither be saved "
             "nor kept apart from the source model. Put its module into modules_to_save."
         )
-    a = [module.get_parameter(entry.name_a) for entry in module.plan]
-    b = [module.get_parameter(entry.name_b) for entry in module.plan]
+    planned = [name for entry in module.plan for name in entry.trainable]
+    into_a = {entry.name_a for entry in module.plan}
+    a = [module.get_parameter(name) for name in planned if name in into_a]
+    b = [module.get_parameter(name) for name in planned if name not in into_a]
     full = [module.get_parameter(name) for name in module.plan.trained]
     if not groups:
         return [*a, *b, *full]

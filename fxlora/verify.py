@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .alike import difference
+from .alike import difference, first_difference
+from .coverage import adapted_names, prove_coverage, refuse_bare_reads
 from .errors import InjectError, VerificationError
+from .exact import exact_weight
+from .initialize import new_tensors
 from .module import CapturedModule
-from .passes import Remove
+from .passes import Inject, Remove
 from .passes.structure import insertions
 from .plan import Entry
 from .program import MODES
 from .shell import RegionCall
-from .tables import render
-from .verbs import fold, remove
+from .tables import some
+from .verbs import fold
+from .verification import SiteCheck, Verification
 
 # Relative to the largest output: what rounding alone may do between two orders of summation.
 TOLERANCES = {
@@ -28,52 +36,7 @@ TOLERANCES = {
 }
 
 
-@dataclass(frozen=True)
-class SiteCheck:
-    """What was found at one site.
-
-    Attributes:
-        effect: largest gradient of the outputs by B, A and B drawn at random: 0 is a dead adapter.
-        reads: places where the adapter stands, per mode.
-        weight_error: largest difference of the folded weight from W0 + s·BA, as a part of what
-            rounding may do (at most 1).
-    """
-
-    site: str
-    form: str
-    effect: float
-    reads: dict[str, int]
-    weight_error: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The outcome of `verify`; printing it prints a table."""
-
-    sites: tuple[SiteCheck, ...]
-    output_error: float
-    tolerance: float
-
-    def __str__(self) -> str:
-        header = ("site", "form", "effect", "reads train/eval", "folded weight: part of rounding")
-        rows = [
-            [
-                check.site,
-                check.form,
-                f"{check.effect:.2e}",
-                "/".join(str(check.reads[mode]) for mode in MODES),
-                f"{check.weight_error:.2f}",
-            ]
-            for check in self.sites
-        ]
-        return (
-            f"{render(header, rows)}\n"
-            f"folded against unfolded: {self.output_error:.1e} of the largest output "
-            f"(tolerance {self.tolerance:.0e}). With B = 0 the outputs are those without adapters, "
-            "bit for bit; the folded graphs are the captured ones, node for node."
-        )
-
-
+@torch.inference_mode(False)
 def verify(
     module: CapturedModule,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -81,112 +44,275 @@ def verify(
     *,
     folded: CapturedModule | None = None,
 ) -> Verification:
-    """Check the laws of fxlora on the given inputs.
+    """Check the laws of fxlora on the given inputs, in a handful of forwards.
 
-    Every adapter stands in the graphs and can change the output; with B = 0 the output is the
-    base's, bit for bit; the folded graph is the base's node for node, each folded weight is
-    W0 + s·BA, and its outputs are the unfolded ones'.
+    - Coverage: every read of an adapted weight, in every graph and mode, has its adapter.
+    - Modes agree: each mode has the captured graph with these adapters, and nothing else.
+    - Base: no weight under an adapter was written to since the injection, and with B = 0 the
+      outputs are those without adapters, bit for bit.
+    - Effect: every adapter moves the outputs, and gradients reach its A and its B.
+    - Fold: the folded graphs are the captured ones node for node, ties are kept, each folded
+      weight is W0 + s·BA up to one rounding, everything else is as it was, and the outputs are
+      the unfolded ones.
 
     Args:
         module: an adapted module; it is left as it is.
-        args, kwargs: inputs to run on.
+        args, kwargs: inputs to run on. They must reach every adapter (every branch, every expert).
         folded: the folded module to check; by default it is folded here.
 
     Raises:
-        VerificationError: a law does not hold; names the site where one can be named.
-        InjectError: the module has no adapters.
+        VerificationError: a law does not hold; names the law, and the site where there is one.
+        InjectError: the module has no adapters, or no memory to compute with.
     """
     if not isinstance(module, CapturedModule) or module.plan is None:
         raise InjectError("nothing to verify: give the adapted module, before it is folded.")
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
-    kwargs = dict(kwargs or {})
     if folded is not None and not isinstance(folded, CapturedModule):
         raise InjectError(f"folded must be what fxlora.fold made, not {type(folded).__name__}.")
-    base = remove(module)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise InjectError("nothing can be computed on the meta device: verify where weights are.")
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
+    kwargs = dict(kwargs or {})
+    refuse_bare_reads(module)
+    base = _without_adapters(module)
+    reads = prove_coverage(module, base)
+    _check_modes(module, base)
+    _check_base(module)
     folded = fold(module) if folded is None else folded
-    reads = _reads(module)
     _check_structure(base, folded)
-    _check_identity(module, args, kwargs)
+    _check_ties(module, folded)
+    weights = _weights(module, folded)
+    _check_the_rest(module, folded)
+    _check_identity(module, base, args, kwargs)
     effects = _effects(module, args, kwargs)
+    error, tolerance = _output_error(module, folded, args, kwargs)
     checks = [
         SiteCheck(
-            entry.site,
-            entry.form,
-            effects[entry.site],
-            reads[entry.site],
-            _weight_error(module, base, folded, entry),
+            site=entry.site,
+            form=entry.form,
+            reads=found,
+            effect=effects[entry.name_a].effect,
+            gradient_a=effects[entry.name_a].by_a,
+            gradient_b=effects[entry.name_a].by_b,
+            weight_error=weights[entry.name_a][0],
+            weight_tolerance=weights[entry.name_a][1],
         )
-        for entry in module.plan
+        for entry, found in zip(module.plan, reads, strict=True)
     ]
-    error, tolerance = _output_error(module, folded, args, kwargs)
     return Verification(tuple(checks), error, tolerance)
 
 
-def _reads(module: CapturedModule) -> dict[str, dict[str, int]]:
-    """How often each adapter stands in each mode's graph."""
-    assert module.plan is not None
-    counts: dict[str, dict[str, int]] = {e.site: dict.fromkeys(MODES, 0) for e in module.plan}
-    for program in module.programs:
-        for mode, graph in program.graphs.items():
-            for insertion in insertions(module, graph):
-                counts[insertion.entry.site][mode] += 1
-    for site, by_mode in counts.items():
-        if not any(by_mode.values()):
-            raise VerificationError(f"'{site}': its adapter stands in no graph.")
-    return counts
-
-
-def _check_structure(base: CapturedModule, folded: CapturedModule) -> None:
-    for before, after in zip(base.programs, folded.programs, strict=True):
-        for mode in MODES:
-            if found := difference(before.graphs[mode], after.graphs[mode]):
-                region = f" of '{before.path}'" if before.path else ""
-                raise VerificationError(
-                    f"the folded {mode} graph{region} is not the captured one node for node: "
-                    f"{found}."
-                )
-
-
-def _check_identity(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """With B = 0 the outputs are those without adapters, bit for bit."""
-    assert module.plan is not None
-    # torch chooses attention kernels by requires_grad, under no_grad too.
-    neutral = module.derive().eval().requires_grad_(False)
-    without = _without_adapters(module).requires_grad_(False)
-    with torch.no_grad():
-        for entry in module.plan:
-            neutral.get_parameter(entry.name_b).zero_()
-        adapted = _floats(neutral(*args, **kwargs))
-        plain = _floats(without(*args, **kwargs))
-    pairs = zip(adapted, plain, strict=True)
-    if not all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in pairs):
-        raise VerificationError("with B = 0 the outputs are not those without adapters.")
+# ---- graphs -------------------------------------------------------------------------------------
 
 
 def _without_adapters(module: CapturedModule) -> CapturedModule:
     """The module less its adapters; heads and buffers stay as they were trained."""
-    result = Remove(restore=False)(module)
+    try:
+        result = Remove(restore=False)(module)
+    except (AttributeError, RuntimeError) as error:  # fx's check of a graph
+        raise VerificationError(
+            f"coverage: the adapters cannot be taken out of the graphs again ({error})."
+        ) from error
     assert result is not None and isinstance(result.graph_module, CapturedModule)
     return result.graph_module.eval()
 
 
+def _check_modes(module: CapturedModule, base: CapturedModule) -> None:
+    """Each mode's graph is what injection makes of the base, node for node."""
+    assert module.plan is not None
+    entries = tuple(dataclasses.replace(entry, init=True) for entry in module.plan)
+    with _own_dice(module):
+        again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
+    assert again is not None and isinstance(again.graph_module, CapturedModule)
+    for ours, theirs in zip(module.programs, again.graph_module.programs, strict=True):
+        for mode in MODES:
+            if pair := first_difference(ours.graphs[mode], theirs.graphs[mode]):
+                raise VerificationError(
+                    f"modes agree: the {mode} graph{_of(ours.path)} is not the captured one with "
+                    f"the plan's adapters; {_around(module, ours.graphs[mode], pair[0])} it has "
+                    f"{pair[0].format_node()} for {pair[1].format_node()}."
+                )
+
+
+def _around(module: CapturedModule, graph: fx.Graph, node: fx.Node) -> str:
+    """Which adapter a node is part of, or comes before."""
+    for insertion in insertions(module, graph):
+        if insertion.output.graph is node.graph and not insertion.output < node:
+            return f"at '{insertion.entry.site}'"
+    return "behind every adapter"
+
+
+def _check_structure(base: CapturedModule, folded: CapturedModule) -> None:
+    if [p.path for p in base.programs] != [p.path for p in folded.programs]:
+        raise VerificationError("fold: the folded module has other regions than the captured one.")
+    for before, after in zip(base.programs, folded.programs, strict=True):
+        for mode in MODES:
+            if found := difference(before.graphs[mode], after.graphs[mode]):
+                raise VerificationError(
+                    f"fold: the folded {mode} graph{_of(before.path)} is not the captured one "
+                    f"node for node: {found}."
+                )
+
+
+def _check_ties(module: CapturedModule, folded: CapturedModule) -> None:
+    """Names of one weight are names of one folded weight where they are adapted alike."""
+    found = {name: names for names in folded.aliases().values() for name in names}
+    for (first, *others), _ in _kept(module):
+        there = set(found.get(first, ()))
+        if there != {first, *others}:
+            raise VerificationError(
+                f"fold: a tie is lost. '{first}' is one parameter with "
+                f"{some(others) or 'no other'} in the captured module, and with "
+                f"{some(sorted(there - {first})) or 'no other'} in the folded one."
+            )
+
+
+def _kept(module: CapturedModule) -> list[tuple[list[str], list[Entry]]]:
+    """The parameters that a fold leaves: the names of each, and the entries folded into it."""
+    names = adapted_names(module)
+    adapters = module.adapter_parameters()
+    found: list[tuple[list[str], list[Entry]]] = []
+    for aliases in module.aliases().values():
+        entries = [e for e in module.plan or () if e.parameter in aliases]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in aliases:
+            into = tuple(e.name_a for e in entries if name in names[e.name_a])
+            alike.setdefault(into, []).append(name)
+        found += [
+            (group, [e for e in entries if e.name_a in into])
+            for into, group in alike.items()
+            if group[0] not in adapters
+        ]
+    return found
+
+
+def _of(path: str) -> str:
+    return f" of '{path}'" if path else ""
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+def _check_base(module: CapturedModule) -> None:
+    assert module.plan is not None
+    if stray := module.unplanned():
+        raise VerificationError(
+            f"base unchanged: '{stray[0]}' requires gradients and is not in the plan, so that "
+            "training changes the base. Freeze it, or put its module into modules_to_save."
+        )
+    changed = module.changed_weights()
+    sites = [entry.site for entry in module.plan if entry.parameter in changed]
+    if sites:
+        raise VerificationError(
+            f"base unchanged: the weight under '{sites[0]}' was written to since the adapter was "
+            "injected" + (f", and so were those under {some(sites[1:])}." if sites[1:] else ".")
+        )
+
+
+def _weights(module: CapturedModule, folded: CapturedModule) -> dict[str, tuple[float, float]]:
+    """Error and tolerance of the folded weight of each entry, by the name of its A."""
+    found: dict[str, tuple[float, float]] = {}
+    for names, entries in _kept(module):
+        if entries:
+            error = _weight_error(module, folded, names[0], entries)
+            found |= {entry.name_a: error for entry in entries}
+    return found
+
+
+def _weight_error(
+    module: CapturedModule, folded: CapturedModule, name: str, entries: list[Entry]
+) -> tuple[float, float]:
+    """Where the error is the largest part of what rounding may do."""
+    site = entries[0].site
+    weight, found = (m.get_parameter(name).detach() for m in (module, folded))
+    if found.dtype != weight.dtype or found.shape != weight.shape:
+        raise VerificationError(
+            f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
+            f"{tuple(weight.shape)}."
+        )
+    exact = exact_weight(module, entries)
+    errors = (found.double() - exact.value).abs().flatten()
+    worst = int((errors / exact.bound.flatten()).argmax())  # of a NaN, there
+    error, bound = float(errors[worst]), float(exact.bound.flatten()[worst])
+    if not error <= bound:
+        raise VerificationError(
+            f"fold: '{site}': its folded weight is not W0 + s·BA (off by {error:.3g} where "
+            f"rounding allows {bound:.3g})."
+        )
+    return error, bound
+
+
+def _check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
+    """What is not adapted comes through the fold as it is."""
+    adapted = {name for names in adapted_names(module).values() for name in names}
+    held = module.state_dict()
+    for name, tensor in folded.state_dict().items():
+        if name not in adapted and not (name in held and _same(held[name], tensor)):
+            raise VerificationError(
+                f"fold: '{name}' has no adapter, and is another tensor in the folded module."
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit; NaN is NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+# ---- outputs ------------------------------------------------------------------------------------
+
+
+def _check_identity(
+    module: CapturedModule, base: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """With B = 0 the outputs are those without adapters, bit for bit."""
+    assert module.plan is not None
+    # torch chooses attention kernels by requires_grad, under no_grad too.
+    neutral = module.derive().eval().requires_grad_(False)
+    without = base.derive().eval().requires_grad_(False)
+    with torch.no_grad():
+        for entry in module.plan:
+            start = dataclasses.replace(entry, init="kaiming_uniform")  # B = 0
+            for name, tensor in new_tensors(start, module.get_parameter(entry.parameter)).items():
+                neutral.get_parameter(name).copy_(tensor)
+        adapted = _floats(_output(neutral, args, kwargs))
+        plain = _floats(_output(without, args, kwargs))
+    if not all(_same(a, b) for a, b in zip(adapted, plain, strict=True)):
+        raise VerificationError(
+            "base unchanged: with B = 0 the outputs are not those without adapters."
+        )
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What one adapter does to the weighted sum of the outputs; see `SiteCheck`."""
+
+    effect: float = 0.0
+    by_a: float = 0.0
+    by_b: float = 0.0
+
+    @property
+    def live(self) -> bool:
+        return min(self.effect, self.by_a, self.by_b) > 0
+
+
 def _effects(
     module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, float]:
-    """The largest gradient by each B, for A and B drawn at random; raises where it is 0."""
+) -> dict[str, _Effect]:
+    """What each adapter does, by the name of its A; raises where one does nothing in any mode."""
     assert module.plan is not None
     random = module.derive()
     _randomise(random)
-    effects = {entry.site: 0.0 for entry in module.plan}
+    effects = {entry.name_a: _Effect() for entry in module.plan}
     for mode in ("eval", "train"):  # a weight may be read in the train graph alone
-        dead = [entry for entry in module.plan if not effects[entry.site]]
+        dead = [entry for entry in module.plan if not effects[entry.name_a].live]
         if dead:
-            found = _gradients(random.train(mode == "train"), dead, args, kwargs)
-            effects |= found
-    if dead := [site for site, effect in effects.items() if not effect > 0]:
+            effects |= _gradients(random.train(mode == "train"), dead, args, kwargs)
+    if dead := [entry.site for entry in module.plan if not effects[entry.name_a].live]:
         raise VerificationError(
-            f"the adapter on '{dead[0]}' cannot change the outputs for these inputs"
-            + (f", nor can {len(dead) - 1} others: {', '.join(dead[1:6])}." if dead[1:] else ".")
+            f"effect and gradient: the adapter on '{dead[0]}' cannot change the outputs for these "
+            "inputs"
+            + (f", nor can {len(dead) - 1} others: {', '.join(dead[1:])}." if dead[1:] else ".")
             + " Give inputs that reach it (a branch, an expert), or leave it out of the rules."
         )
     return effects
@@ -197,14 +323,15 @@ def _randomise(module: CapturedModule) -> None:
     with torch.no_grad():
         for entry in module.plan:
             for name in (entry.name_a, entry.name_b):
-                parameter = module.get_parameter(name)
+                parameter = module.get_parameter(name).requires_grad_(True)
                 generator = torch.Generator(parameter.device).manual_seed(entry.r)
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
 
 
 def _gradients(
     module: CapturedModule, entries: list[Entry], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, float]:
+) -> dict[str, _Effect]:
+    """One forward and one backward for all entries."""
     with torch.enable_grad():
         outputs = [
             out
@@ -213,54 +340,31 @@ def _gradients(
             if out.requires_grad
         ]
         if not outputs:
-            raise VerificationError("no output depends on the adapters: nothing can be trained.")
-        wanted = [module.get_parameter(entry.name_b) for entry in entries]
+            raise VerificationError(
+                "effect and gradient: no output depends on the adapters, nothing can be trained."
+            )
+        names = [name for entry in entries for name in (entry.name_a, entry.name_b)]
         # Cotangents that cancel nothing: an even sum is blind behind a softmax or a layer norm.
         loads = [
             torch.linspace(0.5, 1.5, o.numel(), device=o.device).view(o.shape).to(o)
             for o in outputs
         ]
-        found: Any = torch.autograd.grad(outputs, wanted, loads, allow_unused=True)
-    return {
-        entry.site: 0.0 if grad is None else float(grad.abs().max())
-        for entry, grad in zip(entries, found, strict=True)
-    }
-
-
-def _weight_error(
-    module: CapturedModule, base: CapturedModule, folded: CapturedModule, entry: Entry
-) -> float:
-    """Largest |folded - (W0 + s·BA)| over what one rounding of an exact enough sum may do.
-
-    In the dtype's ε, and ε' of the type that products accumulate in:
-    ε/2·|W| + (r + 2)·ε'·(|W0| + s·|B||A|) (Higham, Accuracy and Stability, §3.1).
-    """
-    a, b = (module.get_parameter(n).detach().double() for n in (entry.name_a, entry.name_b))
-    weight = base.get_parameter(entry.parameter).detach()
-    found = folded.get_parameter(entry.parameter).detach()
-    if found.dtype != weight.dtype or found.shape != weight.shape:
-        raise VerificationError(
-            f"'{entry.site}': folded to {found.dtype} {tuple(found.shape)} from "
-            f"{weight.dtype} {tuple(weight.shape)}."
+        factors = [module.get_parameter(name) for name in names]
+        found = torch.autograd.grad(
+            outputs, factors, loads, allow_unused=True, materialize_grads=True
         )
-    exact = weight.double() + entry.scaling * _product(entry, a, b)
-    size = weight.double().abs() + entry.scaling * _product(entry, a.abs(), b.abs())
-    accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    bound = torch.finfo(weight.dtype).eps / 2 * exact.abs()
-    bound += (entry.r + 2) * torch.finfo(accumulator).eps * size + torch.finfo(weight.dtype).tiny
-    error = float(((found.double() - exact).abs() / bound).max())
-    if not error <= 1:
+    by_name = dict(zip(names, found, strict=True))
+    return {e.name_a: _effect(module, e, by_name[e.name_a], by_name[e.name_b]) for e in entries}
+
+
+def _effect(module: CapturedModule, entry: Entry, by_a: Tensor, by_b: Tensor) -> _Effect:
+    if not (by_a.isfinite().all() and by_b.isfinite().all()):
         raise VerificationError(
-            f"'{entry.site}': its folded weight is not W0 + s·BA (off by {error:.3g} times what "
-            "rounding allows)."
+            f"effect and gradient: on '{entry.site}' a gradient is not finite for these inputs."
         )
-    return error
-
-
-def _product(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """BA in the weight's shape."""
-    product = b.flatten(1) @ a.flatten(1)
-    return (product.T if entry.in_first else product).reshape(entry.shape)
+    b = module.get_parameter(entry.name_b).detach()
+    moved = abs(float((by_b.double() * b.double()).sum()))  # all of s·BA goes through B
+    return _Effect(moved, float(by_a.abs().max()), float(by_b.abs().max()))
 
 
 def _output_error(
@@ -282,7 +386,7 @@ def _output_error(
         worst = max(worst, error / scale if scale else error)
         if not error <= tolerance * scale:
             raise VerificationError(
-                f"folded and unfolded outputs differ by {error:.3g} where the largest is "
+                f"fold: folded and unfolded outputs differ by {error:.3g} where the largest is "
                 f"{scale:.3g} (tolerance {tolerance:.0e} of it)."
             )
     return worst, tolerance
@@ -297,9 +401,9 @@ def _calls(
     be compared.
     """
     if not module.shell:
-        return [RegionCall("", args, kwargs, module(*args, **kwargs))]
+        return [RegionCall("", args, kwargs, _output(module, args, kwargs))]
     with module.shell.recorded() as calls:
-        module(*args, **kwargs)
+        _output(module, args, kwargs)
     return calls
 
 
@@ -307,7 +411,21 @@ def _again(module: CapturedModule, call: RegionCall) -> Any:
     """The same call of another module."""
     if module.shell:
         return module.shell.call(call.path, call.args, call.kwargs)
-    return module(*call.args, **call.kwargs)
+    return _output(module, call.args, call.kwargs)
+
+
+def _output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _own_dice(module):
+        return module(*args, **kwargs)
+
+
+@contextmanager
+def _own_dice(module: CapturedModule) -> Generator[None]:
+    """Every call throws the same, and the user's dice stay as they are."""
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
 
 
 def _named(module: CapturedModule) -> set[torch.dtype]:
@@ -318,6 +436,6 @@ def _named(module: CapturedModule) -> set[torch.dtype]:
     return {value for value in values if isinstance(value, torch.dtype)}
 
 
-def _floats(outputs: Any) -> list[torch.Tensor]:
+def _floats(outputs: Any) -> list[Tensor]:
     leaves = pytree.tree_leaves(outputs)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]

@@ -48,36 +48,71 @@ def assert_close(
 
 
 def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
-    """A and B at random: an adapter with B = 0 proves nothing."""
+    """What trains, at random: an adapter with B = 0 proves nothing."""
     with torch.no_grad():
         for entry in lora.plan or ():
-            for name in (entry.name_a, entry.name_b):
+            for name in entry.trainable:
                 parameter = lora.get_parameter(name)
-                parameter.normal_(std=std / parameter[0].numel() ** 0.5)
+                size = parameter[0].numel() if parameter.ndim > 1 else 1
+                parameter.normal_(std=std / size**0.5)
             if entry.padding_idx is not None:  # as at the start, and as training leaves it
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
 
 
 def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """s·BA in the weight's shape, from the papers' formula alone."""
-    product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
-    if entry.op in ("embedding", "addmm") or (
-        entry.op == "matmul" and product.shape != entry.shape
-    ):
-        product = product.T  # stored (in, out)
-    return entry.scaling * product.reshape(entry.shape)
+    """s·BA in the weight's shape, from the papers' formula alone: an einsum over its dimensions."""
+    letters = dict(zip(range(len(entry.shape)), "abcdefgh", strict=False))
+    sizes = entry.covered
+    of_a, of_b = "", ""
+    before = ""
+    for dim, role in enumerate(entry.layout.roles):
+        before = before if role == "k" else role
+        of_a += letters[dim] if before in "ei" else ""
+        of_b += letters[dim] if before in "eo" else ""
+    stack = "".join(letters[d] for d, role in enumerate(entry.layout.roles) if role == "e")
+    size = {letters[d]: n for d, n in enumerate(sizes)}
+    kernel = entry.layout.roles.count("k")
+    rank = stack + "r" + of_a[len(stack) :]
+    a = a.reshape([size.get(n, entry.r) for n in rank])
+    # B is (…, out, r), with a kernel (out, r, *kernel): r to the end
+    b = b.movedim(-1 - kernel, -1) if kernel else b
+    b = b.reshape([*(size[n] for n in of_b), entry.r])
+    whole = "".join(letters.values())[: len(sizes)]
+    return entry.scaling * torch.einsum(f"{rank},{of_b}r->{whole}", a, b)
+
+
+def adapted(entry: Entry, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """W0 + s·BA, or DoRA's m·V/‖V‖ of it, in the rows that the entry covers."""
+    dim = entry.layout.roles.index("o")
+    start, stop = entry.rows or (0, weight.shape[dim])
+    part = weight.narrow(dim, start, stop - start)
+    part = part + delta(entry, factors[entry.name_a], factors[entry.name_b])
+    if "from_weight" in entry.variants:
+        names = [entry.name_of(kind) for kind in ("lora_start_A", "lora_start_B")]
+        part = part + delta(entry, *(factors[name] for name in names))
+    if "dora" in entry.variants:
+        kept = [d for d, role in enumerate(entry.layout.roles) if role in "eo"]
+        others = [d for d in range(part.ndim) if d not in kept]
+        norm = part.detach().square().sum(others, keepdim=True).sqrt()
+        magnitude = factors[entry.name_of("lora_magnitude_vector")]
+        part = magnitude.reshape([n if d in kept else 1 for d, n in enumerate(part.shape)]) * (
+            part / norm
+        )
+    behind = weight.shape[dim] - stop
+    pieces = [weight.narrow(dim, 0, start), part, weight.narrow(dim, stop, behind)]
+    return torch.cat(pieces, dim)
 
 
 def merged_weights(
     model: nn.Module, lora: fxlora.CapturedModule, factors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The source's weights with every delta added, under every name of a tied weight."""
+    """The source's weights with every delta added, under the names that each entry adapts."""
     source = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, torch.Tensor] = {}
     for entry in lora.plan or ():
-        original = source[entry.parameter]
-        total = original.detach() + delta(entry, factors[entry.name_a], factors[entry.name_b])
-        weights |= {name: total for name, p in source.items() if p is original}
+        before = weights.get(entry.parameter, source[entry.parameter].detach())
+        after = adapted(entry, before, factors)
+        weights |= dict.fromkeys(entry.names, after)
     return weights
 
 
@@ -171,16 +206,18 @@ def _check_outputs_and_gradients(model: Any, gm: Any, lora: Any, args: Any, kwar
     base = run(copy.deepcopy(gm).eval(), args, kwargs)
     pairs = zip(run(lora, args, kwargs), base, strict=True)
     assert any(a.shape != b.shape or float((a - b).abs().max()) > 0 for a, b in pairs)
-    names = [name for entry in lora.plan for name in (entry.name_a, entry.name_b)]
+    names = [name for entry in lora.plan for name in entry.trainable]
+    held = [name for entry in lora.plan for name in entry.tensors if name not in names]
     factors = {n: lora.get_parameter(n).detach().clone().requires_grad_() for n in names}
+    factors |= {n: lora.get_parameter(n).detach() for n in held}
     expected = oracle(source, lora, factors, args, kwargs)
     found = floats(lora(*args, **kwargs))
     assert_close(found, expected)
     wanted = torch.autograd.grad(
-        [o.square().sum() for o in expected if o.requires_grad], list(factors.values())
+        [o.square().sum() for o in expected if o.requires_grad], [factors[n] for n in names]
     )
     sum(o.square().sum() for o in found).backward()
-    for name, gradient in zip(factors, wanted, strict=True):
+    for name, gradient in zip(names, wanted, strict=True):
         assert float(gradient.abs().max()) > 0, name
         assert_close([lora.get_parameter(name).grad], [gradient], 1e-8)
     trained = {n for n, p in lora.named_parameters() if p.grad is not None}
@@ -195,7 +232,11 @@ def _check_fold(model: Any, gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
     assert_close(run(folded.eval(), args, kwargs), run(copy.deepcopy(lora).eval(), args, kwargs))
     assert_same(run(fxlora.fold(folded).eval(), args, kwargs), run(folded.eval(), args, kwargs))
     source = copy.deepcopy(model)
-    source.load_state_dict(folded.state_dict())
+    for name in [name for name, _ in source.named_parameters(remove_duplicate=False)]:
+        owner, _, last = name.rpartition(".")  # one by one: the fold may have split a tie
+        weight = folded.get_parameter(name).detach().clone()
+        setattr(source.get_submodule(owner), last, nn.Parameter(weight))
+    source.load_state_dict(dict(folded.named_buffers()), strict=False)
     source.requires_grad_(False)  # as the folded module is: it decides between kernels
     assert_same(run(source.eval(), args, kwargs), run(folded.eval(), args, kwargs))
 

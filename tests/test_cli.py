@@ -72,6 +72,18 @@ class Stored(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
+class Padded(nn.Module):
+    """Indices of zero, as the command line has them, are padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(11, 6, padding_idx=0)
+        self.lin = nn.Linear(6, 5)
+
+    def forward(self, ids):
+        return self.lin(self.emb(ids) + 1)
+
+
 class Huge(nn.Module):
     def __init__(self):
         super().__init__()
@@ -232,6 +244,52 @@ def test_fold_of_tied_weights_loads_into_the_tied_class(done: Callable[..., str]
     other.load_state_dict(load_file("folded.safetensors"))
     assert other.head.weight is other.emb.weight
     assert_close(other(ids), lora(ids))
+
+
+def test_verify_checks_an_adapter_and_a_folded_file(
+    done: Callable[..., str], refused: Refused
+) -> None:
+    ids = torch.randint(11, (3, 4))
+    done("adapt", "house:Mixed", *IDS, "--target", "emb,conv,lin", "-r", 2, "--out", "adapter")
+    lora = train(house("Mixed"), "adapter", ids)
+    source = ("house:Mixed", *IDS, "--adapter", "adapter")
+    done("fold", *source, "--out", "folded.safetensors")
+    verify = ("verify", *source, "--folded", "folded.safetensors")
+    table = done(*verify)
+    for entry in lora.plan or ():
+        assert f"\n{entry.site} " in table
+    assert "An adapter stands at each of the 6 reads" in table
+    data = json.loads(done(*verify, "--json"))
+    assert all(site["effect"] > 0 for site in data["sites"])
+    assert [read["mode"] for read in data["sites"][1]["reads"]] == ["train", "eval"]
+    assert done(*verify, "--reads").endswith(table)
+    assert "An adapter stands at" in done("verify", *source)
+
+    good = load_file("folded.safetensors")
+    for name, said in (
+        ("lin.weight", "fold: 'lin': its folded weight is not W0 + s·BA"),
+        ("conv.bias", "fold: 'conv.bias' has no adapter, and is another tensor"),
+    ):
+        bad = good[name].clone()
+        bad.view(-1)[3] += 1e-8
+        save_file(good | {name: bad}, "bad.safetensors")
+        assert said in refused("verify", *source, "--folded", "bad.safetensors")
+    save_file({n: t for n, t in good.items() if n != "conv.bias"}, "cut.safetensors")
+    assert "missing in the file: conv.bias" in refused(
+        "verify", *source, "--folded", "cut.safetensors"
+    )
+    save_file({n: t.float() for n, t in good.items()}, "float.safetensors")
+    assert "'emb': its folded" in refused("verify", *source, "--folded", "float.safetensors")
+
+
+def test_verify_of_what_the_inputs_do_not_reach(done: Callable[..., str], refused: Refused) -> None:
+    done("adapt", "house:Tied", *IDS, "--target", "mid", "-r", 2, "--out", "adapter")
+    assert "mid" in done("verify", "house:Tied", *IDS, "--adapter", "adapter")
+    done("adapt", "house:Padded", *IDS, "--target", "emb,lin", "-r", 2, "--out", "padded")
+    message = refused("verify", "house:Padded", *IDS, "--adapter", "padded")
+    assert "effect and gradient: the adapter on 'emb' cannot change the outputs" in message
+    found = done("verify", "house:Padded", "--input", "2x4:int64:11", "--adapter", "padded")
+    assert "\nemb " in found
 
 
 def test_weights_that_share_memory_are_refused(refused: Refused) -> None:
@@ -519,12 +577,17 @@ PLAN = ("plan", "house:Mixed", "--target", "lin")
         ([*PLAN, "--input", "2xfour"], ["'2xfour'"]),
         ([*PLAN, "--input", "=2x4"], ["'=2x4'"]),
         ([*PLAN, "--input", "2x4:int65"], ["'2x4:int65'", "int64"]),
+        ([*PLAN, "--input", "2x4:int64:0"], ["'2x4:int64:0'"]),
+        ([*PLAN, "--input", "2x4:float32:9"], ["'2x4:float32:9'", "integers alone"]),
         ([*PLAN, "--input", "ids=2x4:int64", "--input", "ids=1:int64"], ["ids more than once"]),
         ([*PLAN, *IDS, "--input", "size=2x4"], ["Mixed does not run", "size"]),
         (["adapt", *PLAN[1:]], ["--out"]),
         (["adapt", *PLAN[1:], "-r", "2", "--out", "house.py"], ["cannot write house.py"]),
         (["fold", "house:Mixed", "--out", "x.safetensors"], ["--adapter"]),
         (["export", "house:Mixed", "--out", "x.pt2"], ["--input"]),
+        (["verify", "house:Mixed", "--adapter", "a"], ["--input"]),
+        (["verify", "house:Mixed", *IDS], ["--adapter"]),
+        (["verify", "house:Mixed", *IDS, "--adapter", "a", "--json", "--reads"], ["not allowed"]),
         (["export", "house:Mixed", *IDS, "--out", "no/x.pt2"], ["no folder no"]),
         (["report", "house:Mixed", "--target", "lin", "--format", "pdf"], ["'pdf'"]),
         (["report", "house:Mixed", "--adapter", "a", "-r", "3"], ["--adapter", "r."]),

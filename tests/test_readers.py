@@ -58,7 +58,7 @@ def _check(model: nn.Module, in_first: bool) -> None:
     rule = Rule("matrix", lora=LoraConfig(r=2, lora_alpha=3))
     _, lora = check_laws(model, (x,), rules=rule)
     (entry,) = lora.plan
-    assert (entry.form, entry.in_first) == ("branch", in_first)
+    assert (entry.form, entry.layout.in_first) == ("branch", in_first)
     assert entry.shapes == ((2, 5), (7, 2))  # A takes the input, B gives the output
 
 
@@ -163,21 +163,23 @@ def test_a_function_of_a_weight_takes_the_weight_form(layer, shape, expected) ->
     (entry,) = lora.plan
     assert entry.form == "weight"
     assert entry.reason.startswith(f"read by {expected}")
-    assert entry.convolution == ("conv" in expected)
+    assert ("k" in entry.layout.roles) == ("conv" in expected)
 
 
-def test_a_stack_of_kernels_is_still_refused() -> None:
+def test_a_stack_of_kernels() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.kernels = nn.Parameter(torch.randn(4, 6, 3, 2))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.conv1d(x, self.kernels[1])
+            return F.conv1d(x, self.kernels[1]) + F.conv1d(x, self.kernels[3])
 
-    gm = fxlora.capture(Stack(), torch.randn(2, 3, 9))
-    with pytest.raises(fxlora.UnsupportedOpError, match="no single matrix"):
-        fxlora.match(gm, LoraConfig(target_parameters=["kernels"]))
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    config = LoraConfig(r=2, target_parameters=["kernels"])
+    _, lora = check_laws(Stack(), (x,), rules=config)
+    (entry,) = lora.plan
+    assert entry.shapes == ((4, 2, 3, 2), (4, 6, 2, 1))
 
 
 def test_a_weight_times_its_own_transpose() -> None:

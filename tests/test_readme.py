@@ -49,7 +49,7 @@ def test_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     (shell,) = (block for block in blocks("sh") if "fxlora plan" in block)
     commands = [line.split()[1:] for line in shell.splitlines() if "torchvision:" in line]
-    assert [command[0] for command in commands] == ["plan", "adapt", "fold", "export"]
+    assert [command[0] for command in commands] == ["plan", "adapt", "fold", "verify", "export"]
     for command in commands:
         assert cli.main(command) == 0, command
     assert (tmp_path / "model.pt2").is_file()

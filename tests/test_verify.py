@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +13,11 @@ from torch import nn
 
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
+from fxlora.coverage import refuse_bare_reads
+from fxlora.passes.structure import Insertion, insertions, take_out
 
 from .laws import randomise
-from .models import Convolutions, Normed, Tied
+from .models import Convolutions, Normed, Readers, Tied
 
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -30,7 +38,7 @@ def test_a_sound_module_verifies(lora: fxlora.CapturedModule) -> None:
     found = fxlora.verify(lora, X, folded=fxlora.fold(lora))
     assert [check.site for check in found.sites] == ["conv", "twice", "first"]
     assert all(check.effect > 0 for check in found.sites)
-    assert [check.reads["eval"] for check in found.sites] == [1, 2, 2]
+    assert [check.reads_in("eval") for check in found.sites] == [1, 2, 2]
     assert found.output_error < found.tolerance
     assert "twice" in str(found)
     assert all(torch.equal(t, state[n]) for n, t in lora.state_dict().items())
@@ -110,9 +118,314 @@ def test_a_weight_that_only_the_train_graph_reads() -> None:
 
     adapted = fxlora.adapt(Auxiliary(), torch.randn(3, 5), rules=Rule(["main", "aux"], lora=R))
     found = fxlora.verify(adapted, torch.randn(3, 5))
-    assert {c.site: c.reads for c in found.sites}["aux"] == {"train": 1, "eval": 0}
+    (aux,) = (check for check in found.sites if check.site == "aux")
+    assert (aux.reads_in("train"), aux.reads_in("eval")) == (1, 0)
+    assert "1/0" in str(found)
 
 
 def test_what_has_nothing_to_verify(lora: fxlora.CapturedModule) -> None:
     with pytest.raises(InjectError, match="nothing to verify"):
         fxlora.verify(fxlora.fold(lora), X)
+
+
+# ---- each law, broken on purpose ----------------------------------------------------------------
+
+aten = torch.ops.aten
+
+
+def standing(lora: fxlora.CapturedModule, mode: str, site: str) -> list[Insertion]:
+    """The places where the adapter of a site stands in the graph of a mode."""
+    return [i for i in insertions(lora, lora.graphs[mode]) if i.entry.site == site]
+
+
+def readers_lora() -> tuple[fxlora.CapturedModule, tuple[torch.Tensor, torch.Tensor]]:
+    """Both forms, and two graphs: with dropout on the branches that can have it."""
+    args = (torch.randn(3, 5, dtype=torch.float64), torch.randint(13, (3, 4)))
+    dropped = LoraConfig(r=2, lora_alpha=3, lora_dropout=0.2)
+    rules = [Rule("functional", lora=dropped), Rule(lora=R)]
+    lora = fxlora.adapt(Readers().double(), args, rules=rules)
+    assert lora.graphs["train"] is not lora.graphs["eval"]
+    randomise(lora)
+    fxlora.verify(lora, args)
+    return lora, args
+
+
+def line_of(text: str) -> int:
+    source = (Path(__file__).parent / "models.py").read_text(encoding="utf-8")
+    return source[: source.index(text)].count("\n") + 1
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("site", "op", "line"),
+    [
+        ("functional", "linear", "x = F.linear"),
+        ("w_matmul", "matmul", "x = torch.addmm"),
+        ("w_einsum", "einsum", "x = torch.einsum"),
+        ("w_sliced", "matmul", "return x + x @"),
+    ],
+)
+def test_an_insertion_that_is_missing_in_one_mode(mode: str, site: str, op: str, line: str) -> None:
+    lora, args = readers_lora()
+    (insertion,) = standing(lora, mode, site)
+    take_out(insertion)
+    lora.refresh()
+    where = re.escape(f"{Path(__file__).parent / 'models.py'}:{line_of(line)}")
+    law = f"coverage: '{site}': no adapter stands where {op} reads at {where} in the {mode} graph"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, args)
+
+
+def test_one_read_of_several_that_is_missing(lora: fxlora.CapturedModule) -> None:
+    insertion = standing(lora, "train", "first")[1]
+    take_out(insertion)
+    lora.refresh()
+    law = r"coverage: 'first': no adapter stands where linear reads .* in the train graph"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, X)
+
+
+@pytest.mark.parametrize("site", ["functional", "w_einsum"])
+def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
+    lora, args = readers_lora()
+    (insertion,) = standing(lora, "train", site)
+    graph, last = lora.graphs["train"], next(reversed(lora.graphs["train"].nodes))
+    with graph.inserting_before(last):
+        past = graph.call_function(aten.sum.default, (insertion.base,))
+        result = graph.call_function(aten.add.Tensor, (last.args[0][0], past))
+    last.args = ((result, *last.args[0][1:]),)
+    lora.refresh()
+    with pytest.raises(VerificationError, match=f"coverage: '{site}'.*in the train graph"):
+        fxlora.verify(lora, args)
+
+
+def test_a_missing_read_before_one_that_is_adapted() -> None:
+    """The uncovered read feeds the covered one, and must not hide behind it."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(torch.tanh(x @ self.w), self.w)
+
+    lora = fxlora.adapt(Twice(), torch.randn(2, 6), rules=Rule("w", lora=R))
+    refuse_bare_reads(lora)
+    take_out(standing(lora, "eval", "w")[0])
+    with pytest.raises(VerificationError, match="'w': no adapter stands where matmul reads"):
+        refuse_bare_reads(lora)
+
+
+@pytest.mark.parametrize("site", ["functional", "w_einsum"])
+def test_several_adapters_on_one_weight_are_proved_one_by_one(site: str) -> None:
+    args = (torch.randn(3, 5), torch.randint(13, (3, 4)))
+    gm = fxlora.capture(Readers(), args)
+    plan = fxlora.match(gm, Rule(site, lora=R))
+    more = tuple(dataclasses.replace(plan.entries[0], adapter=name) for name in ("one", "two"))
+    lora = fxlora.inject(gm, dataclasses.replace(plan, entries=more))
+    refuse_bare_reads(lora)
+    for index in (0, 1):
+        broken = copy.deepcopy(lora)
+        take_out(standing(broken, "train", site)[index])
+        with pytest.raises(VerificationError, match=f"coverage: '{site}'"):
+            refuse_bare_reads(broken)
+
+
+def test_a_scaling_of_zero_in_one_graph(lora: fxlora.CapturedModule) -> None:
+    broken = 0
+    for node in lora.graphs["train"].nodes:
+        if node.target is aten.mul.Tensor and node.args[1] == 1.5 and not broken:
+            assert node < standing(lora, "train", "conv")[0].output
+            node.args, broken = (node.args[0], 0.0), 1
+    lora.refresh()
+    assert broken
+    with pytest.raises(VerificationError, match=r"modes agree: the train graph .* at 'conv'"):
+        fxlora.verify(lora, X)
+
+
+def test_a_node_that_only_the_adapted_graph_has(lora: fxlora.CapturedModule) -> None:
+    insertion = standing(lora, "train", "twice")[1]
+    with lora.graphs["train"].inserting_after(insertion.output):
+        more = lora.graphs["train"].call_function(aten.add.Tensor, (insertion.output, 0.1))
+    insertion.output.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
+    lora.refresh()
+    fxlora.verify(lora, X)  # an edit beside the adapters is the user's own: it stays when they go
+    assert any(n.args[1:] == (0.1,) for n in fxlora.remove(lora).graphs["train"].nodes)
+
+
+@pytest.mark.parametrize("write", ["in place", "data", "swap", "then move"])
+def test_a_base_weight_that_was_written_to(lora: fxlora.CapturedModule, write: str) -> None:
+    weight = lora.get_parameter("twice.weight")
+    before = weight.detach().clone()
+    with torch.no_grad():
+        if write == "data":
+            weight.data[1, 2] += 1e-6
+        elif write == "swap":
+            lora.get_submodule("twice").weight = nn.Parameter(weight + 1e-6, requires_grad=False)
+        else:
+            weight[1, 2] += 1e-6
+    if write == "then move":
+        lora.double()
+    assert not torch.equal(lora.get_parameter("twice.weight").float(), before)
+    law = "base unchanged: the weight under 'twice' was written to"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, X.to(lora.get_parameter("twice.weight").dtype))
+
+
+def test_training_and_loading_leave_the_base_as_it_is(lora: fxlora.CapturedModule) -> None:
+    optimizer = torch.optim.SGD(fxlora.lora_parameters(lora), lr=0.1)
+    lora.train()(X)["logits"].sum().backward()
+    optimizer.step()
+    fxlora.verify(lora, X)
+    fxlora.verify(copy.deepcopy(lora).double(), X.double())
+    other = Normed().state_dict()
+    lora.load_state_dict(other, strict=False)  # another base, on purpose
+    assert torch.equal(lora.get_parameter("conv.weight"), other["conv.weight"])
+    fxlora.verify(lora, X)
+
+
+def test_a_base_that_trains(lora: fxlora.CapturedModule) -> None:
+    lora.get_parameter("bn.weight").requires_grad_(True)
+    with pytest.raises(VerificationError, match=r"base unchanged: 'bn\.weight' requires gradients"):
+        fxlora.verify(lora, X)
+
+
+def test_a_fold_off_by_little_in_double_precision() -> None:
+    lora, args = readers_lora()
+    folded = fxlora.fold(lora)
+    with torch.no_grad():
+        folded.get_parameter("w_einsum")[3, 1] += 1e-8
+    law = r"fold: 'w_einsum': its folded weight is not W0 \+ s·BA \(off by 1e-08"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, args, folded=folded)
+
+
+def test_a_weight_that_the_fold_has_no_business_with(lora: fxlora.CapturedModule) -> None:
+    folded = fxlora.fold(lora)
+    bias = folded.get_parameter("fc.bias")
+    folded.set_parameter("fc.bias", nn.Parameter(bias + 1e-7))
+    assert not torch.equal(folded.get_parameter("fc.bias"), bias)
+    with pytest.raises(VerificationError, match=r"fold: 'fc\.bias' has no adapter, and is another"):
+        fxlora.verify(lora, X, folded=folded)
+
+
+def test_a_tie_that_is_lost() -> None:
+    ids = torch.tensor([[1, 2, 5]])
+    lora = fxlora.adapt(Tied(), ids, rules=Rule(["emb", "head"], lora=R))
+    randomise(lora)
+    folded = fxlora.fold(lora)
+    fxlora.verify(lora, ids, folded=folded)
+    folded.set_parameter("head.weight", nn.Parameter(folded.get_parameter("head.weight").clone()))
+    law = r"fold: a tie is lost\. 'emb\.weight' is one parameter with head\.weight"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, ids, folded=folded)
+
+
+def test_a_node_more_in_the_folded_graph(lora: fxlora.CapturedModule) -> None:
+    folded = fxlora.fold(lora)
+    graph = folded.graphs["train"]
+    last = next(reversed(graph.nodes))
+    first = last.all_input_nodes[0]
+    with graph.inserting_before(last):
+        last.replace_input_with(first, graph.call_function(aten.neg.default, (first,)))
+    folded.refresh()
+    with pytest.raises(VerificationError, match="fold: the folded train graph is not the captured"):
+        fxlora.verify(lora, X, folded=folded)
+
+
+class Experts(nn.Module):
+    """The first sample chooses which of three layers is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(5, 3)
+        self.experts = nn.ModuleList(nn.Linear(5, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = F.one_hot(x[0, 0].long().expand(len(x)), 3).to(x.dtype)  # (N, 3)
+        every = torch.stack([expert(x) for expert in self.experts], 1)  # (N, 3, 4)
+        return (chosen[..., None] * every).sum(1) * self.gate(x).sum()
+
+
+def test_every_adapter_that_the_inputs_do_not_reach_is_named() -> None:
+    x = torch.rand(2, 5)
+    lora = fxlora.adapt(Experts(), x, rules=Rule(lora=R))
+    law = r"effect and gradient: .*'experts\.1'.*, nor can 1 others: experts\.2\. Give inputs"
+    with pytest.raises(VerificationError, match=law):
+        fxlora.verify(lora, x)
+
+
+def test_a_gradient_that_is_off_where_it_trains() -> None:
+    class Off(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.on = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(not self.training):
+                x = torch.tanh(self.lin(x))
+            return self.on(x)
+
+    lora = fxlora.adapt(Off(), torch.randn(2, 5), rules=Rule(lora=R))
+    with pytest.raises(VerificationError, match=r"gradient: in the train graph 'lin' .*no_grad"):
+        fxlora.verify(lora, torch.randn(2, 5))
+
+
+class Jumpy(nn.Module):
+    """Python on data around two layers, so that there is no whole graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        return self.b(x if x.sum().item() > 0 else -x)
+
+
+@pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+def test_a_region_is_named() -> None:
+    x = torch.randn(3, 5)
+    lora = fxlora.adapt(Jumpy(), x, rules=Rule(lora=R))
+    fxlora.verify(lora, x)
+    (program,) = (p for p in lora.programs if p.path == "b")
+    (insertion,) = insertions(lora, program.graphs["eval"])
+    take_out(insertion)
+    lora.refresh()
+    with pytest.raises(VerificationError, match=r"coverage: 'b': .* graph of 'b'"):
+        fxlora.verify(lora, x)
+
+
+# ---- what it says -------------------------------------------------------------------------------
+
+
+def test_the_reads_as_data_and_as_a_table() -> None:
+    lora, args = readers_lora()
+    found = fxlora.verify(lora, args)
+    data = json.loads(found.to_json())
+    assert data == json.loads(json.dumps(found.to_data()))
+    assert [site["site"] for site in data["sites"]] == [entry.site for entry in lora.plan or ()]
+    (sliced,) = (site for site in data["sites"] if site["site"] == "w_sliced")
+    line = f"{Path(__file__).parent / 'models.py'}:{line_of('return x + x @')}"
+    expected = {"op": "matmul", "through": "slice", "call_site": "", "line": line, "region": ""}
+    assert sliced["reads"] == [expected | {"mode": mode} for mode in ("train", "eval")]
+    table = found.reads().splitlines()
+    assert len(table) == 2 + 2 * len(found.sites)
+    assert sum(line in row for row in table) == 2
+    assert max(map(len, str(found).splitlines()[-4:])) <= 100
+
+
+def test_the_dice_stay_the_users(lora: fxlora.CapturedModule) -> None:
+    torch.manual_seed(3)
+    fxlora.verify(lora, X)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+
+
+def test_no_memory_to_compute_with() -> None:
+    with torch.device("meta"):
+        lora = fxlora.adapt(Normed(), torch.randn(2, 3, 9, 7), rules=Rule("conv", lora=R))
+    with pytest.raises(InjectError, match="meta device"):
+        fxlora.verify(lora, X)

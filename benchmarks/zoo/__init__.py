@@ -1,6 +1,7 @@
-"""Small models of every kind, with example inputs, for coverage.py: one module per library.
+"""Small models of every kind, with example inputs, for the sweeps: one module per library.
 
-Each has MODELS: family → name → a function that builds the model and its inputs.
+Each has MODELS: family → name → a function that builds the model and its inputs. QUICK, where
+there is one, is a part of it: one model of a kind.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ Families = Mapping[str, Mapping[str, Callable[[], Case]]]
 def families(library: str) -> Families:
     """The table of one library."""
     return importlib.import_module(f"{__name__}.{library}").MODELS
+
+
+def quick(library: str) -> Families:
+    """The part of the table that has one model of a kind."""
+    module = importlib.import_module(f"{__name__}.{library}")
+    return getattr(module, "QUICK", module.MODELS)
 
 
 def randomise_constants(model: nn.Module) -> None:

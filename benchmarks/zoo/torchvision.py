@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torchvision.models import get_model, list_models
+from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 
 from . import Case, Families
 
@@ -94,3 +94,20 @@ def _models() -> Families:
 
 
 MODELS: Families = _models()
+
+
+def _smallest(models: Families) -> Families:
+    """Of the models that one of torchvision's modules builds, the one with fewest parameters."""
+
+    def parameters(name: str) -> int:
+        return min(weights.meta["num_params"] for weights in get_model_weights(name))
+
+    names = sorted((name for family in models.values() for name in family), key=parameters)
+    first = {get_model_builder(name).__module__: name for name in reversed(names)}.values()
+    return {
+        kind: {name: build for name, build in family.items() if name in first}
+        for kind, family in models.items()
+    }
+
+
+QUICK: Families = _smallest(MODELS)

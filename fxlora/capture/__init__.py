@@ -23,6 +23,7 @@ from .exported import Source, export_modes
 from .hooks import refuse_backward_hooks
 from .pytrees import register_containers
 from .regions import Regions, wrong_regions
+from .ties import read_by_own_names
 from .traced import trace_mode
 from .tree import attach, build_tree
 
@@ -174,6 +175,7 @@ def _assemble(
     )
     result.grads = frozenset(n for n, p in result.named_parameters() if p.requires_grad)
     result.outputs = _output_embeddings(model)
+    read_by_own_names(result)
     return result
 
 
@@ -186,6 +188,9 @@ def _adopt(
     """
     taken: set[str] = set()
     for node in module.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            named = {k: (_full(source, str(path)), kind) for k, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = named
         if node.op != "get_attr":
             continue
         name = str(node.target)
@@ -199,7 +204,7 @@ def _adopt(
 
 
 def _full(source: Source, name: str) -> str:
-    return f"{source.path}.{name}" if source.path else name
+    return ".".join(filter(None, (source.path, name)))
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

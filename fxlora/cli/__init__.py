@@ -1,4 +1,4 @@
-"""The command line: `fxlora plan|adapt|fold|export|report`.
+"""The command line: `fxlora plan|adapt|fold|verify|export|report`.
 
 Results go to stdout, everything else to stderr. The exit status is 0 for success, 2 for a usage
 error or any other FxLoraError, 1 for what nobody expected, 130 for an interrupt; what is not 0

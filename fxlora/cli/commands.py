@@ -1,4 +1,4 @@
-"""The five commands: each takes the options and returns what there is to say on stdout."""
+"""The commands: each takes the options and returns what there is to say on stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..plan import Plan
 from ..report import report
 from ..rules import match
 from ..verbs import fold, inject
-from .checkpoints import write_weights
+from ..verify import verify
+from .checkpoints import load_checkpoint, read_checkpoint, write_weights
 from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
 from .models import build_model
 
@@ -44,6 +45,18 @@ def run_fold(options: Namespace) -> str:
     folded = fold(load_adapter(captured_model(model, options), options.adapter))
     write_weights(model, folded, options.out)
     return f"{options.out}: the model's weights, {len(folded.folded[-1])} of them folded."
+
+
+def run_verify(options: Namespace) -> str:
+    adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
+    folded = fold(adapted)
+    if options.folded is not None:
+        load_checkpoint(folded, read_checkpoint(options.folded), options.folded)
+    args, kwargs = example_inputs(options)
+    found = verify(adapted, args, kwargs, folded=folded)
+    if options.json:
+        return found.to_json()
+    return f"{found.reads()}\n\n{found}" if options.reads else str(found)
 
 
 def run_export(options: Namespace) -> str:

@@ -29,29 +29,42 @@ INPUT_DTYPES = (
 
 @dataclass(frozen=True)
 class Input:
-    """One `--input`: a keyword or "" for a positional one, the shape, and the dtype."""
+    """One `--input`: a keyword or "" for a positional one, the shape, and the dtype.
+
+    Integers are below `high`: zero unless it is said, which every embedding has.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    high: int = 1
 
     def example(self) -> torch.Tensor:
-        """Normal floats; integers are zero, which every embedding has."""
-        if self.dtype.is_floating_point or self.dtype.is_complex:
+        if _takes_fractions(self.dtype):
             return torch.randn(self.shape, dtype=self.dtype)
-        return torch.zeros(self.shape, dtype=self.dtype)
+        return torch.randint(self.high, self.shape).to(self.dtype)
+
+
+def _takes_fractions(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def parsed_input(text: str) -> Input:
-    found = re.fullmatch(r"(?:([^\W\d]\w*)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
+    found = re.fullmatch(
+        r"(?:([^\W\d]\w*)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+)(?::([1-9]\d*))?)?", text
+    )
     if found is None:
         raise ArgumentTypeError(
-            f"'{text}' is not [NAME=]SHAPE[:DTYPE], as in 1x3x224x224 or ids=2x16:int64"
+            f"'{text}' is not [NAME=]SHAPE[:DTYPE[:HIGH]], as in 1x3x224x224, ids=2x16:int64 or, "
+            "for integers below 1000, 2x16:int64:1000"
         )
-    name, shape, dtype = found.groups(default="")
+    name, shape, dtype, high = found.groups(default="")
     if dtype and dtype not in INPUT_DTYPES:
         raise ArgumentTypeError(f"'{text}' has no known dtype. Known: {', '.join(INPUT_DTYPES)}")
-    return Input(name, tuple(map(int, shape.split("x"))), getattr(torch, dtype or "float32"))
+    parsed: torch.dtype = getattr(torch, dtype or "float32")
+    if high and _takes_fractions(parsed):
+        raise ArgumentTypeError(f"'{text}': a bound is for integers alone")
+    return Input(name, tuple(map(int, shape.split("x"))), parsed, int(high or 1))
 
 
 def example_inputs(options: Namespace) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:

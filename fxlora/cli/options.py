@@ -11,7 +11,15 @@ from typing import Any, NoReturn
 from .. import __version__, tables
 from ..errors import ConfigError
 from ..export import FORMATS as EXPORT_FORMATS
-from .commands import PLAN_WRITERS, run_adapt, run_export, run_fold, run_plan, run_report
+from .commands import (
+    PLAN_WRITERS,
+    run_adapt,
+    run_export,
+    run_fold,
+    run_plan,
+    run_report,
+    run_verify,
+)
 from .inputs import parsed_input
 
 REPORT_FORMATS = (*tables.FORMATS, "json", "csv")
@@ -59,6 +67,20 @@ def build_parser() -> _Parser:
         "--out", type=_file, required=True, metavar="FILE", help="a .safetensors state dict"
     )
 
+    verifying = command(run_verify, "check the laws on an adapter and its fold", fed)
+    verifying.add_argument(
+        "--adapter", type=Path, required=True, metavar="DIR", help="fxlora's or PEFT's"
+    )
+    verifying.add_argument(
+        "--folded",
+        type=Path,
+        metavar="FILE",
+        help="weights that fxlora fold wrote, to check instead of a fold made here",
+    )
+    detail = verifying.add_mutually_exclusive_group()
+    detail.add_argument("--reads", action="store_true", help="list every read, with its line")
+    detail.add_argument("--json", action="store_true", help="print all of it as JSON")
+
     exporting = command(run_export, "write a program that plain PyTorch runs", fed)
     exporting.add_argument("--adapter", type=Path, metavar="DIR", help="fold it in first")
     exporting.add_argument(
@@ -105,8 +127,9 @@ def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
         action="append",
         default=[],
         required=feed,
-        metavar="[NAME=]SHAPE[:DTYPE]",
-        help="example input, e.g. 1x3x224x224 or ids=2x16:int64; repeat it for several. "
+        metavar="[NAME=]SHAPE[:DTYPE[:HIGH]]",
+        help="example input, e.g. 1x3x224x224 or ids=2x16:int64:1000; repeat it for several. "
+        "Integers are random below HIGH, or 0. "
         "Without any, the model is traced, which sees less",
     )
     parser.add_argument(

@@ -24,13 +24,12 @@ class Distribute(PassBase):
         result = graph_module.derive()
         if result.plan is None:
             return PassResult(result, False)
-        aliases = result.aliases()
         for graph in result.distinct_graphs():
             branches = [i for i in insertions(result, graph) if i.form == "branch"]
-            for branch in branches:
+            for branch in reversed(branches):
                 take_out(branch)
-            for entry in {b.entry.parameter: b.entry for b in branches}.values():
-                for node in weight_nodes(graph, aliases[entry.parameter]):
+            for entry in {b.entry.name_a: b.entry for b in branches}.values():
+                for node in weight_nodes(graph, entry.names):
                     if node.users:
                         insert_weight(graph, entry, node)
         entries = tuple(dataclasses.replace(e, form="weight", dropout=0.0) for e in result.plan)

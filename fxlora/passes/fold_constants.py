@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from ..adapted import scales_outputs
 from ..errors import InjectError
 from ..module import CapturedModule
 from .remove import drop_adapters
@@ -33,34 +34,50 @@ class FoldConstants(PassBase):
         plan = graph_module.plan
         if plan is None:
             return PassResult(result, False)
-        aliases = result.aliases()
         folded: dict[str, nn.Parameter] = {}
         for graph in result.distinct_graphs():
-            for insertion in insertions(result, graph):
-                if insertion.form != "weight":
-                    raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
-                name = insertion.entry.parameter
-                if name not in folded:
-                    folded[name] = _evaluated(result, insertion)
+            standing = insertions(result, graph)
+            for chain in _by_weight(standing):
+                entry = chain[0].entry
+                if entry.parameter not in folded:
+                    folded |= dict.fromkeys(entry.names, _evaluated(result, chain))
+            for insertion in reversed(standing):
                 take_out(insertion)
         for name, parameter in folded.items():
-            for alias in aliases[name]:
-                result.set_parameter(alias, parameter)
+            result.set_parameter(name, parameter)
         result.folded = (*result.folded, plan)
         drop_adapters(result)
         result.requires_grad_(False)  # the rest still is the source's storage
         return PassResult(result, True)
 
 
-def _evaluated(module: CapturedModule, insertion: Insertion) -> nn.Parameter:
+def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:
+    """The adapters of each weight (of its parts), each behind the one before."""
+    chains: dict[tuple[str, ...], list[Insertion]] = {}
+    for insertion in standing:
+        if insertion.form != "weight":
+            raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
+        chains.setdefault(insertion.entry.names, []).append(insertion)
+    return list(chains.values())
+
+
+def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
+    """The value of an adapted weight, rounded once to its dtype.
+
+    An addmm does that by itself. What takes more than sums is computed in float32 at least.
+    """
+    wide = any(scales_outputs(insertion.entry) for insertion in chain)
+
     def value(node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return module.get_parameter(str(node.target)).detach()
+            tensor = module.get_parameter(str(node.target)).detach()
+            return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if wide else tensor
         assert callable(node.target)
         return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
+    weight = module.get_parameter(chain[0].entry.parameter)
     with torch.no_grad(), full_precision():
-        return nn.Parameter(value(insertion.output))
+        return nn.Parameter(value(chain[-1].output).to(weight.dtype))
 
 
 @contextmanager

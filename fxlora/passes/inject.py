@@ -10,12 +10,13 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
-from ..initialize import new_pair
+from ..initialize import new_tensors
 from ..module import CapturedModule
 from ..nested import nested_graph
 from ..plan import Entry, Plan
 from ..program import Program
-from ..sites import Site, find_sites
+from ..sites import Site, find_sites, merged
+from ..tables import some
 from .structure import insert_branch, insert_weight, weight_nodes
 
 
@@ -34,49 +35,70 @@ class Inject(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         assert isinstance(graph_module, CapturedModule)
         result = graph_module.derive()
-        sites = {site.parameter: site for site in find_sites(result)}
+        sites = _sites(result, self.plan)
         for entry in self.plan:
-            _check_fits(result, entry, sites.get(entry.parameter))
+            _check_fits(result, entry, sites.get(entry.names))
         _keep_originals(result, self.plan)
         _freeze(result, self.plan)
         if any(entry.dropout for entry in self.plan):
             _split_modes(result)
-            sites = {site.parameter: site for site in find_sites(result)}
+            sites = _sites(result, self.plan)
         for entry in self.plan:
-            _add_pair(result, entry)
+            _add_tensors(result, entry)
             for program in result.programs:
-                _insert(program, entry, sites[entry.parameter])
+                _insert(program, entry, sites[entry.names])
         result.plan = self.plan
+        result.take_fingerprints()
         result.refresh()
         return PassResult(result, True)
+
+
+def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
+    """The site of each entry, by the names that it covers; some entries cover several."""
+    by_name = {name: site for site in find_sites(module) for name in site.names}
+    found: dict[tuple[str, ...], Site] = {}
+    for names in {entry.names for entry in plan}:
+        mine = {id(site): site for name in names if (site := by_name.get(name))}
+        covered = {name for site in mine.values() for name in site.names}
+        if covered == set(names):
+            found[names] = merged(list(mine.values()))
+    return found
 
 
 def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None:
     if site is None:
         raise InjectError(
             f"the plan adapts '{entry.site}', but no graph of this module reads a parameter "
-            f"'{entry.parameter}'. Make the plan with match(module, …) on this module."
+            f"'{entry.parameter}' under {some(entry.names)} alone. Make the plan with "
+            "match(module, …) on this module."
         )
-    if site.shape != entry.shape or site.in_first != entry.in_first:
+    if site.shape != entry.shape or site.layout != entry.layout:
         raise InjectError(
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
-            f"{site.shape}. Make the plan with match(module, …) on this module."
+            f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles}). Make the "
+            "plan with match(module, …) on this module."
         )
     if entry.form == "branch" and any(r.branch is None or r.shared for r in site.readers):
         raise InjectError(
             f"'{entry.site}': the plan says branch, but a reader here has none. Match again."
         )
-    owner = module.get_submodule(entry.site if _is_module(entry) else "")
-    for name in ("lora_A", "lora_B"):
-        if _is_module(entry) and hasattr(owner, name):
-            raise InjectError(
-                f"'{entry.site}' has an attribute '{name}' of its own, where the adapter would "
-                "go. Merge the model's own adapters first."
-            )
+    taken = next(filter(None, (_occupied(module, name) for name in entry.tensors)), None)
+    if taken:
+        raise InjectError(
+            f"the model has a '{taken}' of its own, where the adapter of '{entry.site}' would go. "
+            "Merge the model's own adapters first, or name the part differently."
+        )
 
 
-def _is_module(entry: Entry) -> bool:
-    return entry.prefix == entry.site
+def _occupied(module: CapturedModule, name: str) -> str | None:
+    """What of the model's own stands where a tensor's container would go."""
+    owner, _, kind = name.rpartition(".")[0].rpartition(".")[0].rpartition(".")
+    container: nn.Module = module
+    for part in owner.split("."):
+        if part not in container._modules:
+            return owner if hasattr(container, part) else None
+        container = container.get_submodule(part)
+    return f"{owner}.{kind}" if hasattr(container, kind) else None
 
 
 def _keep_originals(module: CapturedModule, plan: Plan) -> None:
@@ -108,16 +130,16 @@ def _split_modes(module: CapturedModule) -> None:
                     module.set_submodule(node.target, copy.deepcopy(nested))
 
 
-def _add_pair(module: CapturedModule, entry: Entry) -> None:
-    a, b = new_pair(entry, module.get_parameter(entry.parameter))
-    module.set_parameter(entry.name_a, a)
-    module.set_parameter(entry.name_b, b)
+def _add_tensors(module: CapturedModule, entry: Entry) -> None:
+    weight = module.get_parameter(entry.parameter)
+    for name, parameter in new_tensors(entry, weight).items():
+        module.set_parameter(name, parameter)
 
 
 def _insert(program: Program, entry: Entry, site: Site) -> None:
     for graph in program.distinct_graphs():
         if entry.form == "weight":
-            for node in weight_nodes(graph, site.names):
+            for node in weight_nodes(graph, entry.names):
                 if node.users:
                     insert_weight(graph, entry, node)
             continue

@@ -29,7 +29,7 @@ class Remove(PassBase):
         assert isinstance(graph_module, CapturedModule) and graph_module.plan is not None
         result = graph_module.derive()
         for graph in result.distinct_graphs():
-            for insertion in insertions(result, graph):
+            for insertion in reversed(insertions(result, graph)):
                 take_out(insertion)
         if self.restore:
             _restore(result)
@@ -54,6 +54,7 @@ def drop_adapters(module: CapturedModule) -> None:
     for name in module.adapter_parameters():
         module.remove_parameter(name)
     module.plan, module.trained, module.originals = None, frozenset(), {}
+    module.fingerprints = {}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in module.grads)
     _merge_modes(module)

@@ -1,25 +1,28 @@
 """Adapters in a graph: put in, found again, taken out.
 
-They are found from the graph's structure, starting at the A and B that the plan names, because
-what hangs on nodes (meta, attributes) does not survive every copy. In a nested graph A and B are
-inputs, which every call around it passes on.
+Where an adapter stands is marked in the `meta` of its last node, which every copy of a graph
+keeps. In a nested graph its tensors are inputs, which every call around it passes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..adapted import adapted_weight, factors, output_gains, scales_outputs
 from ..module import CapturedModule
 from ..nested import Path, call_of, inside
-from ..ops import Factors, Read, adapted_weight
+from ..ops import Op, Read
 from ..plan import Entry
 from ..readers import Reader
 
 aten = torch.ops.aten
+
+MARK = "fxlora"  # key in a node's meta
 
 
 @dataclass(frozen=True)
@@ -45,32 +48,108 @@ class Insertion:
 
 
 def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
-    """op(x, W) → op(x, W) + B(s·A(dropout(x)))."""
-    base, op = reader.node, reader.op
+    """op(x, W) → op(x, W) + s·B(A(dropout(x)))."""
+    op, base = reader.op, reader.node
     assert op is not None
-    graph = base.graph
-    x = base.args[op.input]
-    assert isinstance(x, fx.Node)
-    with graph.inserting_before(base.next):
-        if dropout and op.dropout:
-            x = graph.call_function(aten.dropout.default, (x, dropout, True))
-        branch = op.branch(Read(graph, base, x), _factors(graph, entry, reader.path))
-        output = graph.call_function(aten.add.Tensor, (base, branch))
-        output.meta = dict(base.meta)  # a loop asks its outputs' values for their storage
-    base.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
+    if op.result is not None:
+        base = next(user for user in base.users if user.args[1] == op.result)
+    readers = set(base.users)
+    with base.graph.inserting_before(base.next):
+        proxied = _proxies(base.graph)
+        values = _values(entry, base.graph, reader.path, proxied)
+        branch = _branch(entry, reader, op, values, proxied, dropout)
+        if scales_outputs(entry):
+            branch = _scaled_outputs(entry, reader, op, branch, values, proxied)
+        output = aten.add.Tensor(proxied(base), branch).node
+    output.meta = dict(base.meta)  # a loop asks its outputs' values for their storage
+    _stand_for(entry, "branch", base, output, readers)
+
+
+def _branch(
+    entry: Entry,
+    reader: Reader,
+    op: Op,
+    values: dict[str, Any],
+    proxied: Callable[[fx.Node], fx.Proxy],
+    dropout: float,
+) -> Any:
+    node, weight = reader.node, reader.weight
+    x = proxied(op.input_of(node, weight))
+    if dropout and op.dropout:
+        x = aten.dropout.default(x, dropout, True)
+    layout = op.layout_of(node, weight, len(entry.shape))
+    down, up = factors(entry, values)
+    if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
+        turn = entry.layout.transposed
+        down, up = turn(up), turn(down)
+    branch = op.branch(Read(node, weight, x, layout, entry.shape, entry.scaling), down, up)
+    if entry.rows is None:
+        return branch
+    assert op.output is not None
+    start, stop = entry.rows
+    behind = entry.shape[entry.layout.part_dim] - stop
+    return aten.constant_pad_nd.default(branch, [0, 0] * (-1 - op.output) + [start, behind])
+
+
+def _scaled_outputs(
+    entry: Entry,
+    reader: Reader,
+    op: Op,
+    branch: Any,
+    values: dict[str, Any],
+    proxied: Callable[[fx.Node], fx.Proxy],
+) -> Any:
+    """(g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g."""
+    weight = reader.weight
+    while weight.op != "get_attr":  # the op may be given the transpose
+        (weight,) = weight.all_input_nodes
+    for gain in output_gains(entry, proxied(weight), values):
+        assert op.output is not None
+        behind = [1] * (-1 - op.output)
+        shaped = aten.reshape.default(gain, [-1, *behind]) if behind else gain
+        bias = reader.node.args[op.bias] if _has_bias(reader.node, op) else None
+        product: Any = proxied(reader.node)
+        if isinstance(bias, fx.Node):
+            added: Any = proxied(bias)
+            if behind:
+                added = aten.reshape.default(added, [-1, *behind])
+            product = aten.sub.Tensor(product, added)
+        change = aten.mul.Tensor(aten.sub.Tensor(shaped, 1), product)
+        branch = aten.add.Tensor(change, aten.mul.Tensor(shaped, branch))
+    return branch
+
+
+def _has_bias(node: fx.Node, op: Op) -> bool:
+    return op.bias is not None and op.bias < len(node.args)
 
 
 def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
     """W → W + s·BA, for every reader of this node."""
     readers = set(weight.users)
     with graph.inserting_before(weight.next):
-        output = adapted_weight(_factors(graph, entry, ()), weight, entry.shape)
-    weight.replace_all_uses_with(output, delete_user_cb=lambda user: user in readers)
+        proxied = _proxies(graph)
+        values = _values(entry, graph, (), proxied)
+        output = adapted_weight(entry, proxied(weight), values).node
+    _stand_for(entry, "weight", weight, output, readers)
 
 
-def _factors(graph: fx.Graph, entry: Entry, path: Path) -> Factors:
-    a, b = (_fetched(graph, name, path) for name in (entry.name_a, entry.name_b))
-    return Factors(graph, a, b, entry.in_first, entry.scaling)
+def _stand_for(
+    entry: Entry, form: str, base: fx.Node, output: fx.Node, readers: set[fx.Node]
+) -> None:
+    output.meta[MARK] = (entry.name_a, form)
+    base.replace_all_uses_with(output, delete_user_cb=lambda user: user in readers)
+
+
+def _proxies(graph: fx.Graph) -> Callable[[fx.Node], fx.Proxy]:
+    """Nodes as what emits further nodes when an op is called on it."""
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    return lambda node: fx.Proxy(node, tracer)
+
+
+def _values(
+    entry: Entry, graph: fx.Graph, path: Path, proxied: Callable[[fx.Node], fx.Proxy]
+) -> dict[str, Any]:
+    return {name: proxied(_fetched(graph, name, path)) for name in entry.tensors}
 
 
 def _fetched(graph: fx.Graph, name: str, path: Path) -> fx.Node:
@@ -93,43 +172,34 @@ def weight_nodes(graph: fx.Graph, names: tuple[str, ...] | list[str]) -> list[fx
 
 
 def insertions(module: CapturedModule, graph: fx.Graph) -> list[Insertion]:
-    """Every adapter in a graph of a module and in those nested in it, in order.
-
-    What depends on an A or B belongs to its entry, up to the join: the sum whose first operand
-    does not.
-    """
-    starts = {name: entry for entry in module.plan or () for name in (entry.name_a, entry.name_b)}
-    fetched = [node for node in graph.nodes if node.op == "get_attr" and node.target in starts]
-    return list(_insertions(module, graph, {node: starts[node.target] for node in fetched}, ()))
+    """Every adapter in a graph of a module and in those nested in it, in order."""
+    entries = {entry.name_a: entry for entry in module.plan or ()}
+    return list(_insertions(module, graph, entries, ()))
 
 
 def _insertions(
-    module: nn.Module, graph: fx.Graph, owner: dict[fx.Node, Entry], path: Path
+    module: nn.Module, graph: fx.Graph, entries: dict[str, Entry], path: Path
 ) -> Iterator[Insertion]:
     for node in graph.nodes:
-        entry = next((owner[n] for n in node.all_input_nodes if n in owner), None)
-        if entry is None:
-            continue
         if call := call_of(node, module):
             for nested in call.graphs:
-                given = {i: owner[o] for i, o in call.given(nested) if o in owner}
-                yield from _insertions(nested, nested.graph, given, (*path, call))
-        elif node.target in (aten.add.Tensor, aten.addmm.default) and node.args[0] not in owner:
-            yield _insertion(entry, node, path)
-        else:
-            owner[node] = entry
+                yield from _insertions(nested, nested.graph, entries, (*path, call))
+        if MARK in node.meta:
+            name, form = node.meta[MARK]
+            yield Insertion(entries[name], form, _base(node, form, entries[name]), node, path)
 
 
-def _insertion(entry: Entry, join: fx.Node, path: Path) -> Insertion:
-    base = join.args[0]
-    assert isinstance(base, fx.Node)
-    if join.target is aten.add.Tensor:
-        return Insertion(entry, "branch", base, join, path)
-    if len(entry.shape) == 2:
-        return Insertion(entry, "weight", base, join, path)
-    (output,) = join.users  # W is reshaped to a matrix before the sum, and back after it
-    (weight,) = base.all_input_nodes
-    return Insertion(entry, "weight", weight, output, path)
+def _base(output: fx.Node, form: str, entry: Entry) -> fx.Node:
+    """What stood where an adapter's last node stands."""
+    if form == "branch":
+        base = output.args[0]
+        assert isinstance(base, fx.Node)
+        return base
+    # The weight, or what stands for it since another part of it was adapted.
+    above = list(output.all_input_nodes)
+    while (node := above.pop()).target not in entry.names and MARK not in node.meta:
+        above += node.all_input_nodes
+    return node
 
 
 # ---- taking out ---------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""The adapted weight of an entry, as a formula.
+
+The functions call aten overloads only. They take tensors, and torch.fx's proxies: then they emit
+the nodes that compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .plan import Entry
+from .variants import VARIANTS
+
+aten = torch.ops.aten
+
+Values = Mapping[str, Any]  # an entry's tensors by name
+
+
+def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
+    """What stands for A and B."""
+    a, b = values[entry.name_a], values[entry.name_b]
+    for variant, held in entry.extras.items():
+        a, b = VARIANTS[variant].factors(entry.layout, a, b, *(values[name] for name in held))
+    return a, b
+
+
+def adapted_weight(entry: Entry, weight: Any, values: Values) -> Any:
+    """W0 + s·BA and what the variants make of it, in W0's shape; other rows as they are."""
+    if entry.rows is None:
+        return _adapted(entry, weight, values)
+    dim, (start, stop) = entry.layout.part_dim, entry.rows
+    part = aten.slice.Tensor(weight, dim, start, stop)
+    return aten.slice_scatter.default(weight, _adapted(entry, part, values), dim, start, stop)
+
+
+def scales_outputs(entry: Entry) -> bool:
+    """Whether a variant multiplies the outputs with something."""
+    return any(VARIANTS[variant].gain for variant in entry.variants)
+
+
+def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
+    """What the variants multiply the outputs with, a factor (…, out) each."""
+    gains: list[Any] = []
+    matrix = aten.detach.default(sum_matrix(entry, weight, values))
+    for variant, held in entry.extras.items():
+        if gain := VARIANTS[variant].gain:
+            gains.append(gain(matrix, input_dim(entry), *(values[name] for name in held)))
+    return gains
+
+
+def sum_matrix(entry: Entry, weight: Any, values: Values) -> Any:
+    """V = W0 + s·BA as (…, d0, d1), for a weight that the entry covers whole."""
+    a, b = factors(entry, values)
+    matrix = entry.layout.matrix(weight, entry.covered)
+    return entry.layout.product(matrix, a, b, entry.scaling, entry.covered)
+
+
+def input_dim(entry: Entry) -> int:
+    """The dimension of V that its inputs are in."""
+    return -2 if entry.layout.in_first else -1
+
+
+def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
+    matrix = sum_matrix(entry, weight, values)
+    dim = input_dim(entry)
+    for variant, held in entry.extras.items():
+        if gain := VARIANTS[variant].gain:
+            found = gain(aten.detach.default(matrix), dim, *(values[name] for name in held))
+            matrix = aten.mul.Tensor(matrix, aten.unsqueeze.default(found, dim))
+    return entry.layout.unmatrix(matrix, entry.covered)

@@ -1,0 +1,52 @@
+"""What a folded weight must be: the reference of `verify`, in float64 and apart from the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .adapted import adapted_weight, scales_outputs
+from .module import CapturedModule
+from .plan import Entry
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A folded weight in float64, and how far one rounding of a good sum may be from it."""
+
+    value: torch.Tensor
+    bound: torch.Tensor
+
+
+def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
+    """W0 + s·BA, and what variants make of it, of the entries of one weight.
+
+    The bound, in the dtype's ε and the ε' of the type that products accumulate in, is
+    ε/2·|W| + (r + 2)·ε'·(|W0| + s·|B||A|) (Higham, Accuracy and Stability, §3.1); where a variant
+    scales the outputs by g, the second term is scaled with them and g's own error is added.
+    """
+    weight = module.get_parameter(entries[0].parameter).detach()
+    accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    value, error = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for entry in entries:
+        tensors = {n: module.get_parameter(n).detach().double() for n in entry.tensors}
+        error += torch.finfo(accumulator).eps * _terms(entry, value, tensors)
+        value = adapted_weight(entry, value, tensors)
+    bound = torch.finfo(weight.dtype).eps / 2 * value.abs() + torch.finfo(weight.dtype).tiny
+    return Exact(value, bound + error)
+
+
+def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many ε' of each entry the sums may be off by: what is summed, times how much of it."""
+    scaled = scales_outputs(entry)
+    unscaled = entry.without_gains()
+    largest = {name: tensor.abs() for name, tensor in tensors.items()}
+    size = (2 * entry.r + 2) * adapted_weight(unscaled, weight.abs(), largest)
+    if not scaled:
+        return size
+    features = entry.layout.sizes(entry.covered)[1 if entry.layout.in_first else 2]
+    adapted = adapted_weight(entry, weight, tensors)
+    gain = (adapted / adapted_weight(unscaled, weight, tensors)).nan_to_num().abs()
+    return size * gain + (features + 4) * adapted.abs()
