@@ -200,7 +200,7 @@ class FxLora(Side):
             rows = self.pattern.parts.get(entry.site.rpartition(".")[2])
             if entry.parameter in weights:
                 shape = tuple(weights[entry.parameter].shape)
-                product = entry.scaling * in_shape(a, b, shape, entry.in_first, rows)
+                product = entry.scaling * in_shape(a, b, shape, entry.layout.in_first, rows)
                 yield entry.site, entry.parameter, product
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
@@ -317,26 +317,42 @@ def in_shape(
 ) -> torch.Tensor:
     """BA in the weight's shape: no two dimensions are equal, so the sizes say which goes where.
 
-    A stack has A (E, r, in) and B (E, out, r). `rows` are those of the output that a part takes.
+    (r, in) and (out, r); stacks of those; with a kernel, A (r, in, *kernel) and B (out, r, 1, …),
+    or A (r, in, 1, …) and B (out, r, *kernel). `rows` are the outputs that a part takes.
+    `in_first` decides where sizes cannot: in the square weights of attention.
     """
-    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] == shape[0]:
-        product = torch.einsum("eor,eri->eoi", b, a)
-        return product if product.shape == shape else product.mT
-    product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
+    if a.ndim > 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]:
+        product = b @ a  # (…, out, in)
+    elif a.ndim > 2:
+        product = torch.einsum("orx,riy->oixy", b.flatten(2), a.flatten(2))
+        kernel = a.shape[2:] if a.shape[2:].numel() > 1 else b.shape[2:]
+        product = product.reshape(*product.shape[:2], *kernel)
+    else:
+        product = b @ a
     if rows is not None:
         outputs = next(n for n in shape if n != a.shape[-1])
         full = product.new_zeros(outputs, a.shape[-1])
         full[rows[0] : rows[1]] = product
         product = full
-    for turned in (product.T, product) if in_first else (product, product.T):
-        for split in range(1, len(shape)):
-            if turned.shape == (_numel(shape[:split]), _numel(shape[split:])):
-                return turned.reshape(shape)
+    orders = [*itertools.permutations(range(product.ndim))]
+    if in_first:
+        orders = [o for o in orders if o[0] == 1] + [o for o in orders if o[0] != 1]
+    for order in orders:
+        turned = product.permute(order)
+        if turned.shape == _merged(shape, turned.shape):
+            return turned.reshape(shape)
     raise AssertionError(f"BA {tuple(product.shape)} is no delta of a weight {shape}")
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _merged(shape: tuple[int, ...], like: torch.Size) -> torch.Size | None:
+    """The shape with neighbours merged into dimensions of these sizes, if that can be."""
+    sizes, rest = [], list(shape)
+    for size in like:
+        product = rest.pop(0) if rest else 0
+        while rest and product < size:
+            product *= rest.pop(0)
+        sizes.append(product)
+    return torch.Size(sizes) if not rest else None
 
 
 def randomise(pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
@@ -446,7 +462,8 @@ def _reference(side: Side, weights: dict[str, torch.Tensor], training: bool) -> 
     model.train(training)
 
     def call(*args: Any) -> Any:
-        return torch.func.functional_call(model, weights, args, tie_weights=False)
+        given = dict(weights)  # of a module under two names, torch puts the old weight back there
+        return torch.func.functional_call(model, given, args, tie_weights=False)
 
     return outputs(call, side.args)
 
