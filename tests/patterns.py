@@ -690,6 +690,22 @@ def shared_parameter() -> Built:
     return model, (torch.randn(4, 5), torch.randn(4, 5))
 
 
+def functional_tie() -> Built:
+    """Both reads are in one forward: the call site does not say which name was meant."""
+    model, args = tied(1)
+    model.function = lambda m, i: F.linear(
+        torch.tanh(m.mix(F.embedding(i, m.emb.weight))), m.head.weight
+    )
+    return model, args
+
+
+def three_tied() -> Built:
+    parts = {name: nn.Linear(5, 5) for name in "abc"}
+    parts["b"].weight = parts["c"].weight = parts["a"].weight
+    model = Net(lambda m, v: m.c(torch.tanh(m.b(torch.tanh(m.a(v))))), **parts)
+    return model, (torch.randn(4, 5),)
+
+
 def overlapping() -> Built:
     """Two parameters in one memory: the decoder is the encoder turned."""
     model = Net(lambda m, a: m.dec(torch.tanh(m.enc(a))), enc=nn.Linear(5, 7), dec=nn.Linear(7, 5))
@@ -710,6 +726,14 @@ SHARED = [
     Pattern("head.weight = emb.weight, rule on both", LM, TIED, peft=BOTH),
     Pattern("head.weight = emb.weight, tied=share", LM, TIED, peft=BOTH,
             rules=rule("head", tied="share")),
+    Pattern("head.weight = emb.weight, a rule for each", LM, TIED,
+            rules=lambda: [Rule("emb", lora=R), Rule("head", lora=LoraConfig(r=3, lora_alpha=5))]),
+    Pattern("tied, read by functions: a rule on emb", functional_tie, TIED[:1],
+            rules=rule("emb"), expects=fxlora.FxLoraError),
+    Pattern("tied, read by functions: a rule on both", functional_tie, TIED, peft=BOTH),
+    Pattern("one of three tied Linears", three_tied, ("b.weight",), rules=rule("b")),
+    Pattern("one name of a module that has two", two_names_called, ("second.weight",),
+            rules=rule("second"), expects=fxlora.FxLoraError),
     Pattern("one Parameter in two Linears, rule on one", shared_parameter, ("first.weight",),
             rules=rule("first"), measured="silent"),
     Pattern("one Parameter in two Linears, rule on both", shared_parameter,
@@ -985,6 +1009,24 @@ PACKED = [
             net(split(6, 6, 6), X, in_proj=conv1d(5, 18)), PROJ, peft=None,
             rules=rule("in_proj", parts=3, enable=[True, False, True]),
             parts={"0": (0, 6), "2": (12, 18)}),
+    Pattern("1x1 convolution as packed QKV: q and v",
+            net(lambda m, a: torch.prod(torch.stack(torch.tanh(m.in_proj(a)).chunk(3, 1)), 0),
+                x(2, 5, 3, 4), in_proj=lambda: nn.Conv2d(5, 18, 1)),
+            PROJ, peft=None, rules=rule("in_proj", parts=Q_V), parts=Q_V),
+    Pattern("experts' gate_up: the gate alone",
+            layer(lambda m, a: torch.prod(torch.stack(torch.bmm(a, m.w).chunk(2, -1)), 0),
+                  x(3, 4, 5), w=w(3, 5, 14)),
+            W, peft=None, rules=rule("layer.w", parts={"gate": (0, 7)}), parts={"gate": (0, 7)}),
+    Pattern("LSTM: two of its gates", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)),
+            ("layer.weight_ih_l0",), peft=None, parts={"1": (6, 12), "3": (18, 24)},
+            rules=rule("layer.weight_ih_l0", parts=4, enable=[False, True, False, True])),
+    Pattern("head tied to the embedding: some of its rows", LM, TIED[1:], peft=None,
+            rules=rule("head", parts={"new": (6, 13)}), parts={"new": (6, 13)}),
+    Pattern("a part that nothing reads",
+            net(lambda m, a: torch.tanh(F.linear(a, m.in_proj.weight[6:])), X,
+                in_proj=linear(5, 18)),
+            PROJ, peft=None, rules=rule("in_proj", parts=Q_V), parts=Q_V,
+            expects=fxlora.FxLoraError),
     Pattern("fused gate and up, chunk",
             net(lambda m, a: F.silu(m.in_proj(a).chunk(2, -1)[0]) * m.in_proj(a).chunk(2, -1)[1],
                 X, in_proj=linear(5, 14)),
@@ -1174,6 +1216,15 @@ VARIANTS = [
     variant("DoRA: F.linear(x, self.lin.weight)", FUNCTIONAL_LINEAR, LIN, use_dora=True),
     variant("DoRA: convolution, reflect padding", padded("reflect"), CONV, use_dora=True),
     variant("DoRA: embedding", embedded(), EMB, use_dora=True),
+    variant("DoRA: grouped convolution",
+            conv(lambda: nn.Conv1d(6, 9, 4, groups=3), 2, 6, 11), CONV, use_dora=True),
+    variant("DoRA: transposed convolution",
+            conv(lambda: nn.ConvTranspose2d(3, 6, (4, 2)), 2, 3, 5, 7), CONV, use_dora=True),
+    variant("DoRA: stacked experts", layer(lambda m, a: torch.bmm(a, m.w), x(3, 4, 5),
+                                           w=w(3, 5, 7)), W, use_dora=True),
+    variant("DoRA: LSTM", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)), ("layer.weight_ih_l0",),
+            use_dora=True),
+    variant("PiSSA: embedding", embedded(padding_idx=2), EMB, init_lora_weights="pissa"),
     variant("PiSSA: F.linear(x, self.lin.weight)", FUNCTIONAL_LINEAR, LIN,
             init_lora_weights="pissa"),
     variant("OLoRA: F.linear(x, self.lin.weight)", FUNCTIONAL_LINEAR, LIN,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import operator
 import tempfile
 import warnings
@@ -173,8 +174,7 @@ class Side:
 
     def adapted(self) -> set[int]:
         """The source's weights that have an adapter, by identity."""
-        names = dict(self.source.named_parameters(remove_duplicate=False))
-        return {id(names[name]) for _, name, _ in self.deltas() if name in names}
+        raise NotImplementedError
 
 
 class FxLora(Side):
@@ -220,6 +220,10 @@ class FxLora(Side):
             several = sum(weights[other] is weights[parameter] for _, other, _ in deltas) > 1
             found[site] = own if several and own else meant
         return found
+
+    def adapted(self) -> set[int]:
+        names = dict(self.source.named_parameters(remove_duplicate=False))
+        return {id(names[e.parameter]) for e in self.module.plan or () if e.parameter in names}
 
     def merged(self) -> nn.Module:
         return fxlora.fold(self.module)
@@ -330,9 +334,12 @@ def in_shape(
     else:
         product = b @ a
     if rows is not None:
-        outputs = next(n for n in shape if n != a.shape[-1])
-        full = product.new_zeros(outputs, a.shape[-1])
-        full[rows[0] : rows[1]] = product
+        dim = 0 if a.ndim > 2 and a.shape[:-2] != b.shape[:-2] else product.ndim - 2
+        others = [n for d, n in enumerate(product.shape) if d != dim]
+        size = [*product.shape]
+        size[dim] = math.prod(shape) // math.prod(others)
+        full = product.new_zeros(size)
+        full.narrow(dim, rows[0], rows[1] - rows[0]).copy_(product)
         product = full
     orders = [*itertools.permutations(range(product.ndim))]
     if in_first:
@@ -475,6 +482,9 @@ def _written(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Te
     names = dict(model.named_parameters(remove_duplicate=False))
     meant = {id(names[name]) for name in weights}
     if {name for name, w in names.items() if id(w) in meant} != weights.keys():
+        return []
+    values = {(id(names[name]), float(weight.sum())) for name, weight in weights.items()}
+    if len(values) > len(meant):  # each name has its own
         return []
     for name, weight in weights.items():
         names[name].data.copy_(weight)
