@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
-
 from .errors import ConfigError, UnsupportedOpError
-from .nested import grad_enabled, origin
-from .ops import is_transpose, named_argument
+from .nested import grad_enabled
+from .ops import named_argument
 from .readers import Reader
 from .sites import Site
 from .variants import VARIANTS
@@ -28,18 +26,20 @@ def check_supported(site: Site, number: int) -> None:
     if site.overlaps:
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}) shares memory with '{site.overlaps[0]}', "
-            "which is another parameter: an adapter on one would leave the other behind. Tie them "
-            "as one Parameter (b.weight = a.weight)."
+            "which is another tensor: an adapter on one would leave the other behind. Tie them "
+            "as one Parameter (b.weight = a.weight), and read that."
         )
     if writer := site.writer:
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): {writer.kind} writes to its weight in every call, "
-            "which an adapter would change. Leave it out, or build the "
-            "layer without (an embedding: max_norm=None)."
+            f"'{site.name}' (rule {number}): its weight is written to in every call, by "
+            f"{writer.describe().replace(' reads', '')}, which an adapter would change. Leave it "
+            "out (Rule(name, lora=None) before it), or take that out of the forward (of an "
+            "embedding: max_norm=None)."
         )
-    if not any(grad_enabled(reader.path) for reader in site.readers):
+    if not any(not reader.detached and grad_enabled(reader.path) for reader in site.readers):
+        how = "through detach()" if site.readers[0].detached else "under torch.no_grad()"
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read under torch.no_grad() alone: its adapter "
+            f"'{site.name}' (rule {number}) is read {how} alone: its adapter "
             "would never train. Leave it out of the rule (Rule(name, lora=None) before it), or "
             "take the no_grad away (a reentrant checkpoint has one: use_reentrant=False)."
         )
@@ -101,7 +101,7 @@ def _obstacle(
         return f"read by {reader.kind}"
     if reader.shared:
         return "in a graph that several calls share"
-    if _multiplies_weights(reader):
+    if reader.beside:
         return "multiplied with another weight"  # two branches would miss Δu·Δv
     seen = op.layout_of(reader.node, reader.weight, len(site.shape))
     if site.layout not in (seen, seen.swapped):
@@ -126,14 +126,3 @@ def _weight_form(site: Site, reason: str) -> Form:
             "with sparse=False: the frozen weight has no gradient anyway."
         )
     return Form("weight", reason)
-
-
-def _multiplies_weights(reader: Reader) -> bool:
-    """Whether the branch's input is a weight itself (the indices of a look-up never are)."""
-    source = reader.op.input_of(reader.node, reader.weight) if reader.op else None
-    if not isinstance(source, fx.Node) or not reader.op or not reader.op.dropout:
-        return False
-    source = origin(reader.path, source)
-    while is_transpose(source, source, 2):
-        source = source.all_input_nodes[0]
-    return source.op == "get_attr"

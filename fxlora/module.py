@@ -37,6 +37,8 @@ class CapturedModule(ProgramModule):
         fingerprints: of the weights under adapters, which nothing may change.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
+        mirrors: names of buffers and constants in a parameter's memory, by its name: the graphs
+            read it there, too.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class CapturedModule(ProgramModule):
         self.fingerprints: dict[str, int] = {}
         self.grads: frozenset[str] = frozenset()
         self.outputs: frozenset[str] = frozenset()
+        self.mirrors: Mapping[str, tuple[str, ...]] = {}
         self.shell = shell
         self.runners: list[ProgramModule] = []
         if shell:

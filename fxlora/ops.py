@@ -424,6 +424,9 @@ _PRODUCTS = frozenset(overload for overload, _ in OPS)
 _KERNELS = {"deform_conv2d": 2}
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 VIEWS = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
+SLICES = frozenset(
+    {"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
+)
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
@@ -479,6 +482,11 @@ def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
         turned = node.args[1:3]
         return {dim % dims for dim in turned} == last
     return node.target is aten.mT.default
+
+
+def is_detach(node: fx.Node) -> bool:
+    """Whether no gradient passes a call."""
+    return node.target in (aten.detach.default, aten.detach_.default)
 
 
 def reads_no_values(node: fx.Node) -> bool:

@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 from .dialect import written_attributes
 from .module import CapturedModule
-from .nested import Call, Path, call_of, every_call, shared
+from .nested import Call, Path, call_of, every_call, origin, shared
 from .ops import (
     Op,
     flat_inputs,
+    is_detach,
     is_product,
     is_transpose,
     kind_of,
@@ -39,6 +41,9 @@ class Reader:
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
         alone: whether the node reads weights alone.
+        beside: whether the op applies it to another parameter itself (not to what is computed
+            from one).
+        detached: whether it reads it through a detach, so that no gradient comes back.
         path: the calls of nested graphs around the node, from the outermost in.
         shared: whether several calls share a graph around the node.
     """
@@ -47,10 +52,12 @@ class Reader:
     weight: fx.Node
     op: Op | None
     kind: str
-    through: str
     call_site: str
     line: str
+    through: str = ""
     alone: bool = False
+    beside: bool = False
+    detached: bool = False
     path: Path = ()
     shared: bool = False
 
@@ -76,11 +83,12 @@ def readers_and_writers(
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
     constants = functools.cache(_constants)
-    dims = {name: p.ndim for name, p in module.named_parameters(remove_duplicate=False)}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
         if node.op == "get_attr":
-            found = _readers(node, module, dims.get(str(node.target), 0), constants)
-            readers.setdefault(str(node.target), []).extend(found)
+            weight = parameters.get(str(node.target), torch.empty(()))
+            walk = _Walk(module, weight, frozenset(parameters), constants)
+            readers.setdefault(str(node.target), []).extend(_once(walk.follow(node, module)))
         if node.op == "call_module":
             for name in _inside(module, str(node.target)):
                 readers.setdefault(name, []).append(_reader(node, node, None))
@@ -105,41 +113,113 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
     return constants
 
 
-def _readers(
-    weight: fx.Node,
-    module: nn.Module,
-    dims: int,
-    constants: Callable[[fx.Graph], set[fx.Node]],
-) -> Iterator[Reader]:
+@dataclass(frozen=True)
+class _Way:
+    """How a value comes from a weight.
+
+    Attributes:
+        path: the calls of nested graphs around it.
+        transposed: whether it is the transpose.
+        through: the first op on the way that is no transpose, or "".
+        detached: whether no gradient comes back.
+    """
+
+    path: Path = ()
+    transposed: bool = False
+    through: str = ""
+    detached: bool = False
+
+    def into(self, call: Call) -> _Way:
+        return dataclasses.replace(self, path=(*self.path, call))
+
+    def over(self, op: fx.Node, turns: bool) -> _Way:
+        return _Way(
+            self.path,
+            self.transposed ^ turns,
+            self.through if turns else self.through or kind_of(op),
+            self.detached or is_detach(op),
+        )
+
+
+@dataclass(frozen=True)
+class _Walk:
     """Where a weight, or what weights alone make, takes part in a product or meets data.
 
     Also inside the nested graphs that it is passed into, and in the graph's order: that of
     `users` is no copy's.
     """
-    seen: set[fx.Node] = set()
 
-    def follow(
-        value: fx.Node, owner: nn.Module, path: Path, transposed: bool, through: str
-    ) -> Iterator[Reader]:
+    module: CapturedModule
+    weight: torch.Tensor
+    parameters: frozenset[str]
+    constants: Callable[[fx.Graph], set[fx.Node]]
+    seen: set[tuple[fx.Node, bool]] = field(default_factory=set[tuple[fx.Node, bool]])
+
+    def follow(self, value: fx.Node, owner: nn.Module, way: _Way = _Way()) -> Iterator[Reader]:
         for user in sorted(value.users):
-            if reads_no_values(user) or user in seen:
+            if reads_no_values(user) or (user, way.detached) in self.seen or _is_dead(user):
                 continue
             inputs = _nested_inputs(user, value, owner)
             if inputs:
                 for call, given, graph in inputs:
-                    yield from follow(given, graph, (*path, call), transposed, through)
+                    yield from self.follow(given, graph, way.into(call))
                 continue
-            row = row_of(user, value, transposed)
-            alone = user in constants(user.graph) and bool(user.users)
-            turns = is_transpose(user, value, dims) and bool(user.users)
-            if not turns and not (alone and (through or not is_product(user))):
-                yield _reader(user, value, row, path, through, alone)
+            row = row_of(user, value, way.transposed)
+            alone = user in self.constants(user.graph) and bool(user.users)
+            turns = is_transpose(user, value, self.weight.ndim) and bool(user.users)
+            if not turns and not (alone and (way.through or not is_product(user))):
+                yield self._reader(user, value, row, way, alone)
                 continue
-            seen.add(user)
-            on = through if turns else through or kind_of(user)
-            yield from follow(user, owner, path, transposed ^ turns, on)
+            self.seen.add((user, way.detached))
+            yield from self.follow(user, owner, way.over(user, turns))
 
-    return follow(weight, module, (), False, "")
+    def _reader(
+        self, node: fx.Node, value: fx.Node, row: Op | None, way: _Way, alone: bool
+    ) -> Reader:
+        if row and way.through and _grows(value, self.weight):
+            row = None  # a magnitude or a mask, spread over the weight: no layer's weight
+        return dataclasses.replace(
+            _reader(node, value, row, way.path),
+            through=way.through,
+            alone=alone,
+            beside=row is not None and self._beside(row, node, value, way.path),
+            detached=way.detached,
+        )
+
+    def _beside(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
+        """Whether the input is a parameter itself: two adapters would miss Δu·Δv.
+
+        (The indices of a look-up are none.)
+        """
+        source = row.input_of(node, value) if row.dropout else None
+        if not isinstance(source, fx.Node):
+            return False
+        source = origin(path, source)
+        while is_transpose(source, source, 2):
+            source = source.all_input_nodes[0]
+        return source.op == "get_attr" and source.target in self.parameters
+
+
+def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
+    """Each read once; what it reads may come over a detach and past it (straight-through)."""
+    found: dict[tuple[fx.Node, fx.Node, Path], Reader] = {}
+    for reader in readers:
+        key = (reader.node, reader.weight, reader.path)
+        before = found.setdefault(key, reader)
+        found[key] = dataclasses.replace(before, detached=before.detached and reader.detached)
+    yield from found.values()
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """Whether nothing comes of a call: torch.export leaves some of a branch not taken."""
+    pure = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
+    return node.op == "call_function" and pure and not node.users
+
+
+def _grows(value: fx.Node, weight: torch.Tensor) -> bool:
+    """Whether what was made of a weight has more numbers than the weight."""
+    seen = value.meta.get("val")
+    return isinstance(seen, torch.Tensor) and seen.numel() > weight.numel()
 
 
 def _nested_inputs(
@@ -153,21 +233,14 @@ def _nested_inputs(
     return [(call, given, graph) for i in passed for given, graph in call.inputs(i)]
 
 
-def _reader(
-    node: fx.Node,
-    weight: fx.Node,
-    op: Op | None,
-    path: Path = (),
-    through: str = "",
-    alone: bool = False,
-) -> Reader:
+def _reader(node: fx.Node, weight: fx.Node, op: Op | None, path: Path = ()) -> Reader:
     kind = op.kind if op else f"operand of {kind_of(node)}" if is_product(node) else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
     nodes = [node, *(call.node for call in reversed(path))]  # the body of a loop has no places
     site = next(filter(None, map(call_site, nodes)), "")
     line = next(filter(None, map(source_line, nodes)), "")
-    return Reader(node, weight, op, kind, through, site, line, alone, path)
+    return Reader(node, weight, op, kind, site, line, path=path)
 
 
 def _marked(reader: Reader, together: set[fx.GraphModule]) -> Reader:

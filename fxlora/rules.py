@@ -16,7 +16,7 @@ from .errors import ConfigError, FxLoraWarning, NoMatchError
 from .forms import check_supported, choose_form
 from .inits import STARTS
 from .module import CapturedModule
-from .ops import CASTS, MATRIX_PRODUCTS
+from .ops import CASTS, MATRIX_PRODUCTS, SLICES, VIEWS
 from .parts import rows_of
 from .patterns import (
     by_pattern,
@@ -162,7 +162,8 @@ class _Matching:
         spared = self.module.outputs & set(site.names)
         kinds = {reader.kind for reader in site.readers}
         layer, behind, _ = site.parameter.partition(".parametrizations.")
-        read = any(r.kind == site.op and r.through in ("", *CASTS) for r in site.readers)
+        whole = {"", *CASTS, *VIEWS, *SLICES}
+        read = any(r.kind == site.op and r.through in whole for r in site.readers)
         own = read or (behind and layer in site.aliases)
         return bool(site.op in MATRIX_PRODUCTS and own and not spared) and "embedding" not in kinds
 
@@ -429,9 +430,11 @@ def _warn_of_large(entries: Sequence[Entry]) -> None:
     """An adapter that has more parameters than its weight saves nothing."""
     large = [e.site for e in entries if e.adapter_parameters > e.weight_parameters]
     if large:
+        have = "adapter has" if len(large) == 1 else "adapters have"
+        its = "its weight" if len(large) == 1 else "their weights"
         warnings.warn(
-            f"{len(large)} adapters have more parameters than their weights: {some(large)}. Give "
-            "them a smaller r, or train them in full (Rule(name, train=True)).",
+            f"{len(large)} {have} more parameters than {its}: {some(large)}. Give a smaller r, or "
+            "train in full (Rule(name, train=True)).",
             FxLoraWarning,
             stacklevel=4,
         )

@@ -42,7 +42,7 @@ class Site:
         dtype: of the weight.
         readers: the nodes that read it, over all graphs.
         writer: a node that writes to it, or None.
-        overlaps: other parameters in the same memory.
+        overlaps: other parameters, and buffers and constants that graphs read, in its memory.
         outside: where Python reads it outside of every captured region ("" where nothing was seen
             to read it), or None where graphs alone read it.
     """
@@ -112,7 +112,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
         if weight.ndim < 2 or not weight.is_floating_point() or not (read or first in uncovered):
             continue
         writer = next((writers[name] for name in every_name if name in writers), None)
-        for names in _by_call_site(every_name, readers):
+        for names in _by_call_site(module, every_name, readers):
             found = tuple(reader for name in names for reader in readers.get(name, ()))
             site = _site(names, weight, found, writer)
             sites.append(
@@ -120,7 +120,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
                     site,
                     tied=tuple(name for name in every_name if name not in names),
                     aliases=(*site.aliases, *_parametrized(module, names)),
-                    overlaps=tuple(overlaps.get(first, ())),
+                    overlaps=(*overlaps.get(first, ()), *module.mirrors.get(first, ())),
                     outside=uncovered.get(first),
                 )
             )
@@ -129,18 +129,24 @@ def find_sites(module: CapturedModule) -> list[Site]:
     return sorted(sites, key=lambda site: order[site.parameter])
 
 
-def _by_call_site(names: list[str], readers: dict[str, list[Reader]]) -> list[list[str]]:
+def _by_call_site(
+    module: CapturedModule, names: list[str], readers: dict[str, list[Reader]]
+) -> list[list[str]]:
     """The names of a weight by whose call reads it; all together where that is not clear.
 
-    A name that nothing reads goes with the first.
+    A name that nothing reads goes with the first. One module under several names is one.
     """
-    read = [name for name in names if readers.get(name)]
-    found = [reader for name in read for reader in readers[name]]
+    modules: dict[int, list[str]] = {}
+    for name in names:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        modules.setdefault(id(owner), []).append(name)
+    read = [group for group in modules.values() if any(readers.get(name) for name in group)]
+    found = [reader for name in names for reader in readers.get(name, ())]
     owned = [any(_is_owner(reader.call_site, name) for name in names) for reader in found]
     if len(read) < 2 or not all(owned):
         return [names]
-    unread = [name for name in names if name not in read]
-    return [[read[0], *unread], *([name] for name in read[1:])]
+    unread = [name for group in modules.values() if group not in read for name in group]
+    return [[*read[0], *unread], *read[1:]]
 
 
 def _is_owner(call_site: str, parameter: str) -> bool:

@@ -270,7 +270,7 @@ def _check_identity(
     # torch chooses attention kernels by requires_grad, under no_grad too.
     neutral = module.derive().eval().requires_grad_(False)
     without = base.derive().eval().requires_grad_(False)
-    with torch.no_grad():
+    with torch.no_grad(), _own_dice(module):
         for entry in module.plan:
             start = dataclasses.replace(entry, init="kaiming_uniform")  # B = 0
             for name, tensor in new_tensors(start, module.get_parameter(entry.parameter)).items():

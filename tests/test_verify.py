@@ -24,7 +24,7 @@ R = LoraConfig(r=2, lora_alpha=3)
 
 @pytest.fixture
 def lora() -> fxlora.CapturedModule:
-    rules = Rule(["conv", "twice", "first"], lora=R)
+    rules = Rule(["conv", "twice", "first", "second"], lora=R)
     result = fxlora.adapt(Normed(), torch.randn(2, 3, 9, 7), rules=rules)
     randomise(result)
     return result
@@ -71,7 +71,8 @@ def test_a_wrong_fold_is_named(lora: fxlora.CapturedModule) -> None:
 
 
 def test_the_fold_of_another_module_is_noticed(lora: fxlora.CapturedModule) -> None:
-    other = fxlora.adapt(Normed(), X, rules=Rule(["conv", "twice", "first"], lora=R))
+    rules = Rule(["conv", "twice", "first", "second"], lora=R)
+    other = fxlora.adapt(Normed(), X, rules=rules)
     randomise(other)
     with pytest.raises(VerificationError, match="'conv'"):
         fxlora.verify(lora, X, folded=fxlora.fold(other))

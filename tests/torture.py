@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import operator
 import tempfile
 import warnings
@@ -38,6 +37,7 @@ from torch.utils import _pytree as pytree
 
 import fxlora
 
+from . import laws
 from .patterns import Pattern
 
 CHECKS = ("effect train", "effect eval", "gradient", "folded == unfolded", "exports")
@@ -196,12 +196,12 @@ class FxLora(Side):
     def deltas(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         weights = dict(self.source.named_parameters(remove_duplicate=False))
         for entry in self.module.plan or ():
-            a, b = self.pairs()[entry.site]
-            rows = self.pattern.parts.get(entry.site.rpartition(".")[2])
+            if entry.rows != self.pattern.parts.get(entry.part or ""):
+                raise Wrong(f"{entry.site} takes the rows {entry.rows}")
+            values = {name: self.module.get_parameter(name) for name in entry.tensors}
             if entry.parameter in weights:
-                shape = tuple(weights[entry.parameter].shape)
-                product = entry.scaling * in_shape(a, b, shape, entry.layout.in_first, rows)
-                yield entry.site, entry.parameter, product
+                zero = torch.zeros_like(weights[entry.parameter])
+                yield entry.site, entry.parameter, laws.adapted(entry, zero, values)
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
         """Each delta on the names that the pattern says, of a tied weight."""
@@ -310,56 +310,6 @@ def _summed(
         for name in names[adapter]:
             total[name] = total.get(name, weights[name].detach()) + delta
     return total
-
-
-def in_shape(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    shape: tuple[int, ...],
-    in_first: bool,
-    rows: tuple[int, int] | None,
-) -> torch.Tensor:
-    """BA in the weight's shape: no two dimensions are equal, so the sizes say which goes where.
-
-    (r, in) and (out, r); stacks of those; with a kernel, A (r, in, *kernel) and B (out, r, 1, …),
-    or A (r, in, 1, …) and B (out, r, *kernel). `rows` are the outputs that a part takes.
-    `in_first` decides where sizes cannot: in the square weights of attention.
-    """
-    if a.ndim > 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]:
-        product = b @ a  # (…, out, in)
-    elif a.ndim > 2:
-        product = torch.einsum("orx,riy->oixy", b.flatten(2), a.flatten(2))
-        kernel = a.shape[2:] if a.shape[2:].numel() > 1 else b.shape[2:]
-        product = product.reshape(*product.shape[:2], *kernel)
-    else:
-        product = b @ a
-    if rows is not None:
-        dim = 0 if a.ndim > 2 and a.shape[:-2] != b.shape[:-2] else product.ndim - 2
-        others = [n for d, n in enumerate(product.shape) if d != dim]
-        size = [*product.shape]
-        size[dim] = math.prod(shape) // math.prod(others)
-        full = product.new_zeros(size)
-        full.narrow(dim, rows[0], rows[1] - rows[0]).copy_(product)
-        product = full
-    orders = [*itertools.permutations(range(product.ndim))]
-    if in_first:
-        orders = [o for o in orders if o[0] == 1] + [o for o in orders if o[0] != 1]
-    for order in orders:
-        turned = product.permute(order)
-        if turned.shape == _merged(shape, turned.shape):
-            return turned.reshape(shape)
-    raise AssertionError(f"BA {tuple(product.shape)} is no delta of a weight {shape}")
-
-
-def _merged(shape: tuple[int, ...], like: torch.Size) -> torch.Size | None:
-    """The shape with neighbours merged into dimensions of these sizes, if that can be."""
-    sizes, rest = [], list(shape)
-    for size in like:
-        product = rest.pop(0) if rest else 0
-        while rest and product < size:
-            product *= rest.pop(0)
-        sizes.append(product)
-    return torch.Size(sizes) if not rest else None
 
 
 def randomise(pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:

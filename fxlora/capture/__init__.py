@@ -21,6 +21,7 @@ from .checkpoints import gather_checkpoints
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
 from .hooks import refuse_backward_hooks
+from .memory import ParameterMemory
 from .pytrees import register_containers
 from .regions import Regions, wrong_regions
 from .ties import read_by_own_names
@@ -165,26 +166,37 @@ def _assemble(
                 called |= {str(node.target)} if node.op == "call_module" else set()
     tree = build_tree(model, called, written)
     known = _tensor_names(model)
+    memory = ParameterMemory(model)
+    mirrors: dict[str, set[str]] = {}
     for number, source in enumerate(sources):
         for mode, module in source.distinct().items():
             label = f"{mode}{number or ''}"
-            _adopt(tree, label, source, module, known)
+            _adopt(tree, label, source, module, known, memory, mirrors)
     programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
     result = CapturedModule(
         tree, programs, shell, class_name=type(model).__name__, training=model.training
     )
     result.grads = frozenset(n for n, p in result.named_parameters() if p.requires_grad)
     result.outputs = _output_embeddings(model)
+    result.mirrors = {name: tuple(sorted(others)) for name, others in mirrors.items()}
     read_by_own_names(result)
     return result
 
 
 def _adopt(
-    tree: nn.Module, label: str, source: Source, module: fx.GraphModule, known: set[str]
+    tree: nn.Module,
+    label: str,
+    source: Source,
+    module: fx.GraphModule,
+    known: set[str],
+    memory: ParameterMemory,
+    mirrors: dict[str, set[str]],
 ) -> None:
     """Name tensors as the whole model does; take constants and nested graphs along.
 
-    The names of those collide between modes and regions, hence the label.
+    The names of those collide between modes and regions, hence the label. A constant that is a
+    parameter (a list or a closure held it) has the parameter's name; what shows a part of one's
+    memory goes into `mirrors`.
     """
     taken: set[str] = set()
     for node in module.graph.nodes:
@@ -195,12 +207,18 @@ def _adopt(
             continue
         name = str(node.target)
         node.target = _full(source, name)
+        value = _attribute(module, name)
+        if node.target not in known and (own := memory.name_of(value)):
+            node.target = own
+        elif not isinstance(value, nn.Parameter):
+            for parameter in memory.under(value):
+                mirrors.setdefault(parameter, set()).add(node.target)
         if node.target in known:
             continue
         node.target = f"_constants.{label}_{name.replace('.', '_')}"
         if node.target not in taken:
             taken.add(node.target)
-            attach(tree, node.target, _attribute(module, name))
+            attach(tree, node.target, value)
 
 
 def _full(source: Source, name: str) -> str:

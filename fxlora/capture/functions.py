@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import CaptureError
+from .memory import storage_of
 
 _OPEN = object()  # among the arguments of a FunctionCall: where a tensor or a size goes
 
@@ -186,7 +187,7 @@ class _Own(TorchDispatchMode):
     def __init__(self, call: FunctionCall, values: list[Any]) -> None:
         super().__init__()
         self.call = call
-        self.given = {_storage(v) for v in values if isinstance(v, torch.Tensor)}
+        self.given = {storage_of(v) for v in values if isinstance(v, torch.Tensor)}
         self.known = set(self.given)
 
     def __torch_dispatch__(
@@ -194,19 +195,19 @@ class _Own(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, FakeTensor) and _storage(value) not in self.known:
+            if isinstance(value, FakeTensor) and storage_of(value) not in self.known:
                 raise self._refusal("reads a weight or an activation that is no argument of it")
         if func._schema.is_mutable and any(
             argument.alias_info
             and argument.alias_info.is_write
             and isinstance(value, torch.Tensor)
-            and _storage(value) in self.given
+            and storage_of(value) in self.given
             for argument, value in zip(func._schema.arguments, args, strict=False)
         ):
             raise self._refusal("writes to its arguments")
         result = func(*args, **kwargs)
         self.known |= {
-            _storage(v) for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)
+            storage_of(v) for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)
         }
         return result
 
@@ -220,10 +221,6 @@ class _Own(TorchDispatchMode):
             f"the forward of the autograd.Function {self.call} {does}, which a graph cannot show. "
             f"{advice}"
         )
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _fake(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..dialect import arguments_of
 from ..errors import CaptureError
 from ..program import MODES
+from .memory import storage_of
 from .places import called_at
 from .surroundings import mode_of, seed_all, undisturbed
 from .tree import twin_of
@@ -189,7 +190,7 @@ class _Watch(TorchDispatchMode):
         self.inside: list[str] = []
         self.names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(parameter.untyped_storage()._cdata, []).append(name)
+            self.names.setdefault(storage_of(parameter), []).append(name)
         for path, module in model.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
                 # before the module's own hooks, which an export runs, too
@@ -227,7 +228,7 @@ class _Watch(TorchDispatchMode):
         """Names of the parameters among an op's arguments, views of them included."""
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Tensor):
-                yield from self.names.get(value.untyped_storage()._cdata, ())
+                yield from self.names.get(storage_of(value), ())
 
     def _note(self, name: str) -> None:
         places = self.seen.reads.setdefault(name, {})

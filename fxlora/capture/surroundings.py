@@ -40,6 +40,7 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         stack.enter_context(_quiet())
         stack.enter_context(_dice())
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_inference_as_no_grad())
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
             stack.enter_context(torch.autocast(device, enabled=False))
@@ -141,6 +142,32 @@ def _items(container: Any) -> list[Any]:
     if isinstance(container, dict):
         return [item for pair in container.items() for item in pair]  # pyright: ignore[reportUnknownVariableType]
     return list(container)
+
+
+# ---- inference mode ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _inference_as_no_grad() -> Generator[None]:
+    """What a forward runs in inference mode, torch.export records as if it were not.
+
+    no_grad, which it records, is what is left of that mode in a graph: no gradient.
+    """
+    inference: Any = torch.inference_mode
+    enter, leave = inference.__enter__, inference.__exit__
+
+    def enter_no_grad(self: Any) -> None:
+        self.stand_in = torch.no_grad() if self.mode else None
+        self.stand_in.__enter__() if self.stand_in else enter(self)
+
+    def leave_no_grad(self: Any, *error: Any) -> None:
+        self.stand_in.__exit__(*error) if self.stand_in else leave(self, *error)
+
+    inference.__enter__, inference.__exit__ = enter_no_grad, leave_no_grad
+    try:
+        yield
+    finally:
+        inference.__enter__, inference.__exit__ = enter, leave
 
 
 # ---- dice ---------------------------------------------------------------------------------------

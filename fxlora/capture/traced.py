@@ -14,6 +14,7 @@ from ..dialect import WEIGHT_MODULES, lower
 from ..errors import CaptureError
 from .failures import capture_error
 from .functions import opaque_functions
+from .memory import storage_of
 from .surroundings import mode_of, refuse_constant_dice
 from .tree import twin_of
 
@@ -64,14 +65,14 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         tensors = [*model.parameters(), *model.buffers()]
-        self.storages = {t.untyped_storage()._cdata for t in tensors}
+        self.storages = {storage_of(t) for t in tensors}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in self.storages:
+            if isinstance(value, torch.Tensor) and storage_of(value) in self.storages:
                 raise RuntimeError(
                     f"{func} runs on a parameter or buffer while the model is traced, so its "
                     "result would be a constant. Give example inputs: capture(model, args)."
