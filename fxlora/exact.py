@@ -46,7 +46,8 @@ def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor])
     size = (2 * entry.r + 2) * adapted_weight(unscaled, weight.abs(), largest)
     if not scaled:
         return size
-    features = entry.layout.sizes(entry.covered)[1 if entry.layout.in_first else 2]
+    _, d0, d1 = entry.layout.sizes(entry.covered)
+    features = d0 if entry.layout.in_first else d1
     adapted = adapted_weight(entry, weight, tensors)
     gain = (adapted / adapted_weight(unscaled, weight, tensors)).nan_to_num().abs()
     return size * gain + (features + 4) * adapted.abs()

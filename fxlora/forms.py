@@ -111,7 +111,8 @@ def _obstacle(
         return f"read by {reader.kind}, whose outputs are not in one dimension"
     if rows and site.groups > 1:
         return "a part of a grouped convolution"
-    if scales and (rows or reader.path or op.result is not None):
+    each_tap = site.layout.in_first and site.layout.kernel(site.shape)  # a transposed convolution
+    if scales and (rows or each_tap or reader.path or op.result is not None):
         return f"{', '.join(variants)} scales its outputs"
     return op.obstacle(reader.node, reader.weight, site.shape)
 
