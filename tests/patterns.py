@@ -47,7 +47,6 @@ class Pattern:
         tolerance: of the largest entry.
         dtype: of the model and its inputs.
         plain: whether s·BA is what the adapter adds (DoRA scales, PiSSA subtracts).
-        loadable: whether the source with the folded weights computes the folded outputs.
         exportable: whether there is a whole graph to export; if not, a typed error says so.
         hidden: whether it has reads that torch.func does not reach (what a list holds); the
             oracle then writes into the source's own memory alone.
@@ -69,7 +68,6 @@ class Pattern:
     tolerance: float = 1e-10
     dtype: torch.dtype = torch.float64
     plain: bool = True
-    loadable: bool = True
     exportable: bool = True
     hidden: bool = False
     floor_too: bool = True

@@ -462,7 +462,7 @@ def _folded(side: Side) -> None:
             error = distance(unfolded, _written(side, weights, training) or unfolded)
             if error > side.pattern.tolerance:
                 raise Wrong(f"a read of W is not adapted: {error:.1g}")
-        if len(known) == len(names) and side.pattern.loadable and not side.pattern.hidden:
+        if len(known) == len(names) and not side.pattern.hidden:
             error = distance(unfolded, _reference(side, known, training))
             if error > side.pattern.tolerance:
                 raise Wrong(f"unfolded is not the source with the folded weights: {error:.1g}")
