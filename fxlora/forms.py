@@ -107,6 +107,8 @@ def _obstacle(
     if site.layout not in (seen, seen.swapped):
         return f"read as {seen.roles} and as {site.layout.roles}"
     scales = any(VARIANTS[name].gain for name in variants)
+    if scales and seen != site.layout:
+        return f"read both ways, and {', '.join(variants)} scales one of them"
     if (rows or scales) and (op.output is None or seen.stacked):
         return f"read by {reader.kind}, whose outputs are not in one dimension"
     if rows and site.groups > 1:

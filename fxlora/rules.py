@@ -250,7 +250,7 @@ class _Matching:
         form = choose_form(site, r, config.lora_dropout, rows, variants)
         notes = [form.reason]
         if site.tied:
-            notes.append(f"tied with {', '.join(site.tied)}, which keeps its weight")
+            notes.append(f"split from its tie with {', '.join(site.tied)}")
         elif len(site.names) > 1:
             notes.append("tied")
         entry = Entry(
