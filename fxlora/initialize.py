@@ -28,7 +28,7 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
     for variant, held in entry.extras.items():
         before = entry.upto(variant)  # what a variant starts from has those before it
         adapted = sum_matrix(before, weight, tensors)
-        by_output = adapted.mT if entry.layout.in_first else adapted
+        by_output = entry.layout.by_output(adapted, entry.covered)
         values = VARIANTS[variant].start(by_output, a, b)
         tensors |= {n: v.reshape(held[n]) for n, v in zip(held, values, strict=True)}
     return {
