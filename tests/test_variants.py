@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxlora
-from fxlora import ConfigError, LoraConfig, Rule
+from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
 
 from .laws import assert_close, check_laws, floats, randomise, run
 from .models import Mlp, Tied
@@ -335,3 +335,41 @@ def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
     lora = fxlora.adapt(model, args, rules=rules_for(what, **KINDS[kind]))
     randomise(lora)
     fxlora.verify(lora, args, folded=fxlora.fold(lora))
+
+
+# ---- what cannot be -----------------------------------------------------------------------------
+
+
+def test_dora_leaves_the_padding_row_alone_or_is_refused() -> None:
+    model, ids = Words(), torch.tensor([[1, 2, 3, 4], [5, 2, 12, 0]])
+    with torch.no_grad():
+        model.emb.weight[2] = 1.0
+    config = LoraConfig(r=2, target_modules=["emb"], use_dora=True)
+    with pytest.raises(UnsupportedOpError, match="padding_idx=2"):
+        fxlora.match(fxlora.capture(model, ids), config)
+    with torch.device("meta"):  # nothing to look at
+        fxlora.match(fxlora.capture(Words(), ids.to("meta")), config)
+
+
+def test_dora_without_a_direction_is_refused() -> None:
+    model = Mlp()
+    with torch.no_grad():
+        model.up.weight[3] = 0
+    with pytest.raises(ConfigError, match="'up': DoRA learns"):
+        fxlora.adapt(model, torch.randn(2, 5), rules=LoraConfig(target_modules=["up"], r=2,
+                                                               use_dora=True))
+
+
+def test_a_head_first_tied_with_an_embedding_that_pads() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 17, bias=False)
+            self.emb = nn.Embedding(17, 6, padding_idx=11)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.emb(ids)))
+
+    rules = Rule("head", lora=LoraConfig(r=2, tied="share"))
+    check_laws(Padded(), (torch.tensor([[1, 2, 11], [5, 0, 16]]),), rules=rules)
