@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .adapted import scales_outputs
 from .budget import within
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
@@ -275,7 +276,20 @@ class _Matching:
             rule=number,
         )
         self._check_rank(entry)
+        self._check_padding(entry)
         return entry
+
+    def _check_padding(self, entry: Entry) -> None:
+        """The row of padding_idx stays as it is: a variant that scales outputs would scale it."""
+        weight = self.module.get_parameter(entry.parameter)
+        if entry.padding_idx is None or weight.is_meta or not scales_outputs(entry):
+            return
+        if bool(weight[entry.padding_idx].any()):
+            raise UnsupportedOpError(
+                f"'{entry.site}': {', '.join(entry.variants)} scales every row of the embedding, "
+                f"also that of padding_idx={entry.padding_idx}, which must stay as it is and is "
+                "not zero. Take plain LoRA for it in a rule of its own, or zero the row."
+            )
 
     def _check_rank(self, entry: Entry) -> None:
         largest = min(entry.layout.sizes(entry.covered)[1:])
