@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..adapted import adapted_weight, factors, output_gains, scales_outputs
+from ..adapted import adapted_weight, factors, output_gains, rank, scales_outputs
 from ..module import CapturedModule
 from ..nested import Path, call_of, inside
 from ..ops import Op, Read
@@ -82,7 +82,8 @@ def _branch(
     if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
         turn = entry.layout.transposed
         down, up = turn(up), turn(down)
-    branch = op.branch(Read(node, weight, x, layout, entry.shape, entry.scaling), down, up)
+    read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling)
+    branch = op.branch(read, down, up)
     if entry.rows is None:
         return branch
     assert op.output is not None
