@@ -58,7 +58,7 @@ def export(
     content = io.BytesIO()
     try:
         torch.export.save(program, content)
-    except Exception as error:  # noqa: BLE001 - it raises whatever an op without a schema does
+    except Exception as error:
         raise ExportError(f"torch.export cannot write the graph: {error}") from error
     with whole_file(path, ExportError) as temporary, temporary.open("wb") as file:
         file.write(content.getbuffer())

@@ -13,7 +13,7 @@ import torch
 
 from .layout import Layout, Shape
 from .module import CapturedModule
-from .ops import VIEWS, layout_without_row, named_argument
+from .ops import VIEWS, layout_without_row, named_argument, padding_row
 from .readers import Reader, readers_and_writers
 
 
@@ -244,7 +244,7 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
         "layout": layout,
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
         # (a head that is tied with it trains the row)
-        "padding_idx": _padding_idx(padding) if layout.in_first else None,
+        "padding_idx": _padding_idx(padding, shape[0]) if layout.in_first else None,
     }
 
 
@@ -263,11 +263,10 @@ def _behind_view(reader: Reader, shape: Shape) -> Layout | None:
     return Layout(first * rows[0] + second * (len(shape) - rows[0]))
 
 
-def _padding_idx(lookups: list[Reader]) -> int | None:
+def _padding_idx(lookups: list[Reader], rows: int) -> int | None:
     """The row that no look-up trains, if all agree on one."""
-    found = {named_argument(reader.node, "padding_idx") for reader in lookups}
-    index = found.pop() if len(found) == 1 else None
-    return index if isinstance(index, int) and index >= 0 else None
+    found = {padding_row(reader.node, rows) for reader in lookups}
+    return found.pop() if len(found) == 1 else None
 
 
 def _main_reader(readers: tuple[Reader, ...]) -> Reader | None:

@@ -14,7 +14,7 @@ from torch import nn
 import fxlora
 from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
 
-from .laws import assert_close, check_laws, floats, randomise, run
+from .laws import assert_close, check_laws, randomise
 from .models import Mlp, Tied
 
 # ---- against PEFT -------------------------------------------------------------------------------
@@ -356,8 +356,9 @@ def test_dora_without_a_direction_is_refused() -> None:
     with torch.no_grad():
         model.up.weight[3] = 0
     with pytest.raises(ConfigError, match="'up': DoRA learns"):
-        fxlora.adapt(model, torch.randn(2, 5), rules=LoraConfig(target_modules=["up"], r=2,
-                                                               use_dora=True))
+        fxlora.adapt(
+            model, torch.randn(2, 5), rules=LoraConfig(target_modules=["up"], r=2, use_dora=True)
+        )
 
 
 def test_a_head_first_tied_with_an_embedding_that_pads() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..adapted import adapted_weight, factors, output_gains, scales_outputs
+from ..adapted import adapted_weight, factors, output_gains, rank, scales_outputs
 from ..module import CapturedModule
 from ..nested import Path, call_of, inside
 from ..ops import Op, Read, argument
@@ -90,7 +90,7 @@ class _Branch:
         if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
             turn = entry.layout.transposed
             down, up = turn(up), turn(down)
-        read = Read(node, weight, x, layout, entry.shape, entry.scaling)
+        read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling)
         return self.op.branch(read, down, up)
 
     def _padded(self, branch: Any, rows: tuple[int, int]) -> Any:
