@@ -392,6 +392,12 @@ def _check_entries(module: CapturedModule, layout: _Layout, content: _Folder) ->
         raise AdapterError(
             f"{content.path} does not fit the module; the module has no {some(missing)}."
         )
+    shapes = {e.parameter: e.shape for e in plan if e.shape != tuple(parameters[e.parameter].shape)}
+    if shapes:
+        raise AdapterError(
+            f"{content.path} does not fit the module; it was made for "
+            f"{some(f'{name} {shape}' for name, shape in shapes.items())}."
+        )
     expected = layout.shapes()
     expected |= {layout.key(name): tuple(parameters[name].shape) for name in plan.trained}
     buffers = {layout.key(n): tuple(b.shape) for n, b in module.named_buffers()}

@@ -354,7 +354,7 @@ def _commonest(values: Iterable[float]) -> float:
 
 
 def _whole(value: float) -> float:
-    near = round(value, 9)  # alpha / r * r
+    near = round(float(value), 9)  # alpha / r * r
     return int(near) if near.is_integer() else near
 
 
