@@ -49,11 +49,11 @@ def scales_outputs(entry: Entry) -> bool:
 
 def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
     """What the variants multiply the outputs with, a factor (…, out) each."""
+    matrix = sum_matrix(entry, weight, values)
     gains: list[Any] = []
-    matrix = aten.detach.default(sum_matrix(entry, weight, values))
     for variant, held in entry.extras.items():
         if gain := VARIANTS[variant].gain:
-            gains.append(gain(matrix, input_dim(entry), *(values[name] for name in held)))
+            gains.append(gain(_constant(entry, matrix), *(values[name] for name in held)))
     return gains
 
 
@@ -64,16 +64,15 @@ def sum_matrix(entry: Entry, weight: Any, values: Values) -> Any:
     return entry.layout.product(matrix, a, b, entry.scaling, entry.covered)
 
 
-def input_dim(entry: Entry) -> int:
-    """The dimension of V that its inputs are in."""
-    return -2 if entry.layout.in_first else -1
+def _constant(entry: Entry, matrix: Any) -> Any:
+    """V as (…, out, in), without gradients."""
+    return entry.layout.by_output(aten.detach.default(matrix), entry.covered)
 
 
 def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
     matrix = sum_matrix(entry, weight, values)
-    dim = input_dim(entry)
     for variant, held in entry.extras.items():
         if gain := VARIANTS[variant].gain:
-            found = gain(aten.detach.default(matrix), dim, *(values[name] for name in held))
-            matrix = aten.mul.Tensor(matrix, aten.unsqueeze.default(found, dim))
+            found = gain(_constant(entry, matrix), *(values[name] for name in held))
+            matrix = aten.mul.Tensor(matrix, entry.layout.per_output(found, entry.covered))
     return entry.layout.unmatrix(matrix, entry.covered)

@@ -38,7 +38,9 @@ class LoraConfig:
         target_modules: a list of names, each matching whole or as a dotted suffix; or one
             string, a regular expression for the whole name; or "all-linear".
         exclude_modules: as target_modules; what it matches is left alone.
-        lora_dropout: probability of zeroing an entry of the branch's input, in train mode.
+        lora_dropout: probability of zeroing an entry of the branch's input, in train mode. With
+            DoRA the base's own output is scaled as it is (PEFT computes it again from the dropped
+            input, so that dropout there also drops from the frozen layer).
         modules_to_save: modules (whole name or dotted suffix) trained in full, as copies.
         bias: "none"; "all" biases or those of adapted layers ("lora_only") train too.
         use_dora: PEFT's word for `variant="dora"`.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 
 from .nested import call_of
 
@@ -208,7 +209,7 @@ def lower(graph: fx.Graph) -> None:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: Bound) -> None:
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
 
     def proxied(given: fx.Node) -> Any:
         return fx.Proxy(given, tracer)

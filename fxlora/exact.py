@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,9 @@ def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor])
     size = (2 * entry.r + 2) * adapted_weight(unscaled, weight.abs(), largest)
     if not scaled:
         return size
-    features = entry.layout.sizes(entry.covered)[1 if entry.layout.in_first else 2]
+    stack = entry.layout.sizes(entry.covered)[0]
+    outputs = math.prod(stack) * entry.layout.features(entry.covered)[1]
+    features = math.prod(entry.covered) // outputs
     adapted = adapted_weight(entry, weight, tensors)
     gain = (adapted / adapted_weight(unscaled, weight, tensors)).nan_to_num().abs()
     return size * gain + (features + 4) * adapted.abs()

@@ -109,8 +109,12 @@ def _obstacle(
     scales = any(VARIANTS[name].gain for name in variants)
     if (rows or scales) and (op.output is None or seen.stacked):
         return f"read by {reader.kind}, whose outputs are not in one dimension"
+    if (rows or scales) and seen != site.layout:
+        return f"read by {reader.kind}, whose outputs are what others take as inputs"
     if rows and site.groups > 1:
         return "a part of a grouped convolution"
+    if scales and site.groups > 1 and site.layout.in_first:
+        return "outputs that groups share"
     if scales and (rows or reader.path or op.result is not None):
         return f"{', '.join(variants)} scales its outputs"
     return op.obstacle(reader.node, reader.weight, site.shape)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .adapted import sum_matrix
+from .errors import ConfigError
 from .inits import FILLS, STARTS, embedding
 from .plan import Entry
 from .variants import VARIANTS
@@ -28,8 +29,11 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
     for variant, held in entry.extras.items():
         before = entry.upto(variant)  # what a variant starts from has those before it
         adapted = sum_matrix(before, weight, tensors)
-        by_output = adapted.mT if entry.layout.in_first else adapted
-        values = VARIANTS[variant].start(by_output, a, b)
+        by_output = entry.layout.by_output(adapted, entry.covered)
+        try:
+            values = VARIANTS[variant].start(by_output, a, b)
+        except ConfigError as error:
+            raise ConfigError(f"'{entry.site}': {error}") from error
         tensors |= {n: v.reshape(held[n]) for n, v in zip(held, values, strict=True)}
     return {
         name: nn.Parameter(tensor.to(weight.dtype).contiguous(), name in entry.trainable)

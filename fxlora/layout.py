@@ -152,6 +152,28 @@ class Layout:
         add = aten.baddbmm.default if stack else aten.addmm.default
         return add(matrix, left, right, alpha=scaling)
 
+    def by_output(self, matrix: Any, shape: Shape) -> Any:
+        """M as (…, out, in), kernels with the inputs."""
+        if not self.in_first:
+            return matrix
+        if KERNEL not in self.roles:
+            return aten.transpose.int(matrix, -2, -1)
+        size_i, size_o = self.features(shape)
+        kernel = math.prod(self.kernel(shape))
+        stack, order = ([-1], [0, 2, 1, 3]) if self.stacked else ([], [1, 0, 2])
+        apart = aten.reshape.default(matrix, [*stack, size_i, size_o, kernel])
+        turned = aten.permute.default(apart, order)
+        return aten.reshape.default(turned, [*stack, size_o, size_i * kernel])
+
+    def per_output(self, factor: Any, shape: Shape) -> Any:
+        """A factor (…, out) as what M can be multiplied with."""
+        if not self.in_first:
+            return aten.unsqueeze.default(factor, -1)
+        if KERNEL in self.roles:
+            kernel = math.prod(self.kernel(shape))
+            factor = aten.repeat_interleave.self_int(factor, kernel, -1)
+        return aten.unsqueeze.default(factor, -2)
+
     # ---- dimensions -----------------------------------------------------------------------------
 
     def _groups(self) -> tuple[list[int], list[int], list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,10 @@ class Read:
 
     def arg(self, position: int) -> Any:
         """An argument of the call, as the branch can take it."""
-        given = argument(self.node, position)
-        return fx.map_arg(given, lambda node: fx.Proxy(node, self.x.tracer))
+        return fx.map_arg(argument(self.node, position), self._proxied)
+
+    def _proxied(self, node: fx.Node) -> Any:
+        return fx.Proxy(node, self.x.tracer)
 
     def scaled(self, hidden: Any) -> Any:
         """s·A(x): the scaling where the branch is narrowest, r wide."""
@@ -448,6 +451,7 @@ VIEWS = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
 SLICES = frozenset(
     {"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 )
+_TURNS = frozenset({"t", "transpose", "permute", "mT", "numpy_T", "squeeze", "unsqueeze", "detach"})
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
@@ -518,6 +522,15 @@ def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
 def is_detach(node: fx.Node) -> bool:
     """Whether no gradient passes a call."""
     return node.target in (aten.detach.default, aten.detach_.default)
+
+
+def moves_data(node: fx.Node) -> bool:
+    """Whether a call takes parts of a tensor, or arranges it in other ways, and no more."""
+    if node.target is operator.getitem:
+        return True
+    packet = getattr(node.target, "overloadpacket", None)
+    named = getattr(packet, "__name__", "") in VIEWS | SLICES | _TURNS
+    return named and not node.kwargs
 
 
 def reads_no_values(node: fx.Node) -> bool:

@@ -166,8 +166,11 @@ class Entry:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Entry:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}  # pyright: ignore[reportUnknownArgumentType]
-        return cls(**{**values, "layout": Layout(data["layout"])})
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }  # pyright: ignore[reportUnknownArgumentType]
+        values["layout"] = Layout(data["layout"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

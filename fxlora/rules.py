@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .adapted import scales_outputs
 from .budget import within
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
-from .errors import ConfigError, FxLoraWarning, NoMatchError
+from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
+from .extents import reads_any
 from .forms import check_supported, choose_form
 from .inits import STARTS
 from .module import CapturedModule
@@ -226,11 +228,14 @@ class _Matching:
         check_supported(site, number)
         if rule.parts is None:
             return [self._entry(site, number, rule.lora)]
-        size = site.shape[site.layout.part_dim]
-        return [
-            self._entry(site, number, rule.lora, part, rows)
-            for part, rows in rows_of(rule.parts, rule.enable, size, site.name).items()
-        ]
+        parts = rows_of(rule.parts, rule.enable, site.shape[site.layout.part_dim], site.name)
+        for part, rows in parts.items():
+            if not reads_any(site, rows):
+                raise UnsupportedOpError(
+                    f"part '{part}' of '{site.name}' (rule {number}): nothing reads the outputs "
+                    f"{rows[0]} to {rows[1]} of its weight, so its adapter would do nothing."
+                )
+        return [self._entry(site, number, rule.lora, part, rows) for part, rows in parts.items()]
 
     def _entry(
         self,
@@ -246,7 +251,7 @@ class _Matching:
         form = choose_form(site, r, config.lora_dropout, rows, variants)
         notes = [form.reason]
         if site.tied:
-            notes.append(f"tied with {', '.join(site.tied)}, which keeps its weight")
+            notes.append(f"split from its tie with {', '.join(site.tied)}")
         elif len(site.names) > 1:
             notes.append("tied")
         entry = Entry(
@@ -271,7 +276,20 @@ class _Matching:
             rule=number,
         )
         self._check_rank(entry)
+        self._check_padding(entry)
         return entry
+
+    def _check_padding(self, entry: Entry) -> None:
+        """The row of padding_idx stays as it is: a variant that scales outputs would scale it."""
+        weight = self.module.get_parameter(entry.parameter)
+        if entry.padding_idx is None or weight.is_meta or not scales_outputs(entry):
+            return
+        if bool(weight[entry.padding_idx].any()):
+            raise UnsupportedOpError(
+                f"'{entry.site}': {', '.join(entry.variants)} scales every row of the embedding, "
+                f"also that of padding_idx={entry.padding_idx}, which must stay as it is and is "
+                "not zero. Take plain LoRA for it in a rule of its own, or zero the row."
+            )
 
     def _check_rank(self, entry: Entry) -> None:
         largest = min(entry.layout.sizes(entry.covered)[1:])

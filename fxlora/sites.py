@@ -243,7 +243,8 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
         "op": kind,
         "layout": layout,
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
-        "padding_idx": _padding_idx(padding, shape[0]),
+        # (a head that is tied with it trains the row)
+        "padding_idx": _padding_idx(padding, shape[0]) if layout.in_first else None,
     }
 
 

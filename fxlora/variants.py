@@ -7,12 +7,14 @@ text makes the branch, the weight form, the fold, and the reference that `verify
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .errors import ConfigError
 from .inits import STARTS
 from .layout import Layout, Shape
 
@@ -32,8 +34,8 @@ class Variant:
         trains: whether they train.
         start: (V as it starts (…, out, in), A, B) → their first values.
         factors: (layout, A, B, *tensors) → what stands for A and B, perhaps of a higher rank.
-        gain: (V (…, d0, d1), the dimension of its inputs, *tensors) → a factor (…, out) on V's
-            outputs, or None where V is taken as it is. V comes without gradients.
+        gain: (V (…, out, in), *tensors) → a factor (…, out) on V's outputs, or None where V is
+            taken as it is. V comes without gradients.
     """
 
     tensors: Callable[[Layout, Shape, int], dict[str, Shape]]
@@ -44,20 +46,28 @@ class Variant:
 
 
 # ---- DoRA (Liu et al. 2024, eq. 5): W = m·V/‖V‖, the norm over the inputs of each output, taken
-# as a constant for gradients (§4.3) -----------------------------------------------------------
+# as a constant for gradients (§4.3). Kernels are inputs; groups of a transposed convolution share
+# the magnitudes as they share B. ----------------------------------------------------------------
 
 
 def _magnitude(layout: Layout, shape: Shape, r: int) -> dict[str, Shape]:
-    stack, d0, d1 = layout.sizes(shape)
-    return {"lora_magnitude_vector": (*stack, d1 if layout.in_first else d0)}
+    stack = [math.prod(layout.sizes(shape)[0])] if layout.stacked else []
+    return {"lora_magnitude_vector": (*stack, layout.features(shape)[1])}
 
 
 def _norms(adapted: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return (torch.linalg.vector_norm(adapted, dim=-1),)
+    norms = aten.linalg_vector_norm.default(adapted, 2, [-1])
+    if not norms.is_meta and bool((norms == 0).any()):
+        raise ConfigError(
+            "DoRA learns how long the weights of each output are, and their direction: here an "
+            "output has weights that are all zero, which have none. Take plain LoRA (a rule of its "
+            "own for this site)."
+        )
+    return (norms,)
 
 
-def _relative(matrix: Any, dim: int, magnitude: Any) -> Any:
-    return aten.div.Tensor(magnitude, aten.linalg_vector_norm.default(matrix, 2, [dim]))
+def _relative(adapted: Any, magnitude: Any) -> Any:
+    return aten.div.Tensor(magnitude, aten.linalg_vector_norm.default(adapted, 2, [-1]))
 
 
 # ---- an init that starts from the weight: V = W0 + s·(BA - B'A'), A' and B' as A and B started,

@@ -1,0 +1,376 @@
+"""Variants and inits: each against PEFT's, and under all laws wherever a weight can be read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxlora
+from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
+
+from .laws import assert_close, check_laws, randomise
+from .models import Mlp, Tied
+
+# ---- against PEFT -------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """GPT-2's: a linear layer that keeps its weight (in, out)."""
+
+    def __new__(cls, out: int, size: int) -> Any:
+        utils = pytest.importorskip("transformers.pytorch_utils")
+        layer = utils.Conv1D(out, size)
+        nn.init.normal_(layer.bias)
+        return layer
+
+
+class Layers(nn.Module):
+    """A layer of each kind that PEFT knows variants for; takes indices (N, T)."""
+
+    def __init__(self, *, bias: bool = True) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(13, 6)
+        self.conv = nn.Conv2d(1, 7, (2, 3), stride=(1, 2), padding=(1, 0), bias=bias)
+        self.fc = nn.Linear(7, 5, bias=bias)
+        self.gpt = Conv1D(4, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.conv(self.emb(ids).unsqueeze(1))).mean((2, 3))
+        return self.gpt(torch.tanh(self.fc(x)))
+
+
+IDS = torch.tensor([[1, 2, 3, 4, 5], [12, 0, 7, 7, 2], [0, 3, 3, 9, 11]])
+EVERY = ["emb", "conv", "fc", "gpt"]
+
+Pair = tuple[nn.Module, fxlora.CapturedModule]
+
+
+def both(model: nn.Module, targets: list[str], **keys: Any) -> Pair:
+    """The same adapters by PEFT and by fxlora, in float64, where PEFT's have started."""
+    peft = pytest.importorskip("peft", reason="peft is optional")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, **keys)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).double()
+    rules = LoraConfig(r=2, lora_alpha=6, target_modules=targets, **keys)
+    ours = fxlora.adapt(copy.deepcopy(model).double(), IDS, rules=rules)
+    return theirs, ours
+
+
+def trainable(theirs: nn.Module) -> dict[str, torch.Tensor]:
+    """PEFT's tensors under our names, less the 1s of a convolution's magnitude."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.").replace("lora_embedding_", "lora_")
+            found[name if name.endswith(".weight") else f"{name}.weight"] = parameter
+    return found
+
+
+def copy_over(theirs: nn.Module, ours: fxlora.CapturedModule) -> None:
+    with torch.no_grad():
+        for name, tensor in trainable(theirs).items():
+            ours.get_parameter(name).copy_(tensor.reshape(ours.get_parameter(name).shape))
+
+
+def assert_same_training(theirs: nn.Module, ours: fxlora.CapturedModule, base: nn.Module) -> None:
+    """Outputs, and the gradients of everything that trains."""
+    assert (theirs(IDS) - base(IDS)).abs().max() > 1e-3
+    assert_close([ours(IDS)], [theirs(IDS)])
+    expected = trainable(theirs)
+    assert set(expected) == {n for n, p in ours.named_parameters() if p.requires_grad}
+    for module in (theirs, ours):
+        module(IDS).square().sum().backward()
+    for name, parameter in expected.items():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        found = ours.get_parameter(name).grad
+        assert found is not None
+        assert_close([found.reshape(parameter.shape)], [parameter.grad])
+
+
+@pytest.mark.parametrize("targets", [EVERY, *([name] for name in EVERY)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_is_pefts(targets: list[str], bias: bool) -> None:
+    model = Layers(bias=bias)
+    theirs, ours = both(model, targets, use_dora=True)
+    magnitudes = {n: p for n, p in trainable(theirs).items() if "magnitude" in n}
+    assert len(magnitudes) == len(targets)
+    for name, magnitude in magnitudes.items():  # PEFT computed it before it was made float64
+        assert_close([ours.get_parameter(name)], [magnitude.flatten()], 1e-5)
+    with torch.no_grad():
+        for parameter in trainable(theirs).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    copy_over(theirs, ours)
+    assert {entry.form for entry in ours.plan} == {"branch"}
+    assert_same_training(theirs, ours, copy.deepcopy(model).double())
+    folded = fxlora.fold(ours)
+    assert_close([folded(IDS)], [theirs(IDS)])
+
+
+def test_rslora_is_pefts() -> None:
+    model = Layers()
+    theirs, ours = both(model, EVERY, use_rslora=True, init_lora_weights=False)
+    copy_over(theirs, ours)
+    assert_same_training(theirs, ours, copy.deepcopy(model).double())
+
+
+def product(lora: nn.Module, site: str) -> torch.Tensor:
+    a, b = (lora.get_parameter(f"{site}.lora_{x}.default.weight") for x in "AB")
+    return b @ a
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_from_the_weight_are_pefts(init: str) -> None:
+    model = Mlp()
+    x = torch.randn(4, 5).double()
+    peft = pytest.importorskip("peft", reason="peft is optional")
+    keys = {"r": 2, "lora_alpha": 3, "target_modules": ["up", "down"], "init_lora_weights": init}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**keys)).double().eval()
+    ours = fxlora.adapt(model.double(), x, rules=LoraConfig(**keys)).eval()
+    base = model.eval()(x)
+    assert_close([ours(x)], [base], 1e-12)
+    for site in ("up", "down"):  # theirs are made in float32
+        expected = product(theirs.base_model.model, site)
+        assert_close([product(ours, site)], [expected], 1e-5)
+        for factor in "AB":
+            name = f"{site}.lora_{factor}.default.weight"
+            found = ours.get_parameter(name).abs()
+            assert_close([found], [theirs.base_model.model.get_parameter(name).abs()], 1e-4)
+
+    with torch.no_grad():  # PEFT's in float64: beside W0 - s·B'A'
+        for site in ("up", "down"):
+            layer = theirs.base_model.model.get_submodule(site)
+            weight = model.get_parameter(f"{site}.weight")
+            layer.base_layer.weight.copy_(weight - 1.5 * product(ours, site))
+            for factor in "AB":
+                name = f"{site}.lora_{factor}.default.weight"
+                theirs.base_model.model.get_parameter(name).copy_(ours.get_parameter(name))
+    assert_close([theirs(x)], [base], 1e-12)
+    for module in (theirs, ours):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.02)
+        for _ in range(5):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    assert (ours(x) - base).abs().max() > 1e-2
+    assert_close([ours(x)], [theirs(x)], 1e-8)
+    assert_close([fxlora.fold(ours).eval()(x)], [theirs(x)], 1e-8)
+
+
+def test_orthogonal_starts_with_a_product_of_zero() -> None:
+    model, x = Mlp().double(), torch.randn(4, 5).double()
+    keys = {"lora_alpha": 3, "target_modules": ["up", "down"], "init_lora_weights": "orthogonal"}
+    gm = fxlora.capture(model, x)
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, **keys))).eval()
+    for site in ("up", "down"):
+        a, b = (lora.get_parameter(f"{site}.lora_{n}.default.weight") for n in "AB")
+        assert a.abs().min() > 0 and b.abs().min() > 0
+        assert product(lora, site).abs().max() < 1e-15
+    assert_close([lora(x)], [gm.eval()(x)], 1e-12)
+    with pytest.raises(ConfigError, match="r=3 must be even"):
+        fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=3, **keys)))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_biases_fold_as_they_were_trained(bias: Any) -> None:
+    model = Layers()
+    rules = LoraConfig(r=2, target_modules=["conv", "fc"], bias=bias)
+    lora = fxlora.adapt(model.double(), IDS, rules=rules)
+    biases = {"none": [], "lora_only": ["conv", "fc"], "all": ["conv", "fc", "gpt"]}[bias]
+    assert set(lora.trained) == {f"{name}.bias" for name in biases}
+    randomise(lora)
+    with torch.no_grad():
+        for name in lora.trained:
+            lora.get_parameter(name).normal_()
+    folded = fxlora.fold(lora)
+    assert_close([folded(IDS)], [lora(IDS)])
+    for name in ("conv.bias", "fc.bias", "gpt.bias"):
+        assert torch.equal(folded.get_parameter(name), lora.get_parameter(name))
+        same = torch.equal(folded.get_parameter(name), model.get_parameter(name))
+        assert same == (name not in lora.trained)
+
+
+# ---- the laws -----------------------------------------------------------------------------------
+
+
+class Convs(nn.Module):
+    """Grouped and transposed; takes (N, 4, 9, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 6, (2, 3), groups=2, padding=1)
+        self.turned = nn.ConvTranspose2d(6, 10, (3, 2), stride=2, groups=2, output_padding=1)
+        self.one = nn.ConvTranspose1d(10, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(torch.tanh(self.turned(torch.tanh(self.grouped(x)))).mean(3))
+
+
+class Products(nn.Module):
+    """Matrix products, and stacks of them; takes (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 7)
+        self.bias = nn.Parameter(torch.randn(6))
+        self.w_addmm = nn.Parameter(torch.randn(7, 6))
+        self.experts = nn.Parameter(torch.randn(3, 6, 4))
+        self.turned = nn.Parameter(torch.randn(3, 8, 4))
+        self.heads = nn.Parameter(torch.randn(8, 2, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.addmm(self.bias, torch.tanh(self.fc(x)), self.w_addmm)
+        x = torch.bmm(torch.tanh(x).expand(3, -1, 6), self.experts)  # (3, N, 4)
+        x = torch.einsum("eni,eoi->neo", torch.tanh(x), self.turned).mean(1)
+        return torch.einsum("ni,ihd->nhd", torch.tanh(x), self.heads)
+
+
+class Recurrent(nn.Module):
+    """What only the weight form can adapt; takes (N, T, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 3, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
+class Words(nn.Module):
+    """Look-ups; takes indices (N, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(13, 6, padding_idx=2)
+        self.table = nn.Parameter(torch.randn(13, 6))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.emb(ids)).sum(1) + F.embedding(ids, self.table).sum(1)
+
+
+class Bags(nn.Module):
+    """Sums of look-ups; takes indices (N, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(13, 6, mode="mean")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.bag(ids)
+
+
+class Packed(nn.Module):
+    """Three projections in one weight; takes (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(5, 16)
+        self.back = nn.Parameter(torch.randn(8, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).split([8, 4, 4], -1)
+        return (q * torch.cat([k, v], -1)) @ self.back
+
+
+PACKED = {"q": 8, "k": 4, "v": 4}
+SHARE = {"tied": "share"}
+
+
+def rules_for(what: str, **keys: Any) -> list[Rule]:
+    config = LoraConfig(r=2, lora_alpha=3, **keys)
+    if what == "packed":
+        packed = Rule("qkv", lora=config, parts=PACKED, enable=["q", "v"])
+        return [packed, Rule("back", lora=config, parts=3, enable=[False, True, True])]
+    if what == "tied share":
+        return [Rule("emb", lora=LoraConfig(r=2, lora_alpha=3, **keys, **SHARE))]
+    return [Rule("head" if what == "tied" else None, lora=config)]
+
+
+PLACES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
+    "linear": (Mlp, (torch.randn(4, 5).double(),)),
+    "convolutions": (Convs, (torch.randn(2, 4, 9, 7).double(),)),
+    "look-ups": (Words, (torch.tensor([[1, 2, 3, 4], [5, 2, 12, 0]]),)),
+    "bags": (Bags, (torch.tensor([[1, 2, 3, 4], [5, 2, 12, 0]]),)),
+    "products": (Products, (torch.randn(4, 5).double(),)),
+    "recurrent": (Recurrent, (torch.randn(2, 3, 5).double(),)),
+    "packed": (Packed, (torch.randn(4, 5).double(),)),
+    "tied": (Tied, (torch.tensor([[1, 2, 3], [5, 0, 16]]),)),
+    "tied share": (Tied, (torch.tensor([[1, 2, 3], [5, 0, 16]]),)),
+}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "DoRA+PiSSA": {"use_dora": True, "init_lora_weights": "pissa"},
+}
+
+
+WHOLE = [("recurrent", "traced"), ("bags", "traced")]  # the tracer does not see inside
+ROADS = [(what, road) for what in PLACES for road in ("exported", "traced")]
+
+
+@pytest.mark.parametrize(("what", "road"), [r for r in ROADS if r not in WHOLE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_laws(kind: str, what: str, road: str) -> None:
+    make, args = PLACES[what]
+    traced = road == "traced"
+    rules = rules_for(what, **KINDS[kind])
+    _, lora = check_laws(make(), args, rules=rules, capture=fxlora.capture if traced else None)
+    assert len(lora.plan) > 0
+
+
+@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
+    make, args = PLACES[what]
+    args = tuple(a.bfloat16() if a.is_floating_point() else a for a in args)
+    model = make().bfloat16()
+    lora = fxlora.adapt(model, args, rules=rules_for(what, **KINDS[kind]))
+    randomise(lora)
+    fxlora.verify(lora, args, folded=fxlora.fold(lora))
+
+
+# ---- what cannot be -----------------------------------------------------------------------------
+
+
+def test_dora_leaves_the_padding_row_alone_or_is_refused() -> None:
+    model, ids = Words(), torch.tensor([[1, 2, 3, 4], [5, 2, 12, 0]])
+    with torch.no_grad():
+        model.emb.weight[2] = 1.0
+    config = LoraConfig(r=2, target_modules=["emb"], use_dora=True)
+    with pytest.raises(UnsupportedOpError, match="padding_idx=2"):
+        fxlora.match(fxlora.capture(model, ids), config)
+    with torch.device("meta"):  # nothing to look at
+        fxlora.match(fxlora.capture(Words(), ids.to("meta")), config)
+
+
+def test_dora_without_a_direction_is_refused() -> None:
+    model = Mlp()
+    with torch.no_grad():
+        model.up.weight[3] = 0
+    with pytest.raises(ConfigError, match="'up': DoRA learns"):
+        fxlora.adapt(
+            model, torch.randn(2, 5), rules=LoraConfig(target_modules=["up"], r=2, use_dora=True)
+        )
+
+
+def test_a_head_first_tied_with_an_embedding_that_pads() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 17, bias=False)
+            self.emb = nn.Embedding(17, 6, padding_idx=11)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.emb(ids)))
+
+    rules = Rule("head", lora=LoraConfig(r=2, tied="share"))
+    check_laws(Padded(), (torch.tensor([[1, 2, 11], [5, 0, 16]]),), rules=rules)
