@@ -54,8 +54,8 @@ def groups_of(plan: Iterable[Entry]) -> list[Group]:
 
 def is_bare(entry: Entry) -> bool:
     """Whether the weight is a parameter that PEFT targets as such, and no layer's."""
-    return entry.op not in LAYERS or not entry.parameter.endswith(".weight") or (
-        entry.layout.stacked
+    return (
+        entry.op not in LAYERS or not entry.parameter.endswith(".weight") or (entry.layout.stacked)
     )
 
 

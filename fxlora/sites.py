@@ -238,13 +238,11 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
         seen = main.op.layout_of(main.node, main.weight, len(shape))
         layout = _behind_view(main, shape) or seen
     groups = named_argument(main.node, "groups", "n_weight_grps") if main else None
-    padding = [r for r in readers if r.op and not r.op.dropout]
     return {
         "op": kind,
         "layout": layout,
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
-        # (a head that is tied with it trains the row)
-        "padding_idx": _padding_idx(padding) if layout.in_first else None,
+        "padding_idx": _padding_idx(readers),
     }
 
 
@@ -263,9 +261,9 @@ def _behind_view(reader: Reader, shape: Shape) -> Layout | None:
     return Layout(first * rows[0] + second * (len(shape) - rows[0]))
 
 
-def _padding_idx(lookups: list[Reader]) -> int | None:
-    """The row that no look-up trains, if all agree on one."""
-    found = {named_argument(reader.node, "padding_idx") for reader in lookups}
+def _padding_idx(readers: tuple[Reader, ...]) -> int | None:
+    """The row that no read trains (a head that is tied with an embedding does train it)."""
+    found = {named_argument(reader.node, "padding_idx") for reader in readers}
     index = found.pop() if len(found) == 1 else None
     return index if isinstance(index, int) and index >= 0 else None
 
