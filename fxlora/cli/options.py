@@ -160,6 +160,12 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
     parser.add_argument(
         "--dropout", type=float, dest="lora_dropout", metavar="P", help="of the branches' inputs"
     )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="N|N%%",
+        help="ranks for so many parameters in all, or that share of the model's",
+    )
     parser.add_argument("--exclude", dest="exclude_modules", help="not these modules", **names)
     parser.add_argument("--modules-to-save", help="modules to train in full", **names)
     parser.add_argument(
@@ -175,6 +181,10 @@ def _names(text: str) -> list[str]:
 def _number(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
+
+
+def _budget(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _file(text: str) -> Path:
