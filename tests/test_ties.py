@@ -339,7 +339,12 @@ HF: dict[str, tuple[str, str, dict[str, Any], tuple[str, str]]] = {
         "T5ForConditionalGeneration",
         "T5Config",
         {
-            **dict(vocab_size=37, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2),
+            "vocab_size": 37,
+            "d_model": 8,
+            "d_kv": 4,
+            "d_ff": 12,
+            "num_layers": 1,
+            "num_heads": 2,
             "decoder_start_token_id": 0,
             "pad_token_id": 0,
         },

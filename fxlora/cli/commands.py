@@ -72,7 +72,7 @@ def run_export(options: Namespace) -> str:
 def run_report(options: Namespace) -> str:
     if options.adapter is None:
         return report(_planned(options), options.format)
-    refuse_lora_options(options, "--adapter")
+    refuse_lora_options(options, "--adapter", "budget")
     adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
     return report(adapted, options.format)
 

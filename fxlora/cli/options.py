@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, tables
+from ..budget import limit_of
 from ..errors import ConfigError
 from ..export import FORMATS as EXPORT_FORMATS
 from .commands import (
@@ -163,7 +164,7 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
     parser.add_argument(
         "--budget",
         type=_budget,
-        metavar="N|N%%",
+        metavar="N|N%",
         help="ranks for so many parameters in all, or that share of the model's",
     )
     parser.add_argument("--exclude", dest="exclude_modules", help="not these modules", **names)
@@ -184,7 +185,9 @@ def _number(text: str) -> float:
 
 
 def _budget(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    budget = int(text) if text.isdecimal() else text
+    limit_of(budget, 1)  # a mistake should not cost building the model
+    return budget
 
 
 def _file(text: str) -> Path:
