@@ -2,16 +2,16 @@
 
 The safetensors header also carries the exact plan, so that a folder that fxlora wrote is
 applied without matching again; a folder that PEFT wrote is matched from its configuration.
+
+Where PEFT would compute another thing from the same tensors (`peft_layout.why_not`) the folder
+is fxlora's alone: each tensor under its own name, and a configuration of peft_type "FXLORA" with
+the reason, on which PEFT stops.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import LoraConfig
-from .errors import AdapterError, ConfigError, InjectError, NoMatchError
+from .errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
 from .files import whole_file
+from .inits import FILLS, STARTS
 from .module import CapturedModule
+from .peft_layout import (
+    ROOT,
+    Wrappers,
+    configuration,
+    decoded,
+    encoded,
+    groups_of,
+    is_bare,
+    shapes_of,
+    why_not,
+)
 from .plan import Entry, Plan
 from .rules import match
 from .tables import some
@@ -31,7 +43,8 @@ from .verbs import inject
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-ROOT = "base_model.model."
+VERSION = 2
+OURS = "FXLORA"  # the peft_type of a folder that PEFT cannot read
 
 # Keys of PEFT's configuration that say nothing about the mathematics.
 _INFORMATION = frozenset(
@@ -52,11 +65,79 @@ _INFORMATION = frozenset(
 )
 
 
+# What a site starts with does not matter where its tensors come from a file; these do not change
+# the weight beside it.
+_BESIDE = (*FILLS, "eva", "mica")
+
+
+# ---- the layout of a file -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which tensor of a module is where in a file.
+
+    Attributes:
+        plan: whose adapters they are, as the file has them.
+        wrappers: of PEFT's layout, or None in fxlora's own.
+    """
+
+    plan: Plan
+    wrappers: Wrappers | None
+
+    def adapters(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of all entries, by key."""
+        if not self.wrappers:
+            return {_own_key(e, name): values[name] for e in self.plan for name in e.tensors}
+        return {
+            f"{ROOT}{self.wrappers.site(group[0])}.{end}": tensor
+            for group in groups_of(self.plan)
+            for end, tensor in encoded(group, values).items()
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of these."""
+        if not self.wrappers:
+            return {_own_key(e, n): shape for e in self.plan for n, shape in e.tensors.items()}
+        return {
+            f"{ROOT}{self.wrappers.site(group[0])}.{end}": shape
+            for group in groups_of(self.plan)
+            for end, shape in shapes_of(group).items()
+        }
+
+    def values(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of all entries by name, from a file's."""
+        if not self.wrappers:
+            return {name: tensors[_own_key(e, name)] for e in self.plan for name in e.tensors}
+        found: dict[str, torch.Tensor] = {}
+        for group in groups_of(self.plan):
+            site = f"{ROOT}{self.wrappers.site(group[0])}."
+            found |= decoded(group, {end: tensors[site + end] for end in shapes_of(group)})
+        return found
+
+    def key(self, name: str) -> str:
+        """Key of a tensor of the model's own: trained in full, or a buffer."""
+        return ROOT + (self.wrappers.inside(name) if self.wrappers else name)
+
+
+def _layout(module: CapturedModule, plan: Plan, pefts: bool) -> _Layout:
+    return _Layout(plan, Wrappers.of(module, plan) if pefts else None)
+
+
+def _own_key(entry: Entry, name: str) -> str:
+    return f"{ROOT}{name.removesuffix(f'.{entry.adapter}.weight')}.weight"
+
+
 # ---- saving -------------------------------------------------------------------------------------
 
 
 def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     """Write what training changed: A, B, what was trained in full, and buffers that moved.
+
+    PEFT reads the folder where it has the same thing: layers and bare parameters that their own
+    modules' forwards read; with DoRA; PiSSA and OLoRA as plain LoRA of twice the rank; the parts
+    of a packed weight as one block-diagonal pair. Else its peft_type is "FXLORA", on which PEFT
+    stops, and `why_not_peft` in the configuration says what PEFT cannot do.
 
     Raises:
         AdapterError: the module has no adapters, or the folder cannot be written.
@@ -73,37 +154,37 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
-    tensors = {key: _plain(tensor) for key, tensor in _changed(module).items()}
+    why = why_not(module, module.plan)
+    layout = _layout(module, module.plan, why is None)
+    tensors = {key: _plain(tensor) for key, tensor in _changed(module, layout).items()}
     # One key: safetensors writes several in any order, and a file should be reproducible.
-    header = {"fxlora": json.dumps(_plan_data(module.plan))}
+    header = {"fxlora": json.dumps(_plan_data(module.plan, why is None))}
+    config = {"peft_type": OURS, "why_not_peft": why} if why else configuration(module, module.plan)
     with (
-        whole_file(folder / CONFIG, AdapterError) as config,
+        whole_file(folder / CONFIG, AdapterError) as config_file,
         whole_file(folder / WEIGHTS, AdapterError) as weights,
     ):
         try:
             save_file(tensors, weights, metadata=header)
         except SafetensorError as error:  # its word for a full disk
             raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}.") from error
-        config.write_text(json.dumps(_peft_config(module, module.plan), indent=2), encoding="utf-8")
+        config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def _changed(module: CapturedModule) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def _changed(module: CapturedModule, layout: _Layout) -> dict[str, torch.Tensor]:
     """What differs from the base, by its key in the file."""
-    assert module.plan is not None
-    tensors: dict[str, torch.Tensor] = {}
-    for entry in module.plan:
-        key_a, key_b = _keys(entry)
-        tensors[key_a] = module.get_parameter(entry.name_a)
-        tensors[key_b] = module.get_parameter(entry.name_b)
+    names = [name for entry in layout.plan for name in entry.tensors]
+    tensors = layout.adapters({name: module.get_parameter(name) for name in names})
     for name in module.trained:
-        tensors[_full_key(module.plan, name)] = module.get_parameter(name)
+        tensors[layout.key(name)] = module.get_parameter(name)
     for name, buffer in module.named_buffers():
         if not _same(buffer, module.originals.get(name)):
-            tensors[ROOT + name] = buffer
+            tensors[layout.key(name)] = buffer
     return tensors
 
 
@@ -113,82 +194,16 @@ def _same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
     return tensor.shape == original.shape and torch.equal(tensor, original)
 
 
-def _keys(entry: Entry) -> tuple[str, str]:
-    """PEFT's names of A and B in a file."""
-    if entry.op == "embedding":
-        return f"{ROOT}{entry.site}.lora_embedding_A", f"{ROOT}{entry.site}.lora_embedding_B"
-    return f"{ROOT}{entry.site}.lora_A.weight", f"{ROOT}{entry.site}.lora_B.weight"
-
-
-def _full_key(plan: Plan, name: str) -> str:
-    """PEFT's name of a parameter trained in full; it wraps adapted layers as `base_layer`."""
-    owner, _, last = name.rpartition(".")
-    wrapped = any(entry.prefix == owner for entry in plan)
-    return f"{ROOT}{owner}.base_layer.{last}" if wrapped else ROOT + name
-
-
-def _plan_data(plan: Plan) -> dict[str, Any]:
+def _plan_data(plan: Plan, pefts: bool) -> dict[str, Any]:
     return {
-        "version": 1,
+        "version": VERSION,
+        "peft": pefts,
         "entries": [entry.to_data() for entry in plan],
         "trained": list(plan.trained),
         "modules_to_save": list(plan.modules_to_save),
         "model_parameters": plan.model_parameters,
         "trained_parameters": plan.trained_parameters,
     }
-
-
-def _peft_config(module: CapturedModule, plan: Plan) -> dict[str, Any]:
-    """The configuration under which PEFT reads the same adapter."""
-    # One flag for all in PEFT: where sites differ, an alpha that gives the same scaling.
-    rslora = bool(plan) and all(_is_rslora(entry) for entry in plan)
-    alphas = {e.site: _whole(e.scaling * (math.sqrt(e.r) if rslora else e.r)) for e in plan}
-    ranks = {entry.site: entry.r for entry in plan}
-    r, alpha = (_commonest(ranks.values()), _commonest(alphas.values())) if plan else (8, 8)
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": max((entry.dropout for entry in plan), default=0.0),
-        "target_modules": _targets(module, plan),
-        "rank_pattern": {_exactly(site): n for site, n in ranks.items() if n != r},
-        "alpha_pattern": {_exactly(site): n for site, n in alphas.items() if n != alpha},
-        "modules_to_save": list(plan.modules_to_save) or None,
-        "bias": "none",
-        "use_rslora": rslora,
-        "use_dora": False,
-        "fan_in_fan_out": any(entry.op == "addmm" for entry in plan),
-        "init_lora_weights": True,
-    }
-
-
-def _is_rslora(entry: Entry) -> bool:
-    return entry.r > 1 and math.isclose(entry.scaling, entry.alpha / math.sqrt(entry.r))
-
-
-def _commonest(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _whole(value: float) -> float:
-    near = round(value, 9)  # alpha / r * r
-    return int(near) if near.is_integer() else near
-
-
-def _targets(module: CapturedModule, plan: Plan) -> list[str] | str:
-    """The sites by name, or as one expression where a name is the end of another's."""
-    sites = [entry.site for entry in plan]
-    paths = [path for path, _ in module.named_modules()]
-    if any(path.endswith(f".{site}") for site in sites for path in paths):
-        return "|".join(re.escape(site) for site in sites)
-    return sites
-
-
-def _exactly(site: str) -> str:
-    return f"^{re.escape(site)}"
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -219,18 +234,37 @@ def load_adapter(
         raise AdapterError("load_adapter takes a captured module: fxlora.capture(model, args).")
     content = _read(Path(folder))
     if content.header is not None:
-        plan = _plan_from(content.header, content.path, adapter_name)
+        plan, pefts = _plan_from(content.header, content.path, adapter_name)
+        layout = _layout(module, plan, pefts)
     else:
         plan = _plan_from_peft(module, content, adapter_name)
-    _check_entries(module, plan, content)
+        layout = _layout(module, _as_peft_has(plan), True)
+    _check_entries(module, layout, content)
     if content.header is not None:
         _check_config(module, plan, content)
+    # What it starts with comes from the file, unless PEFT leaves that to the weight.
+    started = plan if content.header is None else _without_init(plan)
     try:
-        result = inject(module, plan)
-    except InjectError as error:
+        result = inject(module, started)
+    except (ConfigError, InjectError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
-    _fill(result, plan, content)
+    result.plan = plan
+    _fill(result, layout, content)
     return result
+
+
+def _without_init(plan: Plan) -> Plan:
+    entries = tuple(dataclasses.replace(entry, init=True) for entry in plan)
+    return dataclasses.replace(plan, entries=entries)
+
+
+def _as_peft_has(plan: Plan) -> Plan:
+    """The plan of the pairs in PEFT's file: what they start from it leaves to the weight."""
+    entries = tuple(
+        dataclasses.replace(e, variants=tuple(v for v in e.variants if v != "from_weight"))
+        for e in plan
+    )
+    return dataclasses.replace(plan, entries=entries)
 
 
 def _read(path: Path) -> _Folder:
@@ -250,7 +284,7 @@ def _read(path: Path) -> _Folder:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        header = json.loads(metadata["fxlora"]) if "fxlora" in metadata else None
+        header = json.loads(metadata["fxlora"]) or {} if "fxlora" in metadata else None
     except FileNotFoundError as error:
         raise AdapterError(f"{path} has no {Path(str(error.filename)).name}.") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -260,22 +294,31 @@ def _read(path: Path) -> _Folder:
     return _Folder(path, config, header, tensors)
 
 
-def _plan_from(header: dict[str, Any], path: Path, adapter_name: str) -> Plan:
+def _plan_from(header: Any, path: Path, adapter_name: str) -> tuple[Plan, bool]:
+    """The plan of a header, and whether the file is in PEFT's layout."""
     try:
-        if header["version"] != 1:
+        if header["version"] != VERSION:
             raise AdapterError(
-                f"{path} was written in version {header['version']} of the layout; this fxlora "
-                "reads version 1. Use a newer fxlora."
+                f"{path} was written in version {header['version']!r} of the layout; this fxlora "
+                f"reads version {VERSION}. "
+                + (
+                    "Without its header (safetensors' metadata) PEFT's part of it can be read."
+                    if header["version"] == 1
+                    else "Use a newer fxlora."
+                )
             )
         entries = [Entry.from_data({**data, "adapter": adapter_name}) for data in header["entries"]]
-        return Plan(
+        plan = Plan(
             entries=tuple(entries),
             trained=tuple(header["trained"]),
             modules_to_save=tuple(header["modules_to_save"]),
-            model_parameters=header["model_parameters"],
-            trained_parameters=header["trained_parameters"],
+            model_parameters=int(header["model_parameters"]),
+            trained_parameters=int(header["trained_parameters"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(name, str) for name in (*plan.trained, *plan.modules_to_save)):
+            raise TypeError("trained and modules_to_save must be names")
+        return plan, header["peft"] is True
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error!r}.") from error
 
 
@@ -292,18 +335,43 @@ def _plan_from_peft(module: CapturedModule, content: _Folder, adapter_name: str)
             f"{content.path / CONFIG} uses {', '.join(unknown)}, which fxlora does not know."
         )
     values = {key: value for key, value in config.items() if key in known and value is not None}
-    values["init_lora_weights"] = True  # the values come from the file
+    if values.get("target_modules") == []:  # PEFT's word for target_parameters alone
+        del values["target_modules"]
+    values["init_lora_weights"] = _init_from_peft(config, content.path)
     try:
-        return match(module, LoraConfig(**values), adapter_name=adapter_name)
-    except (ConfigError, NoMatchError) as error:
+        plan = match(module, LoraConfig(**values), adapter_name=adapter_name)
+    except (ConfigError, NoMatchError, UnsupportedOpError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
+    for entry in plan:
+        layer = not is_bare(entry) and entry.layout.in_first
+        if layer and entry.parameter in (config.get("target_parameters") or ()):
+            raise AdapterError(
+                f"{content.path / CONFIG}: target_parameters has '{entry.parameter}', a layer's "
+                "weight (in, out), which PEFT takes for (out, in). Target the module instead."
+            )
+    return plan
+
+
+def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:
+    """How the sites start, where PEFT takes the weight that it stands beside from that."""
+    init = config.get("init_lora_weights", True)
+    if init in STARTS:
+        return init
+    if init not in _BESIDE:
+        raise AdapterError(
+            f"{path / CONFIG} has init_lora_weights={init!r}, which changes the weights beside the "
+            "adapter. Convert it with PEFT's save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)."
+        )
+    return True
 
 
 def _check_config(module: CapturedModule, plan: Plan, content: _Folder) -> None:
     """Raise where the configuration, which PEFT reads, says another thing than the plan."""
-    expected = _peft_config(module, plan)
+    ours = content.header is not None and not content.header["peft"]
+    expected = {"peft_type": OURS} if ours else configuration(module, plan)
     for key in ("task_type", "base_model_name_or_path", "inference_mode"):
-        expected.pop(key)
+        expected.pop(key, None)
     differ = [key for key, value in expected.items() if content.config.get(key) != value]
     if differ:
         said = ", ".join(
@@ -315,26 +383,54 @@ def _check_config(module: CapturedModule, plan: Plan, content: _Folder) -> None:
         )
 
 
-def _check_entries(module: CapturedModule, plan: Plan, content: _Folder) -> None:
+def _check_entries(module: CapturedModule, layout: _Layout, content: _Folder) -> None:
     """Raise unless the file's keys and shapes are the plan's and the module's."""
-    parameters = {n: tuple(p.shape) for n, p in module.named_parameters(remove_duplicate=False)}
-    buffers = {f"{ROOT}{n}": tuple(b.shape) for n, b in module.named_buffers()}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    plan = layout.plan
     needed = [entry.parameter for entry in plan] + list(plan.trained)
-    expected: dict[str, tuple[int, ...]] = {}
-    for entry in plan:
-        expected |= dict(zip(_keys(entry), entry.shapes, strict=True))
-    for name in plan.trained:
-        expected[_full_key(plan, name)] = parameters.get(name, ())
+    if missing := [name for name in needed if name not in parameters]:
+        raise AdapterError(
+            f"{content.path} does not fit the module; the module has no {some(missing)}."
+        )
+    shapes = {e.parameter: e.shape for e in plan if e.shape != tuple(parameters[e.parameter].shape)}
+    if shapes:
+        raise AdapterError(
+            f"{content.path} does not fit the module; it was made for "
+            f"{some(f'{name} {shape}' for name, shape in shapes.items())}."
+        )
+    expected = layout.shapes()
+    expected |= {layout.key(name): tuple(parameters[name].shape) for name in plan.trained}
+    buffers = {layout.key(n): tuple(b.shape) for n, b in module.named_buffers()}
     allowed = {**buffers, **expected}
+    # (PEFT saves the weights of embeddings with it, frozen or not)
+    same = {layout.key(n) for n, p in parameters.items() if _same_there(content, layout.key(n), p)}
+    extra = [key for key in content.tensors if key not in allowed and key not in same]
     problems = [
-        ("the module has no", [name for name in needed if name not in parameters]),
         ("missing in the file:", [key for key in expected if key not in content.tensors]),
-        ("not what it trains:", [key for key in content.tensors if key not in allowed]),
+        ("not what it trains:", extra),
         ("of another shape:", _misshapen(content.tensors, allowed)),
     ]
     said = [f"{what} {some(names)}" for what, names in problems if names]
+    if tied := _of_other_names(plan, extra):
+        said.append(
+            f"it has a pair for each name of the tied weight '{tied}', and fxlora one for all"
+        )
     if said:
         raise AdapterError(f"{content.path} does not fit the module; {'; '.join(said)}.")
+
+
+def _same_there(content: _Folder, key: str, parameter: torch.Tensor) -> bool:
+    found = content.tensors.get(key)
+    return found is not None and _same(parameter.detach().cpu(), found.to(parameter.dtype))
+
+
+def _of_other_names(plan: Plan, keys: list[str]) -> str | None:
+    """The tied weight that pairs in the file belong to, under a name that its entry has too."""
+    for entry in plan:
+        owners = [ROOT + name.rpartition(".")[0] for name in entry.names[1:]]
+        if any(key.startswith(f"{owner}.lora_") for key in keys for owner in owners):
+            return entry.parameter
+    return None
 
 
 def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -345,13 +441,12 @@ def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ..
     ]
 
 
-def _fill(module: CapturedModule, plan: Plan, content: _Folder) -> None:
-    targets: dict[str, torch.Tensor] = {ROOT + n: b for n, b in module.named_buffers()}
-    for name in plan.trained:
-        targets[_full_key(plan, name)] = module.get_parameter(name)
-    for entry in plan:
-        for key, name in zip(_keys(entry), (entry.name_a, entry.name_b), strict=True):
-            targets[key] = module.get_parameter(name)
+def _fill(module: CapturedModule, layout: _Layout, content: _Folder) -> None:
+    stored = {layout.key(name): buffer for name, buffer in module.named_buffers()}
+    stored |= {layout.key(name): module.get_parameter(name) for name in layout.plan.trained}
     with torch.no_grad():
-        for key, tensor in content.tensors.items():
-            targets[key].copy_(tensor)
+        for name, tensor in layout.values(content.tensors).items():
+            module.get_parameter(name).copy_(tensor)
+        for key, tensor in stored.items():
+            if key in content.tensors:
+                tensor.copy_(content.tensors[key])

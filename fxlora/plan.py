@@ -65,6 +65,7 @@ class Entry:
     tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_types()
         numbers = (self.alpha, self.scaling, self.dropout)
         if self.form not in FORMS or self.init not in INITS or self.r < 1 or self.rule < 1:
             raise ValueError(f"no such form, init, rank or rule in the entry for '{self.site}'")
@@ -74,6 +75,31 @@ class Entry:
             raise ValueError(f"no such variant or name in the entry for '{self.site}'")
         if len(self.layout.roles) != len(self.shape):
             raise ValueError(f"layout and shape of '{self.site}' differ")
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        """An entry may come from a file."""
+        texts = (self.site, self.parameter, self.op, self.form, self.reason, self.adapter)
+        lists = ((self.names, str), (self.variants, str), (self.shape, int))
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"a name in the entry for {self.site!r} is no text")
+        if not all(isinstance(v, tuple) and all(isinstance(i, t) for i in v) for v, t in lists):
+            raise TypeError(f"names, variants or shape of '{self.site}' are no lists of such")
+        if not all(isinstance(n, int) for n in (self.r, self.rule)):
+            raise TypeError(f"rank or rule of '{self.site}' is no whole number")
+
+    def _check_ranges(self) -> None:
+        if (self.part is None) != (self.rows is None):
+            raise ValueError(f"'{self.site}' has a part without rows, or rows without a part")
+        if self.rows is not None:
+            start, stop = self.rows
+            if not 0 <= start < stop <= self.shape[self.layout.part_dim]:
+                raise ValueError(f"'{self.site}' has no rows {self.rows}")
+            if not self.site.endswith(f".{self.part}"):
+                raise ValueError(f"'{self.site}' is no part '{self.part}'")
+        rows = self.layout.features(self.shape)[0] if self.layout.in_first else 0
+        if self.padding_idx is not None and not 0 <= self.padding_idx < rows:
+            raise ValueError(f"'{self.site}' has no row {self.padding_idx}")
 
     # ---- shapes -----------------------------------------------------------------------------
 

@@ -238,13 +238,11 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
         seen = main.op.layout_of(main.node, main.weight, len(shape))
         layout = _behind_view(main, shape) or seen
     groups = named_argument(main.node, "groups", "n_weight_grps") if main else None
-    padding = [r for r in readers if r.op and not r.op.dropout]
     return {
         "op": kind,
         "layout": layout,
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
-        # (a head that is tied with it trains the row)
-        "padding_idx": _padding_idx(padding, shape[0]) if layout.in_first else None,
+        "padding_idx": _padding_idx(readers, shape[0]),
     }
 
 
@@ -263,9 +261,9 @@ def _behind_view(reader: Reader, shape: Shape) -> Layout | None:
     return Layout(first * rows[0] + second * (len(shape) - rows[0]))
 
 
-def _padding_idx(lookups: list[Reader], rows: int) -> int | None:
-    """The row that no look-up trains, if all agree on one."""
-    found = {padding_row(reader.node, rows) for reader in lookups}
+def _padding_idx(readers: tuple[Reader, ...], rows: int) -> int | None:
+    """The row that no read trains: all look up, and all pad with it."""
+    found = {padding_row(reader.node, rows) for reader in readers}
     return found.pop() if len(found) == 1 else None
 
 

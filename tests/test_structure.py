@@ -23,7 +23,7 @@ LAYERS = [
     {"forms", "patterns", "extents"},
     {"rules", "passes"},
     {"verbs", "coverage", "exact"},
-    {"verification", "proofs"},
+    {"verification", "proofs", "peft_layout"},
     {"report", "adapters", "verify", "export", "host"},
     {"__init__"},
     {"cli"},

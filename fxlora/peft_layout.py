@@ -1,0 +1,370 @@
+"""PEFT's layout of an adapter: its keys, shapes and configuration.
+
+What both know: a layer (`target_modules`) or a bare parameter of a module, perhaps a stack
+(`target_parameters`), that the module's own forward reads, with plain LoRA or DoRA. A pair that
+starts from the weight is a plain one of twice the rank there, and the parts of a packed weight
+are one pair, block by block. For the rest `why_not` says why PEFT would compute another thing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .adapted import factors
+from .module import CapturedModule
+from .ops import named_argument
+from .passes import Remove
+from .plan import Entry, Plan
+from .provenance import call_site, module_classes
+from .readers import Reader
+from .sites import find_sites
+
+ROOT = "base_model.model."
+
+# The classes that PEFT wraps (and whose subclasses it takes for the same).
+LAYERS = {
+    "linear": "torch.nn.modules.linear.Linear",
+    "addmm": "transformers.pytorch_utils.Conv1D",
+    "embedding": "torch.nn.modules.sparse.Embedding",
+    "conv1d": "torch.nn.modules.conv.Conv1d",
+    "conv2d": "torch.nn.modules.conv.Conv2d",
+    "conv3d": "torch.nn.modules.conv.Conv3d",
+}
+VARIANTS = ((), ("from_weight",), ("dora",), ("from_weight", "dora"))
+BESIDE_THE_FORWARD = "torch.nn.modules.transformer.TransformerEncoderLayer"  # its fused kernel
+
+Tensors = Mapping[str, torch.Tensor]
+Group = tuple[Entry, ...]  # the entries of one weight: one, or its parts
+
+
+def groups_of(plan: Iterable[Entry]) -> list[Group]:
+    """The entries of each weight."""
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in plan:
+        found.setdefault(entry.names, []).append(entry)
+    return [tuple(entries) for entries in found.values()]
+
+
+def is_bare(entry: Entry) -> bool:
+    """Whether the weight is a parameter that PEFT targets as such, and no layer's."""
+    return (
+        entry.op not in LAYERS or not entry.parameter.endswith(".weight") or (entry.layout.stacked)
+    )
+
+
+def owner_of(entry: Entry) -> str:
+    return entry.parameter.rpartition(".")[0]
+
+
+# ---- what PEFT cannot do -------------------------------------------------------------------------
+
+
+def why_not(module: CapturedModule, plan: Plan) -> str | None:
+    """Why PEFT would compute another thing from this adapter, or None."""
+    result = Remove(restore=False)(module)
+    assert result is not None and isinstance(result.graph_module, CapturedModule)
+    base = result.graph_module
+    readers: dict[str, list[Reader]] = {}
+    for site in find_sites(base):
+        for name in site.names:
+            readers.setdefault(name, []).extend(site.readers)
+    if len({"dora" in entry.variants for entry in plan}) > 1:
+        return "DoRA at some sites alone"
+    for group in groups_of(plan):
+        entry = group[0]
+        found = {id(r): r for name in entry.names for r in readers.get(name, ())}
+        why = _why_not_these(group) or _why_not_read(base, entry, list(found.values()))
+        if why:
+            return f"'{entry.site}': {why}"
+    return _why_not_together(base, plan)
+
+
+def _why_not_these(group: Group) -> str | None:
+    entry = group[0]
+    if any(e.variants not in VARIANTS for e in group):
+        return f"variant {', '.join(entry.variants)}"
+    if entry.part and len({(e.scaling, e.variants) for e in group}) > 1:
+        return "parts that are scaled or start differently"
+    if "dora" in entry.variants and (entry.part or is_bare(entry)):
+        return "DoRA of a part" if entry.part else "DoRA of a bare parameter"
+    if entry.part and entry.layout.roles not in ("oi", "io"):
+        return "parts of a weight that is no matrix"
+    return None
+
+
+def _why_not_read(module: CapturedModule, entry: Entry, readers: Sequence[Reader]) -> str | None:
+    owner = owner_of(entry)
+    if not owner:
+        return "a parameter of the model itself"
+    container = module.get_submodule(owner)
+    if sum(m is container for _, m in module.named_modules(remove_duplicate=False)) > 1:
+        return "one module under several names"
+    forwards = {owner} if not is_bare(entry) else {owner, *_below(module, owner)}
+    if outside := next((r for r in readers if r.call_site not in forwards), None):
+        return f"{outside.describe()} outside of the forward of '{owner}'"
+    if any(r.op is None for r in readers):
+        return f"read by {next(r.kind for r in readers if r.op is None)}"
+    why = _why_not_parameter if is_bare(entry) else _why_not_layer
+    return next(filter(None, (why(entry, reader) for reader in readers)), None)
+
+
+def _below(module: CapturedModule, owner: str) -> list[str]:
+    return [f"{owner}.{path}" for path, _ in module.get_submodule(owner).named_modules() if path]
+
+
+def _why_not_layer(entry: Entry, reader: Reader) -> str | None:
+    classes = module_classes(reader.node)
+    if reader.through or not classes or classes[-1] != LAYERS[entry.op]:
+        return f"read by {classes[-1] if classes else 'what the tracer does not say'}"
+    if BESIDE_THE_FORWARD in classes:
+        return "in a torch.nn.TransformerEncoderLayer, which in eval() may call no forward"
+    if entry.layout.kernel(entry.shape):
+        padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]
+        dilation = named_argument(reader.node, "dilation") or [1]
+        if named_argument(reader.node, "groups") not in (None, 1):
+            return "a grouped convolution"
+        if any(n != 1 for n in dilation) or any(call_site(n) == owner_of(entry) for n in padded):
+            return "a convolution with dilation, or with a padding of its own"
+    return None
+
+
+def _why_not_parameter(entry: Entry, reader: Reader) -> str | None:
+    if entry.layout.roles not in ("oi", "io", "eoi", "eio"):
+        return f"a parameter laid out as {entry.layout.roles}"
+    if entry.dropout:
+        return "lora_dropout on a bare parameter"
+    if entry.layout.roles == "eio" and entry.shape[1] == entry.shape[2]:
+        return "a stack of square matrices (in, out), which PEFT may take for (out, in)"
+    return None
+
+
+def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
+    bare = {e.parameter: owner_of(e) for e in plan if is_bare(e)}
+    layers = {owner_of(e) for e in plan if not is_bare(e)}
+    if both := layers & set(bare.values()):
+        return f"'{both.pop()}' as a layer and by a parameter"
+    for name, _ in module.named_parameters(remove_duplicate=False):
+        if name not in bare and any(name.endswith(f".{target}") for target in bare):
+            return f"no name for '{name}' that is not the end of another's"
+    return None
+
+
+# ---- keys ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wrappers:
+    """The modules that PEFT wraps, and for what: bare parameters have a wrapper each, nested."""
+
+    targets: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, module: CapturedModule, plan: Iterable[Entry]) -> Wrappers:
+        found: dict[str, list[str]] = {}
+        for entry in plan:
+            names = found.setdefault(owner_of(entry), [])
+            names += [] if entry.parameter in names else [entry.parameter]
+        order = {
+            name: number
+            for number, (name, _) in enumerate(module.named_parameters(remove_duplicate=False))
+        }
+        return cls({o: tuple(sorted(n, key=lambda x: order.get(x, 0))) for o, n in found.items()})
+
+    def inside(self, name: str) -> str:
+        """Key of a tensor of the model's own: below each wrapper is its `base_layer`."""
+        owner, _, last = name.rpartition(".")
+        return f"{self._path(owner, len(self.targets.get(owner, ())))}.{last}".removeprefix(".")
+
+    def site(self, entry: Entry) -> str:
+        """Key of a weight's wrapper: the first parameter's is the innermost."""
+        owner = owner_of(entry)
+        around = self.targets[owner]
+        return self._path(owner, len(around) - 1 - around.index(entry.parameter))
+
+    def _path(self, module: str, depth: int) -> str:
+        parts: list[str] = []
+        walked = ""
+        for part in module.split(".") if module else []:
+            if walked:
+                parts += ["base_layer"] * len(self.targets.get(walked, ()))
+            walked = f"{walked}.{part}".removeprefix(".")
+            parts.append(part)
+        return ".".join([*parts, *["base_layer"] * depth])
+
+
+# ---- tensors ------------------------------------------------------------------------------------
+
+
+def encoded(group: Group, values: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of a weight's entries as PEFT has them, by the ends of their keys."""
+    entry = group[0]
+    pairs = [factors(e, values) for e in group]
+    a, b = pairs[0]
+    if entry.part is not None:  # one pair, block by block
+        a = torch.cat([down for down, _ in pairs])
+        b = a.new_zeros(entry.shape[entry.layout.part_dim], a.shape[0])
+        for e, (start, stop), (_, up) in zip(group, _ranks(group), pairs, strict=True):
+            assert e.rows is not None
+            b[e.rows[0] : e.rows[1], start:stop] = up
+    if is_bare(entry):
+        a, b = _as_parameter(entry, a, b)
+    found = dict(zip(_ends(entry), (a, b), strict=True))
+    if "dora" in entry.variants:
+        magnitude = values[entry.name_of("lora_magnitude_vector")]
+        kernel = [1] * len(entry.layout.kernel(entry.shape))
+        found["lora_magnitude_vector"] = magnitude.reshape([1, -1, *kernel] if kernel else [-1])
+    return found
+
+
+def decoded(group: Group, stored: Tensors) -> dict[str, torch.Tensor]:
+    """The inverse: the tensors of a weight's entries, by their names."""
+    first = group[0]
+    a, b = (stored[end] for end in _ends(first))
+    if is_bare(first):
+        a, b = _from_parameter(first, a, b)
+    found: dict[str, torch.Tensor] = {}
+    dim_a, dim_b = first.layout.rank_dims
+    for entry, (start, stop) in zip(group, _ranks(group), strict=True):
+        down, up = a.narrow(dim_a, start, stop - start), b.narrow(dim_b, start, stop - start)
+        if entry.rows is not None:
+            up = up[entry.rows[0] : entry.rows[1]]
+        found |= {
+            entry.name_a: down.narrow(dim_a, 0, entry.r),
+            entry.name_b: up.narrow(dim_b, 0, entry.r),
+        }
+        if "from_weight" in entry.variants:
+            found[entry.name_of("lora_start_A")] = down.narrow(dim_a, entry.r, entry.r)
+            found[entry.name_of("lora_start_B")] = up.narrow(dim_b, entry.r, entry.r)
+    if "dora" in first.variants:
+        found[first.name_of("lora_magnitude_vector")] = stored["lora_magnitude_vector"].flatten()
+    return found
+
+
+def shapes_of(group: Group) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, by the ends of their keys."""
+    empty = {
+        name: torch.empty(shape, device="meta")
+        for entry in group
+        for name, shape in entry.tensors.items()
+    }
+    return {end: tuple(tensor.shape) for end, tensor in encoded(group, empty).items()}
+
+
+def rank(group: Group) -> int:
+    """The rank of the pair that PEFT has."""
+    return _ranks(group)[-1][1]
+
+
+def _ranks(group: Group) -> list[tuple[int, int]]:
+    """Where in PEFT's rank each entry is, from and to."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    for entry in group:
+        size = entry.r * (2 if "from_weight" in entry.variants else 1)
+        found.append((end, end + size))
+        end += size
+    return found
+
+
+def _ends(entry: Entry) -> tuple[str, str]:
+    if entry.op == "embedding" and not is_bare(entry):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
+def _as_parameter(
+    entry: Entry, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e, r, in), (e, out, r) → (e·r, in), (out, r·e): the numbers of a stack go last in B.
+
+    PEFT takes every bare weight for (out, in), so that one (in, out) has the other factor first.
+    """
+    if entry.layout.in_first:
+        a, b = b.mT, a.mT
+    if not entry.layout.stacked:
+        return a, b
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+def _from_parameter(
+    entry: Entry, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if entry.layout.stacked:
+        count = entry.shape[0]
+        a = a.unflatten(0, (count, -1))
+        b = b.unflatten(1, (-1, count)).permute(2, 0, 1)
+    return (b.mT, a.mT) if entry.layout.in_first else (a, b)
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+
+def configuration(module: CapturedModule, plan: Plan) -> dict[str, Any]:
+    """The configuration under which PEFT reads the same adapter."""
+    groups = groups_of(plan)
+    # One flag for all in PEFT: where sites differ, an alpha that gives the same scaling.
+    rslora = bool(plan) and all(_is_rslora(entry) for entry in plan)
+    ranks = {_target(g[0]): rank(g) for g in groups}
+    alphas = {
+        _target(g[0]): _whole(g[0].scaling * (math.sqrt(rank(g)) if rslora else rank(g)))
+        for g in groups
+    }
+    r, alpha = (_commonest(ranks.values()), _commonest(alphas.values())) if plan else (8, 8)
+    layers = [_target(g[0]) for g in groups if not is_bare(g[0])]
+    bare = [_target(g[0]) for g in groups if is_bare(g[0])]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": max((entry.dropout for entry in plan), default=0.0) if not bare else 0.0,
+        "target_modules": _modules(module, layers) if layers or not bare else None,
+        "target_parameters": bare or None,
+        "rank_pattern": {_exactly(site): n for site, n in ranks.items() if n != r},
+        "alpha_pattern": {_exactly(site): n for site, n in alphas.items() if n != alpha},
+        "modules_to_save": list(plan.modules_to_save) or None,
+        "bias": "none",
+        "use_rslora": rslora,
+        "use_dora": any("dora" in entry.variants for entry in plan),
+        # (PEFT sets it by itself for a Conv1D, and refuses it beside target_parameters)
+        "fan_in_fan_out": not bare and any(entry.op == "addmm" for entry in plan),
+        "init_lora_weights": True,
+    }
+
+
+def _target(entry: Entry) -> str:
+    return entry.parameter if is_bare(entry) else owner_of(entry)
+
+
+def _is_rslora(entry: Entry) -> bool:
+    return entry.r > 1 and math.isclose(entry.scaling, entry.alpha / math.sqrt(entry.r))
+
+
+def _commonest(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _whole(value: float) -> float:
+    near = round(float(value), 9)  # alpha / r * r
+    return int(near) if near.is_integer() else near
+
+
+def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
+    """The sites by name, or as one expression where a name is the end of another's."""
+    paths = [path for path, _ in module.named_modules()]
+    if any(path.endswith(f".{site}") for site in sites for path in paths):
+        return "|".join(re.escape(site) for site in sites)
+    return sites
+
+
+def _exactly(site: str) -> str:
+    return f"^{re.escape(site)}"
