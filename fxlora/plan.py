@@ -80,11 +80,11 @@ class Entry:
     def _check_types(self) -> None:
         """An entry may come from a file."""
         texts = (self.site, self.parameter, self.op, self.form, self.reason, self.adapter)
-        lists = ((self.names, str), (self.variants, str), (self.shape, int))
+        lists = ((self.names, str), (self.tied, str), (self.variants, str), (self.shape, int))
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"a name in the entry for {self.site!r} is no text")
         if not all(isinstance(v, tuple) and all(isinstance(i, t) for i in v) for v, t in lists):
-            raise TypeError(f"names, variants or shape of '{self.site}' are no lists of such")
+            raise TypeError(f"names, ties, variants or shape of '{self.site}' are no lists of such")
         if not all(isinstance(n, int) for n in (self.r, self.rule)):
             raise TypeError(f"rank or rule of '{self.site}' is no whole number")
 
