@@ -25,7 +25,7 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
     Raises:
         ConfigError: no such budget, or too small for rank 1 everywhere.
     """
-    limit = _limit(budget, sum(p.numel() for p in model.parameters()))
+    limit = limit_of(budget, sum(p.numel() for p in model.parameters()))
     if not entries:
         return []
     least = _cost(entries, [1] * len(entries))
@@ -38,7 +38,12 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
     return [_with_rank(entry, r) for entry, r in zip(entries, ranks, strict=True)]
 
 
-def _limit(budget: Any, model: int) -> int:
+def limit_of(budget: Any, model: int) -> int:
+    """How many parameters a budget is, for a model of so many.
+
+    Raises:
+        ConfigError: it is no number and no share.
+    """
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget
     if isinstance(budget, str) and budget.rstrip().endswith("%"):

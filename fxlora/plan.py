@@ -29,6 +29,7 @@ class Entry:
         site: the site's name (and the part's); its adapter parameters are called after it.
         parameter: the weight's name in `state_dict()`.
         names: all the names under which its reads are adapted: a tied weight has several.
+        tied: names of the same tensor whose reads it leaves: the fold splits the tie.
         op, shape, layout, padding_idx: what kind of weight it is (see `Site`).
         part: the name of the part of a packed weight, or None.
         rows: which of the outputs the part is, from and to.
@@ -61,6 +62,7 @@ class Entry:
     part: str | None = None
     rows: tuple[int, int] | None = None
     padding_idx: int | None = None
+    tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -78,11 +80,11 @@ class Entry:
     def _check_types(self) -> None:
         """An entry may come from a file."""
         texts = (self.site, self.parameter, self.op, self.form, self.reason, self.adapter)
-        lists = ((self.names, str), (self.variants, str), (self.shape, int))
+        lists = ((self.names, str), (self.tied, str), (self.variants, str), (self.shape, int))
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"a name in the entry for {self.site!r} is no text")
         if not all(isinstance(v, tuple) and all(isinstance(i, t) for i in v) for v, t in lists):
-            raise TypeError(f"names, variants or shape of '{self.site}' are no lists of such")
+            raise TypeError(f"names, ties, variants or shape of '{self.site}' are no lists of such")
         if not all(isinstance(n, int) for n in (self.r, self.rule)):
             raise TypeError(f"rank or rule of '{self.site}' is no whole number")
 
@@ -230,6 +232,19 @@ class Plan:
     @property
     def adapter_parameters(self) -> int:
         return sum(entry.adapter_parameters for entry in self)
+
+    @property
+    def split_ties(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The ties that a fold splits: of each, the names that stay one weight together."""
+        ties: dict[frozenset[str], dict[tuple[str, ...], None]] = {}
+        for entry in self:
+            if entry.tied:
+                ties.setdefault(frozenset((*entry.names, *entry.tied)), {})[entry.names] = None
+        found: list[tuple[tuple[str, ...], ...]] = []
+        for names, groups in ties.items():
+            left = names.difference(*groups)
+            found.append((*groups, tuple(sorted(left))) if left else tuple(groups))
+        return tuple(found)
 
     def __str__(self) -> str:
         header = ["site", "op", "weight", "form", "r", "alpha", "+parameters", "rule", "note"]

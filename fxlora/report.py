@@ -13,7 +13,7 @@ import torch
 from .errors import ConfigError, InjectError
 from .module import CapturedModule
 from .plan import Entry, Plan
-from .tables import FORMATS, render
+from .tables import FORMATS, render, some
 
 HEADER = ("site", "op", "weight", "form", "r", "alpha", "W", "A and B", "fewer", "factor")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,7 +84,7 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
         [_memory_row(totals, dtype) for dtype in DTYPES],
         format,
     )
-    return "\n\n".join([sites, sums, memory])
+    return "\n\n".join([sites, sums, memory, *_split_ties(plan, folded)])
 
 
 def _plan_of(x: Plan | CapturedModule) -> tuple[Plan, bool]:
@@ -137,6 +137,13 @@ def _sum_rows(totals: _Totals) -> list[list[str]]:
 def _memory_row(totals: _Totals, dtype: torch.dtype) -> list[str]:
     full, lora = totals.training_bytes(dtype)
     return [str(dtype).removeprefix("torch."), _bytes(full), _bytes(lora), _bytes(full - lora)]
+
+
+def _split_ties(plan: Plan, folded: bool) -> list[str]:
+    """What of the model's ties is none behind the fold, as a line."""
+    said = [" from ".join(some(names) for names in groups[::-1]) for groups in plan.split_ties]
+    when = "split by the fold" if folded else "that a fold splits"
+    return [f"Ties {when}: {'; '.join(said)}."] if said else []
 
 
 def _bytes(count: int) -> str:
@@ -192,5 +199,6 @@ def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
         "total_parameters": totals.total,
         "trainable_percent": totals.percent,
         "folded": totals.folded,
+        "split_ties": plan.split_ties,
         "training_state_bytes": memory,
     }

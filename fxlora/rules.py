@@ -15,7 +15,7 @@ from .budget import within
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
 from .extents import reads_any
-from .forms import check_supported, choose_form
+from .forms import Form, check_supported, choose_form
 from .inits import STARTS
 from .module import CapturedModule
 from .ops import CASTS, MATRIX_PRODUCTS, SLICES, VIEWS
@@ -80,6 +80,7 @@ class _Matching:
     adapter_name: str
     budget: int | str | None
     sites: list[Site] = field(init=False)
+    adapted: list[Site] = field(default_factory=list[Site])
 
     def __post_init__(self) -> None:
         self.sites = find_sites(self.module)
@@ -93,6 +94,7 @@ class _Matching:
         for site, number in chosen:
             rule = self.rules[number - 1] if number else None
             if set(site.names) & trained:
+                _check_trained_itself(site, number, rule, saved)
                 skipped.append((site.name, IN_FULL))
             elif rule is None and site.outside is not None:
                 skipped.append((site.name, site.why_outside))
@@ -104,7 +106,9 @@ class _Matching:
                 entries += self._entries(site, number, rule)
         self._check_everything_matched(chosen, entries)
         if self.budget is not None:
-            entries = within(entries, self.budget, self.module)
+            entries = self._within_budget(entries)
+        for entry in entries:
+            self._check_rank(entry)
         _warn_of_large(entries)
         trained |= self._biases(entries)
         self._warn_of_uncovered(skipped)
@@ -195,9 +199,8 @@ class _Matching:
         tied = {name: names for names in self.module.aliases().values() for name in names}
         trained: set[str] = set()
         for path in modules:
-            below = [n for n in tied if n == path or n.startswith(f"{path}.")]
-            for name in below:
-                if outside := [n for n in tied[name] if not n.startswith(f"{path}.") and n != path]:
+            for name in (n for n in tied if _is_below(n, path)):
+                if outside := [n for n in tied[name] if not _is_below(n, path)]:
                     warnings.warn(
                         f"modules_to_save '{path}': '{name}' is the same tensor as "
                         f"{', '.join(outside)}, which trains with it.",
@@ -226,6 +229,7 @@ class _Matching:
         """An entry for a site, or one for each part of it that the rule enables."""
         assert rule.lora is not None
         check_supported(site, number)
+        self.adapted.append(site)
         if rule.parts is None:
             return [self._entry(site, number, rule.lora)]
         parts = rows_of(rule.parts, rule.enable, site.shape[site.layout.part_dim], site.name)
@@ -249,11 +253,6 @@ class _Matching:
         alpha = by_pattern(config.alpha_pattern, site, config.lora_alpha)
         variants = variants_of(config.init_lora_weights, config.variant)
         form = choose_form(site, r, config.lora_dropout, rows, variants)
-        notes = [form.reason]
-        if site.tied:
-            notes.append(f"split from its tie with {', '.join(site.tied)}")
-        elif len(site.names) > 1:
-            notes.append("tied")
         entry = Entry(
             site=f"{site.name}.{part}" if part else site.name,
             parameter=site.parameter,
@@ -262,8 +261,9 @@ class _Matching:
             shape=site.shape,
             layout=site.layout,
             padding_idx=site.padding_idx,
+            tied=site.tied,
             form=form.name,
-            reason="; ".join(filter(None, notes)),
+            reason=_notes(site, form),
             r=r,
             alpha=alpha,
             scaling=config.scaling(r, alpha),
@@ -275,9 +275,21 @@ class _Matching:
             adapter=self.adapter_name,
             rule=number,
         )
-        self._check_rank(entry)
         self._check_padding(entry)
         return entry
+
+    def _within_budget(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries with the ranks of the budget, and the forms that go with these."""
+        sites = {site.names: site for site in self.adapted}
+        found: list[Entry] = []
+        for entry in within(entries, self.budget, self.module):
+            site, lora = sites[entry.names], self.rules[entry.rule - 1].lora
+            dropout = lora.lora_dropout if lora else 0.0
+            form = choose_form(site, entry.r, dropout, entry.rows, entry.variants)
+            kept = dropout if form.name == "branch" else 0.0
+            reason = _notes(site, form)
+            found.append(dataclasses.replace(entry, form=form.name, reason=reason, dropout=kept))
+        return found
 
     def _check_padding(self, entry: Entry) -> None:
         """The row of padding_idx stays as it is: a variant that scales outputs would scale it."""
@@ -301,7 +313,7 @@ class _Matching:
         )
         if entry.init in STARTS:
             raise ConfigError(f"{said} {entry.init!r} starts from it: give a smaller r.")
-        warnings.warn(said, FxLoraWarning, stacklevel=6)
+        warnings.warn(said, FxLoraWarning, stacklevel=4)
 
     # ---- tied weights ---------------------------------------------------------------------------
 
@@ -318,7 +330,7 @@ class _Matching:
             others = [(s, n) for s, n in chosen if s.parameter in site.tied]
             sharing = next((n for _, n in [(site, number), *others] if self._shares(n)), None)
             if sharing is not None:
-                self._check_shared(site, sharing, others)
+                self._check_shared(sharing, [(site, number), *others])
                 number, together = sharing, [s for s, _ in others]
             else:
                 together = [s for s, n in others if n == number and number]
@@ -330,13 +342,13 @@ class _Matching:
         lora = self.rules[number - 1].lora if number else None
         return lora is not None and lora.tied == "share"
 
-    def _check_shared(self, site: Site, sharing: int, others: Sequence[tuple[Site, int]]) -> None:
-        for other, number in others:
-            if number not in (0, sharing):
-                raise ConfigError(
-                    f"'{site.name}' and '{other.name}' are one tied weight. Rule {sharing} says "
-                    f'tied="share", and rule {number} takes one of them: let one rule take both.'
-                )
+    def _check_shared(self, sharing: int, tied: Sequence[tuple[Site, int]]) -> None:
+        names = some(f"'{site.name}'" for site, _ in tied)
+        for number in {number for _, number in tied} - {0, sharing}:
+            raise ConfigError(
+                f'{names} are one tied weight. Rule {sharing} says tied="share", and rule '
+                f"{number} takes one of them: let one rule take all."
+            )
 
     # ---- nothing is missed silently -------------------------------------------------------------
 
@@ -442,6 +454,31 @@ class _Matching:
             if called and parameter.ndim >= 2 and not parameter.is_floating_point():
                 return f" '{full}' holds {parameter.dtype}; adapters are for real numbers."
         return ""
+
+
+def _notes(site: Site, form: Form) -> str:
+    """What there is to know of an entry, for the plan."""
+    notes = [form.reason]
+    if site.tied:
+        notes.append(f"split from its tie with {', '.join(site.tied)}")
+    elif len(site.names) > 1:
+        notes.append("tied")
+    return "; ".join(filter(None, notes))
+
+
+def _check_trained_itself(site: Site, number: int, rule: Rule | None, saved: list[str]) -> None:
+    """Raise where a rule adapts one name of a weight that trains in full under another."""
+    own = any(_is_below(name, path) for name in site.names for path in saved)
+    if own or rule is None or rule.lora is None:
+        return
+    raise ConfigError(
+        f"rule {number} adapts '{site.name}', which trains in full as {', '.join(site.tied)}: one "
+        "tied weight. Adapt both names or train both, or untie them in the model."
+    )
+
+
+def _is_below(parameter: str, path: str) -> bool:
+    return parameter == path or parameter.startswith(f"{path}.")
 
 
 def _warn_of_large(entries: Sequence[Entry]) -> None:

@@ -85,7 +85,8 @@ def _check_loads(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     if lost := _lost(model, state):
         raise ExportError(
             f"{type(model).__name__} shares memory between {some(lost)} and other weights, "
-            f"which fold to different values. {advice}"
+            "which fold to different values: a tie that the adapter splits. Adapt every name of it "
+            f'alike (tied="share" in its rule), or untie it in the model. {advice}'
         )
 
 

@@ -34,7 +34,7 @@ def run_plan(options: Namespace) -> str:
 def run_adapt(options: Namespace) -> str:
     rules = given_rules(options)
     captured = captured_model(build_model(options), options)
-    plan = match(captured, rules)
+    plan = match(captured, rules, budget=options.budget)
     torch.manual_seed(options.seed)  # once more: A shall not depend on how the model was built
     save_adapter(inject(captured, plan), options.out)
     return f"{plan}\nThe untrained adapter is in {options.out}."
@@ -72,11 +72,11 @@ def run_export(options: Namespace) -> str:
 def run_report(options: Namespace) -> str:
     if options.adapter is None:
         return report(_planned(options), options.format)
-    refuse_lora_options(options, "--adapter")
+    refuse_lora_options(options, "--adapter", "budget")
     adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
     return report(adapted, options.format)
 
 
 def _planned(options: Namespace) -> Plan:
     rules = given_rules(options)  # first: a mistake in them should not cost building the model
-    return match(captured_model(build_model(options), options), rules)
+    return match(captured_model(build_model(options), options), rules, budget=options.budget)

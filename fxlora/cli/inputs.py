@@ -109,8 +109,12 @@ def given_rules(options: Namespace) -> Rules:
     return load_rules(options.rules)
 
 
-def refuse_lora_options(options: Namespace, source: str) -> None:
-    if given := _lora_options(options):
+def refuse_lora_options(options: Namespace, source: str, *more: str) -> None:
+    given = [
+        *_lora_options(options),
+        *(name for name in more if getattr(options, name) is not None),
+    ]
+    if given:
         raise ConfigError(
             f"{source} says all about the adapters: leave out the options for {', '.join(given)}."
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, tables
+from ..budget import limit_of
 from ..errors import ConfigError
 from ..export import FORMATS as EXPORT_FORMATS
 from .commands import (
@@ -160,6 +161,12 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
     parser.add_argument(
         "--dropout", type=float, dest="lora_dropout", metavar="P", help="of the branches' inputs"
     )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="N|N%",
+        help="ranks for so many parameters in all, or that share of the model's",
+    )
     parser.add_argument("--exclude", dest="exclude_modules", help="not these modules", **names)
     parser.add_argument("--modules-to-save", help="modules to train in full", **names)
     parser.add_argument(
@@ -175,6 +182,12 @@ def _names(text: str) -> list[str]:
 def _number(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
+
+
+def _budget(text: str) -> int | str:
+    budget = int(text) if text.isdecimal() else text
+    limit_of(budget, 1)  # a mistake should not cost building the model
+    return budget
 
 
 def _file(text: str) -> Path:

@@ -1,0 +1,217 @@
+"""Ranks by budget: never more than there may be, in the proportions of the rules."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fxlora
+from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule
+from fxlora.cli import main
+
+from .laws import check_laws
+
+
+class Model(nn.Module):
+    """40 → 30 → 20 → 10, 24 channels one by one, and three experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(40, 30, bias=False)
+        self.b = nn.Linear(30, 20, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 20, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return (x @ self.experts).sum(0)
+
+
+COUNT = 40 * 30 + 30 * 20 + 3 * 20 * 10
+EACH = {"a": 70, "b": 50, "experts": 90}  # parameters of a rank
+X = torch.linspace(-1, 1, 80).reshape(2, 40)
+
+
+@pytest.fixture(scope="module")
+def gm() -> fxlora.CapturedModule:
+    return fxlora.capture(Model(), X)
+
+
+def ranks(plan: fxlora.Plan) -> dict[str, int]:
+    return {entry.site: entry.r for entry in plan}
+
+
+def rules(**r: int) -> list[Rule]:
+    return [Rule(name, lora=LoraConfig(r=n, lora_alpha=6)) for name, n in r.items()]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    budget=st.integers(1, 3000),
+    a=st.integers(1, 40),
+    b=st.integers(1, 40),
+    experts=st.integers(1, 40),
+)
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+def test_any_budget(gm: fxlora.CapturedModule, budget: int, a: int, b: int, experts: int) -> None:
+    asked = {"a": a, "b": b, "experts": experts}
+    if budget < sum(EACH.values()):
+        with pytest.raises(ConfigError, match=r"rank 1 at all 3 sites takes 210"):
+            fxlora.match(gm, rules(**asked), budget=budget)
+        return
+    plan = fxlora.match(gm, rules(**asked), budget=budget)
+    found, largest = ranks(plan), {"a": 30, "b": 20, "experts": 10}
+    assert plan.adapter_parameters == sum(EACH[n] * r for n, r in found.items()) <= budget
+    left = budget - plan.adapter_parameters
+    assert all(1 <= r <= largest[n] for n, r in found.items())
+    assert all(r == largest[n] or EACH[n] > left for n, r in found.items())  # nothing more fits
+    for one, other in itertools.permutations(found, 2):  # no one overtakes by more than rounding
+        if found[one] < largest[one] and found[other] > 2:
+            factor = (found[other] - 1) / asked[other]
+            assert found[one] >= int(factor * asked[one]) - 1
+    for entry in plan:  # alpha as it would have to be
+        assert entry.scaling == pytest.approx(6 / asked[entry.site])
+        assert entry.alpha / entry.r == pytest.approx(entry.scaling)
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit"), [("10%", 240), ("12.5 %", 300), ("100%", 2400), (" 50%", 1200)]
+)
+def test_shares(gm: fxlora.CapturedModule, budget: str, limit: int) -> None:
+    plan = fxlora.match(gm, rules(a=4, b=4, experts=4), budget=budget)
+    assert plan.model_parameters == COUNT
+    assert limit - 90 < plan.adapter_parameters <= limit
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [*(0, -5, True, 0.5, "1", "one", "%", "0%", "-1%", "101%", "nan%", "inf%", ""), [], b"1%"],
+)
+def test_no_budget(gm: fxlora.CapturedModule, budget: Any) -> None:
+    with pytest.raises(ConfigError, match="budget must be a number of parameters or a share"):
+        fxlora.match(gm, rules(a=4), budget=budget)
+
+
+def test_a_budget_of_nothing(gm: fxlora.CapturedModule) -> None:
+    with pytest.raises(ConfigError, match="Give more, or target fewer sites"):
+        fxlora.match(gm, rules(a=4), budget="0.01%")
+
+
+def test_the_factor_is_the_rules(gm: fxlora.CapturedModule) -> None:
+    for rslora in (False, True):
+        config = LoraConfig(r=16, lora_alpha=8, use_rslora=rslora, target_modules=["a", "b"])
+        (first, *_) = plan = fxlora.match(gm, config, budget=600).entries
+        assert first.r != 16
+        for entry in plan:
+            assert entry.scaling == (2.0 if rslora else 0.5)
+            root = entry.r**0.5 if rslora else entry.r
+            assert entry.alpha / root == pytest.approx(entry.scaling)
+
+
+def test_a_pattern_of_ranks_is_a_proportion(gm: fxlora.CapturedModule) -> None:
+    config = LoraConfig(r=2, target_modules=["a", "b"], rank_pattern={"b": 6})
+    found = ranks(fxlora.match(gm, config, budget=2 * 70 * 2 + 2 * 50 * 6))
+    assert found == {"a": 4, "b": 12}
+
+
+def test_parts_count_alone(gm: fxlora.CapturedModule) -> None:
+    rule = Rule("a", lora=LoraConfig(r=4), parts={"p": (0, 5), "q": (10, 30)})
+    plan = fxlora.match(gm, rule, budget=400)
+    assert ranks(plan) == {"a.p": 4, "a.q": 3}  # 45 and 60 a rank
+    assert plan.adapter_parameters == 360
+
+
+def test_magnitudes_count(gm: fxlora.CapturedModule) -> None:
+    config = LoraConfig(r=4, use_dora=True, target_modules=["a"])
+    plan = fxlora.match(gm, config, budget=249)  # 3 ranks and 30 magnitudes are 240
+    assert ranks(plan) == {"a": 3} and plan.adapter_parameters == 240
+    with pytest.raises(ConfigError, match="takes 100"):
+        fxlora.match(gm, config, budget=99)
+
+
+def test_what_only_holds_does_not_count(gm: fxlora.CapturedModule) -> None:
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["a"])
+    assert ranks(fxlora.match(gm, config, budget=219)) == {"a": 3}
+
+
+def test_no_warning_of_ranks_that_the_budget_cuts(gm: fxlora.CapturedModule) -> None:
+    plan = fxlora.match(gm, rules(a=100), budget=700)  # (warnings are errors here)
+    assert ranks(plan) == {"a": 10}
+
+
+def test_forms_are_those_of_the_budgets_ranks() -> None:
+    """At rank 3 a branch is cheap enough here; at the rules' rank it is not."""
+    conv = nn.Sequential(nn.Conv2d(16, 24, 3, groups=2)).double()
+    x = torch.randn(1, 16, 5, 6).double()
+    gm = fxlora.capture(conv, x)
+    rule = Rule(lora=LoraConfig(r=12))
+    assert [e.form for e in fxlora.match(gm, rule)] == ["weight"]
+    plan = fxlora.match(gm, rule, budget=300)
+    assert [(e.form, e.reason) for e in plan] == [("branch", "")]
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(17, 6), nn.Linear(6, 17, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.emb(ids)))
+
+    ids = torch.tensor([[1, 2, 3]])
+    gm = fxlora.capture(Tied(), ids)
+    plan = fxlora.match(gm, Rule(["emb", "head"], lora=LoraConfig(r=2)), budget=80)
+    assert [entry.r for entry in plan] == [3]
+    assert plan.entries[0].reason == "tied"
+    assert fxlora.match(gm, Rule("head", lora=LoraConfig(r=2)), budget=80).entries[0].tied
+
+
+def test_the_laws_hold_with_a_budget() -> None:
+    model = Model().double()
+    gm = fxlora.capture(model, X.double())
+    plan = fxlora.match(gm, rules(a=8, b=4, experts=2), budget="20%")
+    _, lora = check_laws(model, (X.double(),), rules={"rule": plan.to_data()["rule"]})
+    assert lora.plan  # the rules alone do not say the budget: the plan does
+    lora = fxlora.inject(gm, plan)
+    assert sum(p.numel() for p in fxlora.lora_parameters(lora)) == plan.adapter_parameters <= 480
+    assert fxlora.verify(lora, (X.double(),))
+
+
+def test_an_adapter_larger_than_its_weight() -> None:
+    depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False))
+    gm = fxlora.capture(depthwise, torch.randn(1, 8, 5, 6))
+    with pytest.warns(FxLoraWarning, match=r"adapter has more parameters than its weight: 0\."):
+        fxlora.match(gm, Rule("0", lora=LoraConfig(r=5)))
+
+
+# ---- on the command line ------------------------------------------------------------------------
+
+CLI = ("plan", "torchvision:resnet18", "--meta", "--target", "fc,conv1")
+
+
+@pytest.mark.parametrize(("budget", "limit"), [("20000", 20_000), ("0.5%", 58_447)])
+def test_command(budget: str, limit: int, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    assert main([*CLI, "--budget", budget]) == 0
+    said = capsys.readouterr().out.partition("adapted with ")[2].partition(" ")[0]
+    assert 0.8 * limit < int(said.replace(",", "")) <= limit
+
+
+@pytest.mark.parametrize("budget", ["0", "x", "200%", "1.5", "3"])
+def test_command_with_no_budget(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    assert main([*CLI, "--budget", budget]) == 2
+    assert "budget" in capsys.readouterr().err
+
+
+def test_an_adapter_has_its_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["report", "torchvision:resnet18", "--adapter", "folder", "--budget", "1%"]
+    assert main(words) == 2
+    assert "leave out the options for budget" in capsys.readouterr().err

@@ -1,0 +1,375 @@
+"""One weight under several names: who is adapted, and what the fold leaves tied."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fxlora
+from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule
+
+from .laws import assert_close, check_laws, randomise, run
+
+IDS = torch.tensor([[1, 2, 5, 12], [3, 3, 0, 2], [7, 8, 9, 10]])
+
+
+class Model(nn.Module):
+    """A language model whose head is its embedding; takes indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(17, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 17, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.logits(torch.tanh(self.mix(self.emb(ids))))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+
+class Checkpointed(Model):
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.head, x, use_reentrant=False)
+
+
+class Nested(Model):
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x)
+
+
+class Wrapped(Model):
+    """The tied read is in a forward below the head's own path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(6, 17, bias=False))
+        self.decoder[0].weight = self.emb.weight
+        del self.head
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(x)
+
+
+class Other(Model):
+    """The tie the other way round, by assignment to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 17, bias=False)
+        self.emb.weight = self.head.weight
+
+
+R2 = LoraConfig(r=2, lora_alpha=3)
+HEADS = {Model: "head", Checkpointed: "head", Nested: "head", Wrapped: "0", Other: "head"}
+ROADS = {"exported": None, "traced": fxlora.capture}
+
+
+def checked(
+    model: nn.Module, rules: Any, road: str = "exported", args: Any = (IDS,)
+) -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
+    reference = Model() if isinstance(model, Checkpointed) else None
+    _, lora = check_laws(model, args, rules=rules, capture=ROADS[road], reference=reference)
+    folded = fxlora.fold(lora)
+    fxlora.verify(lora, args, folded=folded)
+    return lora, folded
+
+
+@pytest.mark.parametrize(
+    ("kind", "road"), [*((kind, "exported") for kind in HEADS), (Model, "traced")]
+)
+@pytest.mark.parametrize("which", ["head", "emb", "both", "two rules", "share"])
+def test_who_is_adapted(kind: type[Model], road: str, which: str) -> None:
+    head = HEADS[kind]
+    rules = {
+        "head": Rule(head, lora=R2),
+        "emb": Rule("emb", lora=R2),
+        "both": Rule([head, "emb"], lora=R2),
+        "two rules": [Rule(head, lora=LoraConfig(r=3)), Rule("emb", lora=R2)],
+        "share": Rule(head, lora=LoraConfig(r=2, tied="share")),
+    }[which]
+    model = kind()
+    lora, folded = checked(model, rules, road)
+    source = model.emb.weight
+    path = "decoder.0.weight" if kind is Wrapped else "head.weight"
+    emb, out = (folded.get_parameter(name) for name in ("emb.weight", path))
+    kept = which in ("both", "share")
+    assert (emb is out) is kept
+    assert torch.equal(out, source) is (which == "emb")
+    assert torch.equal(emb, source) is (which == "head")
+    assert len(lora.plan) == 1 + (which == "two rules")
+    covered = {name for entry in lora.plan for name in entry.names}
+    wanted = {"head": {path}, "emb": {"emb.weight"}}.get(which, {path, "emb.weight"})
+    assert covered == wanted
+    _check_report(lora, folded, () if kept else {path, "emb.weight"})
+
+
+def _check_report(lora: Any, folded: Any, split: Any) -> None:
+    for x, words in ((lora.plan, "a fold splits"), (lora, "a fold"), (folded, "by the fold")):
+        text, data = fxlora.report(x), json.loads(fxlora.report(x, "json"))
+        assert ("Ties" in text and words in text) is bool(split)
+        assert {n for tie in data["split_ties"] for group in tie for n in group} == set(split)
+        for name in split:
+            assert name in text
+
+
+def test_the_report_of_a_split_tie() -> None:
+    for name, other in (("head", "emb"), ("emb", "head")):
+        lora = fxlora.adapt(Model(), (IDS,), rules=Rule(name, lora=R2))
+        said = f"Ties split by the fold: {other}.weight from {name}.weight."
+        assert said in fxlora.report(fxlora.fold(lora))
+        assert f"split from its tie with {other}.weight" in str(lora.plan)
+
+
+def test_parts_of_a_tied_weight() -> None:
+    rule = Rule("head", lora=R2, parts={"a": (0, 5), "b": (9, 17)})
+    lora, folded = checked(Model(), rule)
+    assert len(lora.plan) == 2 and len(lora.plan.split_ties) == 1
+    head, emb = (folded.get_parameter(f"{name}.weight") for name in ("head", "emb"))
+    assert (head == emb).all(1).tolist() == [5 <= n < 9 for n in range(17)]
+
+
+# ---- the parent reads it ------------------------------------------------------------------------
+
+
+class Functional(Model):
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.emb.weight)
+
+
+class Both(Model):
+    """The parent reads the tied weight, beside the module."""
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) + F.linear(x, self.emb.weight)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", [Functional, Both])
+def test_a_read_of_the_parents_is_every_names(kind: type[Model], road: str) -> None:
+    lora, folded = checked(kind(), Rule("emb", lora=R2), road)
+    (entry,) = lora.plan
+    assert set(entry.names) == {"emb.weight", "head.weight"} and not entry.tied
+    assert folded.get_parameter("emb.weight") is folded.get_parameter("head.weight")
+
+
+# ---- one Parameter in two modules, one module twice ---------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(torch.tanh(self.first(x)))))
+
+
+X = torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ["first", "second", "*"])
+def test_one_parameter_in_two_modules(name: str, road: str) -> None:
+    """A module that is called twice is one: its adapter stands at both calls."""
+    model = Two()
+    lora, folded = checked(model, Rule(name, lora=R2), road, (X,))
+    first, second = (folded.get_parameter(f"{n}.weight") for n in ("first", "second"))
+    assert (first is second) is (name == "*")
+    assert torch.equal(second, model.first.weight) is (name == "first")
+    assert torch.equal(first, model.first.weight) is (name == "second")
+    graph = lora.graphs["eval"]
+    used = [n for n in graph.nodes if n.op == "get_attr" and "lora_A" in str(n.target)]
+    assert sum(len(n.users) for n in used) == {"first": 2, "second": 1, "*": 3}[name]
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ["first", "again"])
+def test_one_module_under_two_names(name: str, road: str) -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 5)
+            self.again = self.first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.again(torch.tanh(self.first(x)))
+
+    lora, folded = checked(Names(), Rule(name, lora=R2), road, (X,))
+    assert [set(entry.names) for entry in lora.plan] == [{"first.weight", "again.weight"}]
+    assert folded.get_parameter("first.weight") is folded.get_parameter("again.weight")
+
+
+def test_regions() -> None:
+    class Chooses(Model):
+        def logits(self, x: torch.Tensor) -> torch.Tensor:
+            if float(x.sum()) > 1e9:  # Python's
+                return x
+            return self.head(x)
+
+    model = Chooses().double()
+    with pytest.warns(FxLoraWarning):
+        gm = fxlora.capture(model, (IDS,))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=R2)))
+    randomise(lora)
+    (entry,) = lora.plan
+    assert entry.names == ("head.weight",)
+    folded = fxlora.fold(lora)
+    a, b = (lora.get_parameter(name).detach() for name in (entry.name_a, entry.name_b))
+    source = copy.deepcopy(model)
+    source.head.weight = nn.Parameter(source.emb.weight + 1.5 * b @ a)
+    expected = run(source.eval(), (IDS,), {})
+    assert_close(run(lora.eval(), (IDS,), {}), expected)
+    assert_close(run(folded.eval(), (IDS,), {}), expected)
+
+
+# ---- what a split tie is afterwards -------------------------------------------------------------
+
+
+def split() -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
+    lora = fxlora.adapt(Model().double(), (IDS,), rules=Rule("head", lora=R2))
+    randomise(lora)
+    return lora, fxlora.fold(lora)
+
+
+def test_the_state_of_a_split_tie() -> None:
+    lora, folded = split()
+    state = folded.state_dict()
+    again = fxlora.fold(fxlora.adapt(Model().double(), (IDS,), rules=Rule("head", lora=R2)))
+    again.load_state_dict(state)
+    assert_close(run(again.eval(), (IDS,), {}), run(lora.eval(), (IDS,), {}))
+    for module in (copy.deepcopy(folded), folded):
+        weights = [module.get_parameter(f"{n}.weight") for n in ("emb", "head")]
+        assert not torch.equal(*weights)
+
+
+def test_a_program_of_a_split_tie(tmp_path: Path) -> None:
+    lora, folded = split()
+    fxlora.export(folded.eval(), (IDS,), tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert_close(run(program, (IDS,), {}), run(lora.eval(), (IDS,), {}))
+    compiled = torch.compile(folded.eval(), backend="eager", fullgraph=True)
+    assert_close(run(compiled, (IDS,), {}), run(lora.eval(), (IDS,), {}))
+
+
+def test_a_saved_adapter_of_one_name(tmp_path: Path) -> None:
+    lora, _ = split()
+    fxlora.save_adapter(lora, tmp_path)
+    gm = fxlora.remove(lora)
+    again = fxlora.load_adapter(gm, tmp_path)
+    assert again.plan.split_ties == lora.plan.split_ties
+    assert_close(run(again.eval(), (IDS,), {}), run(lora.eval(), (IDS,), {}))
+
+
+def test_folded_and_adapted_again() -> None:
+    """The second adapter finds two weights where the first split one."""
+    _, folded = split()
+    lora = fxlora.inject(folded, fxlora.match(folded, Rule("emb", lora=R2)))
+    assert not lora.plan.split_ties
+    randomise(lora)
+    again = fxlora.fold(lora)
+    assert_close(run(again.eval(), (IDS,), {}), run(lora.eval(), (IDS,), {}))
+    assert torch.equal(again.get_parameter("head.weight"), folded.get_parameter("head.weight"))
+
+
+# ---- in full beside an adapter ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", ["head", "emb"])
+@pytest.mark.parametrize("road", ROADS)
+def test_training_one_name_and_adapting_the_other_is_refused(trained: str, road: str) -> None:
+    other = {"head": "emb", "emb": "head"}[trained]
+    gm = fxlora.capture(Model(), *([(IDS,)] if road == "exported" else []))
+    for rules in (
+        [Rule(trained, train=True), Rule(other, lora=R2)],
+        [Rule(other, lora=LoraConfig(r=2, modules_to_save=[trained]))],
+    ):
+        with (
+            pytest.warns(FxLoraWarning, match="same tensor"),
+            pytest.raises(ConfigError, match="Adapt both names or train both"),
+        ):
+            fxlora.match(gm, rules)
+
+
+def test_training_both_names() -> None:
+    gm = fxlora.capture(Model(), (IDS,))
+    rule = Rule("mix", lora=LoraConfig(r=2, modules_to_save=["head", "emb"]))
+    with pytest.warns(FxLoraWarning, match="same tensor"):
+        lora = fxlora.inject(gm, fxlora.match(gm, rule))
+    assert lora.get_parameter("head.weight") is lora.get_parameter("emb.weight")
+    assert lora.get_parameter("head.weight").requires_grad
+
+
+def test_sharing_contradicts_another_rule() -> None:
+    gm = fxlora.capture(Model(), (IDS,))
+    rules = [Rule("emb", lora=None), Rule("head", lora=LoraConfig(r=2, tied="share"))]
+    with pytest.raises(ConfigError, match="let one rule take all"):
+        fxlora.match(gm, rules)
+
+
+# ---- transformers -------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 37, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+HF: dict[str, tuple[str, str, dict[str, Any], tuple[str, str]]] = {
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 37, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8},
+        ("lm_head", "wte"),
+    ),
+    "Llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**SIZES, "num_attention_heads": 2, "tie_word_embeddings": True},
+        ("lm_head", "embed_tokens"),
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": 37,
+            "d_model": 8,
+            "d_kv": 4,
+            "d_ff": 12,
+            "num_layers": 1,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+        },
+        ("lm_head", "shared"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_transformers(name: str, which: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind, config, sizes, names = HF[name]
+    model = getattr(transformers, kind)(
+        getattr(transformers, config)(**sizes, use_cache=False)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.ndim > 1 else None
+    kwargs = {"input_ids": IDS} | ({"labels": IDS} if name == "T5" else {})
+    rule = Rule(names[which], lora=R2) if which < 2 else Rule(list(names), lora=R2)
+    _, lora = check_laws(model, (), kwargs, rules=rule)
+    (entry,) = lora.plan
+    ties = next(n for n in lora.aliases().values() if "lm_head.weight" in n)
+    assert set(entry.names) | set(entry.tied) == set(ties)
+    folded = fxlora.fold(lora)
+    head, table = folded.get_parameter("lm_head.weight"), folded.get_parameter(ties[0])
+    assert (head is table) is (which == 2)
