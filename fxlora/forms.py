@@ -101,9 +101,6 @@ def _obstacle(
         return f"read by {reader.kind}"
     if reader.shared:
         return "in a graph that several calls share"
-    padding = named_argument(reader.node, "padding_idx")
-    if isinstance(padding, int) and padding >= 0 and site.padding_idx is None:
-        return "padding_idx of a row that other reads train"  # B would learn from it in a branch
     if reader.beside:
         return "multiplied with another weight"  # two branches would miss Δu·Δv
     seen = op.layout_of(reader.node, reader.weight, len(site.shape))
