@@ -27,6 +27,12 @@ def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
     return a, b
 
 
+def rank(entry: Entry) -> int:
+    """That of what stands for A and B."""
+    a, _ = factors(entry, {n: torch.empty(s, device="meta") for n, s in entry.tensors.items()})
+    return a.shape[entry.layout.rank_dims[0]]
+
+
 def adapted_weight(entry: Entry, weight: Any, values: Values) -> Any:
     """W0 + s·BA and what the variants make of it, in W0's shape; other rows as they are."""
     if entry.rows is None:

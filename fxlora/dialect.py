@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 
 from .nested import call_of
 
@@ -29,71 +30,144 @@ WEIGHT_MODULES = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Embedding,
+    nn.EmbeddingBag,
     nn.Bilinear,
 )
 
 
+Bound = dict[str, Any]
+
+
+def _as_given(bound: Bound) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Spelling:
-    """A Python function: its parameters in order, their defaults, the overload it stands for."""
+    """A Python function and the overload it stands for.
+
+    Attributes:
+        parameters: the function's, in order.
+        overload: which one a call stands for.
+        order: the overload's arguments, by the function's names (and those that `prepare` adds).
+        defaults: of the parameters.
+        prepare: what the function does before it calls the overload: changes the arguments, which
+            are torch.fx's proxies, in place.
+        result: which of the overload's results the function returns, where it has several.
+    """
 
     parameters: tuple[str, ...]
-    overload: Callable[[dict[str, Any]], Any]
+    overload: Callable[[Bound], Any]
     order: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    prepare: Callable[[Bound], None] = _as_given
+    result: int | None = None
 
-    def bind(self, node: fx.Node) -> dict[str, Any]:
+    def bind(self, node: fx.Node) -> Bound | None:
+        """The arguments of a call by name, or None where it has others (beta=, out=)."""
         given = dict(zip(self.parameters, node.args, strict=False))
-        return {**self.defaults, **given, **node.kwargs}
-
-
-def _convolution(dims: int) -> Spelling:
-    packet = getattr(aten, f"conv{dims}d")
-
-    def overload(bound: dict[str, Any]) -> Any:
-        return packet.padding if isinstance(bound["padding"], str) else packet.default
-
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    one = (1,) * dims
-    defaults = {
-        "bias": None,
-        "stride": one,
-        "padding": (0,) * dims,
-        "dilation": one,
-        "groups": 1,
-    }
-    return Spelling(names, overload, names, defaults)
+        bound = {**self.defaults, **given, **node.kwargs}
+        fits = len(node.args) <= len(self.parameters) and set(bound) == set(self.parameters)
+        return bound if fits else None
 
 
 def _plain(overload: Any, *names: str, **defaults: Any) -> Spelling:
     return Spelling(names, lambda _: overload, names, defaults)
 
 
+def _convolution(dims: int) -> Spelling:
+    packet = getattr(aten, f"conv{dims}d")
+
+    def overload(bound: Bound) -> Any:
+        return packet.padding if isinstance(bound["padding"], str) else packet.default
+
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    one = (1,) * dims
+    defaults = {"bias": None, "stride": one, "padding": (0,) * dims, "dilation": one, "groups": 1}
+    return Spelling(names, overload, names, defaults)
+
+
+def _transposed_convolution(dims: int) -> Spelling:
+    packet = getattr(aten, f"conv_transpose{dims}d")
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    one, none = (1,) * dims, (0,) * dims
+    values = (None, one, none, none, 1, one)
+    overload = packet.default if dims == 1 else packet.input
+    return _plain(overload, *names, **dict(zip(names[2:], values, strict=True)))
+
+
+def _two_operands(bound: Bound) -> None:
+    bound["operands"] = [bound.pop("first"), bound.pop("second")]
+
+
+def _renormed(bound: Bound) -> None:
+    if bound["max_norm"] is not None:
+        weight = aten.detach.default(bound["weight"])
+        aten.embedding_renorm_.default(
+            weight, bound["input"], bound["max_norm"], bound["norm_type"]
+        )
+
+
+def _look_up(bound: Bound) -> None:
+    _renormed(bound)
+    if bound["padding_idx"] is None:
+        bound["padding_idx"] = -1
+
+
+def _bags(bound: Bound) -> None:
+    if bound["offsets"] is None:  # each row is a bag
+        index = bound["input"]
+        size, like = index.size(1), {"dtype": index.dtype, "device": index.device}
+        bound["offsets"] = aten.arange.start_step(0, index.numel(), size, **like)
+        bound["input"] = index.reshape(-1)
+        if bound["per_sample_weights"] is not None:
+            bound["per_sample_weights"] = bound["per_sample_weights"].reshape(-1)
+        bound["include_last_offset"] = False
+    _renormed(bound)
+    bound["mode"] = ("sum", "mean", "max").index(bound["mode"])
+
+
 _LINEAR = _plain(aten.linear.default, "input", "weight", "bias", bias=None)
 _MATMUL = _plain(aten.matmul.default, "input", "other")
 _MM = _plain(aten.mm.default, "input", "mat2")
-_ADDMM = Spelling(
-    ("input", "mat1", "mat2"), lambda _: aten.addmm.default, ("input", "mat1", "mat2")
+_ADDMM = _plain(aten.addmm.default, "input", "mat1", "mat2")
+_BMM = _plain(aten.bmm.default, "input", "mat2")
+_BADDBMM = _plain(aten.baddbmm.default, "input", "batch1", "batch2")
+# Of three and more operands the order of the products is torch.einsum's to choose.
+_EINSUM = Spelling(
+    ("equation", "first", "second"),
+    lambda _: aten.einsum.default,
+    ("equation", "operands"),
+    prepare=_two_operands,
 )
+_OF_LOOK_UPS = {"max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
 _EMBEDDING = Spelling(
-    (
-        "input",
-        "weight",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-    ),
+    ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
     lambda _: aten.embedding.default,
     ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
+    {"padding_idx": None, **_OF_LOOK_UPS},
+    _look_up,
+)
+_EMBEDDING_BAG = Spelling(
+    (
+        *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode"),
+        *("sparse", "per_sample_weights", "include_last_offset", "padding_idx"),
+    ),
+    lambda _: aten.embedding_bag.padding_idx,
+    (
+        *("weight", "input", "offsets", "scale_grad_by_freq", "mode", "sparse"),
+        *("per_sample_weights", "include_last_offset", "padding_idx"),
+    ),
     {
+        **_OF_LOOK_UPS,
+        "offsets": None,
+        "mode": "mean",
+        "per_sample_weights": None,
+        "include_last_offset": False,
         "padding_idx": None,
-        "max_norm": None,
-        "norm_type": 2.0,
-        "scale_grad_by_freq": False,
-        "sparse": False,
     },
+    _bags,
+    result=0,
 )
 
 SPELLINGS: dict[object, Spelling] = {
@@ -105,37 +179,48 @@ SPELLINGS: dict[object, Spelling] = {
     torch.mm: _MM,
     "mm": _MM,
     torch.addmm: _ADDMM,
+    "addmm": _ADDMM,
+    torch.bmm: _BMM,
+    "bmm": _BMM,
+    torch.baddbmm: _BADDBMM,
+    "baddbmm": _BADDBMM,
+    torch.einsum: _EINSUM,
     F.embedding: _EMBEDDING,
+    F.embedding_bag: _EMBEDDING_BAG,
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
     torch.conv3d: _convolution(3),
+    torch.conv_transpose1d: _transposed_convolution(1),
+    torch.conv_transpose2d: _transposed_convolution(2),
+    torch.conv_transpose3d: _transposed_convolution(3),
 }
 
 
 def lower(graph: fx.Graph) -> None:
-    """Rewrite every spelling in a traced graph as its aten overload, in place."""
+    """Rewrite every spelling in a traced graph as its aten overload, in place.
+
+    A call with arguments that the overload lacks stays: the weight form serves any function.
+    """
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
-            continue
-        spelling = SPELLINGS[node.target]
-        bound = spelling.bind(node)
-        # A call with more than these (beta=, out=) stays: the weight form serves any function.
-        if set(bound) == set(spelling.parameters):
-            _replace(graph, node, spelling, bound)
+        if node.op in ("call_function", "call_method") and node.target in SPELLINGS:
+            spelling = SPELLINGS[node.target]
+            if bound := spelling.bind(node):
+                _replace(graph, node, spelling, bound)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: dict[str, Any]) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: Bound) -> None:
+    tracer = GraphAppendingTracer(graph)
+
+    def proxied(given: fx.Node) -> Any:
+        return fx.Proxy(given, tracer)
+
     with graph.inserting_before(node):
-        if bound.get("max_norm") is not None:
-            weight = graph.call_function(aten.detach.default, (bound["weight"],))
-            renorm = (weight, bound["input"], bound["max_norm"], bound["norm_type"])
-            graph.call_function(aten.embedding_renorm_.default, renorm)
-        if spelling is _EMBEDDING and bound["padding_idx"] is None:
-            bound["padding_idx"] = -1
-        args = tuple(bound[name] for name in spelling.order)
-        new = graph.call_function(spelling.overload(bound), args)
-    new.meta = node.meta
-    node.replace_all_uses_with(new)
+        bound = {name: fx.map_arg(given, proxied) for name, given in bound.items()}
+        spelling.prepare(bound)
+        new: Any = spelling.overload(bound)(*(bound[name] for name in spelling.order))
+        new.node.meta = node.meta
+        returned = new if spelling.result is None else new[spelling.result]
+    node.replace_all_uses_with(returned.node)
     graph.erase_node(node)
 
 

@@ -56,7 +56,10 @@ def export(
     program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
     # Through memory: on a full disk torch's own writer aborts the process.
     content = io.BytesIO()
-    torch.export.save(program, content)
+    try:
+        torch.export.save(program, content)
+    except Exception as error:
+        raise ExportError(f"torch.export cannot write the graph: {error}") from error
     with whole_file(path, ExportError) as temporary, temporary.open("wb") as file:
         file.write(content.getbuffer())
     return Path(path)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .errors import ConfigError, UnsupportedOpError
 from .nested import grad_enabled
-from .ops import named_argument
+from .ops import named_argument, padding_row
 from .readers import Reader
 from .sites import Site
 from .variants import VARIANTS
@@ -101,14 +101,13 @@ def _obstacle(
         return f"read by {reader.kind}"
     if reader.shared:
         return "in a graph that several calls share"
-    padding = named_argument(reader.node, "padding_idx")
-    if isinstance(padding, int) and padding >= 0 and site.padding_idx is None:
-        return "padding_idx of a row that other reads train"  # B would learn from it in a branch
     if reader.beside:
         return "multiplied with another weight"  # two branches would miss Δu·Δv
     seen = op.layout_of(reader.node, reader.weight, len(site.shape))
     if site.layout not in (seen, seen.swapped):
         return f"read as {seen.roles} and as {site.layout.roles}"
+    if site.padding_idx is None and padding_row(reader.node, site.shape[0]) is not None:
+        return "a padding row that other reads train"  # B must not learn from looking it up
     scales = any(VARIANTS[name].gain for name in variants)
     if (rows or scales) and (op.output is None or seen.stacked):
         return f"read by {reader.kind}, whose outputs are not in one dimension"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Read:
         x: its input, or what dropout left of it (a proxy).
         layout: the weight's in this op.
         shape: the weight's.
+        rank: of the pair.
         scaling: s.
     """
 
@@ -39,12 +41,15 @@ class Read:
     x: Any
     layout: Layout
     shape: Shape
+    rank: int
     scaling: float
 
     def arg(self, position: int) -> Any:
         """An argument of the call, as the branch can take it."""
-        given = argument(self.node, position)
-        return fx.map_arg(given, lambda node: fx.Proxy(node, self.x.tracer))
+        return fx.map_arg(argument(self.node, position), self._proxied)
+
+    def _proxied(self, node: fx.Node) -> Any:
+        return fx.Proxy(node, self.x.tracer)
 
     def scaled(self, hidden: Any) -> Any:
         """s·A(x): the scaling where the branch is narrowest, r wide."""
@@ -145,6 +150,21 @@ def _weight_times(read: Read, down: Any, up: Any) -> Any:
     """W @ x: (…, in, n) → (…, out, n)."""
     hidden = aten.matmul.default(down, read.x)  # (…, r, n)
     return aten.matmul.default(up, read.scaled(hidden))
+
+
+def _grouped(read: Read, down: Any, up: Any) -> Any:
+    """Rows of x in groups, each times a matrix of the stack."""
+    ends = read.arg(2)
+    pad = -read.rank % 8  # kernels want rows of multiples of 16 bytes
+    down = aten.constant_pad_nd.default(down, [0, 0, 0, pad]) if pad else down
+    up = aten.constant_pad_nd.default(up, [0, pad]) if pad else up
+    turn = read.layout.transposed
+    hidden = aten._grouped_mm.default(read.x, turn(down), ends)  # (n, r)
+    return aten._grouped_mm.default(read.scaled(hidden), turn(up), ends)
+
+
+def _groups_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+    return None if len(shape) == 3 else "groups of a matrix's own rows or columns"
 
 
 def _own_alpha(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
@@ -367,6 +387,8 @@ _BMM_LEFT = Op("bmm", 1, _weight_times, output=None)
 _BADDBMM = Op("baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha)
 _BADDBMM_LEFT = Op("baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha)
 
+_GROUPED = Op("grouped_mm", 0, _grouped, in_first=True, obstacle=_groups_obstacle)
+
 # (overload, position of the weight among its arguments) → row
 OPS: dict[tuple[Any, int], Op] = {
     (aten.linear.default, 1): _LINEAR,
@@ -379,6 +401,7 @@ OPS: dict[tuple[Any, int], Op] = {
     (aten.bmm.default, 0): _BMM_LEFT,
     (aten.baddbmm.default, 2): _BADDBMM,
     (aten.baddbmm.default, 1): _BADDBMM_LEFT,
+    (aten._grouped_mm.default, 1): _GROUPED,
     (aten.einsum.default, 1): Op(
         "einsum", 1, _einsum, obstacle=_einsum_obstacle, output=None, layout=_einsum_layout
     ),
@@ -416,6 +439,7 @@ TRANSPOSED_OPS: dict[tuple[Any, int], Op] = {
     (aten.bmm.default, 0): _given_transposed(_BMM_LEFT, "bmm"),
     (aten.baddbmm.default, 2): _given_transposed(_BADDBMM, "baddbmm"),
     (aten.baddbmm.default, 1): _given_transposed(_BADDBMM_LEFT, "baddbmm"),
+    (aten._grouped_mm.default, 1): _given_transposed(_GROUPED, "grouped_mm"),
 }
 
 _PRODUCTS = frozenset(overload for overload, _ in OPS)
@@ -427,6 +451,7 @@ VIEWS = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
 SLICES = frozenset(
     {"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 )
+_TURNS = frozenset({"t", "transpose", "permute", "mT", "numpy_T", "squeeze", "unsqueeze", "detach"})
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
@@ -453,6 +478,16 @@ def flat_inputs(node: fx.Node) -> list[fx.Node]:
 def layout_without_row(kind: str, dims: int) -> Layout:
     """The roles of a weight that an op without a row reads."""
     return plain(dims, False, _KERNELS.get(kind, 0))
+
+
+def padding_row(node: fx.Node, rows: int) -> int | None:
+    """The row that a look-up gives no gradient, or None."""
+    index = named_argument(node, "padding_idx")
+    if not isinstance(index, int):
+        return None
+    if node.target is aten.embedding_bag.padding_idx:
+        return index % rows  # a bag's counts from the end
+    return index if index >= 0 else None  # where an embedding's -1 says that there is none
 
 
 def is_product(node: fx.Node) -> bool:
@@ -487,6 +522,15 @@ def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
 def is_detach(node: fx.Node) -> bool:
     """Whether no gradient passes a call."""
     return node.target in (aten.detach.default, aten.detach_.default)
+
+
+def moves_data(node: fx.Node) -> bool:
+    """Whether a call takes parts of a tensor, or arranges it in other ways, and no more."""
+    if node.target is operator.getitem:
+        return True
+    packet = getattr(node.target, "overloadpacket", None)
+    named = getattr(packet, "__name__", "") in VIEWS | SLICES | _TURNS
+    return named and not node.kwargs
 
 
 def reads_no_values(node: fx.Node) -> bool:

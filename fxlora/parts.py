@@ -31,7 +31,7 @@ def check_parts(parts: Any, enable: Any) -> None:
         for name, value in parts.items():
             if not isinstance(value, int):
                 _range(name, value)
-            elif value < 1:
+            elif isinstance(value, bool) or value < 1:
                 raise ConfigError(f"parts: '{name}' must have at least one row, not {value}.")
     elif not isinstance(parts, int) or isinstance(parts, bool) or parts < 2:
         raise ConfigError(f"parts must be a number ≥ 2 or a mapping of names, not {parts!r}.")
@@ -90,7 +90,7 @@ def _range(name: str, value: Any) -> Rows:
     if isinstance(value, slice | range) and value.step in (None, 1):
         value = (value.start or 0, value.stop)
     pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 0 <= pair[0] < pair[1]:
+    if len(pair) != 2 or any(type(n) is not int for n in pair) or not 0 <= pair[0] < pair[1]:
         raise ConfigError(f"parts: '{name}' must be a size or a range (from, to), not {value!r}.")
     return pair[0], pair[1]
 

@@ -194,8 +194,9 @@ class Entry:
     def from_data(cls, data: dict[str, Any]) -> Entry:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }
-        return cls(**{**values, "layout": Layout(data["layout"])})
+        }  # pyright: ignore[reportUnknownArgumentType]
+        values["layout"] = Layout(data["layout"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

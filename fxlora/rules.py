@@ -14,6 +14,7 @@ from .adapted import scales_outputs
 from .budget import within
 from .config import ALL_LINEAR, LoraConfig, Names, Rule, Rules, as_rules
 from .errors import ConfigError, FxLoraWarning, NoMatchError, UnsupportedOpError
+from .extents import reads_any
 from .forms import check_supported, choose_form
 from .inits import STARTS
 from .module import CapturedModule
@@ -227,11 +228,14 @@ class _Matching:
         check_supported(site, number)
         if rule.parts is None:
             return [self._entry(site, number, rule.lora)]
-        size = site.shape[site.layout.part_dim]
-        return [
-            self._entry(site, number, rule.lora, part, rows)
-            for part, rows in rows_of(rule.parts, rule.enable, size, site.name).items()
-        ]
+        parts = rows_of(rule.parts, rule.enable, site.shape[site.layout.part_dim], site.name)
+        for part, rows in parts.items():
+            if not reads_any(site, rows):
+                raise UnsupportedOpError(
+                    f"part '{part}' of '{site.name}' (rule {number}): nothing reads the outputs "
+                    f"{rows[0]} to {rows[1]} of its weight, so its adapter would do nothing."
+                )
+        return [self._entry(site, number, rule.lora, part, rows) for part, rows in parts.items()]
 
     def _entry(
         self,
@@ -247,7 +251,7 @@ class _Matching:
         form = choose_form(site, r, config.lora_dropout, rows, variants)
         notes = [form.reason]
         if site.tied:
-            notes.append(f"tied with {', '.join(site.tied)}, which keeps its weight")
+            notes.append(f"split from its tie with {', '.join(site.tied)}")
         elif len(site.names) > 1:
             notes.append("tied")
         entry = Entry(

@@ -13,7 +13,7 @@ import torch
 
 from .layout import Layout, Shape
 from .module import CapturedModule
-from .ops import VIEWS, layout_without_row, named_argument
+from .ops import VIEWS, layout_without_row, named_argument, padding_row
 from .readers import Reader, readers_and_writers
 
 
@@ -242,7 +242,7 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
         "op": kind,
         "layout": layout,
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
-        "padding_idx": _padding_idx(readers),
+        "padding_idx": _padding_idx(readers, shape[0]),
     }
 
 
@@ -261,11 +261,10 @@ def _behind_view(reader: Reader, shape: Shape) -> Layout | None:
     return Layout(first * rows[0] + second * (len(shape) - rows[0]))
 
 
-def _padding_idx(readers: tuple[Reader, ...]) -> int | None:
-    """The row that no read trains (a head that is tied with an embedding does train it)."""
-    found = {named_argument(reader.node, "padding_idx") for reader in readers}
-    index = found.pop() if len(found) == 1 else None
-    return index if isinstance(index, int) and index >= 0 else None
+def _padding_idx(readers: tuple[Reader, ...], rows: int) -> int | None:
+    """The row that no read trains: all look up, and all pad with it."""
+    found = {padding_row(reader.node, rows) for reader in readers}
+    return found.pop() if len(found) == 1 else None
 
 
 def _main_reader(readers: tuple[Reader, ...]) -> Reader | None:

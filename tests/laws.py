@@ -67,12 +67,12 @@ def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     before = ""
     for dim, role in enumerate(entry.layout.roles):
         before = before if role == "k" else role
-        of_a += letters[dim] if before in "ei" else ""
-        of_b += letters[dim] if before in "eo" else ""
+        of_a += letters[dim] if before == "i" else ""
+        of_b += letters[dim] if before == "o" else ""
     stack = "".join(letters[d] for d, role in enumerate(entry.layout.roles) if role == "e")
     size = {letters[d]: n for d, n in enumerate(sizes)}
     kernel = entry.layout.roles.count("k")
-    rank = stack + "r" + of_a[len(stack) :]
+    rank, of_b = f"{stack}r{of_a}", stack + of_b
     a = a.reshape([size.get(n, entry.r) for n in rank])
     # B is (…, out, r), with a kernel (out, r, *kernel): r to the end
     b = b.movedim(-1 - kernel, -1) if kernel else b

@@ -47,8 +47,10 @@ class Pattern:
         tolerance: of the largest entry.
         dtype: of the model and its inputs.
         plain: whether s·BA is what the adapter adds (DoRA scales, PiSSA subtracts).
-        loadable: whether the source with the folded weights computes the folded outputs.
         exportable: whether there is a whole graph to export; if not, a typed error says so.
+        hidden: whether it has reads that torch.func does not reach (what a list holds); the
+            oracle then writes into the source's own memory alone.
+        floor_too: whether the oldest supported torch can run and save it.
         measured: what PEFT does by target_modules, where the claim about PEFT rests on it.
     """
 
@@ -66,8 +68,9 @@ class Pattern:
     tolerance: float = 1e-10
     dtype: torch.dtype = torch.float64
     plain: bool = True
-    loadable: bool = True
     exportable: bool = True
+    hidden: bool = False
+    floor_too: bool = True
     measured: str = ""
 
     def built(self) -> Built:
@@ -412,7 +415,8 @@ FUNCTIONAL = [
             ("aux.weight",), modes=(True,)),
     Pattern("ModuleList([layer] * 3) (ALBERT)", repeated,
             ("layers.0.weight", "layers.1.weight", "layers.2.weight")),
-    Pattern("a Python list holds the weight", aliased(lambda weight: [weight]), ("lin.weight",)),
+    Pattern("a Python list holds the weight", aliased(lambda weight: [weight]), ("lin.weight",),
+            hidden=True),
     Pattern("a buffer that shares the weight's memory",
             aliased(lambda weight: weight.detach().T, True), ("lin.weight",),
             expects=fxlora.UnsupportedOpError),
@@ -690,6 +694,22 @@ def shared_parameter() -> Built:
     return model, (torch.randn(4, 5), torch.randn(4, 5))
 
 
+def functional_tie() -> Built:
+    """Both reads are in one forward: the call site does not say which name was meant."""
+    model, args = tied(1)
+    model.function = lambda m, i: F.linear(
+        torch.tanh(m.mix(F.embedding(i, m.emb.weight))), m.head.weight
+    )
+    return model, args
+
+
+def three_tied() -> Built:
+    parts = {name: nn.Linear(5, 5) for name in "abc"}
+    parts["b"].weight = parts["c"].weight = parts["a"].weight
+    model = Net(lambda m, v: m.c(torch.tanh(m.b(torch.tanh(m.a(v))))), **parts)
+    return model, (torch.randn(4, 5),)
+
+
 def overlapping() -> Built:
     """Two parameters in one memory: the decoder is the encoder turned."""
     model = Net(lambda m, a: m.dec(torch.tanh(m.enc(a))), enc=nn.Linear(5, 7), dec=nn.Linear(7, 5))
@@ -710,6 +730,15 @@ SHARED = [
     Pattern("head.weight = emb.weight, rule on both", LM, TIED, peft=BOTH),
     Pattern("head.weight = emb.weight, tied=share", LM, TIED, peft=BOTH,
             rules=rule("head", tied="share")),
+    Pattern("head.weight = emb.weight, a rule for each", LM, TIED,
+            rules=lambda: [Rule("emb", lora=R), Rule("head", lora=LoraConfig(r=3, lora_alpha=5))]),
+    # No module's forward reads it, so no name tells the reads apart: all of them are adapted.
+    Pattern("tied, read by functions: a rule on emb", functional_tie, TIED, peft=BOTH,
+            rules=rule("emb")),
+    Pattern("tied, read by functions: a rule on both", functional_tie, TIED, peft=BOTH),
+    Pattern("one of three tied Linears", three_tied, ("b.weight",), rules=rule("b")),
+    Pattern("one name of a module that has two", two_names_called, ("second.weight",),
+            rules=rule("second")),
     Pattern("one Parameter in two Linears, rule on one", shared_parameter, ("first.weight",),
             rules=rule("first"), measured="silent"),
     Pattern("one Parameter in two Linears, rule on both", shared_parameter,
@@ -865,15 +894,15 @@ RAW = [
     Pattern("experts by index, W[idx]",
             layer(lambda m, a, i: torch.bmm(a[:, None], m.w[i])[:, 0], X, ids(3, 4), w=w(3, 5, 7)),
             W),
-    Pattern("experts under vmap", layer(vmapped, X, w=w(3, 7, 5)), W),
+    Pattern("experts under vmap", layer(vmapped, X, w=w(3, 7, 5)), W, floor_too=False),
     Pattern("experts under vmap, functional_call",
             layer(lambda m, a: torch.vmap(
                       lambda v: torch.func.functional_call(m.skeleton, {"weight": v}, (a,)))(m.w),
-                  X, w=w(3, 7, 5), skeleton=linear(5, 7, False)), W),
+                  X, w=w(3, 7, 5), skeleton=linear(5, 7, False)), W, floor_too=False),
     Pattern("experts by torch._grouped_mm",
             layer(lambda m, a, ends: torch._grouped_mm(a, m.w, offs=ends), x(6, 16),
                   lambda: torch.tensor([2, 4, 6], dtype=torch.int32), w=w(3, 16, 24)), W,
-            dtype=torch.float32, tolerance=1e-4),
+            dtype=torch.float32, tolerance=1e-4, floor_too=False),
     Pattern("a clone of W, changed in place", layer(changed, X, w=w(5, 7)), W),
     Pattern("linalg.multi_dot", layer(lambda m, a: torch.linalg.multi_dot([a, m.u, m.v]), X,
                                       u=w(5, 3), v=w(3, 7)), ("layer.u", "layer.v")),
@@ -985,6 +1014,24 @@ PACKED = [
             net(split(6, 6, 6), X, in_proj=conv1d(5, 18)), PROJ, peft=None,
             rules=rule("in_proj", parts=3, enable=[True, False, True]),
             parts={"0": (0, 6), "2": (12, 18)}),
+    Pattern("1x1 convolution as packed QKV: q and v",
+            net(lambda m, a: torch.prod(torch.stack(torch.tanh(m.in_proj(a)).chunk(3, 1)), 0),
+                x(2, 5, 3, 4), in_proj=lambda: nn.Conv2d(5, 18, 1)),
+            PROJ, peft=None, rules=rule("in_proj", parts=Q_V), parts=Q_V),
+    Pattern("experts' gate_up: the gate alone",
+            layer(lambda m, a: torch.prod(torch.stack(torch.bmm(a, m.w).chunk(2, -1)), 0),
+                  x(3, 4, 5), w=w(3, 5, 14)),
+            W, peft=None, rules=rule("layer.w", parts={"gate": (0, 7)}), parts={"gate": (0, 7)}),
+    Pattern("LSTM: two of its gates", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)),
+            ("layer.weight_ih_l0",), peft=None, parts={"1": (6, 12), "3": (18, 24)},
+            rules=rule("layer.weight_ih_l0", parts=4, enable=[False, True, False, True])),
+    Pattern("head tied to the embedding: some of its rows", LM, TIED[1:], peft=None,
+            rules=rule("head", parts={"new": (6, 13)}), parts={"new": (6, 13)}),
+    Pattern("a part that nothing reads",
+            net(lambda m, a: torch.tanh(F.linear(a, m.in_proj.weight[6:])), X,
+                in_proj=linear(5, 18)),
+            PROJ, peft=None, rules=rule("in_proj", parts=Q_V), parts=Q_V,
+            expects=fxlora.FxLoraError),
     Pattern("fused gate and up, chunk",
             net(lambda m, a: F.silu(m.in_proj(a).chunk(2, -1)[0]) * m.in_proj(a).chunk(2, -1)[1],
                 X, in_proj=linear(5, 14)),
@@ -1087,7 +1134,7 @@ FLOW = [
             reference=net(lambda m, a: torch.tanh(F.linear(a, m.lin.weight)), X, lin=linear())),
     Pattern("a product with a sparse matrix (GNN)",
             net(sparse, X, lin=linear(), adjacency=lambda: torch.randn(4, 4).relu()), LIN,
-            expects=fxlora.CaptureError),
+            exportable=False),
     Pattern("a backward hook on the layer",
             net(lambda m, a: m.lin(torch.tanh(m.pre(a))), X, pre=linear(5, 5),
                 lin=doubled_gradient),
@@ -1174,6 +1221,15 @@ VARIANTS = [
     variant("DoRA: F.linear(x, self.lin.weight)", FUNCTIONAL_LINEAR, LIN, use_dora=True),
     variant("DoRA: convolution, reflect padding", padded("reflect"), CONV, use_dora=True),
     variant("DoRA: embedding", embedded(), EMB, use_dora=True),
+    variant("DoRA: grouped convolution",
+            conv(lambda: nn.Conv1d(6, 9, 4, groups=3), 2, 6, 11), CONV, use_dora=True),
+    variant("DoRA: transposed convolution",
+            conv(lambda: nn.ConvTranspose2d(3, 6, (4, 2)), 2, 3, 5, 7), CONV, use_dora=True),
+    variant("DoRA: stacked experts", layer(lambda m, a: torch.bmm(a, m.w), x(3, 4, 5),
+                                           w=w(3, 5, 7)), W, use_dora=True),
+    variant("DoRA: LSTM", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)), ("layer.weight_ih_l0",),
+            use_dora=True),
+    variant("PiSSA: embedding", embedded(padding_idx=2), EMB, init_lora_weights="pissa"),
     variant("PiSSA: F.linear(x, self.lin.weight)", FUNCTIONAL_LINEAR, LIN,
             init_lora_weights="pissa"),
     variant("OLoRA: F.linear(x, self.lin.weight)", FUNCTIONAL_LINEAR, LIN,

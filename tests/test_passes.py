@@ -324,19 +324,20 @@ def test_two_adapted_weights_multiplied_with_each_other() -> None:
 
 
 def test_a_tied_weight_that_a_whole_module_reads_is_refused() -> None:
-    class Bag(nn.Module):
+    class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag, self.fc = nn.EmbeddingBag(9, 5), nn.Linear(5, 9, bias=False)
-            self.fc.weight = self.bag.weight
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.fc = nn.Linear(6, 6, bias=False)
+            self.fc.weight = self.attention.out_proj.weight
 
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.fc(self.bag(ids))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.attention(x, x, x)[0])
 
-    with pytest.raises(fxlora.UnsupportedOpError, match="read inside module bag"):
-        fxlora.match(fxlora.capture(Bag()), Rule(["fc", "bag"], lora=R))
-    ids = torch.tensor([[1, 2], [3, 4]])
-    check_laws(Bag(), (ids,), rules=Rule("fc", lora=R))
+    with pytest.raises(fxlora.UnsupportedOpError, match="read inside module attention"):
+        fxlora.match(fxlora.capture(Whole()), Rule(["fc", "out_proj"], lora=R))
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    check_laws(Whole(), (x,), rules=Rule(["fc", "out_proj"], lora=R))
 
 
 def test_parameters_in_the_same_memory_are_refused() -> None:

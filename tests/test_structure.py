@@ -20,7 +20,7 @@ LAYERS = [
     {"module", "initialize"},
     {"capture", "readers"},
     {"sites"},
-    {"forms", "patterns"},
+    {"forms", "patterns", "extents"},
     {"rules", "passes"},
     {"verbs", "coverage", "exact"},
     {"verification", "proofs", "peft_layout"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import fxlora
 
@@ -21,6 +22,8 @@ def _no_fused_attention() -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_right_or_a_typed_error(name: str) -> None:
     pattern = PATTERNS[name]
+    if not pattern.floor_too and torch.__version__ < (2, 12):
+        pytest.skip("this torch cannot run it, or not save it")
     judgement = judge_fxlora(pattern)
     if pattern.expects:
         assert judgement.verdict == "refused", judgement

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 
-from ..adapted import adapted_weight, factors, output_gains, scales_outputs
+from ..adapted import adapted_weight, factors, output_gains, rank, scales_outputs
 from ..module import CapturedModule
 from ..nested import Path, call_of, inside
-from ..ops import Op, Read
+from ..ops import Op, Read, argument
 from ..plan import Entry
 from ..readers import Reader
 
@@ -49,78 +50,83 @@ class Insertion:
 
 def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
     """op(x, W) → op(x, W) + s·B(A(dropout(x)))."""
-    op, base = reader.op, reader.node
-    assert op is not None
-    if op.result is not None:
-        base = next(user for user in base.users if user.args[1] == op.result)
+    assert reader.op is not None
+    base, result = reader.node, reader.op.result
+    if result is not None:
+        base = next(user for user in base.users if user.args[1] == result)
     readers = set(base.users)
     with base.graph.inserting_before(base.next):
         proxied = _proxies(base.graph)
         values = _values(entry, base.graph, reader.path, proxied)
-        branch = _branch(entry, reader, op, values, proxied, dropout)
-        if scales_outputs(entry):
-            branch = _scaled_outputs(entry, reader, op, branch, values, proxied)
+        branch = _Branch(entry, reader, reader.op, values, proxied).emitted(dropout)
         output = aten.add.Tensor(proxied(base), branch).node
     output.meta = dict(base.meta)  # a loop asks its outputs' values for their storage
     _stand_for(entry, "branch", base, output, readers)
 
 
-def _branch(
-    entry: Entry,
-    reader: Reader,
-    op: Op,
-    values: dict[str, Any],
-    proxied: Callable[[fx.Node], fx.Proxy],
-    dropout: float,
-) -> Any:
-    node, weight = reader.node, reader.weight
-    x = proxied(op.input_of(node, weight))
-    if dropout and op.dropout:
-        x = aten.dropout.default(x, dropout, True)
-    layout = op.layout_of(node, weight, len(entry.shape))
-    down, up = factors(entry, values)
-    if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
-        turn = entry.layout.transposed
-        down, up = turn(up), turn(down)
-    branch = op.branch(Read(node, weight, x, layout, entry.shape, entry.scaling), down, up)
-    if entry.rows is None:
+@dataclass(frozen=True)
+class _Branch:
+    """What is added to the result of one read, as it is emitted into the read's graph."""
+
+    entry: Entry
+    reader: Reader
+    op: Op
+    values: dict[str, Any]
+    proxied: Callable[[fx.Node], Any]
+
+    def emitted(self, dropout: float) -> Any:
+        branch = self._low_rank(dropout)
+        if scales_outputs(self.entry):
+            branch = self._with_gains(branch)
+        return branch if self.entry.rows is None else self._padded(branch, self.entry.rows)
+
+    def _low_rank(self, dropout: float) -> Any:
+        node, weight = self.reader.node, self.reader.weight
+        x = self.proxied(self.op.input_of(node, weight))
+        if dropout and self.op.dropout:
+            x = aten.dropout.default(x, dropout, True)
+        entry, layout = self.entry, self.op.layout_of(node, weight, len(self.entry.shape))
+        down, up = factors(entry, self.values)
+        if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
+            turn = entry.layout.transposed
+            down, up = turn(up), turn(down)
+        read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling)
+        return self.op.branch(read, down, up)
+
+    def _padded(self, branch: Any, rows: tuple[int, int]) -> Any:
+        """Zeros for the outputs of other parts."""
+        behind = self.entry.shape[self.entry.layout.part_dim] - rows[1]
+        return aten.constant_pad_nd.default(branch, [0, 0] * self._behind + [rows[0], behind])
+
+    def _with_gains(self, branch: Any) -> Any:
+        """(g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g."""
+        weight = self.reader.weight
+        while weight.op != "get_attr":  # the op may be given the transpose
+            (weight,) = weight.all_input_nodes
+        for gain in output_gains(self.entry, self.proxied(weight), self.values):
+            shaped = self._along_outputs(gain)
+            change = aten.mul.Tensor(aten.sub.Tensor(shaped, 1), self._product())
+            branch = aten.add.Tensor(change, aten.mul.Tensor(shaped, branch))
         return branch
-    assert op.output is not None
-    start, stop = entry.rows
-    behind = entry.shape[entry.layout.part_dim] - stop
-    return aten.constant_pad_nd.default(branch, [0, 0] * (-1 - op.output) + [start, behind])
 
+    def _product(self) -> Any:
+        """The op's result less its bias."""
+        bias = None if self.op.bias is None else argument(self.reader.node, self.op.bias)
+        product = self.proxied(self.reader.node)
+        if not isinstance(bias, fx.Node):
+            return product
+        return aten.sub.Tensor(product, self._along_outputs(self.proxied(bias)))
 
-def _scaled_outputs(
-    entry: Entry,
-    reader: Reader,
-    op: Op,
-    branch: Any,
-    values: dict[str, Any],
-    proxied: Callable[[fx.Node], fx.Proxy],
-) -> Any:
-    """(g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g."""
-    weight = reader.weight
-    while weight.op != "get_attr":  # the op may be given the transpose
-        (weight,) = weight.all_input_nodes
-    for gain in output_gains(entry, proxied(weight), values):
-        assert op.output is not None
-        behind = [1] * (-1 - op.output)
-        shaped = aten.reshape.default(gain, [-1, *behind]) if behind else gain
-        bias = reader.node.args[op.bias] if _has_bias(reader.node, op) else None
-        product: Any = proxied(reader.node)
-        if isinstance(bias, fx.Node):
-            added: Any = proxied(bias)
-            if behind:
-                added = aten.reshape.default(added, [-1, *behind])
-            product = aten.sub.Tensor(product, added)
-        change = aten.mul.Tensor(aten.sub.Tensor(shaped, 1), product)
-        branch = aten.add.Tensor(change, aten.mul.Tensor(shaped, branch))
-    return branch
+    def _along_outputs(self, vector: Any) -> Any:
+        """(out,) → (out, 1, …), for the output's dimension (a linear's bias is as it is)."""
+        ones = [1] * self._behind
+        return aten.reshape.default(vector, [-1, *ones]) if ones else vector
 
-
-def _has_bias(node: fx.Node, op: Op) -> bool:
-    return op.bias is not None and op.bias < len(node.args)
+    @property
+    def _behind(self) -> int:
+        """How many dimensions of the result come after that of the outputs."""
+        assert self.op.output is not None
+        return -1 - self.op.output
 
 
 def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
@@ -140,14 +146,14 @@ def _stand_for(
     base.replace_all_uses_with(output, delete_user_cb=lambda user: user in readers)
 
 
-def _proxies(graph: fx.Graph) -> Callable[[fx.Node], fx.Proxy]:
+def _proxies(graph: fx.Graph) -> Callable[[fx.Node], Any]:
     """Nodes as what emits further nodes when an op is called on it."""
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     return lambda node: fx.Proxy(node, tracer)
 
 
 def _values(
-    entry: Entry, graph: fx.Graph, path: Path, proxied: Callable[[fx.Node], fx.Proxy]
+    entry: Entry, graph: fx.Graph, path: Path, proxied: Callable[[fx.Node], Any]
 ) -> dict[str, Any]:
     return {name: proxied(_fetched(graph, name, path)) for name in entry.tensors}
 

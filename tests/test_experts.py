@@ -1,0 +1,109 @@
+"""transformers' mixtures of experts, in each of its ways to call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fxlora
+from fxlora import FxLoraWarning, LoraConfig, Rule, UnsupportedOpError
+
+from .laws import check_laws, floats, merged_weights, randomise, run
+
+transformers = pytest.importorskip("transformers", reason="transformers is optional")
+pytest.importorskip(
+    "transformers.exporters.exporter_dynamo",
+    reason="this release of transformers does not register its caches",
+)
+
+IDS = torch.randint(1, 37, (2, 7), generator=torch.Generator().manual_seed(5))
+SMALL: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "use_cache": False,
+}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 0,
+    "kv_lora_rank": 7,
+    "q_lora_rank": 9,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
+MODELS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 6},
+    "DeepseekV3": DEEPSEEK,
+    "GptOss": {"num_local_experts": 4, "head_dim": 6},  # (experts, in, out), with biases
+}
+EXPERTS = Rule("re:.*mlp.experts.(gate_up|down)_proj", lora=LoraConfig(r=3, lora_alpha=4))
+
+
+def build(name: str, implementation: str) -> Any:
+    config = getattr(transformers, f"{name}Config")(**SMALL, **MODELS[name])
+    config._experts_implementation = implementation
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4) if parameter.ndim > 1 else parameter.fill_(0.7)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_gathered_for_each_token(name: str) -> None:
+    model = build(name, "batched_mm")
+    _, lora = check_laws(model, (), {"input_ids": IDS}, rules=EXPERTS)
+    assert len(lora.plan) == 2
+    for entry in lora.plan:
+        assert entry.shapes[0][0] == entry.shapes[1][0] == 4  # a pair for each expert
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products(name: str, dtype: torch.dtype) -> None:
+    """torch's own kernel takes the branch: two products r wide, and no experts are made.
+
+    It knows no float64; in float32 transformers exports a fallback of its own.
+    """
+    model, kwargs = build(name, "grouped_mm").to(dtype), {"input_ids": IDS}
+    gm = fxlora.capture(model, (), kwargs)
+    lora = fxlora.inject(gm, fxlora.match(gm, EXPERTS))
+    form = "branch" if dtype == torch.bfloat16 else "weight"
+    assert [entry.form for entry in lora.plan] == [form, form]
+    randomise(lora, 3)
+    factors = {n: lora.get_parameter(n).detach() for e in lora.plan for n in e.tensors}
+    weights = merged_weights(model, lora, factors)
+    with torch.no_grad():
+        called = torch.func.functional_call(model, weights, (), kwargs, tie_weights=False)
+    (expected,) = floats(called)
+    (base,) = run(gm.eval(), (), kwargs)
+    scale = float(expected.abs().max())
+    assert float((base - expected).abs().max()) > 0.1 * scale
+    tolerance = 6 * torch.finfo(dtype).eps * scale
+    for module in (lora.eval(), fxlora.fold(lora).eval()):
+        assert float((run(module, (), kwargs)[0] - expected).abs().max()) < tolerance
+    lora(**kwargs).logits.float().square().sum().backward()
+    for parameter in fxlora.lora_parameters(lora):
+        assert float(parameter.grad.abs().max()) > 0 and parameter.grad.isfinite().all()
+
+
+def test_a_loop_over_the_experts_that_are_hit_is_refused() -> None:
+    """Python chooses which to call by the data: no graph holds that."""
+    with pytest.warns(FxLoraWarning, match="Its submodules are captured instead"):
+        gm = fxlora.capture(build("Mixtral", "eager"), (), {"input_ids": IDS})
+    with pytest.raises(UnsupportedOpError, match="outside of captured regions"):
+        fxlora.match(gm, EXPERTS)

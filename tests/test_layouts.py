@@ -1,0 +1,664 @@
+"""Every row of the table of ops, and what has no row: each against the source model itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fxlora
+from fxlora import LoraConfig, Rule, UnsupportedOpError
+from fxlora.ops import OPS, TRANSPOSED_OPS
+from fxlora.sites import find_sites
+
+from .laws import check_laws, delta, randomise
+
+W = Rule("w", lora=LoraConfig(r=2, lora_alpha=3))
+
+
+class Reads(nn.Module):
+    """One weight of any shape between data before it and a tanh behind it."""
+
+    def __init__(self, function: Any, shape: tuple[int, ...], x: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(x[-1]) + 0.5)
+        self.w = nn.Parameter(torch.randn(shape))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.function(x * self.scale, self.w))
+
+
+class Looks(nn.Module):
+    """One weight that indices look up."""
+
+    def __init__(self, function: Any, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(shape))
+        self.function = function
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.function(self.w, *given))
+
+
+def adapted(
+    function: Any,
+    shape: tuple[int, ...],
+    x: tuple[int, ...],
+    form: str,
+    roles: str = "",
+    **how: Any,
+) -> fxlora.Entry:
+    """The laws on one read; its form, and the weight's roles, are as expected."""
+    model = Reads(function, shape, x)
+    _, lora = check_laws(model, (torch.randn(x).double(),), rules=W, **how)
+    (entry,) = lora.plan
+    assert entry.form == form, entry.reason
+    assert not roles or entry.layout.roles == roles
+    return entry
+
+
+# ---- every row ----------------------------------------------------------------------------------
+
+# (spelling, shape of W, shape of x, roles of W), by op and by the weight's position
+ROWS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
+    "linear 1": (F.linear, (7, 5), (3, 5), "oi"),
+    "addmm 2": (lambda x, w: torch.addmm(x[0, :1], x, w), (5, 7), (3, 5), "io"),
+    "mm 1": (torch.mm, (5, 7), (3, 5), "io"),
+    "matmul 1": (torch.matmul, (5, 7), (2, 3, 5), "io"),
+    "mm 0": (lambda x, w: torch.mm(w, x), (7, 5), (5, 3), "oi"),
+    "matmul 0": (lambda x, w: w @ x, (7, 5), (2, 5, 3), "oi"),
+    "bmm 1": (torch.bmm, (3, 5, 7), (3, 4, 5), "eio"),
+    "bmm 0": (lambda x, w: torch.bmm(w, x), (3, 7, 5), (3, 5, 4), "eoi"),
+    "baddbmm 2": (lambda x, w: torch.baddbmm(x[..., :1], x, w), (3, 5, 7), (3, 4, 5), "eio"),
+    "baddbmm 1": (lambda x, w: torch.baddbmm(x[:, :1], w, x), (3, 7, 5), (3, 5, 4), "eoi"),
+    "einsum 1": (lambda x, w: torch.einsum("bi,io->bo", x, w), (5, 7), (3, 5), "io"),
+    "conv1d 1": (F.conv1d, (7, 5, 3), (2, 5, 8), "oik"),
+    "conv2d 1": (F.conv2d, (7, 5, 3, 2), (2, 5, 8, 6), "oikk"),
+    "conv3d 1": (F.conv3d, (7, 5, 3, 2, 1), (2, 5, 4, 6, 3), "oikkk"),
+    "conv_transpose1d 1": (F.conv_transpose1d, (5, 7, 3), (2, 5, 8), "iok"),
+    "conv_transpose2d 1": (F.conv_transpose2d, (5, 7, 3, 2), (2, 5, 4, 6), "iokk"),
+    "conv_transpose3d 1": (F.conv_transpose3d, (5, 7, 3, 2, 1), (2, 5, 2, 4, 3), "iokkk"),
+}
+TRANSPOSED_ROWS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
+    "linear 1": (lambda x, w: F.linear(x, w.T), (5, 7), (3, 5), "io"),
+    "addmm 2": (lambda x, w: torch.addmm(x[0, :1], x, w.t()), (7, 5), (3, 5), "oi"),
+    "mm 1": (lambda x, w: torch.mm(x, w.t()), (7, 5), (3, 5), "oi"),
+    "matmul 1": (lambda x, w: x @ w.T, (7, 5), (2, 3, 5), "oi"),
+    "mm 0": (lambda x, w: torch.mm(w.t(), x), (5, 7), (5, 3), "io"),
+    "matmul 0": (lambda x, w: w.T @ x, (5, 7), (2, 5, 3), "io"),
+    "bmm 1": (lambda x, w: torch.bmm(x, w.mT), (3, 7, 5), (3, 4, 5), "eoi"),
+    "bmm 0": (lambda x, w: torch.bmm(w.mT, x), (3, 5, 7), (3, 5, 4), "eio"),
+    "baddbmm 2": (lambda x, w: torch.baddbmm(x[..., :1], x, w.mT), (3, 7, 5), (3, 4, 5), "eoi"),
+    "baddbmm 1": (lambda x, w: torch.baddbmm(x[:, :1], w.mT, x), (3, 5, 7), (3, 5, 4), "eio"),
+}
+LOOK_UPS = {
+    "embedding 0": lambda w, index: F.embedding(index, w),
+    "embedding_bag 0": lambda w, index: F.embedding_bag(index, w),
+}
+
+
+def test_every_row_has_a_model() -> None:
+    def called(rows: Any) -> set[str]:
+        return {f"{overload.overloadpacket.__name__} {at}" for overload, at in rows}
+
+    grouped = {"_grouped_mm 1"}  # has no float64: see test_grouped_products
+    assert called(OPS) == {*ROWS, *LOOK_UPS, *grouped}
+    assert called(TRANSPOSED_OPS) == {*TRANSPOSED_ROWS, *grouped}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row(row: str) -> None:
+    function, shape, x, roles = ROWS[row]
+    entry = adapted(function, shape, x, "branch", roles)
+    assert entry.shapes == entry.layout.factor_shapes(shape, 2)
+
+
+@pytest.mark.parametrize("row", TRANSPOSED_ROWS)
+def test_transposed_row(row: str) -> None:
+    function, shape, x, roles = TRANSPOSED_ROWS[row]
+    adapted(function, shape, x, "branch", roles)
+
+
+@pytest.mark.parametrize("row", LOOK_UPS)
+def test_look_up(row: str) -> None:
+    index = torch.tensor([[1, 4, 8], [0, 0, 3]])
+    _, lora = check_laws(Looks(LOOK_UPS[row], (9, 5)), (index,), rules=W)
+    (entry,) = lora.plan
+    assert (entry.form, entry.layout.roles) == ("branch", "io")
+    assert (entry.op, entry.shapes) == (row.partition(" ")[0], ((2, 9), (5, 2)))
+
+
+@pytest.mark.parametrize("row", [*ROWS, *LOOK_UPS])
+def test_row_as_traced(row: str) -> None:
+    """Without inputs: the branch where the spelling is in the dialect, the same answer anyway."""
+    if row in ROWS:
+        function, shape, x, _ = ROWS[row]
+        model: nn.Module = Reads(function, shape, x)
+        given: Any = torch.randn(x).double()
+    else:
+        model, given = Looks(LOOK_UPS[row], (9, 5)), torch.tensor([[1, 4, 8], [0, 0, 3]])
+    _, lora = check_laws(model, (given,), rules=W, capture=_traced(model))
+    (entry,) = lora.plan
+    assert entry.form == "branch", entry.reason
+
+
+def _traced(model: nn.Module) -> Any:
+    if isinstance(model, Looks):  # the tracer wants one named argument
+
+        class One(Looks):
+            def forward(self, index: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+                return torch.tanh(self.function(self.w, index))
+
+        model.__class__ = One
+    return fxlora.capture
+
+
+# ---- stacks -------------------------------------------------------------------------------------
+
+STACKS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
+    "broadcast over the stack": (torch.matmul, (3, 5, 7), (4, 5), "eio"),
+    "a batch before the stack": (torch.matmul, (3, 5, 7), (2, 3, 4, 5), "eio"),
+    "a stack of stacks": (torch.matmul, (2, 3, 5, 7), (2, 3, 4, 5), "eeio"),
+    "a stack of one": (torch.matmul, (1, 5, 7), (3, 4, 5), "eio"),
+    "one of the stacks is one": (torch.matmul, (2, 1, 5, 7), (2, 3, 4, 5), "eeio"),
+    "the transpose": (lambda x, w: x @ w.mT, (3, 7, 5), (2, 3, 4, 5), "eoi"),
+    "transpose(1, 2)": (lambda x, w: x @ w.transpose(1, 2), (3, 7, 5), (3, 4, 5), "eoi"),
+    "permute": (lambda x, w: x @ w.permute(0, 2, 1), (3, 7, 5), (3, 4, 5), "eoi"),
+    "to the left": (lambda x, w: w @ x, (3, 7, 5), (2, 3, 5, 4), "eoi"),
+    "to the left, transposed": (lambda x, w: w.mT @ x, (3, 5, 7), (3, 5, 4), "eio"),
+    "to the left of a matrix": (lambda x, w: w @ x, (3, 7, 5), (5, 4), "eoi"),
+    "4-D to the left": (lambda x, w: w @ x, (2, 3, 7, 5), (3, 5, 4), "eeoi"),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_stack(name: str) -> None:
+    function, shape, x, roles = STACKS[name]
+    entry = adapted(function, shape, x, "branch", roles)
+    assert entry.shapes[0][:-2] == shape[:-2]  # a pair for each matrix
+
+
+# A stack times a vector: the output has no dimension for the vector's length.
+VECTORS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "vector @ stack": (torch.matmul, (3, 5, 7), (5,)),
+    "stack @ vector": (lambda x, w: w @ x, (3, 7, 5), (5,)),
+    "baddbmm with an alpha": (
+        lambda x, w: torch.baddbmm(x[..., :1], x, w, alpha=2),
+        (3, 5, 7),
+        (3, 4, 5),
+    ),
+    "addmm with a beta": (
+        lambda x, w: torch.addmm(x[0, :1], x, w, beta=3),
+        (5, 7),
+        (3, 5),
+    ),
+    "chosen by an index": (lambda x, w: x @ w[torch.tensor([2, 0])], (3, 5, 7), (2, 4, 5)),
+    "one of a stack": (lambda x, w: x @ w[1], (3, 5, 7), (4, 5)),
+    "unbound": (lambda x, w: sum(x @ m for m in w.unbind(0)), (3, 5, 7), (4, 5)),
+    "another permutation": (lambda x, w: x @ w.permute(2, 0, 1), (5, 7, 3), (3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_no_branch(name: str) -> None:
+    function, shape, x = VECTORS[name]
+    entry = adapted(function, shape, x, "weight")
+    assert entry.reason
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 7)])
+def test_a_vector_and_a_matrix(shape: tuple[int, ...]) -> None:
+    if len(shape) == 1:
+        adapted(torch.matmul, (5, 7), shape, "branch", "io")
+    else:
+        adapted(lambda x, w: w @ x[0], (7, 3), (4, 3), "branch", "oi")
+
+
+# ---- einsum -------------------------------------------------------------------------------------
+
+# equation, shape of x, shape of W, roles of W
+EINSUMS = {
+    "bi,io->bo": ((3, 5), (5, 7), "io"),
+    "bi,oi->bo": ((3, 5), (7, 5), "oi"),
+    "bi, oi -> bo": ((3, 5), (7, 5), "oi"),
+    "bi,io->ob": ((3, 5), (5, 7), "io"),
+    "bi,io": ((3, 5), (5, 7), "io"),
+    "zi,ia": ((3, 5), (5, 7), "io"),
+    "ibh,hnd->ibnd": ((2, 3, 5), (5, 4, 7), "ioo"),
+    "bshd,hdm->bsm": ((2, 3, 4, 5), (4, 5, 7), "iio"),
+    "bsd,hkd->bhsk": ((2, 3, 5), (4, 7, 5), "ooi"),
+    "bhsk,hkd->bsd": ((2, 4, 3, 5), (4, 5, 7), "iio"),
+    "ebi,eio->ebo": ((4, 3, 5), (4, 5, 7), "eio"),
+    "ebi,eoi->ebo": ((4, 3, 5), (4, 7, 5), "eoi"),
+    "bei,ioe->beo": ((3, 4, 5), (5, 7, 4), "ioe"),
+    "bei,oei->boe": ((3, 4, 5), (7, 4, 5), "oei"),
+    "...i,io->...o": ((2, 3, 5), (5, 7), "io"),
+    "b...i,oi->b...o": ((2, 3, 4, 5), (7, 5), "oi"),
+    "...i,io": ((2, 3, 5), (5, 7), "io"),
+    "bsi,io->bo": ((3, 4, 5), (5, 7), "io"),  # s is summed over
+    "bhi,oi->oh": ((3, 4, 5), (7, 5), "oi"),
+    "ij,jk": ((3, 5), (5, 7), "io"),
+    "BI,IO->BO": ((3, 5), (5, 7), "io"),
+    "abcde,efghi->abcdfghi": ((2, 1, 2, 1, 5), (5, 2, 3, 1, 2), "ioooo"),
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+@pytest.mark.parametrize("first", [False, True], ids=["x first", "W first"])
+def test_einsum(equation: str, first: bool) -> None:
+    x, shape, roles = EINSUMS[equation]
+    if first:
+        inputs, arrow, output = equation.partition("->")
+        equation = ",".join(reversed(inputs.split(","))) + arrow + output
+    adapted(
+        lambda a, w: torch.einsum(equation, *((w, a) if first else (a, w))),
+        shape,
+        x,
+        "branch",
+        roles,
+    )
+
+
+# What a low-rank pair does not split, or what is no product of two: the weight form, exact all the
+# same.
+OTHER_EINSUMS = {
+    "bi,ii->bi": ((3, 5), (5, 5)),
+    "bi,io->bi": ((3, 5), (5, 7)),  # W is summed over its outputs
+    "bi,jo->bijo": ((3, 5), (4, 7)),  # no input in common
+    "bio,io->bio": ((3, 5, 7), (5, 7)),  # elementwise
+    "bio,io->b": ((3, 5, 7), (5, 7)),
+    "bii,io->bo": ((3, 5, 5), (5, 7)),  # a diagonal of x
+    "bi,...io->...bo": ((3, 5), (2, 5, 7)),
+}
+
+
+@pytest.mark.parametrize("equation", OTHER_EINSUMS)
+def test_einsum_without_a_branch(equation: str) -> None:
+    x, shape = OTHER_EINSUMS[equation]
+    entry = adapted(lambda a, w: torch.einsum(equation, a, w), shape, x, "weight")
+    assert "einsum" in entry.reason
+
+
+def test_einsum_of_the_weight_twice() -> None:
+    adapted(lambda x, w: torch.einsum("bi,ij,jk->bk", x, w, w), (5, 5), (3, 5), "weight")
+
+
+def test_einsum_of_three() -> None:
+    def bilinear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,oij,bj->bo", x, w, x + 1)
+
+    adapted(bilinear, (4, 5, 5), (3, 5), "weight")
+
+
+def test_einsum_of_two_weights() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(5, 7))
+            self.b = nn.Parameter(torch.randn(7, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ torch.einsum("ij,jk->ik", self.a, self.b)
+
+    x = (torch.randn(3, 5).double(),)
+    _, lora = check_laws(Two(), x, rules=Rule("re:[ab]", lora=LoraConfig(r=2)))
+    assert [entry.form for entry in lora.plan] == ["weight", "weight"]
+
+
+def test_einsum_of_lists() -> None:
+    """The sublist spelling."""
+    adapted(lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]), (7, 5), (3, 5), "branch", "oi")
+
+
+# ---- transposed convolutions --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_transposed_convolution_module(dims: int, groups: int) -> None:
+    kind = getattr(nn, f"ConvTranspose{dims}d")
+    layer = kind(6, 9, 3, stride=2, padding=1, output_padding=1, groups=groups, dilation=2)
+    x = (torch.randn(2, 6, *(5, 3, 2)[:dims]).double(),)
+    for capture in (None, fxlora.capture):
+        _, lora = check_laws(
+            nn.Sequential(layer), x, rules=Rule("0", lora=LoraConfig(r=2)), capture=capture
+        )
+        (entry,) = lora.plan
+        assert entry.op == f"conv_transpose{dims}d"
+        assert entry.shapes[0] == (2, 6, *[1] * dims)
+        assert entry.shapes[1] == (9 // groups, 2, *[3] * dims)
+        site = find_sites(fxlora.remove(lora))[0]
+        assert (site.in_features, site.out_features) == (6, 9)
+
+
+def test_a_transposed_convolution_told_its_output_size() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 5, 3, stride=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x, output_size=[10, 12])
+
+    check_laws(Sized(), (torch.randn(2, 3, 4, 5).double(),), rules=Rule("up", lora=LoraConfig(r=2)))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    groups=st.integers(1, 3),
+    in_each=st.integers(1, 3),
+    out_each=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    extra=st.integers(0, 1),
+    dilation=st.integers(1, 2),
+    r=st.integers(1, 3),
+    dropout=st.sampled_from([0.0, 0.5]),
+)
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+def test_transposed_convolution_geometry(
+    groups: int,
+    in_each: int,
+    out_each: int,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    extra: int,
+    dilation: int,
+    r: int,
+    dropout: float,
+) -> None:
+    """Any groups with any r, in both forms (dropout asks for the branch)."""
+    extra = min(extra, max(stride, dilation) - 1)
+    sizes = (groups * in_each, groups * out_each)
+    layer = nn.ConvTranspose2d(
+        *sizes, kernel, stride, padding, extra, groups, dilation=dilation
+    ).double()
+    x = torch.randn(2, sizes[0], 4, 5).double()
+    gm = fxlora.capture(layer, x)
+    config = LoraConfig(r=r, lora_alpha=5, lora_dropout=dropout)
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule(lora=config)))
+    randomise(lora, 1.0)
+    (entry,) = lora.plan
+    assert entry.form == "branch" or not dropout
+    factors = [lora.get_parameter(name).detach() for name in (entry.name_a, entry.name_b)]
+    weight = layer.weight + delta(entry, *factors)
+    geometry = (stride, padding, extra, groups, dilation)
+    expected = F.conv_transpose2d(x, weight, layer.bias, *geometry)
+    assert (expected - layer(x)).abs().max() > 0
+    for module in (lora.eval(), fxlora.fold(lora).eval()):
+        assert (module(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+# ---- look-ups -----------------------------------------------------------------------------------
+
+BAG = torch.tensor([1, 4, 8, 0, 0, 3, 2])
+OFFSETS = torch.tensor([0, 3, 3, 5])  # the second is empty
+BAGS: dict[str, tuple[dict[str, Any], tuple[torch.Tensor, ...], str]] = {
+    "sum": ({"mode": "sum"}, (BAG, OFFSETS), "branch"),
+    "mean": ({"mode": "mean"}, (BAG, OFFSETS), "branch"),
+    "max": ({"mode": "max"}, (BAG, OFFSETS), "weight"),
+    "2-D": ({"mode": "mean"}, (BAG[:6].reshape(2, 3),), "branch"),
+    "padding": ({"mode": "mean", "padding_idx": 0}, (BAG, OFFSETS), "branch"),
+    "padding from the end": ({"mode": "sum", "padding_idx": -1}, (BAG, OFFSETS), "branch"),
+    "padding, maximum": ({"mode": "max", "padding_idx": 0}, (BAG, OFFSETS), "weight"),
+    "last offset": ({"mode": "sum", "include_last_offset": True}, (BAG, OFFSETS), "branch"),
+    "frequencies": ({"mode": "sum", "scale_grad_by_freq": True}, (BAG, OFFSETS), "weight"),
+}
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_embedding_bag(name: str) -> None:
+    options, given, form = BAGS[name]
+    model = Bag(**options)
+    _, lora = check_laws(model, given, rules=Rule("bag", lora=LoraConfig(r=2, lora_alpha=3)))
+    (entry,) = lora.plan
+    assert entry.form == form, entry.reason
+    padding = model.bag.padding_idx
+    assert entry.padding_idx == padding
+    if padding is not None:
+        folded = fxlora.fold(lora).get_parameter("bag.weight")
+        assert torch.equal(folded[padding], model.bag.weight[padding])
+
+
+class Bag(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(9, 5, **options)
+
+    def forward(self, index: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.tanh(self.bag(index, offsets))
+
+
+def test_embedding_bag_with_weights() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(9, 5, mode="sum")
+            self.scores = nn.Parameter(torch.randn(7))
+
+        def forward(self, index: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return self.bag(index, offsets, per_sample_weights=self.scores)
+
+    _, lora = check_laws(Weighted(), (BAG, OFFSETS), rules=Rule("bag", lora=LoraConfig(r=2)))
+    assert [entry.form for entry in lora.plan] == ["branch"]
+
+
+def trained(lora: fxlora.CapturedModule, *given: torch.Tensor) -> fxlora.CapturedModule:
+    randomise(lora)
+    lora.train()
+    optimizer = torch.optim.AdamW(fxlora.lora_parameters(lora), 0.1, weight_decay=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        lora(*given).square().sum().backward()
+        optimizer.step()
+    return lora
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("padding", [2, -9])
+@pytest.mark.parametrize("capture", ["exported", "traced"])
+def test_the_padding_row_never_changes(tied: bool, padding: int, capture: str) -> None:
+    """By training and by the fold; where the head is tied, its row does: it is a class."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(9, 5, padding_idx=padding)
+            with torch.no_grad():
+                self.emb.weight[self.emb.padding_idx] = 0.7  # a row of its own
+            self.head = nn.Linear(5, 9, bias=False)
+            if tied:
+                self.head.weight = self.emb.weight
+
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.head(self.emb(index))
+
+    model, index = Padded().double(), torch.tensor([[1, 2, 8], [0, 0, 3]])
+    row = model.emb.padding_idx
+    gm = fxlora.capture(model, *([index] if capture == "exported" else []))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("emb", lora=LoraConfig(r=2))))
+    folded = fxlora.fold(trained(lora, index))
+    weight = folded.get_parameter("emb.weight")
+    changed = (weight != model.emb.weight).any(1)
+    assert changed.tolist() == [n != row for n in range(9)]
+    found = [m.eval()(index) for m in (lora, folded)]
+    assert torch.allclose(*found, rtol=1e-10, atol=1e-12)
+    if tied:
+        assert torch.equal(folded.get_parameter("head.weight"), model.emb.weight)
+
+
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"padding_idx": 3}])
+def test_an_embedding_with(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(9, 5, **options))
+    index = torch.tensor([[1, 4, 8], [0, 0, 3]])
+    _, lora = check_laws(model, (index,), rules=Rule("0", lora=LoraConfig(r=2)))
+    form = "weight" if "scale_grad_by_freq" in options else "branch"
+    assert [entry.form for entry in lora.plan] == [form]
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients(kind: type[nn.Module]) -> None:
+    """The frozen weight's would be sparse; A's are dense, and right."""
+    index = torch.tensor([[1, 4, 8], [0, 0, 3]])
+    model = nn.Sequential(kind(9, 5, sparse=True)).double()
+    dense = nn.Sequential(kind(9, 5)).double()
+    dense.load_state_dict(model.state_dict())
+    loras = []
+    for source in (model, dense):
+        torch.manual_seed(0)
+        gm = fxlora.capture(source, index)
+        loras.append(fxlora.inject(gm, fxlora.match(gm, Rule("0", lora=LoraConfig(r=2)))))
+        trained(loras[-1], index)
+    found = [fxlora.fold(lora).get_parameter("0.weight") for lora in loras]
+    assert not torch.equal(found[0], model[0].weight)
+    assert torch.equal(*found)
+
+
+def test_sparse_gradients_of_what_takes_the_weight_form() -> None:
+    model = nn.Embedding(9, 5, sparse=True, scale_grad_by_freq=True)
+    gm = fxlora.capture(model, torch.tensor([1, 2]))
+    with pytest.raises(UnsupportedOpError, match="sparse=False"):
+        fxlora.match(gm, Rule(lora=LoraConfig(r=2)))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("exported", [True, False])
+def test_max_norm_is_refused(kind: type[nn.Module], exported: bool) -> None:
+    model, index = nn.Sequential(kind(9, 5, max_norm=1.0)), torch.tensor([[1, 4, 8]])
+    before = model[0].weight.detach().clone()
+    gm = fxlora.capture(model, *([index] if exported else []))
+    with pytest.raises(UnsupportedOpError, match=r"max_norm=None|example inputs"):
+        fxlora.match(gm, Rule("0", lora=LoraConfig(r=2)))
+    assert torch.equal(model[0].weight, before)
+
+
+def test_the_padding_row_of_bags_counts_from_the_end() -> None:
+    def bags(w: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(index, w, padding_idx=-2)
+
+    index = torch.tensor([[1, 7, 8], [7, 0, 3]])
+    gm = fxlora.capture(Looks(bags, (9, 5)).double(), (index,))
+    rule = Rule("w", lora=LoraConfig(r=2, init_lora_weights="gaussian"))
+    lora = fxlora.inject(gm, fxlora.match(gm, rule))
+    assert lora.plan.entries[0].padding_idx == 7
+    folded = fxlora.fold(trained(lora, index)).get_parameter("w")
+    changed = (folded != gm.get_parameter("w")).any(1)
+    assert changed.tolist() == [n != 7 for n in range(9)]
+
+
+# ---- what has no row ----------------------------------------------------------------------------
+
+
+def test_bilinear() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Bilinear(5, 4, 7)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.both(x, y)
+
+    given = (torch.randn(3, 5).double(), torch.randn(3, 4).double())
+    for capture in (None, fxlora.capture):
+        _, lora = check_laws(
+            Two(), given, rules=Rule("both", lora=LoraConfig(r=2)), capture=capture
+        )
+        assert [entry.form for entry in lora.plan] == ["weight"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent(kind: Any) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(5, 4, 2, batch_first=True, bidirectional=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x)[0]
+
+    x = (torch.randn(2, 3, 5).double(),)
+    _, lora = check_laws(Last(), x, rules=Rule("rnn", lora=LoraConfig(r=2)))
+    assert len(lora.plan) == 8 and {entry.form for entry in lora.plan} == {"weight"}
+
+
+@pytest.mark.filterwarnings("ignore:.*more parameters:fxlora.FxLoraWarning")
+def test_deformable_convolution() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Deformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset = nn.Conv2d(4, 18, 3)
+            self.conv = ops.DeformConv2d(4, 6, 3, groups=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x, torch.tanh(self.offset(x)))
+
+    x = (torch.randn(2, 4, 6, 5).double(),)
+    _, lora = check_laws(Deformed(), x, rules=Rule("conv", lora=LoraConfig(r=2)))
+    (entry,) = lora.plan
+    assert (entry.form, entry.layout.roles) == ("weight", "oikk")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_chosen_for_each_token(transposed: bool) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn((3, 7, 5) if transposed else (3, 5, 7)))
+
+        def forward(self, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+            chosen = self.w[expert]  # (tokens, 5, 7)
+            if transposed:
+                return torch.bmm(chosen, x.unsqueeze(-1)).squeeze(-1)
+            return torch.einsum("ti,tio->to", x, chosen)
+
+    given = (torch.randn(4, 5).double(), torch.tensor([2, 0, 0, 1]))
+    _, lora = check_laws(Experts(), given, rules=W)
+    (entry,) = lora.plan
+    assert entry.shapes[0][0] == 3  # a pair for each expert
+    assert entry.form == "weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_products(dtype: torch.dtype, transposed: bool) -> None:
+    """torch's kernel knows no float64, so the laws are checked here, to what rounding allows."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn((3, 24, 16) if transposed else (3, 16, 24)))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            w = self.w.transpose(-2, -1) if transposed else self.w
+            return torch.nn.functional.grouped_mm(x, w, offs=ends)
+
+    model = Grouped().to(dtype)
+    given = (torch.randn(10, 16, dtype=dtype), torch.tensor([2, 7, 10], dtype=torch.int32))
+    gm = fxlora.capture(model, given)
+    lora = fxlora.inject(gm, fxlora.match(gm, W))
+    (entry,) = lora.plan
+    assert (entry.form, entry.layout.roles) == ("branch", "eoi" if transposed else "eio")
+    randomise(lora, 2.0)
+    factors = [lora.get_parameter(n).detach().double() for n in (entry.name_a, entry.name_b)]
+    assert factors[0].shape == (3, 2, 16) and factors[1].shape == (3, 24, 2)
+    weight = model.w.detach().double() + delta(entry, *factors)
+    weight = weight.mT if transposed else weight
+    rows = given[0].double().tensor_split([2, 7])
+    expected = torch.cat([a @ b for a, b in zip(rows, weight, strict=True)])
+    scale = expected.abs().max()
+    assert (expected - model(*given)).abs().max() > 0.05 * scale
+    for module in (lora.eval(), fxlora.fold(lora).eval()):
+        assert (module(*given) - expected).abs().max() <= 4 * torch.finfo(dtype).eps * scale
+    lora(*given).float().square().sum().backward()
+    for parameter in fxlora.lora_parameters(lora):
+        assert parameter.grad.flatten(1).abs().amax(1).min() > 0  # of every expert

@@ -1,0 +1,347 @@
+"""Parts: a packed weight whose enabled rows alone are adapted, each with a pair of its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+from fxlora import ConfigError, InjectError, LoraConfig, Rule
+
+from .laws import check_laws, randomise
+
+LORA = LoraConfig(r=2, lora_alpha=3)
+
+
+class Packed(nn.Module):
+    """Queries, keys and values of 6, 2 and 4 features in one layer; takes (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(5, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.qkv(x)))
+
+
+class Transposed(Packed):
+    """The same with a weight (in, out), as GPT-2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Module()  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.qkv.weight = nn.Parameter(torch.randn(5, 12))
+        self.qkv.bias = nn.Parameter(torch.randn(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(torch.addmm(self.qkv.bias, x, self.qkv.weight)))
+
+
+class Masked(Packed):
+    """What takes the weight form."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.qkv.weight * 2
+        return self.out(torch.tanh(nn.functional.linear(x, weight, self.qkv.bias)))
+
+
+X = torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5)
+SPECS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]]]] = {
+    "a number": ({"parts": 3}, {"0": (0, 4), "1": (4, 8), "2": (8, 12)}),
+    "flags": ({"parts": 3, "enable": [True, False, True]}, {"0": (0, 4), "2": (8, 12)}),
+    "numbers": ({"parts": 3, "enable": [1, 2]}, {"1": (4, 8), "2": (8, 12)}),
+    "sizes": ({"parts": {"q": 6, "k": 2, "v": 4}}, {"q": (0, 6), "k": (6, 8), "v": (8, 12)}),
+    "names": (
+        {"parts": {"q": 6, "k": 2, "v": 4}, "enable": ["v", "q"]},
+        {"q": (0, 6), "v": (8, 12)},
+    ),
+    "ranges": ({"parts": {"v": (8, 12), "q": [1, 5]}}, {"v": (8, 12), "q": (1, 5)}),
+    "slices": ({"parts": {"q": slice(0, 6), "v": range(8, 12)}}, {"q": (0, 6), "v": (8, 12)}),
+    "one": ({"parts": {"middle": (3, 7)}}, {"middle": (3, 7)}),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", [Packed, Transposed, Masked])
+def test_parts(spec: str, kind: type[Packed]) -> None:
+    given, rows = SPECS[spec]
+    model = kind()
+    _, lora = check_laws(model, (X,), rules=Rule("qkv", lora=LORA, **given))
+    assert {entry.part: entry.rows for entry in lora.plan} == rows
+    form = "weight" if kind is Masked else "branch"
+    for entry in lora.plan:
+        size = entry.rows[1] - entry.rows[0]
+        assert entry.form == form and entry.site == f"qkv.{entry.part}"
+        assert entry.shapes == ((2, 5), (size, 2))
+        assert lora.get_parameter(f"qkv.{entry.part}.lora_B.default.weight").shape == (size, 2)
+    for line in str(lora.plan).splitlines()[2 : 2 + len(rows)]:
+        assert any(line.startswith(f"qkv.{part}") for part in rows)
+
+
+@pytest.mark.parametrize("kind", [Packed, Transposed, Masked])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_other_rows_keep_their_bits(kind: type[Packed], dtype: torch.dtype) -> None:
+    model = kind().to(dtype)
+    dim = int(kind is Transposed)
+    with torch.no_grad():
+        model.qkv.weight[model.qkv.weight.abs() < 0.2] = -0.0
+    gm = fxlora.capture(model, X.to(dtype))
+    rule = Rule("qkv", lora=LORA, parts={"q": 6, "k": 2, "v": 4}, enable=["k"])
+    lora = fxlora.inject(gm, fxlora.match(gm, rule))
+    randomise(lora)
+    found = fxlora.fold(lora).get_parameter("qkv.weight").detach()
+    for start, stop in ((0, 6), (8, 12)):
+        rows, before = (w.narrow(dim, start, stop - start) for w in (found, model.qkv.weight))
+        assert torch.equal(rows, before)
+        assert torch.equal(rows.signbit(), before.signbit()) and bool((before == 0).any())
+    changed = found.narrow(dim, 6, 2) != model.qkv.weight.narrow(dim, 6, 2)
+    assert bool(changed.any())
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_variant_of_parts(options: dict[str, Any]) -> None:
+    config = LoraConfig(r=2, **options)
+    rule = Rule("qkv", lora=config, parts=3, enable=[True, False, True])
+    check_laws(Packed(), (X,), rules=rule)
+
+
+def test_dropout_on_parts() -> None:
+    gm = fxlora.capture(Packed().double(), X)
+    rule = Rule("qkv", lora=LoraConfig(r=2, lora_dropout=0.5), parts=2)
+    lora = fxlora.inject(gm, fxlora.match(gm, rule))
+    randomise(lora)
+    assert not torch.equal(lora.train()(X), lora(X))
+    found = [m.eval()(X) for m in (lora, fxlora.fold(lora))]
+    assert torch.allclose(*found, rtol=1e-10)
+
+
+# ---- what packs its projections -----------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        other = x if y is None else y
+        return self.mha(x, other, other, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", ["*.in_proj", "*.in_proj_weight", "mha.in_proj_weight"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_multihead_attention(name: str, cross: bool) -> None:
+    given = (torch.randn(2, 3, 6).double(), torch.randn(2, 4, 6).double())[: 2 if cross else 1]
+    rule = Rule(name, lora=LORA, parts={"q": 6, "k": 6, "v": 6}, enable=["q", "v"])
+    model = Attends()
+    _, lora = check_laws(model, given, rules=rule)
+    assert [entry.part for entry in lora.plan] == ["q", "v"]
+    folded = fxlora.fold(lora).get_parameter("mha.in_proj_weight")
+    assert torch.equal(folded[6:12], model.mha.in_proj_weight[6:12])
+
+
+def test_swin() -> None:
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    model = nn.Sequential(
+        swin.SwinTransformerBlock(6, 2, [2, 2], [1, 1], stochastic_depth_prob=0.0)
+    )
+    x = (torch.randn(1, 4, 4, 6).double(),)
+    rule = Rule("*.qkv", lora=LORA, parts=3, enable=[True, False, True])
+    _, lora = check_laws(model, x, rules=rule)
+    assert [entry.form for entry in lora.plan] == ["branch", "branch"]
+
+
+def test_gpt2() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 6, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8}
+    model = transformers.GPT2Model(transformers.GPT2Config(**sizes, use_cache=False))
+    rule = Rule("*.c_attn", lora=LORA, parts=3, enable=[True, False, True])
+    ids = torch.tensor([[1, 4, 2], [7, 0, 3]])
+    _, lora = check_laws(model, (), {"input_ids": ids}, rules=rule)
+    assert [entry.shapes for entry in lora.plan] == [((2, 6), (6, 2))] * 2
+    assert not any(entry.layout.roles != "io" for entry in lora.plan)
+
+
+def test_gate_and_up_in_one() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up = nn.Linear(5, 14, bias=False)
+            self.down = nn.Linear(7, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.gate_up(x).chunk(2, -1)
+            return self.down(torch.nn.functional.silu(gate) * up)
+
+    rule = Rule("gate_up", lora=LORA, parts={"gate": 7, "up": 7}, enable=["up"])
+    _, lora = check_laws(Gated(), (X,), rules=rule)
+    assert lora.plan.entries[0].rows == (7, 14)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_of_a_convolution(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, (3, 2), groups=groups))
+    x = (torch.randn(2, 4, 6, 5).double(),)
+    _, lora = check_laws(model, x, rules=Rule("0", lora=LORA, parts={"a": (1, 4), "b": (4, 6)}))
+    assert {entry.form for entry in lora.plan} == {"branch" if groups == 1 else "weight"}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_of_a_transposed_convolution(groups: int) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, (3, 2), groups=groups))
+    x = (torch.randn(2, 4, 3, 5).double(),)
+    parts = {"a": (0, 1), "b": (1, 3)}  # of a group's
+    check_laws(model, x, rules=Rule("0", lora=LORA, parts=parts))
+
+
+def test_features_of_an_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6, padding_idx=2))
+    rule = Rule("0", lora=LORA, parts={"a": (0, 2), "b": (4, 6)})
+    _, lora = check_laws(model, (torch.tensor([[1, 2, 8]]),), rules=rule)
+    assert [entry.shapes for entry in lora.plan] == [((2, 9), (2, 2))] * 2
+
+
+def test_outputs_of_experts() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 5, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(x, self.w)
+
+    x = (torch.randn(3, 2, 5).double(),)
+    rule = Rule("w", lora=LORA, parts=2, enable=[False, True])
+    _, lora = check_laws(Experts(), x, rules=rule)
+    assert lora.plan.entries[0].shapes == ((3, 2, 5), (3, 4, 2))
+
+
+# ---- rules as text ------------------------------------------------------------------------------
+
+TOML = """
+[[rule]]
+name = "qkv"
+parts = { q = 6, k = 2, v = 4 }
+enable = ["q", "v"]
+lora = { r = 2, lora_alpha = 3, tied = "share" }
+
+[[rule]]
+name = "out"
+parts = { first = [0, 2] }
+lora = { r = 1 }
+"""
+
+
+def test_files_of_rules(tmp_path: Path) -> None:
+    gm = fxlora.capture(Packed(), X.float())
+    (tmp_path / "rules.toml").write_text(TOML)
+    plan = fxlora.match(gm, tmp_path / "rules.toml")
+    assert {e.site: e.rows for e in plan} == {
+        "qkv.q": (0, 6),
+        "qkv.v": (8, 12),
+        "out.first": (0, 2),
+    }
+    for suffix, text in ((".json", plan.to_json()), (".toml", plan.to_toml())):
+        path = tmp_path / f"again{suffix}"
+        path.write_text(text)
+        assert fxlora.match(gm, path) == plan
+
+
+def test_a_saved_adapter_of_parts(tmp_path: Path) -> None:
+    gm = fxlora.capture(Packed().double(), X)
+    rule = Rule("qkv", lora=LORA, parts=3, enable=[True, False, True])
+    lora = fxlora.inject(gm, fxlora.match(gm, rule))
+    randomise(lora)
+    fxlora.save_adapter(lora, tmp_path)
+    again = fxlora.load_adapter(gm, tmp_path)
+    assert torch.equal(again.eval()(X), lora.eval()(X))
+    assert fxlora.verify(lora, (X,))
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+BAD: dict[str, dict[str, Any]] = {
+    "one part": {"parts": 1},
+    "no part": {"parts": 0},
+    "a flag": {"parts": True},
+    "a float": {"parts": 2.5},
+    "a word": {"parts": "q"},
+    "a list": {"parts": [6, 6]},
+    "an empty mapping": {"parts": {}},
+    "a dot": {"parts": {"q.a": 6, "v": 6}},
+    "an empty name": {"parts": {"": 12}},
+    "a number for a name": {"parts": {0: 12}},
+    "both kinds": {"parts": {"q": 6, "v": (6, 12)}},
+    "no rows": {"parts": {"q": 0, "v": 12}},
+    "flags for rows": {"parts": {"q": True, "v": True}},
+    "backwards": {"parts": {"q": (4, 2)}},
+    "negative": {"parts": {"q": (-4, 2)}},
+    "a step": {"parts": {"q": slice(0, 6, 2)}},
+    "no end": {"parts": {"q": slice(3, None)}},
+    "three numbers": {"parts": {"q": (0, 2, 4)}},
+    "fractions": {"parts": {"q": (0, 2.5)}},
+    "flags for a range": {"parts": {"q": (False, True)}},
+    "nothing for a range": {"parts": {"q": None}},
+    "enable alone": {"enable": [True]},
+    "too few flags": {"parts": 3, "enable": [True, False]},
+    "no flag": {"parts": 3, "enable": [False, False, False]},
+    "no name": {"parts": 3, "enable": []},
+    "unknown": {"parts": {"q": 6, "v": 6}, "enable": ["k"]},
+    "a word to enable": {"parts": {"q": 6, "v": 6}, "enable": "q"},
+    "not equal": {"parts": 5},
+    "too many": {"parts": {"q": 6, "v": 8}},
+    "too few": {"parts": {"q": 6, "v": 4}},
+    "too far": {"parts": {"q": (6, 13)}},
+    "overlapping": {"parts": {"q": (0, 6), "v": (5, 9)}},
+    "within": {"parts": {"q": (0, 12), "v": (5, 9)}},
+}
+
+
+@pytest.mark.parametrize("spec", BAD)
+def test_bad_parts(spec: str) -> None:
+    gm = fxlora.capture(Packed(), X.float())
+    with pytest.raises(ConfigError):
+        fxlora.match(gm, Rule("qkv", lora=LORA, **BAD[spec]))
+
+
+class Holding(Packed):
+    """Its packed layer has a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv.q = nn.Linear(2, 2)
+
+
+def with_a_part(name: str) -> tuple[fxlora.CapturedModule, fxlora.Plan]:
+    gm = fxlora.capture(Holding().double(), X)
+    rule = Rule("qkv", lora=LORA, parts={name: (0, 6), "other": (6, 12)})
+    return gm, fxlora.match(gm, rule)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "train", "forward", "_parameters", "training"])
+def test_a_name_that_is_taken(name: str) -> None:
+    gm, plan = with_a_part(name)
+    code, keys = gm.code, list(gm.state_dict())
+    with pytest.raises(InjectError, match="name the part differently"):
+        fxlora.inject(gm, plan)
+    assert (gm.code, list(gm.state_dict())) == (code, keys)
+    assert copy.deepcopy(gm)(X).equal(gm(X))
+
+
+@pytest.mark.parametrize("name", ["q", "lora_A", "a b", "12", "ключ"])
+def test_a_name_that_is_free(name: str) -> None:
+    """A module there keeps its weights: A and B stand beside them."""
+    gm, plan = with_a_part(name)
+    lora = fxlora.inject(gm, plan)
+    randomise(lora)
+    assert lora.get_parameter(f"qkv.{name}.lora_A.default.weight").shape == (2, 5)
+    folded = fxlora.fold(lora)
+    assert torch.allclose(lora.eval()(X), folded.eval()(X), rtol=1e-10)
+    for module in (folded, fxlora.remove(lora)):
+        assert list(module.state_dict()) == list(gm.state_dict())
