@@ -16,6 +16,7 @@ from .errors import (
     UnsupportedOpError,
     VerificationError,
 )
+from .eva import Initialized, initialize_from
 from .export import export
 from .host import hosted, recorded_calls
 from .module import CapturedModule
@@ -37,6 +38,7 @@ __all__ = [
     "ExportError",
     "FxLoraError",
     "FxLoraWarning",
+    "Initialized",
     "InjectError",
     "InputError",
     "LoraConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "export",
     "fold",
     "hosted",
+    "initialize_from",
     "inject",
     "load_adapter",
     "load_rules",

@@ -24,7 +24,7 @@ LAYERS = [
     {"rules", "passes"},
     {"verbs", "coverage", "exact"},
     {"verification", "proofs", "peft_layout"},
-    {"report", "adapters", "verify", "export", "host"},
+    {"report", "adapters", "verify", "export", "host", "eva"},
     {"__init__"},
     {"cli"},
     {"__main__"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import nn
 
 import fxlora
 from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
+from fxlora.variants import VARIANTS
 
-from .laws import assert_close, check_laws, randomise
+from . import laws
+from .laws import assert_close, assert_same, check_laws, randomise, run
 from .models import Mlp, Tied
 
 # ---- against PEFT -------------------------------------------------------------------------------
@@ -341,6 +344,46 @@ def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
             if entry.padding_idx is not None:
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
     fxlora.verify(lora, args, folded=fxlora.fold(lora))
+
+
+# ---- a variant of one's own ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def _size(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """The variant that CONTRIBUTING.md adds, by its own text, and its formula for the laws."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.partition("## To add a variant")[2].partition("```python\n")[2]
+    plain = laws.adapted
+
+    def adapted(entry: Any, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        size = factors[entry.name_of("lora_size")]
+        dim = entry.layout.part_dim
+        start, stop = entry.rows or (0, weight.shape[dim])
+        scales = torch.ones(weight.shape[dim]).to(weight)
+        scales = torch.cat([scales[:start], size.expand(stop - start), scales[stop:]])
+        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
+        return scales.reshape(shape) * plain(entry, weight, factors)
+
+    monkeypatch.setattr(laws, "adapted", adapted)
+    try:
+        exec(block.partition("```")[0], {})
+        yield
+    finally:
+        del VARIANTS["size"]
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("what", PLACES)
+def test_a_new_variant_is_one_row(what: str, tmp_path: Path) -> None:
+    make, args = PLACES[what]
+    gm, lora = check_laws(make(), args, rules=rules_for(what, variant="size"))
+    assert all(len(entry.tensors) == 3 for entry in lora.plan)
+    fxlora.verify(lora, args, folded=fxlora.fold(lora))
+    fxlora.save_adapter(lora, tmp_path)
+    again = fxlora.load_adapter(gm, tmp_path)
+    assert_same(run(again.eval(), args, {}), run(lora.eval(), args, {}))
+    assert "variant size" in (tmp_path / "adapter_config.json").read_text()
 
 
 # ---- what cannot be -----------------------------------------------------------------------------
