@@ -110,8 +110,11 @@ def _renormed(bound: Bound) -> None:
 
 def _look_up(bound: Bound) -> None:
     _renormed(bound)
-    if bound["padding_idx"] is None:
+    row = bound["padding_idx"]
+    if row is None:
         bound["padding_idx"] = -1
+    elif row < 0:  # from the end, for the function
+        bound["padding_idx"] = row + aten.sym_size.int(bound["weight"], 0)
 
 
 def _bags(bound: Bound) -> None:

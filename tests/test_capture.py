@@ -638,3 +638,9 @@ def test_checkpointed_regions_keep_their_gradients(reentrant: bool) -> None:
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None and parameter.grad.any()
         assert torch.equal(gm.get_parameter(name).grad, parameter.grad)
+
+
+def test_inputs_that_are_no_tuple() -> None:
+    x = torch.randn(3, 5)
+    with pytest.raises(CaptureError, match=r"capture\(model, \(a, b\)\)"):
+        fxlora.capture(Mlp(), x, x)

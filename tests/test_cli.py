@@ -246,6 +246,22 @@ def test_fold_of_tied_weights_loads_into_the_tied_class(done: Callable[..., str]
     assert_close(other(ids), lora(ids))
 
 
+def test_fold_of_one_name_of_a_tied_weight_says_what_to_do(
+    done: Callable[..., str], refused: Refused
+) -> None:
+    """The tied class cannot hold two weights; a program without the class can."""
+    ids = torch.randint(11, (3, 4))
+    base = house("Tied")
+    done("adapt", "house:Tied", *IDS, "--target", "head", "-r", 2, "--out", "adapter")
+    lora = train(base, "adapter", ids)
+    source = ("house:Tied", *IDS, "--adapter", "adapter")
+    said = refused("fold", *source, "--out", "folded.safetensors")
+    assert "a tie that the adapter splits" in said
+    assert 'tied="share"' in said and "fxlora export" in said
+    done("export", *source, "--out", "folded.pt2")
+    assert_close(torch.export.load("folded.pt2").module()(ids), lora(ids))
+
+
 def test_verify_checks_an_adapter_and_a_folded_file(
     done: Callable[..., str], refused: Refused
 ) -> None:

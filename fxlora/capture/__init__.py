@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ def capture(
     if args is not None or kwargs is not None:
         if not isinstance(args, tuple | list | None):
             raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
+        if not isinstance(kwargs, Mapping | None):
+            raise CaptureError(
+                f"kwargs is a mapping of names to example inputs, not {type(kwargs).__name__}. "
+                "Several positional inputs are one tuple: capture(model, (a, b))."
+            )
         return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
     if dynamic_shapes is not None:
         raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
