@@ -53,7 +53,7 @@ def forms(captured: fxlora.CapturedModule, r: int) -> list[Weight]:
     refused = {name: why for name, site in sites.items() if (why := refusal(site))}
     rest = Rule(lora=LoraConfig(r=r), where=lambda site: site.parameter not in refused)
     plan = fxlora.match(captured, rest) if refused.keys() < sites.keys() else ()
-    found = {entry.parameter: (form_of(entry), entry.reason) for entry in plan}
+    found = {name: (form_of(entry), entry.reason) for entry in plan for name in entry.names}
     found |= {name: ("refused", why) for name, why in refused.items()}
     return [
         {"site": site.name, "op": site.op, "form": found[name][0], "reason": found[name][1]}

@@ -37,10 +37,11 @@ def check_supported(site: Site, number: int) -> None:
             "embedding: max_norm=None)."
         )
     if not any(not reader.detached and grad_enabled(reader.path) for reader in site.readers):
-        how = "through detach()" if site.readers[0].detached else "under torch.no_grad()"
+        reader = site.readers[0]
+        how = f"through {reader.through}" if reader.detached else "under torch.no_grad()"
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read {how} alone: its adapter "
-            "would never train. Leave it out of the rule (Rule(name, lora=None) before it), or "
+            f"'{site.name}' (rule {number}) is read {how} alone, where no gradient passes: its "
+            "adapter would never train. Leave it out of the rule (Rule(name, lora=None) before it), or "
             "take the no_grad away (a reentrant checkpoint has one: use_reentrant=False)."
         )
     if whole := next((r for r in site.readers if r.node.op == "call_module"), None):

@@ -139,6 +139,7 @@ class Layout:
             matrix = aten.reshape.default(matrix, permuted)
         if order != list(range(len(shape))):
             matrix = aten.permute.default(matrix, [order.index(d) for d in range(len(shape))])
+            matrix = aten.contiguous.default(matrix)  # a reader may take a view of it
         return matrix
 
     def product(self, matrix: Any, a: Any, b: Any, scaling: float, shape: Shape) -> Any:

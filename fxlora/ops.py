@@ -452,6 +452,18 @@ SLICES = frozenset(
     {"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 )
 _TURNS = frozenset({"t", "transpose", "permute", "mT", "numpy_T", "squeeze", "unsqueeze", "detach"})
+_STEPS = frozenset(
+    {"detach", "detach_", "sign", "sgn", "round", "floor", "ceil", "trunc", "heaviside"}
+)
+_DESCRIBING = frozenset(
+    {
+        *("_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
+        *("size", "stride", "numel", "dim", "storage_offset", "is_floating_point"),
+    }
+)
+_MADE_ALIKE = frozenset(
+    f"{made}_like" for made in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+)
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
@@ -519,9 +531,11 @@ def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
     return node.target is aten.mT.default
 
 
-def is_detach(node: fx.Node) -> bool:
-    """Whether no gradient passes a call."""
-    return node.target in (aten.detach.default, aten.detach_.default)
+def stops_gradients(node: fx.Node) -> bool:
+    """Whether no gradient passes a call: a detach, steps, or what makes other than real numbers."""
+    value = _value(node)
+    counted = value is not None and not (value.is_floating_point() or value.is_complex())
+    return counted or kind_of(node) in _STEPS
 
 
 def moves_data(node: fx.Node) -> bool:
@@ -534,8 +548,9 @@ def moves_data(node: fx.Node) -> bool:
 
 
 def reads_no_values(node: fx.Node) -> bool:
-    """Whether a call looks at a tensor's dtype and shape alone (torch.export leaves some)."""
-    return node.target is aten._assert_tensor_metadata.default
+    """Whether a call looks at a tensor's dtype, shape or device alone."""
+    kind = kind_of(node)
+    return kind in _DESCRIBING or kind.startswith("new_") or kind in _MADE_ALIKE
 
 
 def kind_of(node: fx.Node) -> str:

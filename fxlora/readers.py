@@ -17,12 +17,12 @@ from .nested import Call, Path, call_of, every_call, origin, shared
 from .ops import (
     Op,
     flat_inputs,
-    is_detach,
     is_product,
     is_transpose,
     kind_of,
     reads_no_values,
     row_of,
+    stops_gradients,
 )
 from .provenance import call_site, source_line
 
@@ -82,12 +82,12 @@ def readers_and_writers(
     """Every reader, and a writer, of every attribute by the name it has in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
-    constants = functools.cache(_constants)
+    constants, live = functools.cache(_constants), functools.cache(_live)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
         if node.op == "get_attr":
             weight = parameters.get(str(node.target), torch.empty(()))
-            walk = _Walk(module, weight, frozenset(parameters), constants)
+            walk = _Walk(module, weight, frozenset(parameters), constants, live)
             readers.setdefault(str(node.target), []).extend(_once(walk.follow(node, module)))
         if node.op == "call_module":
             for name in _inside(module, str(node.target)):
@@ -137,7 +137,7 @@ class _Way:
             self.path,
             self.transposed ^ turns,
             self.through if turns else self.through or kind_of(op),
-            self.detached or is_detach(op),
+            self.detached or stops_gradients(op),
         )
 
 
@@ -153,11 +153,14 @@ class _Walk:
     weight: torch.Tensor
     parameters: frozenset[str]
     constants: Callable[[fx.Graph], set[fx.Node]]
+    live: Callable[[fx.Graph], set[fx.Node]]
     seen: set[tuple[fx.Node, bool]] = field(default_factory=set[tuple[fx.Node, bool]])
 
     def follow(self, value: fx.Node, owner: nn.Module, way: _Way = _Way()) -> Iterator[Reader]:
         for user in sorted(value.users):
-            if reads_no_values(user) or (user, way.detached) in self.seen or _is_dead(user):
+            if reads_no_values(user) or user not in self.live(user.graph):
+                continue
+            if (user, way.detached) in self.seen:
                 continue
             inputs = _nested_inputs(user, value, owner)
             if inputs:
@@ -210,10 +213,15 @@ def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
     yield from found.values()
 
 
-def _is_dead(node: fx.Node) -> bool:
-    """Whether nothing comes of a call: torch.export leaves some of a branch not taken."""
-    pure = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
-    return node.op == "call_function" and pure and not node.users
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that something comes of: an output or an effect (export leaves dead code)."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        known = isinstance(node.target, torch._ops.OpOverload)  # else it may do anything
+        effect = node.op == "output" or node.is_impure() or not (known or node.users)
+        if effect or not live.isdisjoint(node.users):
+            live.add(node)
+    return live
 
 
 def _grows(value: fx.Node, weight: torch.Tensor) -> bool:

@@ -77,7 +77,10 @@ def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
 
     weight = module.get_parameter(chain[0].entry.parameter)
     with torch.no_grad(), full_precision():
-        return nn.Parameter(value(chain[-1].output).to(weight.dtype))
+        folded = value(chain[-1].output).to(weight.dtype)
+        if folded.stride() != weight.stride():  # channels last, for one
+            folded = torch.empty_like(weight).copy_(folded)
+        return nn.Parameter(folded)
 
 
 @contextmanager
