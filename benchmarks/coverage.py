@@ -33,7 +33,7 @@ from zoo import Case, randomise_constants
 import fxlora
 from fxlora import LoraConfig, Rule
 from fxlora.alike import difference
-from fxlora.forms import check_supported
+from fxlora.matching.forms import check_supported
 from fxlora.sites import find_sites
 
 LAYERS = ["linear", "conv*", "embedding", "addmm", "matmul"]

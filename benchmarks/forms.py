@@ -24,7 +24,7 @@ from zoo import Case
 
 import fxlora
 from fxlora import LoraConfig, Rule, Site
-from fxlora.forms import check_supported
+from fxlora.matching.forms import check_supported
 from fxlora.sites import find_sites
 
 COUNTED = ("linear", "conv*", "embedding*", "addmm")

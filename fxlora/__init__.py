@@ -19,14 +19,13 @@ from .errors import (
 from .eva import Initialized, initialize_from
 from .export import export
 from .host import hosted, recorded_calls
+from .matching import match
 from .module import CapturedModule
 from .plan import Plan
+from .proof import Verification, verify
 from .report import report
-from .rules import match
 from .sites import Site
 from .verbs import adapt, fold, inject, lora_parameters, remove
-from .verification import Verification
-from .verify import verify
 
 __version__ = "0.1.0"
 

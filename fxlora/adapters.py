@@ -24,6 +24,7 @@ from .config import LoraConfig
 from .errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
 from .files import whole_file
 from .inits import FILLS, STARTS
+from .matching import match
 from .module import CapturedModule
 from .peft_layout import (
     ROOT,
@@ -37,7 +38,6 @@ from .peft_layout import (
     why_not,
 )
 from .plan import Entry, Plan
-from .rules import match
 from .tables import some
 from .verbs import inject
 

@@ -7,13 +7,12 @@ import json
 import math
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ConfigError, FxLoraWarning
+from .errors import ConfigError, warn
 from .inits import INITS
 from .parts import Parts, check_parts
 from .variants import VARIANTS
@@ -160,7 +159,8 @@ class Rule:
         kernel_size: of a convolution; a number stands for all its dimensions.
         where: a function of the `Site`, true where the rule holds.
         lora: the configuration, or None to leave the sites alone.
-        train: train the weight's module in full (as a copy) instead.
+        train: train the weight's module in full (as a copy) instead; also what no LoRA could take,
+            a norm or a bias, by its name.
         parts: the weight is several in one, beside each other in its output dimension, and each
             gets an adapter of its own. How many equal parts, or by name: sizes (`{"q": 64,
             "k": 16, "v": 16}`, all of them in order) or ranges (`{"q": (0, 64), "v": (80, 96)}`).
@@ -197,6 +197,8 @@ class Rule:
                 raise ConfigError(f"{name} must be a number of features, not {value!r}.")
         self._check_kernel_size()
         check_parts(self.parts, self.enable)
+        if self.train and (self.parts is not None or self.lora != LoraConfig()):
+            raise ConfigError("train=True trains in full: lora= and parts= say another thing.")
         if self.where is not None and not callable(self.where):
             raise ConfigError(f"where must be a function of a Site, not {self.where!r}.")
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
@@ -206,6 +208,11 @@ class Rule:
                 "a rule with a name and a LoraConfig with target_modules say which sites "
                 "twice. Keep one of the two."
             )
+
+    @property
+    def bounds(self) -> tuple[int | None, ...]:
+        """The bounds on features."""
+        return tuple(getattr(self, name) for name in _BOUNDS)
 
     def _check_kernel_size(self) -> None:
         size = self.kernel_size
@@ -379,11 +386,9 @@ def _check_alpha(name: str, value: object) -> None:
             f"{name} must be a finite number > 0, not {value!r} (at 0 the branch has no effect)."
         )
     if float(value) != int(value):  # pyright: ignore[reportArgumentType]
-        warnings.warn(
+        warn(
             f"{name}={value} is not a whole number; it is used as it is, but PEFT's "
-            "configuration declares an integer there.",
-            FxLoraWarning,
-            stacklevel=4,
+            "configuration declares an integer there."
         )
 
 

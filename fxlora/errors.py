@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+
 
 class FxLoraError(Exception):
     """Base of every error that fxlora raises on purpose."""
@@ -45,3 +49,12 @@ class ExportError(FxLoraError):
 
 class FxLoraWarning(UserWarning):
     """Something that works and is probably not what was meant."""
+
+
+def warn(message: str) -> None:
+    """Warn where the user's code called fxlora, however deep in it this is."""
+    inside = str(Path(__file__).parent)
+    frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FxLoraWarning, stacklevel=level - 1)

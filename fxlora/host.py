@@ -94,6 +94,16 @@ class Host(nn.Module):
         """As the captured module's, which leaves the source model's storage alone."""
         return self._captured.load_state_dict(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, for weights that are whole."""
+        if self._captured.plan is not None:
+            raise InjectError(
+                "the adapters are beside the weights, and a checkpoint would be the base's: fold "
+                "first (hosted(model, fold(lora))), or keep them with save_adapter."
+            )
+        parent: Any = super()
+        return parent.save_pretrained(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         plain = nn.Module.__new__(type(self).__mro__[2])  # the model's own class
         plain.__dict__.update(self.__dict__)

@@ -82,6 +82,11 @@ def _olora(weight: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, 
     return upper[..., :r, :], q[..., :r]
 
 
+def step_of(init: bool | str) -> int:
+    """What the rank must be a multiple of."""
+    return 2 if init == "orthogonal" else 1
+
+
 STARTS: dict[bool | str, Start] = {"pissa": _pissa, "olora": _olora}
 
 INITS: tuple[bool | str, ...] = (*FILLS, *STARTS)

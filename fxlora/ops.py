@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -455,6 +455,17 @@ _TURNS = frozenset({"t", "transpose", "permute", "mT", "numpy_T", "squeeze", "un
 _STEPS = frozenset(
     {"detach", "detach_", "sign", "sgn", "round", "floor", "ceil", "trunc", "heaviside"}
 )
+# Kinds without a row whose weights are (out, in), as torch declares them.
+_OUT_FIRST = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "deform_conv2d"}) | {
+    f"{kind}_cell" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+}
+# What may leave the shape as it is and exchange what its dimensions mean.
+_EXCHANGES = frozenset(
+    {
+        *("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "T"),
+        *("getattr", "index", "gather", "flip", "rot90", "roll", "as_strided", "unfold", "matmul"),
+    }
+)
 _DESCRIBING = frozenset(
     {
         *("_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
@@ -490,6 +501,21 @@ def flat_inputs(node: fx.Node) -> list[fx.Node]:
 def layout_without_row(kind: str, dims: int) -> Layout:
     """The roles of a weight that an op without a row reads."""
     return plain(dims, False, _KERNELS.get(kind, 0))
+
+
+def keeps_roles(kind: str, way: Collection[str], same_shape: bool, has_row: bool) -> bool:
+    """Whether what an op says of the weight that it is given holds for the weight itself.
+
+    Args:
+        way: the kinds of the ops between the two.
+        same_shape: whether both are known to have one shape.
+        has_row: whether the op has a row in the table.
+    """
+    if not has_row and kind not in _OUT_FIRST:
+        return False
+    if set(way) <= CASTS | SLICES | {"getitem"}:
+        return True
+    return same_shape and _EXCHANGES.isdisjoint(way)
 
 
 def padding_row(node: fx.Node, rows: int) -> int | None:

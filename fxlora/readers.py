@@ -36,14 +36,14 @@ class Reader:
         weight: what it is given: the weight, or what was made of it.
         op: its row in the table of ops, or None where it reads the weight in another way.
         kind: the op's name.
-        through: what it reads is not the weight but a function of it, and this is the first op
-            on the way (a cast, a weight norm); "" where it is the weight or its transpose.
+        way: what it reads is not the weight but a function of it, and these are the ops on the way
+            (a cast, a weight norm), less transposes; () where it is the weight or its transpose.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
         alone: whether the node reads weights alone.
         beside: whether the op applies it to another parameter itself (not to what is computed
             from one).
-        detached: whether it reads it through a detach, so that no gradient comes back.
+        detached: whether no gradient comes back: a detach is on the way to it, or from it on.
         path: the calls of nested graphs around the node, from the outermost in.
         shared: whether several calls share a graph around the node.
     """
@@ -54,7 +54,7 @@ class Reader:
     kind: str
     call_site: str
     line: str
-    through: str = ""
+    way: tuple[str, ...] = ()
     alone: bool = False
     beside: bool = False
     detached: bool = False
@@ -65,6 +65,11 @@ class Reader:
     def graph(self) -> fx.Graph:
         """The graph of the captured module that the read is part of."""
         return self.path[0].node.graph if self.path else self.node.graph
+
+    @property
+    def through(self) -> str:
+        """The first op on the way, or ""."""
+        return self.way[0] if self.way else ""
 
     @property
     def branch(self) -> Op | None:
@@ -82,12 +87,12 @@ def readers_and_writers(
     """Every reader, and a writer, of every attribute by the name it has in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
-    constants, live = functools.cache(_constants), functools.cache(_live)
+    constants, live, heard = map(functools.cache, (_constants, _live, _heard))
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
         if node.op == "get_attr":
             weight = parameters.get(str(node.target), torch.empty(()))
-            walk = _Walk(module, weight, frozenset(parameters), constants, live)
+            walk = _Walk(module, weight, frozenset(parameters), constants, live, heard)
             readers.setdefault(str(node.target), []).extend(_once(walk.follow(node, module)))
         if node.op == "call_module":
             for name in _inside(module, str(node.target)):
@@ -120,13 +125,13 @@ class _Way:
     Attributes:
         path: the calls of nested graphs around it.
         transposed: whether it is the transpose.
-        through: the first op on the way that is no transpose, or "".
+        ops: those on the way that are no transposes.
         detached: whether no gradient comes back.
     """
 
     path: Path = ()
     transposed: bool = False
-    through: str = ""
+    ops: tuple[str, ...] = ()
     detached: bool = False
 
     def into(self, call: Call) -> _Way:
@@ -136,7 +141,7 @@ class _Way:
         return _Way(
             self.path,
             self.transposed ^ turns,
-            self.through if turns else self.through or kind_of(op),
+            self.ops if turns else (*self.ops, kind_of(op)),
             self.detached or stops_gradients(op),
         )
 
@@ -154,6 +159,7 @@ class _Walk:
     parameters: frozenset[str]
     constants: Callable[[fx.Graph], set[fx.Node]]
     live: Callable[[fx.Graph], set[fx.Node]]
+    heard: Callable[[fx.Graph], set[fx.Node]]
     seen: set[tuple[fx.Node, bool]] = field(default_factory=set[tuple[fx.Node, bool]])
 
     def follow(self, value: fx.Node, owner: nn.Module, way: _Way = _Way()) -> Iterator[Reader]:
@@ -170,7 +176,7 @@ class _Walk:
             row = row_of(user, value, way.transposed)
             alone = user in self.constants(user.graph) and bool(user.users)
             turns = is_transpose(user, value, self.weight.ndim) and bool(user.users)
-            if not turns and not (alone and (way.through or not is_product(user))):
+            if not turns and not (alone and (way.ops or not is_product(user))):
                 yield self._reader(user, value, row, way, alone)
                 continue
             self.seen.add((user, way.detached))
@@ -179,14 +185,14 @@ class _Walk:
     def _reader(
         self, node: fx.Node, value: fx.Node, row: Op | None, way: _Way, alone: bool
     ) -> Reader:
-        if row and way.through and _grows(value, self.weight):
+        if row and way.ops and _grows(value, self.weight):
             row = None  # a magnitude or a mask, spread over the weight: no layer's weight
         return dataclasses.replace(
             _reader(node, value, row, way.path),
-            through=way.through,
+            way=way.ops,
             alone=alone,
             beside=row is not None and self._beside(row, node, value, way.path),
-            detached=way.detached,
+            detached=way.detached or node not in self.heard(node.graph),
         )
 
     def _beside(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
@@ -215,11 +221,23 @@ def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that something comes of: an output or an effect (export leaves dead code)."""
+    return _leading_on(graph, lambda node: False)
+
+
+def _heard(graph: fx.Graph) -> set[fx.Node]:
+    """Those of them that a gradient may come back to."""
+    return _leading_on(graph, stops_gradients)
+
+
+def _leading_on(graph: fx.Graph, ends: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The nodes from which a way leads to an output or an effect, over no node that ends it."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
+        if ends(node):
+            continue
         known = isinstance(node.target, torch._ops.OpOverload)  # else it may do anything
-        effect = node.op == "output" or node.is_impure() or not (known or node.users)
-        if effect or not live.isdisjoint(node.users):
+        impure = node.op == "output" or (node.op == "call_function" and node.is_impure())
+        if impure or not (known or node.users) or not live.isdisjoint(node.users):
             live.add(node)
     return live
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from .layout import Layout, Shape
 from .module import CapturedModule
-from .ops import VIEWS, layout_without_row, named_argument, padding_row
+from .ops import VIEWS, keeps_roles, layout_without_row, named_argument, padding_row
 from .readers import Reader, readers_and_writers
 
 
@@ -37,11 +37,13 @@ class Site:
             "python" where no graph reads it.
         shape: of the weight.
         layout: the roles of its dimensions.
+        layout_known: whether they are what the read says, or a convention (outputs first).
         groups: of a convolution, else 1.
         padding_idx: row of an embedding that never trains, or None.
         dtype: of the weight.
         readers: the nodes that read it, over all graphs.
         writer: a node that writes to it, or None.
+        taken_together: whether it was several sites, which one rule takes.
         overlaps: other parameters, and buffers and constants that graphs read, in its memory.
         outside: where Python reads it outside of every captured region ("" where nothing was seen
             to read it), or None where graphs alone read it.
@@ -55,13 +57,20 @@ class Site:
     op: str
     shape: Shape
     layout: Layout
+    layout_known: bool
     groups: int
     padding_idx: int | None
     dtype: torch.dtype
     readers: tuple[Reader, ...] = field(repr=False)
     writer: Reader | None = field(repr=False)
+    taken_together: bool = False
     overlaps: tuple[str, ...] = ()
     outside: str | None = None
+
+    @property
+    def inseparable(self) -> bool:
+        """Whether no call tells the reads of a tied weight apart by its names."""
+        return len(self.names) > 1 and not self.tied and not self.taken_together
 
     @property
     def parameters(self) -> int:
@@ -109,7 +118,9 @@ def find_sites(module: CapturedModule) -> list[Site]:
     for first, every_name in module.aliases().items():
         weight = module.get_parameter(first)
         read = any(readers.get(name) for name in every_name)
-        if weight.ndim < 2 or not weight.is_floating_point() or not (read or first in uncovered):
+        if weight.ndim < 2 or not weight.numel() or not weight.is_floating_point():
+            continue
+        if not (read or first in uncovered):
             continue
         writer = next((writers[name] for name in every_name if name in writers), None)
         for names in _by_call_site(module, every_name, readers):
@@ -141,12 +152,16 @@ def _by_call_site(
         owner = module.get_submodule(name.rpartition(".")[0])
         modules.setdefault(id(owner), []).append(name)
     read = [group for group in modules.values() if any(readers.get(name) for name in group)]
-    found = [reader for name in names for reader in readers.get(name, ())]
-    owned = [any(_is_owner(reader.call_site, name) for name in names) for reader in found]
+    owned = [_owns(group, readers.get(name, ())) for group in read for name in group]
     if len(read) < 2 or not all(owned):
         return [names]
     unread = [name for group in modules.values() if group not in read for name in group]
     return [[*read[0], *unread], *read[1:]]
+
+
+def _owns(names: Iterable[str], readers: Iterable[Reader]) -> bool:
+    """Whether every read is a call of a module that has the weight under one of these names."""
+    return all(any(_is_owner(reader.call_site, name) for name in names) for reader in readers)
 
 
 def _is_owner(call_site: str, parameter: str) -> bool:
@@ -169,6 +184,7 @@ def merged(sites: Sequence[Site]) -> Site:
         tied=tuple(name for name in first.tied if name not in names),
         aliases=aliases,
         readers=readers,
+        taken_together=True,
         **described,
     )
 
@@ -237,13 +253,22 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
     if main and main.op:
         seen = main.op.layout_of(main.node, main.weight, len(shape))
         layout = _behind_view(main, shape) or seen
+    known = main is not None and _is_known(main, shape)
     groups = named_argument(main.node, "groups", "n_weight_grps") if main else None
     return {
         "op": kind,
         "layout": layout,
+        "layout_known": known,
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
         "padding_idx": _padding_idx(readers, shape[0]),
     }
+
+
+def _is_known(reader: Reader, shape: Shape) -> bool:
+    seen: Any = reader.weight.meta.get("val")
+    same = isinstance(seen, torch.Tensor) and tuple(seen.shape) == shape
+    behind_view = _behind_view(reader, shape) is not None and len(reader.way) == 1
+    return behind_view or keeps_roles(reader.kind, reader.way, same, reader.op is not None)
 
 
 def _behind_view(reader: Reader, shape: Shape) -> Layout | None:

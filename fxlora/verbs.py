@@ -12,10 +12,10 @@ from torch.fx.passes.infra.pass_base import PassBase
 from .capture import capture
 from .config import Rules
 from .errors import ConfigError, InjectError
+from .matching import match
 from .module import CapturedModule
 from .passes import Distribute, FoldConstants, Inject, Remove
 from .plan import Plan
-from .rules import match
 
 
 def inject(module: CapturedModule, plan: Plan) -> CapturedModule:

@@ -215,3 +215,14 @@ def test_an_adapter_has_its_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["report", "torchvision:resnet18", "--adapter", "folder", "--budget", "1%"]
     assert main(words) == 2
     assert "leave out the options for budget" in capsys.readouterr().err
+
+
+def test_ranks_of_an_init_that_halves_them_stay_even() -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7)), torch.randn(2, 12))
+    config = LoraConfig(r=4, init_lora_weights="orthogonal", target_modules="all-linear")
+    for budget in (80, 100, 120, 130):
+        plan = fxlora.match(gm, config, budget=budget)
+        assert all(entry.r % 2 == 0 for entry in plan) and plan.adapter_parameters <= budget
+        fxlora.inject(gm, plan)
+    with pytest.raises(fxlora.ConfigError, match="must be even"):
+        fxlora.match(gm, LoraConfig(r=3, init_lora_weights="orthogonal", target_modules=["0"]))

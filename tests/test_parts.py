@@ -345,3 +345,44 @@ def test_a_name_that_is_free(name: str) -> None:
     assert torch.allclose(lora.eval()(X), folded.eval()(X), rtol=1e-10)
     for module in (folded, fxlora.remove(lora)):
         assert list(module.state_dict()) == list(gm.state_dict())
+
+
+def test_parts_of_a_weight_that_is_read_through_a_view() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.w.view(6, 5))
+
+    x = torch.randn(4, 5, dtype=torch.float64)
+    rule = Rule("w", parts=2, enable=[True, False], lora=LoraConfig(r=1))
+    check_laws(Viewed(), (x,), rules=rule)
+
+
+UNKNOWN = {
+    "permute": lambda x, w: x @ w.permute(1, 0, 2).flatten(1),
+    "movedim": lambda x, w: torch.nn.functional.linear(x, w[0].movedim(0, 1)),
+    "tensordot": lambda x, w: torch.tensordot(x, w, ([1], [1])),
+    "gathered": lambda x, w: torch.bmm(x[None].expand(2, -1, -1), w[torch.arange(2) % 2]),
+}
+
+
+@pytest.mark.parametrize("read", UNKNOWN.values(), ids=UNKNOWN)
+@pytest.mark.parametrize("asked", ["parts", "dora"])
+def test_outputs_that_cannot_be_told_are_refused(read, asked: str) -> None:
+    class Guessed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 5, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return read(x, self.w)
+
+    gm = fxlora.capture(Guessed(), torch.randn(3, 5))
+    config = LoraConfig(r=1, use_dora=asked == "dora")
+    more = {"parts": {"a": (0, 2)}} if asked == "parts" else {}
+    assert len(fxlora.match(gm, Rule("w", lora=LoraConfig(r=1)))) == 1
+    with pytest.raises(fxlora.UnsupportedOpError, match="cannot be told"):
+        fxlora.match(gm, Rule("w", lora=config, **more))

@@ -212,3 +212,78 @@ def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
     assert kinds == {"queries": "operand of linear", "proj": "linear"}
     plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
     assert [entry.site for entry in plan] == ["proj"]
+
+
+# ---- what only looks like a read ----------------------------------------------------------------
+
+
+class Looks(nn.Module):
+    """Reads `used`; what it does with `other` is given."""
+
+    def __init__(self, look) -> None:
+        super().__init__()
+        self.used, self.other = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
+        self.look = look
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.look(self, x, x @ self.used)
+
+
+NO_READS = {
+    "dead code": lambda m, x, y: ((x @ m.other).sum() * 2, y)[1],
+    "its shape": lambda m, x, y: y + torch.zeros_like(m.other)[:1],
+    "its dtype": lambda m, x, y: y + m.other.new_ones(1, 3),
+}
+UNTRAINED = {
+    "steps": lambda m, x, y: y + m.other.sign()[:1],
+    "indices": lambda m, x, y: y + m.other.argmax(1)[:1, None].to(y.dtype),
+    "detached after the read": lambda m, x, y: y + (x @ m.other).detach(),
+}
+
+
+@pytest.mark.parametrize("look", NO_READS.values(), ids=NO_READS)
+def test_what_takes_no_values_is_no_read(look) -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    _, lora = check_laws(Looks(look), (x,), rules=Rule(lora=LoraConfig(r=2)))
+    assert [(entry.site, entry.form) for entry in lora.plan] == [("used", "branch")]
+    with pytest.raises(fxlora.NoMatchError, match="'other'"):
+        fxlora.match(fxlora.remove(lora), Rule("other", lora=LoraConfig(r=2)))
+
+
+@pytest.mark.parametrize("look", UNTRAINED.values(), ids=UNTRAINED)
+def test_where_no_gradient_passes_no_adapter_stands(look) -> None:
+    gm = fxlora.capture(Looks(look), torch.randn(4, 5))
+    with pytest.raises(fxlora.UnsupportedOpError, match="would never train"):
+        fxlora.match(gm, Rule("other", lora=LoraConfig(r=2)))
+
+
+def test_a_straight_through_estimator_trains() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rounded = self.matrix + (torch.round(self.matrix * 8) / 8 - self.matrix).detach()
+            return F.linear(x, rounded)
+
+    gm = fxlora.capture(Quantised().double(), torch.randn(4, 5, dtype=torch.float64))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("matrix", lora=LoraConfig(r=2))))
+    randomise(lora)
+    lora(torch.randn(4, 5, dtype=torch.float64)).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in fxlora.lora_parameters(lora))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_tracer_refuses_contexts_that_it_does_not_see(context) -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with context():
+                return self.layer(x)
+
+    with pytest.raises(fxlora.CaptureError, match="Give example inputs"):
+        fxlora.capture(Inside())

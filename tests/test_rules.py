@@ -325,3 +325,15 @@ def test_match_needs_a_captured_module() -> None:
     lora = fxlora.inject(gm, match(gm, Rule("emb", lora=R)))
     with pytest.raises(ConfigError, match="has adapters already"):
         match(lora, Rule("emb", lora=R))
+
+
+def test_norms_and_biases_train_in_full_by_name(gm: fxlora.CapturedModule) -> None:
+    plan = match(gm, [Rule("q_proj", lora=R), Rule(["norm", "re:layers.0.*bias"], train=True)])
+    assert plan.trained[-2:] == ("norm.weight", "norm.bias")
+    assert all(name.startswith("layers.0.") for name in plan.trained[:-2])
+    assert len(plan.trained) > 2
+    with pytest.raises(NoMatchError, match="'nrm'"):
+        match(gm, Rule("nrm", train=True))
+    for more in ({"lora": LoraConfig(r=2)}, {"parts": 2}):
+        with pytest.raises(ConfigError, match="trains in full"):
+            Rule("norm", train=True, **more)

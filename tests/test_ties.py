@@ -17,6 +17,7 @@ import fxlora
 from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule
 
 from .laws import assert_close, check_laws, randomise, run
+from .models import Tied
 
 IDS = torch.tensor([[1, 2, 5, 12], [3, 3, 0, 2], [7, 8, 9, 10]])
 
@@ -373,3 +374,50 @@ def test_transformers(name: str, which: int) -> None:
     folded = fxlora.fold(lora)
     head, table = folded.get_parameter("lm_head.weight"), folded.get_parameter(ties[0])
     assert (head is table) is (which == 2)
+
+
+def test_reads_of_two_names_inside_one_nested_graph_are_not_told_apart() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                h = self.b(self.a(x).tanh())
+            return h + self.a(x) + self.b(x).cos()
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    _, lora = check_laws(Nested(), (x,), rules=Rule("a", lora=LoraConfig(r=2)))
+    (entry,) = lora.plan
+    assert entry.names == ("a.weight", "b.weight")  # one delta for all, and the plan says why
+    assert "all are adapted" in entry.reason
+
+
+def test_a_shared_delta_does_not_go_onto_two_tensors() -> None:
+    class Model(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            if tied:
+                self.head.weight = self.emb.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.emb(ids).relu())
+
+    ids = torch.tensor([[1, 2, 3]])
+    tied, apart = (fxlora.capture(Model(flag), ids) for flag in (True, False))
+    plan = fxlora.match(tied, Rule(["emb", "head"], lora=LoraConfig(r=2)))
+    with pytest.raises(fxlora.InjectError, match="one tensor under these names"):
+        fxlora.inject(apart, plan)
+
+
+def test_a_tie_that_is_broken_later_is_not_folded_into_one() -> None:
+    gm = fxlora.capture(Tied(), torch.tensor([[1, 2]]))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule(["emb", "head"], lora=LoraConfig(r=2))))
+    state = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    state["head.weight"] += 1
+    lora.load_state_dict(state, assign=True)
+    with pytest.raises(fxlora.InjectError, match="one tensor when the adapter was injected"):
+        fxlora.fold(lora)

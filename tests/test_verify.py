@@ -14,8 +14,8 @@ from torch import nn
 
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
-from fxlora.coverage import refuse_bare_reads
 from fxlora.passes.structure import Insertion, insertions, take_out
+from fxlora.proof.coverage import refuse_bare_reads
 
 from .laws import randomise
 from .models import Convolutions, Normed, Readers, Tied
@@ -472,4 +472,18 @@ def test_no_memory_to_compute_with() -> None:
     with torch.device("meta"):
         lora = fxlora.adapt(Normed(), torch.randn(2, 3, 9, 7), rules=Rule("conv", lora=R))
     with pytest.raises(InjectError, match="meta device"):
+        fxlora.verify(lora, X)
+
+
+def test_a_weight_that_a_symmetric_delta_leaves_alone() -> None:
+    layer = torch.nn.utils.parametrizations.orthogonal(nn.Linear(6, 6))
+    adapted = fxlora.adapt(nn.Sequential(layer), torch.randn(3, 6), rules=Rule("0", lora=R))
+    randomise(adapted)
+    fxlora.verify(adapted, torch.randn(3, 6))
+
+
+def test_a_training_that_diverged_is_called_so(lora: fxlora.CapturedModule) -> None:
+    with torch.no_grad():
+        lora.get_parameter(lora.plan.entries[0].name_b)[0, 0] = float("nan")
+    with pytest.raises(VerificationError, match="diverged"):
         fxlora.verify(lora, X)

@@ -25,6 +25,16 @@ class WeightTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) not in WEIGHT_MODULES and super().is_leaf_module(m, module_qualified_name)
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch.fx's, where no context stands around a call: the graph would not have it."""
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            context = "autocast" if torch.is_grad_enabled() else "no_grad (or inference_mode)"
+            raise RuntimeError(
+                f"the forward computes under torch.{context}, which the tracer does not see. Give "
+                "example inputs: capture(model, args)."
+            )
+        return super().create_proxy(*args, **kwargs)
+
 
 def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
     """The lowered graph of one mode, over the model's parameters and the constants it met.

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from ..adapters import load_adapter, save_adapter
-from ..errors import ExportError
+from ..adapters import WEIGHTS, load_adapter, save_adapter
+from ..errors import AdapterError, ExportError
 from ..export import export
 from ..files import whole_file
+from ..matching import match
 from ..plan import Plan
+from ..proof import verify
 from ..report import report
-from ..rules import match
 from ..verbs import fold, inject
-from ..verify import verify
 from .checkpoints import load_checkpoint, read_checkpoint, write_weights
 from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
 from .models import build_model
@@ -32,6 +32,10 @@ def run_plan(options: Namespace) -> str:
 
 
 def run_adapt(options: Namespace) -> str:
+    if (options.out / WEIGHTS).exists() and not options.force:
+        raise AdapterError(
+            f"{options.out} holds an adapter, which may be trained: --force writes over it."
+        )
     rules = given_rules(options)
     captured = captured_model(build_model(options), options)
     plan = match(captured, rules, budget=options.budget)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..patterns import nearest
+from ..matching.patterns import nearest
 from .checkpoints import load_checkpoint, read_checkpoint
 from .lines import said
 

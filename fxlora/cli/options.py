@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, tables
-from ..budget import limit_of
 from ..errors import ConfigError
 from ..export import FORMATS as EXPORT_FORMATS
+from ..matching.budget import limit_of
 from .commands import (
     PLAN_WRITERS,
     run_adapt,
@@ -59,6 +59,7 @@ def build_parser() -> _Parser:
 
     adapt = command(run_adapt, "save an untrained adapter", weighed, _rule_options())
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")
+    adapt.add_argument("--force", action="store_true", help="write over an adapter that is there")
 
     folding = command(run_fold, "write the model's weights with an adapter folded in", weighed)
     folding.add_argument(

@@ -14,6 +14,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ..adapted import scales_outputs
 from ..errors import InjectError
 from ..module import CapturedModule
+from ..plan import Entry
+from ..tables import some
 from .remove import drop_adapters
 from .structure import Insertion, insertions, take_out
 
@@ -39,6 +41,7 @@ class FoldConstants(PassBase):
             standing = insertions(result, graph)
             for chain in _by_weight(standing):
                 entry = chain[0].entry
+                _check_tie(result, entry)
                 if entry.parameter not in folded:
                     folded |= dict.fromkeys(entry.names, _evaluated(result, chain))
             for insertion in reversed(standing):
@@ -49,6 +52,15 @@ class FoldConstants(PassBase):
         drop_adapters(result)
         result.requires_grad_(False)  # the rest still is the source's storage
         return PassResult(result, True)
+
+
+def _check_tie(module: CapturedModule, entry: Entry) -> None:
+    if len({id(module.get_parameter(name)) for name in entry.names}) > 1:
+        raise InjectError(
+            f"'{entry.site}': {some(entry.names)} were one tensor when the adapter was injected, "
+            "and are several now (load_state_dict with assign=True, or a weight set anew): one "
+            "folded weight cannot be all of them. Tie them again (b.weight = a.weight)."
+        )
 
 
 def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:

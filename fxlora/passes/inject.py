@@ -60,7 +60,8 @@ def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
     for names in {entry.names for entry in plan}:
         mine = {id(site): site for name in names if (site := by_name.get(name))}
         covered = {name for site in mine.values() for name in site.names}
-        if covered == set(names):
+        tensors = {id(module.get_parameter(name)) for name in covered}
+        if covered == set(names) and len(tensors) == 1:
             found[names] = merged(list(mine.values()))
     return found
 
@@ -69,8 +70,8 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
     if site is None:
         raise InjectError(
             f"the plan adapts '{entry.site}', but no graph of this module reads a parameter "
-            f"'{entry.parameter}' under {some(entry.names)} alone. Make the plan with "
-            "match(module, …) on this module."
+            f"'{entry.parameter}' that is one tensor under these names and is adapted under all of "
+            f"them: {some(entry.names)}. Make the plan with match(module, …) on this module."
         )
     if site.shape != entry.shape or site.layout != entry.layout:
         raise InjectError(

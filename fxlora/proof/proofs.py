@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, fx
 
-from .alike import difference, first_difference
+from ..alike import difference, first_difference
+from ..errors import VerificationError
+from ..module import CapturedModule
+from ..passes import Inject, Remove
+from ..passes.structure import insertions
+from ..plan import Entry
+from ..program import MODES
+from ..tables import some
 from .coverage import adapted_names
-from .errors import VerificationError
 from .exact import exact_weight
-from .module import CapturedModule
-from .passes import Inject, Remove
-from .passes.structure import insertions
-from .plan import Entry
-from .program import MODES
-from .tables import some
 
 # ---- graphs -------------------------------------------------------------------------------------
 
@@ -152,6 +152,11 @@ def _weight_error(
             f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
             f"{tuple(weight.shape)}."
         )
+    for tensor in (name for entry in entries for name in entry.tensors):
+        if not bool(module.get_parameter(tensor).isfinite().all()):
+            raise VerificationError(
+                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
+            )
     exact = exact_weight(module, entries)
     errors, bounds = (found.double() - exact.value).abs().flatten(), exact.bound.flatten()
     worst = int((errors / bounds).argmax())  # a NaN, if there is one

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from .errors import VerificationError
-from .module import CapturedModule
-from .nested import call_of, grad_enabled
-from .passes.structure import insertions, take_out
-from .plan import Entry
-from .readers import Reader, readers_and_writers
+from ..errors import VerificationError
+from ..module import CapturedModule
+from ..nested import call_of, grad_enabled
+from ..passes.structure import insertions, take_out
+from ..plan import Entry
+from ..readers import Reader, readers_and_writers
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError
-from .plan import Entry
+from ..errors import ConfigError
+from ..inits import step_of
+from ..plan import Entry
 
 
 def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entry]:
@@ -28,7 +29,7 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
     limit = limit_of(budget, sum(p.numel() for p in model.parameters()))
     if not entries:
         return []
-    least = _cost(entries, [1] * len(entries))
+    least = _cost(entries, [step_of(entry.init) for entry in entries])
     if least > limit:
         raise ConfigError(
             f"budget={budget!r} is {limit:,} parameters, and rank 1 at all {len(entries)} sites "
@@ -75,7 +76,13 @@ def _largest(entry: Entry) -> int:
 
 
 def _scaled(entries: Sequence[Entry], factor: float) -> list[int]:
-    return [min(_largest(e), max(1, int(e.r * factor))) for e in entries]
+    return [_stepped(e, min(_largest(e), int(e.r * factor))) for e in entries]
+
+
+def _stepped(entry: Entry, r: int) -> int:
+    """A rank that the entry's init can have, not above this one unless it must."""
+    step = step_of(entry.init)
+    return max(step, r // step * step)
 
 
 def _proportional(entries: Sequence[Entry], limit: int) -> list[int]:
@@ -93,11 +100,13 @@ def _proportional(entries: Sequence[Entry], limit: int) -> list[int]:
 
 
 def _filled(entries: Sequence[Entry], ranks: list[int], limit: int) -> list[int]:
-    """One rank more where it still fits, first where rounding took most."""
+    """One step more where it still fits, first where rounding took most."""
     left = limit - _cost(entries, ranks)
     for index in sorted(range(len(ranks)), key=lambda i: ranks[i] / entries[i].r):
-        more = _cost([entries[index]], [ranks[index] + 1]) - _cost([entries[index]], [ranks[index]])
-        if more <= left and ranks[index] < _largest(entries[index]):
-            ranks[index] += 1
+        entry, r = entries[index], ranks[index]
+        higher = r + step_of(entry.init)
+        more = _cost([entry], [higher]) - _cost([entry], [r])
+        if more <= left and higher <= _largest(entry):
+            ranks[index] = higher
             left -= more
     return ranks

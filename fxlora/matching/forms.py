@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import ConfigError, UnsupportedOpError
-from .nested import grad_enabled
-from .ops import named_argument, padding_row
-from .readers import Reader
-from .sites import Site
-from .variants import VARIANTS
+from ..errors import ConfigError, UnsupportedOpError
+from ..nested import grad_enabled
+from ..ops import named_argument, padding_row
+from ..readers import Reader
+from ..sites import Site
+from ..variants import VARIANTS
 
 
 def check_supported(site: Site, number: int) -> None:
@@ -41,8 +41,8 @@ def check_supported(site: Site, number: int) -> None:
         how = f"through {reader.through}" if reader.detached else "under torch.no_grad()"
         raise UnsupportedOpError(
             f"'{site.name}' (rule {number}) is read {how} alone, where no gradient passes: its "
-            "adapter would never train. Leave it out of the rule (Rule(name, lora=None) before it), or "
-            "take the no_grad away (a reentrant checkpoint has one: use_reentrant=False)."
+            "adapter would never train. Leave it out of the rule (Rule(name, lora=None) before "
+            "it), or take the no_grad away (a reentrant checkpoint has one: use_reentrant=False)."
         )
     if whole := next((r for r in site.readers if r.node.op == "call_module"), None):
         raise UnsupportedOpError(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .adapted import adapted_weight, scales_outputs
-from .module import CapturedModule
-from .plan import Entry
+from ..adapted import adapted_weight, scales_outputs
+from ..module import CapturedModule
+from ..plan import Entry
 
 
 @dataclass(frozen=True)

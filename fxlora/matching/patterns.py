@@ -7,18 +7,23 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
-from .config import LoraConfig, Rule
-from .errors import ConfigError
-from .sites import Site
+from ..config import LoraConfig, Rule
+from ..errors import ConfigError
+from ..sites import Site
 
 
 def matches_name(pattern: str, site: Site) -> bool:
     """Whether a Rule's name pattern matches any name of a site."""
+    return matches(pattern, site.aliases)
+
+
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a Rule's name pattern matches any of these names."""
     if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], alias) for alias in site.aliases)
+        return any(re.fullmatch(pattern[3:], name) for name in names)
     if any(character in pattern for character in "*?["):
-        return any(fnmatchcase(alias, pattern) for alias in site.aliases)
-    return is_called(pattern, site)
+        return any(fnmatchcase(name, pattern) for name in names)
+    return any(is_suffix(pattern, name) for name in names)
 
 
 def is_called(name: str, site: Site) -> bool:

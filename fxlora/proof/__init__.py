@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import InjectError, VerificationError
+from ..initialize import new_tensors
+from ..module import CapturedModule
+from ..plan import Entry
+from ..shell import RegionCall
+from ..verbs import fold
 from .coverage import prove_coverage, refuse_bare_reads
-from .errors import InjectError, VerificationError
-from .initialize import new_tensors
-from .module import CapturedModule
-from .plan import Entry
 from .proofs import (
     check_base,
     check_folded_graphs,
@@ -26,9 +28,9 @@ from .proofs import (
     same,
     without_adapters,
 )
-from .shell import RegionCall
-from .verbs import fold
 from .verification import SiteCheck, Verification
+
+__all__ = ["SiteCheck", "Verification", "verify"]
 
 # Relative to the largest output: what rounding alone may do between two orders of summation.
 TOLERANCES = {
@@ -163,11 +165,17 @@ def _effects(
 def _randomise(module: CapturedModule) -> None:
     assert module.plan is not None
     with torch.no_grad():
-        for entry in module.plan:
-            for name in (entry.name_a, entry.name_b):
+        for number, entry in enumerate(module.plan):
+            for seed, name in enumerate((entry.name_a, entry.name_b), 2 * number):
                 parameter = module.get_parameter(name).requires_grad_(True)
-                generator = torch.Generator(parameter.device).manual_seed(entry.r)
+                generator = torch.Generator(parameter.device).manual_seed(seed)
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+
+
+def _load(output: Tensor) -> Tensor:
+    """Weights of an output's entries; where half precision would overflow, small ones."""
+    load = torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
+    return (load / max(1, output.numel()) if output.dtype == torch.float16 else load).to(output)
 
 
 def _gradients(
@@ -185,10 +193,7 @@ def _gradients(
             return {entry.name_a: _Effect() for entry in entries}
         names = [name for entry in entries for name in (entry.name_a, entry.name_b)]
         # Cotangents that cancel nothing: an even sum is blind behind a softmax or a layer norm.
-        loads = [
-            torch.linspace(0.5, 1.5, o.numel(), device=o.device).view(o.shape).to(o)
-            for o in outputs
-        ]
+        loads = [_load(output) for output in outputs]
         factors = [module.get_parameter(name) for name in names]
         found = torch.autograd.grad(
             outputs, factors, loads, allow_unused=True, materialize_grads=True

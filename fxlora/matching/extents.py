@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from .ops import moves_data
-from .readers import Reader
-from .sites import Site
+from ..ops import moves_data
+from ..readers import Reader
+from ..sites import Site
 
 
 def reads_any(site: Site, rows: tuple[int, int]) -> bool:
     """Whether some read of a weight reaches some of these outputs, as far as can be told."""
     size = site.shape[site.layout.part_dim]
     view = [size if dim == site.layout.part_dim else 1 for dim in range(len(site.shape))]
-    numbered = torch.arange(size, dtype=torch.int32).reshape(view).expand(site.shape)
+    numbered = torch.arange(size, dtype=torch.int32).reshape(view).expand(site.shape).contiguous()
     return any(_reaches(reader, numbered, range(*rows)) for reader in site.readers)
 
 

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..program import MODES
+from ..tables import render
 from .coverage import Read
-from .program import MODES
-from .tables import render
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""match: which sites the rules take, and in which form. Pure: nothing is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import Rules, as_rules
+from ..errors import ConfigError, NoMatchError
+from ..module import CapturedModule
+from ..plan import IN_FULL, Entry, Plan
+from ..sites import find_sites
+from .choice import Choice
+from .entries import Entries, check_rank
+from .full import biases, check_trained_itself, modules_to_save, trained
+from .misses import Misses, warn_of_large
+
+__all__ = ["match"]
+
+
+def match(
+    module: CapturedModule,
+    rules: Rules | str | Path,
+    *,
+    adapter_name: str = "default",
+    budget: int | str | None = None,
+) -> Plan:
+    """Work out what `inject` would do.
+
+    Args:
+        module: a captured module.
+        rules: a LoraConfig, a Rule, a list of them (the first that matches a site wins), or
+            the path of a rules file.
+        adapter_name: the name that the adapter's parameters carry.
+        budget: how many parameters A and B may have in all, a number or a share of the model's
+            ("1%"). The ranks keep the proportions that the rules give them, and each site its
+            factor s.
+
+    Raises:
+        NoMatchError: a rule, or a name in one, matches nothing; says the nearest names.
+        UnsupportedOpError: a targeted weight is read in a way that no form can adapt.
+        ConfigError: the rules contradict themselves or ask for what a site cannot have.
+    """
+    if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"match takes a captured module, not {type(module).__name__}: capture first."
+        )
+    if module.plan is not None:
+        raise ConfigError("the module has adapters already: fold or remove them first.")
+    if not adapter_name or "." in adapter_name:
+        raise ConfigError(f"adapter_name must be a name without dots, not {adapter_name!r}.")
+    choice = Choice(module, as_rules(rules), tuple(find_sites(module)))
+    return _plan(choice, Entries(choice, adapter_name), Misses(choice), budget)
+
+
+def _plan(choice: Choice, making: Entries, misses: Misses, budget: int | str | None) -> Plan:
+    chosen = choice.made()
+    saved = modules_to_save(choice, chosen, misses)
+    in_full = trained(choice.module, saved)
+    entries: list[Entry] = []
+    skipped: list[tuple[str, str]] = []
+    for site, number in chosen:
+        rule = choice.rule(number)
+        if set(site.names) & in_full:
+            check_trained_itself(site, number, rule, saved)
+            skipped.append((site.name, IN_FULL))
+        elif rule is None and site.outside is not None:
+            skipped.append((site.name, site.why_outside))
+        elif rule is None:
+            skipped.append((site.name, f"no rule matches its {site.op}"))
+        elif rule.lora is None:
+            skipped.append((site.name, f"rule {number} leaves it alone"))
+        else:
+            entries += making.made(site, number, rule)
+    misses.check(chosen, entries, saved)
+    if budget is not None:
+        entries = making.within_budget(entries, budget)
+    for entry in entries:
+        check_rank(entry)
+    warn_of_large(entries)
+    misses.warn_of_uncovered(skipped)
+    in_full |= biases(choice, entries)
+    if not entries and not in_full:
+        raise NoMatchError(f"the rules adapt none of {len(choice.sites)} sites.")
+    sizes = {name: p.numel() for name, p in choice.module.named_parameters()}
+    return Plan(
+        entries=tuple(entries),
+        trained=tuple(name for name in sizes if name in in_full),
+        skipped=tuple(skipped),
+        modules_to_save=tuple(saved),
+        model_parameters=sum(sizes.values()),
+        trained_parameters=sum(size for name, size in sizes.items() if name in in_full),
+        rules=choice.rules,
+    )

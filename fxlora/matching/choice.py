@@ -1,0 +1,116 @@
+"""Which rule takes which site, and which sites of a tied weight are taken together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..config import ALL_LINEAR, LoraConfig, Names, Rule
+from ..errors import ConfigError
+from ..module import CapturedModule
+from ..ops import CASTS, MATRIX_PRODUCTS, SLICES, VIEWS
+from ..sites import Site, merged
+from ..tables import some
+from .patterns import holds_shape, holds_where, in_layers, is_called, is_suffix, matches_name
+
+Chosen = list[tuple[Site, int]]  # each site with the number (from 1) of its rule, or 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rules held against the sites of a module; the first that matches a site wins."""
+
+    module: CapturedModule
+    rules: tuple[Rule, ...]
+    sites: tuple[Site, ...]
+
+    def made(self) -> Chosen:
+        """Every site with its rule, those of a tied weight that one rule takes as one."""
+        return self._tied([(site, self._first_rule(site)) for site in self.sites])
+
+    def rule(self, number: int) -> Rule | None:
+        return self.rules[number - 1] if number else None
+
+    def _first_rule(self, site: Site) -> int:
+        """Number (from 1) of the first rule that takes the site, or 0."""
+        for number, rule in enumerate(self.rules, 1):
+            if self.holds(rule, site):
+                return number
+        return 0
+
+    def holds(self, rule: Rule, site: Site) -> bool:
+        return (
+            (rule.name is None or any(matches_name(p, site) for p in rule.name))
+            and (rule.op is None or any(fnmatchcase(site.op, kind) for kind in rule.op))
+            and holds_shape(rule, site)
+            and (rule.lora is None or self.targeted(rule.lora, site))
+            and (rule.where is None or holds_where(rule.where, site))
+        )
+
+    def targeted(self, config: LoraConfig, site: Site) -> bool:
+        if config.targets_anything:
+            by_module = self.in_targets(config.target_modules, site)
+            by_parameter = any(
+                is_suffix(t, n) for t in config.target_parameters or () for n in site.names
+            )
+            if not (by_module or by_parameter):
+                return False
+        if config.exclude_modules is not None and self.in_targets(config.exclude_modules, site):
+            return False
+        return config.layers_to_transform is None or in_layers(config, site)
+
+    def in_targets(self, targets: Names, site: Site) -> bool:
+        """PEFT's matching: one string is an expression for the whole name, a list has names."""
+        if isinstance(targets, str) and targets != ALL_LINEAR:
+            return any(re.fullmatch(targets, alias) for alias in site.aliases)
+        names = (targets,) if isinstance(targets, str) else targets or ()
+        return any(
+            self._in_all_linear(site) if name == ALL_LINEAR else is_called(name, site)
+            for name in names
+        )
+
+    def _in_all_linear(self, site: Site) -> bool:
+        """Matrix products, less the output layer, embeddings, and factors of computed weights."""
+        spared = self.module.outputs & set(site.names)
+        kinds = {reader.kind for reader in site.readers}
+        layer, behind, _ = site.parameter.partition(".parametrizations.")
+        whole = {"", *CASTS, *VIEWS, *SLICES}
+        read = any(r.kind == site.op and r.through in whole for r in site.readers)
+        own = read or (behind and layer in site.aliases)
+        return bool(site.op in MATRIX_PRODUCTS and own and not spared) and "embedding" not in kinds
+
+    def _tied(self, chosen: Chosen) -> Chosen:
+        """The sites of one tied weight that one rule takes as one site.
+
+        A rule with `tied="share"` takes all of them.
+        """
+        found: Chosen = []
+        done: set[str] = set()
+        for site, number in chosen:
+            if site.parameter in done:
+                continue
+            others = [(s, n) for s, n in chosen if s.parameter in site.tied]
+            sharing = next((n for _, n in [(site, number), *others] if self._shares(n)), None)
+            if sharing is not None:
+                self._check_shared(sharing, [(site, number), *others])
+                number, together = sharing, [s for s, _ in others]
+            else:
+                together = [s for s, n in others if n == number and number]
+            found.append((merged([site, *together]), number))
+            done |= {s.parameter for s in (site, *together)}
+        return found
+
+    def _shares(self, number: int) -> bool:
+        rule = self.rule(number)
+        lora = rule and rule.lora
+        return lora is not None and lora.tied == "share"
+
+    def _check_shared(self, sharing: int, tied: Sequence[tuple[Site, int]]) -> None:
+        names = some(f"'{site.name}'" for site, _ in tied)
+        for number in {number for _, number in tied} - {0, sharing}:
+            raise ConfigError(
+                f'{names} are one tied weight. Rule {sharing} says tied="share", and rule '
+                f"{number} takes one of them: let one rule take all."
+            )

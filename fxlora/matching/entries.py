@@ -1,0 +1,146 @@
+"""Entries: what a plan says of each site that a rule takes, or of each part of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..adapted import scales_outputs
+from ..config import LoraConfig, Rule
+from ..errors import ConfigError, UnsupportedOpError, warn
+from ..inits import STARTS, step_of
+from ..parts import rows_of
+from ..plan import Entry
+from ..sites import Site
+from ..variants import VARIANTS, variants_of
+from .budget import within
+from .choice import Choice
+from .extents import reads_any
+from .forms import Form, check_supported, choose_form
+from .patterns import by_pattern
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Makes the entries of one plan."""
+
+    choice: Choice
+    adapter_name: str
+    adapted: list[Site] = field(default_factory=list[Site])
+
+    def made(self, site: Site, number: int, rule: Rule) -> list[Entry]:
+        """An entry for a site, or one for each part of it that the rule enables."""
+        assert rule.lora is not None
+        check_supported(site, number)
+        self.adapted.append(site)
+        if rule.parts is None:
+            return [self._entry(site, number, rule.lora)]
+        parts = rows_of(rule.parts, rule.enable, site.shape[site.layout.part_dim], site.name)
+        for part, rows in parts.items():
+            if not reads_any(site, rows):
+                raise UnsupportedOpError(
+                    f"part '{part}' of '{site.name}' (rule {number}): nothing reads the outputs "
+                    f"{rows[0]} to {rows[1]} of its weight, so its adapter would do nothing."
+                )
+        return [self._entry(site, number, rule.lora, part, rows) for part, rows in parts.items()]
+
+    def _entry(
+        self,
+        site: Site,
+        number: int,
+        config: LoraConfig,
+        part: str | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Entry:
+        r = int(by_pattern(config.rank_pattern, site, config.r))
+        alpha = by_pattern(config.alpha_pattern, site, config.lora_alpha)
+        variants = variants_of(config.init_lora_weights, config.variant)
+        if (rows or any(VARIANTS[name].gain for name in variants)) and not site.layout_known:
+            asked = f"part '{part}'" if rows else ", ".join(variants)
+            raise UnsupportedOpError(
+                f"{asked} of '{site.name}' (rule {number}): {site.readers[0].describe()}, and "
+                "which dimension of the weight its outputs are cannot be told. Adapt it whole, with "
+                "plain LoRA."
+            )
+        form = choose_form(site, r, config.lora_dropout, rows, variants)
+        entry = Entry(
+            site=f"{site.name}.{part}" if part else site.name,
+            parameter=site.parameter,
+            names=site.names,
+            op=site.op,
+            shape=site.shape,
+            layout=site.layout,
+            padding_idx=site.padding_idx,
+            tied=site.tied,
+            form=form.name,
+            reason=_notes(site, form),
+            r=r,
+            alpha=alpha,
+            scaling=config.scaling(r, alpha),
+            dropout=config.lora_dropout if form.name == "branch" else 0.0,
+            init=config.init_lora_weights,
+            variants=variants,
+            part=part,
+            rows=rows,
+            adapter=self.adapter_name,
+            rule=number,
+        )
+        self._check_padding(entry)
+        return entry
+
+    def within_budget(self, entries: Sequence[Entry], budget: Any) -> list[Entry]:
+        """The entries with the ranks of the budget, and the forms that go with these."""
+        sites = {site.names: site for site in self.adapted}
+        found: list[Entry] = []
+        for entry in within(entries, budget, self.choice.module):
+            site, lora = sites[entry.names], self.choice.rules[entry.rule - 1].lora
+            dropout = lora.lora_dropout if lora else 0.0
+            form = choose_form(site, entry.r, dropout, entry.rows, entry.variants)
+            kept = dropout if form.name == "branch" else 0.0
+            reason = _notes(site, form)
+            found.append(dataclasses.replace(entry, form=form.name, reason=reason, dropout=kept))
+        return found
+
+    def _check_padding(self, entry: Entry) -> None:
+        """The row of padding_idx stays as it is: a variant that scales outputs would scale it."""
+        weight = self.choice.module.get_parameter(entry.parameter)
+        if entry.padding_idx is None or weight.is_meta or not scales_outputs(entry):
+            return
+        if bool(weight[entry.padding_idx].any()):
+            raise UnsupportedOpError(
+                f"'{entry.site}': {', '.join(entry.variants)} scales every row of the embedding, "
+                f"also that of padding_idx={entry.padding_idx}, which must stay as it is and is "
+                "not zero. Take plain LoRA for it in a rule of its own, or zero the row."
+            )
+
+
+def check_rank(entry: Entry) -> None:
+    if entry.r % step_of(entry.init):
+        raise ConfigError(
+            f"init_lora_weights={entry.init!r} halves the rank: r={entry.r} for '{entry.site}' "
+            "must be even."
+        )
+    largest = min(entry.layout.sizes(entry.covered)[1:])
+    if entry.r <= largest:
+        return
+    said = (
+        f"r={entry.r} for '{entry.site}' is more than the rank {largest} that its weight "
+        f"{entry.covered} can have."
+    )
+    if entry.init in STARTS:
+        raise ConfigError(f"{said} {entry.init!r} starts from it: give a smaller r.")
+    warn(said)
+
+
+def _notes(site: Site, form: Form) -> str:
+    """What there is to know of an entry, for the plan."""
+    notes = [form.reason]
+    if site.tied:
+        notes.append(f"split from its tie with {', '.join(site.tied)}")
+    elif len(site.names) > 1:
+        notes.append("tied")
+    if site.inseparable:
+        notes.append("no call tells its names apart: all are adapted")
+    return "; ".join(filter(None, notes))

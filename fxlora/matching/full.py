@@ -1,0 +1,104 @@
+"""What trains in full, beside the adapters: modules as copies, and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ..config import Rule
+from ..errors import ConfigError, warn
+from ..module import CapturedModule
+from ..plan import Entry
+from ..sites import Site
+from .choice import Choice, Chosen
+from .misses import Misses
+from .patterns import is_suffix, matches
+
+
+def modules_to_save(choice: Choice, chosen: Chosen, misses: Misses) -> list[str]:
+    """Paths of the modules, and of bare parameters, that some rule trains in full."""
+    holders = _holders(choice.module)
+    found: list[str] = []
+    for number, rule in enumerate(choice.rules, 1):
+        for name in (rule.lora.modules_to_save if rule.lora else None) or ():
+            paths = [path for path in holders if is_suffix(name, path)]
+            if not paths:
+                misses.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+            found += paths
+        found += without_sites(choice, rule)
+    for site, number in chosen:
+        if (rule := choice.rule(number)) and rule.train:
+            found.append(site.parameter.rpartition(".")[0] or site.parameter)
+    return list(dict.fromkeys(found))
+
+
+def _holders(module: CapturedModule) -> dict[str, nn.Module]:
+    return {
+        path: held
+        for path, held in module.named_modules()
+        if path and next(held.parameters(), None) is not None
+    }
+
+
+def without_sites(choice: Choice, rule: Rule) -> Iterator[str]:
+    """What `train=True` names that no LoRA could take: norms, biases, vectors."""
+    keys = (rule.op, rule.where, rule.kernel_size, *rule.bounds)
+    if not rule.train or any(key is not None for key in keys):
+        return
+    weights = {name for site in choice.sites for name in (*site.names, *site.tied)}
+    parameters = [n for n, _ in choice.module.named_parameters(remove_duplicate=False)]
+    for path in _holders(choice.module):
+        below = [name for name in parameters if is_below(name, path)]
+        if not weights.intersection(below) and _named(rule, path):
+            yield path
+    yield from (name for name in parameters if name not in weights and _named(rule, name))
+
+
+def _named(rule: Rule, name: str) -> bool:
+    return rule.name is None or any(matches(pattern, (name,)) for pattern in rule.name)
+
+
+def trained(module: CapturedModule, paths: Iterable[str]) -> set[str]:
+    """Names of the parameters below these paths, ties under every name they have."""
+    tied = {name: names for names in module.aliases().values() for name in names}
+    found: set[str] = set()
+    for path in paths:
+        for name in (n for n in tied if is_below(n, path)):
+            if outside := [n for n in tied[name] if not is_below(n, path)]:
+                warn(
+                    f"modules_to_save '{path}': '{name}' is the same tensor as "
+                    f"{', '.join(outside)}, which trains with it."
+                )
+            found |= set(tied[name])
+    return found
+
+
+def biases(choice: Choice, entries: Iterable[Entry]) -> set[str]:
+    """The biases that `bias=` asks for."""
+    every = {n for n, _ in choice.module.named_parameters() if "bias" in n.rpartition(".")[2]}
+    found: set[str] = set()
+    for entry in entries:
+        rule = choice.rule(entry.rule)
+        lora = rule and rule.lora
+        if lora and lora.bias == "all":
+            found |= every
+        elif lora and lora.bias == "lora_only":
+            owner = entry.parameter.rpartition(".")[0]
+            found |= {n for n in every if n.rpartition(".")[0] == owner}
+    return found
+
+
+def check_trained_itself(site: Site, number: int, rule: Rule | None, saved: list[str]) -> None:
+    """Raise where a rule adapts one name of a weight that trains in full under another."""
+    own = any(is_below(name, path) for name in site.names for path in saved)
+    if own or rule is None or rule.lora is None:
+        return
+    raise ConfigError(
+        f"rule {number} adapts '{site.name}', which trains in full as {', '.join(site.tied)}: one "
+        "tied weight. Adapt both names or train both, or untie them in the model."
+    )
+
+
+def is_below(parameter: str, path: str) -> bool:
+    return parameter == path or parameter.startswith(f"{path}.")
