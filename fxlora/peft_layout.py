@@ -360,7 +360,9 @@ def _whole(value: float) -> float:
 
 def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
     """The sites by name, or as one expression where a name is the end of another's."""
-    paths = [path for path, _ in module.named_modules()]
+    held = {*module.state_dict(), *dict(module.named_parameters(remove_duplicate=False))}
+    own = held - module.adapter_parameters()  # (an adapter makes modules of its own)
+    paths = {name[:end] for name in own for end, letter in enumerate(name) if letter == "."}
     if any(path.endswith(f".{site}") for site in sites for path in paths):
         return "|".join(re.escape(site) for site in sites)
     return sites

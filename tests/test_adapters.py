@@ -638,3 +638,15 @@ def test_nowhere_to_write_and_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="nothing to save"):
         fxlora.save_adapter(fxlora.fold(lora), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_parts_of_modules_that_are_called_by_numbers(tmp_path: Path) -> None:
+    gm = fxlora.capture(
+        nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)), torch.ones(2, 12)
+    ).eval()
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("0", parts=3, lora=LoraConfig(r=2)))).eval()
+    randomise(lora)
+    fxlora.save_adapter(lora, tmp_path)
+    assert torch.equal(
+        fxlora.load_adapter(gm, tmp_path)(torch.ones(2, 12)), lora(torch.ones(2, 12))
+    )
