@@ -61,8 +61,8 @@ class Entries:
             asked = f"part '{part}'" if rows else ", ".join(variants)
             raise UnsupportedOpError(
                 f"{asked} of '{site.name}' (rule {number}): {site.readers[0].describe()}, and "
-                "which of its dimensions its outputs are cannot be told. Adapt it whole, with plain "
-                "LoRA."
+                "which of its dimensions the outputs are cannot be told. Adapt it whole, with "
+                "plain LoRA."
             )
         form = choose_form(site, r, config.lora_dropout, rows, variants)
         entry = Entry(
