@@ -20,7 +20,8 @@ def main() -> None:
     shapes = {name: {0: batch_size, 1: length} for name in batch}
 
     base = fxlora.capture(model, kwargs=batch, dynamic_shapes=shapes)
-    config = fxlora.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "wte"])
+    targets = ["c_attn", "c_proj", "wte", "lm_head"]  # the last two are tied: one delta for both
+    config = fxlora.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     plan = fxlora.match(base, config)
     print(plan)
 

@@ -8,6 +8,7 @@ from torch import nn
 from .adapted import sum_matrix
 from .errors import ConfigError
 from .inits import FILLS, STARTS, embedding
+from .ops import LOOKUPS
 from .plan import Entry
 from .variants import VARIANTS
 
@@ -53,7 +54,6 @@ def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         return down.to(weight.dtype), up.to(weight.dtype)
     down = weight.new_empty(*stack, entry.r, size_i)
     up = weight.new_empty(*stack, size_o, entry.r)
-    looks_up = entry.op in ("embedding", "embedding_bag")
-    fill = embedding if entry.init is True and looks_up else FILLS[entry.init]
+    fill = embedding if entry.init is True and entry.op in LOOKUPS else FILLS[entry.init]
     fill(down, up)
     return down, up

@@ -63,6 +63,10 @@ class Layout:
         size = [math.prod(shape[d] for d in group) for group in (first, second)]
         return tuple(shape[d] for d in stack), size[0], size[1]
 
+    def max_rank(self, shape: Shape) -> int:
+        """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
+        return min(self.sizes(shape)[1:])
+
     def features(self, shape: Shape) -> tuple[int, int]:
         """Input and output features, kernels left out."""
         size = [math.prod(self._of(shape, role)) for role in (INPUT, OUTPUT)]

@@ -447,6 +447,7 @@ _PRODUCTS = frozenset(overload for overload, _ in OPS)
 # Kinds without a row whose weights have a kernel: how many dimensions of it.
 _KERNELS = {"deform_conv2d": 2}
 CASTS = frozenset({"to", "_to_copy", "type_as"})
+LOOKUPS = frozenset(row.kind for row in OPS.values() if not row.dropout)
 VIEWS = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
 SLICES = frozenset(
     {"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}

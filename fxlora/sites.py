@@ -107,7 +107,7 @@ class Site:
     @property
     def max_rank(self) -> int:
         """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
-        return min(self.layout.sizes(self.shape)[1:])
+        return self.layout.max_rank(self.shape)
 
 
 def find_sites(module: CapturedModule) -> list[Site]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..dialect import WEIGHT_MODULES, lower
 from ..errors import CaptureError
 from .failures import capture_error
-from .functions import opaque_functions
+from .functions import FunctionCall, opaque_functions
 from .memory import storage_of
 from .surroundings import mode_of, refuse_constant_dice
 from .tree import twin_of
@@ -25,15 +25,18 @@ class WeightTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) not in WEIGHT_MODULES and super().is_leaf_module(m, module_qualified_name)
 
-    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch.fx's, where no context stands around a call: the graph would not have it."""
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """As torch.fx's, where no context stands around a call: the graph would not have it.
+
+        (An autograd.Function's forward runs under no_grad by itself.)
+        """
+        hidden = not torch.is_grad_enabled() and not isinstance(target, FunctionCall)
+        if hidden or torch.is_autocast_enabled("cpu"):
             context = "autocast" if torch.is_grad_enabled() else "no_grad (or inference_mode)"
             raise RuntimeError(
-                f"the forward computes under torch.{context}, which the tracer does not see. Give "
-                "example inputs: capture(model, args)."
+                f"the forward computes under torch.{context}, which the tracer does not see."
             )
-        return super().create_proxy(*args, **kwargs)
+        return super().create_proxy(kind, target, *args, **kwargs)
 
 
 def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:

@@ -72,7 +72,7 @@ def _cost(entries: Sequence[Entry], ranks: Sequence[int]) -> int:
 
 
 def _largest(entry: Entry) -> int:
-    return min(entry.layout.sizes(entry.covered)[1:])
+    return entry.layout.max_rank(entry.covered)
 
 
 def _scaled(entries: Sequence[Entry], factor: float) -> list[int]:

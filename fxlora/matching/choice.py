@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
 from ..module import CapturedModule
-from ..ops import CASTS, MATRIX_PRODUCTS, SLICES, VIEWS
+from ..ops import CASTS, LOOKUPS, MATRIX_PRODUCTS, SLICES, VIEWS
 from ..sites import Site, merged
 from ..tables import some
 from .patterns import holds_shape, holds_where, in_layers, is_called, is_suffix, matches_name
@@ -79,7 +79,7 @@ class Choice:
         whole = {"", *CASTS, *VIEWS, *SLICES}
         read = any(r.kind == site.op and r.through in whole for r in site.readers)
         own = read or (behind and layer in site.aliases)
-        return bool(site.op in MATRIX_PRODUCTS and own and not spared) and "embedding" not in kinds
+        return bool(site.op in MATRIX_PRODUCTS and own and not spared and not LOOKUPS & kinds)
 
     def _tied(self, chosen: Chosen) -> Chosen:
         """The sites of one tied weight that one rule takes as one site.

@@ -122,7 +122,7 @@ def check_rank(entry: Entry) -> None:
             f"init_lora_weights={entry.init!r} halves the rank: r={entry.r} for '{entry.site}' "
             "must be even."
         )
-    largest = min(entry.layout.sizes(entry.covered)[1:])
+    largest = entry.layout.max_rank(entry.covered)
     if entry.r <= largest:
         return
     said = (
