@@ -34,6 +34,7 @@ class Read:
         shape: the weight's.
         rank: of the pair.
         scaling: s.
+        padding_trains: whether a padding row that this read does not train is trained by others.
     """
 
     node: fx.Node
@@ -43,6 +44,7 @@ class Read:
     shape: Shape
     rank: int
     scaling: float
+    padding_trains: bool = False
 
     def arg(self, position: int) -> Any:
         """An argument of the call, as the branch can take it."""
@@ -278,7 +280,12 @@ def _embedding(read: Read, down: Any, up: Any) -> Any:
     # W's gradient may be sparse; A's is dense. Rows of padding_idx get none in either.
     table = read.layout.transposed(down)  # (num, r)
     rows = aten.embedding.default(table, read.x, read.arg(2))  # (…, r)
-    return aten.linear.default(read.scaled(rows), up)  # (…, dim)
+    branch = aten.linear.default(read.scaled(rows), up)  # (…, dim)
+    if not read.padding_trains:
+        return branch
+    # A tied head moves that row: it is looked up as it is then, and B does not learn from it.
+    padded = aten.unsqueeze.default(aten.eq.Scalar(read.x, read.arg(2)), -1)
+    return aten.where.self(padded, aten.detach.default(branch), branch)
 
 
 def _embedding_bag(read: Read, down: Any, up: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, UnsupportedOpError
 from ..nested import grad_enabled
-from ..ops import named_argument, padding_row
+from ..ops import named_argument
 from ..readers import Reader
 from ..sites import Site
 from ..variants import VARIANTS
@@ -107,8 +107,6 @@ def _obstacle(
     seen = op.layout_of(reader.node, reader.weight, len(site.shape))
     if site.layout not in (seen, seen.swapped):
         return f"read as {seen.roles} and as {site.layout.roles}"
-    if site.padding_idx is None and padding_row(reader.node, site.shape[0]) is not None:
-        return "a padding row that other reads train"  # B must not learn from looking it up
     scales = any(VARIANTS[name].gain for name in variants)
     if (rows or scales) and (op.output is None or seen.stacked):
         return f"read by {reader.kind}, whose outputs are not in one dimension"

@@ -17,7 +17,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from ..adapted import adapted_weight, factors, output_gains, rank, scales_outputs
 from ..module import CapturedModule
 from ..nested import Path, call_of, inside
-from ..ops import Op, Read, argument
+from ..ops import Op, Read, argument, padding_row
 from ..plan import Entry
 from ..readers import Reader
 
@@ -90,7 +90,8 @@ class _Branch:
         if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
             turn = entry.layout.transposed
             down, up = turn(up), turn(down)
-        read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling)
+        trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None
+        read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling, trains)
         return self.op.branch(read, down, up)
 
     def _padded(self, branch: Any, rows: tuple[int, int]) -> Any:
