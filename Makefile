@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint format bench coverage forms clean
+.PHONY: help demo test test-all test-floor lint format bench torture coverage forms clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 
 coverage: $(VENV)/coverage ## every model of torchvision, timm's families, transformers' architectures (hours)
 	$(BIN)/python benchmarks/coverage.py --json coverage.json $(ARGS)
+
+torture: $(VENV)/test ## the table of docs/torture.md: PEFT and fxlora on 199 patterns (minutes)
+	$(BIN)/python benchmarks/torture.py --format github $(ARGS)
 
 forms: $(VENV)/coverage ## which form each weight of those models takes, and why (an hour)
 	$(BIN)/python benchmarks/forms.py --json forms.json $(ARGS)
