@@ -430,4 +430,4 @@ def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
 
     rules = Rule("head", lora=LoraConfig(r=2, tied="share"))
     _, lora = check_laws(Padded(), (torch.tensor([[1, 2, 11], [5, 0, 16]]),), rules=rules)
-    assert [entry.form for entry in lora.plan] == ["weight"]
+    assert [entry.form for entry in lora.plan] == ["branch"]
