@@ -482,7 +482,7 @@ _DESCRIBING = frozenset(
 )
 _MADE_ALIKE = frozenset(
     f"{made}_like" for made in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
-)
+) | {f"new_{made}" for made in ("zeros", "ones", "full", "empty", "empty_strided", "tensor")}
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
@@ -569,7 +569,7 @@ def stops_gradients(node: fx.Node) -> bool:
     """Whether no gradient passes a call: a detach, steps, or what makes other than real numbers."""
     value = _value(node)
     counted = value is not None and not (value.is_floating_point() or value.is_complex())
-    return counted or kind_of(node) in _STEPS
+    return counted or _torchs_kind(node) in _STEPS
 
 
 def moves_data(node: fx.Node) -> bool:
@@ -583,8 +583,23 @@ def moves_data(node: fx.Node) -> bool:
 
 def reads_no_values(node: fx.Node) -> bool:
     """Whether a call looks at a tensor's dtype, shape or device alone."""
-    kind = kind_of(node)
-    return kind in _DESCRIBING or kind.startswith("new_") or kind in _MADE_ALIKE
+    kind = _torchs_kind(node)
+    return kind in _DESCRIBING or kind in _MADE_ALIKE
+
+
+def _torchs_kind(node: fx.Node) -> str:
+    """The kind of a call of an op or a method of torch's own, else "".
+
+    What a user's function, op, module or autograd.Function of the same name does is another thing.
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return kind_of(node) if node.target.namespace in ("aten", "prims") else ""
+    own = str(getattr(node.target, "__module__", "")).partition(".")[0] == "torch"
+    return kind_of(node) if own else ""
 
 
 def kind_of(node: fx.Node) -> str:

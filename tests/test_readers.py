@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxlora
 from fxlora import LoraConfig, Rule
@@ -255,6 +255,36 @@ def test_where_no_gradient_passes_no_adapter_stands(look) -> None:
     gm = fxlora.capture(Looks(look), torch.randn(4, 5))
     with pytest.raises(fxlora.UnsupportedOpError, match="would never train"):
         fxlora.match(gm, Rule("other", lora=LoraConfig(r=2)))
+
+
+@fx.wrap
+def new_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight
+
+
+class round(torch.autograd.Function):
+    """Not torch.round: its gradient is passed on."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
+        return torch.round(weight * 8) / 8
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def test_users_functions_are_not_torchs_of_the_same_name() -> None:
+    model = Looks(lambda m, x, y: y + new_product(x, m.other))
+    gm = fxlora.capture(model)  # the tracer keeps the function whole
+    assert {s.name: s.op for s in fxlora.sites.find_sites(gm)}["other"] == "new_product"
+    x = torch.randn(4, 5, dtype=torch.float64)
+    check_laws(model, (x,), rules=Rule(lora=LoraConfig(r=2)), capture=fxlora.capture)
+    passed_on = Looks(lambda m, x, y: y + x @ round.apply(m.other)).double()
+    lora = fxlora.adapt(passed_on, x, rules=Rule("other", lora=LoraConfig(r=2)))
+    randomise(lora)
+    lora(x).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in fxlora.lora_parameters(lora))
 
 
 def test_a_straight_through_estimator_trains() -> None:
