@@ -1,8 +1,10 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
 from .adapters import load_adapter, save_adapter
+from .api import adapt, fold, inject, lora_parameters, remove
 from .capture import capture
 from .config import LoraConfig, Rule, load_rules
+from .costs import report
 from .errors import (
     AdapterError,
     CaptureError,
@@ -23,9 +25,7 @@ from .matching import match
 from .module import CapturedModule
 from .plan import Plan
 from .proof import Verification, verify
-from .report import report
 from .sites import Site
-from .verbs import adapt, fold, inject, lora_parameters, remove
 
 __version__ = "0.1.0"
 

@@ -42,11 +42,6 @@ def adapted_weight(entry: Entry, weight: Any, values: Values) -> Any:
     return aten.slice_scatter.default(weight, _adapted(entry, part, values), dim, start, stop)
 
 
-def scales_outputs(entry: Entry) -> bool:
-    """Whether a variant multiplies the outputs with something."""
-    return any(VARIANTS[variant].gain for variant in entry.variants)
-
-
 def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
     """What the variants multiply the outputs with, a factor (…, out) each."""
     matrix = sum_matrix(entry, weight, values)

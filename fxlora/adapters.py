@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .api import inject
 from .config import LoraConfig
 from .errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
 from .files import whole_file
@@ -39,7 +40,6 @@ from .peft_layout import (
 )
 from .plan import Entry, Plan
 from .tables import some
-from .verbs import inject
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

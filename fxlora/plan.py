@@ -17,6 +17,12 @@ from .layout import Layout, Shape
 from .tables import render
 from .variants import VARIANTS
 
+
+def scales_outputs(entry: Entry) -> bool:
+    """Whether a variant multiplies the outputs with something."""
+    return any(VARIANTS[variant].gain for variant in entry.variants)
+
+
 FORMS = ("branch", "weight")
 IN_FULL = "trained in full"
 

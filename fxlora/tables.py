@@ -31,3 +31,11 @@ def _alignment(column: Sequence[Any]) -> str:
 def _numeric(text: str) -> bool:
     bare = text.strip("%x+-").replace(",", "").replace(".", "")
     return bare.isdigit()
+
+
+def said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(str(error))}".removesuffix(": ")
+
+
+def one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -24,12 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..alike import alike, alike_but_for_sizes
 from ..errors import CaptureError, InputError
-from ..inputs import (
-    Dimension,
-    InputSpec,
-    TensorInput,
-    Update,
-)
+from ..inputs import Dimension, InputSpec, TensorInput, Update
 from ..program import MODES
 from .checkpoints import marked_checkpoints, marks_of
 from .contract import contract_of

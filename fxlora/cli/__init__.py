@@ -17,7 +17,7 @@ from functools import partial
 from typing import TextIO
 
 from ..errors import ExportError, FxLoraError, FxLoraWarning
-from .lines import one_line, said
+from ..tables import one_line, said
 from .options import build_parser
 
 __all__ = ["main"]

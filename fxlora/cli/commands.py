@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 
 from ..adapters import WEIGHTS, load_adapter, save_adapter
+from ..api import fold, inject
+from ..costs import report
 from ..errors import AdapterError, ExportError
 from ..export import export
 from ..files import whole_file
 from ..matching import match
 from ..plan import Plan
 from ..proof import verify
-from ..report import report
-from ..verbs import fold, inject
 from .checkpoints import load_checkpoint, read_checkpoint, write_weights
 from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
 from .models import build_model

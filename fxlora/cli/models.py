@@ -17,8 +17,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..matching.patterns import nearest
+from ..tables import said
 from .checkpoints import load_checkpoint, read_checkpoint
-from .lines import said
 
 
 def build_model(options: Namespace) -> nn.Module:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..adapted import scales_outputs
 from ..config import LoraConfig, Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
 from ..inits import STARTS, step_of
 from ..parts import rows_of
-from ..plan import Entry
+from ..plan import Entry, scales_outputs
 from ..sites import Site
 from ..variants import VARIANTS, variants_of
 from .budget import within

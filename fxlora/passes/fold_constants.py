@@ -11,10 +11,9 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..adapted import scales_outputs
 from ..errors import InjectError
 from ..module import CapturedModule
-from ..plan import Entry
+from ..plan import Entry, scales_outputs
 from ..tables import some
 from .remove import drop_adapters
 from .structure import Insertion, insertions, take_out

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..api import fold
 from ..errors import InjectError, VerificationError
 from ..initialize import new_tensors
 from ..module import CapturedModule
 from ..plan import Entry
 from ..shell import RegionCall
-from ..verbs import fold
 from .coverage import prove_coverage, refuse_bare_reads
 from .proofs import (
     check_base,

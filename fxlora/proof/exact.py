@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapted import adapted_weight, scales_outputs
+from ..adapted import adapted_weight
 from ..module import CapturedModule
-from ..plan import Entry
+from ..plan import Entry, scales_outputs
 
 
 @dataclass(frozen=True)
