@@ -1,10 +1,10 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
-from .adapters import load_adapter, save_adapter
 from .api import adapt, fold, inject, lora_parameters, remove
-from .capture import capture
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
+from .disk.adapters import load_adapter, save_adapter
+from .disk.pt2 import export
 from .errors import (
     AdapterError,
     CaptureError,
@@ -19,7 +19,7 @@ from .errors import (
     VerificationError,
 )
 from .eva import Initialized, initialize_from
-from .export import export
+from .frontends import capture
 from .host import hosted, recorded_calls
 from .matching import match
 from .module import CapturedModule

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase
 
-from .capture import capture
 from .config import Rules
 from .errors import ConfigError, InjectError
+from .frontends import capture
 from .matching import match
 from .module import CapturedModule
 from .passes import Distribute, FoldConstants, Inject, Remove

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from .dialect import written_attributes
+from .frontends.spellings import written_attributes
 from .module import CapturedModule
 from .nested import Call, Path, call_of, every_call, origin, shared
 from .ops import (

@@ -379,7 +379,7 @@ def test_torchvisions_detection() -> None:
 def test_an_attempt_that_takes_too_long_gives_way_to_a_less_dynamic_one(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["fxlora.capture.regions"], "PATIENCE", 0.0)
+    monkeypatch.setattr(sys.modules["fxlora.frontends.regions"], "PATIENCE", 0.0)
     gm = fxlora.capture(detector, (images(*SIZES),)).eval()
     (head, *_) = (p for p in gm.programs if p.path == "side")  # always called with one row
     assert [type(dim) for dim in head.inputs["eval"].leaves[0][0].dims] == [int, int]
@@ -500,7 +500,7 @@ def test_a_squeeze_of_what_the_data_decide_is_right_or_refused() -> None:
 def test_no_weight_is_copied_on_the_way(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = sys.modules["fxlora.capture.exported"].Source
+    source = sys.modules["fxlora.frontends.exported"].Source
     own = {parameter.untyped_storage().data_ptr() for parameter in detector.parameters()}
     seen: list[Any] = []
     copied = source.copied

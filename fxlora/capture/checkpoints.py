@@ -18,7 +18,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..dialect import written_nodes
+from ..frontends.spellings import written_nodes
 from ..nested import call_of, checkpointed, nested_graph
 
 _MARK = "fxlora_checkpoint"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
-from .places import called_at
+from ..frontends.places import called_at
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..disk.files import whole_file
 from ..errors import ConfigError, ExportError
-from ..files import whole_file
 from ..module import CapturedModule
 from ..tables import some
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..adapters import WEIGHTS, load_adapter, save_adapter
 from ..api import fold, inject
 from ..costs import report
+from ..disk.adapters import WEIGHTS, load_adapter, save_adapter
+from ..disk.files import whole_file
+from ..disk.pt2 import export
 from ..errors import AdapterError, ExportError
-from ..export import export
-from ..files import whole_file
 from ..matching import match
 from ..plan import Plan
 from ..proof import verify

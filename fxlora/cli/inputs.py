@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import capture
 from ..config import LoraConfig, Rules, load_rules
 from ..errors import ConfigError
+from ..frontends import capture
 from ..module import CapturedModule
 from .models import device
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, tables
+from ..disk.pt2 import FORMATS as EXPORT_FORMATS
 from ..errors import ConfigError
-from ..export import FORMATS as EXPORT_FORMATS
 from ..matching.budget import limit_of
 from .commands import (
     PLAN_WRITERS,

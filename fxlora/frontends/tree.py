@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from ..errors import CaptureError
+from ..module import CapturedModule
+from ..provenance import call_site
 from ..shell import copied_module
 
 
@@ -93,3 +95,36 @@ def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
 
 def _holds_anything(module: nn.Module) -> bool:
     return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+def read_by_own_names(module: CapturedModule) -> None:
+    """Let every module's read of a tied weight fetch it under that module's name."""
+    ties = [names for names in module.aliases().values() if len(names) > 1]
+    for graph in module.distinct_graphs() if ties else ():
+        for node in list(graph.nodes):
+            names = next((n for n in ties if node.target in n), None)
+            if node.op == "get_attr" and names:
+                _split(graph, node, names)
+    if ties:
+        module.refresh()
+
+
+def _split(graph: fx.Graph, node: fx.Node, names: Sequence[str]) -> None:
+    own = {user: _own_name(call_site(user), names) or str(node.target) for user in node.users}
+    for name in dict.fromkeys(own.values()):
+        if name == node.target:
+            continue
+        with graph.inserting_after(node):
+            fetched = graph.create_node("get_attr", name)
+        fetched.meta = dict(node.meta)
+        for user in [user for user, mine in own.items() if mine == name]:
+            user.replace_input_with(node, fetched)
+    if not node.users:
+        graph.erase_node(node)
+
+
+def _own_name(site: str, names: Sequence[str]) -> str | None:
+    """The name that the module which calls has for the weight: of the innermost that has one."""
+    owners = {name.rpartition(".")[0]: name for name in reversed(names)}
+    around = [owner for owner in owners if owner and f"{site}.".startswith(f"{owner}.")]
+    return owners[max(around, key=len)] if around else None

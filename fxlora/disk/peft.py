@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from .adapted import factors
-from .module import CapturedModule
-from .ops import named_argument
-from .passes import Remove
-from .plan import Entry, Plan
-from .provenance import call_site, module_classes
-from .readers import Reader
-from .sites import find_sites
+from ..adapted import factors
+from ..module import CapturedModule
+from ..ops import named_argument
+from ..passes import Remove
+from ..plan import Entry, Plan
+from ..provenance import call_site, module_classes
+from ..readers import Reader
+from ..sites import find_sites
 
 ROOT = "base_model.model."
 

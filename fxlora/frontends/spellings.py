@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from .nested import call_of
+from ..nested import call_of
 
 aten = torch.ops.aten
 

@@ -10,12 +10,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..dialect import WEIGHT_MODULES, lower
+from ..capture.functions import FunctionCall, opaque_functions
+from ..capture.surroundings import mode_of, refuse_constant_dice
 from ..errors import CaptureError
 from .failures import capture_error
-from .functions import FunctionCall, opaque_functions
 from .memory import storage_of
-from .surroundings import mode_of, refuse_constant_dice
+from .spellings import WEIGHT_MODULES, lower
 from .tree import twin_of
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..dialect import arguments_of
+from ..capture.surroundings import mode_of, seed_all, undisturbed
 from ..errors import CaptureError
 from ..program import MODES
 from .memory import storage_of
 from .places import called_at
-from .surroundings import mode_of, seed_all, undisturbed
+from .spellings import arguments_of
 from .tree import twin_of
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)

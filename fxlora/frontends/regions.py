@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.export import Dim, ShapesCollection
 
+from ..capture.surroundings import mode_of
 from ..errors import CaptureError, InputError
 from ..module import CapturedModule
 from ..program import MODES
@@ -22,7 +23,6 @@ from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
-from .surroundings import mode_of
 from .tree import twin_of
 
 # Ways of calling one submodule that get a graph each; beyond, its children are tried.

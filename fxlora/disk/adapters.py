@@ -20,14 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .api import inject
-from .config import LoraConfig
-from .errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
+from ..api import inject
+from ..config import LoraConfig
+from ..errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
+from ..inits import FILLS, STARTS
+from ..matching import match
+from ..module import CapturedModule
+from ..plan import Entry, Plan
+from ..tables import some
 from .files import whole_file
-from .inits import FILLS, STARTS
-from .matching import match
-from .module import CapturedModule
-from .peft_layout import (
+from .peft import (
     ROOT,
     Wrappers,
     configuration,
@@ -38,8 +40,6 @@ from .peft_layout import (
     shapes_of,
     why_not,
 )
-from .plan import Entry, Plan
-from .tables import some
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

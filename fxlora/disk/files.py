@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import FxLoraError
+from ..errors import FxLoraError
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .capture.examples import Example, example_for, examples_for
-from .capture.exported import run_export
-from .errors import ConfigError, ExportError
+from ..errors import ConfigError, ExportError
+from ..frontends.examples import Example, example_for, examples_for
+from ..frontends.exported import run_export
+from ..inputs import InputSpec
+from ..module import CapturedModule
+from ..tables import some
 from .files import whole_file
-from .inputs import InputSpec
-from .module import CapturedModule
-from .tables import some
 
 FORMATS = ("pt2",)
 

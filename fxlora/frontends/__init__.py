@@ -1,0 +1,253 @@
+"""capture: any PyTorch model as a GraphModule in one dialect, one graph per mode."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from ..alike import alike
+from ..capture.checkpoints import gather_checkpoints
+from ..capture.hooks import refuse_backward_hooks
+from ..capture.pytrees import register_containers
+from ..errors import CaptureError, FxLoraWarning
+from ..module import CapturedModule
+from ..program import MODES, Program
+from ..shell import Shell
+from ..tables import some
+from .examples import examples_for, in_signature_order
+from .exported import Source, export_modes
+from .memory import ParameterMemory
+from .regions import Regions, wrong_regions
+from .spellings import written_attributes
+from .traced import trace_mode
+from .tree import attach, build_tree, read_by_own_names
+
+
+@torch.inference_mode(False)  # what is made in it can never train
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> CapturedModule:
+    """Capture a model as a `torch.fx.GraphModule`; the model itself is left as it is.
+
+    With example inputs, through torch.export, in train and in eval mode; `train()` and `eval()`
+    of the result choose the graph. A model whose Python looks at values has no whole graph: its
+    largest submodules that have one are captured, and its Python calls them (with a warning).
+    Without inputs, through torch.fx's tracer (which sees less: give inputs where you can).
+
+    Parameters share storage with the model, so that nothing large is copied: training them in
+    place trains the model's too (`inject` freezes them). Buffers are copies.
+
+    Args:
+        model: any nn.Module. The mode that it is in is captured as it stands (batch norms
+            frozen by `eval()` stay so), the other one as its `train()` or `eval()` makes it.
+        args: example positional arguments (a lone tensor stands for a tuple of one).
+        kwargs: example keyword arguments.
+        dynamic_shapes: torch.export's specification of the dynamic dimensions. By default
+            the batch (dimension 0 of the first tensor, and of those that share its size) is
+            dynamic and the rest is as in the example. What you ask for and the model fixes is an
+            error, for `Dim.AUTO` too.
+
+    Raises:
+        CaptureError: the model cannot be captured; says where in the model's code.
+    """
+    _check_model(model)
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if args is not None or kwargs is not None:
+        if not isinstance(args, tuple | list | None):
+            raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
+        if not isinstance(kwargs, Mapping | None):
+            raise CaptureError(
+                f"kwargs is a mapping of names to example inputs, not {type(kwargs).__name__}. "
+                "Several positional inputs are one tuple: capture(model, (a, b))."
+            )
+        return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+    if dynamic_shapes is not None:
+        raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
+    return _capture_traced(model)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise where no road can capture a model."""
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
+    if isinstance(model, CapturedModule):
+        raise CaptureError(
+            "the module is captured already: match, inject, fold, … take it as it is. To capture "
+            "it for other inputs, capture the source model again."
+        )
+    if hidden := _hidden_name(model):
+        raise CaptureError(
+            f"{type(model).__name__} has a '{hidden}' of its own, which the captured module's "
+            f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
+        )
+    refuse_backward_hooks(model)
+    if any(not is_lazy(p) and p.is_inference() for p in model.parameters()):
+        raise CaptureError(
+            f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
+            "never take part in training. Make it outside, or capture copy.deepcopy(model)."
+        )
+
+
+def _hidden_name(model: nn.Module) -> str | None:
+    """A submodule or tensor of the model that a GraphModule, or ours, has another use for."""
+    tree = nn.Module()
+    graph = fx.Graph()
+    graph.output(None)
+    programs = [Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))]
+    example = CapturedModule(tree, programs, class_name="Example", training=False)
+    held = (
+        *model.named_children(),
+        *model.named_parameters(recurse=False),
+        *model.named_buffers(recurse=False),
+    )
+    return next((name for name, _ in held if hasattr(example, name)), None)
+
+
+def _capture_exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> CapturedModule:
+    register_containers(model)
+    kwargs = in_signature_order(model, kwargs)
+    try:
+        source = export_modes(model, examples_for(args, kwargs, dynamic_shapes))
+    except CaptureError as failure:
+        if dynamic_shapes is not None:  # of a whole graph, which was asked for
+            raise
+        return _capture_by_regions(model, args, kwargs, failure)
+    return _assemble(model, [source])
+
+
+def _capture_by_regions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
+) -> CapturedModule:
+    regions = Regions(model, args, kwargs, failure)
+    module = _assemble(model, *regions.capture())
+    while wrong := wrong_regions(module, regions.seen):
+        regions.leave(wrong)
+        module = _assemble(model, *regions.capture())
+    warnings.warn(
+        f"{failure} Its submodules are captured instead, and its Python calls them: "
+        f"{some(module.regions)}. Print the module for the rest.",
+        FxLoraWarning,
+        stacklevel=5,  # capture's decorator is a frame, too
+    )
+    return module
+
+
+def _capture_traced(model: nn.Module) -> CapturedModule:
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks of its own, which torch.fx's tracer "
+            "passes by. Give example inputs: capture(model, args)."
+        )
+    modules = {mode: trace_mode(model, mode) for mode in MODES}
+    if alike(modules["train"], modules["eval"]):
+        modules["train"] = modules["eval"]
+    return _assemble(model, [Source(modules, dict.fromkeys(MODES))])
+
+
+def _assemble(
+    model: nn.Module, sources: Sequence[Source], shell: Shell | None = None
+) -> CapturedModule:
+    """One module over one tree from the graphs of both modes, of the whole or of regions."""
+    written: set[str] = set(shell.reads) if shell else set()  # Python may write to those
+    called: set[str] = set()
+    for source in sources:
+        for module in source.distinct().values():
+            gather_checkpoints(module)
+            for node in module.graph.nodes:
+                written |= {_full(source, name) for name in written_attributes(node, module)}
+                called |= {str(node.target)} if node.op == "call_module" else set()
+    tree = build_tree(model, called, written)
+    known = _tensor_names(model)
+    memory = ParameterMemory(model)
+    mirrors: dict[str, set[str]] = {}
+    for number, source in enumerate(sources):
+        for mode, module in source.distinct().items():
+            label = f"{mode}{number or ''}"
+            _adopt(tree, label, source, module, known, memory, mirrors)
+    programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
+    result = CapturedModule(
+        tree, programs, shell, class_name=type(model).__name__, training=model.training
+    )
+    result.grads = frozenset(n for n, p in result.named_parameters() if p.requires_grad)
+    result.outputs = _output_embeddings(model)
+    result.mirrors = {name: tuple(sorted(others)) for name, others in mirrors.items()}
+    read_by_own_names(result)
+    return result
+
+
+def _adopt(
+    tree: nn.Module,
+    label: str,
+    source: Source,
+    module: fx.GraphModule,
+    known: set[str],
+    memory: ParameterMemory,
+    mirrors: dict[str, set[str]],
+) -> None:
+    """Name tensors as the whole model does; take constants and nested graphs along.
+
+    The names of those collide between modes and regions, hence the label. A constant that is a
+    parameter (a list or a closure held it) has the parameter's name; what shows a part of one's
+    memory goes into `mirrors`.
+    """
+    taken: set[str] = set()
+    for node in module.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            named = {k: (_full(source, str(path)), kind) for k, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = named
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        node.target = _full(source, name)
+        value = _attribute(module, name)
+        if node.target not in known and (own := memory.name_of(value)):
+            node.target = own
+        elif not isinstance(value, nn.Parameter):
+            for parameter in memory.under(value):
+                mirrors.setdefault(parameter, set()).add(node.target)
+        if node.target in known:
+            continue
+        node.target = f"_constants.{label}_{name.replace('.', '_')}"
+        if node.target not in taken:
+            taken.add(node.target)
+            attach(tree, node.target, value)
+
+
+def _full(source: Source, name: str) -> str:
+    return ".".join(filter(None, (source.path, name)))
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _tensor_names(model: nn.Module) -> set[str]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name for name, _ in [*parameters, *buffers]}
+
+
+def _output_embeddings(model: nn.Module) -> frozenset[str]:
+    """Parameters of what transformers calls the output embeddings; "all-linear" spares them."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if not isinstance(head, nn.Module):
+        return frozenset()
+    held = {id(p) for p in head.parameters()}
+    names = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, p in names if id(p) in held)
