@@ -11,9 +11,6 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..alike import alike
-from ..capture.checkpoints import gather_checkpoints
-from ..capture.hooks import refuse_backward_hooks
-from ..capture.pytrees import register_containers
 from ..errors import CaptureError, FxLoraWarning
 from ..module import CapturedModule
 from ..program import MODES, Program
@@ -21,6 +18,9 @@ from ..shell import Shell
 from ..tables import some
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
+from .kept.checkpoints import gather_checkpoints
+from .kept.containers import register_containers
+from .kept.hooks import refuse_backward_hooks
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
 from .spellings import written_attributes

@@ -23,17 +23,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..alike import alike, alike_but_for_sizes
-from ..capture.checkpoints import marked_checkpoints, marks_of
-from ..capture.functions import opaque_functions
-from ..capture.hooks import no_tensor_hooks
-from ..capture.pytrees import watch_updates
-from ..capture.surroundings import mode_of, refuse_constant_dice, refuse_state
 from ..errors import CaptureError, InputError
 from ..inputs import Dimension, InputSpec, TensorInput, Update
 from ..program import MODES
 from .contract import contract_of
 from .examples import Example
 from .failures import capture_error
+from .kept.checkpoints import marked_checkpoints, marks_of
+from .kept.containers import watch_updates
+from .kept.functions import opaque_functions
+from .kept.hooks import no_tensor_hooks
+from .kept.state import mode_of, refuse_constant_dice, refuse_state
 from .sizes import refuse_fixed_sizes
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..capture.surroundings import mode_of, seed_all, undisturbed
 from ..errors import CaptureError
 from ..program import MODES
+from .kept.state import mode_of, seed_all, undisturbed
 from .memory import storage_of
 from .places import called_at
 from .spellings import arguments_of

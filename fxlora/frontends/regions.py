@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from torch.export import Dim, ShapesCollection
 
-from ..capture.surroundings import mode_of
 from ..errors import CaptureError, InputError
 from ..module import CapturedModule
 from ..program import MODES
@@ -22,6 +21,7 @@ from ..shell import Shell
 from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
+from .kept.state import mode_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
 from .tree import twin_of
 

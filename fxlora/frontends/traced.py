@@ -10,10 +10,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..capture.functions import FunctionCall, opaque_functions
-from ..capture.surroundings import mode_of, refuse_constant_dice
 from ..errors import CaptureError
 from .failures import capture_error
+from .kept.functions import FunctionCall, opaque_functions
+from .kept.state import mode_of, refuse_constant_dice
 from .memory import storage_of
 from .spellings import WEIGHT_MODULES, lower
 from .tree import twin_of

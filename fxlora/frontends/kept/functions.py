@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..errors import CaptureError
-from ..frontends.memory import storage_of
+from ...errors import CaptureError
+from ..memory import storage_of
 
 _OPEN = object()  # among the arguments of a FunctionCall: where a tensor or a size goes
 

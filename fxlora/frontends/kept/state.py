@@ -21,8 +21,8 @@ from torch import nn
 from torch.export import _trace
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
-from ..module import CapturedModule
+from ...errors import CaptureError
+from ...module import CapturedModule
 
 _ONE_AT_A_TIME = threading.RLock()
 

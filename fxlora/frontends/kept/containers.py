@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
+from ...errors import CaptureError
 
 # ---- registration -------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CaptureError
-from ..frontends.places import called_at
+from ...errors import CaptureError
+from ..places import called_at
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:

@@ -18,8 +18,8 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..frontends.spellings import written_nodes
-from ..nested import call_of, checkpointed, nested_graph
+from ...nested import call_of, checkpointed, nested_graph
+from ..spellings import written_nodes
 
 _MARK = "fxlora_checkpoint"
 
