@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, warn
-from .inits import INITS
-from .parts import Parts, check_parts
-from .variants import VARIANTS
+from .lora.inits import INITS
+from .lora.parts import Parts, check_parts
+from .lora.variants import VARIANTS
 
 if sys.version_info >= (3, 11):
     import tomllib

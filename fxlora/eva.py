@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from .errors import ConfigError
+from .lora.ops import row_of
 from .module import CapturedModule
-from .ops import row_of
 from .plan import Entry
 
 

@@ -7,10 +7,10 @@ from torch import nn
 
 from .adapted import sum_matrix
 from .errors import ConfigError
-from .inits import FILLS, STARTS, embedding
-from .ops import LOOKUPS
+from .lora.inits import FILLS, STARTS, embedding
+from .lora.ops import LOOKUPS
+from .lora.variants import VARIANTS
 from .plan import Entry
-from .variants import VARIANTS
 
 
 @torch.no_grad()

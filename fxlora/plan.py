@@ -12,10 +12,10 @@ from typing import Any
 import tomli_w
 
 from .config import Rule, rule_to_data
-from .inits import INITS
-from .layout import Layout, Shape
+from .lora.inits import INITS
+from .lora.layout import Layout, Shape
+from .lora.variants import VARIANTS
 from .tables import render
-from .variants import VARIANTS
 
 
 def scales_outputs(entry: Entry) -> bool:

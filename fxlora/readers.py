@@ -12,9 +12,7 @@ import torch
 from torch import fx, nn
 
 from .frontends.spellings import written_attributes
-from .module import CapturedModule
-from .nested import Call, Path, call_of, every_call, origin, shared
-from .ops import (
+from .lora.ops import (
     Op,
     flat_inputs,
     is_product,
@@ -24,6 +22,8 @@ from .ops import (
     row_of,
     stops_gradients,
 )
+from .module import CapturedModule
+from .nested import Call, Path, call_of, every_call, origin, shared
 from .provenance import call_site, source_line
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .layout import Layout, Shape
+from .lora.layout import Layout, Shape
+from .lora.ops import VIEWS, keeps_roles, layout_without_row, named_argument, padding_row
 from .module import CapturedModule
-from .ops import VIEWS, keeps_roles, layout_without_row, named_argument, padding_row
 from .readers import Reader, readers_and_writers
 
 

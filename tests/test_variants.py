@@ -14,7 +14,7 @@ from torch import nn
 
 import fxlora
 from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
-from fxlora.variants import VARIANTS
+from fxlora.lora.variants import VARIANTS
 
 from . import laws
 from .laws import assert_close, assert_same, check_laws, randomise, run

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from ..api import inject
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
-from ..inits import FILLS, STARTS
+from ..lora.inits import FILLS, STARTS
 from ..matching import match
 from ..module import CapturedModule
 from ..plan import Entry, Plan

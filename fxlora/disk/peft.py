@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..adapted import factors
+from ..lora.ops import named_argument
 from ..module import CapturedModule
-from ..ops import named_argument
 from ..passes import Remove
 from ..plan import Entry, Plan
 from ..provenance import call_site, module_classes

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from ..inits import step_of
+from ..lora.inits import step_of
 from ..plan import Entry
 
 

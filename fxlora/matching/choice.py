@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 
 from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
+from ..lora.ops import CASTS, LOOKUPS, MATRIX_PRODUCTS, SLICES, VIEWS
 from ..module import CapturedModule
-from ..ops import CASTS, LOOKUPS, MATRIX_PRODUCTS, SLICES, VIEWS
 from ..sites import Site, merged
 from ..tables import some
 from .patterns import holds_shape, holds_where, in_layers, is_called, is_suffix, matches_name

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..config import LoraConfig, Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
-from ..inits import STARTS, step_of
-from ..parts import rows_of
+from ..lora.inits import STARTS, step_of
+from ..lora.parts import rows_of
+from ..lora.variants import VARIANTS, variants_of
 from ..plan import Entry, scales_outputs
 from ..sites import Site
-from ..variants import VARIANTS, variants_of
 from .budget import within
 from .choice import Choice
 from .extents import reads_any

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ops import moves_data
+from ..lora.ops import moves_data
 from ..readers import Reader
 from ..sites import Site
 

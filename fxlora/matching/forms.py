@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError, UnsupportedOpError
+from ..lora.ops import named_argument
+from ..lora.variants import VARIANTS
 from ..nested import grad_enabled
-from ..ops import named_argument
 from ..readers import Reader
 from ..sites import Site
-from ..variants import VARIANTS
 
 
 def check_supported(site: Site, number: int) -> None:

@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..adapted import adapted_weight, factors, output_gains, rank
+from ..lora.ops import Op, Read, argument, padding_row
 from ..module import CapturedModule
 from ..nested import Path, call_of, inside
-from ..ops import Op, Read, argument, padding_row
 from ..plan import Entry, scales_outputs
 from ..readers import Reader
 

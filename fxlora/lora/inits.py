@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 Fill = Callable[[torch.Tensor, torch.Tensor], None]
 Start = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .inits import STARTS
 from .layout import Layout, Shape
 
