@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..matching.patterns import nearest
+from ..matching.choice import nearest
 from ..tables import said
 from .checkpoints import load_checkpoint, read_checkpoint
 

@@ -11,9 +11,8 @@ from ..errors import ConfigError, warn
 from ..module import CapturedModule
 from ..plan import Entry
 from ..sites import Site
-from .choice import Choice, Chosen
+from .choice import Choice, Chosen, is_suffix, matches
 from .misses import Misses
-from .patterns import is_suffix, matches
 
 
 def modules_to_save(choice: Choice, chosen: Chosen, misses: Misses) -> list[str]:

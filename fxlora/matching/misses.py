@@ -10,8 +10,7 @@ from ..config import ALL_LINEAR, LoraConfig, Rule
 from ..errors import NoMatchError, warn
 from ..plan import Entry
 from ..tables import some
-from .choice import Choice, Chosen
-from .patterns import is_suffix, matches, matches_name, nearest, pattern_holds
+from .choice import Choice, Chosen, is_suffix, matches, matches_name, nearest, pattern_holds
 
 
 @dataclass(frozen=True)
