@@ -20,9 +20,9 @@ from .errors import (
 )
 from .eva import Initialized, initialize_from
 from .frontends import capture
-from .host import hosted, recorded_calls
 from .matching import match
-from .module import CapturedModule
+from .module.captured import CapturedModule
+from .module.host import hosted, recorded_calls
 from .plan import Plan
 from .proof import Verification, verify
 from .sites import Site

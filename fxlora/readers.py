@@ -22,7 +22,7 @@ from .lora.ops import (
     row_of,
     stops_gradients,
 )
-from .module import CapturedModule
+from .module.captured import CapturedModule
 from .nested import Call, Path, call_of, every_call, origin, shared
 from .provenance import call_site, source_line
 

@@ -13,7 +13,7 @@ import torch
 
 from .lora.layout import Layout, Shape
 from .lora.ops import VIEWS, keeps_roles, layout_without_row, named_argument, padding_row
-from .module import CapturedModule
+from .module.captured import CapturedModule
 from .readers import Reader, readers_and_writers
 
 

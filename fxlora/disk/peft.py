@@ -19,7 +19,7 @@ import torch
 
 from ..adapted import factors
 from ..lora.ops import named_argument
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
 from ..passes import Remove
 from ..plan import Entry, Plan
 from ..provenance import call_site, module_classes

@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from ..alike import alike
 from ..errors import CaptureError, FxLoraWarning
-from ..module import CapturedModule
-from ..program import MODES, Program
-from ..shell import Shell
+from ..module.captured import CapturedModule
+from ..module.program import MODES, Program
+from ..module.shell import Shell
 from ..tables import some
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes

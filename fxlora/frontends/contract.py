@@ -15,7 +15,15 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..inputs import ConstantInput, Dimension, Guard, Input, InputSpec, IntegerInput, TensorInput
+from ..module.inputs import (
+    ConstantInput,
+    Dimension,
+    Guard,
+    Input,
+    InputSpec,
+    IntegerInput,
+    TensorInput,
+)
 from .examples import Example
 
 

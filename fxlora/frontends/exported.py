@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from ..alike import alike, alike_but_for_sizes
 from ..errors import CaptureError, InputError
-from ..inputs import Dimension, InputSpec, TensorInput, Update
-from ..program import MODES
+from ..module.inputs import Dimension, InputSpec, TensorInput, Update
+from ..module.program import MODES
 from .contract import contract_of
 from .examples import Example
 from .failures import capture_error

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
-from ..program import MODES
+from ..module.program import MODES
 from .kept.state import mode_of, seed_all, undisturbed
 from .memory import storage_of
 from .places import called_at

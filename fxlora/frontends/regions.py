@@ -15,9 +15,9 @@ from torch import nn
 from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
-from ..module import CapturedModule
-from ..program import MODES
-from ..shell import Shell
+from ..module.captured import CapturedModule
+from ..module.program import MODES
+from ..module.shell import Shell
 from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
 from ..lora.ops import CASTS, LOOKUPS, MATRIX_PRODUCTS, SLICES, VIEWS
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
 from ..sites import Site, merged
 from ..tables import some
 

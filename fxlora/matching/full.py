@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import Rule
 from ..errors import ConfigError, warn
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
 from ..plan import Entry
 from ..sites import Site
 from .choice import Choice, Chosen, is_suffix, matches

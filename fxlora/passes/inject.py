@@ -11,10 +11,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
 from ..initialize import new_tensors
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
+from ..module.program import Program
 from ..nested import nested_graph
 from ..plan import Entry, Plan
-from ..program import Program
 from ..sites import Site, find_sites, merged
 from ..tables import some
 from .structure import insert_branch, insert_weight, weight_nodes

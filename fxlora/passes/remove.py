@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..alike import alike_graphs
 from ..errors import InjectError
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
 from ..nested import nested_graph
 from .structure import insertions, take_out
 

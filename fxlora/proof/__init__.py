@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from ..api import fold
 from ..errors import InjectError, VerificationError
 from ..initialize import new_tensors
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
+from ..module.shell import RegionCall
 from ..plan import Entry
-from ..shell import RegionCall
 from .coverage import prove_coverage, refuse_bare_reads
 from .proofs import (
     check_base,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from ..errors import VerificationError
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
 from ..nested import call_of, grad_enabled
 from ..passes.structure import insertions, take_out
 from ..plan import Entry

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapted import adapted_weight
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
 from ..plan import Entry, scales_outputs
 
 

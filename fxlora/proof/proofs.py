@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from ..alike import difference, first_difference
 from ..errors import VerificationError
-from ..module import CapturedModule
+from ..module.captured import CapturedModule
+from ..module.program import MODES
 from ..passes import Inject, Remove
 from ..passes.structure import insertions
 from ..plan import Entry
-from ..program import MODES
 from ..tables import some
 from .coverage import adapted_names
 from .exact import exact_weight

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..program import MODES
+from ..module.program import MODES
 from ..tables import render
 from .coverage import Read
 

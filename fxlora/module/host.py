@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InjectError, InputError
+from ..errors import InjectError, InputError
+from .captured import CapturedModule
 from .inputs import ConstantInput, InputSpec
-from .module import CapturedModule
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .errors import InputError
+from ..errors import InputError
 
 
 @dataclass(frozen=True)

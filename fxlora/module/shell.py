@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import InputError, UnsupportedOpError
+from ..errors import InputError, UnsupportedOpError
 from .program import MODES, Program, ProgramModule
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from .errors import CaptureError
+from ..errors import CaptureError
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 

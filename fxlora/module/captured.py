@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .errors import FxLoraError
+from ..errors import FxLoraError
+from ..plan import Plan
+from ..tables import render, some
 from .fingerprints import fingerprint
 from .inputs import InputSpec
-from .plan import Plan
 from .program import Program, ProgramModule, tensors_of
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .shell import Shell, shell_program
-from .tables import render, some
 
 
 class CapturedModule(ProgramModule):
