@@ -18,11 +18,11 @@ from .errors import (
     UnsupportedOpError,
     VerificationError,
 )
-from .eva import Initialized, initialize_from
 from .frontends import capture
 from .matching import match
 from .module.captured import CapturedModule
 from .module.host import hosted, recorded_calls
+from .passes.eva import Initialized, initialize_from
 from .plan import Plan
 from .proof import Verification, verify
 from .sites import Site

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ..adapted import factors
 from ..lora.ops import named_argument
 from ..module.captured import CapturedModule
 from ..passes import Remove
+from ..passes.adapted import factors
 from ..plan import Entry, Plan
 from ..provenance import call_site, module_classes
 from ..readers import Reader

@@ -14,12 +14,12 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..adapted import adapted_weight, factors, output_gains, rank
 from ..lora.ops import Op, Read, argument, padding_row
 from ..module.captured import CapturedModule
 from ..nested import Path, call_of, inside
 from ..plan import Entry, scales_outputs
 from ..readers import Reader
+from .adapted import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from ..api import fold
 from ..errors import InjectError, VerificationError
-from ..initialize import new_tensors
 from ..module.captured import CapturedModule
 from ..module.shell import RegionCall
+from ..passes.initialize import new_tensors
 from ..plan import Entry
 from .coverage import prove_coverage, refuse_bare_reads
 from .proofs import (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapted import adapted_weight
 from ..module.captured import CapturedModule
+from ..passes.adapted import adapted_weight
 from ..plan import Entry, scales_outputs
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .lora.variants import VARIANTS
-from .plan import Entry
+from ..lora.variants import VARIANTS
+from ..plan import Entry
 
 aten = torch.ops.aten
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .errors import ConfigError
-from .lora.ops import row_of
-from .module.captured import CapturedModule
-from .plan import Entry
+from ..errors import ConfigError
+from ..lora.ops import row_of
+from ..module.captured import CapturedModule
+from ..plan import Entry
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..errors import ConfigError
+from ..lora.inits import FILLS, STARTS, embedding
+from ..lora.ops import LOOKUPS
+from ..lora.variants import VARIANTS
+from ..plan import Entry
 from .adapted import sum_matrix
-from .errors import ConfigError
-from .lora.inits import FILLS, STARTS, embedding
-from .lora.ops import LOOKUPS
-from .lora.variants import VARIANTS
-from .plan import Entry
 
 
 @torch.no_grad()
