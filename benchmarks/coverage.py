@@ -32,7 +32,7 @@ from zoo import Case, randomise_constants
 
 import fxlora
 from fxlora import LoraConfig, Rule
-from fxlora.alike import difference
+from fxlora.fx.alike import difference
 from fxlora.matching.forms import check_supported
 from fxlora.sites import find_sites
 

@@ -11,20 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from .frontends.spellings import written_attributes
-from .lora.ops import (
-    Op,
-    flat_inputs,
-    is_product,
-    is_transpose,
-    kind_of,
-    reads_no_values,
-    row_of,
-    stops_gradients,
-)
+from .fx.calls import call_site, flat_inputs, kind_of, source_line
+from .fx.effects import written_attributes
+from .fx.nested import Call, Path, call_of, every_call, origin, shared
+from .lora.ops import Op, is_product, is_transpose, reads_no_values, row_of, stops_gradients
 from .module.captured import CapturedModule
-from .nested import Call, Path, call_of, every_call, origin, shared
-from .provenance import call_site, source_line
 
 
 @dataclass(frozen=True)

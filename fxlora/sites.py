@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .fx.calls import named_argument
 from .lora.layout import Layout, Shape
-from .lora.ops import VIEWS, keeps_roles, layout_without_row, named_argument, padding_row
+from .lora.ops import VIEWS, keeps_roles, layout_without_row, padding_row
 from .module.captured import CapturedModule
 from .readers import Reader, readers_and_writers
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import LoraConfig, Rule
-from fxlora.alike import difference
-from fxlora.nested import OPERANDS, checkpointed, every_call
+from fxlora.fx.alike import difference
+from fxlora.fx.nested import OPERANDS, checkpointed, every_call
 from fxlora.sites import find_sites
 
 from .laws import check_laws, randomise

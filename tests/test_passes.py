@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxlora
 from fxlora import ConfigError, InjectError, LoraConfig, Rule
-from fxlora.alike import difference
+from fxlora.fx.alike import difference
 from fxlora.passes import Distribute, FoldConstants, Inject, Remove
 
 from .laws import check_laws, randomise

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from ..lora.ops import named_argument
+from ..fx.calls import call_site, module_classes, named_argument
 from ..module.captured import CapturedModule
 from ..passes import Remove
 from ..passes.adapted import factors
 from ..plan import Entry, Plan
-from ..provenance import call_site, module_classes
 from ..readers import Reader
 from ..sites import find_sites
 

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from ..alike import alike
 from ..errors import CaptureError, FxLoraWarning
+from ..fx.alike import alike
+from ..fx.effects import written_attributes
 from ..module.captured import CapturedModule
 from ..module.program import MODES, Program
 from ..module.shell import Shell
@@ -23,7 +24,6 @@ from .kept.containers import register_containers
 from .kept.hooks import refuse_backward_hooks
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
-from .spellings import written_attributes
 from .traced import trace_mode
 from .tree import attach, build_tree, read_by_own_names
 

@@ -22,8 +22,8 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..alike import alike, alike_but_for_sizes
 from ..errors import CaptureError, InputError
+from ..fx.alike import alike, alike_but_for_sizes
 from ..module.inputs import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
 from .contract import contract_of

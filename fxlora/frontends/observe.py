@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
+from ..fx.effects import arguments_of
 from ..module.program import MODES
 from .kept.state import mode_of, seed_all, undisturbed
 from .memory import storage_of
 from .places import called_at
-from .spellings import arguments_of
 from .tree import twin_of
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)

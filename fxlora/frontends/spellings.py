@@ -7,7 +7,7 @@ the symbolic tracer hold functions and methods, which `spelled` translates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
-
-from ..nested import call_of
 
 aten = torch.ops.aten
 
@@ -225,98 +223,3 @@ def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: Bound) -
         returned = new if spelling.result is None else new[spelling.result]
     node.replace_all_uses_with(returned.node)
     graph.erase_node(node)
-
-
-# ---- writes -------------------------------------------------------------------------------------
-
-
-def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that a call writes to.
-
-    Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
-    spellings of writing: `x.add_()`, `x += y`, `out=x`.
-    """
-    return [str(root.target) for root in written_nodes(node, owner) if root.op == "get_attr"]
-
-
-def written_nodes(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
-    """The nodes whose tensors a call writes to, itself or through a view of theirs."""
-    return [_alias_root(value, owner) for value in _written(node, owner)]
-
-
-def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
-    if node.op == "call_method":
-        name, target = str(node.target), node.args[0]
-        in_place = name.endswith("_") and not name.endswith("__")
-        if (in_place or name == "__setitem__") and isinstance(target, fx.Node):
-            yield target
-    if node.op != "call_function":
-        return
-    if node.target in _IN_PLACE_OPERATORS and isinstance(node.args[0], fx.Node):
-        yield node.args[0]
-    if isinstance(out := node.kwargs.get("out"), fx.Node):
-        yield out
-    for argument, value in _schema_arguments(node):
-        if argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node):
-            yield value
-    yield from _written_by_nested(node, owner)
-
-
-def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
-    """What a call passes into nested graphs that write to it."""
-    call = call_of(node, owner)
-    for nested in call.graphs if call else ():
-        given = dict(call.given(nested)) if call else {}
-        for inner in nested.graph.nodes:
-            for value in _written(inner, nested):
-                outside = given.get(_alias_root(value, nested))
-                if isinstance(outside, fx.Node):
-                    yield outside
-
-
-def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
-    """The node whose tensor this one may be a view of, by the schemas on the way."""
-    if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
-        passed = _passed_through(source, node.args[1], owner) or source
-        return _alias_root(passed, owner)
-    if node.op == "call_method" or node.target is getattr:  # .t(), .view(), .data: may be views
-        source = node.args[0]
-        return _alias_root(source, owner) if isinstance(source, fx.Node) else node
-    for argument, value in _schema_arguments(node):
-        if argument.alias_info and isinstance(value, fx.Node):
-            return _alias_root(value, owner)
-    return node
-
-
-def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | None:
-    """What a call of nested graphs is given that its result `index` may be a view of."""
-    call = call_of(node, owner)
-    for nested in call.graphs if call else ():
-        results: Any = nested.graph.output_node().args[0]
-        if isinstance(results, list | tuple) and isinstance(results[index], fx.Node):
-            given = dict(call.given(nested)) if call else {}
-            outside = given.get(_alias_root(results[index], nested))
-            if isinstance(outside, fx.Node):
-                return outside
-    return None
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, f"i{name}")
-    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or")
-) | {operator.setitem}
-
-
-def _schema_arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    if node.op == "call_function":
-        yield from arguments_of(node.target, node.args, node.kwargs)
-
-
-def arguments_of(
-    op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[Any, Any]]:
-    """The arguments that an op's schema declares, each with what a call gives for it."""
-    schema = getattr(op, "_schema", None)
-    for position, argument in enumerate(schema.arguments if schema else ()):
-        given = position < len(args)
-        yield argument, args[position] if given else kwargs.get(argument.name)

@@ -11,9 +11,9 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from ..errors import CaptureError
+from ..fx.calls import call_site
 from ..module.captured import CapturedModule
 from ..module.shell import copied_module
-from ..provenance import call_site
 
 
 def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..fx.calls import _torchs_kind, _value, argument, flat_inputs, kind_of, named_argument
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
 
 aten = torch.ops.aten
@@ -56,25 +57,6 @@ class Read:
     def scaled(self, hidden: Any) -> Any:
         """s·A(x): the scaling where the branch is narrowest, r wide."""
         return aten.mul.Tensor(hidden, self.scaling)
-
-
-def argument(node: fx.Node, position: int, default: Any = None) -> Any:
-    """An argument of a call, by the position that it has in the schema."""
-    if position < len(node.args):
-        return node.args[position]
-    schema: Any = getattr(node.target, "_schema", None)
-    if schema is None or position >= len(schema.arguments):
-        return default
-    declared = schema.arguments[position]
-    return node.kwargs.get(declared.name, declared.default_value)
-
-
-def named_argument(node: fx.Node, *names: str) -> Any:
-    """An argument of a call by its name in the schema (the first name that it has), or None."""
-    schema: Any = getattr(node.target, "_schema", None)
-    declared = [a.name for a in schema.arguments] if schema else []
-    position = next((declared.index(name) for name in names if name in declared), None)
-    return None if position is None else argument(node, position)
 
 
 Branch = Callable[[Read, Any, Any], Any]
@@ -184,12 +166,6 @@ def _perhaps_vector(position: int) -> Callable[[fx.Node, fx.Node, Shape], str | 
         return "a stack of matrices times a vector, as far as is known"
 
     return obstacle
-
-
-def _value(node: Any) -> torch.Tensor | None:
-    """The example value of a node; the tracer leaves none."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
 
 
 # ---- einsum: any product of a weight and one other tensor ---------------------------------------
@@ -499,13 +475,6 @@ def _holds(given: Any, weight: fx.Node) -> bool:
     return given is weight or (isinstance(given, list | tuple) and any(g is weight for g in given))
 
 
-def flat_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, as often as they stand there."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
 def layout_without_row(kind: str, dims: int) -> Layout:
     """The roles of a weight that an op without a row reads."""
     return plain(dims, False, _KERNELS.get(kind, 0))
@@ -585,25 +554,3 @@ def reads_no_values(node: fx.Node) -> bool:
     """Whether a call looks at a tensor's dtype, shape or device alone."""
     kind = _torchs_kind(node)
     return kind in _DESCRIBING or kind in _MADE_ALIKE
-
-
-def _torchs_kind(node: fx.Node) -> str:
-    """The kind of a call of an op or a method of torch's own, else "".
-
-    What a user's function, op, module or autograd.Function of the same name does is another thing.
-    """
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return kind_of(node) if node.target.namespace in ("aten", "prims") else ""
-    own = str(getattr(node.target, "__module__", "")).partition(".")[0] == "torch"
-    return kind_of(node) if own else ""
-
-
-def kind_of(node: fx.Node) -> str:
-    """A name for a call that has no row: its op's."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", None) or getattr(node.target, "__name__", None)
-    return str(name or node.target)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError, UnsupportedOpError
-from ..lora.ops import named_argument
+from ..fx.calls import named_argument
+from ..fx.nested import grad_enabled
 from ..lora.variants import VARIANTS
-from ..nested import grad_enabled
 from ..readers import Reader
 from ..sites import Site
 

@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
+from ..fx.nested import nested_graph
 from ..module.captured import CapturedModule
 from ..module.program import Program
-from ..nested import nested_graph
 from ..plan import Entry, Plan
 from ..sites import Site, find_sites, merged
 from ..tables import some

@@ -8,10 +8,10 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..alike import alike_graphs
 from ..errors import InjectError
+from ..fx.alike import alike_graphs
+from ..fx.nested import nested_graph
 from ..module.captured import CapturedModule
-from ..nested import nested_graph
 from .structure import insertions, take_out
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..lora.ops import Op, Read, argument, padding_row
+from ..fx.calls import argument
+from ..fx.nested import Path, call_of, inside
+from ..lora.ops import Op, Read, padding_row
 from ..module.captured import CapturedModule
-from ..nested import Path, call_of, inside
 from ..plan import Entry, scales_outputs
 from ..readers import Reader
 from .adapted import adapted_weight, factors, output_gains, rank

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from ..errors import VerificationError
+from ..fx.nested import call_of, grad_enabled
 from ..module.captured import CapturedModule
-from ..nested import call_of, grad_enabled
 from ..passes.structure import insertions, take_out
 from ..plan import Entry
 from ..readers import Reader, readers_and_writers

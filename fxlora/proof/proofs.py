@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, fx
 
-from ..alike import difference, first_difference
 from ..errors import VerificationError
+from ..fx.alike import difference, first_difference
 from ..module.captured import CapturedModule
 from ..module.program import MODES
 from ..passes import Inject, Remove

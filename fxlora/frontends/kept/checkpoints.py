@@ -18,8 +18,8 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ...nested import call_of, checkpointed, nested_graph
-from ..spellings import written_nodes
+from ...fx.effects import written_nodes
+from ...fx.nested import call_of, checkpointed, nested_graph
 
 _MARK = "fxlora_checkpoint"
 

@@ -1,0 +1,81 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def argument(node: fx.Node, position: int, default: Any = None) -> Any:
+    """An argument of a call, by the position that it has in the schema."""
+    if position < len(node.args):
+        return node.args[position]
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None or position >= len(schema.arguments):
+        return default
+    declared = schema.arguments[position]
+    return node.kwargs.get(declared.name, declared.default_value)
+
+
+def named_argument(node: fx.Node, *names: str) -> Any:
+    """An argument of a call by its name in the schema (the first name that it has), or None."""
+    schema: Any = getattr(node.target, "_schema", None)
+    declared = [a.name for a in schema.arguments] if schema else []
+    position = next((declared.index(name) for name in names if name in declared), None)
+    return None if position is None else argument(node, position)
+
+
+def _value(node: Any) -> torch.Tensor | None:
+    """The example value of a node; the tracer leaves none."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def flat_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, as often as they stand there."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _torchs_kind(node: fx.Node) -> str:
+    """The kind of a call of an op or a method of torch's own, else "".
+
+    What a user's function, op, module or autograd.Function of the same name does is another thing.
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return kind_of(node) if node.target.namespace in ("aten", "prims") else ""
+    own = str(getattr(node.target, "__module__", "")).partition(".")[0] == "torch"
+    return kind_of(node) if own else ""
+
+
+def kind_of(node: fx.Node) -> str:
+    """A name for a call that has no row: its op's."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = getattr(packet, "__name__", None) or getattr(node.target, "__name__", None)
+    return str(name or node.target)
+
+
+def call_site(node: fx.Node) -> str:
+    """Path of the module whose forward made the call, as far as capture knows; "" is the model."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).partition("@")[0] if stack else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """The last `file:line` of the call's stack trace, or "" (generated code is no place)."""
+    places = re.findall(r'File "([^"<]+)", line (\d+)', node.stack_trace or "")
+    return ":".join(places[-1]) if places else ""
+
+
+def module_classes(node: fx.Node) -> list[str]:
+    """The classes of the modules around a call, as far as capture knows, from the outermost in."""
+    kinds = [kind for _, kind in node.meta.get("nn_module_stack", {}).values()]
+    return [k if isinstance(k, str) else f"{k.__module__}.{k.__qualname__}" for k in kinds]
