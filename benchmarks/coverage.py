@@ -34,7 +34,7 @@ import fxlora
 from fxlora import LoraConfig, Rule
 from fxlora.fx.alike import difference
 from fxlora.matching.forms import check_supported
-from fxlora.sites import find_sites
+from fxlora.reads.sites import find_sites
 
 LAYERS = ["linear", "conv*", "embedding", "addmm", "matmul"]
 RULES = [Rule(op=LAYERS, lora=LoraConfig(r=2, lora_alpha=3))]

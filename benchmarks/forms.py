@@ -25,7 +25,7 @@ from zoo import Case
 import fxlora
 from fxlora import LoraConfig, Rule, Site
 from fxlora.matching.forms import check_supported
-from fxlora.sites import find_sites
+from fxlora.reads.sites import find_sites
 
 COUNTED = ("linear", "conv*", "embedding*", "addmm")
 Weight = dict[str, str]  # its site, op, form and reason

@@ -25,7 +25,7 @@ from .module.host import hosted, recorded_calls
 from .passes.eva import Initialized, initialize_from
 from .plan import Plan
 from .proof import Verification, verify
-from .sites import Site
+from .reads.sites import Site
 
 __version__ = "0.1.0"
 

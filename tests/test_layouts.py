@@ -14,7 +14,7 @@ from torch import nn
 import fxlora
 from fxlora import LoraConfig, Rule, UnsupportedOpError
 from fxlora.lora.ops import OPS, TRANSPOSED_OPS
-from fxlora.sites import find_sites
+from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, delta, randomise
 

@@ -21,7 +21,7 @@ import fxlora
 from fxlora import LoraConfig, Rule
 from fxlora.fx.alike import difference
 from fxlora.fx.nested import OPERANDS, checkpointed, every_call
-from fxlora.sites import find_sites
+from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
 

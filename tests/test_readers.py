@@ -208,7 +208,7 @@ def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
             return self.proj(self.queries) @ x
 
     gm = fxlora.capture(Queries(), torch.randn(3, 4))
-    kinds = {site.name: site.op for site in fxlora.sites.find_sites(gm)}
+    kinds = {site.name: site.op for site in fxlora.reads.sites.find_sites(gm)}
     assert kinds == {"queries": "operand of linear", "proj": "linear"}
     plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
     assert [entry.site for entry in plan] == ["proj"]
@@ -277,7 +277,7 @@ class round(torch.autograd.Function):
 def test_users_functions_are_not_torchs_of_the_same_name() -> None:
     model = Looks(lambda m, x, y: y + new_product(x, m.other))
     gm = fxlora.capture(model)  # the tracer keeps the function whole
-    assert {s.name: s.op for s in fxlora.sites.find_sites(gm)}["other"] == "new_product"
+    assert {s.name: s.op for s in fxlora.reads.sites.find_sites(gm)}["other"] == "new_product"
     x = torch.randn(4, 5, dtype=torch.float64)
     check_laws(model, (x,), rules=Rule(lora=LoraConfig(r=2)), capture=fxlora.capture)
     passed_on = Looks(lambda m, x, y: y + x @ round.apply(m.other)).double()

@@ -22,8 +22,8 @@ from ..module.captured import CapturedModule
 from ..passes import Remove
 from ..passes.adapted import factors
 from ..plan import Entry, Plan
-from ..readers import Reader
-from ..sites import find_sites
+from ..reads.readers import Reader
+from ..reads.sites import find_sites
 
 ROOT = "base_model.model."
 

@@ -8,7 +8,7 @@ from ..config import Rules, as_rules
 from ..errors import ConfigError, NoMatchError
 from ..module.captured import CapturedModule
 from ..plan import IN_FULL, Entry, Plan
-from ..sites import find_sites
+from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
 from .full import biases, check_trained_itself, modules_to_save, trained

@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 
 from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
-from ..lora.ops import CASTS, LOOKUPS, MATRIX_PRODUCTS, SLICES, VIEWS
+from ..lora.ops import LOOKUPS, MATRIX_PRODUCTS
 from ..module.captured import CapturedModule
-from ..sites import Site, merged
+from ..reads.facts import CASTS, SLICES, VIEWS
+from ..reads.sites import Site, merged
 from ..tables import some
 
 Chosen = list[tuple[Site, int]]  # each site with the number (from 1) of its rule, or 0

@@ -16,9 +16,9 @@ from ..lora.inits import STARTS, step_of
 from ..lora.parts import rows_of
 from ..lora.variants import VARIANTS, variants_of
 from ..plan import Entry, scales_outputs
-from ..sites import Site
+from ..reads.extents import reads_any
+from ..reads.sites import Site
 from .choice import Choice, by_pattern
-from .extents import reads_any
 from .forms import Form, check_supported, choose_form
 
 

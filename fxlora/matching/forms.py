@@ -8,8 +8,8 @@ from ..errors import ConfigError, UnsupportedOpError
 from ..fx.calls import named_argument
 from ..fx.nested import grad_enabled
 from ..lora.variants import VARIANTS
-from ..readers import Reader
-from ..sites import Site
+from ..reads.readers import Reader
+from ..reads.sites import Site
 
 
 def check_supported(site: Site, number: int) -> None:

@@ -10,7 +10,7 @@ from ..config import Rule
 from ..errors import ConfigError, warn
 from ..module.captured import CapturedModule
 from ..plan import Entry
-from ..sites import Site
+from ..reads.sites import Site
 from .choice import Choice, Chosen, is_suffix, matches
 from .misses import Misses
 

@@ -14,7 +14,7 @@ from ..fx.nested import nested_graph
 from ..module.captured import CapturedModule
 from ..module.program import Program
 from ..plan import Entry, Plan
-from ..sites import Site, find_sites, merged
+from ..reads.sites import Site, find_sites, merged
 from ..tables import some
 from .initialize import new_tensors
 from .structure import insert_branch, insert_weight, weight_nodes

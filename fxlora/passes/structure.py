@@ -16,10 +16,11 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from ..fx.calls import argument
 from ..fx.nested import Path, call_of, inside
-from ..lora.ops import Op, Read, padding_row
+from ..lora.ops import Op, Read
 from ..module.captured import CapturedModule
 from ..plan import Entry, scales_outputs
-from ..readers import Reader
+from ..reads.facts import padding_row
+from ..reads.readers import Reader
 from .adapted import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten

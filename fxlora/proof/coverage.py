@@ -18,7 +18,7 @@ from ..fx.nested import call_of, grad_enabled
 from ..module.captured import CapturedModule
 from ..passes.structure import insertions, take_out
 from ..plan import Entry
-from ..readers import Reader, readers_and_writers
+from ..reads.readers import Reader, readers_and_writers
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..lora.ops import moves_data
-from ..readers import Reader
-from ..sites import Site
+from .facts import moves_data
+from .readers import Reader
+from .sites import Site
 
 
 def reads_any(site: Site, rows: tuple[int, int]) -> bool:

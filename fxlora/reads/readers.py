@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from .fx.calls import call_site, flat_inputs, kind_of, source_line
-from .fx.effects import written_attributes
-from .fx.nested import Call, Path, call_of, every_call, origin, shared
-from .lora.ops import Op, is_product, is_transpose, reads_no_values, row_of, stops_gradients
-from .module.captured import CapturedModule
+from ..fx.calls import call_site, flat_inputs, kind_of, source_line
+from ..fx.effects import written_attributes
+from ..fx.nested import Call, Path, call_of, every_call, origin, shared
+from ..lora.ops import Op, is_product, row_of
+from ..module.captured import CapturedModule
+from .facts import is_transpose, reads_no_values, stops_gradients
 
 
 @dataclass(frozen=True)

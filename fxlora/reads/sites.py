@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .fx.calls import named_argument
-from .lora.layout import Layout, Shape
-from .lora.ops import VIEWS, keeps_roles, layout_without_row, padding_row
-from .module.captured import CapturedModule
+from ..fx.calls import named_argument
+from ..lora.layout import Layout, Shape
+from ..module.captured import CapturedModule
+from .facts import VIEWS, keeps_roles, layout_without_row, padding_row
 from .readers import Reader, readers_and_writers
 
 
