@@ -20,7 +20,7 @@ from .errors import (
 )
 from .frontends import capture
 from .matching import match
-from .module.captured import CapturedModule
+from .module import CapturedModule
 from .module.host import hosted, recorded_calls
 from .passes.eva import Initialized, initialize_from
 from .plan import Plan

@@ -13,7 +13,7 @@ from .config import Rules
 from .errors import ConfigError, InjectError
 from .frontends import capture
 from .matching import match
-from .module.captured import CapturedModule
+from .module import CapturedModule
 from .passes import Distribute, FoldConstants, Inject, Remove
 from .plan import Plan
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, InjectError
-from .module.captured import CapturedModule
+from .module import CapturedModule
 from .plan import Entry, Plan
 from .tables import FORMATS, render, some
 

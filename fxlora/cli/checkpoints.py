@@ -13,7 +13,7 @@ from torch import nn
 
 from ..disk.files import whole_file
 from ..errors import ConfigError, ExportError
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..tables import some
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..config import LoraConfig, Rules, load_rules
 from ..errors import ConfigError
 from ..frontends import capture
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from .models import device
 
 INPUT_DTYPES = (

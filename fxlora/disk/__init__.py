@@ -1,1 +1,1 @@
-"""TODO."""
+"""What is written and read: adapters, PEFT's layout of them, exported programs."""

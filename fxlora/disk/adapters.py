@@ -25,7 +25,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
 from ..lora.inits import FILLS, STARTS
 from ..matching import match
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..plan import Entry, Plan
 from ..tables import some
 from .files import whole_file

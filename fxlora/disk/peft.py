@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..fx.calls import call_site, module_classes, named_argument
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..passes import Remove
 from ..passes.adapted import factors
 from ..plan import Entry, Plan

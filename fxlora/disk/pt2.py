@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from ..errors import ConfigError, ExportError
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.inputs import InputSpec
 from ..tables import some
 from .files import whole_file

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import CaptureError, FxLoraWarning
 from ..fx.alike import alike
 from ..fx.effects import written_attributes
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.program import MODES, Program
 from ..module.shell import Shell
 from ..tables import some

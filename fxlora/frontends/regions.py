@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.program import MODES
 from ..module.shell import Shell
 from .examples import Example, in_signature_order

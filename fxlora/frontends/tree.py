@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from ..errors import CaptureError
 from ..fx.calls import call_site
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.shell import copied_module
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""One call in a graph: its arguments by name, its op, and where in the model it comes from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def named_argument(node: fx.Node, *names: str) -> Any:
     return None if position is None else argument(node, position)
 
 
-def _value(node: Any) -> torch.Tensor | None:
+def example_value(node: Any) -> torch.Tensor | None:
     """The example value of a node; the tracer leaves none."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
@@ -41,7 +41,7 @@ def flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _torchs_kind(node: fx.Node) -> str:
+def torch_kind(node: fx.Node) -> str:
     """The kind of a call of an op or a method of torch's own, else "".
 
     What a user's function, op, module or autograd.Function of the same name does is another thing.

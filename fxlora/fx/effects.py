@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which parameters and buffers a call writes to, seen through views and nested graphs."""
 
 from __future__ import annotations
 

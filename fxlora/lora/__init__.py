@@ -1,1 +1,1 @@
-"""TODO."""
+"""The mathematics of low-rank adaptation: roles of dimensions, ops, inits, variants, parts."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx.calls import _value, argument, flat_inputs, kind_of, named_argument
+from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def _perhaps_vector(position: int) -> Callable[[fx.Node, fx.Node, Shape], str | 
     """An obstacle where a stack of matrices meets a vector, or what may be one."""
 
     def obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
-        value = _value(node.args[position])
+        value = example_value(node.args[position])
         if len(shape) == 2 or (value is not None and value.ndim >= 2):
             return None
         return "a stack of matrices times a vector, as far as is known"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import Rules, as_rules
 from ..errors import ConfigError, NoMatchError
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice

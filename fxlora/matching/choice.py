@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
 from ..lora.ops import LOOKUPS, MATRIX_PRODUCTS
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..reads.facts import CASTS, SLICES, VIEWS
 from ..reads.sites import Site, merged
 from ..tables import some

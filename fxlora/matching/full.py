@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import Rule
 from ..errors import ConfigError, warn
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..plan import Entry
 from ..reads.sites import Site
 from .choice import Choice, Chosen, is_suffix, matches

@@ -1,1 +1,5 @@
-"""TODO."""
+"""CapturedModule, the contract on its inputs, and the Python around it."""
+
+from .captured import CapturedModule
+
+__all__ = ["CapturedModule"]

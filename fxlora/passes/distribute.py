@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from .structure import insert_weight, insertions, take_out, weight_nodes
 
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..errors import ConfigError
 from ..lora.ops import row_of
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..plan import Entry
 
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..plan import Entry, scales_outputs
 from ..tables import some
 from .remove import drop_adapters

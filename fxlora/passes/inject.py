@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
 from ..fx.nested import nested_graph
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.program import Program
 from ..plan import Entry, Plan
 from ..reads.sites import Site, find_sites, merged

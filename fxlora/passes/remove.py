@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ..errors import InjectError
 from ..fx.alike import alike_graphs
 from ..fx.nested import nested_graph
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from .structure import insertions, take_out
 
 

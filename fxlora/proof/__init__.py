@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..api import fold
 from ..errors import InjectError, VerificationError
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.shell import RegionCall
 from ..passes.initialize import new_tensors
 from ..plan import Entry

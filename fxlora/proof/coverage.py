@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..errors import VerificationError
 from ..fx.nested import call_of, grad_enabled
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..passes.structure import insertions, take_out
 from ..plan import Entry
 from ..reads.readers import Reader, readers_and_writers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..passes.adapted import adapted_weight
 from ..plan import Entry, scales_outputs
 

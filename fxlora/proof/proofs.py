@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import VerificationError
 from ..fx.alike import difference, first_difference
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from ..module.program import MODES
 from ..passes import Inject, Remove
 from ..passes.structure import insertions

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Every node that reads each weight, and what is known of the way from the weight to it."""

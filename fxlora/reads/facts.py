@@ -1,4 +1,4 @@
-"""TODO."""
+"""What is known of ops that stand between a weight and the op that reads it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import operator
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..fx.calls import _torchs_kind, _value, named_argument
+from ..fx.calls import example_value, named_argument, torch_kind
 from ..lora.layout import Layout, plain
-from ..lora.ops import aten
+
+aten = torch.ops.aten
 
 # Kinds without a row whose weights have a kernel: how many dimensions of it.
 _KERNELS = {"deform_conv2d": 2}
@@ -84,7 +86,7 @@ def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
         of: what would be transposed.
         dims: how many dimensions it has where its example value does not say.
     """
-    value = _value(of)
+    value = example_value(of)
     dims = dims if value is None else value.ndim
     if dims < 2:
         return False
@@ -103,9 +105,9 @@ def is_transpose(node: fx.Node, of: fx.Node, dims: int) -> bool:
 
 def stops_gradients(node: fx.Node) -> bool:
     """Whether no gradient passes a call: a detach, steps, or what makes other than real numbers."""
-    value = _value(node)
+    value = example_value(node)
     counted = value is not None and not (value.is_floating_point() or value.is_complex())
-    return counted or _torchs_kind(node) in _STEPS
+    return counted or torch_kind(node) in _STEPS
 
 
 def moves_data(node: fx.Node) -> bool:
@@ -119,5 +121,5 @@ def moves_data(node: fx.Node) -> bool:
 
 def reads_no_values(node: fx.Node) -> bool:
     """Whether a call looks at a tensor's dtype, shape or device alone."""
-    kind = _torchs_kind(node)
+    kind = torch_kind(node)
     return kind in _DESCRIBING or kind in _MADE_ALIKE

@@ -15,7 +15,7 @@ from ..fx.calls import call_site, flat_inputs, kind_of, source_line
 from ..fx.effects import written_attributes
 from ..fx.nested import Call, Path, call_of, every_call, origin, shared
 from ..lora.ops import Op, is_product, row_of
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from .facts import is_transpose, reads_no_values, stops_gradients
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..fx.calls import named_argument
 from ..lora.layout import Layout, Shape
-from ..module.captured import CapturedModule
+from ..module import CapturedModule
 from .facts import VIEWS, keeps_roles, layout_without_row, padding_row
 from .readers import Reader, readers_and_writers
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What torch.export drops or takes for granted, and fxlora keeps or refuses."""

@@ -22,7 +22,7 @@ from torch.export import _trace
 from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
-from ...module.captured import CapturedModule
+from ...module import CapturedModule
 
 _ONE_AT_A_TIME = threading.RLock()
 
