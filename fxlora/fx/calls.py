@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -41,19 +42,54 @@ def flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def torch_kind(node: fx.Node) -> str:
-    """The kind of a call of an op or a method of torch's own, else "".
+def is_torchs(node: fx.Node) -> bool:
+    """Whether a call is of an op, a function or a method of torch's own, or a Python operator.
 
     What a user's function, op, module or autograd.Function of the same name does is another thing.
     """
     if node.op == "call_method":
-        return str(node.target)
+        return True
     if node.op != "call_function":
-        return ""
+        return False
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(node.target).partition(".")[0] in ("aten", "prims")
+    root = str(getattr(node.target, "__module__", "")).partition(".")[0]
+    higher_order = isinstance(node.target, torch._ops.OperatorBase)
+    return not higher_order and (root in ("torch", "_operator") or node.target is getattr)
+
+
+def torch_kind(node: fx.Node) -> str:
+    """The kind of a call of torch's own, else ""."""
+    return kind_of(node) if is_torchs(node) else ""
+
+
+def qualified_kind(node: fx.Node) -> str:
+    """The kind of a call of a registered op with its namespace ("aten.linear"), else ""."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return kind_of(node) if node.target.namespace in ("aten", "prims") else ""
-    own = str(getattr(node.target, "__module__", "")).partition(".")[0] == "torch"
-    return kind_of(node) if own else ""
+        return f"{node.target.namespace}.{kind_of(node)}"
+    return ""
+
+
+def frozen(node: fx.Node, name: Callable[[fx.Node], Hashable]) -> Hashable:
+    """The arguments of a call as a value to compare by, with a name for each node in them.
+
+    Raises:
+        TypeError: an argument cannot be hashed.
+    """
+
+    def of(value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            return "node", name(value)
+        if isinstance(value, list | tuple):
+            return "sequence", tuple(map(of, value))
+        if isinstance(value, dict):
+            return "mapping", tuple((key, of(item)) for key, item in value.items())
+        if isinstance(value, slice):
+            return "slice", of((value.start, value.stop, value.step))
+        hash(value)
+        return type(value), value
+
+    return of((node.args, dict(node.kwargs)))
 
 
 def kind_of(node: fx.Node) -> str:

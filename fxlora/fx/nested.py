@@ -26,10 +26,14 @@ class Operands:
     Attributes:
         position: of the first such operand among the op's arguments, or of the sequence of them.
         spread: whether they are arguments of the op themselves.
+        carried: position of the sequence of what a loop carries from step to step, if it is one.
+        test: whether the first graph decides if a loop goes on.
     """
 
     position: int
     spread: bool = False
+    carried: int | None = None
+    test: bool = False
 
     def of(self, node: fx.Node) -> list[Any]:
         found: Any = node.args[self.position :] if self.spread else node.args[self.position]
@@ -59,8 +63,8 @@ def checkpointed(graph: fx.GraphModule, written: tuple[Any, ...], *operands: Any
 OPERANDS: dict[str, Operands] = {
     "cond": Operands(3),  # (predicate, graph, graph, operands)
     "map_impl": Operands(2),  # (graph, stepped through, operands)
-    "scan": Operands(3),  # (graph, carried, stepped through, operands)
-    "while_loop": Operands(3),  # (graph, graph, carried, operands)
+    "scan": Operands(3, carried=1),  # (graph, carried, stepped through, operands)
+    "while_loop": Operands(3, carried=2, test=True),  # (graph, graph, carried, operands)
     "wrap_with_autocast": Operands(5, spread=True),  # (device, dtype, on, cache, graph, *operands)
     "wrap_with_set_grad_enabled": Operands(2, spread=True),  # (enabled, graph, *operands)
 }
@@ -103,6 +107,23 @@ class Call:
         inputs = _inputs(graph)
         count = min(len(inputs), len(values))
         return list(zip(inputs[-count:], values[-count:], strict=True)) if count else []
+
+    def results(self, graph: fx.GraphModule) -> list[Any]:
+        """The results of a graph, in order."""
+        found: Any = graph.graph.output_node().args[0]
+        return list(found) if isinstance(found, list | tuple) else [found]
+
+    def returns(self, graph: fx.GraphModule) -> bool:
+        """Whether the call is known to return the results of a graph, each at its place."""
+        return self.where is not None and not (self.where.test and graph is self.graphs[0])
+
+    def carried(self, graph: fx.GraphModule) -> list[tuple[Any, fx.Node]]:
+        """The results of a loop's graph that are inputs of its next step, each with that input."""
+        if self.where is None or self.where.carried is None or not self.returns(graph):
+            return []
+        sequence: Any = self.node.args[self.where.carried]
+        count = len(sequence) if isinstance(sequence, list | tuple) else 1
+        return list(zip(self.results(graph)[:count], _inputs(graph), strict=False))
 
     def inputs(self, index: int) -> list[tuple[fx.Node, fx.GraphModule]]:
         """The input of each graph that gets an operand, and the graph."""
@@ -181,6 +202,19 @@ def inside(path: Path, graph: fx.Graph, operand: fx.Node) -> fx.Node:
     return operand
 
 
+def graph_around(path: Path, node: fx.Node) -> fx.GraphModule:
+    """The nested graph that a node inside some calls is in."""
+    return next(graph for graph in path[-1].graphs if graph.graph is node.graph)
+
+
+def operand_of(call: Call, given: fx.Node) -> fx.Node | None:
+    """The node outside of a call that one of its graphs gets unchanged as this input, or None."""
+    for index, operand in enumerate(call.operands):
+        if given in dict(call.inputs(index)) and isinstance(operand, fx.Node):
+            return operand
+    return None
+
+
 def origin(path: Path, node: fx.Node) -> fx.Node:
     """The node in the outermost graph that one inside some calls stands for, or itself."""
     for call in reversed(path):
@@ -190,11 +224,6 @@ def origin(path: Path, node: fx.Node) -> fx.Node:
             return node
         node = outside
     return node
-
-
-def grad_enabled(path: Path) -> bool:
-    """Whether gradients are recorded inside some calls, as far as the calls say."""
-    return next((call.grad for call in reversed(path) if call.grad is not None), True)
 
 
 def _name(node: fx.Node) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument
+from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
 
 aten = torch.ops.aten
@@ -87,6 +87,8 @@ class Op:
         bias: position of what is added to the product, unscaled.
         result: which of the op's results is the product, where it has several.
         layout: the weight's roles, where `in_first` and `kernel` do not say them.
+        turned: the kind for rules where it is given the transpose (x @ W.T is what F.linear is);
+            None where no branch is known for that.
     """
 
     kind: str
@@ -101,13 +103,14 @@ class Op:
     bias: int | None = None
     result: int | None = None
     layout: Callable[[fx.Node, fx.Node], Layout | None] | None = None
+    turned: str | None = None
 
-    def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout:
-        """The roles of a weight of so many dimensions that `node` is given as `weight`."""
-        found = self.layout(node, weight) if self.layout else None
-        if found and len(found.roles) == dims:
-            return found
-        return plain(dims, self.in_first, self.kernel)
+    def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout | None:
+        """The roles of the dimensions of what `node` is given as `weight`; None where unclear."""
+        if self.layout is None:
+            return plain(dims, self.in_first, self.kernel) if dims > 1 else None
+        found = self.layout(node, weight)
+        return found if found and len(found.roles) == dims else None
 
     def input_of(self, node: fx.Node, weight: fx.Node) -> Any:
         """What the op applies the weight to."""
@@ -360,16 +363,27 @@ def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
     return {(packet.default, 1): row, (packet.padding, 1): row, (overload, 1): turned}
 
 
-_LINEAR = Op("linear", 0, _times_weight, bias=2)
-_ADDMM = Op("addmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, bias=0)
-_MATMUL = Op("matmul", 0, _times_weight, in_first=True, obstacle=_perhaps_vector(0))
-_MATMUL_LEFT = Op("matmul", 1, _weight_times, output=None, obstacle=_perhaps_vector(1))
-_BMM = Op("bmm", 0, _times_weight, in_first=True)
-_BMM_LEFT = Op("bmm", 1, _weight_times, output=None)
-_BADDBMM = Op("baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha)
-_BADDBMM_LEFT = Op("baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha)
-
-_GROUPED = Op("grouped_mm", 0, _grouped, in_first=True, obstacle=_groups_obstacle)
+_LINEAR = Op("linear", 0, _times_weight, bias=2, turned="matmul")
+_ADDMM = Op("addmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, bias=0, turned="linear")
+_MATMUL = Op(
+    "matmul", 0, _times_weight, in_first=True, obstacle=_perhaps_vector(0), turned="linear"
+)
+_MATMUL_LEFT = Op(
+    "matmul", 1, _weight_times, output=None, obstacle=_perhaps_vector(1), turned="matmul"
+)
+_BMM = Op("bmm", 0, _times_weight, in_first=True, turned="bmm")
+_BMM_LEFT = Op("bmm", 1, _weight_times, output=None, turned="bmm")
+_BADDBMM = Op("baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, turned="baddbmm")
+_BADDBMM_LEFT = Op("baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha, turned="baddbmm")
+_GROUPED = Op(
+    "grouped_mm",
+    0,
+    _grouped,
+    in_first=True,
+    obstacle=_groups_obstacle,
+    layout=lambda node, weight: Layout("eio"),
+    turned="grouped_mm",
+)
 
 # (overload, position of the weight among its arguments) → row
 OPS: dict[tuple[Any, int], Op] = {
@@ -405,25 +419,6 @@ OPS: dict[tuple[Any, int], Op] = {
 }
 
 
-def _given_transposed(row: Op, kind: str) -> Op:
-    return dataclasses.replace(row, kind=kind, in_first=not row.in_first)
-
-
-# The same for an op that is given the transpose: x @ W.T is what F.linear(x, W) is.
-TRANSPOSED_OPS: dict[tuple[Any, int], Op] = {
-    (aten.linear.default, 1): _given_transposed(_LINEAR, "matmul"),
-    (aten.addmm.default, 2): _given_transposed(_ADDMM, "linear"),
-    (aten.mm.default, 1): _given_transposed(_MATMUL, "linear"),
-    (aten.matmul.default, 1): _given_transposed(_MATMUL, "linear"),
-    (aten.mm.default, 0): _given_transposed(_MATMUL_LEFT, "matmul"),
-    (aten.matmul.default, 0): _given_transposed(_MATMUL_LEFT, "matmul"),
-    (aten.bmm.default, 1): _given_transposed(_BMM, "bmm"),
-    (aten.bmm.default, 0): _given_transposed(_BMM_LEFT, "bmm"),
-    (aten.baddbmm.default, 2): _given_transposed(_BADDBMM, "baddbmm"),
-    (aten.baddbmm.default, 1): _given_transposed(_BADDBMM_LEFT, "baddbmm"),
-    (aten._grouped_mm.default, 1): _given_transposed(_GROUPED, "grouped_mm"),
-}
-
 _PRODUCTS = frozenset(overload for overload, _ in OPS)
 
 
@@ -433,13 +428,28 @@ LOOKUPS = frozenset(row.kind for row in OPS.values() if not row.dropout)
 MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
 
 
-def row_of(node: fx.Node, weight: fx.Node, transposed: bool) -> Op | None:
-    """The row of a call that is given a weight, or its transpose, once."""
+# Kinds without a branch whose weights are (out, in, *kernel), as torch declares them: the number of
+# dimensions of the kernel.
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+OUT_FIRST = {"torchvision.deform_conv2d": 2}
+OUT_FIRST |= {f"aten.{kind}{cell}": 0 for kind in _RECURRENT for cell in ("", "_cell")}
+
+
+def row_of(node: fx.Node, weight: fx.Node) -> Op | None:
+    """The row of a call that is given a weight once."""
     positions = [i for i, given in enumerate(node.args) if _holds(given, weight)]
     uses = sum(n is weight for n in flat_inputs(node))
     if not positions or uses != 1:
         return None
-    return (TRANSPOSED_OPS if transposed else OPS).get((node.target, positions[0]))
+    return OPS.get((node.target, positions[0]))
+
+
+def layout_given(node: fx.Node, weight: fx.Node, row: Op | None, dims: int) -> Layout | None:
+    """The roles of the dimensions of a tensor that a call reads as a weight; None where unknown."""
+    if row:
+        return row.layout_of(node, weight, dims)
+    kernel = OUT_FIRST.get(qualified_kind(node))
+    return plain(dims, False, kernel) if kernel is not None and dims > 1 else None
 
 
 def _holds(given: Any, weight: fx.Node) -> bool:

@@ -12,7 +12,6 @@ from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
 from ..lora.ops import LOOKUPS, MATRIX_PRODUCTS
 from ..module import CapturedModule
-from ..reads.facts import CASTS, SLICES, VIEWS
 from ..reads.sites import Site, merged
 from ..tables import some
 
@@ -77,8 +76,7 @@ class Choice:
         spared = self.module.outputs & set(site.names)
         kinds = {reader.kind for reader in site.readers}
         layer, behind, _ = site.parameter.partition(".parametrizations.")
-        whole = {"", *CASTS, *VIEWS, *SLICES}
-        read = any(r.kind == site.op and r.through in whole for r in site.readers)
+        read = any(r.kind == site.op and r.layout is not None for r in site.readers)
         own = read or (behind and layer in site.aliases)
         return bool(site.op in MATRIX_PRODUCTS and own and not spared and not LOOKUPS & kinds)
 

@@ -16,7 +16,6 @@ from ..lora.inits import STARTS, step_of
 from ..lora.parts import rows_of
 from ..lora.variants import VARIANTS, variants_of
 from ..plan import Entry, scales_outputs
-from ..reads.extents import reads_any
 from ..reads.sites import Site
 from .choice import Choice, by_pattern
 from .forms import Form, check_supported, choose_form
@@ -39,7 +38,7 @@ class Entries:
             return [self._entry(site, number, rule.lora)]
         parts = rows_of(rule.parts, rule.enable, site.shape[site.layout.part_dim], site.name)
         for part, rows in parts.items():
-            if not reads_any(site, rows):
+            if not any(r.reaches(site.layout.part_dim, rows) for r in site.readers):
                 raise UnsupportedOpError(
                     f"part '{part}' of '{site.name}' (rule {number}): nothing reads the outputs "
                     f"{rows[0]} to {rows[1]} of its weight, so its adapter would do nothing."

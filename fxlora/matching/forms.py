@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import ConfigError, UnsupportedOpError
 from ..fx.calls import named_argument
-from ..fx.nested import grad_enabled
+from ..lora.layout import Layout
+from ..lora.ops import Op
 from ..lora.variants import VARIANTS
 from ..reads.readers import Reader
 from ..reads.sites import Site
@@ -36,13 +38,13 @@ def check_supported(site: Site, number: int) -> None:
             "out (Rule(name, lora=None) before it), or take that out of the forward (of an "
             "embedding: max_norm=None)."
         )
-    if not any(not reader.detached and grad_enabled(reader.path) for reader in site.readers):
-        reader = site.readers[0]
-        how = f"through {reader.through}" if reader.detached else "under torch.no_grad()"
+    if all(reader.untrained for reader in site.readers):
+        ways = " and ".join(dict.fromkeys(reader.untrained for reader in site.readers))
         raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read {how} alone, where no gradient passes: its "
+            f"'{site.name}' (rule {number}) is read only {ways}: no gradient passes, so its "
             "adapter would never train. Leave it out of the rule (Rule(name, lora=None) before "
-            "it), or take the no_grad away (a reentrant checkpoint has one: use_reentrant=False)."
+            "it), or take away what stops the gradient (a reentrant checkpoint runs under no_grad: "
+            "use_reentrant=False)."
         )
     if whole := next((r for r in site.readers if r.node.op == "call_module"), None):
         raise UnsupportedOpError(
@@ -72,7 +74,7 @@ def choose_form(
         ConfigError: lora_dropout on a site whose form has no branch input.
         UnsupportedOpError: no form computes the right gradients.
     """
-    found = (_obstacle(site, reader, rows, variants) for reader in site.readers)
+    found = (_obstacle(_Asked(site, reader, rows, variants)) for reader in site.readers)
     obstacle = next(filter(None, found), None)
     if obstacle and dropout:
         raise ConfigError(
@@ -91,34 +93,79 @@ def choose_form(
     return Form("branch")
 
 
-def _obstacle(
-    site: Site, reader: Reader, rows: tuple[int, int] | None, variants: tuple[str, ...]
-) -> str | None:
-    """Why no branch can stand beside a read, or None."""
-    op = reader.op
-    if reader.through:
-        return f"read by {reader.kind} through {reader.through}"
-    if op is None:
-        return f"read by {reader.kind}"
-    if reader.shared:
-        return "in a graph that several calls share"
-    if reader.beside:
-        return "multiplied with another weight"  # two branches would miss Δu·Δv
-    seen = op.layout_of(reader.node, reader.weight, len(site.shape))
-    if site.layout not in (seen, seen.swapped):
-        return f"read as {seen.roles} and as {site.layout.roles}"
-    scales = any(VARIANTS[name].gain for name in variants)
-    if (rows or scales) and (op.output is None or seen.stacked):
-        return f"read by {reader.kind}, whose outputs are not in one dimension"
-    if (rows or scales) and seen != site.layout:
-        return f"read by {reader.kind}, whose outputs are what others take as inputs"
-    if rows and site.groups > 1:
-        return "a part of a grouped convolution"
-    if scales and site.groups > 1 and site.layout.in_first:
-        return "outputs that groups share"
-    if scales and (rows or reader.path or op.result is not None):
-        return f"{', '.join(variants)} scales its outputs"
-    return op.obstacle(reader.node, reader.weight, site.shape)
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of one read: a branch for a site, or for some rows of it, with variants."""
+
+    site: Site
+    reader: Reader
+    rows: tuple[int, int] | None
+    variants: tuple[str, ...]
+
+    @property
+    def op(self) -> Op:
+        """The op's row; what has none is refused before this is asked."""
+        assert self.reader.op is not None
+        return self.reader.op
+
+    @property
+    def layout(self) -> Layout | None:
+        return self.reader.layout
+
+    @property
+    def scales(self) -> bool:
+        """Whether a variant multiplies the outputs."""
+        return any(VARIANTS[name].gain for name in self.variants)
+
+    @property
+    def scaling(self) -> str:
+        """The variants that are asked for, for messages."""
+        return ", ".join(self.variants)
+
+    @property
+    def by_output(self) -> bool:
+        """Whether outputs are told apart."""
+        return self.rows is not None or self.scales
+
+
+# Why no branch can be added to a read, and when: the first that holds.
+_OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
+    ("read by {0.reader.kind} through {0.reader.through}", lambda a: bool(a.reader.through)),
+    ("read by {0.reader.kind}", lambda a: a.reader.op is None),
+    ("in a graph that several calls share", lambda a: a.reader.shared),
+    # Two branches would miss Δu·Δv.
+    ("multiplied with another weight", lambda a: a.reader.beside),
+    ("read by {0.reader.kind}, which takes no matrix from it", lambda a: a.layout is None),
+    (
+        "read as {0.layout.roles} and as {0.site.layout.roles}",
+        lambda a: a.layout is not None and a.site.layout not in (a.layout, a.layout.swapped),
+    ),
+    (
+        "read by {0.reader.kind}, whose outputs are not in one dimension",
+        lambda a: a.by_output and (a.op.output is None or a.site.layout.stacked),
+    ),
+    (
+        "read by {0.reader.kind}, whose outputs are what others take as inputs",
+        lambda a: a.by_output and a.layout != a.site.layout,
+    ),
+    ("a part of a grouped convolution", lambda a: a.rows is not None and a.site.groups > 1),
+    (
+        "outputs that groups share",
+        lambda a: a.scales and a.site.groups > 1 and a.site.layout.in_first,
+    ),
+    (
+        "{0.scaling} scales its outputs",
+        lambda a: a.scales and bool(a.rows or a.reader.path or a.op.result is not None),
+    ),
+)
+
+
+def _obstacle(asked: _Asked) -> str | None:
+    """Why no branch can be added to a read, or None."""
+    reason = next((text for text, holds in _OBSTACLES if holds(asked)), None)
+    if reason is not None:
+        return reason.format(asked)
+    return asked.op.obstacle(asked.reader.node, asked.reader.weight, asked.site.shape)
 
 
 def _weight_form(site: Site, reason: str) -> Form:

@@ -87,7 +87,7 @@ def _tapped(module: CapturedModule, entry: Entry) -> _Tap | None:
         graph = program.graphs["eval"]
         for a in graph.find_nodes(op="get_attr", target=entry.name_a):
             for user in list(a.users):
-                row = row_of(user, a, False)
+                row = row_of(user, a)
                 x = row.input_of(user, a) if row and row.kind == "linear" else None
                 if isinstance(x, fx.Node):
                     module.add_module(name, tap)

@@ -87,7 +87,7 @@ class _Branch:
         x = self.proxied(self.op.input_of(node, weight))
         if dropout and self.op.dropout:
             x = aten.dropout.default(x, dropout, True)
-        entry, layout = self.entry, self.op.layout_of(node, weight, len(self.entry.shape))
+        entry, layout = self.entry, self.reader.layout or self.entry.layout
         down, up = factors(entry, self.values)
         if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
             turn = entry.layout.transposed

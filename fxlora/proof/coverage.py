@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from ..errors import VerificationError
-from ..fx.nested import call_of, grad_enabled
+from ..fx.nested import call_of
 from ..module import CapturedModule
 from ..passes.structure import insertions, take_out
 from ..plan import Entry
@@ -60,9 +60,9 @@ def prove_coverage(module: CapturedModule, base: CapturedModule) -> list[tuple[R
         if not reads:
             raise VerificationError(f"coverage: the adapter on '{entry.site}' stands in no graph.")
         training = [reader for mode, _, reader in reads if mode == "train"]
-        if training and not any(grad_enabled(reader.path) for reader in training):
+        if training and all(reader.untrained for reader in training):
             raise VerificationError(
-                f"gradient: in the train graph '{entry.site}' is read under torch.no_grad() alone."
+                f"gradient: in the train graph '{entry.site}' is read only {training[0].untrained}."
             )
         found.append(
             tuple(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +13,13 @@ from torch import fx, nn
 from ..fx.calls import call_site, flat_inputs, kind_of, source_line
 from ..fx.effects import written_attributes
 from ..fx.nested import Call, Path, call_of, every_call, origin, shared
-from ..lora.ops import Op, is_product, row_of
+from ..lora.layout import Layout
+from ..lora.ops import Op, is_product, layout_given, row_of
 from ..module import CapturedModule
-from .facts import is_transpose, reads_no_values, stops_gradients
+from .facts import reads_no_values
+from .flow import Flow
+from .gradients import passes_gradient
+from .replay import Moved, moved
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,18 @@ class Reader:
 
     Attributes:
         node: the reading node.
-        weight: what it is given: the weight, or what was made of it.
+        weight: the node that it is given: the weight, or a function of it.
         op: its row in the table of ops, or None where it reads the weight in another way.
         kind: the op's name.
-        way: what it reads is not the weight but a function of it, and these are the ops on the way
-            (a cast, a weight norm), less transposes; () where it is the weight or its transpose.
+        way: the kinds of the ops between the weight and the node; () where it is given the weight
+            as it is or, if its row allows that, the transpose.
+        layout: the roles of the weight's dimensions in this read, or None where unknown.
+        moved: where the entries of the weight are in `weight`, or None where unknown.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
-        alone: whether the node reads weights alone.
-        beside: whether the op applies it to another parameter itself (not to what is computed
-            from one).
-        detached: whether no gradient comes back: a detach is on the way to it, or from it on.
+        alone: whether the node reads weights only.
+        beside: whether the op applies it to another parameter (not to what is computed from data).
+        untrained: why no gradient comes back from this read, or "".
         path: the calls of nested graphs around the node, from the outermost in.
         shared: whether several calls share a graph around the node.
     """
@@ -47,9 +51,11 @@ class Reader:
     call_site: str
     line: str
     way: tuple[str, ...] = ()
+    layout: Layout | None = None
+    moved: Moved | None = None
     alone: bool = False
     beside: bool = False
-    detached: bool = False
+    untrained: str = ""
     path: Path = ()
     shared: bool = False
 
@@ -65,8 +71,15 @@ class Reader:
 
     @property
     def branch(self) -> Op | None:
-        """The row by which a branch can stand beside this read."""
+        """The row by which a branch can be added to this read."""
         return None if self.through else self.op
+
+    def reaches(self, dim: int, rows: tuple[int, int]) -> bool:
+        """Whether entries with such a coordinate in a dimension get here, as far as is known."""
+        if self.moved is None:
+            return True
+        coordinates = self.moved.reached[dim]
+        return bool(((coordinates >= rows[0]) & (coordinates < rows[1])).any())
 
     def describe(self) -> str:
         """The op and where it is called, for messages."""
@@ -79,19 +92,20 @@ def readers_and_writers(
     """Every reader, and a writer, of every attribute by the name it has in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
-    constants, live, heard = map(functools.cache, (_constants, _live, _heard))
+    graphs = module.distinct_graphs()
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for node in itertools.chain(*(graph.nodes for graph in module.distinct_graphs())):
+    seen = _Seen(module, frozenset(parameters), Flow.of(graphs, module))
+    for node in itertools.chain(*(graph.nodes for graph in graphs)):
         if node.op == "get_attr":
-            weight = parameters.get(str(node.target), torch.empty(()))
-            walk = _Walk(module, weight, frozenset(parameters), constants, live, heard)
-            readers.setdefault(str(node.target), []).extend(_once(walk.follow(node, module)))
+            name = str(node.target)
+            walk = _Walk(seen, name, parameters.get(name, torch.empty(())))
+            readers.setdefault(name, []).extend(_once(walk.follow(node, module)))
         if node.op == "call_module":
             for name in _inside(module, str(node.target)):
                 readers.setdefault(name, []).append(_reader(node, node, None))
         for name in written_attributes(node, module):
             writers.setdefault(name, _reader(node, node, None))
-    together = shared(call for g in module.distinct_graphs() for call in every_call(g, module))
+    together = shared(call for graph in graphs for call in every_call(graph, module))
     return {name: [_marked(r, together) for r in found] for name, found in readers.items()}, writers
 
 
@@ -100,14 +114,29 @@ def _inside(module: CapturedModule, path: str) -> list[str]:
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
-def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on parameters and buffers alone."""
-    constants: set[fx.Node] = set()
-    for node in graph.nodes:
-        computed = node.op == "call_function" and constants.issuperset(node.all_input_nodes)
-        if computed or node.op == "get_attr":
-            constants.add(node)
-    return constants
+@dataclass(frozen=True)
+class _Seen:
+    """The facts about a module's graphs that all walks share.
+
+    Attributes:
+        parameters: names of all parameters.
+        flow: the nodes that are live, and those that a gradient reaches.
+    """
+
+    module: CapturedModule
+    parameters: frozenset[str]
+    flow: Flow
+    _constants: dict[fx.Graph, set[fx.Node]] = field(default_factory=dict[fx.Graph, set[fx.Node]])
+
+    def constants(self, graph: fx.Graph) -> set[fx.Node]:
+        """The nodes that depend on parameters and buffers only."""
+        if graph not in self._constants:
+            found = self._constants[graph] = set[fx.Node]()
+            for node in graph.nodes:
+                computed = node.op == "call_function" and found.issuperset(node.all_input_nodes)
+                if computed or node.op == "get_attr":
+                    found.add(node)
+        return self._constants[graph]
 
 
 @dataclass(frozen=True)
@@ -116,79 +145,124 @@ class _Way:
 
     Attributes:
         path: the calls of nested graphs around it.
-        transposed: whether it is the transpose.
-        ops: those on the way that are no transposes.
-        detached: whether no gradient comes back.
+        ops: the kinds of the ops between the two.
+        cut: the first of these that no gradient passes, or "".
     """
 
     path: Path = ()
-    transposed: bool = False
     ops: tuple[str, ...] = ()
-    detached: bool = False
+    cut: str = ""
 
     def into(self, call: Call) -> _Way:
         return dataclasses.replace(self, path=(*self.path, call))
 
-    def over(self, op: fx.Node, turns: bool) -> _Way:
-        return _Way(
-            self.path,
-            self.transposed ^ turns,
-            self.ops if turns else (*self.ops, kind_of(op)),
-            self.detached or stops_gradients(op),
-        )
+    def over(self, op: fx.Node, value: fx.Node) -> _Way:
+        cut = self.cut or ("" if passes_gradient(op, value) else kind_of(op))
+        return _Way(self.path, (*self.ops, kind_of(op)), cut)
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Where a weight, or what weights alone make, takes part in a product or meets data.
+    """Where a weight, or a function of weights only, takes part in a product or meets data.
 
-    Also inside the nested graphs that it is passed into, and in the graph's order: that of
-    `users` is no copy's.
+    Also inside the nested graphs that it is passed into. In graph order; a copy does not keep the
+    order of `users`.
     """
 
-    module: CapturedModule
+    seen: _Seen
+    name: str
     weight: torch.Tensor
-    parameters: frozenset[str]
-    constants: Callable[[fx.Graph], set[fx.Node]]
-    live: Callable[[fx.Graph], set[fx.Node]]
-    heard: Callable[[fx.Graph], set[fx.Node]]
-    seen: set[tuple[fx.Node, bool]] = field(default_factory=set[tuple[fx.Node, bool]])
+    done: set[tuple[fx.Node, str]] = field(default_factory=set[tuple[fx.Node, str]])
 
     def follow(self, value: fx.Node, owner: nn.Module, way: _Way = _Way()) -> Iterator[Reader]:
         for user in sorted(value.users):
-            if reads_no_values(user) or user not in self.live(user.graph):
+            if reads_no_values(user) or user not in self.seen.flow.live:
                 continue
-            if (user, way.detached) in self.seen:
+            if (user, way.cut) in self.done:
                 continue
             inputs = _nested_inputs(user, value, owner)
+            for call, given, graph in inputs:
+                yield from self.follow(given, graph, way.into(call))
             if inputs:
-                for call, given, graph in inputs:
-                    yield from self.follow(given, graph, way.into(call))
                 continue
-            row = row_of(user, value, way.transposed)
-            alone = user in self.constants(user.graph) and bool(user.users)
-            turns = is_transpose(user, value, self.weight.ndim) and bool(user.users)
-            if not turns and not (alone and (way.ops or not is_product(user))):
-                yield self._reader(user, value, row, way, alone)
-                continue
-            self.seen.add((user, way.detached))
-            yield from self.follow(user, owner, way.over(user, turns))
+            if self._goes_on(user, value, way):
+                self.done.add((user, way.cut))
+                yield from self.follow(user, owner, way.over(user, value))
+            else:
+                yield self._reader(user, value, way)
 
-    def _reader(
-        self, node: fx.Node, value: fx.Node, row: Op | None, way: _Way, alone: bool
-    ) -> Reader:
-        if row and way.ops and _grows(value, self.weight):
+    def _goes_on(self, node: fx.Node, value: fx.Node, way: _Way) -> bool:
+        """Whether a call makes a function of weights that others read."""
+        if not (node.users and self._alone(node, value)):
+            return False
+        if not is_product(node) or self._moved(node, way) is not None:
+            return True
+        return not self._is_plain(row_of(node, value), self._moved(value, way), way)
+
+    def _alone(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether a call takes weights only."""
+        constants = node in self.seen.constants(node.graph)
+        return constants or (node.op != "output" and node.all_input_nodes == [value])
+
+    def _moved(self, node: fx.Node, way: _Way) -> Moved | None:
+        names = frozenset((self.name,))
+        return moved(node, self.weight, names, self.seen.module, way.path)
+
+    @staticmethod
+    def _is_plain(row: Op | None, given: Moved | None, way: _Way) -> bool:
+        """Whether a branch may be added to an op that is given the weight in this way."""
+        if given is None or way.cut:
+            return False
+        return given.same or (given.transposed and row is not None and row.turned is not None)
+
+    def _reader(self, node: fx.Node, value: fx.Node, way: _Way) -> Reader:
+        row, given = row_of(node, value), self._moved(value, way)
+        read = given and layout_given(node, value, row, given.dims)
+        layout = given.layout(read) if given and read else None
+        alone = bool(node.users) and self._alone(node, value)
+        if alone and self._makes_weight(node):
+            layout = None  # the outputs of this product are not those of a layer
+        ops = () if self._is_plain(row, given, way) else way.ops
+        if ops and _grows(value, self.weight):
             row = None  # a magnitude or a mask, spread over the weight: no layer's weight
+        turned = row.turned if row and given and given.transposed and not ops else None
+        found = _reader(node, value, row, way.path)
         return dataclasses.replace(
-            _reader(node, value, row, way.path),
-            way=way.ops,
+            found,
+            kind=turned or found.kind,
+            way=ops,
+            layout=layout,
+            moved=given,
             alone=alone,
             beside=row is not None and self._beside(row, node, value, way.path),
-            detached=way.detached or node not in self.heard(node.graph),
+            untrained=self._untrained(node, value, way),
         )
 
+    def _makes_weight(self, node: fx.Node) -> bool:
+        """Whether another product takes what is computed here, from weights only, as its weight."""
+        constants = self.seen.constants(node.graph)
+        ahead, met = [node], set[fx.Node]()
+        while ahead:
+            value = ahead.pop()
+            if any(row_of(user, value) for user in value.users):
+                return True
+            met.add(value)
+            ahead += [user for user in value.users if user in constants and user not in met]
+        return False
+
+    def _untrained(self, node: fx.Node, value: fx.Node, way: _Way) -> str:
+        """Why no gradient comes back to the weight from a node, or ""."""
+        flow = self.seen.flow
+        if way.cut:
+            return f"through {way.cut}"
+        if node not in flow.recording:
+            return "under torch.no_grad()"
+        if node not in flow.trained:
+            return "where no gradient of the outputs comes back"
+        return "" if flow.reaches(node, value) else f"by {kind_of(node)}, which passes none"
+
     def _beside(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
-        """Whether the input is a parameter itself: two adapters would miss Δu·Δv.
+        """Whether the input is another parameter: two branches would miss Δu·Δv.
 
         (The indices of a look-up are none.)
         """
@@ -196,9 +270,9 @@ class _Walk:
         if not isinstance(source, fx.Node):
             return False
         source = origin(path, source)
-        while is_transpose(source, source, 2):
+        while len(source.all_input_nodes) == 1:
             source = source.all_input_nodes[0]
-        return source.op == "get_attr" and source.target in self.parameters
+        return source.op == "get_attr" and source.target in self.seen.parameters
 
 
 def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
@@ -207,31 +281,8 @@ def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
     for reader in readers:
         key = (reader.node, reader.weight, reader.path)
         before = found.setdefault(key, reader)
-        found[key] = dataclasses.replace(before, detached=before.detached and reader.detached)
+        found[key] = dataclasses.replace(before, untrained=before.untrained and reader.untrained)
     yield from found.values()
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that something comes of: an output or an effect (export leaves dead code)."""
-    return _leading_on(graph, lambda node: False)
-
-
-def _heard(graph: fx.Graph) -> set[fx.Node]:
-    """Those of them that a gradient may come back to."""
-    return _leading_on(graph, stops_gradients)
-
-
-def _leading_on(graph: fx.Graph, ends: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """The nodes from which a way leads to an output or an effect, over no node that ends it."""
-    live: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if ends(node):
-            continue
-        known = isinstance(node.target, torch._ops.OpOverload)  # else it may do anything
-        impure = node.op == "output" or (node.op == "call_function" and node.is_impure())
-        if impure or not (known or node.users) or not live.isdisjoint(node.users):
-            live.add(node)
-    return live
 
 
 def _grows(value: fx.Node, weight: torch.Tensor) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..fx.calls import named_argument
-from ..lora.layout import Layout, Shape
+from ..lora.layout import Layout, Shape, plain
+from ..lora.ops import layout_given
 from ..module import CapturedModule
-from .facts import VIEWS, keeps_roles, layout_without_row, padding_row
+from .facts import padding_row
 from .readers import Reader, readers_and_writers
 
 
@@ -250,41 +251,21 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
     """What the reads say of a weight."""
     main = _main_reader(readers)
     kind = main.kind if main else "python"
-    layout = layout_without_row(kind, len(shape))
-    if main and main.op:
-        seen = main.op.layout_of(main.node, main.weight, len(shape))
-        layout = _behind_view(main, shape) or seen
-    known = main is not None and _is_known(main, shape)
+    layout = main.layout if main and main.layout else _convention(main, shape)
     groups = named_argument(main.node, "groups", "n_weight_grps") if main else None
     return {
         "op": kind,
         "layout": layout,
-        "layout_known": known,
+        "layout_known": bool(readers) and all(reader.layout for reader in readers),
         "groups": groups if layout.kernel(shape) and isinstance(groups, int) else 1,
         "padding_idx": _padding_idx(readers, shape[0]),
     }
 
 
-def _is_known(reader: Reader, shape: Shape) -> bool:
-    seen: Any = reader.weight.meta.get("val")
-    same = isinstance(seen, torch.Tensor) and tuple(seen.shape) == shape
-    behind_view = _behind_view(reader, shape) is not None and len(reader.way) == 1
-    return behind_view or keeps_roles(reader.kind, reader.way, same, reader.op is not None)
-
-
-def _behind_view(reader: Reader, shape: Shape) -> Layout | None:
-    """The roles of a weight that an op reads as a matrix through a view, or None.
-
-    (heads, features, in) seen as (heads·features, in) has two dimensions of outputs.
-    """
-    seen: Any = reader.weight.meta.get("val")
-    if reader.op is None or reader.through not in VIEWS or not isinstance(seen, torch.Tensor):
-        return None
-    rows = [n for n in range(1, len(shape)) if math.prod(shape[:n]) == seen.shape[0]]
-    if seen.ndim != 2 or not rows or math.prod(shape[rows[0] :]) != seen.shape[1]:
-        return None
-    first, second = reader.op.layout_of(reader.node, reader.weight, 2).roles
-    return Layout(first * rows[0] + second * (len(shape) - rows[0]))
+def _convention(main: Reader | None, shape: Shape) -> Layout:
+    """Roles for a weight of which they are not known: those of its op, else outputs first."""
+    declared = main and layout_given(main.node, main.weight, main.op, len(shape))
+    return declared or plain(len(shape), False)
 
 
 def _padding_idx(readers: tuple[Reader, ...], rows: int) -> int | None:

@@ -1,0 +1,126 @@
+"""Which nodes the outputs depend on, and which of them a gradient of the outputs reaches.
+
+One sweep from the outputs back, through all graphs of a module and the graphs nested in them: a
+detach behind a region is seen from inside the region.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from ..fx.nested import Call, call_of
+from .gradients import passes_gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What a sweep over some graphs found.
+
+    Attributes:
+        live: the nodes that an output or a side effect depends on.
+        trained: the nodes whose result a gradient of some output reaches.
+        recording: the nodes that run with gradients on, in at least one of the calls around them.
+    """
+
+    live: set[fx.Node] = field(default_factory=set[fx.Node])
+    trained: set[fx.Node] = field(default_factory=set[fx.Node])
+    recording: set[fx.Node] = field(default_factory=set[fx.Node])
+
+    @classmethod
+    def of(cls, graphs: Iterable[fx.Graph], owner: nn.Module) -> Flow:
+        """The flow through some graphs of a module."""
+        flow = cls()
+        for graph in graphs:
+            results = graph.output_node().all_input_nodes
+            flow._back(graph, owner, set(results), set(results), True)
+        return flow
+
+    def reaches(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a gradient of the outputs comes through a node to one of its inputs."""
+        through = node in self.trained and node in self.recording
+        return through and passes_gradient(node, source)
+
+    def _back(
+        self,
+        graph: fx.Graph,
+        owner: nn.Module,
+        live: Iterable[fx.Node],
+        trained: Iterable[fx.Node],
+        recording: bool,
+    ) -> None:
+        """Go through a graph from its end, where these of its nodes are live and trained."""
+        self.live.update(live)
+        self.trained.update(trained)
+        for node in reversed(graph.nodes):
+            if recording:
+                self.recording.add(node)
+            if _has_effect(node):
+                self.live.add(node)
+            if call := call_of(node, owner):
+                self._through(call, recording)
+            elif node in self.live and node.op != "output":
+                self.live.update(node.all_input_nodes)
+                reached = (n for n in node.all_input_nodes if self.reaches(node, n))
+                self.trained.update(reached if recording else ())
+
+    def _through(self, call: Call, recording: bool) -> None:
+        """From the results of a call of nested graphs to its operands."""
+        recording = recording if call.grad is None else call.grad
+        for graph in call.graphs:
+            live, trained = (
+                self._wanted(call, graph, among) for among in (self.live, self.trained)
+            )
+            self._loop(call, graph, live, trained, recording)
+        followed = {outside for graph in call.graphs for _, outside in call.given(graph)}
+        rest = [node for node in call.node.all_input_nodes if node not in followed]
+        if call.node in self.live:  # the predicate of a cond
+            self.live.update(rest)
+        if call.node in self.trained and call.where is None:
+            self.trained.update(rest)
+
+    def _wanted(self, call: Call, graph: fx.GraphModule, among: set[fx.Node]) -> set[fx.Node]:
+        """The results of a nested graph that the call returns at a place among these nodes."""
+        results = call.results(graph)
+        if call.node not in among:
+            return set()
+        takers = [user for user in call.node.users if user in among]
+        picked = [user.args[1] for user in takers if user.target is operator.getitem]
+        every = any(user.target is not operator.getitem for user in takers) or not takers
+        if every or not call.returns(graph):
+            picked = list(range(len(results)))
+        return {r for i, r in enumerate(results) if i in picked and isinstance(r, fx.Node)}
+
+    def _loop(
+        self,
+        call: Call,
+        graph: fx.GraphModule,
+        live: set[fx.Node],
+        trained: set[fx.Node],
+        recording: bool,
+    ) -> None:
+        """Through a nested graph, until what a loop carries to its next step adds nothing."""
+        while True:
+            self._back(graph.graph, graph, live, trained, recording)
+            carried = [(r, i) for r, i in call.carried(graph) if isinstance(r, fx.Node)]
+            more_live = {result for result, given in carried if given in self.live}
+            more_trained = {result for result, given in carried if given in self.trained}
+            if more_live <= live and more_trained <= trained:
+                break
+            live, trained = live | more_live, trained | more_trained
+        for given, outside in call.given(graph):
+            if isinstance(outside, fx.Node):
+                self.live.update([outside] if given in self.live else ())
+                self.trained.update([outside] if given in self.trained else ())
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node is kept although nothing may take its result."""
+    if node.op == "call_function" and node.is_impure():
+        return True
+    known = isinstance(node.target, torch._ops.OpOverload)  # else it may do anything
+    return node.op == "output" or not (known or node.users)

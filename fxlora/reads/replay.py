@@ -1,0 +1,394 @@
+"""How the entries of a weight are moved on the way to the op that reads it, by replaying the way.
+
+The nodes between a weight and a read are run on stand-ins for the weight: on the meta device, where
+all they make are views; else twice, on numbers that name the entries and on random values for the
+same entries. An op moves data if and only if both runs agree on where every entry went. No op is
+known by its name, and what cannot be replayed is unknown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from ..fx.calls import frozen, is_torchs
+from ..fx.effects import written_nodes
+from ..fx.nested import Path, graph_around, operand_of
+from ..lora.layout import Layout, Shape
+
+# Weights with more entries are replayed as views only, for memory's sake (60 bytes an entry).
+MOST_ENTRIES = 2**26
+
+# What torch's ops raise on numbers that they were not made for.
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """Where the entries of a weight are in the tensor that a read is given.
+
+    Attributes:
+        shape: of the weight.
+        dims: how many dimensions the given tensor has.
+        same: it is the weight as it is, in its own dtype.
+        transposed: it is the transpose of the matrix, or of each matrix of a stack.
+        whole: it has entries of the weight (or values computed from one entry each) only.
+        lines: for each dimension of the weight, the dimensions of the given tensor along which
+            the entries' coordinates vary, and the coordinates along these.
+        reached: for each dimension of the weight, the coordinates of the entries that are given.
+    """
+
+    shape: Shape
+    dims: int
+    same: bool
+    transposed: bool
+    whole: bool
+    lines: tuple[tuple[frozenset[int], Tensor], ...]
+    reached: tuple[Tensor, ...]
+
+    def layout(self, read: Layout) -> Layout | None:
+        """The roles of the weight's dimensions, from those of the given tensor's dimensions.
+
+        A dimension has the role of the dimensions along which its coordinates vary. None where
+        these have several roles, or where the entries of a role are out of order: then the first
+        outputs of the weight are not the first outputs of the op.
+        """
+        if not self.whole or len(read.roles) != self.dims:
+            return None
+        roles = _with_unit_dimensions(
+            ["".join({read.roles[dim] for dim in varying}) for varying, _ in self.lines]
+        )
+        known = all(len(role) == 1 for role in roles) and {"i", "o"} <= set(roles)
+        if not known or not all(self._in_order(roles, role) for role in set(roles)):
+            return None
+        return Layout("".join(roles))
+
+    def _in_order(self, roles: Sequence[str], role: str) -> bool:
+        """Whether the entries of one role follow each other as they do in the weight."""
+        place = torch.zeros((), dtype=torch.int64)
+        for size, (_, line), mine in zip(self.shape, self.lines, roles, strict=True):
+            place = place * size + line if mine == role else place
+        return bool((place.flatten().diff() > 0).all())
+
+
+def _with_unit_dimensions(roles: Sequence[str]) -> list[str]:
+    """The coordinate of a dimension of size 1 never varies: it takes its neighbour's role."""
+    known = next(filter(None, roles), "")
+    return [known := role or known for role in roles]
+
+
+def moved(
+    value: fx.Node, weight: Tensor, names: frozenset[str], owner: nn.Module, path: Path = ()
+) -> Moved | None:
+    """How the entries of a weight are moved to a node that is computed from it; None if unknown.
+
+    Args:
+        value: the node.
+        weight: the parameter, of which only shape and dtype count.
+        names: the attributes of the outermost graph that fetch it.
+        owner: the module that the outermost graph belongs to.
+        path: the calls of nested graphs around the node, from the outermost in.
+    """
+    way = _Way(weight, names, owner)
+    try:
+        way.add(value, path)
+        return way.viewed() or way.replayed()
+    except (_UnknownError, *_REFUSALS):
+        return None
+
+
+class _UnknownError(Exception):
+    """The way cannot be replayed."""
+
+
+# ---- the way as steps ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One call on the way, with the number of the step or constant that each input is."""
+
+    node: fx.Node
+    given: Mapping[fx.Node, int]
+
+    @property
+    def key(self) -> Hashable:
+        return self.node.op, self.node.target, frozen(self.node, self.given.__getitem__)
+
+    @property
+    def inert(self) -> bool:
+        """Whether the call names nothing that may change a dtype or a device."""
+        named: list[Any] = []
+        map_aggregate((self.node.args, dict(self.node.kwargs)), named.append)
+        return not any(isinstance(n, torch.dtype | torch.device) for n in named)
+
+    def run(self, values: Sequence[Any], constant: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+        """Run the call on the values of the steps before it; `constant` adapts other arguments."""
+
+        def seen(leaf: Any) -> Any:
+            return values[self.given[leaf]] if isinstance(leaf, fx.Node) else constant(leaf)
+
+        args: Any = map_aggregate(self.node.args, seen)
+        kwargs: Any = map_aggregate(dict(self.node.kwargs), seen)
+        if self.node.op == "call_method":
+            return getattr(args[0], str(self.node.target))(*args[1:], **kwargs)
+        function: Any = self.node.target
+        return function(*args, **kwargs)
+
+
+class _Way:
+    """The nodes between a weight and a read, as steps to run on stand-ins for the weight."""
+
+    def __init__(self, weight: Tensor, names: frozenset[str], owner: nn.Module) -> None:
+        self.weight, self.names, self.owner = weight, names, owner
+        self.shape = tuple(weight.shape)
+        self.steps: list[_Step] = []
+        self.constants: list[Tensor] = []
+        self.numbers: dict[fx.Node, int] = {}  # 0: the weight; from 1: steps; from -1: constants
+
+    def add(self, node: fx.Node, path: Path) -> int:
+        """Add a node and all that it depends on; returns its number."""
+        if node not in self.numbers:
+            self.numbers[node] = self._added(node, path)
+        return self.numbers[node]
+
+    def _added(self, node: fx.Node, path: Path) -> int:
+        owner = graph_around(path, node) if path else self.owner
+        if node.op == "get_attr" and not path and str(node.target) in self.names:
+            return 0
+        if node.op == "get_attr":
+            return self._constant(owner, str(node.target))
+        outside = operand_of(path[-1], node) if path and node.op == "placeholder" else None
+        if outside is not None:
+            return self.add(outside, path[:-1])
+        if not is_torchs(node) or written_nodes(node, owner):
+            raise _UnknownError
+        given = {source: self.add(source, path) for source in node.all_input_nodes}
+        self.steps.append(_Step(node, given))
+        return len(self.steps)
+
+    def _constant(self, owner: nn.Module, name: str) -> int:
+        value: Any = owner
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor) or value.is_meta:
+            raise _UnknownError
+        self.constants.append(value.detach())
+        return -len(self.constants)
+
+    def viewed(self) -> Moved | None:
+        """The outcome where all that the steps make are views of the weight; else None."""
+        base = torch.empty(self.shape, dtype=self.weight.dtype, device="meta")
+        values: list[Any] = [base]
+        try:
+            for step in self.steps if not self.constants else ():
+                values.append(step.run(values))
+        except _REFUSALS:
+            return None
+        view = values[-1]
+        if self.constants or not _is_view(view, base):
+            return None
+        inert = all(step.inert for step in self.steps)
+        for order in _transpositions(len(self.shape)) if inert else ():
+            if _same_view(view, base.permute(order)):
+                return _permuted(self.shape, order)
+        entries = torch.full((), view.storage_offset())
+        for size, stride in zip(view.shape, view.stride(), strict=True):
+            entries = entries.unsqueeze(-1) + torch.arange(size) * stride
+        return _outcome(entries, self.shape, inert)
+
+    def replayed(self) -> Moved | None:
+        """The outcome of running the steps on stand-ins; the same way is run once."""
+        if self.weight.numel() > MOST_ENTRIES:
+            return None
+        if self.constants:  # whose values count
+            return self._replayed()
+        key = (self.shape, *(step.key for step in self.steps))
+        if key not in _KNOWN:
+            for oldest in list(itertools.islice(_KNOWN, max(0, len(_KNOWN) - 63))):
+                del _KNOWN[oldest]
+            _KNOWN[key] = self._replayed()
+        return _KNOWN[key]
+
+    def _replayed(self) -> Moved | None:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            replay = _Replay(self.weight.numel())
+            values: list[Any] = [replay.start(self.shape)]
+            constants = [_wide(value.cpu()) for value in reversed(self.constants)]
+            for step in self.steps:
+                values.append(replay.after(step, [*values, *constants]))
+        last = values[-1]
+        if not isinstance(last, _Stand):
+            return None
+        return _outcome(last.names.long() - 1, self.shape, last.verbatim)
+
+
+_KNOWN: dict[Hashable, Moved | None] = {}
+
+
+# ---- stand-ins ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Stand:
+    """Stand-ins for a tensor that depends on the weight, in both runs.
+
+    Attributes:
+        names: the number (from 1) of the entry at each place, as float64; 0 elsewhere.
+        values: random values for the same entries.
+        verbatim: whether nothing but moves was done on the way.
+    """
+
+    names: Tensor
+    values: Tensor
+    verbatim: bool
+
+
+class _Replay:
+    """Runs steps on stand-ins for a weight of so many entries."""
+
+    def __init__(self, entries: int) -> None:
+        generator = torch.Generator().manual_seed(entries)
+        self.table = torch.randn(entries + 1, generator=generator, dtype=torch.float64)
+
+    def start(self, shape: Shape) -> _Stand:
+        names = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
+        return _Stand(names, self._values(names), True)
+
+    def after(self, step: _Step, values: Sequence[Any]) -> Any:
+        """The stand-in for a step's result; its value, where it does not depend on the weight.
+
+        Raises:
+            _UnknownError: it does more than move data.
+        """
+        given = [values[number] for number in step.given.values()]
+        stands = [v for value in given for v in _items(value) if isinstance(v, _Stand)]
+        if not stands:
+            return _wide(step.run(values, _wide))
+        verbatim = step.inert and len(stands) == len(given) and all(s.verbatim for s in stands)
+        try:
+            names = step.run([_side(v, "names") for v in values], _wide)
+            found = step.run([_side(v, "values") for v in values], _wide)
+            return self._agreed(names, found, verbatim)
+        except (_UnknownError, *_REFUSALS):
+            return self._pointwise(step, given)
+
+    def _agreed(self, names: Any, values: Any, verbatim: bool) -> Any:
+        """The results of both runs as stand-ins, where they moved the same entries."""
+        if isinstance(names, list | tuple):
+            pairs = zip(names, values, strict=True)  # pyright: ignore[reportUnknownArgumentType]
+            return [self._agreed(name, value, verbatim) for name, value in pairs]
+        if not isinstance(names, Tensor) or not names.is_floating_point():
+            raise _UnknownError
+        inside = (names > 0) & (names < len(self.table)) & (names == names.round())
+        entry = inside & (self._values(torch.where(inside, names, 0.0)) == values)
+        if not bool((entry | (names == values)).all()):
+            raise _UnknownError
+        return _Stand(torch.where(entry, names, 0.0), values, verbatim)
+
+    def _pointwise(self, step: _Step, given: Sequence[Any]) -> _Stand:
+        """An op that torch declares to work entry by entry leaves them in their places."""
+        if torch.Tag.pointwise not in getattr(step.node.target, "tags", ()):
+            raise _UnknownError
+        tensors = (_side(value, "names") for value in given)
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors if isinstance(t, Tensor)))
+        first, *others = (v.names.expand(shape) for v in given if isinstance(v, _Stand))
+        if not all(torch.equal(first, other) for other in others):
+            raise _UnknownError
+        return _Stand(first, self._values(first), False)
+
+    def _values(self, names: Tensor) -> Tensor:
+        return self.table[names.long()]
+
+
+def _items(value: Any) -> Iterator[Any]:
+    yield from value if isinstance(value, list | tuple) else [value]
+
+
+def _side(value: Any, side: str) -> Any:
+    """The stand-in of one run."""
+    if isinstance(value, list):
+        return [_side(item, side) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return getattr(value, side) if isinstance(value, _Stand) else value
+
+
+def _wide(leaf: Any) -> Any:
+    """Constants as they suit stand-ins: float64, on the CPU."""
+    if isinstance(leaf, torch.device):
+        return torch.device("cpu")
+    if isinstance(leaf, torch.dtype):
+        return torch.float64 if leaf.is_floating_point else leaf
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+# ---- outcomes -----------------------------------------------------------------------------------
+
+
+def _outcome(entries: Tensor, shape: Shape, verbatim: bool) -> Moved:
+    """Args: entries: the index of each entry in the flattened weight, or -1 for others."""
+    for order in _transpositions(len(shape)) if verbatim else ():
+        own = torch.arange(math.prod(shape)).reshape(shape).permute(order)
+        if entries.shape == own.shape and torch.equal(entries, own):
+            return _permuted(shape, order)
+    of_weight = entries >= 0
+    lines: list[tuple[frozenset[int], Tensor]] = []
+    reached: list[Tensor] = []
+    for dim, size in enumerate(shape):
+        coordinate = entries // math.prod(shape[dim + 1 :]) % size
+        lines.append(_line(coordinate))
+        reached.append(coordinate[of_weight].unique())
+    return Moved(
+        shape, entries.ndim, False, False, bool(of_weight.all()), tuple(lines), tuple(reached)
+    )
+
+
+def _permuted(shape: Shape, order: Sequence[int]) -> Moved:
+    """The outcome for a weight whose dimensions are in another order."""
+    behind = [len(order) - 1 - list(order).index(dim) for dim in range(len(shape))]
+    lines = [
+        (frozenset({list(order).index(dim)}), torch.arange(size).reshape([-1] + [1] * after))
+        for dim, (size, after) in enumerate(zip(shape, behind, strict=True))
+    ]
+    same = list(order) == sorted(order)
+    reached = tuple(torch.arange(size) for size in shape)
+    return Moved(shape, len(shape), same, not same, True, tuple(lines), reached)
+
+
+def _transpositions(dims: int) -> list[list[int]]:
+    """The orders of dimensions in which a weight is itself, and its transpose."""
+    own = list(range(dims))
+    return [own, [*own[:-2], *reversed(own[-2:])]] if dims > 1 else [own]
+
+
+def _line(coordinate: Tensor) -> tuple[frozenset[int], Tensor]:
+    """The dimensions along which a coordinate varies, and its values along these."""
+    dims = range(coordinate.ndim)
+    varying = {d for d in dims if bool((coordinate != coordinate.narrow(d, 0, 1)).any())}
+    for dim in set(dims) - varying:
+        coordinate = coordinate.narrow(dim, 0, 1)
+    return frozenset(varying), coordinate
+
+
+def _is_view(value: Any, base: Tensor) -> bool:
+    """Whether a tensor shows the entries of another as they are."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == base.dtype
+        and not (value.is_neg() or value.is_conj())
+        and value.untyped_storage()._cdata == base.untyped_storage()._cdata
+    )
+
+
+def _same_view(first: Tensor, second: Tensor) -> bool:
+    return (first.shape, first.stride(), first.storage_offset()) == (
+        second.shape,
+        second.stride(),
+        second.storage_offset(),
+    )
