@@ -49,7 +49,7 @@ def test_forms_tells_the_four_apart(forms: ModuleType) -> None:
         "frozen": ("linear", "refused"),
     }
     assert "tanh" in found["bent"]["reason"]
-    assert found["frozen"]["reason"] == "is read under torch.no_grad() alone"
+    assert found["frozen"]["reason"] == "is read only under torch.no_grad()"
     row = forms.row("all", list(found.values()))
     assert (row["branch, %"], row["less those by choice, %"]) == ("25.0", "33.3")
 

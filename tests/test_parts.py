@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxlora
 from fxlora import ConfigError, InjectError, LoraConfig, Rule
+from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
 
@@ -362,27 +364,62 @@ def test_parts_of_a_weight_that_is_read_through_a_view() -> None:
 
 
 UNKNOWN = {
-    "permute": lambda x, w: x @ w.permute(1, 0, 2).flatten(1),
-    "movedim": lambda x, w: torch.nn.functional.linear(x, w[0].movedim(0, 1)),
-    "tensordot": lambda x, w: torch.tensordot(x, w, ([1], [1])),
-    "gathered": lambda x, w: torch.bmm(x[None].expand(2, -1, -1), w[torch.arange(2) % 2]),
+    "an op without a row": lambda x, w: torch.tensordot(x, w, ([1], [1])),
+    "inverse": lambda x, w: F.linear(x, torch.linalg.inv(w[0, :, :5])),
+    "flipped": lambda x, w: F.linear(x, w[0].t().flip(0)),
+    "out of order": lambda x, w: F.linear(x, w[0].t()[torch.tensor([1, 0, 2, 3, 4, 5])]),
+    "twice": lambda x, w: F.linear(x, torch.cat([w[0].t(), w[0].t()])),
+    "its own square": lambda x, w: F.linear(x, w[0] @ w[0].t()),
+    "summed up": lambda x, w: F.linear(x, w[0].t().cumsum(0)),
+    "divided by a norm": lambda x, w: F.linear(x, (w[0] / w[0].norm()).t()),
+    "another way, too": lambda x, w: F.linear(x, w[0].t()) + F.linear(x, w[0].t().flip(0)),
+    "turned in blocks": lambda x, w: F.linear(x, w.permute(2, 0, 1).reshape(12, 5)),
 }
 
 
 @pytest.mark.parametrize("read", UNKNOWN.values(), ids=UNKNOWN)
 @pytest.mark.parametrize("asked", ["parts", "dora"])
 def test_outputs_that_cannot_be_told_are_refused(read, asked: str) -> None:
-    class Guessed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(2, 5, 6))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return read(x, self.w)
-
-    gm = fxlora.capture(Guessed(), torch.randn(3, 5))
+    gm = fxlora.capture(Guessed(read), torch.randn(3, 5))
     config = LoraConfig(r=1, use_dora=asked == "dora")
-    more = {"parts": {"a": (0, 2)}} if asked == "parts" else {}
+    more = {"parts": {"a": (0, 1)}} if asked == "parts" else {}
     assert len(fxlora.match(gm, Rule("w", lora=LoraConfig(r=1)))) == 1
     with pytest.raises(fxlora.UnsupportedOpError, match="cannot be told"):
         fxlora.match(gm, Rule("w", lora=config, **more))
+
+
+# What the op's outputs are, by row of the weight's dimension of outputs, is known in these.
+TOLD = {
+    "as a matrix": ("oio", lambda x, w: F.linear(x, w.transpose(1, 2).flatten(0, 1))),
+    "permuted": ("oio", lambda x, w: x @ w.permute(1, 0, 2).flatten(1)),
+    "one of a stack": ("eio", lambda x, w: F.linear(x, w[0].movedim(0, 1))),
+    "einsum": ("eio", lambda x, w: F.linear(x, torch.einsum("ij->ji", w[1]))),
+    "times a unit matrix": ("eio", lambda x, w: F.linear(x, torch.mm(torch.eye(6), w[1].t()))),
+    "gathered": ("eio", lambda x, w: torch.bmm(x[None].expand(2, -1, -1), w[torch.arange(2)])[1]),
+}
+
+
+@pytest.mark.parametrize(("roles", "read"), TOLD.values(), ids=TOLD)
+def test_a_part_changes_its_own_outputs_and_no_others(roles: str, read) -> None:
+    """Measured on the outputs; the layout of the product is not asked."""
+    model, x = Guessed(read), torch.randn(3, 5)
+    gm = fxlora.capture(model, x)
+    (site,) = find_sites(gm)
+    size = 2 if roles.startswith("o") else 6
+    rules = Rule("w", lora=LoraConfig(r=1), parts=2, enable=[True, False])
+    lora = fxlora.inject(gm, fxlora.match(gm, rules)).eval()
+    randomise(lora)
+    changed = (lora(x) - model(x)).detach().abs().amax(0).reshape(size, -1).amax(1)
+    assert bool((changed[: size // 2] > 0).all())
+    assert not changed[size // 2 :].any()
+    assert site.layout.roles == roles and site.layout_known
+
+
+class Guessed(nn.Module):
+    def __init__(self, read) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 5, 6))
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x, self.w)

@@ -122,5 +122,5 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a node is kept although nothing may take its result."""
     if node.op == "call_function" and node.is_impure():
         return True
-    known = isinstance(node.target, torch._ops.OpOverload)  # else it may do anything
-    return node.op == "output" or not (known or node.users)
+    known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    return node.op == "output" or not (known or node.users)  # an unknown one may do anything

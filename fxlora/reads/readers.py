@@ -235,7 +235,7 @@ class _Walk:
             moved=given,
             alone=alone,
             beside=row is not None and self._beside(row, node, value, way.path),
-            untrained=self._untrained(node, value, way),
+            untrained=self._untrained(node, value, way, given),
         )
 
     def _makes_weight(self, node: fx.Node) -> bool:
@@ -250,9 +250,11 @@ class _Walk:
             ahead += [user for user in value.users if user in constants and user not in met]
         return False
 
-    def _untrained(self, node: fx.Node, value: fx.Node, way: _Way) -> str:
+    def _untrained(self, node: fx.Node, value: fx.Node, way: _Way, given: Moved | None) -> str:
         """Why no gradient comes back to the weight from a node, or ""."""
         flow = self.seen.flow
+        if given and not all(len(coordinates) for coordinates in given.reached):
+            return f"through {way.ops[0]}, which leaves none of its entries"
         if way.cut:
             return f"through {way.cut}"
         if node not in flow.recording:

@@ -62,13 +62,21 @@ class Moved:
         """
         if not self.whole or len(read.roles) != self.dims:
             return None
-        roles = _with_unit_dimensions(
-            ["".join({read.roles[dim] for dim in varying}) for varying, _ in self.lines]
-        )
+        roles = self._along(["".join({read.roles[d] for d in dims}) for dims, _ in self.lines])
         known = all(len(role) == 1 for role in roles) and {"i", "o"} <= set(roles)
         if not known or not all(self._in_order(roles, role) for role in set(roles)):
             return None
         return Layout("".join(roles))
+
+    def _along(self, roles: Sequence[str]) -> list[str]:
+        """The roles with those of dimensions whose coordinate does not vary.
+
+        One of size 1 takes its neighbour's; of a longer one a single matrix is taken, as of a
+        stack.
+        """
+        known = next(filter(None, roles), "")
+        stacked = (r or ("e" if n > 1 else "") for r, n in zip(roles, self.shape, strict=True))
+        return [known := role or known for role in stacked]
 
     def _in_order(self, roles: Sequence[str], role: str) -> bool:
         """Whether the entries of one role follow each other as they do in the weight."""
@@ -76,12 +84,6 @@ class Moved:
         for size, (_, line), mine in zip(self.shape, self.lines, roles, strict=True):
             place = place * size + line if mine == role else place
         return bool((place.flatten().diff() > 0).all())
-
-
-def _with_unit_dimensions(roles: Sequence[str]) -> list[str]:
-    """The coordinate of a dimension of size 1 never varies: it takes its neighbour's role."""
-    known = next(filter(None, roles), "")
-    return [known := role or known for role in roles]
 
 
 def moved(
@@ -227,7 +229,8 @@ class _Way:
         last = values[-1]
         if not isinstance(last, _Stand):
             return None
-        return _outcome(last.names.long() - 1, self.shape, last.verbatim)
+        entries = torch.where(last.entry, last.names, 0.0).long() - 1
+        return _outcome(entries, self.shape, last.verbatim)
 
 
 _KNOWN: dict[Hashable, Moved | None] = {}
@@ -241,13 +244,15 @@ class _Stand:
     """Stand-ins for a tensor that depends on the weight, in both runs.
 
     Attributes:
-        names: the number (from 1) of the entry at each place, as float64; 0 elsewhere.
+        names: the number (from 1) of the entry at each place, as float64.
         values: random values for the same entries.
+        entry: where the places hold entries of the weight; elsewhere both runs are equal.
         verbatim: whether nothing but moves was done on the way.
     """
 
     names: Tensor
     values: Tensor
+    entry: Tensor
     verbatim: bool
 
 
@@ -260,7 +265,7 @@ class _Replay:
 
     def start(self, shape: Shape) -> _Stand:
         names = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
-        return _Stand(names, self._values(names), True)
+        return _Stand(names, self._values(names), torch.ones(shape, dtype=torch.bool), True)
 
     def after(self, step: _Step, values: Sequence[Any]) -> Any:
         """The stand-in for a step's result; its value, where it does not depend on the weight.
@@ -291,7 +296,7 @@ class _Replay:
         entry = inside & (self._values(torch.where(inside, names, 0.0)) == values)
         if not bool((entry | (names == values)).all()):
             raise _UnknownError
-        return _Stand(torch.where(entry, names, 0.0), values, verbatim)
+        return _Stand(names, values, entry, verbatim)
 
     def _pointwise(self, step: _Step, given: Sequence[Any]) -> _Stand:
         """An op that torch declares to work entry by entry leaves them in their places."""
@@ -299,10 +304,13 @@ class _Replay:
             raise _UnknownError
         tensors = (_side(value, "names") for value in given)
         shape = torch.broadcast_shapes(*(t.shape for t in tensors if isinstance(t, Tensor)))
-        first, *others = (v.names.expand(shape) for v in given if isinstance(v, _Stand))
+        first, *others = (
+            torch.where(v.entry, v.names, 0.0).expand(shape) for v in given if isinstance(v, _Stand)
+        )
         if not all(torch.equal(first, other) for other in others):
             raise _UnknownError
-        return _Stand(first, self._values(first), False)
+        entry = first > 0
+        return _Stand(first, torch.where(entry, self._values(first), 0.0), entry, False)
 
     def _values(self, names: Tensor) -> Tensor:
         return self.table[names.long()]
