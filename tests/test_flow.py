@@ -1,0 +1,216 @@
+"""What trains: no adapter is accepted that no gradient can reach, wherever the gradient stops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._higher_order_ops import scan, while_loop
+from torch.utils.checkpoint import checkpoint
+
+import fxlora
+from fxlora import LoraConfig, Rule, UnsupportedOpError
+
+from .laws import check_laws, randomise
+
+Op = Callable[[torch.Tensor], torch.Tensor]
+X = torch.randn(4, 5, dtype=torch.float64)
+
+
+class Two(nn.Module):
+    """Two layers; `stop` is applied to the first, inside or outside of a region."""
+
+    def __init__(self, stop: Op, region=contextlib.nullcontext, inside: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(5, 7)
+        self.stop, self.region, self.inside = stop, region, inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.region():
+            y = self.a(x)
+            y = self.stop(y) if self.inside else y
+        return (y if self.inside else self.stop(y)).to(x.dtype) + self.b(x)
+
+
+STOPS: dict[str, Op] = {
+    "detach": lambda y: y.detach(),
+    "data": lambda y: y.data,
+    "sign": torch.sign,
+    "sgn": torch.sgn,
+    "round": torch.round,
+    "round decimals": lambda y: torch.round(y, decimals=2),
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "fix": torch.fix,
+    "heaviside": lambda y: torch.heaviside(y, torch.ones_like(y)),
+    "comparison": lambda y: (y > 0).double(),
+    "argmax": lambda y: y.argmax(-1, keepdim=True).double(),
+    "argsort": lambda y: y.argsort(-1).double(),
+    "bernoulli": lambda y: torch.bernoulli(y.sigmoid()),
+    "integers": lambda y: y.long().double(),
+    "floor_divide": lambda y: y.detach() // 2,
+    "zeros_like": torch.zeros_like,
+    "behind another": lambda y: torch.tanh(torch.round(y) * 2),
+    "times nothing": lambda y: y * 0,
+    "one hot": lambda y: F.one_hot(y.argmax(-1), 7).double(),
+}
+PASSES: dict[str, Op] = {
+    "straight through": lambda y: y + (torch.round(y) - y).detach(),
+    "frac": torch.frac,
+    "remainder": lambda y: torch.remainder(y, 2.0),
+    "relu": torch.relu,
+    "clamp": lambda y: y.clamp(-0.5, 0.5),
+    "gate": lambda y: torch.where(y > 0, y, 0.1 * y),
+    "abs": torch.abs,
+    "sort": lambda y: y.sort(-1).values,
+    "softmax": lambda y: y.softmax(-1),
+    "norm": lambda y: y / y.norm(dim=-1, keepdim=True),
+    "beside its own step": lambda y: y * torch.sign(y).detach(),
+}
+REGIONS = {
+    "no region": contextlib.nullcontext,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16, enabled=False),
+    "enable_grad": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+@pytest.mark.parametrize("name", STOPS)
+def test_what_no_gradient_reaches_is_refused(name: str, region, inside: bool) -> None:
+    if region is not contextlib.nullcontext and name not in ("detach", "round", "argmax"):
+        inside = not inside  # one way round each is enough
+    gm = fxlora.capture(Two(STOPS[name], region, inside).double(), X)
+    with pytest.raises(UnsupportedOpError, match=r"'a' .* its adapter would never train"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+    assert len(fxlora.match(gm, Rule("b", lora=LoraConfig(r=2)))) == 1
+
+
+@pytest.mark.parametrize("name", ["detach", "data", "sign", "round", "argmax", "comparison"])
+def test_the_tracer_refuses_it_too(name: str) -> None:
+    gm = fxlora.capture(Two(STOPS[name]).double())
+    with pytest.raises(UnsupportedOpError, match=r"'a' .* its adapter would never train"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+
+
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+@pytest.mark.parametrize("name", PASSES)
+def test_what_a_gradient_reaches_trains(name: str, region) -> None:
+    lora = fxlora.adapt(
+        Two(PASSES[name], region).double(), X, rules=Rule("a", lora=LoraConfig(r=2))
+    )
+    randomise(lora)
+    lora.train()(X).square().sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in fxlora.lora_parameters(lora))
+
+
+def test_a_weight_whose_way_is_cut_is_refused() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 7), nn.Linear(5, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, torch.round(self.a.weight)) + self.b(x)
+
+    gm = fxlora.capture(Rounded(), X.float())
+    with pytest.raises(UnsupportedOpError, match=r"'a' .* read only through round"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+
+
+class Conditional(nn.Module):
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.cut = nn.Linear(5, 7), nn.Linear(5, 7), cut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.a(-x), (x,))
+        return (y.detach() if self.cut else y) + self.b(x)
+
+
+def test_a_detach_behind_a_cond() -> None:
+    gm = fxlora.capture(Conditional(True).double(), X)
+    with pytest.raises(UnsupportedOpError, match="would never train"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+    check_laws(Conditional(False), (X,), rules=Rule("a", lora=LoraConfig(r=2)))
+
+
+class OneResultOfTwo(nn.Module):
+    """A region with two results, of which one is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(5, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.cond(
+            x.sum() > 0,
+            lambda x: (self.a(x), self.b(x)),
+            lambda x: (self.a(-x), self.b(-x)),
+            (x,),
+        )
+        return first.detach() + second
+
+
+def test_the_results_of_a_region_are_told_apart() -> None:
+    gm = fxlora.capture(OneResultOfTwo(), X.float())
+    with pytest.raises(UnsupportedOpError, match=r"'a' .* would never train"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+    assert len(fxlora.match(gm, Rule("b", lora=LoraConfig(r=2)))) == 1
+
+
+class Carried(nn.Module):
+    """A loop whose second carried value feeds the first at the next step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def step(carry, item):
+            first, second = carry
+            return (first + second, torch.tanh(self.a(item))), first
+
+        carry, _ = scan(step, (x[0], x[0]), x, dim=0)
+        return carry[0]
+
+
+def test_what_a_loop_carries_from_step_to_step_trains() -> None:
+    gm = fxlora.capture(Carried(), X.float())
+    assert len(fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))) == 1
+
+
+class Tested(nn.Module):
+    """A weight that only the test of a loop reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 1), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def goes_on(n, y):
+            return (n < 3) & (self.a(y).sum() < 100)
+
+        return while_loop(goes_on, lambda n, y: (n + 1, self.b(y)), (torch.tensor(0), x))[1]
+
+
+def test_the_test_of_a_loop_reads_its_weight() -> None:
+    gm = fxlora.capture(Tested(), X.float())
+    with pytest.raises(UnsupportedOpError, match=r"'a' .* would never train"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+
+
+def test_a_checkpoint_is_no_end() -> None:
+    class Checkpointed(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stop(checkpoint(self.a, x, use_reentrant=False)) + self.b(x)
+
+    gm = fxlora.capture(Checkpointed(STOPS["detach"]).double(), X)
+    with pytest.raises(UnsupportedOpError, match="would never train"):
+        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+    check_laws(Checkpointed(torch.tanh), (X,), rules=Rule("a", lora=LoraConfig(r=2)))
