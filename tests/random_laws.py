@@ -28,9 +28,8 @@ from torch import nn
 
 import fxlora
 from fxlora import LoraConfig, Rule
-from fxlora.plan import Entry
 
-from .laws import assert_untouched, floats, randomise, run, snapshot
+from .laws import assert_untouched, floats, randomise, snapshot
 from .random_models import RANK, Drawn, Shape, draw
 
 ALPHA = 3
@@ -53,6 +52,7 @@ class Judgement:
     Attributes:
         adapted: the weights that were adapted, by name.
         refused: the typed error of every other weight.
+        inert: what is adapted and cannot change the outputs, because the weight cannot.
         failure: what is wrong, and the traceback, if anything is.
     """
 
@@ -60,6 +60,7 @@ class Judgement:
     frontend: str
     adapted: list[str] = field(default_factory=list)
     refused: dict[str, fxlora.FxLoraError] = field(default_factory=dict)
+    inert: list[str] = field(default_factory=list)
     failure: str = ""
     trace: str = ""
 
@@ -99,7 +100,7 @@ def _judge(judgement: Judgement) -> None:
     side.check_capture()
     rules = list(side.accepted(names, judgement))
     if rules:
-        side.check_adapted(rules)
+        judgement.inert += side.check_adapted(rules)
     assert_untouched(model, before)
 
 
@@ -110,13 +111,12 @@ class Side:
     """A captured model beside its source, which is built anew to be called with other weights."""
 
     def __init__(self, drawn: Drawn, args: tuple[Any, ...], gm: fxlora.CapturedModule) -> None:
-        self.drawn, self.args, self.gm = drawn, args, gm
+        self.drawn, self.gm = drawn, gm
+        self.calls = (args, (-args[0], *args[1:]))  # the other one takes a cond's other branch
+        self.base = self.outputs(gm)
 
     def check_capture(self) -> None:
-        for training in (False, True):
-            error = distance(self.outputs(self.gm, training), self.source({}, training))
-            if error > 1e-12:
-                raise Wrong(f"the capture differs by {error:.1g} ({_mode(training)})")
+        _same(self.base, self.source({}), "the capture differs", 1e-12)
 
     def accepted(self, names: list[str], judgement: Judgement) -> Iterator[Rule]:
         """The rules, each for one weight, that match takes; the others are refused."""
@@ -127,7 +127,7 @@ class Side:
                 plan = fxlora.match(self.gm, rule)
             except fxlora.FxLoraError as error:
                 judgement.refused[name] = error
-                self._check_refused(again, rule, error)
+                _check_refused(again, rule, error)
                 continue
             if name not in plan.entries[0].names:
                 raise Wrong(f"the rule for {name} adapts {plan.entries[0].names}")
@@ -136,50 +136,67 @@ class Side:
             judgement.adapted.append(name)
             yield rule
 
-    def _check_refused(
-        self, again: fxlora.CapturedModule, rule: Rule, error: fxlora.FxLoraError
-    ) -> None:
-        try:
-            fxlora.match(again, rule)
-        except fxlora.FxLoraError as other:
-            if str(other) == str(error):
-                return
-        raise Wrong(f"what is refused on a module is not on its copy: {error}")
-
-    def check_adapted(self, rules: list[Rule]) -> None:
+    def check_adapted(self, rules: list[Rule]) -> list[str]:
+        """Every law on the adapted model; returns the weights that change no output."""
         lora = fxlora.inject(self.gm, fxlora.match(self.gm, rules))
-        self._same(lora, self.gm, "injection is not the identity", 1e-12)
+        _same(self.outputs(lora), self.base, "injection is not the identity", 1e-12)
         torch.manual_seed(self.drawn.seed)
         randomise(lora)
-        self._check_effect(lora)
+        inert = self._check_effect(lora)
         folded = fxlora.fold(lora)
         self._check_folded(lora, folded)
-        for training in (False, True):
-            self._check_source(lora, folded, training)
+        self._check_gradients(lora, folded)
         self._check_copies(lora, folded)
+        return inert
 
     # ---- the laws ---------------------------------------------------------------------------
 
-    def _check_effect(self, lora: fxlora.CapturedModule) -> None:
-        """Each adapter changes the outputs, with all others at zero."""
+    def _check_effect(self, lora: fxlora.CapturedModule) -> list[str]:
+        """Each adapter changes the outputs, with all others at zero, if its weight can."""
+        still: list[str] = []
         for entry in lora.plan or ():
             alone = copy.deepcopy(lora)
             for other in lora.plan or ():
                 if other.name_b != entry.name_b:
                     alone.get_parameter(other.name_b).data.zero_()
-            changes = [
-                distance(self.outputs(alone, mode), self.source({}, mode)) for mode in (False, True)
-            ]
-            if max(changes) <= EFFECT:
-                raise Wrong(f"the adapter of {entry.site} has no effect")
+            if distance(self.outputs(alone), self.base) <= EFFECT:
+                still += entry.names
+        return self._check_still(still)
+
+    def _check_still(self, names: list[str]) -> list[str]:
+        """Raise where the source's outputs depend on a weight, or where nothing reads its values."""
+        parameters = _parameters(self.drawn.build(plain=True)[0])
+        for name in names:
+            weight = parameters[name].detach().requires_grad_()
+            outputs = self.source({name: weight}, grad=True)
+            if not any(o.requires_grad for o in outputs):
+                raise Wrong(f"{name} is adapted, and no value of it is read")
+            if bool(gradients(outputs, {name: weight})[name].any()):
+                raise Wrong(f"the adapter of {name} has no effect")
+        return names
 
     def _check_folded(self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule) -> None:
-        self._same(folded, lora, "folded and unfolded differ", self.drawn.tolerance)
-        given = {name: weight.detach() for name, weight in _parameters(folded).items()}
-        for training in (False, True):
-            error = distance(self.outputs(folded, training), self.source(given, training))
-            if error > self.drawn.tolerance:
-                raise Wrong(f"a read does not see the folded weight: {error:.1g}")
+        """The fold is the unfolded module, and every read in the source sees its weights."""
+        found, tolerance = self.outputs(folded), self.drawn.tolerance
+        _same(found, self.outputs(lora), "folded and unfolded differ", tolerance)
+        weights = {name: weight.detach() for name, weight in _parameters(folded).items()}
+        _same(found, self.source(weights), "a read does not see the folded weight", tolerance)
+
+    def _check_gradients(self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule) -> None:
+        """Outputs and gradients are those of the source, called with the merged weights."""
+        factors = {
+            name: lora.get_parameter(name).detach().requires_grad_() for name in _names(lora)
+        }
+        expected = self.source(self._merged(lora, folded, factors), grad=True)
+        module = copy.deepcopy(lora)
+        found = self._in_both_modes(module)
+        _same(found, expected, "not the source with W0 + s·BA", self.drawn.tolerance)
+        ours = gradients(found, {name: module.get_parameter(name) for name in factors})
+        theirs = gradients(expected, factors)
+        for name in factors:
+            error = distance([ours[name]], [theirs[name]])
+            if error > 100 * self.drawn.tolerance:
+                raise Wrong(f"the gradient of {name} differs by {error:.1g}")
 
     def _merged(
         self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule, factors: Weights
@@ -199,74 +216,67 @@ class Side:
             weights |= dict.fromkeys(entry.names, merged)
         return weights
 
-    def _check_source(
-        self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule, training: bool
-    ) -> None:
-        """Outputs and gradients are those of the source, called with the merged weights."""
-        factors = {n: lora.get_parameter(n).detach().requires_grad_() for n in _factors(lora)}
-        weights = self._merged(lora, folded, factors)
-        module = copy.deepcopy(lora).train(training)
-        found = _called(module, self.args)
-        expected = self.source(weights, training, grad=True)
-        error = distance(found, expected)
-        if error > self.drawn.tolerance:
-            raise Wrong(f"not the source with W0 + s·BA: {error:.1g} ({_mode(training)})")
-        own = {name: module.get_parameter(name) for name in factors}
-        ours, theirs = gradients(found, own), gradients(expected, factors)
-        for name in factors:
-            error = distance([ours[name]], [theirs[name]])
-            if error > 100 * self.drawn.tolerance:
-                raise Wrong(f"the gradient of {name} differs by {error:.1g} ({_mode(training)})")
-
     def _check_copies(self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule) -> None:
-        self._same(copy.deepcopy(lora), lora, "a copy differs")
-        self._same(fxlora.fold(copy.deepcopy(lora)), folded, "the fold of a copy differs")
-        self._same(fxlora.fold(folded), folded, "folding twice differs")
-        removed = fxlora.remove(lora)
-        self._same(removed, self.gm, "remove does not give the base")
-        rules = list(lora.plan.rules) if lora.plan else []
-        again = fxlora.match(removed, rules).entries
-        if lora.plan is None or again != lora.plan.entries:
+        again, whole = copy.deepcopy(lora), self.outputs(folded)
+        _same(self.outputs(fxlora.fold(again)), whole, "the fold of a copy differs")
+        _same(self.outputs(fxlora.fold(folded)), whole, "folding twice differs")
+        removed = fxlora.remove(again)
+        _same(self.outputs(removed), self.base, "remove does not give the base")
+        assert lora.plan
+        if fxlora.match(removed, list(lora.plan.rules)).entries != lora.plan.entries:
             raise Wrong("what remove gives has another plan")
-
-    def _same(
-        self, found: nn.Module, expected: nn.Module, what: str, tolerance: float = 0.0
-    ) -> None:
-        for training in (False, True):
-            error = distance(self.outputs(found, training), self.outputs(expected, training))
-            if error > tolerance:
-                raise Wrong(f"{what}: {error:.1g} ({_mode(training)})")
 
     # ---- runs -------------------------------------------------------------------------------
 
-    def outputs(self, module: nn.Module, training: bool) -> Tensors:
-        return run(copy.deepcopy(module).train(training), self.args, {})
+    def outputs(self, module: nn.Module) -> Tensors:
+        with torch.no_grad():
+            return self._in_both_modes(copy.deepcopy(module))
 
-    def source(self, weights: Weights, training: bool, grad: bool = False) -> Tensors:
+    def source(self, weights: Weights, grad: bool = False) -> Tensors:
         """The source's outputs with these weights in place of its own."""
-        model = self.drawn.build(plain=True)[0].train(training)
+        model = self.drawn.build(plain=True)[0].requires_grad_(False)
 
-        def call(*args: Any) -> Any:
+        def called(*args: Any) -> Any:
             return torch.func.functional_call(model, weights, args, tie_weights=False)
 
         with torch.set_grad_enabled(grad):
-            return _called(call, self.args)
+            return self._in_both_modes(model, called)
+
+    def _in_both_modes(
+        self, module: nn.Module, called: Callable[..., Any] | None = None
+    ) -> Tensors:
+        """The outputs of all calls, in eval mode and then (it writes to buffers) in train mode."""
+        found: Tensors = []
+        for training in (False, True):
+            module.train(training)
+            torch.manual_seed(1)
+            for args in self.calls:
+                found += floats((called or module)(*args))
+        return found
 
 
-def _called(module: Callable[..., Any], args: tuple[Any, ...]) -> Tensors:
-    torch.manual_seed(1)
-    return floats(module(*args))
+def _check_refused(module: fxlora.CapturedModule, rule: Rule, error: fxlora.FxLoraError) -> None:
+    try:
+        fxlora.match(module, rule)
+    except fxlora.FxLoraError as other:
+        if str(other) == str(error):
+            return
+    raise Wrong(f"what is refused on a module is not on its copy: {error}")
 
 
-def _mode(training: bool) -> str:
-    return "train" if training else "eval"
+def _same(found: Tensors, expected: Tensors, what: str, tolerance: float = 0.0) -> None:
+    half = len(found) // 2
+    for mode, part in (("eval", slice(half)), ("train", slice(half, None))):
+        error = distance(found[part], expected[part])
+        if error > tolerance:
+            raise Wrong(f"{what}: {error:.1g} ({mode})")
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
-def _factors(lora: fxlora.CapturedModule) -> list[str]:
+def _names(lora: fxlora.CapturedModule) -> list[str]:
     return [name for entry in lora.plan or () for name in entry.trainable]
 
 
@@ -283,7 +293,10 @@ def distance(found: Tensors, expected: Tensors) -> float:
 
 def gradients(outputs: Tensors, parameters: Weights) -> Weights:
     """Of a loss whose cotangents cancel nothing; zeros where none arrives."""
-    terms = [(o * torch.linspace(0.5, 1.5, o.numel()).view(o.shape).to(o)).sum() for o in outputs]
+    terms = [
+        (o * torch.linspace(n, n + 1, o.numel()).view(o.shape).to(o)).sum()
+        for n, o in enumerate(outputs, 1)
+    ]
     found = torch.autograd.grad(
         torch.stack(terms).sum(), [*parameters.values()], allow_unused=True, materialize_grads=True
     )
@@ -345,7 +358,9 @@ class Tally:
         return self.adapted / max(self.adapted + sum(self.reasons.values()), 1)
 
     def __str__(self) -> str:
+        inert = sum(len(j.inert) for j in self.judgements)
         lines = [f"{len(self.judgements)} captures, {self.adapted} weights adapted"]
+        lines += [f"{inert:6} of them cannot change the outputs"]
         lines += [f"{n:6} refused, {reason}" for reason, n in self.reasons.most_common()]
         failures = Counter(re.sub(r"\d\S*", "#", j.failure)[:160] for j in self.failures)
         lines += [f"{n:6} FAILED, {what}" for what, n in failures.most_common()]

@@ -355,8 +355,9 @@ def _selected(w: Writer, shape: Shape, depth: int) -> str | None:
 @way
 def _moved(w: Writer, shape: Shape, depth: int) -> str:
     inner = _grouped(w.weight(shape, depth))
-    return w.choice(("{}.flip(0)", "{}.flip(-1)", "torch.roll({}, 1, 0)", "torch.roll({}, 2, -1)"))\
-        .format(inner)
+    return w.choice(
+        ("{}.flip(0)", "{}.flip(-1)", "torch.roll({}, 1, 0)", "torch.roll({}, 2, -1)")
+    ).format(inner)
 
 
 @way
@@ -371,15 +372,13 @@ def _turned(w: Writer, shape: Shape, depth: int) -> str | None:
 @way
 def _indexed(w: Writer, shape: Shape, depth: int) -> str:
     inner = _grouped(w.weight((shape[0] + 2, *shape[1:]), depth))
-    index = w.buffer(f"torch.randperm({shape[0] + 2})[:{shape[0]}]")
-    rest = ", None" * (len(shape) - 1)
-    return w.choice(
-        (
-            f"{inner}[{index}]",
-            f"{inner}.index_select(0, {index})",
-            f"torch.gather({inner}, 0, {index}[:{rest}].expand({_sizes(shape)}))",
-            f"torch.take_along_dim({inner}, {index}[:{rest}], 0)",
-        )
+    order = f"torch.randperm({shape[0] + 2})[:{shape[0]}]"
+    if w.chance(0.5):
+        return inner + w.choice(("[{}]", ".index_select(0, {})")).format(w.buffer(order))
+    behind = ", None" * (len(shape) - 1)
+    index = w.buffer(f"{order}[:{behind}].repeat({_sizes((1, *shape[1:]))})")
+    return w.choice(("torch.gather({}, 0, {})", "torch.take_along_dim({}, {}, 0)")).format(
+        inner, index
     )
 
 
@@ -389,7 +388,9 @@ def _concatenated(w: Writer, shape: Shape, depth: int) -> str | None:
     if shape[dim] < 4:
         return None
     half = shape[dim] // 2 - 1
-    parts = [w.weight((*shape[:dim], n, *shape[dim + 1 :]), depth) for n in (half, shape[dim] - half)]
+    parts = [
+        w.weight((*shape[:dim], n, *shape[dim + 1 :]), depth) for n in (half, shape[dim] - half)
+    ]
     return f"torch.cat([{', '.join(parts)}], {dim})"
 
 
@@ -403,7 +404,7 @@ def _stacked(w: Writer, shape: Shape, depth: int) -> str:
 @way
 def _scaled(w: Writer, shape: Shape, depth: int) -> str:
     inner = _grouped(w.weight(shape, depth))
-    mask = w.buffer(f"(torch.rand({_sizes(shape)}) > 0.3).to(torch.get_default_dtype())")
+    mask = w.buffer(f"torch.rand({_sizes(shape)}) > 0.3")
     return w.choice(
         (
             f"{inner} * 0.7",
@@ -411,8 +412,8 @@ def _scaled(w: Writer, shape: Shape, depth: int) -> str:
             f"{inner} / {shape[-1]}",
             f"{inner} + {mask}",
             f"-{inner}",
-            f"torch.where({mask} > 0, {inner}, 0.1)",
-            f"{inner}.masked_fill({mask} > 0, 0.0)",
+            f"torch.where({mask}, {inner}, 0.1)",
+            f"{inner}.masked_fill({mask}, 0.0)",
             f"{inner} * x.mean()",
         )
     )
@@ -514,7 +515,9 @@ def _expanded(w: Writer, shape: Shape, depth: int) -> str | None:
 @way
 def _padded(w: Writer, shape: Shape, depth: int) -> str:
     inner = w.weight((*shape[:-1], shape[-1] - 1), depth) if shape[-1] > 3 else None
-    return f"F.pad({inner}, (1, 0))" if inner else f"{_grouped(w.weight(shape, depth))}.contiguous()"
+    return (
+        f"F.pad({inner}, (1, 0))" if inner else f"{_grouped(w.weight(shape, depth))}.contiguous()"
+    )
 
 
 # ---- readers of a matrix -------------------------------------------------------------------------
@@ -639,7 +642,9 @@ def _sequential(w: Writer, width: int) -> tuple[list[str], int]:
 @step()
 def _parameters_in_a_container(w: Writer, width: int) -> tuple[list[str], int]:
     inner, out = w.size(), w.size()
-    texts = [f"nn.Parameter(torch.randn({a}, {b}) * 0.3)" for a, b in ((width, inner), (inner, out))]
+    texts = [
+        f"nn.Parameter(torch.randn({a}, {b}) * 0.3)" for a, b in ((width, inner), (inner, out))
+    ]
     if w.chance(0.5):
         held = w.module(f"nn.ParameterList([{', '.join(texts)}])")
         return [f"for w in {held}:", "    x = torch.tanh(x @ w)"], out
