@@ -29,7 +29,7 @@ from torch import nn
 import fxlora
 from fxlora import LoraConfig, Rule
 
-from .laws import assert_untouched, floats, randomise, snapshot
+from .laws import Wrong, assert_untouched, called_with, distance, floats, randomise, snapshot
 from .random_models import RANK, Drawn, Shape, draw
 
 ALPHA = 3
@@ -39,10 +39,6 @@ EFFECT = 1e-9  # of the largest output: rounding is far below, an adapter far ab
 
 Tensors = list[torch.Tensor]
 Weights = dict[str, torch.Tensor]
-
-
-class Wrong(Exception):
-    """No error was raised, and the result is not what it should be."""
 
 
 @dataclass
@@ -164,7 +160,7 @@ class Side:
         return self._check_still(still)
 
     def _check_still(self, names: list[str]) -> list[str]:
-        """Raise where the source's outputs depend on a weight, or where nothing reads its values."""
+        """Raise where outputs depend on a weight after all, or nothing reads its values."""
         parameters = _parameters(self.drawn.build(plain=True)[0])
         for name in names:
             weight = parameters[name].detach().requires_grad_()
@@ -189,7 +185,7 @@ class Side:
         }
         expected = self.source(self._merged(lora, folded, factors), grad=True)
         module = copy.deepcopy(lora)
-        found = self._in_both_modes(module)
+        found = self._outputs(module)
         _same(found, expected, "not the source with W0 + s·BA", self.drawn.tolerance)
         ours = gradients(found, {name: module.get_parameter(name) for name in factors})
         theirs = gradients(expected, factors)
@@ -230,28 +226,26 @@ class Side:
 
     def outputs(self, module: nn.Module) -> Tensors:
         with torch.no_grad():
-            return self._in_both_modes(copy.deepcopy(module))
+            return self._outputs(copy.deepcopy(module))
 
     def source(self, weights: Weights, grad: bool = False) -> Tensors:
         """The source's outputs with these weights in place of its own."""
         model = self.drawn.build(plain=True)[0].requires_grad_(False)
 
-        def called(*args: Any) -> Any:
-            return torch.func.functional_call(model, weights, args, tie_weights=False)
-
         with torch.set_grad_enabled(grad):
-            return self._in_both_modes(model, called)
+            return self._in_both_modes(model, lambda args: called_with(model, weights, args))
 
-    def _in_both_modes(
-        self, module: nn.Module, called: Callable[..., Any] | None = None
-    ) -> Tensors:
+    def _outputs(self, module: nn.Module) -> Tensors:
+        return self._in_both_modes(module, lambda args: floats(module(*args)))
+
+    def _in_both_modes(self, module: nn.Module, called: Callable[..., Tensors]) -> Tensors:
         """The outputs of all calls, in eval mode and then (it writes to buffers) in train mode."""
         found: Tensors = []
         for training in (False, True):
             module.train(training)
             torch.manual_seed(1)
             for args in self.calls:
-                found += floats((called or module)(*args))
+                found += called(args)
         return found
 
 
@@ -278,17 +272,6 @@ def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _names(lora: fxlora.CapturedModule) -> list[str]:
     return [name for entry in lora.plan or () for name in entry.trainable]
-
-
-def distance(found: Tensors, expected: Tensors) -> float:
-    """Largest difference, as a part of the largest entry expected."""
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return math.inf
-        size = max(float(b.detach().abs().max()), 1e-30)
-        worst = max(worst, float((a - b).detach().abs().max()) / size)
-    return worst
 
 
 def gradients(outputs: Tensors, parameters: Weights) -> Weights:
@@ -335,6 +318,9 @@ class Tally:
     """Counts over many models."""
 
     judgements: list[Judgement] = field(default_factory=list)
+
+    def of(self, frontend: str) -> Tally:
+        return Tally([j for j in self.judgements if j.frontend == frontend])
 
     @property
     def failures(self) -> list[Judgement]:

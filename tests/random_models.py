@@ -763,7 +763,7 @@ def _region(w: Writer, width: int) -> tuple[list[str], int]:
     read = f"torch.tanh({w.read(width, out)})"
     f = w.name("f")
     function = [f"def {f}(x):", f"    return {read}"]
-    grouped = [f"with {{}}:", f"    x = {read}"]
+    grouped = ["with {}:", f"    x = {read}"]
     kind = w.choice(("call", "checkpoint", "autocast", "off", "enable_grad", "lambda"))
     if kind == "call":
         return [*function, f"x = {f}(x) + {f}(torch.sin(x))"], out
