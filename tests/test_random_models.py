@@ -14,8 +14,8 @@ def check(seeds: range) -> None:
     tally = judge_all(seeds)
     assert not tally.failures, "\n\n".join(map(str, tally.failures))
     exported = tally.of("export")
-    assert exported.adapted > 2 * len(seeds) * 0.6, str(tally)
-    assert exported.share > 0.8, str(tally)  # who refuses everything is never wrong
+    assert exported.adapted >= len(seeds), str(tally)
+    assert exported.share > 0.75, str(tally)  # who refuses everything is never wrong
     assert tally.of("tracer").share > 0.3, str(tally)
 
 
