@@ -21,6 +21,10 @@ from fxlora.plan import Entry
 TOLERANCE = 1e-10
 
 
+class Wrong(Exception):
+    """No error was raised, and the result is not what it should be."""
+
+
 def floats(outputs: Any) -> list[torch.Tensor]:
     leaves = pytree.tree_leaves(outputs)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -30,6 +34,29 @@ def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: 
     torch.manual_seed(seed)
     with torch.no_grad():
         return floats(module(*args, **kwargs))
+
+
+def called_with(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> list[torch.Tensor]:
+    """The oracle: the source's outputs with other weights, each under all of its names."""
+    given = dict(weights)  # of a module under two names, torch puts the old weight back there
+    return floats(torch.func.functional_call(model, given, args, kwargs, tie_weights=False))
+
+
+def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest difference, as a part of the largest entry expected."""
+    assert len(found) == len(expected) > 0
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        scale = float(b.detach().abs().max())
+        worst = max(worst, float((a - b).detach().abs().max()) / max(scale, 1e-30))
+    return worst
 
 
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -123,8 +150,7 @@ def oracle(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[torch.Tensor]:
-    weights = merged_weights(model, lora, factors)
-    return floats(torch.func.functional_call(model, weights, args, kwargs, tie_weights=False))
+    return called_with(model, merged_weights(model, lora, factors), args, kwargs)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

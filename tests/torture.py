@@ -33,11 +33,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import fxlora
 
 from . import laws
+from .laws import Wrong, called_with, distance
 from .patterns import Pattern
 
 CHECKS = ("effect train", "effect eval", "gradient", "folded == unfolded", "exports")
@@ -48,10 +48,6 @@ RANK, ALPHA = 2, 3
 EFFECT = 1e-8  # of the largest output: rounding is far below, an adapter far above
 
 Tensors = list[torch.Tensor]
-
-
-class Wrong(Exception):
-    """No error was raised, and the result is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -328,20 +324,7 @@ def outputs(
     if training is not None and isinstance(module, nn.Module):
         module = copy.deepcopy(module).train(training)
     torch.manual_seed(1)
-    leaves = pytree.tree_leaves(module(*args))
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def distance(found: Tensors, expected: Tensors) -> float:
-    """Largest difference, as a part of the largest entry expected."""
-    assert len(found) == len(expected) > 0
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return float("inf")
-        scale = float(b.detach().abs().max())
-        worst = max(worst, float((a - b).detach().abs().max()) / max(scale, 1e-30))
-    return worst
+    return laws.floats(module(*args))
 
 
 def _effect_train(side: Side) -> None:
@@ -419,11 +402,8 @@ def _reference(side: Side, weights: dict[str, torch.Tensor], training: bool) -> 
         model.load_state_dict(side.source.state_dict())
     model.train(training)
 
-    def call(*args: Any) -> Any:
-        given = dict(weights)  # of a module under two names, torch puts the old weight back there
-        return torch.func.functional_call(model, given, args, tie_weights=False)
-
-    return outputs(call, side.args)
+    torch.manual_seed(1)
+    return called_with(model, weights, side.args)
 
 
 def _written(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Tensors:

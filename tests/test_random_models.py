@@ -1,0 +1,38 @@
+"""Random models through both frontends: right under every law, or a typed error."""
+
+from __future__ import annotations
+
+import pytest
+
+from .random_laws import judge_all
+from .random_models import draw
+
+QUICK, SLOW = 8, 25  # models a test
+
+
+def check(seeds: range) -> None:
+    tally = judge_all(seeds)
+    assert not tally.failures, "\n\n".join(map(str, tally.failures))
+    exported = tally.of("export")
+    assert exported.adapted >= len(seeds), str(tally)
+    assert exported.share > 0.75, str(tally)  # who refuses everything is never wrong
+    assert tally.of("tracer").share > 0.3, str(tally)
+
+
+@pytest.mark.parametrize("batch", range(5))
+def test_forty_models(batch: int) -> None:
+    check(range(batch * QUICK, (batch + 1) * QUICK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(20))
+def test_five_hundred_models(batch: int) -> None:
+    check(range(1000 + batch * SLOW, 1000 + (batch + 1) * SLOW))
+
+
+def test_a_seed_is_a_model() -> None:
+    one, again = draw(3), draw(3)
+    assert one == again
+    (model, args), (other, _) = one.build(), again.build(plain=True)
+    assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert model(*args).equal(other(*args))
