@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import CaptureError, FxLoraWarning
 from ..fx.alike import alike
@@ -25,7 +24,7 @@ from .kept.hooks import refuse_backward_hooks
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
-from .tree import attach, build_tree, read_by_own_names
+from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
 @torch.inference_mode(False)  # what is made in it can never train
@@ -91,7 +90,8 @@ def _check_model(model: nn.Module) -> None:
             f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
         )
     refuse_backward_hooks(model)
-    if any(not is_lazy(p) and p.is_inference() for p in model.parameters()):
+    refuse_lazy(model)
+    if any(p.is_inference() for p in model.parameters()):
         raise CaptureError(
             f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
             "never take part in training. Make it outside, or capture copy.deepcopy(model)."
@@ -119,7 +119,7 @@ def _capture_exported(
     register_containers(model)
     kwargs = in_signature_order(model, kwargs)
     try:
-        source = export_modes(model, examples_for(args, kwargs, dynamic_shapes))
+        source = export_modes(working_copy(model), examples_for(args, kwargs, dynamic_shapes))
     except CaptureError as failure:
         if dynamic_shapes is not None:  # of a whole graph, which was asked for
             raise
