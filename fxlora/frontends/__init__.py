@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import CaptureError, FxLoraWarning
+from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.alike import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
@@ -18,6 +18,7 @@ from ..module.shell import Shell
 from ..tables import some
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
+from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
 from .kept.hooks import refuse_backward_hooks
@@ -59,6 +60,19 @@ def capture(
         CaptureError: the model cannot be captured; says where in the model's code.
     """
     _check_model(model)
+    try:
+        return _capture(model, args, kwargs, dynamic_shapes)
+    except (FxLoraError, Warning):  # (where warnings are errors)
+        raise
+    except Exception as error:
+        values = (args, kwargs)
+        raise capture_error(model, "either", error, values=values, otherwise=_REPORT) from error
+
+
+_REPORT = "fxlora does not foresee this: please report it, with the model."
+
+
+def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> CapturedModule:
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is not None or kwargs is not None:
@@ -79,6 +93,11 @@ def _check_model(model: nn.Module) -> None:
     """Raise where no road can capture a model."""
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is compiled by TorchScript. Capture the module that it was "
+            "made from, or, for inputs, nn.Sequential(model), where names start with '0.'."
+        )
     if isinstance(model, CapturedModule):
         raise CaptureError(
             "the module is captured already: match, inject, fold, … take it as it is. To capture "
@@ -139,7 +158,7 @@ def _capture_by_regions(
         f"{failure} Its submodules are captured instead, and its Python calls them: "
         f"{some(module.regions)}. Print the module for the rest.",
         FxLoraWarning,
-        stacklevel=5,  # capture's decorator is a frame, too
+        stacklevel=6,  # capture's decorator is a frame, too
     )
     return module
 

@@ -29,7 +29,7 @@ from .contract import contract_of
 from .examples import Example
 from .failures import capture_error
 from .kept.checkpoints import marked_checkpoints, marks_of
-from .kept.containers import watch_updates
+from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
 from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
@@ -99,10 +99,12 @@ def _export_mode(
         CaptureError: none of the examples exports; the cause is the last one's error.
     """
     own, failure = examples[-1], None
+    outputs: list[Any] = []
     larger: tuple[fx.GraphModule, InputSpec, Example] | None = None
     for example in examples:
         try:
-            module, spec = _attempt(model, example, mode)
+            with recorded_outputs(model) as outputs:
+                module, spec = _attempt(model, example, mode)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -115,7 +117,8 @@ def _export_mode(
     assert failure is not None
     if isinstance(failure, CaptureError):  # of the contract, which says it better
         raise failure
-    raise capture_error(model, mode, failure) from failure
+    values = (own.args, own.kwargs, outputs)
+    raise capture_error(model, mode, failure, values=values) from failure
 
 
 def depends_on_data(error: BaseException | None) -> bool:

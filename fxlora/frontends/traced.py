@@ -61,7 +61,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
         raise
     except Exception as error:
         raise capture_error(
-            model, mode, error, "Give example inputs: capture(model, args)."
+            model, mode, error, otherwise="Give example inputs: capture(model, args)."
         ) from error
     lower(graph)
     return module

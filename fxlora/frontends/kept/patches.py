@@ -8,10 +8,13 @@ other one gets what was there before.
 from __future__ import annotations
 
 import builtins
+import functools
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
+
+from torch.fx._symbolic_trace import _Patcher
 
 _LOCK = threading.Lock()
 _ABSENT = object()
@@ -44,6 +47,26 @@ def patched(obj: Any, **names: Any) -> Generator[Callable[[], int]]:
                     del place.values[thread]
                 if not place.values:
                     _restore(place)
+
+
+@contextmanager
+def torchs_own_patches_here() -> Generator[None]:
+    """Within, what torch.fx puts on nn.Module while it traces (`__call__`, `__getattr__`) holds for
+    this thread alone, too: a tracer refuses modules that are not its root's."""
+    thread = threading.get_ident()
+    patch_method = _Patcher.patch_method
+
+    def patch_here(self: Any, cls: type, name: str, new: Any, deduplicate: bool = True) -> None:
+        before: Any = getattr(cls, name)
+
+        @functools.wraps(new)
+        def chosen(*args: Any, **kwargs: Any) -> Any:
+            return (new if threading.get_ident() == thread else before)(*args, **kwargs)
+
+        patch_method(self, cls, name, chosen, deduplicate)
+
+    with patched(_Patcher, patch_method=patch_here):
+        yield
 
 
 class _Place:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ...errors import CaptureError
 from ...module import CapturedModule
 from .generators import own_generators
-from .patches import patched
+from .patches import patched, torchs_own_patches_here
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -40,6 +40,7 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         stack.enter_context(_state_of(model))
         stack.enter_context(_quiet())
         stack.enter_context(own_generators())
+        stack.enter_context(torchs_own_patches_here())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_inference_as_no_grad())
         stack.enter_context(torch.enable_grad())
