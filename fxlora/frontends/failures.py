@@ -52,12 +52,11 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
             "caches)."
         )
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if kinds := {
-        kind for t in (*tensors, *model.parameters(), *model.buffers()) if (kind := _odd(t))
-    }:
+    if kinds := {*map(_odd, (*tensors, *model.parameters(), *model.buffers()))} - {""}:
         return (
-            f"Graphs are of dense tensors; among the inputs and weights are {', '.join(sorted(kinds))} "
-            "ones. Convert those (to_dense, to_padded_tensor, dequantize)."
+            "Graphs are of dense tensors; among the inputs and weights are "
+            f"{', '.join(sorted(kinds))} ones. Convert those (to_dense, to_padded_tensor, "
+            "dequantize)."
         )
     if packed := _packed(model):
         return (
