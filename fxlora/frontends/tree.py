@@ -97,7 +97,7 @@ def _own_parameters(model: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         own = memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-        own.__dict__.update(parameter.__dict__)
+        vars(own).update(vars(parameter))
     return memo
 
 

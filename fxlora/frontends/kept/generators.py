@@ -142,15 +142,24 @@ def _seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
 
 
 def _cuda_seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
+    def seed(seed: int) -> None:
+        own.seed(seed, "cuda")
+
     def seed_all(seed: int) -> None:
         for device in _devices()[1:]:
             own.seed(seed, device)
 
+    def get_state(device: Any = "cuda") -> torch.Tensor:
+        return own.of(_cuda(device)).get_state()
+
+    def set_state(state: torch.Tensor, device: Any = "cuda") -> None:
+        own.set_state(state, _cuda(device))
+
     return {
-        "manual_seed": lambda seed: own.seed(seed, "cuda"),
+        "manual_seed": seed,
         "manual_seed_all": seed_all,
-        "get_rng_state": lambda device="cuda": own.of(_cuda(device)).get_state(),
-        "set_rng_state": lambda state, device="cuda": own.set_state(state, _cuda(device)),
+        "get_rng_state": get_state,
+        "set_rng_state": set_state,
     }
 
 
