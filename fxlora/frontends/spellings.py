@@ -227,10 +227,11 @@ def _wants_integers(kind: Any) -> bool:
 
 def _repeated(value: Any, number: int | None) -> Any:
     """n integers for one, or for a sequence of one."""
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if isinstance(value, fx.Proxy) or value is None or not number or len(values) == number:
+    if not number or value is None or isinstance(value, fx.Proxy):
         return value
-    return values * number if len(values) == 1 else value
+    if isinstance(value, list | tuple):
+        return value * number if len(value) == 1 < number else value
+    return [value] * number
 
 
 def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: Bound) -> None:
