@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,93 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
         if path.stem not in ("ops", "spellings", "facts"):
             for name in ("aten.linear", "aten.conv", "aten.embedding", "aten.matmul"):
                 assert name not in text, f"{path.name} names {name}"
+
+
+# ---- who writes to graphs -----------------------------------------------------------------------
+
+# Besides passes/, which rewrite captured graphs: files that write to a graph, and to which.
+GRAPH_WRITERS = {
+    "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
+    "frontends/contract.py": "a graph of its own for each guard",
+    "frontends/kept/checkpoints.py": "checkpoints become nested graphs while a capture is made",
+    "frontends/kept/functions.py": "calls of autograd.Functions, in a graph just exported",
+    "frontends/spellings.py": "aten overloads for Python's spellings, in a graph just traced",
+    "frontends/tree.py": "tied weights under each module's name, in a capture that is being made",
+    "fx/nested.py": "operands of calls of nested graphs: the helper that passes write with",
+    "module/captured.py": "the meta of a module's copy, no node's",
+    "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
+    "module/shell.py": "the one call that a module of regions consists of",
+    "proof/coverage.py": "a copy of its own without the adapters, to see what still reads weights",
+}
+
+_EDITS = {
+    *("create_node", "erase_node", "node_copy", "graph_copy", "eliminate_dead_code"),
+    *("inserting_before", "inserting_after"),
+    *("replace_all_uses_with", "replace_input_with", "update_arg", "update_kwarg", "insert_arg"),
+    *("call_function", "call_method", "call_module", "placeholder", "output", "get_attr"),
+    *("_replace_input_with", "_update_args_kwargs", "process_inputs"),
+}
+_PARTS = {"op", "target", "args", "kwargs", "meta", "graph", "_args", "_kwargs"}  # of a node
+_DICT_EDITS = {"update", "pop", "setdefault", "clear", "popitem"}
+
+
+def _graph_edits(path: Path) -> list[str]:
+    """The lines of a file that write to a torch.fx graph."""
+    found: list[ast.AST] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_meta = isinstance(node.func.value, ast.Attribute) and node.func.value.attr == "meta"
+            if node.func.attr in _EDITS or (of_meta and node.func.attr in _DICT_EDITS):
+                found.append(node)
+        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
+        if isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        found += [target for target in targets if _is_part_of_node(target)]
+    return [f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}" for node in found]
+
+
+def _is_part_of_node(target: ast.AST) -> bool:
+    """Whether an assignment is to `node.target`, `node.meta[...]`, …, and not to one's own."""
+    if isinstance(target, ast.Tuple | ast.List):
+        return any(map(_is_part_of_node, target.elts))
+    if isinstance(target, ast.Subscript):
+        target = target.value
+        if isinstance(target, ast.Attribute) and target.attr not in ("meta", "_args", "_kwargs"):
+            return False
+    if not isinstance(target, ast.Attribute) or target.attr not in _PARTS:
+        return False
+    return not (isinstance(target.value, ast.Name) and target.value.id == "self")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_passes_rewrite_captured_graphs(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    edits = _graph_edits(path)
+    if name not in GRAPH_WRITERS and not name.startswith("passes/"):
+        assert not edits, f"passes/ rewrite captured graphs: {', '.join(edits)}"
+
+
+def test_graph_writers_exist() -> None:
+    assert set(GRAPH_WRITERS) <= {path.relative_to(PACKAGE).as_posix() for path in FILES}
+
+
+def test_every_way_of_writing_to_a_graph_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    writes = [
+        "graph.erase_node(n)",
+        "n.replace_all_uses_with(m)",
+        "n.args = (m,)",
+        "n.meta['val'] = m",
+        "n.meta.update(m)",
+        "a, n.target = 1, 'x'",
+        "del n.meta['val']",
+        "with graph.inserting_after(n): pass",
+        "module.graph = graph",
+    ]
+    for number, line in enumerate(writes):
+        path = tmp_path / f"writes_{number}.py"
+        path.write_text(line)
+        assert _graph_edits(path), line
+    reads = tmp_path / "reads.py"
+    reads.write_text("self.args = n.args\nx = n.meta['val']\nn.users\nd['args'] = 1")
+    assert not _graph_edits(reads)

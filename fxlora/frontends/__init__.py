@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 
-from ..errors import CaptureError, FxLoraWarning
+from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.alike import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
@@ -19,13 +18,14 @@ from ..module.shell import Shell
 from ..tables import some
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
+from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
 from .kept.hooks import refuse_backward_hooks
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
-from .tree import attach, build_tree, read_by_own_names
+from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
 @torch.inference_mode(False)  # what is made in it can never train
@@ -60,6 +60,19 @@ def capture(
         CaptureError: the model cannot be captured; says where in the model's code.
     """
     _check_model(model)
+    try:
+        return _capture(model, args, kwargs, dynamic_shapes)
+    except (FxLoraError, Warning):  # (where warnings are errors)
+        raise
+    except Exception as error:
+        values = (args, kwargs)
+        raise capture_error(model, "either", error, values=values, otherwise=_REPORT) from error
+
+
+_REPORT = "fxlora does not foresee this: please report it, with the model."
+
+
+def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> CapturedModule:
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is not None or kwargs is not None:
@@ -80,6 +93,11 @@ def _check_model(model: nn.Module) -> None:
     """Raise where no road can capture a model."""
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is compiled by TorchScript. Capture the module that it was "
+            "made from, or, for inputs, nn.Sequential(model), where names start with '0.'."
+        )
     if isinstance(model, CapturedModule):
         raise CaptureError(
             "the module is captured already: match, inject, fold, … take it as it is. To capture "
@@ -91,7 +109,8 @@ def _check_model(model: nn.Module) -> None:
             f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
         )
     refuse_backward_hooks(model)
-    if any(not is_lazy(p) and p.is_inference() for p in model.parameters()):
+    refuse_lazy(model)
+    if any(p.is_inference() for p in model.parameters()):
         raise CaptureError(
             f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
             "never take part in training. Make it outside, or capture copy.deepcopy(model)."
@@ -119,7 +138,7 @@ def _capture_exported(
     register_containers(model)
     kwargs = in_signature_order(model, kwargs)
     try:
-        source = export_modes(model, examples_for(args, kwargs, dynamic_shapes))
+        source = export_modes(working_copy(model), examples_for(args, kwargs, dynamic_shapes))
     except CaptureError as failure:
         if dynamic_shapes is not None:  # of a whole graph, which was asked for
             raise
@@ -139,7 +158,7 @@ def _capture_by_regions(
         f"{failure} Its submodules are captured instead, and its Python calls them: "
         f"{some(module.regions)}. Print the module for the rest.",
         FxLoraWarning,
-        stacklevel=5,  # capture's decorator is a frame, too
+        stacklevel=6,  # capture's decorator is a frame, too
     )
     return module
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ..errors import CaptureError
 from ..module.inputs import (
@@ -45,52 +49,97 @@ def contract_of(
             for path, _ in paths
         ]
         leaves.append(tuple(group))
-    guards = tuple(_guards(program, model, example))
+    guards = tuple(_guards(module, [leaf for group in leaves for leaf in group], model))
     return InputSpec(names, tuple(structures), tuple(leaves), guards)
 
 
-def _guards(program: ExportedProgram, model: nn.Module, example: Example) -> Iterator[Guard]:
-    """torch.export's remaining assumptions, written over the leaves instead of its `L[...]`."""
-    paths = _paths(model, example)
-    by_length = sorted(enumerate(paths), key=lambda item: -len(item[1]))
-    for text in getattr(program, "_guards_code", None) or ():
-        code = text
-        for index, path in by_length:
-            code = code.replace(path, f"V[{index}]")
-        if "L[" in code:
+def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:
+    """torch.export's remaining assumptions, from its symbols: as functions of the leaves."""
+    environment = _shape_env(module)
+    if environment is None:
+        return
+    sizes = _sizes(leaves)
+    inputs: set[sympy.Symbol] = set(environment.var_to_sources)
+    for guard in environment.guards:
+        if not guard.expr.free_symbols <= inputs:
+            continue  # of a size that depends on the data, which the graph itself checks
+        condition: Any = environment.replace(guard.expr)
+        if condition is sympy.true:
+            continue
+        if unknown := [s for s in condition.free_symbols if str(s) not in sizes]:
             raise CaptureError(
-                f"{type(model).__name__}: torch.export assumes {text}, which cannot be checked at "
-                "a call. Give dynamic_shapes with that dimension static."
+                f"{type(model).__name__}: torch.export assumes {condition}, but no input shows "
+                f"{unknown[0]}, so that it cannot be checked at a call. Give dynamic_shapes with "
+                "that dimension static."
             )
-        readable = re.sub(r"L\['(\w+)'\]", r"\1", text).replace(".size()[", ".shape[")
-        # torch.export's own words about sizes, as a function that torch.compile can trace too
-        holds = eval(f"lambda V: {code}", {"math": math, "Max": max, "Min": min})
-        yield Guard(readable, holds, _excludes_small(code))
+        yield _guard(condition, {symbol: sizes[str(symbol)] for symbol in condition.free_symbols})
 
 
-def _excludes_small(code: str) -> bool:
-    """Whether a guard only says that some size, or product of sizes, is not 0 or not 1."""
-    more = any(word in code for word in (" and ", " or ", "==", "%"))
-    form = r".+ (!= [01]|> [01]|>= [12])|(0|1) < .+|(1|2) <= .+"
-    return not more and re.fullmatch(form, code) is not None
+@dataclass(frozen=True)
+class _Size:
+    """Where the value of a symbol is among the leaves: a dimension of a tensor, or an integer."""
+
+    leaf: int
+    axis: int | None
+    name: str
+    dim: Dimension
+
+    def of(self, leaves: Any) -> Any:
+        value = leaves[self.leaf]
+        size = value if self.axis is None else value.shape[self.axis]
+        size = size - self.dim.offset if self.dim.offset else size
+        return size // self.dim.scale if self.dim.scale != 1 else size
+
+    def text(self) -> str:
+        size = self.name if self.axis is None else f"{self.name}.shape[{self.axis}]"
+        size = f"({size} - {self.dim.offset})" if self.dim.offset else size
+        return f"{size}/{self.dim.scale}" if self.dim.scale != 1 else size
 
 
-def _paths(model: nn.Module, example: Example) -> list[str]:
-    """What torch.export calls each leaf of the inputs, in the order of the call.
+def _sizes(leaves: Sequence[Input]) -> dict[str, _Size]:
+    """The symbols of a contract, each by the plainest dimension that shows it."""
+    found: dict[str, _Size] = {}
+    for number, leaf in enumerate(leaves):
+        axes: list[tuple[int | None, Any]] = []
+        if isinstance(leaf, TensorInput):
+            axes += enumerate(leaf.dims)
+        elif isinstance(leaf, IntegerInput):
+            axes.append((None, leaf.dim))
+        for axis, dim in axes:
+            if isinstance(dim, Dimension):
+                size = _Size(number, axis, leaf.name, dim)
+                known = found.setdefault(dim.symbol, size)
+                if (dim.scale, dim.offset) == (1, 0) != (known.dim.scale, known.dim.offset):
+                    found[dim.symbol] = size
+    return found
 
-    Its names follow the forward's signature, in which keywords may stand elsewhere.
-    """
-    values = [*example.args, *example.kwargs.values()]
-    numbers = list(range(len(values)))
-    split = len(example.args)
-    keywords = dict(zip(example.kwargs, numbers[split:], strict=True))
-    bound = inspect.signature(model.forward).bind(*numbers[:split], **keywords).arguments
-    places = {number: path for path, number in pytree.tree_flatten_with_path(dict(bound))[0]}
-    return [
-        f"L{pytree.keystr((*places[number], *path))}"
-        for number, value in enumerate(values)
-        for path, _ in pytree.tree_flatten_with_path(value)[0]
-    ]
+
+def _shape_env(module: fx.GraphModule) -> ShapeEnv | None:
+    """What torch.export knows of the symbols in a graph."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    return None
+
+
+def _guard(condition: Any, sizes: dict[sympy.Symbol, _Size]) -> Guard:
+    """A condition on symbols as code over the leaves, which torch.compile and a re-export trace."""
+    graph = fx.Graph()
+    leaves = fx.Proxy(graph.placeholder("leaves"))
+    values = {symbol: size.of(leaves) for symbol, size in sizes.items()}
+    graph.output(sympy_interp(PythonReferenceAnalysis, values, condition).node)
+    holds = fx.GraphModule(nn.Module(), graph, "Guard").forward
+    names = {symbol: sympy.Symbol(size.text()) for symbol, size in sizes.items()}
+    text = PythonPrinter().doprint(condition.xreplace(names))
+    return Guard(text, holds, _excludes_small(condition))
+
+
+def _excludes_small(condition: Any) -> bool:
+    """Whether a condition holds wherever no size is 0 or 1."""
+    larger = {symbol: ValueRanges(2, int_oo) for symbol in condition.free_symbols}
+    return bound_sympy(condition, larger).lower is sympy.true
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:

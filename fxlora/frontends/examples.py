@@ -54,15 +54,16 @@ def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """A copy of every tensor that is given twice (labels=ids): torch.export would take the two
-    inputs for one, for good."""
+    """A copy of every tensor that is given twice (labels=ids), which torch.export would take for
+    one input for good; and of those that were made in inference mode, which it does not take."""
     seen: set[int] = set()
 
     def apart(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
-            seen.add(id(leaf))
+        if not isinstance(leaf, torch.Tensor):
             return leaf
-        return leaf.clone()
+        again = id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.clone() if again or leaf.is_inference() else leaf
 
     return pytree.tree_map(apart, (args, kwargs))
 
@@ -90,7 +91,7 @@ def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _has_batch(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and not leaf.is_nested
 
 
 def _widened(leaf: Any) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import time
-import warnings
+from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,10 +29,11 @@ from .contract import contract_of
 from .examples import Example
 from .failures import capture_error
 from .kept.checkpoints import marked_checkpoints, marks_of
-from .kept.containers import watch_updates
+from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
+from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
-from .kept.state import mode_of, refuse_constant_dice, refuse_state
+from .kept.state import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
 
 
@@ -99,10 +99,12 @@ def _export_mode(
         CaptureError: none of the examples exports; the cause is the last one's error.
     """
     own, failure = examples[-1], None
+    outputs: list[Any] = []
     larger: tuple[fx.GraphModule, InputSpec, Example] | None = None
     for example in examples:
         try:
-            module, spec = _attempt(model, example, mode)
+            with recorded_outputs(model) as outputs:
+                module, spec = _attempt(model, example, mode)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -115,7 +117,8 @@ def _export_mode(
     assert failure is not None
     if isinstance(failure, CaptureError):  # of the contract, which says it better
         raise failure
-    raise capture_error(model, mode, failure) from failure
+    values = (own.args, own.kwargs, outputs)
+    raise capture_error(model, mode, failure, values=values) from failure
 
 
 def depends_on_data(error: BaseException | None) -> bool:
@@ -139,34 +142,23 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
         functions = stack.enter_context(opaque_functions())
         stack.enter_context(no_tensor_hooks())
         stack.enter_context(marked_checkpoints())
-        stack.enter_context(refuse_constant_dice(model))
-        stack.enter_context(refuse_state(model))
-        said = stack.enter_context(warnings.catch_warnings(record=True))
-        warnings.simplefilter("always")
+        stack.enter_context(refuse_constant_draws(type(model).__name__))
+        assigned = stack.enter_context(refuse_state(model))
         program = run_export(model, example)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    for warning in said:
-        if assigned := re.match(_ASSIGNED, str(warning.message)):
-            _refuse_assigned_state(model, module, assigned.group(1))
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
+    _refuse_assigned_state(model, module, assigned)
     functions.restore(module)
     return program, module
 
 
-# What torch.export says of attributes that a forward sets. (Of the list that an RNN keeps of its
-# weights, too: torch.export swaps them underneath.)
-_ASSIGNED = r"The tensor attributes? (.*) (?:was|were) assigned during export"
-
-
-def _refuse_assigned_state(model: nn.Module, module: fx.GraphModule, names: str) -> None:
+def _refuse_assigned_state(
+    model: nn.Module, module: fx.GraphModule, assigned: Collection[str]
+) -> None:
     """Raise if a tensor that the forward replaces is also one that it reads."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in re.findall(r"self\.([\w.]+)", names):
-        if name in read and not name.rpartition(".")[2].startswith("_flat_weights"):
+    for name in assigned:
+        if name in read:
             raise CaptureError(
                 f"{type(model).__name__} keeps state in its attribute '{name}', which a graph "
                 f"cannot: register_buffer('{name.rpartition('.')[2]}', …), and write into that."

@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from .places import defined_at, raised_at
 
+_GRAPH_VALUES = (
+    *(torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool),
+    *(int, float, complex, bool, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
 
 def capture_error(
-    model: nn.Module, mode: str, error: BaseException, otherwise: str = ""
+    model: nn.Module,
+    mode: str,
+    error: BaseException,
+    *,
+    values: Any = (),
+    otherwise: str = "",
 ) -> CaptureError:
-    """The error of a capture that failed, with what to do about it, or `otherwise`."""
-    advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), otherwise)
+    """The error of a capture that failed, with what to do about it, or `otherwise`.
+
+    Args:
+        values: what went in and came out: some kinds of those fit no graph.
+    """
+    advice = _advice(error, list(pytree.tree_leaves(values)), model) or otherwise
     return unable(model, f"could not be captured in {mode} mode", error, advice)
 
 
-_ADVICE = {
-    "pytree": "Inputs and outputs must be tensors in containers that pytree knows: register the "
-    "class (torch.export.register_dataclass for a dataclass, else "
-    "torch.utils._pytree.register_pytree_node), or have the model return no cache (transformers: "
-    "use_cache=False, or a release whose exporters register its caches).",
-    "Constraints violated": "Give Dim.AUTO for that dimension, or a Dim with a range that the "
-    "model treats alike.",
-}
+def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> str:
+    violated = UserErrorType.CONSTRAINT_VIOLATION
+    if isinstance(error, UserError) and error.error_type is violated:
+        return (
+            "Give Dim.AUTO for that dimension, or a Dim with a range that the model treats alike."
+        )
+    if kinds := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _GRAPH_VALUES)}:
+        return (
+            f"Inputs and outputs must be tensors in containers that pytree knows, not "
+            f"{', '.join(sorted(kinds))}: register the class (torch.export.register_dataclass for "
+            "a dataclass, else torch.utils._pytree.register_pytree_node), or have the model return "
+            "no cache (transformers: use_cache=False, or a release whose exporters register its "
+            "caches)."
+        )
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if kinds := {*map(_odd, (*tensors, *model.parameters(), *model.buffers()))} - {""}:
+        return (
+            "Graphs are of dense tensors; among the inputs and weights are "
+            f"{', '.join(sorted(kinds))} ones. Convert those (to_dense, to_padded_tensor, "
+            "dequantize)."
+        )
+    if packed := _packed(model):
+        return (
+            f"'{packed}' packs its weights in an object of its own: capture the model before that."
+        )
+    return ""
+
+
+def _odd(tensor: torch.Tensor) -> str:
+    """What kind of tensor one is whose kernels a trace may not know, else ""."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    return "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
+
+
+def _packed(model: nn.Module) -> str:
+    """The first submodule that holds an object of TorchScript's, as quantized ones do."""
+    for path, module in model.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
+            return path or type(model).__name__
+    return ""
 
 
 def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> CaptureError:
@@ -32,7 +88,8 @@ def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> Ca
     reason = " ".join([lines[0][:300], *(x.strip() for x in lines[1:] if x.startswith("  - "))])
     place = raised_at(error)
     where = f", at {place}" if place else f", in the forward at {defined_at(model.forward)}"
-    message = f"{type(error).__name__}: {reason.rstrip('.')}. {advice}"
+    reason = reason.rstrip(".")
+    message = f"{type(error).__name__}{f': {reason}' if reason else ''}. {advice}"
     result = CaptureError(f"{type(model).__name__} {what}{where}: {message}".rstrip())
     result.__cause__ = error
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError
 from ..fx.effects import arguments_of
 from ..module.program import MODES
-from .kept.state import mode_of, seed_all, undisturbed
+from .kept.generators import Draws, current
+from .kept.state import mode_of, undisturbed
 from .memory import storage_of
 from .places import called_at
-from .tree import twin_of
+from .tree import attribute_that_reaches_modules, twin_of
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
@@ -104,7 +104,7 @@ class Observation:
         if mode in self.failures:
             return True  # nothing to compare with
         try:
-            with undisturbed(module):
+            with undisturbed(module), Draws():
                 found = outcome(module, self.args, self.kwargs)
         except Exception:  # noqa: BLE001 - where the model raised nothing
             return False
@@ -127,7 +127,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for mode in MODES:
         twin = twin_of(model)
         try:
-            with mode_of(twin, mode == "train"), _Watch(twin, mode, seen):
+            with mode_of(twin, mode == "train"), Draws(), _Watch(twin, mode, seen):
                 seen.outcomes[mode] = outcome(twin, args, kwargs)
         except Exception as error:  # noqa: BLE001 - the model raises what it likes
             seen.failures[mode] = error
@@ -137,7 +137,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that a call gives, and the buffers after it, under one seed."""
     args, kwargs = pytree.tree_map(_cloned, (args, kwargs))
-    seed_all()
+    current().seed_all(0)
     leaves = pytree.tree_leaves(module(*args, **kwargs))
     buffers = [b for name, b in module.named_buffers() if not name.startswith("_constants")]
     return [t.detach() for t in (*leaves, *buffers) if isinstance(t, torch.Tensor)]
@@ -160,21 +160,11 @@ def refuse_closures(model: nn.Module, failure: CaptureError) -> None:
     Raises:
         CaptureError: names the attribute.
     """
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            for leaf in pytree.tree_leaves(value):
-                if any(isinstance(held, nn.Module | torch.Tensor) for held in _closed_over(leaf)):
-                    raise CaptureError(
-                        f"{failure} Nor by regions: '{path or type(model).__name__}.{name}' holds "
-                        "a function that reaches a module or tensor by itself, so that no copy of "
-                        "the model can be made. Make it a method."
-                    )
-
-
-def _closed_over(value: Any) -> Iterator[Any]:
-    for cell in getattr(value, "__closure__", None) or ():
-        with suppress(ValueError):  # an empty cell
-            yield cell.cell_contents
+    if attribute := attribute_that_reaches_modules(model):
+        raise CaptureError(
+            f"{failure} Nor by regions: '{attribute}' holds a function that reaches a module or "
+            "tensor by itself, so that no copy of the model can be made. Make it a method."
+        )
 
 
 def _cloned(leaf: Any) -> Any:

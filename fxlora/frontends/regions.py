@@ -23,7 +23,7 @@ from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
 from .kept.state import mode_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
-from .tree import twin_of
+from .tree import twin_of, working_copy
 
 # Ways of calling one submodule that get a graph each; beyond, its children are tried.
 MOST_GRAPHS = 16
@@ -43,6 +43,7 @@ class Regions:
     ) -> None:
         refuse_closures(model, failure)
         self.model, self.failure = model, failure
+        self._traced = working_copy(model)
         self.seen = observe(model, args, kwargs)
         if len(self.seen.failures) == 2:
             raise unable(
@@ -85,7 +86,7 @@ class Regions:
         if path in self._left:
             raise CaptureError(f"'{path}' does not give as a region what it gives in the model.")
         if path not in self._known:
-            self._known[path] = _graphs(self.model, path, self.seen.calls.get(path, ()))
+            self._known[path] = _graphs(self._traced, path, self.seen.calls.get(path, ()))
         return [source.copied() for source in self._known[path]]
 
 

@@ -20,6 +20,7 @@ from torch._dynamo.exc import UserError, UserErrorType
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import CaptureError
+from .kept.patches import patched
 from .places import called_at
 
 
@@ -69,11 +70,8 @@ def watched_sizes() -> Generator[Sizes]:
         if a in self.replacements:  # it may decline
             sizes.record(self, a, self.replacements[a])
 
-    ShapeEnv._set_replacement = recorded
-    try:
+    with patched(ShapeEnv, _set_replacement=recorded):
         yield sizes
-    finally:
-        ShapeEnv._set_replacement = original
 
 
 @contextmanager

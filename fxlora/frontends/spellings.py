@@ -209,6 +209,31 @@ def lower(graph: fx.Graph) -> None:
                 _replace(graph, node, spelling, bound)
 
 
+def _as_declared(overload: Any, given: list[Any]) -> list[Any]:
+    """Arguments as the overload declares them: where it wants n integers, Python takes one, too."""
+    declared = overload._schema.arguments
+    return [
+        _repeated(value, argument.N) if _wants_integers(argument.type) else value
+        for argument, value in zip(declared, given, strict=False)
+    ]
+
+
+def _wants_integers(kind: Any) -> bool:
+    if isinstance(kind, torch.OptionalType):
+        kind = kind.getElementType()
+    element = kind.getElementType() if isinstance(kind, torch.ListType) else None
+    return isinstance(element, torch.IntType | torch.SymIntType)
+
+
+def _repeated(value: Any, number: int | None) -> Any:
+    """n integers for one, or for a sequence of one."""
+    if not number or value is None or isinstance(value, fx.Proxy):
+        return value
+    if isinstance(value, list | tuple):
+        return value * number if len(value) == 1 < number else value
+    return [value] * number
+
+
 def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: Bound) -> None:
     tracer = GraphAppendingTracer(graph)
 
@@ -218,7 +243,8 @@ def _replace(graph: fx.Graph, node: fx.Node, spelling: Spelling, bound: Bound) -
     with graph.inserting_before(node):
         bound = {name: fx.map_arg(given, proxied) for name, given in bound.items()}
         spelling.prepare(bound)
-        new: Any = spelling.overload(bound)(*(bound[name] for name in spelling.order))
+        overload = spelling.overload(bound)
+        new: Any = overload(*_as_declared(overload, [bound[name] for name in spelling.order]))
         new.node.meta = node.meta
         returned = new if spelling.result is None else new[spelling.result]
     node.replace_all_uses_with(returned.node)

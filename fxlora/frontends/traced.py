@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
-from .kept.state import mode_of, refuse_constant_dice
+from .kept.generators import refuse_constant_draws
+from .kept.state import mode_of
 from .memory import storage_of
 from .spellings import WEIGHT_MODULES, lower
 from .tree import twin_of
@@ -48,15 +50,18 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
     """
     try:
         traced = twin_of(model)
-        dice = refuse_constant_dice(traced)
-        with mode_of(traced, mode == "train"), opaque_functions(), dice, _Watch(traced):
+        with ExitStack() as stack:
+            stack.enter_context(mode_of(traced, mode == "train"))
+            stack.enter_context(opaque_functions())
+            stack.enter_context(refuse_constant_draws(type(traced).__name__))
+            stack.enter_context(_Watch(traced))
             graph = WeightTracer().trace(traced, _defaults(traced))
             module = fx.GraphModule(traced, graph)  # takes the constants along, which are on traced
     except CaptureError:
         raise
     except Exception as error:
         raise capture_error(
-            model, mode, error, "Give example inputs: capture(model, args)."
+            model, mode, error, otherwise="Give example inputs: capture(model, args)."
         ) from error
     lower(graph)
     return module
@@ -73,7 +78,7 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses what the tracer would bake into the graph: values of parameters, buffers, dice."""
+    """Refuses what the tracer would bake into the graph: values of parameters, buffers, draws."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

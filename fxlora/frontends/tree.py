@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..fx.calls import call_site
 from ..module import CapturedModule
 from ..module.shell import copied_module
+from .kept.state import plain_tensors
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise where a parameter or buffer has no shape yet.
+
+    Raises:
+        CaptureError: names it.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(
+                f"'{name}' has no shape yet (a lazy module). "
+                "Call the model once on an example before capturing it."
+            )
 
 
 def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:
@@ -54,12 +71,51 @@ def twin_of(model: nn.Module) -> nn.Module:
 
     (What it writes into a parameter in place does not.)
     """
-    memo = {
-        id(p): nn.Parameter(p.detach(), p.requires_grad)
-        for p in model.parameters()
-        if not is_lazy(p)
-    }
-    return copied_module(model, memo)
+    return copied_module(model, _own_parameters(model))
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """The same modules over the same memory, to be traced: the user's keep mode, hooks, attributes.
+
+    Nothing is computed on real values in a trace, so that nothing is written. Of a model that
+    cannot be copied (something on it cannot, or a function reaches its modules by itself) it is
+    the model itself, which is put back as it was.
+    """
+    if attribute_that_reaches_modules(model) is not None:
+        return model
+    memo = _own_parameters(model)
+    for tensor in (*model.buffers(), *(tensor for _, tensor in plain_tensors(model))):
+        memo[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+    try:
+        return copied_module(model, memo)
+    except Exception:  # noqa: BLE001 - what is on a module copies in its own way, or not
+        return model
+
+
+def _own_parameters(model: nn.Module) -> dict[int, Any]:
+    """For a deep copy: a Parameter of its own for each, over the same memory."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        own = memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        vars(own).update(vars(parameter))
+    return memo
+
+
+def attribute_that_reaches_modules(model: nn.Module) -> str | None:
+    """The first attribute that holds a function with a module or tensor of its own: no copy of the
+    model redirects it."""
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            for leaf in pytree.tree_leaves(value):
+                if any(isinstance(held, nn.Module | torch.Tensor) for held in _closed_over(leaf)):
+                    return f"{path or type(model).__name__}.{name}"
+    return None
+
+
+def _closed_over(value: Any) -> Iterator[Any]:
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
 
 
 def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
@@ -79,11 +135,6 @@ def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
 def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
-            raise CaptureError(
-                f"parameter '{name}' has no shape yet (a lazy module). "
-                "Call the model once on an example before capturing it."
-            )
         tensor = parameter.detach()
         if name in written:
             tensor = tensor.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InjectError
 from ..lora.inits import FILLS, STARTS, embedding
 from ..lora.ops import LOOKUPS
 from ..lora.variants import VARIANTS
@@ -22,7 +22,15 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
     if entry.rows is not None:
         start, stop = entry.rows
         weight = weight.narrow(entry.layout.part_dim, start, stop - start)
-    a, b = entry.layout.packed(*_started(entry, weight), entry.covered)
+    try:
+        started = _started(entry, weight)
+    except RuntimeError as error:  # of a kernel, or of a decomposition that does not converge
+        raise InjectError(
+            f"'{entry.site}' ({weight.dtype}, init_lora_weights={entry.init!r}): A and B cannot "
+            f"start: {error} The weight must be of a dtype that torch computes in, and finite "
+            "where they start from its values. Convert it, or take another init."
+        ) from error
+    a, b = entry.layout.packed(*started, entry.covered)
     if entry.padding_idx is not None:
         # No gradient reaches this column, so the row it stands for stays as it was for good.
         a.select(-1, entry.padding_idx).zero_()

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...fx.effects import written_nodes
 from ...fx.nested import call_of, checkpointed, nested_graph
+from .patches import patched
 
 _MARK = "fxlora_checkpoint"
 
@@ -53,21 +54,14 @@ def marked_checkpoints() -> Generator[None]:
         with marks():
             yield
 
-    class Reentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            with marks():
-                return function(*args)
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        with marks():
+            return function(*args)
 
-    patched = {"CheckpointFunction": Reentrant, **dict.fromkeys(_AROUND, around)}
-    before = {name: held for name in patched if (held := getattr(torch_checkpoint, name, None))}
-    try:
-        for name in before:
-            setattr(torch_checkpoint, name, patched[name])
+    here = {name: around for name in _AROUND if hasattr(torch_checkpoint, name)}
+    reentrant = patched(torch_checkpoint.CheckpointFunction, apply=staticmethod(apply))
+    with reentrant, patched(torch_checkpoint, **here):
         yield
-    finally:
-        for name, held in before.items():
-            setattr(torch_checkpoint, name, held)
 
 
 def marks_of(module: fx.GraphModule) -> list[Mark]:

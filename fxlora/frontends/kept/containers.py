@@ -51,6 +51,17 @@ def _register_caches(module: nn.Module) -> None:
 _REGISTRARS: dict[str, Callable[[nn.Module], None]] = {"transformers": _register_caches}
 
 
+@contextmanager
+def recorded_outputs(model: nn.Module) -> Generator[list[Any]]:
+    """Fills a list with what a forward returns, for errors that say which of it fits no graph."""
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
 # ---- arguments that the forward changes ---------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ...errors import CaptureError
 from ..memory import storage_of
+from .patches import patched
 
 _OPEN = object()  # among the arguments of a FunctionCall: where a tensor or a size goes
 
@@ -129,27 +130,21 @@ _active: list[Functions] = []  # of the capture that is going on
 def opaque_functions() -> Generator[Functions]:
     """Have every Function's forward be one opaque op, however its `apply` is reached."""
     functions = Functions()
-    changed: dict[type[Function], Any] = {}
+    with ExitStack() as patches:
 
-    def watch(function: type[Function]) -> None:
-        changed[function] = function.__dict__.get("forward")
-        function.forward = staticmethod(_replacement(functions, function))
+        def watch(function: type[Function]) -> None:
+            forward = staticmethod(_replacement(functions, function))
+            patches.enter_context(patched(function, forward=forward))
 
-    for function in _subclasses(Function):
-        watch(function)
-    base: Any = Function
-    base.__init_subclass__ = classmethod(watch)  # those that a forward defines
-    _active.append(functions)
-    try:
-        yield functions
-    finally:
-        _active.pop()
-        del base.__init_subclass__
-        for function, held in changed.items():
-            if held is None:
-                del function.forward
-            else:
-                function.forward = held
+        for function in list(_subclasses(Function)):
+            watch(function)
+        # those that a forward defines
+        patches.enter_context(patched(Function, __init_subclass__=classmethod(watch)))
+        _active.append(functions)
+        try:
+            yield functions
+        finally:
+            _active.pop()
 
 
 def _replacement(functions: Functions, function: type[Function]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...errors import CaptureError
 from ..places import called_at
+from .patches import patched
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:
@@ -30,14 +31,8 @@ def refuse_backward_hooks(model: nn.Module) -> None:
 @contextmanager
 def no_tensor_hooks() -> Generator[None]:
     """Refuse hooks that a forward puts on tensors."""
-    held = {name: getattr(torch.Tensor, name) for name in _TENSOR_HOOKS}
-    for name in held:
-        setattr(torch.Tensor, name, _refusal(name))
-    try:
+    with patched(torch.Tensor, **{name: _refusal(name) for name in _TENSOR_HOOKS}):
         yield
-    finally:
-        for name, method in held.items():
-            setattr(torch.Tensor, name, method)
 
 
 _TENSOR_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")

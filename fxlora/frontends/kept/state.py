@@ -1,7 +1,6 @@
-"""What a capture must neither see nor change: the model's state, dice, autocast, torch's talk.
+"""What a capture must neither see nor change: the model's state, autocast, torch's talk.
 
-torch.export is not safe to call from two threads, and what is patched here is global: one capture
-at a time.
+torch.export is not safe to call from two threads: one capture at a time.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import random
 import sys
 import threading
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 from ...module import CapturedModule
+from .generators import own_generators
+from .patches import patched, torchs_own_patches_here
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -38,7 +39,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(_state_of(model))
         stack.enter_context(_quiet())
-        stack.enter_context(_dice())
+        stack.enter_context(own_generators())
+        stack.enter_context(torchs_own_patches_here())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_inference_as_no_grad())
         stack.enter_context(torch.enable_grad())
@@ -111,22 +113,48 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def refuse_state(model: nn.Module) -> Generator[None]:
+def refuse_state(model: nn.Module) -> Generator[set[str]]:
     """Raise where a forward keeps state in tensors that are no buffers.
 
     A graph would start from the same state at every call.
 
+    Yields:
+        names of the attributes that the forward gives another tensor: state, if it reads them.
+
     Raises:
-        CaptureError: names the attribute.
+        CaptureError: names the attribute that the forward writes to.
     """
     before = [(name, tensor, tensor._version) for name, tensor in plain_tensors(model)]
-    yield
+    assigned: set[str] = set()
+
+    def compare(*_: Any) -> None:
+        now = {(name, id(tensor)) for name, tensor in plain_tensors(model)}
+        assigned.update(name for name, tensor, _ in before if (name, id(tensor)) not in now)
+
+    handle = model.register_forward_hook(compare)
+    try:
+        with patched(warnings, warn=_without_assignments(warnings.warn)):
+            yield assigned
+    finally:
+        handle.remove()
     for name, tensor, version in before:
         if tensor._version != version:
             raise CaptureError(
                 f"{type(model).__name__} writes to its attribute '{name}' in place, which a graph "
                 f"cannot keep from call to call: register_buffer('{name.rpartition('.')[2]}', …)."
             )
+
+
+def _without_assignments(warn: Callable[..., None]) -> Callable[..., None]:
+    """`warnings.warn` without what torch.export says of every attribute that a forward sets."""
+
+    def chosen(
+        message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **more: Any
+    ) -> None:
+        if sys._getframe(2).f_code.co_name != "_detect_attribute_assignment":  # pyright: ignore[reportPrivateUsage]
+            warn(message, category, max(stacklevel, 1) + 2, source, **more)
+
+    return chosen
 
 
 def _put_back(container: Any, before: Any) -> None:
@@ -153,77 +181,22 @@ def _inference_as_no_grad() -> Generator[None]:
 
     no_grad, which it records, is what is left of that mode in a graph: no gradient.
     """
-    inference: Any = torch.inference_mode
-    enter, leave = inference.__enter__, inference.__exit__
+    enter, leave = torch.inference_mode.__enter__, torch.inference_mode.__exit__
+    entered: dict[int, list[torch.no_grad]] = {}
 
     def enter_no_grad(self: Any) -> None:
-        self.stand_in = torch.no_grad() if self.mode else None
-        self.stand_in.__enter__() if self.stand_in else enter(self)
+        if not self.mode:
+            return enter(self)
+        entered.setdefault(id(self), []).append(torch.no_grad())
+        return entered[id(self)][-1].__enter__()
 
     def leave_no_grad(self: Any, *error: Any) -> None:
-        self.stand_in.__exit__(*error) if self.stand_in else leave(self, *error)
+        if not entered.get(id(self)):  # entered before the capture, or inference_mode(False)
+            return leave(self, *error)
+        return entered[id(self)].pop().__exit__(*error)
 
-    inference.__enter__, inference.__exit__ = enter_no_grad, leave_no_grad
-    try:
+    with patched(torch.inference_mode, __enter__=enter_no_grad, __exit__=leave_no_grad):
         yield
-    finally:
-        inference.__enter__, inference.__exit__ = enter, leave
-
-
-# ---- dice ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _dice() -> Generator[None]:
-    """Every generator as it was."""
-    numpy: Any = sys.modules.get("numpy")
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    python, arrays = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(arrays)
-
-
-@contextmanager
-def refuse_constant_dice(model: nn.Module) -> Generator[None]:
-    """Raise where numbers that Python or numpy draws would be constants of a graph.
-
-    (torch's own draws are nodes.)
-
-    Raises:
-        CaptureError: names the generators.
-    """
-    numpy: Any = sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy and numpy.random.get_state()
-    yield
-    drawn = [] if random.getstate() == python else ["random"]
-    if numpy and not _same_state(numpy.random.get_state(), arrays):
-        drawn.append("numpy.random")
-    if drawn:
-        raise CaptureError(
-            f"{type(model).__name__} draws numbers from {' and '.join(drawn)} in its forward, "
-            "which a graph would repeat for ever. Draw them with torch (torch.rand), or turn "
-            "what needs them off."
-        )
-
-
-def seed_all(seed: int = 0) -> None:
-    """Every generator at the same place, for two runs to be compared."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed)
-
-
-def _same_state(first: Any, second: Any) -> bool:
-    return all(
-        bool((a == b).all()) if hasattr(a, "all") else a == b
-        for a, b in zip(first, second, strict=True)
-    )
 
 
 # ---- torch's talk -------------------------------------------------------------------------------
@@ -245,18 +218,22 @@ def _quiet() -> Generator[None]:
     if os.environ.get("TORCH_LOGS"):
         yield
         return
+    thread = threading.get_ident()
     loggers = [logging.getLogger(name) for name in _LOGGERS]
-    exporting: Any = _trace
+
+    def of_others(_: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
     for logger in loggers:
-        logger.addFilter(_nothing)
-    exporting.print = _nothing  # in that module alone; what the model prints is its own
+        logger.addFilter(of_others)
     try:
-        yield
+        # in that module alone; what the model prints is its own
+        with patched(_trace, print=_nothing):
+            yield
     finally:
-        del exporting.print
         for logger in loggers:
-            logger.removeFilter(_nothing)
+            logger.removeFilter(of_others)
 
 
-def _nothing(*_: object, **__: object) -> bool:
-    return False
+def _nothing(*_: object, **__: object) -> None:
+    return None
