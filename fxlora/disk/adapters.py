@@ -183,7 +183,7 @@ def _changed(module: CapturedModule, layout: _Layout) -> dict[str, torch.Tensor]
     for name in module.trained:
         tensors[layout.key(name)] = module.get_parameter(name)
     for name, buffer in module.named_buffers():
-        if not _same(buffer, module.originals.get(name)):
+        if not _same(buffer, module.known.originals.get(name)):
             tensors[layout.key(name)] = buffer
     return tensors
 
@@ -248,7 +248,7 @@ def load_adapter(
         result = inject(module, started)
     except (ConfigError, InjectError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
-    result.plan = plan
+    result.update_state(plan=plan)
     _fill(result, layout, content)
     return result
 

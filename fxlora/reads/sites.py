@@ -132,7 +132,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
                     site,
                     tied=tuple(name for name in every_name if name not in names),
                     aliases=(*site.aliases, *_parametrized(module, names)),
-                    overlaps=(*overlaps.get(first, ()), *module.mirrors.get(first, ())),
+                    overlaps=(*overlaps.get(first, ()), *module.known.mirrors.get(first, ())),
                     outside=uncovered.get(first),
                 )
             )
