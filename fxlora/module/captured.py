@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..tables import render, some
 from .fingerprints import fingerprint
 from .inputs import InputSpec
-from .program import Program, ProgramModule, tensors_of
+from .program import Program, ProgramModule, code_of, tensors_of
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .shell import Shell, shell_program
 
@@ -34,7 +34,7 @@ class CapturedModule(ProgramModule):
         folded: what was folded into the weights, in order.
         trained: names of parameters outside A and B that train (in full, as copies).
         originals: the tensors that training may change, as they were before injection.
-        fingerprints: of the weights under adapters, which nothing may change.
+        fingerprints: of every weight that an adapted module leaves as it is, by all its names.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
         mirrors: names of buffers and constants in a parameter's memory, by its name: the graphs
@@ -59,7 +59,7 @@ class CapturedModule(ProgramModule):
         self.folded: tuple[Plan, ...] = ()
         self.trained: frozenset[str] = frozenset()
         self.originals: dict[str, torch.Tensor] = {}
-        self.fingerprints: dict[str, int] = {}
+        self.fingerprints: dict[tuple[str, ...], int] = {}
         self.grads: frozenset[str] = frozenset()
         self.outputs: frozenset[str] = frozenset()
         self.mirrors: Mapping[str, tuple[str, ...]] = {}
@@ -121,6 +121,21 @@ class CapturedModule(ProgramModule):
             adapted = {name for entry in self.plan or () for name in entry.names}
             self.shell.bind(self, self.runners, adapted)
             self.shell.choose(self.training)
+
+    def stale_graphs(self) -> list[str]:
+        """Paths of the graphs that were edited after the code that runs was generated."""
+        programs = [self, *self.runners]
+        found = [
+            f"'{m.program.path}'" if m.program.path else "the module"
+            for m in programs
+            if m.is_stale()
+        ]
+        nested = (
+            (name, m)
+            for name, m in self.named_modules()
+            if isinstance(m, fx.GraphModule) and m is not self
+        )
+        return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
 
     def nested_graphs(self) -> list[fx.GraphModule]:
         """The graphs that the graphs call, and those that these call."""
@@ -192,14 +207,26 @@ class CapturedModule(ProgramModule):
     # ---- the base under adapters ------------------------------------------------------------
 
     def take_fingerprints(self) -> None:
-        """Remember the weights under adapters as they are now."""
-        names = [entry.parameter for entry in self.plan or ()]
-        self.fingerprints = {name: fingerprint(self.get_parameter(name)) for name in names}
+        """Remember the weights that no plan trains as they are now, and which are tied."""
+        trains = self.adapter_parameters() | self.trained
+        self.fingerprints = {
+            tuple(names): fingerprint(self.get_parameter(names[0]))
+            for names in self.aliases().values()
+            if self.plan and trains.isdisjoint(names)
+        }
 
     def changed_weights(self) -> list[str]:
-        """Names of the weights under adapters that are not what they were."""
-        before = self.fingerprints.items()
-        return [name for name, mark in before if fingerprint(self.get_parameter(name)) != mark]
+        """Names of these weights that are not what they were, or not one tensor any more."""
+        return [name for names in self._changed() for name in names]
+
+    def _changed(self) -> dict[tuple[str, ...], int]:
+        """The fingerprints that do not fit any more."""
+        return {
+            names: mark
+            for names, mark in self.fingerprints.items()
+            if len({id(self.get_parameter(name)) for name in names}) > 1
+            or fingerprint(self.get_parameter(names[0])) != mark
+        }
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -290,7 +317,7 @@ class CapturedModule(ProgramModule):
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
-        changed = {name: self.fingerprints[name] for name in self.changed_weights()}
+        changed = self._changed()
         result = super()._apply(fn, recurse)
         self.take_fingerprints()
         self.fingerprints |= changed  # a move is no excuse
