@@ -14,7 +14,7 @@ from ..errors import FxLoraError
 from ..plan import Plan
 from .fingerprints import fingerprint
 from .inputs import InputSpec
-from .program import Program, ProgramModule, tensors_of
+from .program import Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .shell import Shell, shell_program
@@ -133,6 +133,21 @@ class CapturedModule(ProgramModule):
             self.shell.bind(self, self.runners, adapted)
             self.shell.choose(self.training)
 
+    def stale_graphs(self) -> list[str]:
+        """Paths of the graphs that were edited after the code that runs was generated."""
+        programs = [self, *self.runners]
+        found = [
+            f"'{m.program.path}'" if m.program.path else "the module"
+            for m in programs
+            if m.is_stale()
+        ]
+        nested = (
+            (name, m)
+            for name, m in self.named_modules()
+            if isinstance(m, fx.GraphModule) and m is not self
+        )
+        return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
+
     def nested_graphs(self) -> list[fx.GraphModule]:
         """The graphs that the graphs call, and those that these call."""
         return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
@@ -213,19 +228,31 @@ class CapturedModule(ProgramModule):
 
     # ---- the base under adapters ------------------------------------------------------------
 
-    def fingerprints_under(self, plan: Plan | None) -> dict[str, int]:
-        """Of the weights under a plan's adapters, as they are now, by name."""
-        names = {entry.parameter for entry in plan or ()}
-        return {name: fingerprint(self.get_parameter(name)) for name in names}
+    def fingerprints_under(self, state: State) -> dict[tuple[str, ...], int]:
+        """Of the weights that a state's plan does not train, as they are now, by all names."""
+        trains = state.adapter_parameters | state.trained
+        return {
+            tuple(names): fingerprint(self.get_parameter(names[0]))
+            for names in self.aliases().values()
+            if state.plan and trains.isdisjoint(names)
+        }
 
     def take_fingerprints(self) -> None:
-        """Remember the weights under adapters as they are now."""
-        self.update_state(fingerprints=self.fingerprints_under(self.plan))
+        """Remember the weights that no plan trains as they are now, and which are tied."""
+        self.update_state(fingerprints=self.fingerprints_under(self.known))
 
     def changed_weights(self) -> list[str]:
-        """Names of the weights under adapters that are not what they were."""
-        before = self.known.fingerprints.items()
-        return [name for name, mark in before if fingerprint(self.get_parameter(name)) != mark]
+        """Names of these weights that are not what they were, or not one tensor any more."""
+        return [name for names in self._changed() for name in names]
+
+    def _changed(self) -> dict[tuple[str, ...], int]:
+        """The fingerprints that do not fit any more."""
+        return {
+            names: mark
+            for names, mark in self.known.fingerprints.items()
+            if len({id(self.get_parameter(name)) for name in names}) > 1
+            or fingerprint(self.get_parameter(names[0])) != mark
+        }
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -289,8 +316,7 @@ class CapturedModule(ProgramModule):
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
-        before = self.known.fingerprints
-        changed = {name: before[name] for name in self.changed_weights()}
+        changed = self._changed()
         result = super()._apply(fn, recurse)
         self.take_fingerprints()
         self.update_state(fingerprints={**self.known.fingerprints, **changed})  # no excuse to write

@@ -140,12 +140,22 @@ class ProgramModule(fx.GraphModule):
         self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
         return code
 
+    def is_stale(self) -> bool:
+        """Whether a graph was edited after its code was generated."""
+        known = self._generated.values()
+        return any(made.state["_code"] != code_of(made.graph) for made in known)
+
     def refresh(self) -> None:
         """Check the graphs after a rewrite, and forget the code that they had."""
         for graph in self.program.distinct_graphs():
             graph.lint()
         self._generated.clear()
         self._activate(self.program.graphs[self.mode])
+
+
+def code_of(graph: fx.Graph) -> str:
+    """The code that a graph module runs for a graph."""
+    return graph.python_code("self").src
 
 
 def tensors_of(tree: nn.Module) -> Mapping[str, Any]:

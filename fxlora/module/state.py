@@ -18,7 +18,7 @@ class State:
         plan: what was injected, or None.
         folded: what was folded into the weights, in order.
         originals: the tensors that training may change, as they were before injection.
-        fingerprints: of the weights under adapters, which nothing may change.
+        fingerprints: of every weight that an adapted module leaves as it is, by all its names.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
         mirrors: names of buffers and constants in a parameter's memory, by its name: the graphs
@@ -28,7 +28,7 @@ class State:
     plan: Plan | None = None
     folded: tuple[Plan, ...] = ()
     originals: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    fingerprints: Mapping[str, int] = field(default_factory=dict[str, int])
+    fingerprints: Mapping[tuple[str, ...], int] = field(default_factory=dict[tuple[str, ...], int])
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])

@@ -46,7 +46,7 @@ class Inject(Pass):
         for program in module.programs:
             _insert(program, self.plan, sites)
         state = replace(module.known, plan=self.plan, originals=originals)
-        return replace(state, fingerprints=module.fingerprints_under(self.plan))
+        return replace(state, fingerprints=module.fingerprints_under(state))
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
