@@ -26,6 +26,7 @@ from ..errors import AdapterError, ConfigError, InjectError, NoMatchError, Unsup
 from ..lora.inits import FILLS, STARTS
 from ..matching import match
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from ..plan import Entry, Plan
 from ..tables import some
 from .files import whole_file
@@ -131,6 +132,7 @@ def _own_key(entry: Entry, name: str) -> str:
 # ---- saving -------------------------------------------------------------------------------------
 
 
+@no_ambient_modes()
 def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     """Write what training changed: A, B, what was trained in full, and buffers that moved.
 
@@ -219,6 +221,7 @@ class _Folder:
     tensors: dict[str, torch.Tensor]
 
 
+@no_ambient_modes()
 def load_adapter(
     module: CapturedModule, folder: str | Path, *, adapter_name: str = "default"
 ) -> CapturedModule:

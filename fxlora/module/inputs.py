@@ -227,8 +227,6 @@ class InputSpec:
 
     def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Change the arguments that the source changes in place, after a call."""
-        if not self.updates:
-            return
         given = dict(zip(self.names, self._bind(args, kwargs), strict=True))
         for update in self.updates:
             update.apply(given[update.argument], output)

@@ -69,6 +69,8 @@ class ProgramModule(fx.GraphModule):
         for name, held in tensors_of(tree).items():
             self.__dict__[name] = held
         self.program = program
+        if any(spec and spec.updates for spec in program.inputs.values()):
+            self.register_forward_hook(_update_inputs, with_kwargs=True)
         self.choose(training)
 
     @property
@@ -169,15 +171,18 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def guarded(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
-        contract = self.contract
-        if contract is None or _traced(args, kwargs):
-            return forward(self, *args, **kwargs)
-        self._check(args, kwargs)
-        output = forward(self, *args, **kwargs)
-        contract.update(args, kwargs, output)
-        return output
+        if not _traced(args, kwargs):
+            self._check(args, kwargs)
+        return forward(self, *args, **kwargs)
 
     return guarded
+
+
+def _update_inputs(
+    module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    if module.contract is not None:
+        module.contract.update(args, kwargs, output)
 
 
 def _traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

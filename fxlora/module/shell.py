@@ -177,7 +177,7 @@ class _Region:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self._chosen(args, kwargs)
         given = self.shell.kept((args, kwargs))
-        output = runner.forward(*args, **kwargs)
+        output = runner(*args, **kwargs)
         self.shell.note(self.path, given, output)
         return output
 

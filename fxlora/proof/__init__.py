@@ -18,6 +18,7 @@ from .proofs import (
     check_adapters,
     check_base,
     check_code,
+    check_finite,
     check_folded_graphs,
     check_modes,
     check_shared_memory,
@@ -41,6 +42,7 @@ TOLERANCES = {
 _ROUNDINGS = 32  # of every folded weight that may add up to the difference in the outputs
 
 
+@no_ambient_modes(defaults=False)  # it runs the graphs
 def verify(
     module: CapturedModule,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -80,8 +82,7 @@ def verify(
     if any(parameter.is_meta for parameter in module.parameters()):
         raise InjectError("nothing can be computed on the meta device: verify where weights are.")
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
-    with no_ambient_modes(defaults=False):
-        return _verified(module, args, dict(kwargs or {}), folded)
+    return _verified(module, args, dict(kwargs or {}), folded)
 
 
 def _verified(
@@ -97,6 +98,7 @@ def _verified(
     reads = prove_coverage(module, base)
     copied = check_modes(module, base)
     check_base(module)
+    check_finite(module)
     if folded is None:
         folded = fold(module)
     else:

@@ -229,6 +229,15 @@ def check_base(module: CapturedModule) -> None:
         )
 
 
+def check_finite(module: CapturedModule) -> None:
+    """No adapter holds a NaN or an infinity."""
+    for tensor in sorted(module.adapter_parameters()):
+        if not bool(module.get_parameter(tensor).isfinite().all()):
+            raise VerificationError(
+                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
+            )
+
+
 def folded_weights(
     module: CapturedModule, folded: CapturedModule
 ) -> dict[str, tuple[float, float]]:
@@ -252,11 +261,6 @@ def _weight_error(
             f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
             f"{tuple(weight.shape)}."
         )
-    for tensor in (name for entry in entries for name in entry.tensors):
-        if not bool(module.get_parameter(tensor).isfinite().all()):
-            raise VerificationError(
-                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
-            )
     exact = exact_weight(module, entries)
     errors, bounds = (found.double() - exact.value).abs().flatten(), exact.bound.flatten()
     worst = int((errors / bounds).argmax())  # a NaN, if there is one
