@@ -122,9 +122,9 @@ def test_the_guard_turns_a_mode_off_and_on_again(name: str) -> None:
 
 
 def test_what_runs_a_graph_keeps_the_defaults() -> None:
-    with MODES["default dtype"](), MODES["default device"](), Intercepting():
-        with no_ambient_modes(defaults=False):
-            made = torch.ones(2)
+    process = (MODES["default dtype"](), MODES["default device"](), Intercepting())
+    with process[0], process[1], process[2], no_ambient_modes(defaults=False):
+        made = torch.ones(2)
     assert made.is_meta and made.dtype == torch.float64
 
 

@@ -14,6 +14,7 @@ from ..errors import FxLoraError
 from ..plan import Plan
 from .fingerprints import fingerprint
 from .inputs import InputSpec
+from .memory import overlaps_of
 from .program import Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
@@ -52,7 +53,8 @@ class CapturedModule(ProgramModule):
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # which holds the nested graphs that it calls
             graph.owning_module = self
-        self.known = state or State()
+        # A copy of a parameter has memory of its own, but what is said of it holds all the same.
+        self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.shell = shell
         self.runners: list[ProgramModule] = []
         if shell:

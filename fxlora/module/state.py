@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,8 +21,8 @@ class State:
         fingerprints: of every weight that an adapted module leaves as it is, by all its names.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings (what "all-linear" leaves out).
-        mirrors: names of buffers and constants in a parameter's memory, by its name: the graphs
-            read it there, too.
+        mirrors: names of buffers, constants and other parameters in a parameter's memory, by its
+            name: the graphs read it there, too.
     """
 
     plan: Plan | None = None
@@ -47,6 +47,13 @@ class State:
         """The state over other tensors: clones, or moved ones."""
         originals = {name: change(tensor) for name, tensor in self.originals.items()}
         return replace(self, originals=originals)
+
+    def with_mirrors(self, found: Mapping[str, Sequence[str]]) -> State:
+        """The state with more names in the memory of parameters."""
+        mirrors = dict(self.mirrors)
+        for name, others in found.items():
+            mirrors[name] = tuple(dict.fromkeys((*mirrors.get(name, ()), *others)))
+        return replace(self, mirrors=mirrors)
 
     def without_adapters(self) -> State:
         """The state before injection."""
