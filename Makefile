@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint format bench torture coverage forms clean
+.PHONY: help demo test test-all test-floor lint format bench scale torture coverage forms clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/capture_memory.py
 	$(BIN)/python benchmarks/capture_cost.py
+
+scale: $(VENV)/test ## how every step grows with the number of layers (minutes)
+	$(BIN)/python benchmarks/scale.py --kind preln bare weight traced $(ARGS)
 
 coverage: $(VENV)/coverage ## every model of torchvision, timm's families, transformers' architectures (hours)
 	$(BIN)/python benchmarks/coverage.py --json coverage.json $(ARGS)

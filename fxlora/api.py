@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.passes.infra.pass_base import PassBase
 
 from .config import Rules
 from .errors import ConfigError, InjectError
 from .frontends import capture
 from .matching import match
 from .module import CapturedModule
-from .passes import Distribute, FoldConstants, Inject, Remove
+from .module.ambient import no_ambient_modes
+from .passes import Chain, Distribute, FoldConstants, Inject, Remove
 from .plan import Plan
 
+# Linear in the weights, so that branches can go into them; then a constant each.
+FOLD = Chain((Distribute(), FoldConstants()))
 
+
+@no_ambient_modes()
 def inject(module: CapturedModule, plan: Plan) -> CapturedModule:
     """A new module with the plan's adapters as explicit nodes; the given one stays as it is.
 
@@ -29,7 +33,7 @@ def inject(module: CapturedModule, plan: Plan) -> CapturedModule:
     """
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError(f"inject takes a Plan, not {type(plan).__name__}: match makes one.")
-    return _run(Inject(plan), module)
+    return Inject(plan)(module)
 
 
 def adapt(
@@ -46,6 +50,7 @@ def adapt(
     return inject(module, match(module, rules, adapter_name=adapter_name))
 
 
+@no_ambient_modes()
 def fold(module: CapturedModule) -> CapturedModule:
     """A new module with `W0 + s·BA` in place of every adapted weight, and no adapter node.
 
@@ -57,16 +62,17 @@ def fold(module: CapturedModule) -> CapturedModule:
     """
     if isinstance(module, CapturedModule) and module.plan is None and not module.folded:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError("nothing to fold: the module has no adapters.")
-    return _run(FoldConstants(), _run(Distribute(), module))
+    return FOLD(module)
 
 
+@no_ambient_modes()
 def remove(module: CapturedModule) -> CapturedModule:
     """A new module without the adapters: weights, heads and buffers as before injection.
 
     Raises:
         InjectError: the module has no adapters.
     """
-    return _run(Remove(), module)
+    return Remove()(module)
 
 
 def lora_parameters(
@@ -111,15 +117,3 @@ def lora_parameters(
         for name, params, factor in named
         if params
     ]
-
-
-@torch.inference_mode(False)  # what is made in it can never train
-def _run(step: PassBase, module: CapturedModule) -> CapturedModule:
-    if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InjectError(
-            f"expected a captured module, not {type(module).__name__}: "
-            "fxlora.capture(model, args) makes one."
-        )
-    result = step(module)
-    assert result is not None and isinstance(result.graph_module, CapturedModule)
-    return result.graph_module

@@ -12,6 +12,7 @@ import torch
 
 from .errors import ConfigError, InjectError
 from .module import CapturedModule
+from .module.ambient import no_ambient_modes
 from .plan import Entry, Plan
 from .tables import FORMATS, render, some
 
@@ -55,6 +56,7 @@ class _Totals:
         return self.model * each, self.trainable * each
 
 
+@no_ambient_modes()
 def report(x: Plan | CapturedModule, format: str = "table") -> str:
     """The parameter-reduction report of a plan, or of an adapted or folded module.
 

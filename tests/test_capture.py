@@ -266,7 +266,7 @@ def test_the_users_line_is_named(args: tuple | None) -> None:
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("name", ["graph", "plan", "outputs", "mode", "aliases"])
+@pytest.mark.parametrize("name", ["graph", "plan", "inputs", "mode", "aliases"])
 def test_names_that_a_captured_module_has_another_use_for(name: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

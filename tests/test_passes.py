@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxlora
 from fxlora import ConfigError, InjectError, LoraConfig, Rule
 from fxlora.fx.alike import difference
-from fxlora.passes import Distribute, FoldConstants, Inject, Remove
+from fxlora.passes import Distribute, FoldConstants, Inject, Remove, as_pass
 
 from .laws import check_laws, randomise
 from .models import Mlp, Normed, Readers, Tied
@@ -45,7 +45,7 @@ def test_the_graphs_of_every_pass(golden: Callable[[str, str], None]) -> None:
     config = LoraConfig(r=2, lora_alpha=3, lora_dropout=0.1)
     rules = [Rule("fc", lora=config), Rule(lora=R)]
     lora = fxlora.inject(gm, fxlora.match(gm, rules))
-    distributed = Distribute()(lora).graph_module
+    distributed = Distribute()(lora)
     texts = {
         "captured": gm.graphs["eval"],
         "injected, eval": lora.graphs["eval"],
@@ -60,12 +60,13 @@ def test_passes_are_pure_and_run_in_a_pass_manager() -> None:
     gm = fxlora.capture(Normed(), torch.randn(2, 3, 9, 7))
     plan = fxlora.match(gm, Rule(op=["linear", "conv2d"], lora=R))
     before = {m: code(g) for m, g in gm.graphs.items()}
-    folded = PassManager([Inject(plan), Distribute(), FoldConstants()])(gm).graph_module
+    steps = [Inject(plan), Distribute(), FoldConstants()]
+    folded = PassManager([as_pass(step) for step in steps])(gm).graph_module
     assert {m: code(g) for m, g in gm.graphs.items()} == before
     assert gm.plan is None
     assert all(p.requires_grad for p in gm.parameters())
     assert difference(folded.graphs["eval"], gm.graphs["eval"]) is None
-    lora = Inject(plan)(gm).graph_module
+    lora = Inject(plan)(gm)
     text = code(lora.graphs["eval"])
     Remove()(lora)
     fxlora.fold(lora)

@@ -26,6 +26,7 @@ from ..errors import AdapterError, ConfigError, InjectError, NoMatchError, Unsup
 from ..lora.inits import FILLS, STARTS
 from ..matching import match
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from ..plan import Entry, Plan
 from ..tables import some
 from .files import whole_file
@@ -131,6 +132,7 @@ def _own_key(entry: Entry, name: str) -> str:
 # ---- saving -------------------------------------------------------------------------------------
 
 
+@no_ambient_modes()
 def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     """Write what training changed: A, B, what was trained in full, and buffers that moved.
 
@@ -183,7 +185,7 @@ def _changed(module: CapturedModule, layout: _Layout) -> dict[str, torch.Tensor]
     for name in module.trained:
         tensors[layout.key(name)] = module.get_parameter(name)
     for name, buffer in module.named_buffers():
-        if not _same(buffer, module.originals.get(name)):
+        if not _same(buffer, module.known.originals.get(name)):
             tensors[layout.key(name)] = buffer
     return tensors
 
@@ -219,6 +221,7 @@ class _Folder:
     tensors: dict[str, torch.Tensor]
 
 
+@no_ambient_modes()
 def load_adapter(
     module: CapturedModule, folder: str | Path, *, adapter_name: str = "default"
 ) -> CapturedModule:
@@ -248,7 +251,7 @@ def load_adapter(
         result = inject(module, started)
     except (ConfigError, InjectError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
-    result.plan = plan
+    result.update_state(plan=plan)
     _fill(result, layout, content)
     return result
 

@@ -67,9 +67,7 @@ def owner_of(entry: Entry) -> str:
 
 def why_not(module: CapturedModule, plan: Plan) -> str | None:
     """Why PEFT would compute another thing from this adapter, or None."""
-    result = Remove(restore=False)(module)
-    assert result is not None and isinstance(result.graph_module, CapturedModule)
-    base = result.graph_module
+    base = Remove(restore=False)(module)
     readers: dict[str, list[Reader]] = {}
     for site in find_sites(base):
         for name in site.names:

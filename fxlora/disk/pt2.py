@@ -15,6 +15,7 @@ from ..errors import ConfigError, ExportError
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from ..module.inputs import InputSpec
 from ..tables import some
 from .files import whole_file
@@ -22,6 +23,7 @@ from .files import whole_file
 FORMATS = ("pt2",)
 
 
+@no_ambient_modes(defaults=False)  # it runs the graph
 def export(
     module: CapturedModule,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -90,23 +92,17 @@ def exported(
 def _checked(module: CapturedModule) -> nn.Module:
     """The module as one that torch.export runs through the contract on its inputs.
 
-    It interprets a GraphModule without its hooks, and would forget what the capture assumed.
+    It interprets the graph of a GraphModule without its forward, and would forget what the capture
+    assumed.
     """
-    generated: Any = type(module).forward
-    spec = module.inputs["eval"]
 
-    @functools.wraps(generated)
+    @functools.wraps(type(module).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if spec is not None:
-            spec.check(args, kwargs)
-        return generated(self, *args, **kwargs)
+        return module.forward(*args, **kwargs)  # over the same tensors, which follow
 
     program: nn.Module = type("Program", (nn.Module,), {"forward": forward})()
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         program.__dict__[name] = module.__dict__[name]
-    for name in ("_in_spec", "_out_spec"):
-        if name in module.__dict__:
-            program.__dict__[name] = module.__dict__[name]
     return program.eval()
 
 

@@ -15,6 +15,7 @@ from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.program import MODES, Program
 from ..module.shell import Shell
+from ..module.state import State
 from ..tables import some
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
@@ -196,12 +197,14 @@ def _assemble(
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, known, memory, mirrors)
     programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
-    result = CapturedModule(
-        tree, programs, shell, class_name=type(model).__name__, training=model.training
+    state = State(
+        grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
+        outputs=_output_embeddings(model),
+        mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )
-    result.grads = frozenset(n for n, p in result.named_parameters() if p.requires_grad)
-    result.outputs = _output_embeddings(model)
-    result.mirrors = {name: tuple(sorted(others)) for name, others in mirrors.items()}
+    result = CapturedModule(
+        tree, programs, shell, class_name=type(model).__name__, training=model.training, state=state
+    )
     read_by_own_names(result)
     return result
 

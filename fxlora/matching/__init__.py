@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config import Rules, as_rules
 from ..errors import ConfigError, NoMatchError
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
@@ -17,6 +18,7 @@ from .misses import Misses, warn_of_large
 __all__ = ["match"]
 
 
+@no_ambient_modes()
 def match(
     module: CapturedModule,
     rules: Rules | str | Path,

@@ -73,7 +73,7 @@ class Choice:
 
     def _in_all_linear(self, site: Site) -> bool:
         """Matrix products, less the output layer, embeddings, and factors of computed weights."""
-        spared = self.module.outputs & set(site.names)
+        spared = self.module.known.outputs & set(site.names)
         kinds = {reader.kind for reader in site.readers}
         layer, behind, _ = site.parameter.partition(".parametrizations.")
         read = any(r.kind == site.op and r.moved is not None for r in site.readers)

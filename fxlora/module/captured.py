@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import fx, nn
 
 from ..errors import FxLoraError
 from ..plan import Plan
-from ..tables import render, some
 from .fingerprints import fingerprint
 from .inputs import InputSpec
-from .program import Program, ProgramModule, tensors_of
+from .memory import overlaps_of
+from .program import Program, ProgramModule, code_of, tensors_of
+from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .shell import Shell, shell_program
+from .state import State
 
 
 class CapturedModule(ProgramModule):
@@ -30,16 +33,10 @@ class CapturedModule(ProgramModule):
     Attributes:
         programs: the graphs: one program, or those of the regions.
         shell: the source's Python around the regions, or None where the graph is whole.
-        plan: what was injected, or None.
-        folded: what was folded into the weights, in order.
-        trained: names of parameters outside A and B that train (in full, as copies).
-        originals: the tensors that training may change, as they were before injection.
-        fingerprints: of the weights under adapters, which nothing may change.
-        grads: names of parameters that required gradients in the source.
-        outputs: names of the source's output embeddings (what "all-linear" leaves out).
-        mirrors: names of buffers and constants in a parameter's memory, by its name: the graphs
-            read it there, too.
+        known: everything else that a copy takes along.
     """
+
+    known: State
 
     def __init__(
         self,
@@ -49,26 +46,42 @@ class CapturedModule(ProgramModule):
         *,
         class_name: str,
         training: bool,
+        state: State | None = None,
     ) -> None:
         whole = shell_program() if shell else programs[0]
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # which holds the nested graphs that it calls
             graph.owning_module = self
-        self.plan: Plan | None = None
-        self.folded: tuple[Plan, ...] = ()
-        self.trained: frozenset[str] = frozenset()
-        self.originals: dict[str, torch.Tensor] = {}
-        self.fingerprints: dict[str, int] = {}
-        self.grads: frozenset[str] = frozenset()
-        self.outputs: frozenset[str] = frozenset()
-        self.mirrors: Mapping[str, tuple[str, ...]] = {}
+        # A copy of a parameter has memory of its own, but what is said of it holds all the same.
+        self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.shell = shell
         self.runners: list[ProgramModule] = []
         if shell:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
-            shell.bind(self, self.runners)
+            self._bind_shell()
         self.train(training)
+
+    # ---- what is known ----------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was injected, or None."""
+        return self.known.plan
+
+    @property
+    def folded(self) -> tuple[Plan, ...]:
+        """What was folded into the weights, in order."""
+        return self.known.folded
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of parameters outside A and B that train (in full, as copies)."""
+        return self.known.trained
+
+    def update_state(self, **changes: Any) -> None:
+        """Take note of what a rewrite of this very module did; see `State` for the names."""
+        self.known = dataclasses.replace(self.known, **changes)
 
     # ---- modes ------------------------------------------------------------------------------
 
@@ -122,6 +135,21 @@ class CapturedModule(ProgramModule):
             self.shell.bind(self, self.runners, adapted)
             self.shell.choose(self.training)
 
+    def stale_graphs(self) -> list[str]:
+        """Paths of the graphs that were edited after the code that runs was generated."""
+        programs = [self, *self.runners]
+        found = [
+            f"'{m.program.path}'" if m.program.path else "the module"
+            for m in programs
+            if m.is_stale()
+        ]
+        nested = (
+            (name, m)
+            for name, m in self.named_modules()
+            if isinstance(m, fx.GraphModule) and m is not self
+        )
+        return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
+
     def nested_graphs(self) -> list[fx.GraphModule]:
         """The graphs that the graphs call, and those that these call."""
         return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
@@ -134,33 +162,38 @@ class CapturedModule(ProgramModule):
         Buffers and whatever trains are copied, so that training either module leaves the
         other as it is.
         """
-        trains = self.adapter_parameters() | self.trained
+        trains = self.known.adapter_parameters | self.trained
         memo: dict[int, Any] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
             tensor = parameter.detach()
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-        originals = {name: tensor.clone() for name, tensor in self.originals.items()}
-        return self._rebuild(memo, originals)
+        return self._rebuilt(memo, self.known.with_originals(torch.clone))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        result = self._rebuild(memo, copy.deepcopy(self.originals, memo))
+        originals = copy.deepcopy(dict(self.known.originals), memo)
+        result = self._rebuilt(memo, dataclasses.replace(self.known, originals=originals))
         memo[id(self)] = result
         return result
 
-    def _rebuild(self, memo: dict[int, Any], originals: dict[str, torch.Tensor]) -> CapturedModule:
+    def __copy__(self) -> CapturedModule:
+        """Graphs and containers of its own over the same tensors."""
+        tensors = (
+            *self.named_parameters(remove_duplicate=False),
+            *self.named_buffers(remove_duplicate=False),
+        )
+        return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
+
+    def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
             [program.copied() for program in self.programs],
             self.shell and self.shell.copied(),
             class_name=type(self).__name__,
             training=self.training,
+            state=state,
         )
-        result.plan, result.folded = self.plan, self.folded
-        result.trained, result.grads, result.outputs = self.trained, self.grads, self.outputs
-        result.originals, result.fingerprints = originals, dict(self.fingerprints)
         result.meta = copy.copy(self.meta)
-        result._bind_shell()
         return result
 
     def tree(self) -> nn.Module:
@@ -182,24 +215,46 @@ class CapturedModule(ProgramModule):
     ) -> Any:
         """As nn.Module's, into storage of its own: the source model's weights stay as they are."""
         if not assign:
-            for name, parameter in self.named_parameters(remove_duplicate=False):
-                if name in state_dict:
-                    parameter.data = parameter.data.clone()
+            self._leave_the_source(state_dict)
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self.take_fingerprints()  # the base is what was asked for
         return outcome
 
+    def _leave_the_source(self, names: Container[str]) -> None:
+        """Copy the memory of parameters; those that share it do so in the copy, too."""
+        held = list(self.named_parameters(remove_duplicate=False))
+        written = {_memory(parameter) for name, parameter in held if name in names}
+        memo: dict[int, Any] = {}
+        for parameter in {id(p): p for _, p in held if _memory(p) in written}.values():
+            parameter.data = copy.deepcopy(parameter.data, memo)
+
     # ---- the base under adapters ------------------------------------------------------------
 
+    def fingerprints_under(self, state: State) -> dict[tuple[str, ...], int]:
+        """Of the weights that a state's plan does not train, as they are now, by all names."""
+        trains = state.adapter_parameters | state.trained
+        return {
+            tuple(names): fingerprint(self.get_parameter(names[0]))
+            for names in self.aliases().values()
+            if state.plan and trains.isdisjoint(names)
+        }
+
     def take_fingerprints(self) -> None:
-        """Remember the weights under adapters as they are now."""
-        names = [entry.parameter for entry in self.plan or ()]
-        self.fingerprints = {name: fingerprint(self.get_parameter(name)) for name in names}
+        """Remember the weights that no plan trains as they are now, and which are tied."""
+        self.update_state(fingerprints=self.fingerprints_under(self.known))
 
     def changed_weights(self) -> list[str]:
-        """Names of the weights under adapters that are not what they were."""
-        before = self.fingerprints.items()
-        return [name for name, mark in before if fingerprint(self.get_parameter(name)) != mark]
+        """Names of these weights that are not what they were, or not one tensor any more."""
+        return [name for names in self._changed() for name in names]
+
+    def _changed(self) -> dict[tuple[str, ...], int]:
+        """The fingerprints that do not fit any more."""
+        return {
+            names: mark
+            for names, mark in self.known.fingerprints.items()
+            if len({id(self.get_parameter(name)) for name in names}) > 1
+            or fingerprint(self.get_parameter(names[0])) != mark
+        }
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -210,49 +265,22 @@ class CapturedModule(ProgramModule):
 
     @property
     def uncovered(self) -> dict[str, str]:
-        """Where Python reads a parameter that no graph can stand for, by the parameter's name.
-
-        All names of tied parameters; of those that nothing was seen to read, the place is "".
-        """
-        if not self.shell:
-            return {}
-        read = {
-            str(n.target) for g in self.distinct_graphs() for n in g.nodes if n.op == "get_attr"
-        }
-        found: dict[str, str] = {}
-        for names in self.aliases().values():
-            place = next((self.shell.reads[n] for n in names if n in self.shell.reads), None)
-            if place is not None or not read & set(names):
-                found |= dict.fromkeys(names, place or "")
-        return found
+        """Where Python reads a parameter that no graph can stand for, by the parameter's name."""
+        return uncovered(self)
 
     def __str__(self) -> str:
         """The code; for a module of regions, a table of them and what none covers."""
-        if not self.shell:
-            return super().__str__()
-        rows = [self._region_row(path) for path in self.regions]
-        table = render(("region", "graphs", "nodes", "parameters"), rows)
-        bare = [f"{name} ({place})" if place else name for name, place in self.uncovered.items()]
-        return (
-            f"{type(self).__name__}, captured by regions ({self.shell.why})\n{table}\n"
-            f"covered by no region: {some(bare, 20) or 'no parameter'}"
-        )
-
-    def _region_row(self, path: str) -> list[str]:
-        programs = [program for program in self.programs if program.path == path]
-        nodes = sum(len(graph.nodes) for p in programs for graph in p.distinct_graphs())
-        size = sum(parameter.numel() for parameter in self.get_submodule(path).parameters())
-        return [path, str(len(programs)), str(nodes), f"{size:,}"]
+        return described(self, self.shell.why) if self.shell else super().__str__()
 
     # ---- names ------------------------------------------------------------------------------
 
     def adapter_parameters(self) -> frozenset[str]:
         """Names of what injection added: A, B, and what a variant holds beside them."""
-        return frozenset(name for entry in self.plan or () for name in entry.tensors)
+        return self.known.adapter_parameters
 
     def unplanned(self) -> list[str]:
         """Names of parameters that require gradients although no plan trains them."""
-        planned = self.adapter_parameters() | self.trained
+        planned = self.known.adapter_parameters | self.trained
         return [n for n, p in self.named_parameters() if p.requires_grad and n not in planned]
 
     def aliases(self) -> dict[str, list[str]]:
@@ -277,7 +305,7 @@ class CapturedModule(ProgramModule):
         """Take a parameter away, and the containers that this leaves empty."""
         owner, _, attribute = name.rpartition(".")
         del self.get_submodule(owner)._parameters[attribute]
-        while owner and not list(_contents(self.get_submodule(owner))):
+        while owner and next(_contents(self.get_submodule(owner)), None) is None:
             owner, _, attribute = owner.rpartition(".")
             del self.get_submodule(owner)._modules[attribute]
 
@@ -290,11 +318,11 @@ class CapturedModule(ProgramModule):
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
-        changed = {name: self.fingerprints[name] for name in self.changed_weights()}
+        changed = self._changed()
         result = super()._apply(fn, recurse)
         self.take_fingerprints()
-        self.fingerprints |= changed  # a move is no excuse
-        self.originals = {name: fn(tensor) for name, tensor in self.originals.items()}
+        self.update_state(fingerprints={**self.known.fingerprints, **changed})  # no excuse to write
+        self.known = self.known.with_originals(fn)
         if moves:
             for graph in graphs:
                 retarget(graph, moves)
@@ -305,6 +333,11 @@ class CapturedModule(ProgramModule):
                 module.recompile()
             self.refresh()
         return result
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What tensors over the same memory have in common."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _contents(module: nn.Module) -> Iterator[object]:

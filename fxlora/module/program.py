@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
+from ..errors import InputError
 from .inputs import InputSpec
 
 MODES = ("train", "eval")
@@ -40,7 +42,7 @@ class Program:
         """The same over copies of the graphs."""
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
-        return Program(graphs, dict(self.inputs), self.path)
+        return replace(self, graphs=graphs, inputs=dict(self.inputs))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class _Generated:
 
 
 class ProgramModule(fx.GraphModule):
-    """Runs a program over a tree of parameters; its mode chooses the graph."""
+    """Runs a program over a tree of parameters; its mode chooses the graph.
+
+    Its forward is the one place where a call is held against the contract on the inputs.
+    """
 
     _generated: dict[int, _Generated]
 
@@ -64,7 +69,6 @@ class ProgramModule(fx.GraphModule):
         for name, held in tensors_of(tree).items():
             self.__dict__[name] = held
         self.program = program
-        self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
         if any(spec and spec.updates for spec in program.inputs.values()):
             self.register_forward_hook(_update_inputs, with_kwargs=True)
         self.choose(training)
@@ -72,6 +76,31 @@ class ProgramModule(fx.GraphModule):
     @property
     def mode(self) -> str:
         return "train" if self.training else "eval"
+
+    @property
+    def contract(self) -> InputSpec | None:
+        """What the graph of the mode holds for, or None where capture had no inputs."""
+        return self.program.inputs[self.mode]
+
+    def holds_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call of the graph of the mode would be let through."""
+        return self.contract is None or self.contract.holds_for(args, kwargs)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise InputError unless the graph of the mode holds for a call."""
+        try:
+            if self.contract is not None:
+                self.contract.check(args, kwargs)
+        except InputError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: InputError) -> InputError:
+        if not self.program.path:
+            return error
+        return InputError(
+            f"region '{self.program.path}': {error} Give capture an example in which the region "
+            "is called like this."
+        )
 
     def choose(self, training: bool) -> None:
         """Take the graph of a mode, and leave the flags of submodules as they are."""
@@ -108,9 +137,15 @@ class ProgramModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Generate the code of the current graph anew, after it was edited in place."""
         code = super().recompile()
+        type(self).forward = _guarded(type(self).forward)
         state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}
         self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
         return code
+
+    def is_stale(self) -> bool:
+        """Whether a graph was edited after its code was generated."""
+        known = self._generated.values()
+        return any(made.state["_code"] != code_of(made.graph) for made in known)
 
     def refresh(self) -> None:
         """Check the graphs after a rewrite, and forget the code that they had."""
@@ -120,21 +155,36 @@ class ProgramModule(fx.GraphModule):
         self._activate(self.program.graphs[self.mode])
 
 
+def code_of(graph: fx.Graph) -> str:
+    """The code that a graph module runs for a graph."""
+    return graph.python_code("self").src
+
+
 def tensors_of(tree: nn.Module) -> Mapping[str, Any]:
     """What holds a module's parameters, buffers and children; not copies."""
     names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
     return {name: tree.__dict__[name] for name in names}
 
 
-def _check_inputs(module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    spec = module.program.inputs[module.mode]
-    if spec is not None:
-        spec.check(args, kwargs)
+def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph's code behind the contract on its inputs."""
+
+    @functools.wraps(forward)
+    def guarded(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
+        if not _traced(args, kwargs):
+            self._check(args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return guarded
 
 
 def _update_inputs(
     module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    spec = module.program.inputs[module.mode]
-    if spec is not None:
-        spec.update(args, kwargs, output)
+    if module.contract is not None:
+        module.contract.update(args, kwargs, output)
+
+
+def _traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch.fx's tracer makes this call, whose proxies have no shapes to check."""
+    return any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, UnsupportedOpError
+from ..errors import UnsupportedOpError
 from .program import MODES, Program, ProgramModule
 
 
@@ -55,7 +55,7 @@ class Shell:
 
     def copied(self) -> Shell:
         """Other modules of the same kind, to be bound to another tree."""
-        return Shell(self.module, self.training, self.flags, self.reads, self.why, self._tensors)
+        return replace(self)
 
     def bind(
         self, tree: nn.Module, runners: Sequence[ProgramModule], adapted: Collection[str] = ()
@@ -175,28 +175,18 @@ class _Region:
         self.runners = tuple(runners)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for runner in self.runners:
-            spec = runner.program.inputs[runner.mode]
-            if spec is None or spec.holds_for(args, kwargs):
-                given = self.shell.kept((args, kwargs))
-                output = runner.forward(*args, **kwargs)
-                if spec is not None:
-                    spec.update(args, kwargs, output)
-                self.shell.note(self.path, given, output)
-                return output
-        raise InputError(f"region '{self.path}': {self._refusal(args, kwargs)}")
+        runner = self._chosen(args, kwargs)
+        given = self.shell.kept((args, kwargs))
+        output = runner(*args, **kwargs)
+        self.shell.note(self.path, given, output)
+        return output
 
-    def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Why the first graph does not hold, and how many others do not either."""
+    def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
+        """The first that holds for a call; where none does, the first, which says why not."""
         first, *others = self.runners
-        spec = first.program.inputs[first.mode]
-        assert spec is not None
-        try:
-            spec.check(args, kwargs)
-        except InputError as error:
-            more = f" ({len(others)} other graphs fit no better)" if others else ""
-            return f"{error}{more} Give capture an example in which the region is called like this."
-        raise AssertionError("the first graph holds")
+        if not others:
+            return first
+        return next((runner for runner in self.runners if runner.holds_for(args, kwargs)), first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Region:
         return self  # a copied shell is bound anew

@@ -1,11 +1,13 @@
-"""The passes: one a file, each a frozen dataclass on torch.fx's PassBase. Only they change graphs.
+"""The passes, one a file: only they rewrite captured graphs.
 
-A pass takes a CapturedModule and returns a new one that shares what it did not touch.
+A pass is a frozen dataclass and a function: it takes a CapturedModule, and returns a new one that
+shares what it did not touch.
 """
 
+from .base import Chain, Pass, as_pass
 from .distribute import Distribute
 from .fold_constants import FoldConstants
 from .inject import Inject
 from .remove import Remove
 
-__all__ = ["Distribute", "FoldConstants", "Inject", "Remove"]
+__all__ = ["Chain", "Distribute", "FoldConstants", "Inject", "Pass", "Remove", "as_pass"]

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..errors import ConfigError
 from ..lora.ops import row_of
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from ..plan import Entry
 
 
@@ -41,6 +42,7 @@ class _Tap(nn.Module):
         return x
 
 
+@no_ambient_modes(defaults=False)  # it runs the graphs
 @torch.no_grad()
 def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initialized:
     """Run the adapted graphs on data, and set each A, in place, to the r first right singular

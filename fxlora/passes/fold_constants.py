@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
 from ..module import CapturedModule
+from ..module.state import State
 from ..plan import Entry, scales_outputs
 from ..tables import some
+from .base import Pass
 from .remove import drop_adapters
 from .structure import Insertion, insertions, take_out
 
 
 @dataclass(frozen=True)
-class FoldConstants(PassBase):
+class FoldConstants(Pass):
     """One new Parameter per adapted weight, under the old name; no adapter node is left.
 
     The result is frozen: what was not adapted still shares storage with the source model.
@@ -29,28 +28,37 @@ class FoldConstants(PassBase):
     rounds once.
     """
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        assert isinstance(graph_module, CapturedModule)
-        result = graph_module.derive()
-        plan = graph_module.plan
+    def rewrite(self, module: CapturedModule) -> State:
+        plan = module.plan
         if plan is None:
-            return PassResult(result, False)
+            return module.known
+        _check_finite(module)
         folded: dict[str, nn.Parameter] = {}
-        for graph in result.distinct_graphs():
-            standing = insertions(result, graph)
+        for graph in module.distinct_graphs():
+            standing = insertions(module, graph)
             for chain in _by_weight(standing):
                 entry = chain[0].entry
-                _check_tie(result, entry)
+                _check_tie(module, entry)
                 if entry.parameter not in folded:
-                    folded |= dict.fromkeys(entry.names, _evaluated(result, chain))
+                    folded |= dict.fromkeys(entry.names, _evaluated(module, chain))
             for insertion in reversed(standing):
                 take_out(insertion)
         for name, parameter in folded.items():
-            result.set_parameter(name, parameter)
-        result.folded = (*result.folded, plan)
-        drop_adapters(result)
-        result.requires_grad_(False)  # the rest still is the source's storage
-        return PassResult(result, True)
+            module.set_parameter(name, parameter)
+        state = drop_adapters(module)
+        module.requires_grad_(False)  # the rest still is the source's storage
+        return replace(state, folded=(*state.folded, plan))
+
+
+def _check_finite(module: CapturedModule) -> None:
+    """Refuse to put what a training that diverged left behind into the weights."""
+    for name in sorted(module.adapter_parameters()):
+        if not bool(module.get_parameter(name).isfinite().all()):
+            raise InjectError(
+                f"'{name}' holds values that are not finite, and the folded weight would, too: the "
+                "training diverged. Load an adapter from before that (fxlora.load_adapter), or "
+                "take it out (fxlora.remove)."
+            )
 
 
 def _check_tie(module: CapturedModule, entry: Entry) -> None:
@@ -87,27 +95,8 @@ def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
         return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
     weight = module.get_parameter(chain[0].entry.parameter)
-    with torch.no_grad(), full_precision():
+    with torch.no_grad():
         folded = value(chain[-1].output).to(weight.dtype)
         if folded.stride() != weight.stride():  # channels last, for one
             folded = torch.empty_like(weight).copy_(folded)
         return nn.Parameter(folded)
-
-
-@contextmanager
-def full_precision() -> Generator[None]:
-    """Matrix products without TF32 and without reductions in half precision."""
-    settings = torch.backends.cuda.matmul
-    names = (
-        "allow_tf32",
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_reduced_precision_reduction",
-    )
-    before = {name: getattr(settings, name) for name in names}
-    try:
-        for name in names:
-            setattr(settings, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(settings, name, value)

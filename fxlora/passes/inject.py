@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch import nn
 
 from ..errors import InjectError
 from ..fx.nested import nested_graph
 from ..module import CapturedModule
 from ..module.program import Program
+from ..module.state import State
 from ..plan import Entry, Plan
 from ..reads.sites import Site, find_sites, merged
 from ..tables import some
+from .base import Pass
 from .initialize import new_tensors
-from .structure import insert_branch, insert_weight, weight_nodes
+from .structure import WeightNodes, insert_branch, insert_weight
 
 
 @dataclass(frozen=True)
-class Inject(PassBase):
+class Inject(Pass):
     """Put a plan's adapters into every graph, and freeze everything else."""
 
     plan: Plan
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        if not isinstance(graph_module, CapturedModule):
-            raise InjectError("inject takes a captured module: fxlora.capture(model, args).")
-        if graph_module.plan is not None:
+    def check(self, module: CapturedModule) -> None:
+        if module.plan is not None:
             raise InjectError("the module has adapters already: fold or remove them first.")
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        assert isinstance(graph_module, CapturedModule)
-        result = graph_module.derive()
-        sites = _sites(result, self.plan)
+    def rewrite(self, module: CapturedModule) -> State:
+        sites = _sites(module, self.plan)
         for entry in self.plan:
-            _check_fits(result, entry, sites.get(entry.names))
-        _keep_originals(result, self.plan)
-        _freeze(result, self.plan)
+            _check_fits(module, entry, sites.get(entry.names))
+        originals = _originals(module, self.plan)
+        _freeze(module, self.plan)
         if any(entry.dropout for entry in self.plan):
-            _split_modes(result)
-            sites = _sites(result, self.plan)
+            _split_modes(module)
+            sites = _sites(module, self.plan)
         for entry in self.plan:
-            _add_tensors(result, entry)
-            for program in result.programs:
-                _insert(program, entry, sites[entry.names])
-        result.plan = self.plan
-        result.take_fingerprints()
-        result.refresh()
-        return PassResult(result, True)
+            _add_tensors(module, entry)
+        for program in module.programs:
+            _insert(program, self.plan, sites)
+        state = replace(module.known, plan=self.plan, originals=originals)
+        return replace(state, fingerprints=module.fingerprints_under(state))
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
@@ -102,22 +98,20 @@ def _occupied(module: CapturedModule, name: str) -> str | None:
     return f"{owner}.{kind}" if hasattr(container, kind) else None
 
 
-def _keep_originals(module: CapturedModule, plan: Plan) -> None:
+def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
     """What training may change besides A and B, as it is now: `remove` puts it back."""
-    held: dict[str, torch.Tensor] = dict(module.named_buffers(remove_duplicate=False))
-    trained = {name: module.get_parameter(name) for name in plan.trained}
-    module.originals = {name: t.detach().clone() for name, t in held.items()}
-    module.originals |= {name: p.detach() for name, p in trained.items()}
+    buffers = module.named_buffers(remove_duplicate=False)
+    kept = {name: buffer.detach().clone() for name, buffer in buffers}
+    return kept | {name: module.get_parameter(name).detach() for name in plan.trained}
 
 
 def _freeze(module: CapturedModule, plan: Plan) -> None:
     module.requires_grad_(False)
-    aliases = module.aliases()
+    aliases = module.aliases() if plan.trained else {}
     for name in plan.trained:
         copied = nn.Parameter(module.get_parameter(name).detach().clone())
         for alias in aliases[name]:
             module.set_parameter(alias, copied)
-    module.trained = frozenset(plan.trained)
 
 
 def _split_modes(module: CapturedModule) -> None:
@@ -137,14 +131,15 @@ def _add_tensors(module: CapturedModule, entry: Entry) -> None:
         module.set_parameter(name, parameter)
 
 
-def _insert(program: Program, entry: Entry, site: Site) -> None:
+def _insert(program: Program, plan: Plan, sites: Mapping[tuple[str, ...], Site]) -> None:
     for graph in program.distinct_graphs():
-        if entry.form == "weight":
-            for node in weight_nodes(graph, entry.names):
-                if node.users:
+        weights = WeightNodes(graph)
+        for entry in plan:
+            if entry.form == "weight":
+                for node in weights.read(entry.names):
                     insert_weight(graph, entry, node)
-            continue
-        dropout = 0.0 if graph is program.graphs["eval"] else entry.dropout
-        for reader in site.readers:
-            if reader.graph is graph:
-                insert_branch(entry, reader, dropout)
+                continue
+            dropout = 0.0 if graph is program.graphs["eval"] else entry.dropout
+            for reader in sites[entry.names].readers:
+                if reader.graph is graph:
+                    insert_branch(entry, reader, dropout)

@@ -6,40 +6,38 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import InjectError
 from ..fx.alike import alike_graphs
 from ..fx.nested import nested_graph
 from ..module import CapturedModule
+from ..module.state import State
+from .base import Pass
 from .structure import insertions, take_out
 
 
 @dataclass(frozen=True)
-class Remove(PassBase):
+class Remove(Pass):
     """Take the adapters out; with `restore`, put back what was trained in full, and buffers."""
 
     restore: bool = True
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        if not isinstance(graph_module, CapturedModule) or graph_module.plan is None:
+    def check(self, module: CapturedModule) -> None:
+        if module.plan is None:
             raise InjectError("nothing to remove: the module has no adapters.")
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        assert isinstance(graph_module, CapturedModule) and graph_module.plan is not None
-        result = graph_module.derive()
-        for graph in result.distinct_graphs():
-            for insertion in reversed(insertions(result, graph)):
+    def rewrite(self, module: CapturedModule) -> State:
+        for graph in module.distinct_graphs():
+            for insertion in reversed(insertions(module, graph)):
                 take_out(insertion)
         if self.restore:
-            _restore(result)
-        drop_adapters(result)
-        return PassResult(result, True)
+            _restore(module)
+        return drop_adapters(module)
 
 
 def _restore(module: CapturedModule) -> None:
     aliases = module.aliases()
-    for name, original in module.originals.items():
+    for name, original in module.known.originals.items():
         if name in module.trained:
             restored = nn.Parameter(original)
             for alias in aliases[name]:
@@ -49,16 +47,14 @@ def _restore(module: CapturedModule) -> None:
                 module.get_buffer(name).copy_(original)
 
 
-def drop_adapters(module: CapturedModule) -> None:
-    """Forget the plan and its parameters; gradients are required as in the source again."""
+def drop_adapters(module: CapturedModule) -> State:
+    """Take the plan's parameters away; gradients are required as in the source again."""
     for name in module.adapter_parameters():
         module.remove_parameter(name)
-    module.plan, module.trained, module.originals = None, frozenset(), {}
-    module.fingerprints = {}
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in module.grads)
+        parameter.requires_grad_(name in module.known.grads)
     _merge_modes(module)
-    module.refresh()
+    return module.known.without_adapters()
 
 
 def _merge_modes(module: CapturedModule) -> None:

@@ -6,7 +6,7 @@ keeps. In a nested graph its tensors are inputs, which every call around it pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,9 +172,19 @@ def _fetched(graph: fx.Graph, name: str, path: Path) -> fx.Node:
     return inside(path, graph, node)
 
 
-def weight_nodes(graph: fx.Graph, names: tuple[str, ...] | list[str]) -> list[fx.Node]:
-    """The nodes that fetch a parameter, under any of its names."""
-    return [node for node in graph.nodes if node.op == "get_attr" and node.target in names]
+class WeightNodes:
+    """The nodes of a graph that fetch parameters, as they are before weights are adapted."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._order = {node: number for number, node in enumerate(graph.nodes)}
+        self._by_name: dict[str, list[fx.Node]] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            self._by_name.setdefault(str(node.target), []).append(node)
+
+    def read(self, names: Iterable[str]) -> list[fx.Node]:
+        """Those of a parameter, under any of its names, that anything reads; in graph order."""
+        found = [node for name in dict.fromkeys(names) for node in self._by_name.get(name, ())]
+        return sorted((node for node in found if node.users), key=self._order.__getitem__)
 
 
 # ---- finding ------------------------------------------------------------------------------------

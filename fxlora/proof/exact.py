@@ -24,9 +24,10 @@ class Exact:
 def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
     """W0 + s·BA, and what variants make of it, of the entries of one weight.
 
-    The bound, in the dtype's ε and the ε' of the type that products accumulate in, is
-    ε/2·|W| + (r + 2)·ε'·(|W0| + s·|B||A|) (Higham, Accuracy and Stability, §3.1); where a variant
-    scales the outputs by g, the second term is scaled with them and g's own error is added.
+    The bound is half the distance of the dtype's numbers around W, and with the ε' of the type
+    that products accumulate in (2r + 2)·ε'·(|W0| + s·|B||A|) (Higham, Accuracy and Stability,
+    §3.1); where a variant scales the outputs by g, that is scaled with them and g's own error is
+    added.
     """
     weight = module.get_parameter(entries[0].parameter).detach()
     accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -35,8 +36,17 @@ def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
         tensors = {n: module.get_parameter(n).detach().double() for n in entry.tensors}
         error += torch.finfo(accumulator).eps * _terms(entry, value, tensors)
         value = adapted_weight(entry, value, tensors)
-    bound = torch.finfo(weight.dtype).eps / 2 * value.abs() + torch.finfo(weight.dtype).tiny
-    return Exact(value, bound + error)
+    return Exact(value, _half_a_step(value.abs() + error, weight.dtype) + error)
+
+
+def _half_a_step(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What rounding to a dtype may be off by, at numbers of a size: half of the step there.
+
+    Below the smallest normal number it is all of that: some devices round to zero there.
+    """
+    kind = torch.finfo(dtype)
+    _, exponent = torch.frexp(size)  # size = m·2^exponent with m in [1/2, 1)
+    return torch.ldexp(torch.full_like(size, kind.eps / 2), exponent - 1) + kind.tiny
 
 
 def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

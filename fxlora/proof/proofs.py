@@ -3,53 +3,110 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
-from contextlib import contextmanager
+import operator
+from collections import Counter
 
-import torch
 from torch import Tensor, fx
 
-from ..errors import VerificationError
+from ..errors import InjectError, VerificationError
 from ..fx.alike import difference, first_difference
+from ..fx.calls import kind_of, source_line
 from ..module import CapturedModule
 from ..module.program import MODES
 from ..passes import Inject, Remove
-from ..passes.structure import insertions
+from ..passes.adapted import factors
+from ..passes.structure import MARK, Insertion, insertions
 from ..plan import Entry
 from ..tables import some
 from .coverage import adapted_names
 from .exact import exact_weight
+from .runs import fixed_seed, same
 
 # ---- graphs -------------------------------------------------------------------------------------
+
+
+def check_code(module: CapturedModule, what: str) -> None:
+    """What runs is what the graphs say."""
+    if stale := module.stale_graphs():
+        raise VerificationError(
+            f"code: in {what}, the graph of {some(stale)} was edited, and the code that runs is "
+            "still the one of before. Call refresh() on the captured module after an edit."
+        )
 
 
 def without_adapters(module: CapturedModule) -> CapturedModule:
     """The module less its adapters; heads and buffers stay as they were trained."""
     try:
-        result = Remove(restore=False)(module)
-    except (AttributeError, RuntimeError) as error:  # fx's check of a graph
+        return Remove(restore=False)(module).eval()
+    except (AttributeError, KeyError, RuntimeError) as error:  # KeyError: of no entry of the plan
         raise VerificationError(
             f"coverage: the adapters cannot be taken out of the graphs again ({error})."
         ) from error
-    assert result is not None and isinstance(result.graph_module, CapturedModule)
-    return result.graph_module.eval()
 
 
-def check_modes(module: CapturedModule, base: CapturedModule) -> None:
-    """Each mode's graph is what injection makes of the base, node for node."""
+def check_modes(module: CapturedModule, base: CapturedModule) -> CapturedModule:
+    """Each mode's graph is what injection makes of the base, node for node.
+
+    So every read of an adapted weight has its adapter.
+
+    Returns:
+        what injection makes of the base: the module's graphs over tensors of its own, with B = 0.
+    """
     assert module.plan is not None
-    entries = tuple(dataclasses.replace(entry, init=True) for entry in module.plan)
-    with own_dice(module):
-        again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
-    assert again is not None and isinstance(again.graph_module, CapturedModule)
-    for ours, theirs in zip(module.programs, again.graph_module.programs, strict=True):
+    entries = tuple(dataclasses.replace(e, init="kaiming_uniform") for e in module.plan)  # B = 0
+    try:
+        with fixed_seed(module):
+            again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
+    except InjectError as error:
+        raise VerificationError(f"coverage: the plan does not fit the graphs: {error}") from error
+    for ours, theirs in zip(module.programs, again.programs, strict=True):
         for mode in MODES:
-            if pair := first_difference(ours.graphs[mode], theirs.graphs[mode]):
+            where = f"the {mode} graph{_of(ours.path)}"
+            graph, expected = ours.graphs[mode], theirs.graphs[mode]
+            if pair := first_difference(graph, expected):
+                added = insertions(again, expected)
+                _refuse_missing(insertions(module, graph), added, where)
+                _refuse_bypass(pair, {insertion.output: insertion for insertion in added}, where)
                 raise VerificationError(
-                    f"modes agree: the {mode} graph{_of(ours.path)} is not the captured one with "
-                    f"the plan's adapters; {_around(module, ours.graphs[mode], pair[0])} it has "
-                    f"{pair[0].format_node()} for {pair[1].format_node()}."
+                    f"modes agree: {where} is not the captured one with the plan's adapters; "
+                    f"{_around(module, graph, pair[0])} it has {pair[0].format_node()} for "
+                    f"{pair[1].format_node()}."
                 )
+    return again
+
+
+def _refuse_missing(found: list[Insertion], expected: list[Insertion], where: str) -> None:
+    """Raise where a read has no adapter, with its op and line."""
+    for site, read in Counter(map(_place, expected)) - Counter(map(_place, found)):
+        raise VerificationError(
+            f"coverage: '{site}' is read without its adapter by {read} in {where}."
+        )
+
+
+def _refuse_bypass(
+    pair: tuple[fx.Node, fx.Node], adapted: dict[fx.Node, Insertion], where: str
+) -> None:
+    """Raise where a node takes what an adapter adds to, and not the sum."""
+    ours, theirs = pair
+    for taken, expected in zip(ours.all_input_nodes, theirs.all_input_nodes, strict=False):
+        if expected in adapted and MARK not in taken.meta:
+            raise VerificationError(
+                f"coverage: '{adapted[expected].entry.site}': {_read(ours)} goes past its adapter "
+                f"in {where}."
+            )
+
+
+def _place(insertion: Insertion) -> tuple[str, str]:
+    """Site of an adapter, and the op and the line that its weight is read at."""
+    node = insertion.base if insertion.form == "branch" else next(iter(insertion.output.users))
+    if node.target is operator.getitem:  # of an op with several results
+        (node,) = node.all_input_nodes
+    return insertion.entry.site, _read(node)
+
+
+def _read(node: fx.Node) -> str:
+    line = source_line(node)
+    return f"{kind_of(node)} at {line}" if line else kind_of(node)
 
 
 def _around(module: CapturedModule, graph: fx.Graph, node: fx.Node) -> str:
@@ -112,8 +169,45 @@ def _of(path: str) -> str:
 # ---- weights ------------------------------------------------------------------------------------
 
 
+def check_adapters(module: CapturedModule) -> None:
+    """The plan's tensors are there and train, and leave padding rows as they are."""
+    for entry in module.plan or ():
+        for name, shape in entry.tensors.items():
+            tensor = _parameter(module, name)
+            if tensor is None or tensor.shape != shape:
+                raise VerificationError(
+                    f"adapter: '{name}' of '{entry.site}' is "
+                    f"{'missing' if tensor is None else tuple(tensor.shape)}, where the plan has "
+                    f"{shape}."
+                )
+        if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
+            raise VerificationError(
+                f"adapter: '{entry.name_a}' moves row {entry.padding_idx} of '{entry.site}', its "
+                f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
+            )
+    trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
+    frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
+    if frozen and len(frozen) < len(trains):  # all of them: a module that is only to be run
+        raise VerificationError(
+            f"adapter: {some(frozen)} is to train by the plan, and requires no gradients: an "
+            "optimizer would leave it as it is. Call requires_grad_(True) on it."
+        )
+
+
+def _parameter(module: CapturedModule, name: str) -> Tensor | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _moves_padding(module: CapturedModule, entry: Entry, row: int) -> bool:
+    a, _ = factors(entry, {name: module.get_parameter(name).detach() for name in entry.tensors})
+    return bool(a.select(-1, row).any())
+
+
 def check_base(module: CapturedModule) -> None:
-    """Nothing has written to a weight under an adapter, and nothing is about to."""
+    """Nothing has written to a weight that the plan does not train, and nothing is about to."""
     assert module.plan is not None
     if stray := module.unplanned():
         raise VerificationError(
@@ -127,6 +221,21 @@ def check_base(module: CapturedModule) -> None:
             f"base unchanged: the weight under '{sites[0]}' was written to since the adapter was "
             "injected" + (f", and so were those under {some(sites[1:])}." if sites[1:] else ".")
         )
+    if changed:
+        raise VerificationError(
+            f"base unchanged: {some(changed)} has no adapter, and was written to or untied since "
+            "the injection. An adapter file would not hold that: put its module into "
+            "modules_to_save, or load another base by load_state_dict."
+        )
+
+
+def check_finite(module: CapturedModule) -> None:
+    """No adapter holds a NaN or an infinity."""
+    for tensor in sorted(module.adapter_parameters()):
+        if not bool(module.get_parameter(tensor).isfinite().all()):
+            raise VerificationError(
+                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
+            )
 
 
 def folded_weights(
@@ -152,11 +261,6 @@ def _weight_error(
             f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
             f"{tuple(weight.shape)}."
         )
-    for tensor in (name for entry in entries for name in entry.tensors):
-        if not bool(module.get_parameter(tensor).isfinite().all()):
-            raise VerificationError(
-                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
-            )
     exact = exact_weight(module, entries)
     errors, bounds = (found.double() - exact.value).abs().flatten(), exact.bound.flatten()
     worst = int((errors / bounds).argmax())  # a NaN, if there is one
@@ -192,22 +296,12 @@ def _tensors(module: CapturedModule) -> dict[str, Tensor]:
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
-# ---- for both kinds of laws --------------------------------------------------------------------
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit; NaN is NaN."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    if (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()):
-        return True
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-@contextmanager
-def own_dice(module: CapturedModule) -> Generator[None]:
-    """Every call throws the same, and the user's dice stay as they are."""
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield
+def check_shared_memory(module: CapturedModule, folded: CapturedModule) -> None:
+    """What a folded module has in common with the source cannot train in it."""
+    ours = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    for name, parameter in folded.named_parameters():
+        if parameter.requires_grad and parameter.untyped_storage().data_ptr() in ours:
+            raise VerificationError(
+                f"fold: '{name}' requires gradients in the folded module, and its memory is the "
+                "source model's: training it would change that. Freeze it, or give it a copy."
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from ..fx.calls import named_argument
 from ..lora.layout import Layout, Shape, plain
 from ..lora.ops import layout_given
 from ..module import CapturedModule
+from ..module.memory import overlaps_of
 from .facts import padding_row
 from .readers import Reader, readers_and_writers
 
@@ -115,7 +115,7 @@ class Site:
 def find_sites(module: CapturedModule) -> list[Site]:
     """The sites of a module that no adapter has been injected into, in the model's order."""
     readers, writers = readers_and_writers(module)
-    overlaps, uncovered = _overlaps(module), module.uncovered
+    overlaps, uncovered = overlaps_of(module), module.uncovered
     sites: list[Site] = []
     for first, every_name in module.aliases().items():
         weight = module.get_parameter(first)
@@ -133,7 +133,11 @@ def find_sites(module: CapturedModule) -> list[Site]:
                     site,
                     tied=tuple(name for name in every_name if name not in names),
                     aliases=(*site.aliases, *_parametrized(module, names)),
-                    overlaps=(*overlaps.get(first, ()), *module.mirrors.get(first, ())),
+                    overlaps=tuple(
+                        dict.fromkeys(
+                            (*overlaps.get(first, ()), *module.known.mirrors.get(first, ()))
+                        )
+                    ),
                     outside=uncovered.get(first),
                 )
             )
@@ -205,25 +209,6 @@ def _parametrized(module: CapturedModule, names: list[str]) -> list[str]:
             sizes = {n: p.numel() for n, p in container.named_parameters(recurse=False)}
             if sizes[original] == max(sizes.values()):
                 found += [owner, f"{owner}.{tensor}"]
-    return found
-
-
-def _overlaps(module: CapturedModule) -> dict[str, list[str]]:
-    """Parameters that are different tensors over the same memory, by name."""
-    spans: list[tuple[int, int, str]] = []
-    for name, parameter in module.named_parameters():
-        start = 0 if parameter.is_meta or not parameter.numel() else parameter.data_ptr()
-        if start:
-            last = sum(
-                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
-            )
-            spans.append((start, start + (last + 1) * parameter.element_size(), name))
-    found: dict[str, list[str]] = {}
-    spans.sort()
-    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
-        if start < end:
-            found.setdefault(name, []).append(other)
-            found.setdefault(other, []).append(name)
     return found
 
 

@@ -1,0 +1,26 @@
+"""Which parameters of a module are different tensors over the same memory."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import nn
+
+
+def overlaps_of(module: nn.Module) -> dict[str, list[str]]:
+    """Parameters that are different tensors over the same memory, by name."""
+    spans: list[tuple[int, int, str]] = []
+    for name, parameter in module.named_parameters():
+        start = 0 if parameter.is_meta or not parameter.numel() else parameter.data_ptr()
+        if start:
+            last = sum(
+                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
+            )
+            spans.append((start, start + (last + 1) * parameter.element_size(), name))
+    found: dict[str, list[str]] = {}
+    spans.sort()
+    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            found.setdefault(name, []).append(other)
+            found.setdefault(other, []).append(name)
+    return found

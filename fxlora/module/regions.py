@@ -1,0 +1,47 @@
+"""What regions cover of a module's parameters, and how a module of regions prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..tables import render, some
+
+if TYPE_CHECKING:
+    from .captured import CapturedModule
+
+
+def uncovered(module: CapturedModule) -> dict[str, str]:
+    """Where Python reads a parameter that no graph can stand for, by the parameter's name.
+
+    All names of tied parameters; of those that nothing was seen to read, the place is "".
+    """
+    if not module.shell:
+        return {}
+    graphs = module.distinct_graphs()
+    read = {str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}
+    found: dict[str, str] = {}
+    for names in module.aliases().values():
+        place = next((module.shell.reads[n] for n in names if n in module.shell.reads), None)
+        if place is not None or read.isdisjoint(names):
+            found |= dict.fromkeys(names, place or "")
+    return found
+
+
+def described(module: CapturedModule, why: str) -> str:
+    """A table of the regions, and the parameters that none covers."""
+    table = render(
+        ("region", "graphs", "nodes", "parameters"),
+        [_row(module, path) for path in module.regions],
+    )
+    bare = [f"{name} ({place})" if place else name for name, place in uncovered(module).items()]
+    return (
+        f"{type(module).__name__}, captured by regions ({why})\n{table}\n"
+        f"covered by no region: {some(bare, 20) or 'no parameter'}"
+    )
+
+
+def _row(module: CapturedModule, path: str) -> list[str]:
+    programs = [program for program in module.programs if program.path == path]
+    nodes = sum(len(graph.nodes) for p in programs for graph in p.distinct_graphs())
+    size = sum(parameter.numel() for parameter in module.get_submodule(path).parameters())
+    return [path, str(len(programs)), str(nodes), f"{size:,}"]

@@ -1,0 +1,211 @@
+"""Whether each adapter moves the outputs and is reached by gradients.
+
+Values of A and B that are drawn too large saturate a tanh or overflow a deep stack, and gradients
+of many layers underflow: all of them look like an adapter that does nothing. So what is added to a
+weight is drawn small beside it, and an adapter that is still not reached is looked for with
+gradients that are scaled to one on their way. What is zero then, at every draw, is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import VerificationError
+from ..module import CapturedModule
+from ..plan import Entry
+from .runs import calls, floats
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one adapter does to the weighted sum of the outputs; see `SiteCheck`."""
+
+    effect: float = 0.0
+    by_a: float = 0.0
+    by_b: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        return max(self.effect, self.by_a, self.by_b) < float("inf")  # NaN is not
+
+    @property
+    def live(self) -> bool:
+        return self.finite and min(self.effect, self.by_a, self.by_b) > 0
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How A and B are drawn, and how gradients are taken.
+
+    Attributes:
+        size: of s·BA, relative to the weight.
+        trained: whether it is added to the B that is there, and A stays.
+        unit: whether gradients are scaled to one on their way.
+    """
+
+    size: float
+    trained: bool = False
+    unit: bool = False
+
+
+_DRAWS = (
+    _Draw(1 / 64, trained=True),
+    _Draw(1 / 64),
+    _Draw(1 / 64, trained=True, unit=True),
+    _Draw(1 / 64, unit=True),
+    _Draw(1, unit=True),
+    _Draw(1 / 4096, unit=True),
+)
+
+
+def effects(
+    module: CapturedModule,
+    trained: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Effect]:
+    """What each adapter does, by the name of its A.
+
+    Args:
+        module: an adapted module to write A and B into.
+        trained: the same module with the values that are there.
+
+    Raises:
+        VerificationError: an adapter does nothing in any mode, or its gradients are not finite;
+            names the sites.
+    """
+    assert module.plan is not None
+    found = {entry.name_a: Effect() for entry in module.plan}
+    for draw in _DRAWS:
+        for mode in ("eval", "train"):  # a weight may be read in the train graph alone
+            dead = [entry for entry in module.plan if not found[entry.name_a].live]
+            if dead:
+                _fill(module, trained, draw)
+                better = _gradients(module.train(mode == "train"), dead, args, kwargs, draw.unit)
+                found |= {name: e for name, e in better.items() if e.live or found[name].finite}
+    dead = [entry.site for entry in module.plan if not found[entry.name_a].live]
+    endless = [entry.site for entry in module.plan if not found[entry.name_a].finite]
+    if endless:
+        raise VerificationError(
+            f"effect and gradient: on '{endless[0]}' a gradient is not finite for these inputs, "
+            "however small the adapter. Training would diverge: look for what divides by zero, or "
+            "takes a root or logarithm of it."
+        )
+    if dead:
+        raise VerificationError(
+            f"effect and gradient: the adapter on '{dead[0]}' cannot change the outputs for these "
+            "inputs"
+            + (f", nor can {len(dead) - 1} others: {', '.join(dead[1:])}." if dead[1:] else ".")
+            + " Give inputs that reach it (a branch, an expert), or leave it out of the rules."
+        )
+    return found
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fill(module: CapturedModule, trained: CapturedModule, draw: _Draw) -> None:
+    """Draw every A and B, under one seed each."""
+    for number, entry in enumerate(module.plan or ()):
+        a, b = (module.get_parameter(name).requires_grad_(True) for name in _pair(entry))
+        for name in entry.tensors:  # what variants hold beside A and B, too
+            module.get_parameter(name).copy_(trained.get_parameter(name))
+        size = draw.size * _size_of(module.get_parameter(entry.parameter))
+        product = size / abs(entry.scaling or 1.0) / entry.r**0.5  # of the deviations of A and B
+        kept = draw.trained and bool(a.any())
+        std = _size_of(a) if kept else product**0.5
+        if not kept:
+            a.copy_(_drawn(a, std, 2 * number))
+        more = _drawn(b, product / std, 2 * number + 1)
+        b.copy_(b + more if draw.trained else more)
+
+
+def _pair(entry: Entry) -> tuple[str, str]:
+    return entry.name_a, entry.name_b
+
+
+def _size_of(tensor: Tensor) -> float:
+    """The root mean square of a tensor's entries, or a usual one where it says nothing."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
+    usual = max(1, tensor[0].numel()) ** -0.5
+    return norm / tensor.numel() ** 0.5 if 0 < norm < float("inf") else usual
+
+
+def _drawn(tensor: Tensor, std: float, seed: int) -> Tensor:
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    return torch.empty_like(tensor).normal_(std=std, generator=generator)
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def _gradients(
+    module: CapturedModule,
+    entries: list[Entry],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    unit: bool,
+) -> dict[str, Effect]:
+    """One forward and one backward for all entries."""
+    outputs = [
+        out
+        for call in calls(module, args, kwargs)
+        for out in floats(call.output)
+        if out.requires_grad
+    ]
+    if not outputs:
+        return {entry.name_a: Effect() for entry in entries}
+    if unit:
+        _scale_to_one(outputs)
+    # Cotangents that cancel nothing: an even sum is blind behind a softmax or a layer norm.
+    loads = [_load(output) for output in outputs]
+    factors = [module.get_parameter(name) for entry in entries for name in _pair(entry)]
+    found = iter(
+        torch.autograd.grad(outputs, factors, loads, allow_unused=True, materialize_grads=True)
+    )
+    return {e.name_a: _effect(module, e, next(found), next(found)) for e in entries}
+
+
+def _effect(module: CapturedModule, entry: Entry, by_a: Tensor, by_b: Tensor) -> Effect:
+    b = module.get_parameter(entry.name_b).detach()
+    moved = abs(float((by_b.double() * b.double()).sum()))  # all of s·BA goes through B
+    return Effect(moved, float(by_a.abs().max()), float(by_b.abs().max()))
+
+
+def _load(output: Tensor) -> Tensor:
+    """Weights of an output's entries; where half precision would overflow, small ones."""
+    load = torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
+    return (load / max(1, output.numel()) if output.dtype == torch.float16 else load).to(output)
+
+
+def _scale_to_one(outputs: Iterable[Tensor]) -> None:
+    """Let every step of the backward begin with gradients of size one: none underflows.
+
+    A factor above zero on its way makes no gradient zero, and none another than zero.
+    """
+    ahead: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = set()
+    while ahead:
+        step = ahead.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            step.register_prehook(_at_size_one)
+            ahead += [source for source, _ in step.next_functions]
+
+
+def _at_size_one(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else _scaled(g) for g in gradients)
+
+
+def _scaled(gradient: Tensor) -> Tensor:
+    if gradient.layout is not torch.strided or not gradient.numel():
+        return gradient
+    size = gradient.abs().max()
+    return torch.where((size > 0) & size.isfinite(), gradient / size, gradient)
