@@ -122,7 +122,6 @@ class Mutant:
         folded: made of it.
         folder: where its adapter is saved.
         args: inputs of the model.
-        rounded_twice: whether the dtype is one in which a fold can be.
     """
 
     captured: CapturedModule
