@@ -7,6 +7,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-floor lint format bench scale torture coverage forms clean
+.PHONY: help demo test test-all test-floor lint format bench torture mutation coverage forms clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -50,6 +51,9 @@ coverage: $(VENV)/coverage ## every model of torchvision, timm's families, trans
 
 torture: $(VENV)/test ## the table of docs/torture.md: PEFT and fxlora on 199 patterns (minutes)
 	$(BIN)/python benchmarks/torture.py --format github $(ARGS)
+
+mutation: $(VENV)/test ## which damage verify notices, over 16 models (minutes)
+	$(BIN)/python benchmarks/mutation.py --format github $(ARGS)
 
 forms: $(VENV)/coverage ## which form each weight of those models takes, and why (an hour)
 	$(BIN)/python benchmarks/forms.py --json forms.json $(ARGS)

@@ -17,7 +17,7 @@ from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
 from fxlora.lora.variants import VARIANTS
 
 from . import laws
-from .laws import assert_close, assert_same, check_laws, randomise, run
+from .laws import assert_close, assert_same, check_laws, merged_weights, randomise, run
 from .models import Mlp, Tied
 
 # ---- against PEFT -------------------------------------------------------------------------------
@@ -343,7 +343,19 @@ def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
         for entry in lora.plan:
             if entry.padding_idx is not None:
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
-    fxlora.verify(lora, args, folded=fxlora.fold(lora))
+    folded = fxlora.fold(lora)
+    fxlora.verify(lora, args, folded=folded)
+    # The papers' formula in float64, apart from the graphs and from what verify compares with.
+    factors = {name: lora.get_parameter(name).double() for e in lora.plan for name in e.tensors}
+    exact = merged_weights(copy.deepcopy(model).double(), lora, factors)
+    assert exact
+    for name, weight in exact.items():
+        found = folded.get_parameter(name)
+        assert found.dtype == torch.bfloat16
+        assert not torch.equal(found, lora.get_parameter(name))
+        error = (found.double() - weight).abs()
+        half_a_step = torch.exp2(weight.abs().log2().floor() - 8)  # of the 8 bits of bfloat16
+        assert bool((error <= 1.001 * half_a_step + 1e-6 * weight.abs().max()).all()), name
 
 
 # ---- a variant of one's own ---------------------------------------------------------------------

@@ -5,7 +5,9 @@ import dataclasses
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -493,3 +495,110 @@ def test_a_training_that_diverged_is_called_so(lora: fxlora.CapturedModule) -> N
         lora.get_parameter(lora.plan.entries[0].name_b)[0, 0] = float("nan")
     with pytest.raises(VerificationError, match="diverged"):
         fxlora.verify(lora, X)
+
+
+# ---- no false alarms ----------------------------------------------------------------------------
+
+
+def deep(depth: int, *acts: Callable[[], nn.Module], norm: bool = False) -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(16, 16), *(act() for act in acts), *([nn.LayerNorm(16)] * norm)]
+    return nn.Sequential(*layers)
+
+
+def trained(model: nn.Module, x: torch.Tensor, std: float, **config: Any) -> fxlora.CapturedModule:
+    """Adapted, with A and B as after some training."""
+    lora = fxlora.adapt(model, x, rules=LoraConfig(target_modules="all-linear", **config))
+    with torch.no_grad():
+        for name in sorted(lora.adapter_parameters()):
+            lora.get_parameter(name).normal_(std=std)
+    return lora
+
+
+@pytest.mark.parametrize("alpha", [1, 256])
+@pytest.mark.parametrize(
+    ("dtype", "depth", "act", "norm"),
+    [
+        (torch.float32, 3, nn.Tanh, False),
+        (torch.float32, 12, nn.Sigmoid, False),
+        (torch.float32, 60, nn.Identity, False),
+        (torch.float32, 200, nn.ReLU, False),  # the gradients of the first layers underflow
+        (torch.float32, 12, nn.Softsign, True),
+        (torch.bfloat16, 12, nn.Tanh, False),
+        (torch.bfloat16, 40, nn.GELU, True),
+        (torch.float16, 12, nn.Sigmoid, False),
+        (torch.float16, 40, nn.ReLU, True),
+        (torch.float64, 6, nn.Softmax, False),
+    ],
+)
+def test_what_saturates_or_underflows_is_no_dead_adapter(
+    dtype: torch.dtype, depth: int, act: Any, norm: bool, alpha: int
+) -> None:
+    x = torch.randn(4, 16).to(dtype)
+    kind = (lambda: nn.Softmax(-1)) if act is nn.Softmax else act
+    model = deep(depth, kind, norm=norm).to(dtype)
+    found = fxlora.verify(trained(model, x, 0.02, r=2, lora_alpha=alpha), x)
+    assert len(found.sites) == depth
+    assert all(check.effect > 0 and check.gradient_a > 0 for check in found.sites)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.ReLU])
+def test_a_dead_adapter_in_a_deep_stack_is_still_found(act: type[nn.Module]) -> None:
+    class Blocked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live, self.dead, self.last = deep(30, act), deep(2, act), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.live(x) + 0 * self.dead(x))
+
+    x = torch.randn(4, 16)
+    lora = trained(Blocked(), x, 0.02, r=2)
+    with pytest.raises(VerificationError, match=r"'dead\.0' .* nor can 1 others: dead\.2\."):
+        fxlora.verify(lora, x)
+
+
+def test_a_gradient_that_is_never_finite_is_named() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (0 * self.lin(x)).abs().sqrt()
+
+    lora = fxlora.adapt(Root(), torch.randn(3, 5), rules=Rule(lora=R))
+    with pytest.raises(VerificationError, match="on 'lin' a gradient is not finite"):
+        fxlora.verify(lora, torch.randn(3, 5))
+
+
+def test_the_modes_that_it_is_called_in_change_nothing(lora: fxlora.CapturedModule) -> None:
+    expected = fxlora.verify(lora, X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fxlora.verify(lora, X) == expected
+    with torch.inference_mode():
+        assert fxlora.verify(lora, X) == expected
+    with torch.no_grad(), torch.autograd.set_detect_anomaly(True):
+        assert fxlora.verify(lora, X) == expected
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert fxlora.verify(lora, X) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_inputs_that_the_model_writes_to_stay_as_they_are() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x.add_(1))
+
+    lora = fxlora.adapt(Writes(), torch.randn(3, 5), rules=Rule(lora=R))
+    x = torch.randn(3, 5)
+    before = x.clone()
+    fxlora.verify(lora, x)
+    assert torch.equal(x, before)
