@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
+from ..fx.calls import refuse_unwritable
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.state import mode_of, refuse_constant_dice
@@ -51,6 +52,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
         dice = refuse_constant_dice(traced)
         with mode_of(traced, mode == "train"), opaque_functions(), dice, _Watch(traced):
             graph = WeightTracer().trace(traced, _defaults(traced))
+            refuse_unwritable(graph)
             module = fx.GraphModule(traced, graph)  # takes the constants along, which are on traced
     except CaptureError:
         raise

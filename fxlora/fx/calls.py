@@ -8,6 +8,27 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import CaptureError
+from ..names import is_path, shown
+
+
+def refuse_unwritable(graph: fx.Graph) -> None:
+    """Raise where torch.fx would write a name into source that means something else there.
+
+    Raises:
+        CaptureError: a name in the graph could run as code, or not be found again.
+    """
+    for node in graph.nodes:
+        named = node.target if node.op in ("get_attr", "call_module") else None
+        if node.target is getattr and len(node.args) > 1:
+            named = node.args[1]
+        if named is not None and not is_path(named):
+            raise CaptureError(
+                f"the model has a part called {shown(named)}, which torch.fx cannot write into "
+                "its code: no quotes, backslashes or ends of lines, no keyword of Python's. Give "
+                "it another name."
+            )
+
 
 def argument(node: fx.Node, position: int, default: Any = None) -> Any:
     """An argument of a call, by the position that it has in the schema."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..fx.calls import refuse_unwritable
 from .inputs import InputSpec
 
 MODES = ("train", "eval")
@@ -107,6 +108,7 @@ class ProgramModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of the current graph anew, after it was edited in place."""
+        refuse_unwritable(self._graph)
         code = super().recompile()
         state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}
         self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
