@@ -382,9 +382,9 @@ def is_whole(value: object, low: int, high: int) -> bool:
 
 def is_finite(value: object) -> bool:
     """Whether a value of any kind is a number that a float can hold."""
-    largest = sys.float_info.max  # (a comparison takes integers of any size)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -largest <= value <= largest
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # (a comparison takes integers of any size)
 
 
 def _check_one_of(name: str, value: object, allowed: Sequence[Any]) -> None:
@@ -445,6 +445,5 @@ def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(shown(key) for key in set(table) - known)
     if unknown:
         raise ConfigError(
-            f"{where}: unknown key {some(unknown)}. "
-            f"Known: {', '.join(sorted(known))}."
+            f"{where}: unknown key {some(unknown)}. Known: {', '.join(sorted(known))}."
         )

@@ -247,10 +247,13 @@ class Entry:
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or not set(data) <= known:
             raise ConfigError(f"expected an entry of a plan, found {shown(data)}.")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
         roles = values.get("layout")
         try:
-            return cls(**{**values, "layout": Layout(roles if isinstance(roles, str) else "")})
+            values["layout"] = Layout(roles if isinstance(roles, str) else "")
+            return cls(**values)
         except (TypeError, ValueError) as error:  # what is missing; no such layout
             raise ConfigError(f"the entry for {shown(data.get('site'))}: {error}") from error
 

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from ..fx.alike import alike, alike_but_for_sizes
+from ..fx.calls import refuse_unwritable_names
 from ..module.inputs import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
 from .contract import contract_of
@@ -144,6 +145,8 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
         said = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         program = run_export(model, example)
+    # (what follows generates code)
+    refuse_unwritable_names(spec.target for spec in program.graph_signature.input_specs)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for warning in said:

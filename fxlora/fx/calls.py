@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,13 +19,19 @@ def refuse_unwritable(graph: fx.Graph) -> None:
     Raises:
         CaptureError: a name in the graph could run as code, or not be found again.
     """
-    for node in graph.nodes:
-        named = node.target if node.op in ("get_attr", "call_module") else None
-        if node.target is getattr and len(node.args) > 1:
-            named = node.args[1]
-        if named is not None and not is_path(named):
+    refuse_unwritable_names(
+        node.args[1] if node.target is getattr and len(node.args) > 1 else node.target
+        for node in graph.nodes
+        if node.op in ("get_attr", "call_module") or node.target is getattr
+    )
+
+
+def refuse_unwritable_names(names: Iterable[Any]) -> None:
+    """The same for names that torch is about to put into a graph; None is no name."""
+    for name in names:
+        if name is not None and not is_path(name):
             raise CaptureError(
-                f"the model has a part called {shown(named)}, which torch.fx cannot write into "
+                f"the model has a part called {shown(name)}, which torch.fx cannot write into "
                 "its code: no quotes, backslashes or ends of lines, no keyword of Python's. Give "
                 "it another name."
             )

@@ -108,7 +108,7 @@ def _check_ranges(found: Mapping[str, Rows], outputs: int, site: str) -> None:
 def _range(name: str, value: Any) -> Rows:
     if isinstance(value, slice | range) and value.step in (None, 1):
         value = (value.start or 0, value.stop)
-    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    pair: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     whole = len(pair) == 2 and all(type(n) is int for n in pair)
     if not whole or not 0 <= pair[0] < pair[1] <= MAX_ROWS:
         raise ConfigError(
@@ -129,9 +129,7 @@ def _enabled(names: list[str], enable: Any) -> set[str]:
     else:
         wanted = {n if isinstance(n, str) else shown(n) for n in enable}  # (parts may be numbers)
         if unknown := wanted - set(names):
-            raise ConfigError(
-                f"enable: no part {shown(sorted(unknown))}; there are {some(names)}."
-            )
+            raise ConfigError(f"enable: no part {shown(sorted(unknown))}; there are {some(names)}.")
     if not wanted:
         raise ConfigError("enable chooses no part: leave the weight out of the rules instead.")
     return wanted

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -22,9 +23,15 @@ from .structure import insert_branch, insert_weight, weight_nodes
 
 @dataclass(frozen=True)
 class Inject(PassBase):
-    """Put a plan's adapters into every graph, and freeze everything else."""
+    """Put a plan's adapters into every graph, and freeze everything else.
+
+    Attributes:
+        plan: what to inject.
+        starts: values of the adapters' tensors, by name, in place of fresh ones.
+    """
 
     plan: Plan
+    starts: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if not isinstance(graph_module, CapturedModule):
@@ -35,22 +42,32 @@ class Inject(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         assert isinstance(graph_module, CapturedModule)
         result = graph_module.derive()
-        sites = _sites(result, self.plan)
-        for entry in self.plan:
-            _check_fits(result, entry, sites.get(entry.names))
+        sites = check_fits(result, self.plan)
         _keep_originals(result, self.plan)
         _freeze(result, self.plan)
         if any(entry.dropout for entry in self.plan):
             _split_modes(result)
             sites = _sites(result, self.plan)
         for entry in self.plan:
-            _add_tensors(result, entry)
+            _add_tensors(result, entry, self.starts)
             for program in result.programs:
                 _insert(program, entry, sites[entry.names])
         result.plan = self.plan
         result.take_fingerprints()
         result.refresh()
         return PassResult(result, True)
+
+
+def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
+    """The site of each entry, by the names that it covers.
+
+    Raises:
+        InjectError: the plan says of the module what is not so.
+    """
+    sites = _sites(module, plan)
+    for entry in plan:
+        _check_fits(module, entry, sites.get(entry.names))
+    return sites
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
@@ -78,6 +95,13 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles}). Make the "
             "plan with match(module, …) on this module."
+        )
+    own = entry.site.removesuffix(f".{entry.part}") if entry.part else entry.site
+    ties = set(entry.tied) == set(site.tied)
+    if own not in site.aliases or not ties or entry.padding_idx != site.padding_idx:
+        raise InjectError(
+            f"'{entry.site}': the plan names it, its ties or its padding_idx otherwise than the "
+            f"module does ('{site.name}'). Make the plan with match(module, …) on this module."
         )
     if entry.form == "branch" and any(r.branch is None or r.shared for r in site.readers):
         raise InjectError(
@@ -131,9 +155,18 @@ def _split_modes(module: CapturedModule) -> None:
                     module.set_submodule(node.target, copy.deepcopy(nested))
 
 
-def _add_tensors(module: CapturedModule, entry: Entry) -> None:
+def _add_tensors(module: CapturedModule, entry: Entry, starts: Mapping[str, torch.Tensor]) -> None:
     weight = module.get_parameter(entry.parameter)
-    for name, parameter in new_tensors(entry, weight).items():
+    given = {
+        name: nn.Parameter(
+            starts[name].detach().to(weight.device, weight.dtype, copy=True).contiguous(),
+            name in entry.trainable,
+        )
+        for name in entry.tensors
+        if name in starts
+    }
+    fresh = {} if len(given) == len(entry.tensors) else new_tensors(entry, weight)
+    for name, parameter in (fresh | given).items():
         module.set_parameter(name, parameter)
 
 
