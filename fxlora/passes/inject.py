@@ -65,6 +65,12 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
         InjectError: the plan says of the module what is not so.
     """
     sites = _sites(module, plan)
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if missing := [name for name in plan.trained if name not in held]:
+        raise InjectError(
+            f"the plan trains {some(missing)}, which this module has not. Make the plan with "
+            "match(module, …) on this module."
+        )
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
