@@ -145,6 +145,7 @@ class Named(nn.Module):
         ("buffer", True),
     ],
 )
+@pytest.mark.filterwarnings("ignore:no rule can adapt:fxlora.FxLoraWarning")
 def test_the_models_own_names(name: str, kind: str, given: bool) -> None:
     """They go on where torch.fx can write them; else capture refuses, and nothing runs."""
     model, x = Named(name, kind).eval(), torch.randn(3, 5)
