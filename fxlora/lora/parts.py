@@ -108,8 +108,9 @@ def _check_ranges(found: Mapping[str, Rows], outputs: int, site: str) -> None:
 def _range(name: str, value: Any) -> Rows:
     if isinstance(value, slice | range) and value.step in (None, 1):
         value = (value.start or 0, value.stop)
-    listed: Any = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    pair: tuple[Any, ...] = tuple(listed)
+    pair: tuple[Any, ...] = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    )
     whole = len(pair) == 2 and all(type(n) is int for n in pair)
     if not whole or not 0 <= pair[0] < pair[1] <= MAX_ROWS:
         raise ConfigError(
