@@ -6,8 +6,8 @@ FLOOR := .venv-floor
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint format bench scale torture coverage forms clean
-.PHONY: help demo test test-all test-floor lint format bench torture mutation coverage forms clean
+.PHONY: help demo test test-all test-floor lint format bench scale fuzz torture mutation coverage \
+	forms clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import Rules
+from .config import Rules, is_finite
 from .errors import ConfigError, InjectError
 from .frontends import capture
 from .matching import match
 from .module import CapturedModule
 from .module.ambient import no_ambient_modes
+from .names import shown
 from .passes import Chain, Distribute, FoldConstants, Inject, Remove
 from .plan import Plan
 
@@ -22,18 +24,23 @@ FOLD = Chain((Distribute(), FoldConstants()))
 
 
 @no_ambient_modes()
-def inject(module: CapturedModule, plan: Plan) -> CapturedModule:
+def inject(
+    module: CapturedModule, plan: Plan, *, starts: Mapping[str, torch.Tensor] | None = None
+) -> CapturedModule:
     """A new module with the plan's adapters as explicit nodes; the given one stays as it is.
 
     Only A, B and what the plan trains in full require gradients. With the default init B is
     zero, and the outputs are bit for bit the given module's.
+
+    Args:
+        starts: values of the adapters' tensors by their names, in place of fresh ones.
 
     Raises:
         InjectError: the plan does not fit the module, or it has adapters already.
     """
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError(f"inject takes a Plan, not {type(plan).__name__}: match makes one.")
-    return Inject(plan)(module)
+    return Inject(plan, starts or {})(module)
 
 
 def adapt(
@@ -86,19 +93,25 @@ def lora_parameters(
 
     Args:
         groups: return parameter groups ("lora_A", "lora_B" and, if any, "full") instead.
-        lr: learning rate of A and of what trains in full, in groups. Without it the groups
-            carry names only, for you to set their rates.
-        lr_ratio: with lr, B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024); 16 unless given.
+        lr: learning rate of the groups. Without it they carry names only, for you to set their
+            rates.
+        lr_ratio: with lr, B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024, who take 16).
 
     Raises:
         InjectError: the module has no adapters, or a parameter that is not in the plan
             requires gradients.
-        ConfigError: lr_ratio without lr, which would have no effect, or not above 0.
+        ConfigError: lr without groups, or lr_ratio without lr, which would have no effect; or
+            they are not above 0.
     """
     if not isinstance(module, CapturedModule) or module.plan is None:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError("no adapters to train: inject a plan first.")
-    if lr_ratio is not None and (lr is None or not groups or lr_ratio <= 0):
-        raise ConfigError(f"lr_ratio={lr_ratio} must be > 0, and needs groups=True and lr=….")
+    for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
+        if value is not None and not (is_finite(value) and value > 0):
+            raise ConfigError(f"{name} must be a finite number > 0, not {shown(value)}.")
+    if lr is not None and not groups:
+        raise ConfigError(f"lr={lr} needs groups=True: parameters alone carry no learning rate.")
+    if lr_ratio is not None and lr is None:
+        raise ConfigError(f"lr_ratio={lr_ratio} needs groups=True and lr=….")
     if stray := module.unplanned():
         raise InjectError(
             f"'{stray[0]}' requires gradients but is not in the plan, so it would neither be saved "
@@ -111,7 +124,7 @@ def lora_parameters(
     full = [module.get_parameter(name) for name in module.plan.trained]
     if not groups:
         return [*a, *b, *full]
-    named = (("lora_A", a, 1.0), ("lora_B", b, lr_ratio or 16.0), ("full", full, 1.0))
+    named = (("lora_A", a, 1.0), ("lora_B", b, lr_ratio or 1.0), ("full", full, 1.0))
     return [
         {"name": name, "params": params} | ({} if lr is None else {"lr": lr * factor})
         for name, params, factor in named

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -12,15 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .data import as_path, parsed, read_text
 from .errors import ConfigError, warn
 from .lora.inits import INITS
 from .lora.parts import Parts, check_parts
 from .lora.variants import VARIANTS
+from .names import shown
+from .tables import some
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the newer module under its older name
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+MAX_RANK = 2**20
+MAX_SIZE = 2**48  # of a dimension, a number of parameters, …
 
 Names = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"
@@ -80,40 +80,21 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}.')
-        if self.tied not in ("rule", "share"):
-            raise ConfigError(f'tied must be "rule" or "share", not {self.tied!r}.')
-        for name in ("use_rslora", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        self._check_variant()
-        if not any(self.init_lora_weights is i or self.init_lora_weights == i for i in INITS):
-            raise ConfigError(
-                f"init_lora_weights must be one of {', '.join(map(repr, INITS))}, "
-                f"not {self.init_lora_weights!r}."
-            )
-        self._normalise_names()
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            pattern = getattr(self, name)
-            if not isinstance(pattern, Mapping):
-                raise ConfigError(f"{name} must be a mapping of names to numbers.")
-            for key, value in pattern.items():
-                _check_regex(f"{name}[{key!r}]", key)
-                check(f"{name}[{key!r}]", value)
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern needs layers_to_transform.")
-
-    def _check_variant(self) -> None:
-        if self.variant is not None and self.variant not in VARIANTS:
-            names = ", ".join(sorted(VARIANTS))
-            raise ConfigError(f"variant must be one of {names}, not {self.variant!r}.")
+        if not is_finite(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be in [0, 1), not {shown(self.lora_dropout)}.")
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+            _check_one_of(name, getattr(self, name), (True, False))
+        _check_one_of("bias", self.bias, ("none", "all", "lora_only"))
+        _check_one_of("tied", self.tied, ("rule", "share"))
+        _check_one_of("variant", self.variant, (*sorted(VARIANTS), None))
+        _check_one_of("init_lora_weights", self.init_lora_weights, INITS)
+        if not isinstance(self.task_type, str | None):
+            raise ConfigError(f"task_type must be a text, not {shown(self.task_type)}.")
         if self.use_dora and self.variant not in (None, "dora"):
             raise ConfigError(f"use_dora=True and variant={self.variant!r} contradict each other.")
-        if self.use_dora:
-            object.__setattr__(self, "variant", "dora")
+        self._normalise_names()
+        self._normalise_layers()
+        self._normalise_patterns()
 
     def _normalise_names(self) -> None:
         """Sequences of names as tuples, so that a configuration compares by value."""
@@ -128,13 +109,36 @@ class LoraConfig:
             if isinstance(value, str):
                 raise ConfigError(f"{name} must be a list of names, not the string {value!r}.")
             object.__setattr__(self, name, _names(name, value))
+
+    def _normalise_layers(self) -> None:
+        patterns = self.layers_pattern or ()
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            # (the group around the layer's number must be the first)
+            _check_regex("layers_pattern", pattern, r"(?:.*\.)?{}\.(\d+)\.", groups=1)
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform.")
         layers = self.layers_to_transform
         if layers is None:
             return
-        numbers = (layers,) if isinstance(layers, int) else tuple(layers)
-        if not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise ConfigError(f"layers_to_transform must be layer numbers, not {layers!r}.")
+        numbers = tuple(layers) if isinstance(layers, Sequence) else (layers,)
+        if not all(is_whole(n, 0, MAX_SIZE) for n in numbers):
+            raise ConfigError(f"layers_to_transform must be layer numbers, not {shown(layers)}.")
         object.__setattr__(self, "layers_to_transform", numbers)
+
+    def _normalise_patterns(self) -> None:
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping):
+                raise ConfigError(f"{name} must be a mapping of names to numbers.")
+            for key, value in pattern.items():
+                _check_regex(f"{name}[{shown(key)}]", key, r"(.*\.)?({})$")
+                check(f"{name}[{shown(key)}]", value)
+            object.__setattr__(self, name, dict(pattern))
+
+    @property
+    def row(self) -> str | None:
+        """The row of `fxlora.variants` that `variant` or `use_dora` ask for."""
+        return "dora" if self.use_dora else self.variant
 
     @property
     def targets_anything(self) -> bool:
@@ -193,16 +197,17 @@ class Rule:
                 _check_regex("name", pattern[3:])
         for name in _BOUNDS:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ConfigError(f"{name} must be a number of features, not {value!r}.")
+            if value is not None and not is_whole(value, 0, MAX_SIZE):
+                raise ConfigError(f"{name} must be a number of features, not {shown(value)}.")
         self._check_kernel_size()
+        _check_one_of("train", self.train, (True, False))
         check_parts(self.parts, self.enable)
+        if self.lora is not None and not isinstance(self.lora, LoraConfig):
+            raise ConfigError(f"lora must be a LoraConfig or None, not {shown(self.lora)}.")
         if self.train and (self.parts is not None or self.lora != LoraConfig()):
             raise ConfigError("train=True trains in full: lora= and parts= say another thing.")
         if self.where is not None and not callable(self.where):
-            raise ConfigError(f"where must be a function of a Site, not {self.where!r}.")
-        if self.lora is not None and not isinstance(self.lora, LoraConfig):
-            raise ConfigError(f"lora must be a LoraConfig or None, not {self.lora!r}.")
+            raise ConfigError(f"where must be a function of a Site, not {shown(self.where)}.")
         if self.lora is not None and self.lora.targets_anything and self.name is not None:
             raise ConfigError(
                 "a rule with a name and a LoraConfig with target_modules say which sites "
@@ -216,10 +221,14 @@ class Rule:
 
     def _check_kernel_size(self) -> None:
         size = self.kernel_size
-        sizes = (size,) if isinstance(size, int) or size is None else tuple(size)
-        if size is not None and not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise ConfigError(f"kernel_size must be a number or a tuple of them, not {size!r}.")
-        if sizes != (size,):
+        if size is None:
+            return
+        sizes = tuple(size) if isinstance(size, Sequence) else (size,)
+        if not sizes or not all(is_whole(n, 1, MAX_SIZE) for n in sizes):
+            raise ConfigError(
+                f"kernel_size must be a number or a tuple of them, not {shown(size)}."
+            )
+        if not isinstance(size, int):
             object.__setattr__(self, "kernel_size", sizes)
 
     def describe(self) -> str:
@@ -244,8 +253,8 @@ def as_rules(rules: Rules | Mapping[str, Any] | str | Path) -> tuple[Rule, ...]:
         return load_rules(rules)
     if isinstance(rules, Mapping):
         return rules_from_data(rules, "the rules")
-    if not isinstance(rules, LoraConfig | Rule | Sequence):
-        raise ConfigError(f"rules are a LoraConfig, Rules or a file's path, not {rules!r}.")
+    if not isinstance(rules, LoraConfig | Rule | Sequence) or isinstance(rules, bytes):
+        raise ConfigError(f"rules are a LoraConfig, Rules or a file's path, not {shown(rules)}.")
     items = [rules] if isinstance(rules, LoraConfig | Rule) else list(rules)
     if not items:
         raise ConfigError("no rules: give a LoraConfig or a list of Rules.")
@@ -256,7 +265,7 @@ def _as_rule(item: object) -> Rule:
     if isinstance(item, Rule):
         return item
     if not isinstance(item, LoraConfig):
-        raise ConfigError(f"a rule is a Rule or a LoraConfig, not {item!r}.")
+        raise ConfigError(f"a rule is a Rule or a LoraConfig, not {shown(item)}.")
     if not item.targets_anything:
         raise ConfigError(
             "a LoraConfig on its own needs target_modules (or target_parameters): name them, "
@@ -274,15 +283,10 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one that rules have.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"rules file {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise ConfigError(f"rules file {path} is not valid: {error}.") from error
-    return rules_from_data(data, f"rules file {path}")
+    path = as_path(path, ConfigError)
+    where = f"rules file {path}"
+    text = read_text(path, where, ConfigError)
+    return rules_from_data(parsed(text, where, ConfigError, path.suffix), where)
 
 
 def rules_from_data(data: Any, where: str) -> tuple[Rule, ...]:
@@ -319,7 +323,7 @@ def _rule_from_data(table: Any, where: str) -> Rule:
 
 def _config_from_data(table: Any, where: str) -> LoraConfig:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: expected a table (or false), found {table!r}.")
+        raise ConfigError(f"{where}: expected a table (or false), found {shown(table)}.")
     _check_keys(table, {f.name for f in dataclasses.fields(LoraConfig)}, where)
     return _made(LoraConfig, dict(table), where)
 
@@ -371,49 +375,75 @@ def _plain(value: Any) -> Any:
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a value of any kind is a whole number in these bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value of any kind is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # (a comparison takes integers of any size)
+
+
+def _check_one_of(name: str, value: object, allowed: Sequence[Any]) -> None:
+    if any(isinstance(value, type(one)) and value == one for one in allowed):
+        return
+    if set(allowed) == {True, False}:
+        raise ConfigError(f"{name} must be True or False, not {shown(value)}.")
+    *names, last = (f'"{one}"' if isinstance(one, str) else str(one) for one in allowed)
+    raise ConfigError(f"{name} must be {', '.join(names)} or {last}, not {shown(value)}.")
 
 
 def _check_rank(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number ≥ 1, not {value!r}.")
+    if not is_whole(value, 1, MAX_RANK):
+        bound = f" and ≤ {MAX_RANK}" if is_whole(value, 1, sys.maxsize) else ""
+        raise ConfigError(f"{name} must be a whole number ≥ 1{bound}, not {shown(value)}.")
 
 
-def _check_alpha(name: str, value: object) -> None:
-    if not _is_number(value) or float(value) <= 0:  # pyright: ignore[reportArgumentType]
+def _check_alpha(name: str, value: Any) -> None:
+    if not is_finite(value) or value <= 0:
         raise ConfigError(
-            f"{name} must be a finite number > 0, not {value!r} (at 0 the branch has no effect)."
+            f"{name} must be a finite number > 0, not {shown(value)} (at 0 the branch has no "
+            "effect)."
         )
-    if float(value) != int(value):  # pyright: ignore[reportArgumentType]
+    if value != int(value):
         warn(
             f"{name}={value} is not a whole number; it is used as it is, but PEFT's "
             "configuration declares an integer there."
         )
 
 
-def _check_regex(name: str, value: object) -> None:
+def _check_regex(name: str, value: Any, within: str = "{}", groups: int | None = None) -> None:
+    """Raise unless a value is a regular expression, also inside the one that it is used in."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}: {shown(value)} is not a regular expression, but no text.")
     try:
-        re.compile(value)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"{name}: {value!r} is not a regular expression: {error}.") from error
+        re.compile(value)
+        compiled = re.compile(within.replace("{}", value))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"{name}: {shown(value)} is not a regular expression: {error}."
+        ) from error
+    if groups is not None and compiled.groups != groups:
+        raise ConfigError(f"{name}: {shown(value)} must have no groups: write (?:…).")
 
 
 def _names(name: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    items = sorted(value) if isinstance(value, set | frozenset) else value
+    items = list(value) if isinstance(value, set | frozenset) else value
     if not isinstance(items, Sequence) or not all(isinstance(i, str) and i for i in items):
-        raise ConfigError(f"{name} must be a name or a list of names, not {value!r}.")
+        raise ConfigError(f"{name} must be a name or a list of names, not {shown(value)}.")
     if not items:
         raise ConfigError(f"{name} is an empty list: it would match nothing.")
-    return tuple(items)
+    return tuple(sorted(items) if isinstance(value, set | frozenset) else items)
 
 
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(table) - known)
+    unknown = sorted(shown(key) for key in set(table) - known)
     if unknown:
         raise ConfigError(
-            f"{where}: unknown key {', '.join(map(repr, unknown))}. "
-            f"Known: {', '.join(sorted(known))}."
+            f"{where}: unknown key {some(unknown)}. Known: {', '.join(sorted(known))}."
         )

@@ -13,6 +13,7 @@ import torch
 from .errors import ConfigError, InjectError
 from .module import CapturedModule
 from .module.ambient import no_ambient_modes
+from .names import printable
 from .plan import Entry, Plan
 from .tables import FORMATS, render, some
 
@@ -163,7 +164,7 @@ def _csv(plan: Plan) -> str:
     writer.writerow(HEADER)
     for entry in plan:
         percent, factor = _reduction(entry)
-        row = _row(entry)[:6]
+        row = map(printable, _row(entry)[:6])
         writer.writerow([*row, entry.weight_parameters, entry.adapter_parameters, percent, factor])
     return text.getvalue()
 

@@ -6,9 +6,17 @@ import sys
 import warnings
 from pathlib import Path
 
+from .names import printable
+
 
 class FxLoraError(Exception):
-    """Base of every error that fxlora raises on purpose."""
+    """Base of every error that fxlora raises on purpose.
+
+    What a message quotes may come from a file: control characters in it are escaped.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a, "\n\t") if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(FxLoraError, ValueError):
@@ -57,4 +65,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
     while frame.f_back and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, FxLoraWarning, stacklevel=level - 1)
+    warnings.warn(printable(message, "\n\t"), FxLoraWarning, stacklevel=level - 1)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import tomli_w
 
-from .config import Rule, rule_to_data
+from .config import MAX_RANK, MAX_SIZE, Rule, is_finite, is_whole, rule_to_data
+from .errors import ConfigError
 from .lora.inits import INITS
 from .lora.layout import Layout, Shape
 from .lora.variants import VARIANTS
-from .tables import render
+from .names import ADAPTER_RULE, WORD_RULE, is_adapter, is_path, is_word, printable, shown
+from .tables import render, some
 
 
 def scales_outputs(entry: Entry) -> bool:
@@ -71,41 +75,76 @@ class Entry:
     tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_types()
-        numbers = (self.alpha, self.scaling, self.dropout)
-        if self.form not in FORMS or self.init not in INITS or self.r < 1 or self.rule < 1:
-            raise ValueError(f"no such form, init, rank or rule in the entry for '{self.site}'")
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-            raise ValueError(f"alpha, scaling or dropout of '{self.site}' is no number")
-        if not set(self.variants) <= set(VARIANTS) or self.parameter not in self.names:
-            raise ValueError(f"no such variant or name in the entry for '{self.site}'")
-        if len(self.layout.roles) != len(self.shape):
-            raise ValueError(f"layout and shape of '{self.site}' differ")
+        """An entry may come from a file: no name gets into a graph but through here."""
+        self._check_names()
+        self._check_numbers()
+        self._check_tables()
         self._check_ranges()
 
-    def _check_types(self) -> None:
-        """An entry may come from a file."""
-        texts = (self.site, self.parameter, self.op, self.form, self.reason, self.adapter)
-        lists = ((self.names, str), (self.tied, str), (self.variants, str), (self.shape, int))
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"a name in the entry for {self.site!r} is no text")
-        if not all(isinstance(v, tuple) and all(isinstance(i, t) for i in v) for v, t in lists):
-            raise TypeError(f"names, ties, variants or shape of '{self.site}' are no lists of such")
-        if not all(isinstance(n, int) for n in (self.r, self.rule)):
-            raise TypeError(f"rank or rule of '{self.site}' is no whole number")
+    def _check_names(self) -> None:
+        texts = {"op": self.op, "form": self.form, "reason": self.reason}
+        lists = {"names": self.names, "tied": self.tied}
+        for what, name in (("site", self.site), ("parameter", self.parameter)):
+            _check(is_path(name), f"{what} {shown(name)} cannot be a name in a graph")
+        for what, names in lists.items():
+            paths = isinstance(names, tuple) and all(map(is_path, names))
+            _check(paths, f"{what} {shown(names)} are no names in a graph")
+        part = self.part is None or is_word(self.part)
+        _check(part, f"part {shown(self.part)} is no name: {WORD_RULE}")
+        adapter = is_adapter(self.adapter)
+        _check(adapter, f"adapter {shown(self.adapter)} is no name: {ADAPTER_RULE}")
+        for what, text in texts.items():
+            _check(isinstance(text, str), f"{what} of '{self.site}' is no text: {shown(text)}")
+        _check(
+            self.parameter in self.names and len(set(self.names)) == len(self.names),
+            f"the names of '{self.site}' are not those of '{self.parameter}', once each",
+        )
+
+    def _check_numbers(self) -> None:
+        for what, number, low, high in (
+            ("r", self.r, 1, MAX_RANK),
+            ("rule", self.rule, 1, MAX_SIZE),
+            ("padding_idx", self.padding_idx or 0, 0, MAX_SIZE),
+        ):
+            good = is_whole(number, low, high)
+            _check(good, f"{what} of '{self.site}' is no number from {low}: {shown(number)}")
+        for what, value in (("alpha", self.alpha), ("scaling", self.scaling)):
+            good = is_finite(value)
+            _check(good, f"{what} of '{self.site}' is no finite number: {shown(value)}")
+        dropout = is_finite(self.dropout) and 0 <= self.dropout < 1
+        _check(dropout, f"dropout of '{self.site}' is not in [0, 1): {shown(self.dropout)}")
+        shape = isinstance(self.shape, tuple) and all(is_whole(n, 0, MAX_SIZE) for n in self.shape)
+        _check(shape, f"shape of '{self.site}' is none: {shown(self.shape)}")
+
+    def _check_tables(self) -> None:
+        variants = isinstance(self.variants, tuple) and list(self.variants) == [
+            name for name in VARIANTS if name in self.variants
+        ]
+        _check(variants, f"'{self.site}' has no such variants: {shown(self.variants)}")
+        _check(self.form in FORMS, f"'{self.site}' has no such form: {shown(self.form)}")
+        init = isinstance(self.init, bool | str) and self.init in INITS
+        _check(init, f"'{self.site}' has no such init: {shown(self.init)}")
+        layout = isinstance(self.layout, Layout) and len(self.layout.roles) == len(self.shape)
+        _check(layout, f"layout and shape of '{self.site}' differ")
 
     def _check_ranges(self) -> None:
-        if (self.part is None) != (self.rows is None):
-            raise ValueError(f"'{self.site}' has a part without rows, or rows without a part")
+        _check(
+            (self.part is None) == (self.rows is None),
+            f"'{self.site}' has a part without rows, or rows without a part",
+        )
         if self.rows is not None:
-            start, stop = self.rows
-            if not 0 <= start < stop <= self.shape[self.layout.part_dim]:
-                raise ValueError(f"'{self.site}' has no rows {self.rows}")
-            if not self.site.endswith(f".{self.part}"):
-                raise ValueError(f"'{self.site}' is no part '{self.part}'")
+            outputs = self.shape[self.layout.part_dim]
+            pair = isinstance(self.rows, tuple) and len(self.rows) == 2
+            whole = pair and all(is_whole(n, 0, outputs) for n in self.rows)
+            _check(
+                whole and self.rows[0] < self.rows[1],
+                f"'{self.site}' has no rows {shown(self.rows)}",
+            )
+            part = self.site.endswith(f".{self.part}")
+            _check(part, f"'{self.site}' is no part {shown(self.part)}")
         rows = self.layout.features(self.shape)[0] if self.layout.in_first else 0
-        if self.padding_idx is not None and not 0 <= self.padding_idx < rows:
-            raise ValueError(f"'{self.site}' has no row {self.padding_idx}")
+        padding = self.padding_idx is None or self.padding_idx < rows
+        _check(padding, f"'{self.site}' has no row {self.padding_idx}")
 
     # ---- shapes -----------------------------------------------------------------------------
 
@@ -199,12 +238,29 @@ class Entry:
         return {key: value for key, value in plain.items() if value is not None}  # TOML has no null
 
     @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Entry:
+    def from_data(cls, data: Any) -> Entry:
+        """The inverse of `to_data`, for data from anywhere.
+
+        Raises:
+            ConfigError: it is no entry.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or not set(data) <= known:
+            raise ConfigError(f"expected an entry of a plan, found {shown(data)}.")
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }  # pyright: ignore[reportUnknownArgumentType]
-        values["layout"] = Layout(data["layout"])
-        return cls(**values)
+        }
+        roles = values.get("layout")
+        try:
+            values["layout"] = Layout(roles if isinstance(roles, str) else "")
+            return cls(**values)
+        except (TypeError, ValueError) as error:  # what is missing; no such layout
+            raise ConfigError(f"the entry for {shown(data.get('site'))}: {error}") from error
+
+
+def _check(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise ConfigError(f"{otherwise}.")
 
 
 @dataclass(frozen=True)
@@ -228,6 +284,31 @@ class Plan:
     model_parameters: int = 0
     trained_parameters: int = 0
     rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = (self.model_parameters, self.trained_parameters)
+        _check(all(is_whole(n, 0, MAX_SIZE) for n in counts), f"no counts: {shown(counts)}")
+        entries = isinstance(self.entries, tuple) and all(isinstance(e, Entry) for e in self)
+        _check(entries, "the entries of a plan are a tuple of Entry")
+        for what in ("trained", "modules_to_save"):
+            names = getattr(self, what)
+            paths = isinstance(names, tuple) and all(map(is_path, names))
+            _check(paths, f"{what} {shown(names)} are no names in a graph")
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Raise where two entries adapt the same rows of a weight, or share their tensors."""
+        prefixes = Counter(entry.prefix for entry in self)
+        twice = [prefix for prefix, count in prefixes.items() if count > 1]
+        _check(not twice, f"the plan has {some(twice)} more than once")
+        held: dict[str, list[Entry]] = {}
+        for entry in self:
+            for name in entry.names:
+                held.setdefault(name, []).append(entry)
+        for name, sharing in held.items():
+            rows = sorted(entry.rows or (0, MAX_SIZE) for entry in sharing)
+            apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(rows))
+            _check(apart, f"the plan adapts the same rows of '{name}' more than once")
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -271,8 +352,10 @@ class Plan:
         lines = [render(header, rows)]
         lines.append(f"{_sites(len(self))} adapted with {self.adapter_parameters:,} parameters.")
         if self.modules_to_save:
-            lines.append(f"Trained in full: {', '.join(self.modules_to_save)}.")
+            saved = ", ".join(map(printable, self.modules_to_save))
+            lines.append(f"Trained in full: {saved}.")
         alone = [f"  {site}: {reason}" for site, reason in self.skipped if reason != IN_FULL]
+        alone = list(map(printable, alone))
         if alone:
             lines += [f"{_sites(len(alone))} left alone:", *alone]
         return "\n".join(lines)
@@ -295,7 +378,8 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as TOML, which `match` takes back as rules (see `load_rules`)."""
-        return tomli_w.dumps(self.to_data())
+        text = tomli_w.dumps(self.to_data())  # which escapes most, in basic strings alone
+        return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
 
 
 def _sites(count: int) -> str:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxlora
-from fxlora import AdapterError, LoraConfig, Rule
+from fxlora import AdapterError, FxLoraWarning, LoraConfig, Rule
 from fxlora.plan import Entry
 
 from .laws import assert_close, assert_same, randomise, run, snapshot
@@ -367,7 +368,8 @@ ODD: dict[str, tuple[list[Rule], str]] = {
 def test_where_peft_would_be_wrong_it_stops(tmp_path: Path, what: str) -> None:
     model, args = odd()
     rules, why = ODD[what]
-    lora = saved(model, args, rules, tmp_path)
+    with pytest.warns(FxLoraWarning, match=f"PEFT cannot read .*{re.escape(why)}"):
+        lora = saved(model, args, rules, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "FXLORA" and why in config["why_not_peft"]
     assert_loads(model, args, tmp_path, lora)
@@ -650,3 +652,115 @@ def test_parts_of_modules_that_are_called_by_numbers(tmp_path: Path) -> None:
     assert torch.equal(
         fxlora.load_adapter(gm, tmp_path)(torch.ones(2, 12)), lora(torch.ones(2, 12))
     )
+
+
+# ---- values that are none -----------------------------------------------------------------------
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("conv.lora_A.weight", r"conv\.lora_A\.default\.weight"),
+        ("twice.lora_B.weight", r"twice\.lora_B\.default\.weight"),
+        ("fc.bias", r"fc\.bias"),
+        ("bn.running_var", r"bn\.running_var"),
+    ],
+)
+def test_what_is_not_finite_is_refused(tmp_path: Path, key: str, name: str, value: float) -> None:
+    model, x = Normed(), torch.randn(4, 3, 9, 7)
+    lora = trained(model)
+    fxlora.save_adapter(lora, tmp_path)
+    rewritten(tmp_path, lambda t: t[f"base_model.model.{key}"].view(-1)[0:1].fill_(value))
+    gm = fxlora.capture(model, x)
+    with pytest.raises(AdapterError, match=f"'{name}' has NaN or infinities"):
+        fxlora.load_adapter(gm, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    tensors = {**dict(lora.named_parameters()), **dict(lora.named_buffers())}
+    with torch.no_grad():
+        tensors[name.replace("\\", "")].view(-1)[0] = value
+    with pytest.raises(AdapterError, match=r"NaN or infinity.*Nothing was written"):
+        fxlora.save_adapter(lora, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_what_the_modules_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(5, 6))
+    gm = fxlora.capture(model, torch.randn(2, 5))
+    fxlora.save_adapter(fxlora.inject(gm, fxlora.match(gm, Rule("0", lora=plain()))), tmp_path)
+    key = "base_model.model.0.lora_B.weight"
+    for made, why in (
+        (torch.full((6, 2), 1e300, dtype=torch.float64), "infinities as torch.float32"),
+        (torch.ones(6, 2, dtype=torch.complex64), "which is no torch.float32"),
+    ):
+        rewritten(tmp_path, lambda t, made=made: t.update({key: made}))
+        with pytest.raises(AdapterError, match=why):
+            fxlora.load_adapter(gm, tmp_path)
+
+
+class Masked(nn.Module):
+    """A mask of infinities, which counts how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 6)
+        self.register_buffer("mask", torch.tensor([0.0, 1, 2, 3, 4, -torch.inf]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.lin(x) + self.mask).softmax(-1)
+
+
+def test_infinities_of_the_models_own_are_kept(tmp_path: Path) -> None:
+    gm = fxlora.capture(Masked(), torch.randn(2, 5))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("lin", lora=plain())))
+    randomise(lora)
+    lora.mask[0] = 7
+    fxlora.save_adapter(lora, tmp_path)
+    again = fxlora.load_adapter(gm, tmp_path)
+    assert torch.equal(again.mask, lora.mask) and float(again.mask[0]) == 7
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    model, args = mixture()
+    saved(model, args, MIXTURES["PiSSA"], tmp_path)
+    gm, before = captured(model, args), torch.get_rng_state()
+    fxlora.load_adapter(gm, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, 5, None, b"x"])
+def test_what_is_no_path(path: Any) -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(5, 6)), torch.randn(2, 5))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("0", lora=plain())))
+    with pytest.raises(AdapterError):
+        fxlora.load_adapter(gm, path)
+    with pytest.raises(AdapterError):
+        fxlora.save_adapter(lora, path)
+    with pytest.raises(fxlora.FxLoraError):
+        fxlora.export(gm, torch.randn(2, 5), path)
+
+
+def test_a_module_on_meta_has_nothing_to_save(tmp_path: Path) -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(5, 6, device="meta")))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("0", lora=plain())))
+    with pytest.raises(AdapterError, match="on the meta device"):
+        fxlora.save_adapter(lora, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe\x00", b"\x80\x04pickle"])
+def test_files_of_any_bytes_are_typed(tmp_path: Path, file: str, content: bytes) -> None:
+    model, args = mixture()
+    saved(model, args, MIXTURES["PiSSA"], tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(AdapterError, match="damaged"):
+        fxlora.load_adapter(captured(model, args), tmp_path)

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule, load_rules
+from fxlora.config import config_to_data
+from fxlora.names import shown
 
 
 @pytest.mark.parametrize(
@@ -24,11 +30,11 @@ from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule, load_rules
         ({"lora_dropout": -0.1}, "lora_dropout"),
         ({"bias": "some"}, "bias"),
         ({"use_dora": 1}, "use_dora must be True or False"),
-        ({"variant": "dorra"}, "variant must be one of dora"),
+        ({"variant": "dorra"}, 'variant must be "dora", "from_weight" or None'),
         ({"use_dora": True, "variant": "from_weight"}, "contradict"),
         ({"tied": "all"}, 'tied must be "rule" or "share"'),
         ({"use_rslora": "yes"}, "use_rslora"),
-        ({"init_lora_weights": "piza"}, "init_lora_weights must be one of"),
+        ({"init_lora_weights": "piza"}, "init_lora_weights must be True, "),
         ({"target_modules": []}, "empty list"),
         ({"target_modules": [1]}, "target_modules must be"),
         ({"target_modules": "("}, "not a regular expression"),
@@ -43,6 +49,60 @@ from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule, load_rules
 def test_a_configuration_that_cannot_be_meant(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**values)
+
+
+HUGE = 10**400
+DEEP: list = []
+for _ in range(900):
+    DEEP = [DEEP]
+
+
+@pytest.mark.filterwarnings("ignore:.*not a whole number:fxlora.FxLoraWarning")
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(LoraConfig)])
+@pytest.mark.parametrize(
+    "value",
+    [HUGE, -HUGE, 10**5000, math.inf, 1.5, b"x", [b"x"], DEEP, {}, {1: 2}, torch.ones(2), object(),
+     [1, "a"], {"(?i)a": 1}, {"a": HUGE}, "(" * 5000, "a{9999999999}", [None], "\ud800"],
+    ids=lambda v: shown(v, 30),
+)  # fmt: skip
+def test_a_configuration_of_any_kind_is_typed(field: str, value: Any) -> None:
+    with contextlib.suppress(ConfigError):
+        config = LoraConfig(**{"layers_to_transform": 1, field: value})
+        assert LoraConfig(**config_to_data(config)) == config
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Rule) if f.name != "_"])
+@pytest.mark.parametrize(
+    "value",
+    [HUGE, 10**5000, math.inf, 1.5, b"x", DEEP, {1: 2}, torch.ones(2), object(), 10**9, [2, 2],
+     {"a": HUGE}, {"a": [0, HUGE]}, {"a.b": 1}, {"a\nb": 1}, {'a"': 1}, "re:(?i)a", [10**5000]],
+    ids=lambda v: shown(v, 30),
+)  # fmt: skip
+def test_a_rule_of_any_kind_is_typed(field: str, value: Any) -> None:
+    with contextlib.suppress(ConfigError):
+        Rule(**{"name": "a", field: value})
+
+
+@pytest.mark.parametrize("pattern", ["(?i)a", "a)(b", "(a"])
+def test_expressions_must_be_ones_where_they_are_used(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        LoraConfig(rank_pattern={pattern: 2})
+    with pytest.raises(ConfigError, match=r"layers_pattern"):
+        LoraConfig(layers_pattern=[pattern], layers_to_transform=1)
+
+
+def test_a_group_in_layers_pattern_would_be_taken_for_the_number() -> None:
+    with pytest.raises(ConfigError, match="must have no groups"):
+        LoraConfig(layers_pattern="(h|layers)", layers_to_transform=1)
+    LoraConfig(layers_pattern="(?:h|layers)", layers_to_transform=1)
+
+
+def test_replacing_use_dora_takes_the_variant_away() -> None:
+    dora = LoraConfig(use_dora=True)
+    assert dora.row == "dora" and LoraConfig(variant="dora").row == "dora"
+    assert dataclasses.replace(dora, use_dora=False) == LoraConfig()
+    assert dataclasses.replace(dora, use_dora=False).row is None
+    assert dataclasses.replace(dora, r=3).row == "dora"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +153,31 @@ def test_rules_files_that_are_wrong(text: str, message: str, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=message) as error:
         load_rules(path)
     assert "lora.toml" in str(error.value) or "a LoraConfig on its own" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("deep.json", b"[" * 100_000),
+        ("deep.toml", b"a=" + b"[" * 100_000),
+        ("deep2.json", b'{"rule":' + b"[" * 300 + b"]" * 300 + b"}"),
+        ("latin.toml", "[lora]\ntask_type = 'ü'".encode("latin-1")),
+        ("big.json", b'{"rule":[{"name":"0","lora":{"lora_alpha":1' + b"0" * 400 + b"}}]}"),
+        ("bigger.json", b'{"rule":[{"name":"0","lora":{"lora_alpha":1' + b"0" * 9000 + b"}}]}"),
+        ("hex.toml", b"[[rule]]\nname='0'\nmin_features=0x" + b"f" * 9000),
+        ("nan.json", b'{"rule":[{"name":"0","lora":{"lora_alpha":NaN}}]}'),
+    ],
+)
+def test_rules_files_of_any_bytes_are_typed(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        load_rules(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, 5, None, b"x"])
+def test_rules_from_what_is_no_path(path: Any) -> None:
+    with pytest.raises(ConfigError):
+        load_rules(path)
 
 
 def test_a_rules_file_that_is_missing(tmp_path: Path) -> None:

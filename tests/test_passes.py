@@ -239,6 +239,10 @@ def test_lora_parameters() -> None:
     ]
     torch.optim.AdamW(groups)
     torch.optim.AdamW(fxlora.lora_parameters(lora, groups=True), lr=1e-3)
+    alike = fxlora.lora_parameters(lora, groups=True, lr=1e-3)  # LoRA+ is asked for by lr_ratio
+    assert [group["lr"] for group in alike] == [1e-3] * 3
+    with pytest.raises(ConfigError, match=r"lr=0\.001 needs groups=True"):
+        fxlora.lora_parameters(lora, lr=1e-3)
     with pytest.raises(ConfigError, match="lr_ratio"):
         fxlora.lora_parameters(lora, groups=True, lr=1e-3, lr_ratio=0)
     with pytest.raises(ConfigError, match="needs groups=True"):

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TextIO
 
 from ..errors import ExportError, FxLoraError, FxLoraWarning
+from ..names import printable
 from ..tables import one_line, said
 from .options import build_parser
 
@@ -50,7 +51,7 @@ def _run(words: list[str]) -> str:
 
 def _print(result: str) -> None:
     try:
-        print(result.removesuffix("\n"), flush=True)
+        print(printable(result, "\n\t").removesuffix("\n"), flush=True)
     except OSError as error:
         # Python flushes stdout once more at exit, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,7 +75,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    text = warnings.formatwarning(message, category, filename, lineno, line)
+    text = printable(warnings.formatwarning(message, category, filename, lineno, line), "\n\t")
     if issubclass(category, FxLoraWarning):
         text = f"fxlora: warning: {one_line(str(message))}\n"
     stderr.write(text)

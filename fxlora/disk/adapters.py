@@ -22,11 +22,21 @@ from safetensors.torch import save_file
 
 from ..api import inject
 from ..config import LoraConfig
-from ..errors import AdapterError, ConfigError, InjectError, NoMatchError, UnsupportedOpError
+from ..data import as_path, parsed, read_text
+from ..errors import (
+    AdapterError,
+    ConfigError,
+    InjectError,
+    NoMatchError,
+    UnsupportedOpError,
+    warn,
+)
 from ..lora.inits import FILLS, STARTS
 from ..matching import match
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
+from ..names import ADAPTER_RULE, is_adapter, shown
+from ..passes.inject import check_fits
 from ..plan import Entry, Plan
 from ..tables import some
 from .files import whole_file
@@ -46,6 +56,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 VERSION = 2
 OURS = "FXLORA"  # the peft_type of a folder that PEFT cannot read
+WHY = "why_not_peft"
 
 # Keys of PEFT's configuration that say nothing about the mathematics.
 _INFORMATION = frozenset(
@@ -142,7 +153,12 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     stops, and `why_not_peft` in the configuration says what PEFT cannot do.
 
     Raises:
-        AdapterError: the module has no adapters, or the folder cannot be written.
+        AdapterError: the module has no adapters, they hold NaN or infinities (`load_adapter`
+            would refuse them: an earlier adapter stays in the folder), or the folder cannot be
+            written.
+
+    Warns:
+        FxLoraWarning: PEFT cannot read the folder.
     """
     if not isinstance(module, CapturedModule) or module.plan is None:
         raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")
@@ -151,17 +167,19 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
             f"{some(stray)} requires gradients but is not in the plan, so it would be lost. Put "
             "its module into modules_to_save and train again."
         )
-    folder = Path(folder)
+    folder = as_path(folder, AdapterError)
+    why = why_not(module, module.plan)
+    layout = _layout(module, module.plan, why is None)
+    changed = _changed(module, layout)
+    _check_worth_saving(module, layout, changed)
+    tensors = {key: _plain(tensor) for key, tensor in changed.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
-    why = why_not(module, module.plan)
-    layout = _layout(module, module.plan, why is None)
-    tensors = {key: _plain(tensor) for key, tensor in _changed(module, layout).items()}
     # One key: safetensors writes several in any order, and a file should be reproducible.
     header = {"fxlora": json.dumps(_plan_data(module.plan, why is None))}
-    config = {"peft_type": OURS, "why_not_peft": why} if why else configuration(module, module.plan)
+    config = {"peft_type": OURS, WHY: why} if why else configuration(module, module.plan)
     with (
         whole_file(folder / CONFIG, AdapterError) as config_file,
         whole_file(folder / WEIGHTS, AdapterError) as weights,
@@ -171,6 +189,37 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         except SafetensorError as error:  # its word for a full disk
             raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}.") from error
         config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if why:
+        warn(f"PEFT cannot read {folder}, which fxlora can: {why}.")
+
+
+def _check_worth_saving(
+    module: CapturedModule, layout: _Layout, tensors: dict[str, torch.Tensor]
+) -> None:
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise AdapterError("nothing to save: the module is on the meta device, without values.")
+    before = {layout.key(name): tensor for name, tensor in module.known.originals.items()}
+    diverged = [key for key, t in tensors.items() if _not_finite(t, before.get(key))]
+    if diverged:
+        raise AdapterError(
+            f"{some(diverged)}: NaN or infinity, as where training diverged. Nothing was written. "
+            "Train again, with a lower learning rate."
+        )
+
+
+def _not_finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
+    """Whether there are NaN or infinities, but where there were some before (as in a mask)."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    bad = ~_wide(tensor).isfinite()
+    if before is not None and before.shape == tensor.shape and not before.is_meta:
+        bad &= _wide(before).isfinite().to(bad.device)
+    return bool(bad.any())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype that has an isfinite: float8 has none."""
+    return tensor if tensor.is_complex() or tensor.itemsize > 1 else tensor.float()
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,30 +284,42 @@ def load_adapter(
     """
     if not isinstance(module, CapturedModule):
         raise AdapterError("load_adapter takes a captured module: fxlora.capture(model, args).")
-    content = _read(Path(folder))
+    if module.plan is not None:
+        raise AdapterError("the module has adapters already: fold or remove them first.")
+    if not is_adapter(adapter_name):
+        raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
+    content = _read(as_path(folder, AdapterError))
     if content.header is not None:
         plan, pefts = _plan_from(content.header, content.path, adapter_name)
-        layout = _layout(module, plan, pefts)
+        held = plan
     else:
-        plan = _plan_from_peft(module, content, adapter_name)
-        layout = _layout(module, _as_peft_has(plan), True)
-    _check_entries(module, layout, content)
+        plan, pefts = _plan_from_peft(module, content, adapter_name), True
+        held = _as_peft_has(plan)
+    _check_weights(module, plan, content)
+    layout = _layout(module, held, pefts)
+    _check_tensors(module, layout, content)
     if content.header is not None:
+        plan = _counted(module, plan)
         _check_config(module, plan, content)
-    # What it starts with comes from the file, unless PEFT leaves that to the weight.
-    started = plan if content.header is None else _without_init(plan)
+    starts, stored = _values(module, layout, content)
     try:
-        result = inject(module, started)
+        result = inject(module, plan, starts=starts)
     except (ConfigError, InjectError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
-    result.update_state(plan=plan)
-    _fill(result, layout, content)
+    with torch.no_grad():
+        for name, value in stored.items():
+            _own(result, name).copy_(value)
     return result
 
 
-def _without_init(plan: Plan) -> Plan:
-    entries = tuple(dataclasses.replace(entry, init=True) for entry in plan)
-    return dataclasses.replace(plan, entries=entries)
+def _counted(module: CapturedModule, plan: Plan) -> Plan:
+    """The plan with the counts of this module: a file's are no matter of faith."""
+    sizes = {name: p.numel() for name, p in module.named_parameters(remove_duplicate=False)}
+    return dataclasses.replace(
+        plan,
+        model_parameters=sum(p.numel() for p in module.parameters()),
+        trained_parameters=sum(sizes[name] for name in plan.trained),
+    )
 
 
 def _as_peft_has(plan: Plan) -> Plan:
@@ -271,10 +332,14 @@ def _as_peft_has(plan: Plan) -> Plan:
 
 
 def _read(path: Path) -> _Folder:
-    if not path.is_dir():
-        raise AdapterError(f"no adapter folder at {path}.")
-    if not (path / WEIGHTS).is_file():
+    try:
+        found, weights = path.is_dir(), (path / WEIGHTS).is_file()
         pickled = (path / "adapter_model.bin").is_file()
+    except OSError as error:
+        raise AdapterError(f"no adapter folder at {path}: {error.strerror or error}.") from error
+    if not found:
+        raise AdapterError(f"no adapter folder at {path}.")
+    if not weights:
         why = (
             "; its adapter_model.bin is a pickle, which runs code when it is read: save it again "
             "with safetensors"
@@ -282,60 +347,65 @@ def _read(path: Path) -> _Folder:
             else ""
         )
         raise AdapterError(f"{path} has no {WEIGHTS}{why}.")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        header = json.loads(metadata["fxlora"]) or {} if "fxlora" in metadata else None
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} has no {Path(str(error.filename)).name}.") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(f"{path} is damaged or no adapter: {error}.") from error
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"{path} has no {CONFIG}.")
+    what = f"{path} is damaged or no adapter: {CONFIG}"
+    config = parsed(read_text(path / CONFIG, what, AdapterError), what, AdapterError)
     if not isinstance(config, dict):
         raise AdapterError(f"{path / CONFIG} is not a configuration: expected an object.")
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            text = (file.metadata() or {}).get("fxlora")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:
+        raise AdapterError(f"{path} is damaged or no adapter: {error}.") from error
+    if text is None:
+        return _Folder(path, config, None, tensors)
+    header = parsed(text, f"{path / WEIGHTS}: its plan is damaged: it", AdapterError)
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: expected an object.")
     return _Folder(path, config, header, tensors)
 
 
-def _plan_from(header: Any, path: Path, adapter_name: str) -> tuple[Plan, bool]:
+def _plan_from(header: dict[str, Any], path: Path, adapter_name: str) -> tuple[Plan, bool]:
     """The plan of a header, and whether the file is in PEFT's layout."""
-    try:
-        if header["version"] != VERSION:
-            raise AdapterError(
-                f"{path} was written in version {header['version']!r} of the layout; this fxlora "
-                f"reads version {VERSION}. "
-                + (
-                    "Without its header (safetensors' metadata) PEFT's part of it can be read."
-                    if header["version"] == 1
-                    else "Use a newer fxlora."
-                )
+    version = header.get("version")
+    if version != VERSION:
+        raise AdapterError(
+            f"{path} was written in version {shown(version)} of the layout; this fxlora "
+            f"reads version {VERSION}. "
+            + (
+                "Without its header (safetensors' metadata) PEFT's part of it can be read."
+                if version == 1
+                else "Use a newer fxlora."
             )
-        entries = [Entry.from_data({**data, "adapter": adapter_name}) for data in header["entries"]]
-        plan = Plan(
-            entries=tuple(entries),
-            trained=tuple(header["trained"]),
-            modules_to_save=tuple(header["modules_to_save"]),
-            model_parameters=int(header["model_parameters"]),
-            trained_parameters=int(header["trained_parameters"]),
         )
-        if not all(isinstance(name, str) for name in (*plan.trained, *plan.modules_to_save)):
-            raise TypeError("trained and modules_to_save must be names")
-        return plan, header["peft"] is True
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error!r}.") from error
+    lists = [header.get(key) for key in ("entries", "trained", "modules_to_save")]
+    pefts = header.get("peft")
+    try:
+        if not all(isinstance(held, list) for held in lists) or not isinstance(pefts, bool):
+            raise ConfigError("entries, trained and modules_to_save are lists, peft is a flag")
+        entries, trained, saved = (tuple(held or ()) for held in lists)
+        named = (
+            {**data, "adapter": adapter_name} if isinstance(data, dict) else data
+            for data in entries
+        )
+        return Plan(tuple(map(Entry.from_data, named)), trained, modules_to_save=saved), pefts
+    except ConfigError as error:
+        raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error}") from error
 
 
 def _plan_from_peft(module: CapturedModule, content: _Folder, adapter_name: str) -> Plan:
     config = content.config
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{content.path / CONFIG} is for {config.get('peft_type')!r}, not for LORA."
+            f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}, not for LORA."
         )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     unknown = [k for k, v in config.items() if v and k not in known and k not in _INFORMATION]
     if unknown:
         raise AdapterError(
-            f"{content.path / CONFIG} uses {', '.join(unknown)}, which fxlora does not know."
+            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not know."
         )
     values = {key: value for key, value in config.items() if key in known and value is not None}
     if values.get("target_modules") == []:  # PEFT's word for target_parameters alone
@@ -358,12 +428,12 @@ def _plan_from_peft(module: CapturedModule, content: _Folder, adapter_name: str)
 def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:
     """How the sites start, where PEFT takes the weight that it stands beside from that."""
     init = config.get("init_lora_weights", True)
-    if init in STARTS:
+    if isinstance(init, str) and init in STARTS:
         return init
-    if init not in _BESIDE:
+    if not isinstance(init, bool | str) or init not in _BESIDE:
         raise AdapterError(
-            f"{path / CONFIG} has init_lora_weights={init!r}, which changes the weights beside the "
-            "adapter. Convert it with PEFT's save_pretrained(…, "
+            f"{path / CONFIG} has init_lora_weights={shown(init)}, which changes the weights "
+            "beside the adapter. Convert it with PEFT's save_pretrained(…, "
             "path_initial_model_for_weight_conversion=…)."
         )
     return True
@@ -375,10 +445,12 @@ def _check_config(module: CapturedModule, plan: Plan, content: _Folder) -> None:
     expected = {"peft_type": OURS} if ours else configuration(module, plan)
     for key in ("task_type", "base_model_name_or_path", "inference_mode"):
         expected.pop(key, None)
-    differ = [key for key, value in expected.items() if content.config.get(key) != value]
+    says = content.config
+    differ = [key for key, value in expected.items() if says.get(key) != value]
+    differ += [k for k, v in says.items() if v and k not in {*expected, *_INFORMATION, WHY}]
     if differ:
-        said = ", ".join(
-            f"{key}={content.config.get(key)!r} for {expected[key]!r}" for key in differ
+        said = some(
+            f"{key}={shown(says.get(key))} for {shown(expected.get(key))}" for key in differ
         )
         raise AdapterError(
             f"{content.path / CONFIG} contradicts {WEIGHTS}, which was saved with it: {said}. "
@@ -386,12 +458,14 @@ def _check_config(module: CapturedModule, plan: Plan, content: _Folder) -> None:
         )
 
 
-def _check_entries(module: CapturedModule, layout: _Layout, content: _Folder) -> None:
-    """Raise unless the file's keys and shapes are the plan's and the module's."""
+def _check_weights(module: CapturedModule, plan: Plan, content: _Folder) -> None:
+    """Raise unless all that the plan names is the module's, and what the plan says of it holds."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    plan = layout.plan
-    needed = [entry.parameter for entry in plan] + list(plan.trained)
-    if missing := [name for name in needed if name not in parameters]:
+    needed = [name for e in plan for name in (*e.names, *e.tied)] + list(plan.trained)
+    missing = [name for name in dict.fromkeys(needed) if name not in parameters]
+    held = {*parameters, *(path for path, _ in module.named_modules(remove_duplicate=False))}
+    missing += [name for name in plan.modules_to_save if name not in held]
+    if missing:
         raise AdapterError(
             f"{content.path} does not fit the module; the module has no {some(missing)}."
         )
@@ -401,6 +475,16 @@ def _check_entries(module: CapturedModule, layout: _Layout, content: _Folder) ->
             f"{content.path} does not fit the module; it was made for "
             f"{some(f'{name} {shape}' for name, shape in shapes.items())}."
         )
+    try:
+        check_fits(module, plan)
+    except InjectError as error:
+        raise AdapterError(f"{content.path} does not fit the module: {error}") from error
+
+
+def _check_tensors(module: CapturedModule, layout: _Layout, content: _Folder) -> None:
+    """Raise unless the file's keys and shapes are the plan's and the module's."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    plan = layout.plan
     expected = layout.shapes()
     expected |= {layout.key(name): tuple(parameters[name].shape) for name in plan.trained}
     buffers = {layout.key(n): tuple(b.shape) for n, b in module.named_buffers()}
@@ -444,12 +528,48 @@ def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ..
     ]
 
 
-def _fill(module: CapturedModule, layout: _Layout, content: _Folder) -> None:
-    stored = {layout.key(name): buffer for name, buffer in module.named_buffers()}
-    stored |= {layout.key(name): module.get_parameter(name) for name in layout.plan.trained}
-    with torch.no_grad():
-        for name, tensor in layout.values(content.tensors).items():
-            module.get_parameter(name).copy_(tensor)
-        for key, tensor in stored.items():
-            if key in content.tensors:
-                tensor.copy_(content.tensors[key])
+def _values(
+    module: CapturedModule, layout: _Layout, content: _Folder
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The values of the adapters' tensors, and of the module's own that the file has, by name.
+
+    Raises:
+        AdapterError: a value is NaN or infinite, or of a kind that the module's dtype cannot hold.
+    """
+    decoded = layout.values(content.tensors)
+    weights = {
+        name: module.get_parameter(entry.parameter)
+        for entry in layout.plan
+        for name in entry.tensors
+    }
+    starts = {n: _held(content, n, t, weights[n].dtype, None) for n, t in decoded.items()}
+    own = [name for name, _ in module.named_buffers()] + list(layout.plan.trained)
+    stored = {name: layout.key(name) for name in own if layout.key(name) in content.tensors}
+    kept = {
+        name: _held(content, name, content.tensors[key], now.dtype, now)
+        for name, key in stored.items()
+        for now in (_own(module, name),)
+    }
+    return starts, kept
+
+
+def _own(module: CapturedModule, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
+def _held(
+    content: _Folder, name: str, value: torch.Tensor, dtype: torch.dtype, now: torch.Tensor | None
+) -> torch.Tensor:
+    """A file's value in the dtype that the module holds it in."""
+    if not torch.can_cast(value.dtype, dtype):
+        raise AdapterError(
+            f"{content.path}: '{name}' is {value.dtype}, which is no {dtype}, as the module has it."
+        )
+    value = value.to(dtype)
+    if _not_finite(value, now):
+        raise AdapterError(
+            f"{content.path}: '{name}' has NaN or infinities as {dtype}, as where training "
+            "diverged. Take an earlier checkpoint of the adapter."
+        )
+    return value

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..data import as_path
 from ..errors import FxLoraError
 
 
@@ -18,10 +19,10 @@ def whole_file(path: str | Path, error: type[FxLoraError]) -> Generator[Path]:
     Raises:
         error: the target cannot be written; what stood there stands there still.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise error(f"cannot write {target}: it is a folder.")
+    target = as_path(path, error)
     try:
+        if target.is_dir():
+            raise error(f"cannot write {target}: it is a folder.")
         handle, name = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix
         )

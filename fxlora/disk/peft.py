@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,12 @@ def why_not(module: CapturedModule, plan: Plan) -> str | None:
             readers.setdefault(name, []).extend(site.readers)
     if len({"dora" in entry.variants for entry in plan}) > 1:
         return "DoRA at some sites alone"
+    paths = Counter(id(held) for _, held in base.named_modules(remove_duplicate=False))
     for group in groups_of(plan):
         entry = group[0]
         found = {id(r): r for name in entry.names for r in readers.get(name, ())}
-        why = _why_not_these(group) or _why_not_read(base, entry, list(found.values()))
+        shared = paths[id(base.get_submodule(owner_of(entry)))] > 1
+        why = _why_not_these(group) or _why_not_read(entry, list(found.values()), shared)
         if why:
             return f"'{entry.site}': {why}"
     return _why_not_together(base, plan)
@@ -96,24 +98,20 @@ def _why_not_these(group: Group) -> str | None:
     return None
 
 
-def _why_not_read(module: CapturedModule, entry: Entry, readers: Sequence[Reader]) -> str | None:
+def _why_not_read(entry: Entry, readers: Sequence[Reader], shared: bool) -> str | None:
     owner = owner_of(entry)
     if not owner:
         return "a parameter of the model itself"
-    container = module.get_submodule(owner)
-    if sum(m is container for _, m in module.named_modules(remove_duplicate=False)) > 1:
+    if shared:
         return "one module under several names"
-    forwards = {owner} if not is_bare(entry) else {owner, *_below(module, owner)}
-    if outside := next((r for r in readers if r.call_site not in forwards), None):
-        return f"{outside.describe()} outside of the forward of '{owner}'"
+    for reader in readers:
+        below = is_bare(entry) and reader.call_site.startswith(f"{owner}.")
+        if reader.call_site != owner and not below:
+            return f"{reader.describe()} outside of the forward of '{owner}'"
     if any(r.op is None for r in readers):
         return f"read by {next(r.kind for r in readers if r.op is None)}"
     why = _why_not_parameter if is_bare(entry) else _why_not_layer
     return next(filter(None, (why(entry, reader) for reader in readers)), None)
-
-
-def _below(module: CapturedModule, owner: str) -> list[str]:
-    return [f"{owner}.{path}" for path, _ in module.get_submodule(owner).named_modules() if path]
 
 
 def _why_not_layer(entry: Entry, reader: Reader) -> str | None:
@@ -148,9 +146,16 @@ def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
     if both := layers & set(bare.values()):
         return f"'{both.pop()}' as a layer and by a parameter"
     for name, _ in module.named_parameters(remove_duplicate=False):
-        if name not in bare and any(name.endswith(f".{target}") for target in bare):
+        if name not in bare and any(end in bare for end in _ends_of(name)):
             return f"no name for '{name}' that is not the end of another's"
     return None
+
+
+def _ends_of(name: str) -> Iterator[str]:
+    """What a dotted name ends with, itself left out: "b.c" and "c" of "a.b.c"."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 # ---- keys ---------------------------------------------------------------------------------------
@@ -360,7 +365,8 @@ def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
     held = {*module.state_dict(), *dict(module.named_parameters(remove_duplicate=False))}
     own = held - module.adapter_parameters()  # (an adapter makes modules of its own)
     paths = {name[:end] for name in own for end, letter in enumerate(name) if letter == "."}
-    if any(path.endswith(f".{site}") for site in sites for path in paths):
+    wanted = set(sites)
+    if any(end in wanted for path in paths for end in _ends_of(path)):
         return "|".join(re.escape(site) for site in sites)
     return sites
 

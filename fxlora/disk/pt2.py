@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..data import as_path
 from ..errors import ConfigError, ExportError
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
@@ -54,6 +55,7 @@ def export(
         raise ConfigError("export needs a path: export(module, args, path).")
     if not isinstance(module, CapturedModule):
         raise ExportError(f"expected a captured module, not {type(module).__name__}.")
+    path = as_path(path, ConfigError)
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
     # Through memory: on a full disk torch's own writer aborts the process.
@@ -64,7 +66,7 @@ def export(
         raise ExportError(f"torch.export cannot write the graph: {error}") from error
     with whole_file(path, ExportError) as temporary, temporary.open("wb") as file:
         file.write(content.getbuffer())
-    return Path(path)
+    return path
 
 
 def exported(

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from ..fx.alike import alike, alike_but_for_sizes
+from ..fx.calls import refuse_unwritable_names
 from ..module.inputs import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
 from .contract import contract_of
@@ -145,6 +146,8 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
         stack.enter_context(refuse_constant_draws(type(model).__name__))
         assigned = stack.enter_context(refuse_state(model))
         program = run_export(model, example)
+    # (what follows generates code)
+    refuse_unwritable_names(spec.target for spec in program.graph_signature.input_specs)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _refuse_assigned_state(model, module, assigned)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
+from ..fx.calls import refuse_unwritable
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
@@ -56,6 +57,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
             stack.enter_context(refuse_constant_draws(type(traced).__name__))
             stack.enter_context(_Watch(traced))
             graph = WeightTracer().trace(traced, _defaults(traced))
+            refuse_unwritable(graph)
             module = fx.GraphModule(traced, graph)  # takes the constants along, which are on traced
     except CaptureError:
         raise

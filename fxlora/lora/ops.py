@@ -431,8 +431,10 @@ MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" 
 # Kinds without a branch whose weights are (out, in, *kernel), as torch declares them: the number of
 # dimensions of the kernel.
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-OUT_FIRST = {"torchvision.deform_conv2d": 2}
-OUT_FIRST |= {f"aten.{kind}{cell}": 0 for kind in _RECURRENT for cell in ("", "_cell")}
+OUT_FIRST = {
+    "torchvision.deform_conv2d": 2,
+    **{f"aten.{kind}{cell}": 0 for kind in _RECURRENT for cell in ("", "_cell")},
+}
 
 
 def row_of(node: fx.Node, weight: fx.Node) -> Op | None:

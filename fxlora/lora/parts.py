@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..names import WORD_RULE, is_word, shown
+from ..tables import some
+
+MAX_PARTS = 4096
+MAX_ROWS = 2**48
 
 Parts = int | Mapping[str, Any] | None
 Rows = tuple[int, int]
@@ -23,21 +28,34 @@ def check_parts(parts: Any, enable: Any) -> None:
         return
     if isinstance(parts, Mapping):
         names = list(parts)
-        if not names or not all(isinstance(n, str) and n and "." not in n for n in names):
-            raise ConfigError(f"parts needs names without dots, not {parts!r}.")
+        _check_names(names)
         kinds = {isinstance(value, int) for value in parts.values()}
         if len(kinds) > 1:
-            raise ConfigError(f"parts has sizes or ranges, not both: {parts!r}.")
+            raise ConfigError(f"parts has sizes or ranges, not both: {shown(parts)}.")
         for name, value in parts.items():
             if not isinstance(value, int):
                 _range(name, value)
-            elif isinstance(value, bool) or value < 1:
-                raise ConfigError(f"parts: '{name}' must have at least one row, not {value}.")
-    elif not isinstance(parts, int) or isinstance(parts, bool) or parts < 2:
-        raise ConfigError(f"parts must be a number ≥ 2 or a mapping of names, not {parts!r}.")
+            elif isinstance(value, bool) or not 1 <= value <= MAX_ROWS:
+                raise ConfigError(
+                    f"parts: '{name}' must have at least one row, not {shown(value)}."
+                )
+    elif not isinstance(parts, int) or isinstance(parts, bool) or not 2 <= parts <= MAX_PARTS:
+        raise ConfigError(
+            f"parts must be a number from 2 to {MAX_PARTS} or a mapping of names, "
+            f"not {shown(parts)}."
+        )
     else:
         names = [str(number) for number in range(parts)]
     _enabled(names, enable)
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    """The names of parts become names of modules."""
+    if not names:
+        raise ConfigError("parts needs at least one name.")
+    for name in names:
+        if not is_word(name):
+            raise ConfigError(f"parts: {shown(name)} is no name: {WORD_RULE}.")
 
 
 def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]:
@@ -57,6 +75,7 @@ def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]
         found = _beside_each_other(parts, outputs, site)
     else:
         found = {name: _range(name, value) for name, value in parts.items()}
+    _check_names(list(found))
     _check_ranges(found, outputs, site)
     wanted = _enabled(list(found), enable)
     return {name: rows for name, rows in found.items() if name in wanted}
@@ -89,9 +108,14 @@ def _check_ranges(found: Mapping[str, Rows], outputs: int, site: str) -> None:
 def _range(name: str, value: Any) -> Rows:
     if isinstance(value, slice | range) and value.step in (None, 1):
         value = (value.start or 0, value.stop)
-    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if len(pair) != 2 or any(type(n) is not int for n in pair) or not 0 <= pair[0] < pair[1]:
-        raise ConfigError(f"parts: '{name}' must be a size or a range (from, to), not {value!r}.")
+    pair: tuple[Any, ...] = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    )
+    whole = len(pair) == 2 and all(type(n) is int for n in pair)
+    if not whole or not 0 <= pair[0] < pair[1] <= MAX_ROWS:
+        raise ConfigError(
+            f"parts: '{name}' must be a size or a range (from, to), not {shown(value)}."
+        )
     return pair[0], pair[1]
 
 
@@ -99,15 +123,15 @@ def _enabled(names: list[str], enable: Any) -> set[str]:
     if enable is None:
         return set(names)
     if not isinstance(enable, Sequence) or isinstance(enable, str):
-        raise ConfigError(f"enable must be a list of flags or of names, not {enable!r}.")
+        raise ConfigError(f"enable must be a list of flags or of names, not {shown(enable)}.")
     if all(isinstance(flag, bool) for flag in enable):
         if len(enable) != len(names):
             raise ConfigError(f"enable has {len(enable)} flags for {len(names)} parts.")
         wanted = {name for name, flag in zip(names, enable, strict=True) if flag}
     else:
-        wanted = {str(name) for name in enable}
+        wanted = {n if isinstance(n, str) else shown(n) for n in enable}  # (parts may be numbers)
         if unknown := wanted - set(names):
-            raise ConfigError(f"enable: no part {sorted(unknown)}; there are {', '.join(names)}.")
+            raise ConfigError(f"enable: no part {shown(sorted(unknown))}; there are {some(names)}.")
     if not wanted:
         raise ConfigError("enable chooses no part: leave the weight out of the rules instead.")
     return wanted

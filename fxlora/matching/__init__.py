@@ -8,6 +8,7 @@ from ..config import Rules, as_rules
 from ..errors import ConfigError, NoMatchError
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
+from ..names import ADAPTER_RULE, is_adapter, shown
 from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
@@ -48,8 +49,8 @@ def match(
         )
     if module.plan is not None:
         raise ConfigError("the module has adapters already: fold or remove them first.")
-    if not adapter_name or "." in adapter_name:
-        raise ConfigError(f"adapter_name must be a name without dots, not {adapter_name!r}.")
+    if not is_adapter(adapter_name):
+        raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
     choice = Choice(module, as_rules(rules), tuple(find_sites(module)))
     return _plan(choice, Entries(choice, adapter_name), Misses(choice), budget)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import InputError
+from ..fx.calls import refuse_unwritable
 from .inputs import InputSpec
 
 MODES = ("train", "eval")
@@ -136,6 +137,7 @@ class ProgramModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of the current graph anew, after it was edited in place."""
+        refuse_unwritable(self._graph)
         code = super().recompile()
         type(self).forward = _guarded(type(self).forward)
         state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -24,29 +24,51 @@ from .structure import WeightNodes, insert_branch, insert_weight
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """Put a plan's adapters into every graph, and freeze everything else."""
+    """Put a plan's adapters into every graph, and freeze everything else.
+
+    Attributes:
+        plan: what to inject.
+        starts: values of the adapters' tensors, by name, in place of fresh ones.
+    """
 
     plan: Plan
+    starts: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     def check(self, module: CapturedModule) -> None:
         if module.plan is not None:
             raise InjectError("the module has adapters already: fold or remove them first.")
 
     def rewrite(self, module: CapturedModule) -> State:
-        sites = _sites(module, self.plan)
-        for entry in self.plan:
-            _check_fits(module, entry, sites.get(entry.names))
+        sites = check_fits(module, self.plan)
         originals = _originals(module, self.plan)
         _freeze(module, self.plan)
         if any(entry.dropout for entry in self.plan):
             _split_modes(module)
             sites = _sites(module, self.plan)
         for entry in self.plan:
-            _add_tensors(module, entry)
+            _add_tensors(module, entry, self.starts)
         for program in module.programs:
             _insert(program, self.plan, sites)
         state = replace(module.known, plan=self.plan, originals=originals)
         return replace(state, fingerprints=module.fingerprints_under(state))
+
+
+def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
+    """The site of each entry, by the names that it covers.
+
+    Raises:
+        InjectError: the plan says of the module what is not so.
+    """
+    sites = _sites(module, plan)
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if missing := [name for name in plan.trained if name not in held]:
+        raise InjectError(
+            f"the plan trains {some(missing)}, which this module has not. Make the plan with "
+            "match(module, …) on this module."
+        )
+    for entry in plan:
+        _check_fits(module, entry, sites.get(entry.names))
+    return sites
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
@@ -74,6 +96,13 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles}). Make the "
             "plan with match(module, …) on this module."
+        )
+    own = entry.site.removesuffix(f".{entry.part}") if entry.part else entry.site
+    ties = set(entry.tied) == set(site.tied)
+    if own not in site.aliases or not ties or entry.padding_idx != site.padding_idx:
+        raise InjectError(
+            f"'{entry.site}': the plan names it, its ties or its padding_idx otherwise than the "
+            f"module does ('{site.name}'). Make the plan with match(module, …) on this module."
         )
     if entry.form == "branch" and any(r.branch is None or r.shared for r in site.readers):
         raise InjectError(
@@ -125,9 +154,18 @@ def _split_modes(module: CapturedModule) -> None:
                     module.set_submodule(node.target, copy.deepcopy(nested))
 
 
-def _add_tensors(module: CapturedModule, entry: Entry) -> None:
+def _add_tensors(module: CapturedModule, entry: Entry, starts: Mapping[str, torch.Tensor]) -> None:
     weight = module.get_parameter(entry.parameter)
-    for name, parameter in new_tensors(entry, weight).items():
+    given = {
+        name: nn.Parameter(
+            starts[name].detach().to(weight.device, weight.dtype, copy=True).contiguous(),
+            name in entry.trainable,
+        )
+        for name in entry.tensors
+        if name in starts
+    }
+    fresh = {} if len(given) == len(entry.tensors) else new_tensors(entry, weight)
+    for name, parameter in (fresh | given).items():
         module.set_parameter(name, parameter)
 
 

@@ -1,0 +1,476 @@
+"""What becomes of damaged, odd and hostile files: adapter folders, rules files and plans.
+
+Each mutant is an honest file with one to three changes: values of other types and sizes, names
+that would be code, bits flipped, tensors renamed, recast or not finite. It must be refused with a
+typed error, or make the module that the file's own numbers say, by a formula that shares no code
+with fxlora. No text in it may run, or come out with its control characters.
+
+    python benchmarks/fuzz.py            # 4,200 mutants
+    python benchmarks/fuzz.py --quick    # 420
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import re
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.func import functional_call
+
+import fxlora
+from fxlora import FxLoraError, LoraConfig, Plan, Rule
+from fxlora.plan import Entry
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ROOT = "base_model.model."
+CANARY = "ran"  # the file that text in a mutant makes where it runs as code
+RUNS = f"exec(\"open('{CANARY}','w')\".replace('.','\\x2e'))"
+CODE = (
+    f'W")\r{RUNS}\rdef f(self):\r    y = getattr(self, "y',
+    f'x"); {RUNS}; ("',
+    f"x'); {RUNS}; ('",
+    f"x\n{RUNS}\n",
+    f"{{{RUNS}}}",
+    f"__import__('os').system('touch {CANARY}')",
+    f"$(touch {CANARY})",
+    f'"""{RUNS}"""',
+    "\x1b[31mred\x1b]0;title\x07",
+    "a\0b",
+    "\u202eevil",
+    "<script>x</script>|x",
+    "..",
+    "../../x",
+    "__class__",
+    "class",
+)
+POOL: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 1.5, 1e308, math.nan, math.inf, -math.inf),
+    *(10**18, 2**63, 10**400, -(10**400), "", "x", "0", "fc", "W", "[", "(", "(?i)x", "(a)", "*"),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        [0],
+        [-1, 2],
+        ["x", 2],
+        {"a": 1},
+        {"": None},
+        [["x"] * 3],
+        "x" * 10_000,
+    ),
+    *("pissa", "branch", "weight", "oi", "io", "eoi", "dora", ["dora"], ["from_weight"], "\ud800"),
+)
+
+
+# ---- the honest files ---------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Layers that PEFT has, a head, and a packed bare weight; takes (N, 5) whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 7, 3)
+        self.fc = nn.Linear(7, 5)
+        self.W = nn.Parameter(torch.randn(9, 5) / 3)
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.conv(self.emb(ids).transpose(1, 2))).mean(2)
+        x = torch.tanh(self.fc(x)) @ self.W.T
+        return self.head(torch.tanh(x))
+
+
+IDS = torch.tensor([[1, 2, 3, 4, 5], [10, 0, 7, 7, 2]])
+LAYERS = [Rule(["emb", "conv", "fc"], lora=LoraConfig(r=2, lora_alpha=6, modules_to_save=["head"]))]
+PARTS = [
+    Rule("W", lora=LoraConfig(r=2, lora_alpha=3), parts={"q": 4, "k": 2, "v": 3}, enable=["q", "v"])
+]
+RULES = {
+    "rule": [
+        {
+            "name": ["emb", "fc"],
+            "op": ["linear", "embedding"],
+            "min_features": 1,
+            "lora": {"r": 2, "lora_alpha": 6, "rank_pattern": {"fc": 3}, "bias": "lora_only"},
+        },
+        {
+            "name": "W",
+            "parts": {"q": 4, "k": 2, "v": 3},
+            "enable": ["q", "v"],
+            "lora": {"r": 1, "init_lora_weights": "kaiming_uniform", "lora_alpha": 4},
+        },
+        {"name": "conv", "kernel_size": 3, "lora": {"r": 1, "use_rslora": True}},
+        {"name": "head", "train": True},
+    ]
+}
+
+
+@dataclass
+class Folder:
+    """An adapter folder, in parts that can be changed."""
+
+    config: Any
+    header: Any
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Folder:
+        with safe_open(path / WEIGHTS, "pt") as file:
+            header = json.loads(file.metadata()["fxlora"])
+        return cls(json.loads((path / CONFIG).read_text()), header, load_file(path / WEIGHTS))
+
+    def write(self, path: Path) -> None:
+        metadata = None if self.header is None else {"fxlora": written(self.header)}
+        tensors = {key: tensor.clone().contiguous() for key, tensor in self.tensors.items()}
+        save_file(tensors, path / WEIGHTS, metadata)
+        (path / CONFIG).write_bytes(written(self.config).encode("utf-8", "surrogatepass"))
+
+
+def written(data: Any) -> str:
+    return data if isinstance(data, str) else json.dumps(data)
+
+
+# ---- changes ------------------------------------------------------------------------------------
+
+
+def places(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Every value in data, as its container and its key."""
+    keys = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+    for key in list(keys):
+        yield data, key
+        yield from places(data[key])
+
+
+def value_for(rng: random.Random, now: Any) -> Any:
+    """Another value for a place, most often near what is there."""
+    kind = rng.random()
+    if kind < 0.35:
+        return copy.deepcopy(rng.choice(POOL))
+    if kind < 0.6:
+        return rng.choice(CODE)
+    if isinstance(now, str):
+        where = rng.randint(0, len(now))
+        return now[:where] + rng.choice((*CODE, "x", ".", "\n", "\0")) + now[where:]
+    if isinstance(now, bool):
+        return not now
+    if isinstance(now, int | float):
+        return rng.choice((now + 1, now - 1, -now, now * 1.5, float(now), now * 10**30, str(now)))
+    if isinstance(now, list) and now:
+        return rng.choice((now[::-1], now[:-1], now + now[:1], now[0], [*now, rng.choice(POOL)]))
+    return [now]
+
+
+def change(rng: random.Random, data: Any) -> Any:
+    """Data with one change."""
+    found = list(places(data))
+    if not found or rng.random() < 0.02:
+        return rng.choice((*POOL, "[" * 100_000, '{"a":' * 5000, "\udcff", "nonsense"))
+    container, key = rng.choice(found)
+    what = rng.random()
+    if what < 0.12:
+        del container[key]
+    elif what < 0.2 and isinstance(container, dict):
+        name = rng.choice((*CODE, "x", "r", "tied", "variant", "parts", "name", "use_dora"))
+        container[name] = container.pop(key) if rng.random() < 0.5 else value_for(rng, None)
+    elif what < 0.28:
+        container[key] = copy.deepcopy(rng.choice(found)[0])
+    else:
+        container[key] = value_for(rng, container[key])
+    return data
+
+
+def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None:
+    key = rng.choice(list(tensors))
+    tensor = tensors[key]
+    what = rng.randrange(8)
+    if what == 0:
+        del tensors[key]
+    elif what == 1:
+        tensors[rng.choice((*CODE[:-3], key + "x", key.replace("lora_A", "lora_B")))] = tensor
+    elif what == 2:
+        tensors[rng.choice([*CODE, "x"])] = tensors.pop(key)
+    elif what == 3:
+        tensors[key] = tensor.clone()
+        tensors[key].view(-1)[0] = rng.choice((math.nan, math.inf, -math.inf))
+    elif what == 4:
+        dtypes = (torch.int64, torch.float16, torch.bfloat16, torch.complex64, torch.bool)
+        tensors[key] = tensor.to(rng.choice((*dtypes, torch.float8_e4m3fn, torch.float64)))
+    elif what == 5:
+        tensors[key] = rng.choice(
+            (tensor.flatten(), tensor[:-1], tensor.transpose(0, -1), tensor.new_zeros(()))
+        )
+    elif what == 6:
+        tensors[key] = tensor.double() * rng.choice((-2.0, 1e300, 0.0))
+    else:
+        other = rng.choice(list(tensors))
+        tensors[key], tensors[other] = tensors[other], tensors[key]
+
+
+def change_bytes(rng: random.Random, content: bytes) -> bytes:
+    where = rng.randrange(len(content) + 1)
+    what = rng.randrange(5)
+    if what == 0:
+        return content[:where]
+    if what == 1:
+        return content[:where] + rng.randbytes(rng.randint(1, 9)) + content[where:]
+    if what == 2:
+        return content[:where] + rng.choice(CODE).encode() + content[where + 1 :]
+    if what == 3:
+        return rng.choice(
+            (b"", b"[" * 100_000, b"\xff\xfe", b"\x80\x04pickle", b"a=" + b"[" * 9999)
+        )
+    flipped = bytearray(content)
+    flipped[where % len(content)] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+# ---- what a mutant makes ------------------------------------------------------------------------
+
+
+@dataclass
+class Fuzz:
+    """Mutants of every kind, and what came of them."""
+
+    seed: int = 0
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._make()
+
+    def _make(self) -> None:
+        """The model, and the honest files of its adapters."""
+        torch.manual_seed(self.seed)
+        self.model = Small().double().eval()
+        self.module = fxlora.capture(self.model, IDS).eval()
+        self.folders = {name: self._honest(rules) for name, rules in KINDS.items()}
+        layers = self.folders["a folder"]
+        self.folders["a folder without a plan"] = Folder(layers.config, None, layers.tensors)
+        self.plan = fxlora.match(self.module, fxlora.config.rules_from_data(RULES, "rules"))
+
+    def _honest(self, rules: list[Rule]) -> Folder:
+        lora = fxlora.inject(self.module, fxlora.match(self.module, rules))
+        with torch.no_grad():
+            for parameter in fxlora.lora_parameters(lora):
+                parameter.normal_()
+        with tempfile.TemporaryDirectory() as path:
+            fxlora.save_adapter(lora, path)
+            return Folder.read(Path(path))
+
+    def run(self, count: int) -> None:
+        """So many mutants, in a folder of their own, where a canary would be seen."""
+        roads: list[tuple[str, Callable[[random.Random], fxlora.CapturedModule]]] = [
+            *((name, lambda rng, n=name: self._folder(rng, n)) for name in self.folders),
+            ("a rules file", self._rules),
+            ("a written plan", self._written_plan),
+            ("a plan's entries", self._entries),
+            ("a name of an adapter", self._adapter_name),
+        ]
+        before = Path.cwd()
+        with tempfile.TemporaryDirectory() as path, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            os.chdir(path)
+            try:
+                for number in range(count):
+                    self._one(*roads[number % len(roads)], number)
+            finally:
+                os.chdir(before)
+
+    def _one(
+        self, road: str, make: Callable[[random.Random], fxlora.CapturedModule], number: int
+    ) -> None:
+        label = f"{road}, mutant {number} of seed {self.seed}"
+        outcome = "accepted"
+        try:
+            said = self._shown(make(random.Random(f"{self.seed} {number}")))
+        except FxLoraError as error:
+            outcome, said = "typed", [str(error)]
+        except Wrong as error:
+            outcome, said = "wrong", []
+            self.failures.append(f"{label}: {error}")
+        except Exception as error:  # noqa: BLE001 - that is what is looked for
+            outcome, said = "untyped", []
+            self.failures.append(f"{label}: {type(error).__name__}: {str(error)[:200]!r}")
+        if any(re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", s) for s in said):
+            outcome = "wrong"
+            self.failures.append(f"{label}: control characters come out")
+        if Path(CANARY).exists():
+            Path(CANARY).unlink()
+            outcome = "executed"
+            self.failures.append(f"{label}: its text ran as code")
+        self.counts[road, outcome] += 1
+
+    def _shown(self, module: fxlora.CapturedModule) -> list[str]:
+        """Everything that prints a module's plan; it folds, too."""
+        assert module.plan is not None
+        formats = ("table", "github", "html", "csv", "json")
+        said = [str(module.plan), *(fxlora.report(module, f) for f in formats)]
+        said += [module.plan.to_toml(), module.plan.to_json()] if module.plan.rules else []
+        same(fxlora.fold(module)(IDS), module(IDS))
+        return said
+
+    # ---- folders --------------------------------------------------------------------------------
+
+    def _folder(self, rng: random.Random, name: str) -> fxlora.CapturedModule:
+        honest = self.folders[name]
+        found = Folder(*copy.deepcopy((honest.config, honest.header)), dict(honest.tensors))
+        path = Path("adapter")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            what = rng.random()
+            if what < 0.35 and found.header is not None:
+                found.header = change(rng, found.header)
+            elif what < 0.65:
+                found.config = change(rng, found.config)
+            elif found.tensors:
+                change_tensors(rng, found.tensors)
+        try:
+            found.write(path)
+        except Exception:  # noqa: BLE001 - what the format cannot hold is no mutant
+            honest.write(path)
+        if rng.random() < 0.2:
+            file = path / rng.choice((WEIGHTS, CONFIG))
+            file.write_bytes(change_bytes(rng, file.read_bytes()))
+        loaded = fxlora.load_adapter(self.module, path).eval()
+        same(loaded(IDS), self._by_formula(loaded, path))
+        return loaded
+
+    def _by_formula(self, loaded: fxlora.CapturedModule, path: Path) -> torch.Tensor:
+        """The source model with W + s·BA from the numbers in the file."""
+        with safe_open(path / WEIGHTS, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("fxlora", "null"))
+        tensors = {k: t.double() for k, t in load_file(path / WEIGHTS).items()}
+        said = {e["site"]: e["scaling"] for e in header["entries"]} if header else None
+        assert loaded.plan is not None
+        scalings = said or {entry.site: entry.scaling for entry in loaded.plan}
+        if {entry.site for entry in loaded.plan} != set(scalings):
+            raise Wrong("it adapts other sites than the file says")
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        for site, s in scalings.items():
+            key = (
+                f"{ROOT}{site}."
+                if site in ("emb", "conv", "fc")
+                else f"{ROOT}W_adapter.{site[2:]}."
+            )
+            a, b = (
+                tensors[key + end]
+                for end in (
+                    ("lora_embedding_A", "lora_embedding_B")
+                    if site == "emb"
+                    else ("lora_A.weight", "lora_B.weight")
+                )
+            )
+            delta = s * (b.flatten(1) @ a.flatten(1))
+            if site.startswith("W."):
+                start = {"W.q": 0, "W.v": 6}[site]
+                weights["W"] = weights["W"].clone()
+                weights["W"][start : start + len(delta)] += delta
+                continue
+            weight = weights[f"{site}.weight"]
+            weights[f"{site}.weight"] = weight + (delta.T if site == "emb" else delta).reshape(
+                weight.shape
+            )
+        own = {n: tensors[ROOT + n] for n in weights if ROOT + n in tensors}
+        return functional_call(self.model, weights | own, (IDS,))
+
+    # ---- rules and plans ------------------------------------------------------------------------
+
+    def _rules(self, rng: random.Random) -> fxlora.CapturedModule:
+        return self._matched(rng, copy.deepcopy(RULES))
+
+    def _written_plan(self, rng: random.Random) -> fxlora.CapturedModule:
+        return self._matched(rng, json.loads(self.plan.to_json()))
+
+    def _matched(self, rng: random.Random, data: Any) -> fxlora.CapturedModule:
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            data = change(rng, data)
+        path = Path(rng.choice(("rules.toml", "rules.json")))
+        try:
+            text = tomli_w.dumps(data) if path.suffix == ".toml" else written(data)
+            content = text.encode("utf-8", "surrogatepass")
+        except Exception:  # noqa: BLE001 - what TOML cannot hold, JSON can
+            path = Path("rules.json")
+            content = written(data).encode("utf-8", "surrogatepass")
+        if rng.random() < 0.15:
+            content = change_bytes(rng, content)
+        path.write_bytes(content)
+        return self._injected(fxlora.match(self.module, path))
+
+    def _entries(self, rng: random.Random) -> fxlora.CapturedModule:
+        entries = [entry.to_data() for entry in self.plan]
+        for _ in range(rng.choice((1, 1, 2))):
+            entries = change(rng, entries)
+        listed = entries if isinstance(entries, list) else [entries]
+        trained = self.plan.trained if rng.random() < 0.7 else (rng.choice(CODE),)
+        return self._injected(Plan(tuple(map(Entry.from_data, listed)), trained))
+
+    def _adapter_name(self, rng: random.Random) -> fxlora.CapturedModule:
+        name = value_for(rng, "default")
+        if rng.random() < 0.5:
+            self.folders["a folder"].write(Path())
+            return fxlora.load_adapter(self.module, ".", adapter_name=name).eval()
+        return self._injected(fxlora.match(self.module, LAYERS, adapter_name=name))
+
+    def _injected(self, plan: Plan) -> fxlora.CapturedModule:
+        """An adapted module starts as the source, but for inits that start elsewhere."""
+        injected = fxlora.inject(self.module, plan).eval()
+        if all(entry.init is not False for entry in plan):
+            same(injected(IDS), self.model(IDS))
+        return injected
+
+
+class Wrong(Exception):
+    """A mutant that made another module than it says."""
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    if not torch.allclose(found, expected, rtol=1e-8, atol=1e-8):
+        raise Wrong(f"outputs are off by {float((found - expected).abs().max()):g}")
+
+
+KINDS = {"a folder": LAYERS, "a folder that PEFT cannot read": PARTS}
+OUTCOMES = ("accepted", "typed", "untyped", "wrong", "executed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=4200, help="mutants")
+    parser.add_argument("--quick", action="store_true", help="a tenth of them")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    fuzz = Fuzz(options.seed)
+    fuzz.run(options.count // 10 if options.quick else options.count)
+    roads = list(dict.fromkeys(road for road, _ in fuzz.counts))
+    rows = [[road, *(fuzz.counts[road, o] for o in OUTCOMES)] for road in roads]
+    rows = [[road, sum(numbers), *numbers] for road, *numbers in rows]
+    rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, 7))])
+    print(fxlora.tables.render(["file", "inputs", *OUTCOMES], rows))
+    print(*fuzz.failures[:40], sep="\n")
+    raise SystemExit(1 if fuzz.failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Some hundred seeded mutants of every file that fxlora reads (`benchmarks/fuzz.py` has more)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import fxlora
+from fxlora import LoraConfig, Rule
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("fuzz")
+
+
+def test_mutants_are_refused_by_type_or_are_what_they_say(fuzz: ModuleType) -> None:
+    found = fuzz.Fuzz(seed=1)
+    found.run(350)
+    assert not found.failures
+    assert {outcome for _, outcome in found.counts} == {"accepted", "typed"}
+    assert sum(found.counts.values()) == 350
+    for road in {road for road, _ in found.counts}:  # the mutants are neither all mad nor all tame
+        assert found.counts[road, "accepted"] and found.counts[road, "typed"], road
+
+
+def another(module: fxlora.CapturedModule, *_: Any, **__: Any) -> fxlora.CapturedModule:
+    rule = Rule(["emb", "conv", "fc"], lora=LoraConfig(r=2, init_lora_weights=False))
+    return fxlora.inject(module, fxlora.match(module, rule))
+
+
+LOADERS: dict[str, Callable[..., Any]] = {
+    "executed": lambda *_, **__: Path("ran").touch(),
+    "untyped": lambda *_, **__: json.loads("["),
+    "wrong": another,
+}
+
+
+@pytest.mark.parametrize("outcome", LOADERS)
+def test_the_fuzzer_sees_what_it_is_for(
+    fuzz: ModuleType, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader that runs the file, crashes on it, or makes another module of it."""
+    found = fuzz.Fuzz(seed=1)
+    monkeypatch.setattr(fxlora, "load_adapter", LOADERS[outcome])
+    found.run(21)
+    assert found.counts["a folder", outcome], found.failures
