@@ -337,3 +337,33 @@ def test_norms_and_biases_train_in_full_by_name(gm: fxlora.CapturedModule) -> No
     for more in ({"lora": LoraConfig(r=2)}, {"parts": 2}):
         with pytest.raises(ConfigError, match="trains in full"):
             Rule("norm", train=True, **more)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6, 5))
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.tanh(x @ self.down.T) @ self.up.T)
+
+
+def test_training_a_bare_parameter_leaves_its_siblings_alone() -> None:
+    gm = fxlora.capture(nn.Sequential(Block()), torch.randn(4, 6))
+    plan = fxlora.match(gm, [Rule("0.down", lora=R), Rule("0.up", train=True)])
+    assert ([entry.site for entry in plan], plan.trained) == (["0.down"], ("0.up",))
+    plan = fxlora.match(gm, [Rule("0.layer", train=True), Rule("0.down", lora=R)])
+    assert plan.trained == ("0.layer.weight", "0.layer.bias")
+    plan = fxlora.match(gm, Rule("0", train=True))
+    assert set(plan.trained) == {name for name, _ in gm.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "later", [Rule("0", train=True), Rule("up", lora=LoraConfig(modules_to_save=["0"]))]
+)
+def test_a_later_rule_does_not_take_an_adapter_away_in_silence(later: Rule) -> None:
+    gm = fxlora.capture(nn.Sequential(Block()), torch.randn(4, 6))
+    with pytest.raises(ConfigError, match=r"rule 1 adapts '0\.down', and rule 2 trains '0'"):
+        fxlora.match(gm, [Rule("0.down", lora=R), later])
+    fxlora.match(gm, [Rule("0", train=True)])  # the advice

@@ -13,7 +13,7 @@ from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
-from .full import biases, check_trained_itself, modules_to_save, trained
+from .full import biases, check_trained, modules_to_save, trained
 from .misses import Misses, warn_of_large
 
 __all__ = ["match"]
@@ -64,7 +64,7 @@ def _plan(choice: Choice, making: Entries, misses: Misses, budget: int | str | N
     for site, number in chosen:
         rule = choice.rule(number)
         if set(site.names) & in_full:
-            check_trained_itself(site, number, rule, saved)
+            check_trained(site, number, rule, saved)
             skipped.append((site.name, IN_FULL))
         elif rule is None and site.outside is not None:
             skipped.append((site.name, site.why_outside))
@@ -74,7 +74,7 @@ def _plan(choice: Choice, making: Entries, misses: Misses, budget: int | str | N
             skipped.append((site.name, f"rule {number} leaves it alone"))
         else:
             entries += making.made(site, number, rule)
-    misses.check(chosen, entries, saved)
+    misses.check(chosen, entries, list(saved))
     if budget is not None:
         entries = making.within_budget(entries, budget)
     for entry in entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -15,21 +15,32 @@ from .choice import Choice, Chosen, is_suffix, matches
 from .misses import Misses
 
 
-def modules_to_save(choice: Choice, chosen: Chosen, misses: Misses) -> list[str]:
-    """Paths of the modules, and of bare parameters, that some rule trains in full."""
+def modules_to_save(choice: Choice, chosen: Chosen, misses: Misses) -> dict[str, int]:
+    """Paths of modules and bare parameters that train in full, each with the rule that says so."""
     holders = _holders(choice.module)
-    found: list[str] = []
+    found: list[tuple[str, int]] = []
     for number, rule in enumerate(choice.rules, 1):
         for name in (rule.lora.modules_to_save if rule.lora else None) or ():
             paths = [path for path in holders if is_suffix(name, path)]
             if not paths:
                 misses.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
-            found += paths
-        found += without_sites(choice, rule)
+            found += [(path, number) for path in paths]
+        found += [(path, number) for path in without_sites(choice, rule)]
     for site, number in chosen:
         if (rule := choice.rule(number)) and rule.train:
-            found.append(site.parameter.rpartition(".")[0] or site.parameter)
-    return list(dict.fromkeys(found))
+            found.append((_trained_with(site, rule), number))
+    saved: dict[str, int] = {}
+    for path, number in found:
+        saved.setdefault(path, number)
+    return saved
+
+
+def _trained_with(site: Site, rule: Rule) -> str:
+    """Path of what trains for a site: its layer, or the bare parameter without its siblings."""
+    owner = site.parameter.rpartition(".")[0]
+    layer = site.parameter == f"{owner}.weight"
+    asked = rule.name is not None and _named(rule, owner)
+    return owner if owner and (layer or asked) else site.parameter
 
 
 def _holders(module: CapturedModule) -> dict[str, nn.Module]:
@@ -88,15 +99,27 @@ def biases(choice: Choice, entries: Iterable[Entry]) -> set[str]:
     return found
 
 
-def check_trained_itself(site: Site, number: int, rule: Rule | None, saved: list[str]) -> None:
-    """Raise where a rule adapts one name of a weight that trains in full under another."""
-    own = any(is_below(name, path) for name in site.names for path in saved)
-    if own or rule is None or rule.lora is None:
+def check_trained(site: Site, number: int, rule: Rule | None, saved: Mapping[str, int]) -> None:
+    """Raise where a rule adapts a weight that a later rule, or its tie, trains in full.
+
+    Raises:
+        ConfigError: names both rules, and how to choose.
+    """
+    if rule is None or rule.lora is None:
         return
-    raise ConfigError(
-        f"rule {number} adapts '{site.name}', which trains in full as {', '.join(site.tied)}: one "
-        "tied weight. Adapt both names or train both, or untie them in the model."
-    )
+    paths = [path for name in site.names for path in saved if is_below(name, path)]
+    if not paths:
+        raise ConfigError(
+            f"rule {number} adapts '{site.name}', which trains in full as {', '.join(site.tied)}: "
+            "one tied weight. Adapt both names or train both, or untie them in the model."
+        )
+    later = min(saved[path] for path in paths)
+    if later > number:
+        raise ConfigError(
+            f"rule {number} adapts '{site.name}', and rule {later} trains '{paths[0]}', which "
+            f"holds it, in full. Put rule {later} before rule {number} to train it too, or name "
+            f"single parameters in rule {later}."
+        )
 
 
 def is_below(parameter: str, path: str) -> bool:
