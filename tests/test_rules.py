@@ -339,7 +339,7 @@ def test_norms_and_biases_train_in_full_by_name(gm: fxlora.CapturedModule) -> No
             Rule("norm", train=True, **more)
 
 
-class Block(nn.Module):
+class Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down, self.up = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6, 5))
@@ -350,7 +350,7 @@ class Block(nn.Module):
 
 
 def test_training_a_bare_parameter_leaves_its_siblings_alone() -> None:
-    gm = fxlora.capture(nn.Sequential(Block()), torch.randn(4, 6))
+    gm = fxlora.capture(nn.Sequential(Bare()), torch.randn(4, 6))
     plan = fxlora.match(gm, [Rule("0.down", lora=R), Rule("0.up", train=True)])
     assert ([entry.site for entry in plan], plan.trained) == (["0.down"], ("0.up",))
     plan = fxlora.match(gm, [Rule("0.layer", train=True), Rule("0.down", lora=R)])
@@ -363,7 +363,7 @@ def test_training_a_bare_parameter_leaves_its_siblings_alone() -> None:
     "later", [Rule("0", train=True), Rule("up", lora=LoraConfig(modules_to_save=["0"]))]
 )
 def test_a_later_rule_does_not_take_an_adapter_away_in_silence(later: Rule) -> None:
-    gm = fxlora.capture(nn.Sequential(Block()), torch.randn(4, 6))
+    gm = fxlora.capture(nn.Sequential(Bare()), torch.randn(4, 6))
     with pytest.raises(ConfigError, match=r"rule 1 adapts '0\.down', and rule 2 trains '0'"):
         fxlora.match(gm, [Rule("0.down", lora=R), later])
     fxlora.match(gm, [Rule("0", train=True)])  # the advice

@@ -276,7 +276,7 @@ class _Replay:
         given = [values[number] for number in step.given.values()]
         stands = [v for value in given for v in _items(value) if isinstance(v, _Stand)]
         if not stands:
-            return _wide(step.run(values, _wide))
+            return _constant(step, values)
         verbatim = step.inert and len(stands) == len(given) and all(s.verbatim for s in stands)
         try:
             names = step.run([_side(v, "names") for v in values], _wide)
@@ -314,6 +314,19 @@ class _Replay:
 
     def _values(self, names: Tensor) -> Tensor:
         return self.table[names.long()]
+
+
+def _constant(step: _Step, values: Sequence[Any]) -> Any:
+    """The value of a step that does not depend on the weight; a drawn one is none.
+
+    Raises:
+        _UnknownError: two runs differ.
+    """
+    first, second = (_wide(step.run(values, _wide)) for _ in range(2))
+    alike = torch.equal(first, second) if isinstance(first, Tensor) else first == second
+    if not alike:
+        raise _UnknownError
+    return first
 
 
 def _items(value: Any) -> Iterator[Any]:
