@@ -33,7 +33,7 @@ from zoo import Case, randomise_constants
 import fxlora
 from fxlora import LoraConfig, Rule
 from fxlora.fx.alike import difference
-from fxlora.matching.forms import check_supported
+from fxlora.matching.refusals import check_supported
 from fxlora.reads.sites import find_sites
 
 LAYERS = ["linear", "conv*", "embedding", "addmm", "matmul"]

@@ -24,7 +24,7 @@ from zoo import Case
 
 import fxlora
 from fxlora import LoraConfig, Rule, Site
-from fxlora.matching.forms import check_supported
+from fxlora.matching.refusals import check_supported
 from fxlora.reads.sites import find_sites
 
 COUNTED = ("linear", "conv*", "embedding*", "addmm")

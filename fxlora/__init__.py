@@ -3,8 +3,9 @@
 from .api import adapt, fold, inject, lora_parameters, remove
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
-from .disk.adapters import load_adapter, save_adapter
+from .disk.load import load_adapter
 from .disk.pt2 import export
+from .disk.save import save_adapter
 from .errors import (
     AdapterError,
     CaptureError,

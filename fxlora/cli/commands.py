@@ -9,9 +9,11 @@ import torch
 
 from ..api import fold, inject
 from ..costs import report
-from ..disk.adapters import WEIGHTS, load_adapter, save_adapter
 from ..disk.files import whole_file
+from ..disk.keys import WEIGHTS
+from ..disk.load import load_adapter
 from ..disk.pt2 import export
+from ..disk.save import save_adapter
 from ..errors import AdapterError, ExportError
 from ..matching import match
 from ..plan import Plan

@@ -18,7 +18,8 @@ from ..lora.variants import VARIANTS, variants_of
 from ..plan import Entry, scales_outputs
 from ..reads.sites import Site
 from .choice import Choice, by_pattern
-from .forms import Form, check_supported, choose_form
+from .forms import Form, choose_form
+from .refusals import check_supported
 
 
 @dataclass(frozen=True)

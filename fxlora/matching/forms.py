@@ -14,45 +14,6 @@ from ..reads.readers import Reader
 from ..reads.sites import Site
 
 
-def check_supported(site: Site, number: int) -> None:
-    """Raise unless some form can adapt every read of the site that rule `number` targets.
-
-    Raises:
-        UnsupportedOpError: says the read, and what to do instead.
-    """
-    if site.outside is not None:
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) {site.why_outside}, so that no adapter can stand "
-            "there. Leave it out of the rule (Rule(name, lora=None) before it)."
-        )
-    if site.overlaps:
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) shares memory with '{site.overlaps[0]}', "
-            "which is another tensor: an adapter on one would leave the other behind. Tie them "
-            "as one Parameter (b.weight = a.weight), and read that."
-        )
-    if writer := site.writer:
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}): its weight is written to in every call, by "
-            f"{writer.describe().replace(' reads', '')}, which an adapter would change. Leave it "
-            "out (Rule(name, lora=None) before it), or take that out of the forward (of an "
-            "embedding: max_norm=None)."
-        )
-    if all(reader.untrained for reader in site.readers):
-        ways = " and ".join(dict.fromkeys(reader.untrained for reader in site.readers))
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read only {ways}: no gradient passes, so its "
-            "adapter would never train. Leave it out of the rule (Rule(name, lora=None) before "
-            "it), or take away what stops the gradient (a reentrant checkpoint runs under no_grad: "
-            "use_reentrant=False)."
-        )
-    if whole := next((r for r in site.readers if r.node.op == "call_module"), None):
-        raise UnsupportedOpError(
-            f"'{site.name}' (rule {number}) is read inside {whole.kind}, which the tracer keeps "
-            "whole: capture with example inputs, which sees inside."
-        )
-
-
 @dataclass(frozen=True)
 class Form:
     """How a site is adapted: "branch" or "weight", and why."""

@@ -1,0 +1,167 @@
+"""An adapter folder as read: its configuration, its plan and its tensors, which are data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..config import LoraConfig
+from ..data import parsed, read_text
+from ..errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
+from ..lora.inits import FILLS, STARTS
+from ..matching import match
+from ..module import CapturedModule
+from ..names import shown
+from ..plan import Entry, Plan
+from ..tables import some
+from .keys import CONFIG, INFORMATION, OURS, VERSION, WEIGHTS, WHY
+from .peft import configuration, is_bare
+
+# What a site starts with does not matter where its tensors come from a file; these do not change
+# the weight beside it.
+_BESIDE = (*FILLS, "eva", "mica")
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What an adapter folder holds."""
+
+    path: Path
+    config: dict[str, Any]
+    header: dict[str, Any] | None
+    tensors: dict[str, torch.Tensor]
+
+
+def read_folder(path: Path) -> Folder:
+    try:
+        found, weights = path.is_dir(), (path / WEIGHTS).is_file()
+        pickled = (path / "adapter_model.bin").is_file()
+    except OSError as error:
+        raise AdapterError(f"no adapter folder at {path}: {error.strerror or error}.") from error
+    if not found:
+        raise AdapterError(f"no adapter folder at {path}.")
+    if not weights:
+        why = (
+            "; its adapter_model.bin is a pickle, which runs code when it is read: save it again "
+            "with safetensors"
+            if pickled
+            else ""
+        )
+        raise AdapterError(f"{path} has no {WEIGHTS}{why}.")
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"{path} has no {CONFIG}.")
+    what = f"{path} is damaged or no adapter: {CONFIG}"
+    config = parsed(read_text(path / CONFIG, what, AdapterError), what, AdapterError)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path / CONFIG} is not a configuration: expected an object.")
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            text = (file.metadata() or {}).get("fxlora")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:
+        raise AdapterError(f"{path} is damaged or no adapter: {error}.") from error
+    if text is None:
+        return Folder(path, config, None, tensors)
+    header = parsed(text, f"{path / WEIGHTS}: its plan is damaged: it", AdapterError)
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: expected an object.")
+    return Folder(path, config, header, tensors)
+
+
+def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> tuple[Plan, bool]:
+    """The plan of a header, and whether the file is in PEFT's layout."""
+    version = header.get("version")
+    if version != VERSION:
+        raise AdapterError(
+            f"{path} was written in version {shown(version)} of the layout; this fxlora "
+            f"reads version {VERSION}. "
+            + (
+                "Without its header (safetensors' metadata) PEFT's part of it can be read."
+                if version == 1
+                else "Use a newer fxlora."
+            )
+        )
+    lists = [header.get(key) for key in ("entries", "trained", "modules_to_save")]
+    pefts = header.get("peft")
+    try:
+        if not all(isinstance(held, list) for held in lists) or not isinstance(pefts, bool):
+            raise ConfigError("entries, trained and modules_to_save are lists, peft is a flag")
+        entries, trained, saved = (tuple(held or ()) for held in lists)
+        named = (
+            {**data, "adapter": adapter_name} if isinstance(data, dict) else data
+            for data in entries
+        )
+        return Plan(tuple(map(Entry.from_data, named)), trained, modules_to_save=saved), pefts
+    except ConfigError as error:
+        raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error}") from error
+
+
+def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -> Plan:
+    config = content.config
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}, not for LORA."
+        )
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = [k for k, v in config.items() if v and k not in known and k not in INFORMATION]
+    if unknown:
+        raise AdapterError(
+            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not know."
+        )
+    values = {key: value for key, value in config.items() if key in known and value is not None}
+    if values.get("target_modules") == []:  # PEFT's word for target_parameters alone
+        del values["target_modules"]
+    values["init_lora_weights"] = _init_from_peft(config, content.path)
+    try:
+        plan = match(module, LoraConfig(**values), adapter_name=adapter_name)
+    except (ConfigError, NoMatchError, UnsupportedOpError) as error:
+        raise AdapterError(f"{content.path} does not fit the module: {error}") from error
+    for entry in plan:
+        layer = not is_bare(entry) and entry.layout.in_first
+        if layer and entry.parameter in (config.get("target_parameters") or ()):
+            raise AdapterError(
+                f"{content.path / CONFIG}: target_parameters has '{entry.parameter}', a layer's "
+                "weight (in, out), which PEFT takes for (out, in). Target the module instead."
+            )
+    return plan
+
+
+def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:
+    """How the sites start, where PEFT takes the weight that it stands beside from that."""
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init in STARTS:
+        return init
+    if not isinstance(init, bool | str) or init not in _BESIDE:
+        raise AdapterError(
+            f"{path / CONFIG} has init_lora_weights={shown(init)}, which changes the weights "
+            "beside the adapter. Convert it with PEFT's save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)."
+        )
+    return True
+
+
+def check_config(module: CapturedModule, plan: Plan, content: Folder) -> None:
+    """Raise where the configuration, which PEFT reads, says another thing than the plan."""
+    ours = content.header is not None and not content.header["peft"]
+    expected = {"peft_type": OURS} if ours else configuration(module, plan)
+    for key in ("task_type", "base_model_name_or_path", "inference_mode"):
+        expected.pop(key, None)
+    says = content.config
+    differ = [key for key, value in expected.items() if says.get(key) != value]
+    differ += [k for k, v in says.items() if v and k not in {*expected, *INFORMATION, WHY}]
+    if differ:
+        said = some(
+            f"{key}={shown(says.get(key))} for {shown(expected.get(key))}" for key in differ
+        )
+        raise AdapterError(
+            f"{content.path / CONFIG} contradicts {WEIGHTS}, which was saved with it: {said}. "
+            "Save the adapter again instead of editing it."
+        )

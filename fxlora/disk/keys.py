@@ -1,0 +1,93 @@
+"""Which tensor of a module is under which key of an adapter file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..module import CapturedModule
+from ..plan import Entry, Plan
+from .peft import ROOT, Wrappers, decoded, encoded, groups_of, shapes_of
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+VERSION = 2
+OURS = "FXLORA"  # the peft_type of a folder that PEFT cannot read
+WHY = "why_not_peft"
+
+# Keys of PEFT's configuration that say nothing about the mathematics.
+INFORMATION = frozenset(
+    {
+        "peft_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "fan_in_fan_out",
+        "runtime_config",
+        "ephemeral_gpu_offload",
+        "megatron_core",
+        "qalora_group_size",  # of use_qalora, which is refused
+    }
+)
+
+
+# ---- the layout of a file -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Which tensor of a module is where in a file.
+
+    Attributes:
+        plan: whose adapters they are, as the file has them.
+        wrappers: of PEFT's layout, or None in fxlora's own.
+    """
+
+    plan: Plan
+    wrappers: Wrappers | None
+
+    def adapters(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of all entries, by key."""
+        if not self.wrappers:
+            return {_own_key(e, name): values[name] for e in self.plan for name in e.tensors}
+        return {
+            f"{ROOT}{self.wrappers.site(group[0])}.{end}": tensor
+            for group in groups_of(self.plan)
+            for end, tensor in encoded(group, values).items()
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of these."""
+        if not self.wrappers:
+            return {_own_key(e, n): shape for e in self.plan for n, shape in e.tensors.items()}
+        return {
+            f"{ROOT}{self.wrappers.site(group[0])}.{end}": shape
+            for group in groups_of(self.plan)
+            for end, shape in shapes_of(group).items()
+        }
+
+    def values(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of all entries by name, from a file's."""
+        if not self.wrappers:
+            return {name: tensors[_own_key(e, name)] for e in self.plan for name in e.tensors}
+        found: dict[str, torch.Tensor] = {}
+        for group in groups_of(self.plan):
+            site = f"{ROOT}{self.wrappers.site(group[0])}."
+            found |= decoded(group, {end: tensors[site + end] for end in shapes_of(group)})
+        return found
+
+    def key(self, name: str) -> str:
+        """Key of a tensor of the model's own: trained in full, or a buffer."""
+        return ROOT + (self.wrappers.inside(name) if self.wrappers else name)
+
+
+def layout_of(module: CapturedModule, plan: Plan, pefts: bool) -> FileLayout:
+    return FileLayout(plan, Wrappers.of(module, plan) if pefts else None)
+
+
+def _own_key(entry: Entry, name: str) -> str:
+    return f"{ROOT}{name.removesuffix(f'.{entry.adapter}.weight')}.weight"
