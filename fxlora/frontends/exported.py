@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, _unlift
+from torch.export.unflatten import _assign_attr
 from torch.fx.experimental import _config as export_config
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
@@ -34,6 +35,7 @@ from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
 from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
+from .kept.patches import patched
 from .kept.state import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
 
@@ -148,11 +150,33 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
         program = run_export(model, example)
     # (what follows generates code)
     refuse_unwritable_names(spec.target for spec in program.graph_signature.input_specs)
-    module = program.module(check_guards=False)
+    module = _as_module(program)
     assert isinstance(module, fx.GraphModule)
     _refuse_assigned_state(model, module, assigned)
     functions.restore(module)
     return program, module
+
+
+def _as_module(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a module.
+
+    For each tensor torch looks through all children of each container for further calls of one
+    module ("name@1"), which takes N² steps for N layers. A program just exported has none.
+    """
+    if any("@" in name for name in (*program.state_dict, *program.constants)):
+        return program.module(check_guards=False)
+    with patched(_unlift, _assign_attr=_assign):
+        return program.module(check_guards=False)
+
+
+def _assign(value: Any, root: nn.Module, target: str, **how: Any) -> None:
+    """As torch.export's `_assign_attr`, in the container of this very name only."""
+    owner, _, name = target.rpartition(".")
+    for part in owner.split(".") if owner else ():
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    _assign_attr(value, root, name, **how)
 
 
 def _refuse_assigned_state(
