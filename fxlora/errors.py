@@ -15,8 +15,8 @@ class FxLoraError(Exception):
     What a message quotes may come from a file: control characters in it are escaped.
     """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(a, "\n\t") if isinstance(a, str) else a for a in args))
+    def __str__(self) -> str:
+        return printable(super().__str__(), "\n\t")
 
 
 class ConfigError(FxLoraError, ValueError):

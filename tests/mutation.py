@@ -590,7 +590,7 @@ def _planned(broken: Mutant, index: int, change: Callable[[Entry], list[Entry]])
     if index >= len(before):
         return False
     after = (*before[:index], *change(before[index]), *before[index + 1 :])
-    broken.lora.plan = dataclasses.replace(broken.lora.plan, entries=after)
+    broken.lora.update_state(plan=dataclasses.replace(broken.lora.plan, entries=after))
     return True
 
 

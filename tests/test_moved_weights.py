@@ -93,7 +93,7 @@ MOVES = {
     "view of inputs": Move(lambda w: w.view(8, -1), lambda o, i: (o, 2, i // 2)),
     "view, turned": Move(lambda w: w.reshape(-1, 8).t(), lambda o, i: (i, 2, o // 2)),
     "view flat": Move(lambda w: w.reshape(-1, 8).reshape(8, -1)),
-    "view exchanged": Move(lambda w: w.reshape(-1, 8), _turned),
+    "view exchanged": Move(lambda w: w.reshape(-1, 8), _turned, square=True),
     "heads exchanged": Move(lambda w: w.view(2, 4, -1).transpose(0, 1).reshape(8, -1)),
     "rows": Move(lambda w: w[2:10], lambda o, i: (o + 4, i)),
     "every other row": Move(lambda w: w[::2], lambda o, i: (2 * o, i)),

@@ -76,7 +76,7 @@ class Choice:
         spared = self.module.known.outputs & set(site.names)
         kinds = {reader.kind for reader in site.readers}
         layer, behind, _ = site.parameter.partition(".parametrizations.")
-        read = any(r.kind == site.op and r.moved is not None for r in site.readers)
+        read = any(r.kind == site.op and r.moved and r.moved.intact for r in site.readers)
         own = read or (behind and layer in site.aliases)
         return bool(site.op in MATRIX_PRODUCTS and own and not spared and not LOOKUPS & kinds)
 

@@ -53,7 +53,8 @@ class FoldConstants(Pass):
 def _check_finite(module: CapturedModule) -> None:
     """Refuse to put what a training that diverged left behind into the weights."""
     for name in sorted(module.adapter_parameters()):
-        if not bool(module.get_parameter(name).isfinite().all()):
+        parameter = module.get_parameter(name)
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
             raise InjectError(
                 f"'{name}' holds values that are not finite, and the folded weight would, too: the "
                 "training diverged. Load an adapter from before that (fxlora.load_adapter), or "

@@ -86,7 +86,10 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
         ]
         if not sums:
             return False
-        (gradient,) = torch.autograd.grad(sum(sums[1:], sums[0]), x, materialize_grads=True)
     except _REFUSALS:
         return None
+    try:
+        (gradient,) = torch.autograd.grad(sum(sums[1:], sums[0]), x, materialize_grads=True)
+    except _REFUSALS:  # an op without a derivative
+        return False
     return bool((gradient != 0).any())

@@ -16,6 +16,7 @@ from ..fx.nested import Call, Path, call_of, every_call, origin, shared
 from ..lora.layout import Layout
 from ..lora.ops import Op, is_product, layout_given, row_of
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from .facts import reads_no_values
 from .flow import Flow
 from .gradients import passes_gradient
@@ -86,6 +87,7 @@ class Reader:
         return f"{self.kind} reads at {self.line}" if self.line else f"{self.kind} reads"
 
 
+@no_ambient_modes()
 def readers_and_writers(
     module: CapturedModule,
 ) -> tuple[dict[str, list[Reader]], dict[str, Reader]]:
@@ -133,7 +135,8 @@ class _Seen:
         if graph not in self._constants:
             found = self._constants[graph] = set[fx.Node]()
             for node in graph.nodes:
-                computed = node.op == "call_function" and found.issuperset(node.all_input_nodes)
+                called = node.op in ("call_function", "call_method")
+                computed = called and found.issuperset(node.all_input_nodes)
                 if computed or node.op == "get_attr":
                     found.add(node)
         return self._constants[graph]

@@ -39,6 +39,7 @@ class Moved:
         dims: how many dimensions the given tensor has.
         same: it is the weight as it is, in its own dtype.
         transposed: it is the transpose of the matrix, or of each matrix of a stack.
+        intact: nothing was computed with the entries on the way: they were moved and cast.
         whole: it has entries of the weight (or values computed from one entry each) only.
         lines: for each dimension of the weight, the dimensions of the given tensor along which
             the entries' coordinates vary, and the coordinates along these.
@@ -49,6 +50,7 @@ class Moved:
     dims: int
     same: bool
     transposed: bool
+    intact: bool
     whole: bool
     lines: tuple[tuple[frozenset[int], Tensor], ...]
     reached: tuple[Tensor, ...]
@@ -204,7 +206,7 @@ class _Way:
         entries = torch.full((), view.storage_offset())
         for size, stride in zip(view.shape, view.stride(), strict=True):
             entries = entries.unsqueeze(-1) + torch.arange(size) * stride
-        return _outcome(entries, self.shape, inert)
+        return _outcome(entries, self.shape, inert, True)
 
     def replayed(self) -> Moved | None:
         """The outcome of running the steps on stand-ins; the same way is run once."""
@@ -230,7 +232,7 @@ class _Way:
         if not isinstance(last, _Stand):
             return None
         entries = torch.where(last.entry, last.names, 0.0).long() - 1
-        return _outcome(entries, self.shape, last.verbatim)
+        return _outcome(entries, self.shape, last.verbatim, last.intact)
 
 
 _KNOWN: dict[Hashable, Moved | None] = {}
@@ -248,12 +250,14 @@ class _Stand:
         values: random values for the same entries.
         entry: where the places hold entries of the weight; elsewhere both runs are equal.
         verbatim: whether nothing but moves was done on the way.
+        intact: whether nothing but moves and casts was done.
     """
 
     names: Tensor
     values: Tensor
     entry: Tensor
     verbatim: bool
+    intact: bool
 
 
 class _Replay:
@@ -265,7 +269,8 @@ class _Replay:
 
     def start(self, shape: Shape) -> _Stand:
         names = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
-        return _Stand(names, self._values(names), torch.ones(shape, dtype=torch.bool), True)
+        everywhere = torch.ones(shape, dtype=torch.bool)
+        return _Stand(names, self._values(names), everywhere, True, True)
 
     def after(self, step: _Step, values: Sequence[Any]) -> Any:
         """The stand-in for a step's result; its value, where it does not depend on the weight.
@@ -281,22 +286,22 @@ class _Replay:
         try:
             names = step.run([_side(v, "names") for v in values], _wide)
             found = step.run([_side(v, "values") for v in values], _wide)
-            return self._agreed(names, found, verbatim)
+            return self._agreed(names, found, verbatim, all(s.intact for s in stands))
         except (_UnknownError, *_REFUSALS):
             return self._pointwise(step, given)
 
-    def _agreed(self, names: Any, values: Any, verbatim: bool) -> Any:
+    def _agreed(self, names: Any, values: Any, verbatim: bool, intact: bool) -> Any:
         """The results of both runs as stand-ins, where they moved the same entries."""
         if isinstance(names, list | tuple):
             pairs = zip(names, values, strict=True)  # pyright: ignore[reportUnknownArgumentType]
-            return [self._agreed(name, value, verbatim) for name, value in pairs]
+            return [self._agreed(name, value, verbatim, intact) for name, value in pairs]
         if not isinstance(names, Tensor) or not names.is_floating_point():
             raise _UnknownError
         inside = (names > 0) & (names < len(self.table)) & (names == names.round())
         entry = inside & (self._values(torch.where(inside, names, 0.0)) == values)
         if not bool((entry | (names == values)).all()):
             raise _UnknownError
-        return _Stand(names, values, entry, verbatim)
+        return _Stand(names, values, entry, verbatim, intact)
 
     def _pointwise(self, step: _Step, given: Sequence[Any]) -> _Stand:
         """An op that torch declares to work entry by entry leaves them in their places."""
@@ -310,7 +315,7 @@ class _Replay:
         if not all(torch.equal(first, other) for other in others):
             raise _UnknownError
         entry = first > 0
-        return _Stand(first, torch.where(entry, self._values(first), 0.0), entry, False)
+        return _Stand(first, torch.where(entry, self._values(first), 0.0), entry, False, False)
 
     def _values(self, names: Tensor) -> Tensor:
         return self.table[names.long()]
@@ -352,7 +357,7 @@ def _wide(leaf: Any) -> Any:
 # ---- outcomes -----------------------------------------------------------------------------------
 
 
-def _outcome(entries: Tensor, shape: Shape, verbatim: bool) -> Moved:
+def _outcome(entries: Tensor, shape: Shape, verbatim: bool, intact: bool) -> Moved:
     """Args: entries: the index of each entry in the flattened weight, or -1 for others."""
     for order in _transpositions(len(shape)) if verbatim else ():
         own = torch.arange(math.prod(shape)).reshape(shape).permute(order)
@@ -365,9 +370,9 @@ def _outcome(entries: Tensor, shape: Shape, verbatim: bool) -> Moved:
         coordinate = entries // math.prod(shape[dim + 1 :]) % size
         lines.append(_line(coordinate))
         reached.append(coordinate[of_weight].unique())
-    return Moved(
-        shape, entries.ndim, False, False, bool(of_weight.all()), tuple(lines), tuple(reached)
-    )
+    whole = bool(of_weight.all())
+    held = (tuple(lines), tuple(reached))
+    return Moved(shape, entries.ndim, False, False, intact, whole, *held)
 
 
 def _permuted(shape: Shape, order: Sequence[int]) -> Moved:
@@ -379,7 +384,7 @@ def _permuted(shape: Shape, order: Sequence[int]) -> Moved:
     ]
     same = list(order) == sorted(order)
     reached = tuple(torch.arange(size) for size in shape)
-    return Moved(shape, len(shape), same, not same, True, tuple(lines), reached)
+    return Moved(shape, len(shape), same, not same, True, True, tuple(lines), reached)
 
 
 def _transpositions(dims: int) -> list[list[int]]:
