@@ -34,7 +34,7 @@ def export(
     format: str = "pt2",
     dynamic_shapes: Any = None,
 ) -> Path:
-    """Write the eval graph to a file; `torch.export.load(path)` needs no fxlora.
+    """Write the eval graph to a file, for inference; `torch.export.load(path)` needs no fxlora.
 
     Args:
         module: a captured module, usually a folded one.
@@ -85,7 +85,8 @@ def exported(
     failure: Exception | None = None
     for example in _examples(evaluation.inputs["eval"], args, kwargs, dynamic_shapes):
         try:
-            return run_export(program, example)
+            with torch.no_grad():  # it is for inference, and needs no marks of where gradients stop
+                return run_export(program, example)
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
