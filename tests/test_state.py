@@ -128,3 +128,13 @@ def test_a_state_cannot_be_changed_in_place() -> None:
         module.known.plan = None  # pyright: ignore
     with pytest.raises(AttributeError):
         module.plan = None  # pyright: ignore
+
+
+def test_a_plan_without_adapters_trains_too() -> None:
+    """An empty plan has no length, and is a plan all the same."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    gm = fxlora.capture(model, torch.randn(4, 5))
+    head = fxlora.inject(gm, fxlora.match(gm, Rule("2", train=True)))
+    assert head.trained == {"2.weight", "2.bias"}
+    assert len(fxlora.lora_parameters(head)) == 2
+    assert copy.deepcopy(head).trained == head.trained

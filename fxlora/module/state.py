@@ -36,7 +36,7 @@ class State:
     @property
     def trained(self) -> frozenset[str]:
         """Names of parameters outside A and B that train (in full, as copies)."""
-        return frozenset(self.plan.trained if self.plan else ())
+        return frozenset(() if self.plan is None else self.plan.trained)  # an empty plan is false
 
     @property
     def adapter_parameters(self) -> frozenset[str]:
