@@ -236,7 +236,7 @@ class CapturedModule(ProgramModule):
         return {
             tuple(names): fingerprint(self.get_parameter(names[0]))
             for names in self.aliases().values()
-            if state.plan and trains.isdisjoint(names)
+            if state.plan is not None and trains.isdisjoint(names)
         }
 
     def take_fingerprints(self) -> None:
