@@ -19,7 +19,8 @@ from torch import nn
 
 import fxlora
 from fxlora import cli
-from fxlora.cli import checkpoints, inputs, models
+from fxlora.cli import inputs, models
+from fxlora.cli import weights as checkpoints
 
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]

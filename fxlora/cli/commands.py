@@ -18,9 +18,9 @@ from ..errors import AdapterError, ExportError
 from ..matching import match
 from ..plan import Plan
 from ..proof import verify
-from .checkpoints import load_checkpoint, read_checkpoint, write_weights
 from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
 from .models import build_model
+from .weights import load_checkpoint, read_checkpoint, write_weights
 
 PLAN_WRITERS: dict[str, Callable[[Plan], str]] = {".toml": Plan.to_toml, ".json": Plan.to_json}
 

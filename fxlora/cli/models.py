@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..matching.choice import nearest
 from ..tables import said
-from .checkpoints import load_checkpoint, read_checkpoint
+from .weights import load_checkpoint, read_checkpoint
 
 
 def build_model(options: Namespace) -> nn.Module:

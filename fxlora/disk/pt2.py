@@ -17,7 +17,7 @@ from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
-from ..module.inputs import InputSpec
+from ..module.contract import InputSpec
 from ..tables import some
 from .files import whole_file
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from ..module.inputs import Dimension, InputSpec, TensorInput
+from ..module.contract import Dimension, InputSpec, TensorInput
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, InputError
 from ..fx.alike import alike, alike_but_for_sizes
 from ..fx.calls import refuse_unwritable_names
-from ..module.inputs import Dimension, InputSpec, TensorInput, Update
+from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
-from .contract import contract_of
+from .assumptions import contract_of
 from .examples import Example
 from .failures import capture_error
 from .kept.checkpoints import marked_checkpoints, marks_of
@@ -36,7 +36,7 @@ from .kept.functions import opaque_functions
 from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
 from .kept.patches import patched
-from .kept.state import mode_of, refuse_state
+from .kept.undisturbed import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
 
 

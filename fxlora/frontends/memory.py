@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .kept.state import plain_tensors
+from .kept.undisturbed import plain_tensors
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ from ..errors import CaptureError
 from ..fx.effects import arguments_of
 from ..module.program import MODES
 from .kept.generators import Draws, current
-from .kept.state import mode_of, undisturbed
+from .kept.undisturbed import mode_of, undisturbed
 from .memory import storage_of
 from .places import called_at
 from .tree import attribute_that_reaches_modules, twin_of

@@ -21,7 +21,7 @@ from ..module.shell import Shell
 from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
-from .kept.state import mode_of
+from .kept.undisturbed import mode_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
 from .tree import twin_of, working_copy
 

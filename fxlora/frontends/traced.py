@@ -16,7 +16,7 @@ from ..fx.calls import refuse_unwritable
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
-from .kept.state import mode_of
+from .kept.undisturbed import mode_of
 from .memory import storage_of
 from .spellings import WEIGHT_MODULES, lower
 from .tree import twin_of

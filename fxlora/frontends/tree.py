@@ -16,7 +16,7 @@ from ..errors import CaptureError
 from ..fx.calls import call_site
 from ..module import CapturedModule
 from ..module.shell import copied_module
-from .kept.state import plain_tensors
+from .kept.undisturbed import plain_tensors
 
 
 def refuse_lazy(model: nn.Module) -> None:

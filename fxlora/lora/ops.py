@@ -8,117 +8,16 @@ overloads on torch.fx's proxies.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
+from .convolutions import convolution, groups_dearer, transposed_convolution
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Read:
-    """One call that reads a weight, as an op row sees it.
-
-    Attributes:
-        node: the call.
-        weight: the node that it is given as the weight.
-        x: its input, or what dropout left of it (a proxy).
-        layout: the weight's in this op.
-        shape: the weight's.
-        rank: of the pair.
-        scaling: s.
-        padding_trains: whether a padding row that this read does not train is trained by others.
-    """
-
-    node: fx.Node
-    weight: fx.Node
-    x: Any
-    layout: Layout
-    shape: Shape
-    rank: int
-    scaling: float
-    padding_trains: bool = False
-
-    def arg(self, position: int) -> Any:
-        """An argument of the call, as the branch can take it."""
-        return fx.map_arg(argument(self.node, position), self._proxied)
-
-    def _proxied(self, node: fx.Node) -> Any:
-        return fx.Proxy(node, self.x.tracer)
-
-    def scaled(self, hidden: Any) -> Any:
-        """s·A(x): the scaling where the branch is narrowest, r wide."""
-        return aten.mul.Tensor(hidden, self.scaling)
-
-
-Branch = Callable[[Read, Any, Any], Any]
-
-
-def _no_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
-    return None
-
-
-def _never_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Op:
-    """A row: how an op reads a weight, and the branch beside it.
-
-    Attributes:
-        kind: what rules call it.
-        input: position of the activation that the branch starts from.
-        branch: (read, down (…, r, in), up (…, out, r)) → s·B(A(x)).
-        in_first: whether the weight is (in, out) in this op.
-        kernel: how many dimensions of the weight are a kernel's.
-        obstacle: why this node cannot take the branch all the same, or None.
-        dearer: why the branch, though possible, costs more than the weight form, or None.
-        dropout: whether lora_dropout applies to its input (indices cannot be dropped).
-        output: the dimension of the output that the weight's outputs are in, from the end; None
-            where that depends on the input.
-        bias: position of what is added to the product, unscaled.
-        result: which of the op's results is the product, where it has several.
-        layout: the weight's roles, where `in_first` and `kernel` do not say them.
-        turned: the kind for rules where it is given the transpose (x @ W.T is what F.linear is);
-            None where no branch is known for that.
-    """
-
-    kind: str
-    input: int
-    branch: Branch
-    in_first: bool = False
-    kernel: int = 0
-    obstacle: Callable[[fx.Node, fx.Node, Shape], str | None] = _no_obstacle
-    dearer: Callable[[fx.Node, Shape, int], str | None] = _never_dearer
-    dropout: bool = True
-    output: int | None = -1
-    bias: int | None = None
-    result: int | None = None
-    layout: Callable[[fx.Node, fx.Node], Layout | None] | None = None
-    turned: str | None = None
-
-    def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout | None:
-        """The roles of the dimensions of what `node` is given as `weight`; None where unclear."""
-        if self.layout is None:
-            return plain(dims, self.in_first, self.kernel) if dims > 1 else None
-        found = self.layout(node, weight)
-        return found if found and len(found.roles) == dims else None
-
-    def input_of(self, node: fx.Node, weight: fx.Node) -> Any:
-        """What the op applies the weight to."""
-        given = node.args[self.input]
-        if isinstance(given, list | tuple):  # an einsum's operands
-            return next((operand for operand in given if operand is not weight), None)
-        return given
-
+from .row import Op, Read, aten
 
 # ---- matrix products ----------------------------------------------------------------------------
 
@@ -138,7 +37,7 @@ def _weight_times(read: Read, down: Any, up: Any) -> Any:
     return aten.matmul.default(up, read.scaled(hidden))
 
 
-def _grouped(read: Read, down: Any, up: Any) -> Any:
+def _grouped_mm(read: Read, down: Any, up: Any) -> Any:
     """Rows of x in groups, each times a matrix of the stack."""
     ends = read.arg(2)
     pad = -read.rank % 8  # kernels want rows of multiples of 16 bytes
@@ -149,7 +48,7 @@ def _grouped(read: Read, down: Any, up: Any) -> Any:
     return aten._grouped_mm.default(read.scaled(hidden), turn(up), ends)
 
 
-def _groups_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
+def _grouped_mm_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     return None if len(shape) == 3 else "groups of a matrix's own rows or columns"
 
 
@@ -286,78 +185,20 @@ def _bag_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     return _frequencies(node, weight, shape)
 
 
-# ---- convolutions: the layer's geometry where the kernel is, the other factor is 1x1 -------------
-
-
-def _ones(dims: int) -> tuple[list[int], list[int]]:
-    return [1] * dims, [0] * dims
-
-
-def _convolution(dims: int) -> Branch:
-    pointwise = getattr(aten, f"conv{dims}d").default
-    one, none = _ones(dims)
-
-    def branch(read: Read, down: Any, up: Any) -> Any:
-        # (input, weight, bias, stride, padding, dilation, groups)
-        stride, padding, dilation, groups = (read.arg(position) for position in (3, 4, 5, 6))
-        if groups > 1:  # each group's slice meets all r filters
-            down = aten.repeat.default(down, [groups] + [1] * (dims + 1))
-        hidden = read.node.target(read.x, down, None, stride, padding, dilation, groups)  # pyright: ignore[reportCallIssue]
-        return pointwise(read.scaled(hidden), up, None, one, none, one, groups)
-
-    return branch
-
-
-def _transposed_convolution(dims: int) -> Branch:
-    pointwise = getattr(aten, f"conv{dims}d").default
-    one, none = _ones(dims)
-
-    def branch(read: Read, down: Any, up: Any) -> Any:
-        # (input, weight, bias, stride, padding, output_padding, groups, dilation)
-        stride, padding, extra, groups, dilation = (read.arg(position) for position in range(3, 8))
-        r_up = read.layout.transposed(up)  # (r, out/groups, *kernel)
-        if groups > 1:  # each group of inputs has r channels of its own, and shares B
-            down = aten.reshape.default(down, [-1, groups, read.shape[0] // groups, *one])
-            down = aten.flatten.using_ints(aten.transpose.int(down, 0, 1), 0, 1)
-            r_up = aten.repeat.default(r_up, [groups] + [1] * (dims + 1))
-        hidden = pointwise(read.x, down, None, one, none, one, groups)
-        geometry = (stride, padding, extra, groups, dilation)
-        return read.node.target(read.scaled(hidden), r_up, None, *geometry)  # pyright: ignore[reportCallIssue]
-
-    return branch
-
-
-def _grouped_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
-    """Whether the weight form is cheaper for a grouped convolution: per position,
-
-    branch: r·in·k + r·out multiplications forward, and as many twice more backward;
-    weight: out·(in/groups)·k once, for the gradient of the whole weight.
-    (Of a transposed one, in and out change places.)
-    """
-    groups = int(named_argument(node, "groups"))
-    if groups == 1:
-        return None
-    branch = 3 * r * (groups * math.prod(shape[1:]) + shape[0])
-    weight = math.prod(shape)
-    if branch <= weight:
-        return None
-    return f"{groups} groups: the weight's gradient costs {branch / weight:.0f}x less than a branch"
-
-
 def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
     packet = getattr(aten, f"conv{dims}d")
     transposed = getattr(aten, f"conv_transpose{dims}d")
     row = Op(
         packet.__name__,
         0,
-        _convolution(dims),
+        convolution(dims),
         kernel=dims,
-        dearer=_grouped_dearer,
+        dearer=groups_dearer,
         output=-1 - dims,
         bias=2,
     )
     turned = dataclasses.replace(
-        row, kind=transposed.__name__, branch=_transposed_convolution(dims), in_first=True
+        row, kind=transposed.__name__, branch=transposed_convolution(dims), in_first=True
     )
     overload = transposed.default if dims == 1 else transposed.input
     return {(packet.default, 1): row, (packet.padding, 1): row, (overload, 1): turned}
@@ -375,12 +216,12 @@ _BMM = Op("bmm", 0, _times_weight, in_first=True, turned="bmm")
 _BMM_LEFT = Op("bmm", 1, _weight_times, output=None, turned="bmm")
 _BADDBMM = Op("baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, turned="baddbmm")
 _BADDBMM_LEFT = Op("baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha, turned="baddbmm")
-_GROUPED = Op(
+_GROUPED_MM = Op(
     "grouped_mm",
     0,
-    _grouped,
+    _grouped_mm,
     in_first=True,
-    obstacle=_groups_obstacle,
+    obstacle=_grouped_mm_obstacle,
     layout=lambda node, weight: Layout("eio"),
     turned="grouped_mm",
 )
@@ -397,7 +238,7 @@ OPS: dict[tuple[Any, int], Op] = {
     (aten.bmm.default, 0): _BMM_LEFT,
     (aten.baddbmm.default, 2): _BADDBMM,
     (aten.baddbmm.default, 1): _BADDBMM_LEFT,
-    (aten._grouped_mm.default, 1): _GROUPED,
+    (aten._grouped_mm.default, 1): _GROUPED_MM,
     (aten.einsum.default, 1): Op(
         "einsum", 1, _einsum, obstacle=_einsum_obstacle, output=None, layout=_einsum_layout
     ),

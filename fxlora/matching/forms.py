@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError, UnsupportedOpError
 from ..fx.calls import named_argument
 from ..lora.layout import Layout
-from ..lora.ops import Op
+from ..lora.row import Op
 from ..lora.variants import VARIANTS
 from ..reads.readers import Reader
 from ..reads.sites import Site

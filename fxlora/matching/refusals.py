@@ -1,4 +1,8 @@
-"""Sites that no form can adapt: a row for each reason, with what to do instead."""
+"""Sites that no form can adapt: a row for each reason, with what to do instead.
+
+Parts, variants and sparse gradients are refused where they are worked out: in `entries.py` and
+`forms.py`.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from ..errors import FxLoraError
 from ..plan import Plan
+from .contract import InputSpec
 from .fingerprints import fingerprint
-from .inputs import InputSpec
 from .memory import overlaps_of
 from .program import Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered

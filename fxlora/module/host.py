@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import InjectError, InputError
 from .captured import CapturedModule
-from .inputs import ConstantInput, InputSpec
+from .contract import ConstantInput, InputSpec
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..errors import InputError
 from ..fx.calls import refuse_unwritable
-from .inputs import InputSpec
+from .contract import InputSpec
 
 MODES = ("train", "eval")
 

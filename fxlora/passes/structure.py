@@ -16,7 +16,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from ..fx.calls import argument
 from ..fx.nested import Path, call_of, inside
-from ..lora.ops import Op, Read
+from ..lora.row import Op, Read
 from ..module import CapturedModule
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row

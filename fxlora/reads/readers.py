@@ -14,13 +14,14 @@ from ..fx.calls import call_site, flat_inputs, kind_of, source_line
 from ..fx.effects import written_attributes
 from ..fx.nested import Call, Path, call_of, every_call, origin, shared
 from ..lora.layout import Layout
-from ..lora.ops import Op, is_product, layout_given, row_of
+from ..lora.ops import is_product, layout_given, row_of
+from ..lora.row import Op
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
 from .facts import reads_no_values
 from .flow import Flow
 from .gradients import passes_gradient
-from .replay import Moved, moved
+from .moves import Moved, moved
 
 
 @dataclass(frozen=True)

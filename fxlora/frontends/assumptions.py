@@ -19,7 +19,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ..errors import CaptureError
-from ..module.inputs import (
+from ..module.contract import (
     ConstantInput,
     Dimension,
     Guard,

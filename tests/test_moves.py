@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from fxlora.lora.layout import Layout
-from fxlora.reads import replay
-from fxlora.reads.replay import Moved, moved
+from fxlora.reads import moves
+from fxlora.reads.moves import Moved, moved
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 
@@ -168,7 +168,7 @@ def test_entries_out_of_order_have_no_roles() -> None:
 
 
 def test_large_weights_are_replayed_as_views_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MOST_ENTRIES", 10)
+    monkeypatch.setattr(moves, "MOST_ENTRIES", 10)
     rows = outcome(PURE["rows"], (4, 6))
     assert rows is not None and rows.layout(Layout("oi")) == Layout("oi")
     assert outcome(PURE["flip"], (4, 6)) is None
