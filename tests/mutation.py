@@ -57,6 +57,18 @@ class Regions(nn.Module):
         return torch.tanh(y.to(torch.float64)) + self.offset
 
 
+class Casts(nn.Module):
+    """A norm in another precision, as language models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.up(x).to(torch.bfloat16)).to(torch.float64)
+        return self.down(hidden)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, its inputs, and how it is adapted."""
@@ -103,6 +115,7 @@ _MAKERS: dict[str, Callable[[], Case]] = {
         ],
     ),
     "nested graphs": lambda: Case(Regions, (torch.randn(4, 5),), Rule(["up", "last"], lora=lora())),
+    "casts": lambda: Case(Casts, (torch.randn(4, 5),), every()),
     "torch.cond": lambda: pattern("torch.cond"),
     "packed QKV": lambda: pattern("packed QKV: q and v"),
     "LSTM": lambda: pattern("LSTM, projected, both ways"),

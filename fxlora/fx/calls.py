@@ -91,7 +91,7 @@ def torch_kind(node: fx.Node) -> str:
 
 
 def qualified_kind(node: fx.Node) -> str:
-    """The kind of a call of a registered op with its namespace ("aten.linear"), else ""."""
+    """The kind of a call of a registered op with its namespace ("aten.add"), else ""."""
     if isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.namespace}.{kind_of(node)}"
     return ""
