@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -63,6 +64,6 @@ def warn(message: str) -> None:
     """Warn where the user's code called fxlora, however deep in it this is."""
     inside = str(Path(__file__).parent)
     frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back and frame.f_code.co_filename.startswith(inside):
+    while frame.f_back and frame.f_code.co_filename.startswith((inside, contextlib.__file__)):
         frame, level = frame.f_back, level + 1
-    warnings.warn(printable(message, "\n\t"), FxLoraWarning, stacklevel=level - 1)
+    warnings.warn(printable(message, "\n\t"), FxLoraWarning, stacklevel=level)

@@ -65,7 +65,9 @@ def _held(
     content: Folder, name: str, value: torch.Tensor, dtype: torch.dtype, now: torch.Tensor | None
 ) -> torch.Tensor:
     """A file's value in the dtype that the module holds it in."""
-    if not torch.can_cast(value.dtype, dtype):
+    if not torch.can_cast(value.dtype, dtype) or (
+        dtype.is_floating_point and not value.is_floating_point()
+    ):
         raise AdapterError(
             f"{content.path}: '{name}' is {value.dtype}, which is no {dtype}, as the module has it."
         )

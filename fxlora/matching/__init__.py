@@ -13,7 +13,7 @@ from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
-from .full import biases, check_trained, modules_to_save, trained
+from .full import biases, check_trained, check_trains, modules_to_save, trained
 from .misses import Misses, warn_of_large
 
 __all__ = ["match"]
@@ -65,6 +65,7 @@ def _plan(choice: Choice, making: Entries, misses: Misses, budget: int | str | N
         rule = choice.rule(number)
         if set(site.names) & in_full:
             check_trained(site, number, rule, saved)
+            check_trains(site)
             skipped.append((site.name, IN_FULL))
         elif rule is None and site.outside is not None:
             skipped.append((site.name, site.why_outside))

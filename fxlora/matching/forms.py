@@ -35,8 +35,7 @@ def choose_form(
         ConfigError: lora_dropout on a site whose form has no branch input.
         UnsupportedOpError: no form computes the right gradients.
     """
-    found = (_obstacle(_Asked(site, reader, rows, variants)) for reader in site.readers)
-    obstacle = next(filter(None, found), None)
+    obstacle = branch_obstacle(site, rows, variants)
     if obstacle and dropout:
         raise ConfigError(
             f"lora_dropout={dropout} on '{site.name}': {obstacle}, so its adapter is added "
@@ -119,6 +118,14 @@ _OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
         lambda a: a.scales and bool(a.rows or a.reader.path or a.op.result is not None),
     ),
 )
+
+
+def branch_obstacle(
+    site: Site, rows: tuple[int, int] | None, variants: tuple[str, ...]
+) -> str | None:
+    """Why a site, or a part of it, cannot take the branch at one of its reads; else None."""
+    found = (_obstacle(_Asked(site, reader, rows, variants)) for reader in site.readers)
+    return next(filter(None, found), None)
 
 
 def _obstacle(asked: _Asked) -> str | None:

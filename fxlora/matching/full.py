@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from ..config import Rule
-from ..errors import ConfigError, warn
+from ..errors import ConfigError, UnsupportedOpError, warn
 from ..module import CapturedModule
 from ..plan import Entry
 from ..reads.sites import Site
@@ -119,6 +119,16 @@ def check_trained(site: Site, number: int, rule: Rule | None, saved: Mapping[str
             f"rule {number} adapts '{site.name}', and rule {later} trains '{paths[0]}', which "
             f"holds it, in full. Put rule {later} before rule {number} to train it too, or name "
             f"single parameters in rule {later}."
+        )
+
+
+def check_trains(site: Site) -> None:
+    """Raise where a weight is to train in full that no gradient reaches."""
+    if site.readers and all(reader.untrained for reader in site.readers):
+        raise UnsupportedOpError(
+            f"'{site.name}' is to train in full, and is read only {site.readers[0].untrained}: no "
+            "gradient reaches it. Leave it out of train= and modules_to_save, or take away what "
+            "stops the gradient."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import UnsupportedOpError
+from ..reads.facts import padding_row
 from ..reads.sites import Site
 
 LEAVE_OUT = "Leave it out of the rule (Rule(name, lora=None) before it)"
@@ -49,6 +50,20 @@ def _kept_whole(site: Site) -> str:
     )
 
 
+def _pads_a_part(site: Site) -> bool:
+    return any(
+        reader.way and padding_row(reader.node, 1 << 62) is not None for reader in site.readers
+    )
+
+
+def _padded(site: Site) -> str:
+    reader = next(reader for reader in site.readers if reader.way)
+    return (
+        f"is looked up through {reader.through} with a padding_idx, which is a row of the table "
+        f"that this makes, not of the weight. {LEAVE_OUT}, or look up in the weight itself."
+    )
+
+
 # Whether a site is one of these, and what is said of it then; the first that holds.
 _REFUSALS: tuple[tuple[Callable[[Site], bool], Callable[[Site], str]], ...] = (
     (
@@ -57,6 +72,7 @@ _REFUSALS: tuple[tuple[Callable[[Site], bool], Callable[[Site], str]], ...] = (
     ),
     (lambda site: bool(site.overlaps), _shared_memory),
     (lambda site: site.writer is not None, _written),
+    (_pads_a_part, _padded),
     (lambda site: all(reader.untrained for reader in site.readers), _untrained),
     (lambda site: any(r.node.op == "call_module" for r in site.readers), _kept_whole),
 )

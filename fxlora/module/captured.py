@@ -185,6 +185,9 @@ class CapturedModule(ProgramModule):
         return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
+        for buffer in self.buffers():  # one that a call wrote to may be part of an autograd graph
+            if not buffer.is_leaf:
+                memo.setdefault(id(buffer), buffer.detach().clone())
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
             [program.copied() for program in self.programs],
@@ -216,8 +219,19 @@ class CapturedModule(ProgramModule):
         """As nn.Module's, into storage of its own: the source model's weights stay as they are."""
         if not assign:
             self._leave_the_source(state_dict)
+        changed = self._changed()
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self.take_fingerprints()  # the base is what was asked for
+        self.take_fingerprints()  # what was loaded is the base that was asked for
+        left = {n: mark for n, mark in changed.items() if state_dict.keys().isdisjoint(n)}
+        loaded = {
+            name: buffer.detach().clone()
+            for name, buffer in self.named_buffers(remove_duplicate=False)
+            if name in self.known.originals and name in state_dict
+        }
+        self.update_state(
+            fingerprints={**self.known.fingerprints, **left},
+            originals={**self.known.originals, **loaded},
+        )
         return outcome
 
     def _leave_the_source(self, names: Container[str]) -> None:

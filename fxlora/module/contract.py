@@ -62,7 +62,7 @@ class TensorInput:
         if not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
-                "Capture again with such an input."
+                "Give a tensor (torch.as_tensor makes one of an array or a number)."
             )
         integers = category_of(self.dtype) == category_of(value.dtype) == "integer"
         if value.dtype != self.dtype and not integers:

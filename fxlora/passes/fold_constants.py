@@ -52,11 +52,11 @@ class FoldConstants(Pass):
 
 def _check_finite(module: CapturedModule) -> None:
     """Refuse to put what a training that diverged left behind into the weights."""
-    for name in sorted(module.adapter_parameters()):
+    for name in sorted(module.adapter_parameters() | module.trained):
         parameter = module.get_parameter(name)
         if not parameter.is_meta and not bool(parameter.isfinite().all()):
             raise InjectError(
-                f"'{name}' holds values that are not finite, and the folded weight would, too: the "
+                f"'{name}' holds values that are not finite, and so would the folded module: the "
                 "training diverged. Load an adapter from before that (fxlora.load_adapter), or "
                 "take it out (fxlora.remove)."
             )
@@ -100,4 +100,10 @@ def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
         folded = value(chain[-1].output).to(weight.dtype)
         if folded.stride() != weight.stride():  # channels last, for one
             folded = torch.empty_like(weight).copy_(folded)
+        if not weight.is_meta and bool((~folded.isfinite() & weight.isfinite()).any()):
+            raise InjectError(
+                f"'{chain[0].entry.site}': W0 + s·BA is not finite in {weight.dtype}: A and B are "
+                "too large. Train again with a smaller learning rate, or take the adapter out "
+                "(fxlora.remove)."
+            )
         return nn.Parameter(folded)

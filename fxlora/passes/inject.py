@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import InjectError
 from ..fx.nested import nested_graph
+from ..matching.forms import branch_obstacle
 from ..module import CapturedModule
 from ..module.program import Program
 from ..module.state import State
@@ -104,9 +105,16 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.site}': the plan names it, its ties or its padding_idx otherwise than the "
             f"module does ('{site.name}'). Make the plan with match(module, …) on this module."
         )
-    if entry.form == "branch" and any(r.branch is None or r.shared for r in site.readers):
+    obstacle = branch_obstacle(site, entry.rows, entry.variants)
+    if entry.form == "branch" and obstacle:
         raise InjectError(
-            f"'{entry.site}': the plan says branch, but a reader here has none. Match again."
+            f"'{entry.site}': the plan says branch, which this module does not allow ({obstacle}). "
+            "Make the plan with match(module, …) on this module."
+        )
+    if entry.form == "weight" and entry.dropout:
+        raise InjectError(
+            f"'{entry.site}': the plan says dropout={entry.dropout} on the weight form, which has "
+            "no input to drop. Make the plan with match(module, …) on this module."
         )
     taken = next(filter(None, (_occupied(module, name) for name in entry.tensors)), None)
     if taken:

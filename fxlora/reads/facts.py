@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..fx.calls import named_argument, torch_kind
+from ..fx.calls import flat_inputs, named_argument, torch_kind
 
 _DESCRIBING = frozenset(
     {
@@ -21,9 +21,14 @@ _MADE_ALIKE = frozenset(
 ) | {f"new_{made}" for made in ("zeros", "ones", "full", "empty", "empty_strided", "tensor")}
 
 
-def reads_no_values(node: fx.Node) -> bool:
-    """Whether a call looks at no more than a tensor's dtype, shape or device."""
-    return torch_kind(node) in _DESCRIBING | _MADE_ALIKE
+def reads_no_values(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a call looks at no more than the dtype, shape or device of one of its inputs.
+
+    These ops do so with their first argument; one that is filled with is read.
+    """
+    first = bool(node.args) and node.args[0] is value
+    once = sum(given is value for given in flat_inputs(node)) == 1
+    return first and once and torch_kind(node) in _DESCRIBING | _MADE_ALIKE
 
 
 def padding_row(node: fx.Node, rows: int) -> int | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from ..fx.calls import is_torchs
+from ..fx.effects import written_nodes
 from ..fx.nested import Call, call_of
 from .gradients import passes_gradient
 
@@ -59,8 +61,11 @@ class Flow:
         for node in reversed(graph.nodes):
             if recording:
                 self.recording.add(node)
-            if _has_effect(node):
+            written = written_nodes(node, owner)
+            if written or _has_effect(node):
                 self.live.add(node)
+            if not self.trained.isdisjoint(written):  # who reads the tensor later reads this
+                self.trained.add(node)
             if call := call_of(node, owner):
                 self._through(call, recording)
             elif node in self.live and node.op != "output":
@@ -122,5 +127,8 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a node is kept although nothing may take its result."""
     if node.op == "call_function" and node.is_impure():
         return True
-    known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-    return node.op == "output" or not (known or node.users)  # an unknown one may do anything
+    if node.op in ("output", "call_module"):
+        return True
+    if node.op != "call_function":
+        return False
+    return not (is_torchs(node) or isinstance(node.target, torch._ops.OperatorBase))

@@ -79,10 +79,17 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
         if node.op == "call_method":
             function, args = getattr(args[0], str(node.target)), args[1:]
         results = function(*args, **kwargs)
-        sums = [
-            (result * torch.randn(result.shape, dtype=torch.float64)).sum()
+        tensors = [
+            result
             for result in (results if isinstance(results, list | tuple) else [results])
-            if isinstance(result, Tensor) and result.requires_grad
+            if isinstance(result, Tensor)
+        ]
+        if any(not tensor.numel() for tensor in tensors):
+            return None  # a slice beyond these small matrices, for one
+        sums = [
+            (tensor * torch.randn(tensor.shape, dtype=torch.float64)).sum()
+            for tensor in tensors
+            if tensor.requires_grad
         ]
         if not sums:
             return False

@@ -189,7 +189,8 @@ class _Way:
 
     def viewed(self) -> Moved | None:
         """The outcome where all that the steps make are views of the weight; else None."""
-        base = torch.empty(self.shape, dtype=self.weight.dtype, device="meta")
+        strides, dtype = self.weight.stride(), self.weight.dtype
+        base = torch.empty_strided(self.shape, strides, dtype=dtype, device="meta")
         values: list[Any] = [base]
         try:
             for step in self.steps if not self.constants else ():
@@ -203,6 +204,8 @@ class _Way:
         for order in _transpositions(len(self.shape)) if inert else ():
             if _same_view(view, base.permute(order)):
                 return _permuted(self.shape, order)
+        if not base.is_contiguous():  # places in memory are no numbers of entries
+            return None
         entries = torch.full((), view.storage_offset())
         for size, stride in zip(view.shape, view.stride(), strict=True):
             entries = entries.unsqueeze(-1) + torch.arange(size) * stride
@@ -214,7 +217,7 @@ class _Way:
             return None
         if self.constants:  # whose values count
             return self._replayed()
-        key = (self.shape, *(step.key for step in self.steps))
+        key = (self.shape, self.weight.stride(), *(step.key for step in self.steps))
         if key not in _KNOWN:
             for oldest in list(itertools.islice(_KNOWN, max(0, len(_KNOWN) - 63))):
                 del _KNOWN[oldest]
@@ -224,7 +227,7 @@ class _Way:
     def _replayed(self) -> Moved | None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             replay = _Replay(self.weight.numel())
-            values: list[Any] = [replay.start(self.shape)]
+            values: list[Any] = [replay.start(self.weight)]
             constants = [_wide(value.cpu()) for value in reversed(self.constants)]
             for step in self.steps:
                 values.append(replay.after(step, [*values, *constants]))
@@ -265,10 +268,16 @@ class _Replay:
 
     def __init__(self, entries: int) -> None:
         generator = torch.Generator().manual_seed(entries)
+        # Of many magnitudes and both signs: a clamp or a threshold lets some of them through.
         self.table = torch.randn(entries + 1, generator=generator, dtype=torch.float64)
+        sizes = torch.rand(entries + 1, generator=generator, dtype=torch.float64)
+        self.table *= 10 ** (60 * sizes - 30)
 
-    def start(self, shape: Shape) -> _Stand:
-        names = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
+    def start(self, weight: Tensor) -> _Stand:
+        """The weight itself, with its own strides."""
+        shape, numbers = weight.shape, torch.arange(1, weight.numel() + 1, dtype=torch.float64)
+        names = torch.empty_strided(shape, weight.stride(), dtype=torch.float64)
+        names.copy_(numbers.reshape(shape))
         everywhere = torch.ones(shape, dtype=torch.bool)
         return _Stand(names, self._values(names), everywhere, True, True)
 

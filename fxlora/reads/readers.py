@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..fx.calls import call_site, flat_inputs, kind_of, source_line
 from ..fx.effects import written_attributes
-from ..fx.nested import Call, Path, call_of, every_call, origin, shared
+from ..fx.nested import Call, Path, call_of, every_call, operand_of, shared
 from ..lora.layout import Layout
 from ..lora.ops import is_product, layout_given, row_of
 from ..lora.row import Op
@@ -180,7 +180,7 @@ class _Walk:
 
     def follow(self, value: fx.Node, owner: nn.Module, way: _Way = _Way()) -> Iterator[Reader]:
         for user in sorted(value.users):
-            if reads_no_values(user) or user not in self.seen.flow.live:
+            if reads_no_values(user, value) or user not in self.seen.flow.live:
                 continue
             if (user, way.cut) in self.done:
                 continue
@@ -268,17 +268,24 @@ class _Walk:
         return "" if flow.reaches(node, value) else f"by {kind_of(node)}, which passes none"
 
     def _beside(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
-        """Whether the input is another parameter: two branches would miss Δu·Δv.
+        """Whether the input comes from parameters only: two branches would miss Δu·Δv.
 
         (The indices of a look-up are none.)
         """
         source = row.input_of(node, value) if row.dropout else None
-        if not isinstance(source, fx.Node):
-            return False
-        source = origin(path, source)
-        while len(source.all_input_nodes) == 1:
-            source = source.all_input_nodes[0]
-        return source.op == "get_attr" and source.target in self.seen.parameters
+        ahead: list[tuple[fx.Node, Path]] = [(source, path)] if isinstance(source, fx.Node) else []
+        parameter, met = False, set[fx.Node]()
+        while ahead:
+            source, around = ahead.pop()
+            outside = operand_of(around[-1], source) if around else None
+            if source.op == "placeholder" and outside is None:
+                return False  # data, or what a loop carries
+            if outside is not None:
+                ahead.append((outside, around[:-1]))
+            parameter |= source.op == "get_attr" and source.target in self.seen.parameters
+            met.add(source)
+            ahead += [(given, around) for given in source.all_input_nodes if given not in met]
+        return parameter
 
 
 def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
@@ -287,7 +294,9 @@ def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
     for reader in readers:
         key = (reader.node, reader.weight, reader.path)
         before = found.setdefault(key, reader)
-        found[key] = dataclasses.replace(before, untrained=before.untrained and reader.untrained)
+        # Where one of two ways is cut off, only the weight form has the right gradients.
+        through = next((r for r in (before, reader) if r.way), before)
+        found[key] = dataclasses.replace(through, untrained=before.untrained and reader.untrained)
     yield from found.values()
 
 
