@@ -23,6 +23,7 @@ from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
 from .kept.hooks import refuse_backward_hooks
+from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
@@ -197,6 +198,8 @@ def _assemble(
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, known, memory, mirrors)
     programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
+    if shell or any(spec is None for program in programs for spec in program.inputs.values()):
+        _add_mirrors(mirrors, model, memory)
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
         outputs=_output_embeddings(model),
@@ -207,6 +210,18 @@ def _assemble(
     )
     read_by_own_names(result)
     return result
+
+
+def _add_mirrors(mirrors: dict[str, set[str]], model: nn.Module, memory: ParameterMemory) -> None:
+    """Whatever of the model is in a parameter's memory.
+
+    torch.export hands over the tensors that a graph reads. The tracer reads a copy of the model,
+    and Python around regions may read anything.
+    """
+    held = [*model.named_buffers(remove_duplicate=False), *plain_tensors(model)]
+    for name, tensor in held:
+        for parameter in memory.under(tensor):
+            mirrors.setdefault(parameter, set()).add(name)
 
 
 def _adopt(

@@ -1,0 +1,243 @@
+"""Kinds of silent wrongness that a review found, each against the source with merged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxlora
+from fxlora import InjectError, LoraConfig, Rule, UnsupportedOpError, VerificationError
+
+from .laws import check_laws, randomise
+
+Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+R = LoraConfig(r=2)
+X = torch.randn(4, 6, dtype=torch.float64)
+
+
+class Reads(nn.Module):
+    """Reads a weight (7, 6) of large entries in a way that is given."""
+
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.w = nn.Parameter(8 * torch.randn(7, 6))
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x, self.w)
+
+
+READS: dict[str, Read] = {
+    "a wide clamp": lambda x, w: F.linear(x, w.clamp(-9.0, 9.0)),
+    "a clamp from below": lambda x, w: F.linear(x, w.clamp(min=-6.0)),
+    "a threshold": lambda x, w: F.linear(x, F.threshold(w, -5.0, 0.0)),
+    "rows cut off, last": lambda x, w: F.linear(x, torch.cat([w[:2], w[2:].detach()])),
+    "rows cut off, first": lambda x, w: F.linear(x, torch.cat([w[:2].detach(), w[2:]])),
+    "half of it cut off": lambda x, w: F.linear(x, torch.stack([w.clone(), w.detach()]).mean(0)),
+    "filled with": lambda x, w: F.linear(x, w) + torch.full_like(x[:, :1], 1.0) * w.mean(),
+    "new_full": lambda x, w: F.linear(x, w) * x.new_ones(1) + w.detach().mean().expand(4, 7),
+    "rows from the fifth on": lambda x, w: F.linear(x, w[5:]),
+    "outputs from the sixth on": lambda x, w: F.linear(x, w)[:, 6:],
+}
+
+
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("name", READS)
+def test_outputs_and_gradients_are_those_of_the_merged_weight(name: str, exported: bool) -> None:
+    capture = None if exported else fxlora.capture
+    check_laws(Reads(READS[name]), (X,), rules=Rule("w", lora=R), capture=capture)
+
+
+def test_a_weight_that_fills_is_read() -> None:
+    class Fills(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(7, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.linear(x, self.w)
+            return y + torch.full_like(y, self.w.detach().mean())
+
+    gm = fxlora.capture(Fills().double(), X)
+    (entry,) = fxlora.match(gm, Rule("w", lora=R))
+    assert entry.form == "weight"
+
+
+def test_strides_of_the_weights_own() -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 6).t())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.w.as_strided((6, 6), (6, 1)))
+
+    assert_as_merged(Strided().double(), fxlora.capture)
+    assert_as_merged(Strided().double(), lambda model: fxlora.capture(model, X))
+
+
+def assert_as_merged(model: nn.Module, capture: Callable[[Any], fxlora.CapturedModule]) -> None:
+    """The source with the folded weight in its own memory, strides and all, gives the outputs."""
+    gm = capture(model)
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("w", lora=R))).eval()
+    randomise(lora)
+    with torch.no_grad():
+        found, base, folded = lora(X), model(X), fxlora.fold(lora)  # the base shares its memory
+        model.w.copy_(folded.get_parameter("w"))
+        assert float((found - base).abs().max()) > 0
+        assert torch.allclose(found, model(X), rtol=1e-10)
+
+
+class Product(nn.Module):
+    """u times v, both transposed or in pieces, inside a region or not."""
+
+    def __init__(self, region: str) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5))
+        self.region = region
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.region == "pieces":
+            u, v = (torch.cat([p[:2], p[2:]]) for p in (self.u, self.v))
+            return x @ torch.matmul(u.t(), v.t())
+        if self.region == "cond":
+            return x @ torch.cond(
+                x.sum() > 0,
+                lambda u, v: torch.matmul(u.t(), v.t()),
+                lambda u, v: -torch.matmul(u.t(), v.t()),
+                (self.u, self.v),
+            )
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            return x @ torch.matmul(self.u.t(), self.v.t())
+
+
+@pytest.mark.parametrize("region", ["pieces", "cond", "autocast"])
+def test_a_product_of_two_weights(region: str) -> None:
+    check_laws(Product(region), (X,), rules=Rule(["u", "v"], lora=R))
+
+
+WRITES: dict[str, Any] = {
+    "in place": lambda x, w: _written(x, lambda y: y.add_(F.linear(x, w)), w),
+    "out": lambda x, w: _written(x, lambda y: torch.add(y, F.linear(x, w), out=y), w),
+}
+
+
+def _written(x: torch.Tensor, write: Callable[[torch.Tensor], Any], w: torch.Tensor) -> Any:
+    y = x.new_zeros(4, 7) + F.linear(x, 2 * w)
+    z = write(y)
+    torch.matmul(z, z.t())  # dead
+    return y + F.linear(x, w)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_whose_result_is_dropped_is_no_dead_code(name: str) -> None:
+    assert_as_merged(Reads(WRITES[name]).double(), fxlora.capture)
+
+
+def test_a_plan_of_another_module_is_held_against_this_one() -> None:
+    def made(alpha: float) -> nn.Module:
+        return Reads(lambda x, w: torch.addmm(x[:, :1], x[:, :7], w, alpha=alpha))
+
+    x = torch.randn(4, 7)
+    one, two = (fxlora.capture(made(alpha), x) for alpha in (1.0, 2.0))
+    plan = fxlora.match(one, Rule("w", lora=R))
+    assert plan.entries[0].form == "branch"
+    with pytest.raises(InjectError, match=r"does not allow .*alpha"):
+        fxlora.inject(two, plan)
+    fxlora.inject(two, fxlora.match(two, Rule("w", lora=R)))  # the advice
+
+
+def test_a_padding_row_of_a_part_of_the_table_is_refused() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(9, 5))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return F.embedding(ids, self.w[2:], padding_idx=0)
+
+    gm = fxlora.capture(Padded(), torch.tensor([[0, 1, 4]]))
+    with pytest.raises(UnsupportedOpError, match="padding_idx"):
+        fxlora.match(gm, Rule("w", lora=R))
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_memory_that_a_buffer_shares_is_refused_on_either_road(exported: bool) -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 7)
+            self.register_buffer("kept", self.lin.weight.data)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x) + F.linear(x, self.kept)
+
+    gm = fxlora.capture(Shares(), *([X.float()] if exported else []))
+    with pytest.raises(UnsupportedOpError, match="shares memory with 'kept'"):
+        fxlora.match(gm, Rule("lin", lora=R))
+
+
+def test_training_in_full_what_no_gradient_reaches_is_refused() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.head = nn.Linear(6, 7), nn.Linear(7, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.frozen(x)
+            return self.head(x)
+
+    gm = fxlora.capture(Frozen(), X.float())
+    with pytest.raises(UnsupportedOpError, match="'frozen' is to train in full"):
+        fxlora.match(gm, [Rule("head", lora=R), Rule("frozen", train=True)])
+    with pytest.raises(UnsupportedOpError, match="'frozen' is to train in full"):
+        fxlora.match(gm, LoraConfig(r=2, target_modules=["head"], modules_to_save=["frozen"]))
+
+
+def adapted() -> fxlora.CapturedModule:
+    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+    lora = fxlora.adapt(model, X.float(), rules=Rule("0", lora=R))
+    randomise(lora)
+    return lora
+
+
+def test_loading_adapters_does_not_excuse_a_write_to_the_base() -> None:
+    lora = adapted()
+    with torch.no_grad():
+        lora.get_parameter("2.weight").add_(1)
+    lora.load_state_dict(
+        {n: lora.get_parameter(n) for n in lora.adapter_parameters()}, strict=False
+    )
+    with pytest.raises(VerificationError, match="was written to"):
+        fxlora.verify(lora, X.float())
+
+
+def test_remove_after_loading_another_base_is_that_base() -> None:
+    lora = adapted()
+    state = {n: t + 1 if t.is_floating_point() else t for n, t in lora.state_dict().items()}
+    lora.load_state_dict(state)
+    removed = fxlora.remove(lora)
+    for name, tensor in removed.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_a_fold_that_overflows_is_refused() -> None:
+    lora = adapted()
+    with torch.no_grad():
+        for parameter in fxlora.lora_parameters(lora):
+            parameter.fill_(1e25)
+    with pytest.raises(InjectError, match=r"'0': .* is not finite"):
+        fxlora.fold(lora)
+
+
+def test_warnings_name_the_users_line() -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+    with pytest.warns(fxlora.FxLoraWarning, match="more parameters") as caught:
+        fxlora.match(gm, LoraConfig(r=6, target_modules=["0"]))
+    assert caught[0].filename == __file__
