@@ -30,13 +30,14 @@ class _Totals:
         model: of the model without adapters.
         adapter: of A and B.
         full: of what is trained in full.
-        folded: whether A and B are in the weights already.
+        folded: how many a folded module holds (more than the model, where a fold split a tie);
+            None where A and B are not in the weights.
     """
 
     model: int
     adapter: int
     full: int
-    folded: bool
+    folded: int | None
 
     @property
     def trainable(self) -> int:
@@ -45,7 +46,7 @@ class _Totals:
     @property
     def total(self) -> int:
         """Parameters that the module holds."""
-        return self.model if self.folded else self.model + self.adapter
+        return self.model + self.adapter if self.folded is None else self.folded
 
     @property
     def percent(self) -> float:
@@ -71,8 +72,12 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
         InjectError: the module never had adapters.
     """
     plan, folded = _plan_of(x)
+    holds = sum(p.numel() for p in x.parameters()) if isinstance(x, CapturedModule) else 0
     totals = _Totals(
-        plan.model_parameters, plan.adapter_parameters, plan.trained_parameters, folded
+        plan.model_parameters,
+        plan.adapter_parameters,
+        plan.trained_parameters,
+        holds if folded else None,
     )
     if format == "json":
         return json.dumps(_data(plan, totals), indent=2)
@@ -201,7 +206,7 @@ def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
         "trainable_parameters": totals.trainable,
         "total_parameters": totals.total,
         "trainable_percent": totals.percent,
-        "folded": totals.folded,
+        "folded": totals.folded is not None,
         "split_ties": plan.split_ties,
         "training_state_bytes": memory,
     }

@@ -44,6 +44,18 @@ class InjectError(FxLoraError):
     """A plan that does not fit the module it is applied to."""
 
 
+class MisfitError(InjectError):
+    """A plan that was made for another module.
+
+    Attributes:
+        reason: where the two differ.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason} Make the plan with match(module, …) on this module.")
+        self.reason = reason
+
+
 class AdapterError(FxLoraError):
     """An adapter folder that is missing, damaged, foreign or does not fit."""
 

@@ -12,7 +12,7 @@ from torch import nn
 import fxlora
 from fxlora import ConfigError, InjectError, LoraConfig, Rule
 
-from .models import Convolutions, Mlp
+from .models import Convolutions, Mlp, Tied
 
 
 def big() -> fxlora.CapturedModule:
@@ -99,3 +99,12 @@ def test_what_has_no_report(lora: fxlora.CapturedModule) -> None:
         fxlora.report(lora, "pdf")
     with pytest.raises(InjectError, match="nothing to report"):
         fxlora.report(fxlora.capture(Mlp(), torch.randn(2, 5)))
+
+
+def test_the_total_of_a_folded_module_is_what_it_holds() -> None:
+    """Also where the fold has split a tie."""
+    gm = fxlora.capture(Tied(), torch.tensor([[1, 2, 5]]))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=LoraConfig(r=2))))
+    for module in (lora, fxlora.fold(lora)):
+        found = json.loads(fxlora.report(module, format="json"))["total_parameters"]
+        assert found == sum(parameter.numel() for parameter in module.parameters())

@@ -9,7 +9,7 @@ import torch
 
 from ..api import inject
 from ..data import as_path
-from ..errors import AdapterError, ConfigError, InjectError
+from ..errors import AdapterError, ConfigError, InjectError, MisfitError
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
@@ -55,6 +55,11 @@ def load_adapter(
     starts, stored = values_of(module, layout, content)
     try:
         result = inject(module, plan, starts=starts)
+    except MisfitError as error:
+        raise AdapterError(
+            f"{content.path} does not fit the module: {error.reason} Load it onto one captured "
+            "from the model that it was trained on, with its ties."
+        ) from error
     except (ConfigError, InjectError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
     with torch.no_grad():

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..errors import InjectError
+from ..errors import InjectError, MisfitError
 from ..fx.nested import nested_graph
 from ..matching.forms import branch_obstacle
 from ..module import CapturedModule
 from ..module.program import Program
 from ..module.state import State
+from ..names import shown
 from ..plan import Entry, Plan
 from ..reads.sites import Site, find_sites, merged
 from ..tables import some
@@ -63,10 +64,7 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
     sites = _sites(module, plan)
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if missing := [name for name in plan.trained if name not in held]:
-        raise InjectError(
-            f"the plan trains {some(missing)}, which this module has not. Make the plan with "
-            "match(module, …) on this module."
-        )
+        raise MisfitError(f"the plan trains {some(missing)}, which this module has not.")
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
@@ -87,34 +85,37 @@ def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
 
 def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None:
     if site is None:
-        raise InjectError(
+        raise MisfitError(
             f"the plan adapts '{entry.site}', but no graph of this module reads a parameter "
             f"'{entry.parameter}' that is one tensor under these names and is adapted under all of "
-            f"them: {some(entry.names)}. Make the plan with match(module, …) on this module."
+            f"them: {some(entry.names)}."
         )
     if site.shape != entry.shape or site.layout != entry.layout:
-        raise InjectError(
+        raise MisfitError(
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
-            f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles}). Make the "
-            "plan with match(module, …) on this module."
+            f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles})."
         )
     own = entry.site.removesuffix(f".{entry.part}") if entry.part else entry.site
-    ties = set(entry.tied) == set(site.tied)
-    if own not in site.aliases or not ties or entry.padding_idx != site.padding_idx:
-        raise InjectError(
-            f"'{entry.site}': the plan names it, its ties or its padding_idx otherwise than the "
-            f"module does ('{site.name}'). Make the plan with match(module, …) on this module."
-        )
+    if own not in site.aliases:
+        raise MisfitError(f"the plan calls '{entry.parameter}' '{own}', the module '{site.name}'.")
+    for what, planned, held in (
+        ("tied with", sorted(entry.tied), sorted(site.tied)),
+        ("padded by row", entry.padding_idx, site.padding_idx),
+    ):
+        if planned != held:
+            raise MisfitError(
+                f"'{entry.site}' is {what} {shown(planned)} in the plan, and {shown(held)} in this "
+                "module."
+            )
     obstacle = branch_obstacle(site, entry.rows, entry.variants)
     if entry.form == "branch" and obstacle:
-        raise InjectError(
-            f"'{entry.site}': the plan says branch, which this module does not allow ({obstacle}). "
-            "Make the plan with match(module, …) on this module."
+        raise MisfitError(
+            f"'{entry.site}': the plan says branch, which this module does not allow ({obstacle})."
         )
     if entry.form == "weight" and entry.dropout:
-        raise InjectError(
+        raise MisfitError(
             f"'{entry.site}': the plan says dropout={entry.dropout} on the weight form, which has "
-            "no input to drop. Make the plan with match(module, …) on this module."
+            "no input to drop."
         )
     taken = next(filter(None, (_occupied(module, name) for name in entry.tensors)), None)
     if taken:
