@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -699,3 +700,39 @@ def _skip_unless_grouped(dtype: torch.dtype) -> None:
         F.grouped_mm(x, w, offs=torch.empty(3, dtype=torch.int32, device="meta"))
     except RuntimeError:
         pytest.skip(f"this torch cannot export grouped products of {dtype}")
+
+
+def test_a_row_that_is_added_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op of the user's takes the branch by its row, and is a product wherever it reads."""
+
+    @torch.library.custom_op("fxlora_tests::product", mutates_args=())
+    def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w.T
+
+    @product.register_fake
+    def _(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], w.shape[0])
+
+    product.register_autograd(
+        lambda ctx, grad: (grad @ ctx.saved_tensors[1], grad.T @ ctx.saved_tensors[0]),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    overload = torch.ops.fxlora_tests.product.default
+    row = OPS[torch.ops.aten.linear.default, 1]
+    monkeypatch.setitem(OPS, (overload, 1), dataclasses.replace(row, kind="product"))
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.u, self.v = (
+                nn.Parameter(torch.randn(n)) for n in ((7, 6), (4, 5), (7, 5))
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return product(product(x, self.w), product(self.u, self.v))
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    _, lora = check_laws(Products(), (x,), rules=Rule(lora=LoraConfig(r=2)))
+    forms = {entry.site: (entry.op, entry.form) for entry in lora.plan}
+    assert forms["w"] == ("product", "branch")
+    assert forms["v"] == ("product", "weight")  # times another weight: two branches miss Δu·Δv
