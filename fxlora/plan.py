@@ -298,14 +298,14 @@ class Plan:
 
     def _check_apart(self) -> None:
         """Raise where two entries adapt the same rows of a weight, or share their tensors."""
-        prefixes = Counter(entry.prefix for entry in self)
-        twice = [prefix for prefix, count in prefixes.items() if count > 1]
+        prefixes = Counter((entry.prefix, entry.adapter) for entry in self)
+        twice = [prefix for (prefix, _), count in prefixes.items() if count > 1]
         _check(not twice, f"the plan has {some(twice)} more than once")
-        held: dict[str, list[Entry]] = {}
+        held: dict[tuple[str, str], list[Entry]] = {}
         for entry in self:
             for name in entry.names:
-                held.setdefault(name, []).append(entry)
-        for name, sharing in held.items():
+                held.setdefault((name, entry.adapter), []).append(entry)
+        for (name, _), sharing in held.items():
             rows = sorted(entry.rows or (0, MAX_SIZE) for entry in sharing)
             apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(rows))
             _check(apart, f"the plan adapts the same rows of '{name}' more than once")

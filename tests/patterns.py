@@ -50,7 +50,7 @@ class Pattern:
         exportable: whether there is a whole graph to export; if not, a typed error says so.
         hidden: whether it has reads that torch.func does not reach (what a list holds); the
             oracle then writes into the source's own memory alone.
-        floor_too: whether the oldest supported torch can run and save it.
+        since: the first torch that can run it and save it, as far as the supported ones cannot.
         measured: what PEFT does by target_modules, where the claim about PEFT rests on it.
     """
 
@@ -70,7 +70,7 @@ class Pattern:
     plain: bool = True
     exportable: bool = True
     hidden: bool = False
-    floor_too: bool = True
+    since: tuple[int, int] = (2, 11)
     measured: str = ""
 
     def built(self) -> Built:
@@ -894,15 +894,15 @@ RAW = [
     Pattern("experts by index, W[idx]",
             layer(lambda m, a, i: torch.bmm(a[:, None], m.w[i])[:, 0], X, ids(3, 4), w=w(3, 5, 7)),
             W),
-    Pattern("experts under vmap", layer(vmapped, X, w=w(3, 7, 5)), W, floor_too=False),
+    Pattern("experts under vmap", layer(vmapped, X, w=w(3, 7, 5)), W, since=(2, 12)),
     Pattern("experts under vmap, functional_call",
             layer(lambda m, a: torch.vmap(
                       lambda v: torch.func.functional_call(m.skeleton, {"weight": v}, (a,)))(m.w),
-                  X, w=w(3, 7, 5), skeleton=linear(5, 7, False)), W, floor_too=False),
+                  X, w=w(3, 7, 5), skeleton=linear(5, 7, False)), W, since=(2, 12)),
     Pattern("experts by torch._grouped_mm",
             layer(lambda m, a, ends: torch._grouped_mm(a, m.w, offs=ends), x(6, 16),
                   lambda: torch.tensor([2, 4, 6], dtype=torch.int32), w=w(3, 16, 24)), W,
-            dtype=torch.float32, tolerance=1e-4, floor_too=False),
+            dtype=torch.float32, tolerance=1e-4, since=(2, 15)),
     Pattern("a clone of W, changed in place", layer(changed, X, w=w(5, 7)), W),
     Pattern("linalg.multi_dot", layer(lambda m, a: torch.linalg.multi_dot([a, m.u, m.v]), X,
                                       u=w(5, 3), v=w(3, 7)), ("layer.u", "layer.v")),

@@ -22,7 +22,7 @@ def _no_fused_attention() -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_right_or_a_typed_error(name: str) -> None:
     pattern = PATTERNS[name]
-    if not pattern.floor_too and torch.__version__ < (2, 12):
+    if torch.__version__ < pattern.since:
         pytest.skip("this torch cannot run it, or not save it")
     judgement = judge_fxlora(pattern)
     if pattern.expects:

@@ -549,9 +549,10 @@ def test_a_dead_adapter_in_a_deep_stack_is_still_found(act: type[nn.Module]) -> 
         def __init__(self) -> None:
             super().__init__()
             self.live, self.dead, self.last = deep(30, act), deep(2, act), nn.Linear(16, 3)
+            self.register_buffer("nothing", torch.zeros(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(self.live(x) + 0 * self.dead(x))
+            return self.last(self.live(x) + self.nothing * self.dead(x))
 
     x = torch.randn(4, 16)
     lora = trained(Blocked(), x, 0.02, r=2)
@@ -564,9 +565,10 @@ def test_a_gradient_that_is_never_finite_is_named() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.lin = nn.Linear(5, 4)
+            self.register_buffer("nothing", torch.zeros(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (0 * self.lin(x)).abs().sqrt()
+            return (self.nothing * self.lin(x)).abs().sqrt()
 
     lora = fxlora.adapt(Root(), torch.randn(3, 5), rules=Rule(lora=R))
     with pytest.raises(VerificationError, match="on 'lin' a gradient is not finite"):

@@ -40,8 +40,19 @@ _KNOWN: dict[Hashable, bool] = {}
 
 def _can_be_tried(node: fx.Node) -> bool:
     """Whether a call runs on small matrices: entry by entry, or with one input of any shape."""
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or len(node.all_input_nodes) == 1
+    alone = len(node.all_input_nodes) == 1 and not _is_private(node.target)
+    return alone or _is_pointwise(node)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _is_private(target: object) -> bool:
+    """Whether a function is of torch's insides (vmap's levels), which run in their context only."""
+    module = str(getattr(target, "__module__", ""))
+    registered = isinstance(target, torch._ops.OpOverload | str)
+    return not registered and "._" in module
 
 
 def _tried(node: fx.Node, source: fx.Node) -> bool:
@@ -86,10 +97,11 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
         ]
         if any(not tensor.numel() for tensor in tensors):
             return None  # a slice beyond these small matrices, for one
+        reals = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
         sums = [
-            (tensor * torch.randn(tensor.shape, dtype=torch.float64)).sum()
-            for tensor in tensors
-            if tensor.requires_grad
+            (real * torch.randn(real.shape, dtype=torch.float64)).sum()
+            for real in reals
+            if real.requires_grad
         ]
         if not sums:
             return False
@@ -97,6 +109,6 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
         return None
     try:
         (gradient,) = torch.autograd.grad(sum(sums[1:], sums[0]), x, materialize_grads=True)
-    except _REFUSALS:  # an op without a derivative
-        return False
+    except _REFUSALS:  # entry by entry, nothing else than a missing derivative can fail
+        return False if _is_pointwise(node) else None
     return bool((gradient != 0).any())
