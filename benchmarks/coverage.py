@@ -32,7 +32,7 @@ from zoo import Case, randomise_constants
 
 import fxlora
 from fxlora import LoraConfig, Rule
-from fxlora.fx.alike import difference
+from fxlora.fx.compare import difference
 from fxlora.matching.refusals import check_supported
 from fxlora.reads.sites import find_sites
 
@@ -85,7 +85,7 @@ class Trial:
         self.captured = fxlora.capture(self.model, self.case.args, self.case.kwargs)
         if state(self.model) != before:
             raise Fault("the source model was changed")
-        self.record["road"] = "regions" if self.captured.shell else "whole"
+        self.record["road"] = "regions" if self.captured.parent_module else "whole"
         self.record["uncovered"] = sorted(self.captured.uncovered)
 
     def exact(self, mode: str) -> None:
@@ -154,11 +154,11 @@ class Trial:
     def float_pairs(self, folded: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Outputs of the folded module and of the adapted one; or those of their regions, as
         Python between regions may jump by a rounding (a box more)."""
-        if self.lora.shell and folded.shell:
-            with self.lora.shell.recorded() as calls:
+        if self.lora.parent_module and folded.parent_module:
+            with self.lora.parent_module.recorded() as calls:
                 self.outputs(self.lora, "eval")
             folded.eval()
-            again = [folded.shell.call(call.path, call.args, call.kwargs) for call in calls]
+            again = [folded.parent_module.call(call.path, call.args, call.kwargs) for call in calls]
             found, expected = tensors(again), tensors([call.output for call in calls])
         else:
             found, expected = (self.outputs(module, "eval") for module in (folded, self.lora))

@@ -62,7 +62,7 @@ def forms(captured: fxlora.CapturedModule, r: int) -> list[Weight]:
 
 
 def form_of(entry: fxlora.Entry) -> str:
-    """The plan's word, or "by choice" where the plan says that a branch would be dearer."""
+    """The plan's word, or "by choice" where the plan says that a branch would be costlier."""
     chosen = entry.form == "weight" and entry.reason.endswith("less than a branch")
     return "by choice" if chosen else entry.form
 

@@ -16,11 +16,11 @@ from .matching import match
 from .module import CapturedModule
 from .module.ambient import no_ambient_modes
 from .names import shown
-from .passes import Chain, Distribute, FoldConstants, Inject, Remove
+from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
 from .plan import Plan
 
 # Linear in the weights, so that branches can go into them; then a constant each.
-FOLD = Chain((Distribute(), FoldConstants()))
+FOLD = Chain((ToWeightForm(), FoldConstants()))
 
 
 @no_ambient_modes()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxlora
-from fxlora.fx.alike import difference
+from fxlora.fx.compare import difference
 from fxlora.plan import Entry
 
 TOLERANCE = 1e-10

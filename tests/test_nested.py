@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import LoraConfig, Rule
-from fxlora.fx.alike import difference
+from fxlora.fx.compare import difference
 from fxlora.fx.nested import OPERANDS, checkpointed, every_call
 from fxlora.reads.sites import find_sites
 

@@ -11,8 +11,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxlora
 from fxlora import ConfigError, InjectError, LoraConfig, Rule
-from fxlora.fx.alike import difference
-from fxlora.passes import Distribute, FoldConstants, Inject, Remove, as_pass
+from fxlora.fx.compare import difference
+from fxlora.passes import FoldConstants, Inject, Remove, ToWeightForm, as_pass
 
 from .laws import check_laws, randomise
 from .models import Mlp, Normed, Readers, Tied
@@ -45,7 +45,7 @@ def test_the_graphs_of_every_pass(golden: Callable[[str, str], None]) -> None:
     config = LoraConfig(r=2, lora_alpha=3, lora_dropout=0.1)
     rules = [Rule("fc", lora=config), Rule(lora=R)]
     lora = fxlora.inject(gm, fxlora.match(gm, rules))
-    distributed = Distribute()(lora)
+    distributed = ToWeightForm()(lora)
     texts = {
         "captured": gm.graphs["eval"],
         "injected, eval": lora.graphs["eval"],
@@ -60,7 +60,7 @@ def test_passes_are_pure_and_run_in_a_pass_manager() -> None:
     gm = fxlora.capture(Normed(), torch.randn(2, 3, 9, 7))
     plan = fxlora.match(gm, Rule(op=["linear", "conv2d"], lora=R))
     before = {m: code(g) for m, g in gm.graphs.items()}
-    steps = [Inject(plan), Distribute(), FoldConstants()]
+    steps = [Inject(plan), ToWeightForm(), FoldConstants()]
     folded = PassManager([as_pass(step) for step in steps])(gm).graph_module
     assert {m: code(g) for m, g in gm.graphs.items()} == before
     assert gm.plan is None

@@ -82,7 +82,7 @@ GRAPH_WRITERS = {
     "fx/nested.py": "operands of calls of nested graphs: the helper that passes write with",
     "module/captured.py": "the meta of a module's copy, no node's",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
-    "module/shell.py": "the one call that a module of regions consists of",
+    "module/parent.py": "the one call that a module of regions consists of",
     "proof/coverage.py": "a copy of its own without the adapters, to see what still reads weights",
 }
 

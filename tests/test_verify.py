@@ -17,7 +17,7 @@ from torch import nn
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
 from fxlora.passes.structure import Insertion, insertions, take_out
-from fxlora.proof.proofs import check_modes, without_adapters
+from fxlora.proof.graph_checks import check_modes, without_adapters
 
 from .laws import randomise
 from .models import Convolutions, Normed, Readers, Tied

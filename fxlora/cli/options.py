@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from .. import __version__, tables
 from ..disk.pt2 import FORMATS as EXPORT_FORMATS
 from ..errors import ConfigError
-from ..matching.entries import limit_of
+from ..matching.budget import limit_of
 from .commands import (
     PLAN_WRITERS,
     run_adapt,

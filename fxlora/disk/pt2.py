@@ -73,10 +73,10 @@ def exported(
     module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
     """The eval graph as an ExportedProgram."""
-    if module.shell:
+    if module.parent_module:
         raise ExportError(
             f"there is no whole graph to export: the model was captured by regions "
-            f"({some(module.regions)}), between which its Python runs ({module.shell.why})"
+            f"({some(module.regions)}), between which its Python runs ({module.parent_module.why})"
         )
     evaluation = module.derive().eval()
     for parameter in evaluation.parameters():

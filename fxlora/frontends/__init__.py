@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, FxLoraError, FxLoraWarning
-from ..fx.alike import alike
+from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
+from ..module.parent import ParentModule
 from ..module.program import MODES, Program
-from ..module.shell import Shell
 from ..module.state import State
 from ..tables import some
 from .examples import examples_for, in_signature_order
@@ -178,10 +178,10 @@ def _capture_traced(model: nn.Module) -> CapturedModule:
 
 
 def _assemble(
-    model: nn.Module, sources: Sequence[Source], shell: Shell | None = None
+    model: nn.Module, sources: Sequence[Source], parent: ParentModule | None = None
 ) -> CapturedModule:
     """One module over one tree from the graphs of both modes, of the whole or of regions."""
-    written: set[str] = set(shell.reads) if shell else set()  # Python may write to those
+    written: set[str] = set(parent.reads) if parent else set()  # Python may write to those
     called: set[str] = set()
     for source in sources:
         for module in source.distinct().values():
@@ -198,7 +198,7 @@ def _assemble(
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, known, memory, mirrors)
     programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
-    if shell or any(spec is None for program in programs for spec in program.inputs.values()):
+    if parent or any(spec is None for program in programs for spec in program.inputs.values()):
         _add_mirrors(mirrors, model, memory)
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
@@ -206,7 +206,12 @@ def _assemble(
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )
     result = CapturedModule(
-        tree, programs, shell, class_name=type(model).__name__, training=model.training, state=state
+        tree,
+        programs,
+        parent,
+        class_name=type(model).__name__,
+        training=model.training,
+        state=state,
     )
     read_by_own_names(result)
     return result

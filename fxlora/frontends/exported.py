@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
-from ..fx.alike import alike, alike_but_for_sizes
-from ..fx.calls import refuse_unwritable_names
+from ..fx.compare import alike, alike_but_for_sizes
+from ..fx.targets import refuse_unwritable_names
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
 from .assumptions import contract_of

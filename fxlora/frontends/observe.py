@@ -19,7 +19,7 @@ from .kept.generators import Draws, current
 from .kept.undisturbed import mode_of, undisturbed
 from .memory import storage_of
 from .places import called_at
-from .tree import attribute_that_reaches_modules, twin_of
+from .tree import attribute_that_reaches_modules, separate_copy
 
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
@@ -125,7 +125,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Run a copy of the model (over the same parameters) once in each mode, and watch."""
     seen = Observation(args=args, kwargs=kwargs)
     for mode in MODES:
-        twin = twin_of(model)
+        twin = separate_copy(model)
         try:
             with mode_of(twin, mode == "train"), Draws(), _Watch(twin, mode, seen):
                 seen.outcomes[mode] = outcome(twin, args, kwargs)

@@ -16,14 +16,14 @@ from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
 from ..module import CapturedModule
+from ..module.parent import ParentModule
 from ..module.program import MODES
-from ..module.shell import Shell
 from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, proved_for
 from .failures import unable
 from .kept.undisturbed import mode_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
-from .tree import twin_of, working_copy
+from .tree import separate_copy, working_copy
 
 # Ways of calling one submodule that get a graph each; beyond, its children are tried.
 MOST_GRAPHS = 16
@@ -52,7 +52,7 @@ class Regions:
         self._left: set[str] = set()
         self._known: dict[str, list[Source]] = {}
 
-    def capture(self) -> tuple[list[Source], Shell]:
+    def capture(self) -> tuple[list[Source], ParentModule]:
         """The graphs, and the Python around them.
 
         Raises:
@@ -64,8 +64,10 @@ class Regions:
             raise self.failure
         outside = self.seen.outside({source.path for source in sources})
         flags = {path: module.training for path, module in model.named_modules()}
-        shell = Shell(twin_of(model), model.training, flags, outside, str(self.failure))
-        return sources, shell
+        parent = ParentModule(
+            separate_copy(model), model.training, flags, outside, str(self.failure)
+        )
+        return sources, parent
 
     def leave(self, paths: Collection[str]) -> None:
         """Take these for no regions; their submodules may be."""
@@ -96,8 +98,8 @@ def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
     What passes between a submodule and the Python around it besides arguments (an attribute set
     from outside, a mode changed on the way) shows here.
     """
-    shell = module.shell
-    assert shell is not None
+    parent = module.parent_module
+    assert parent is not None
     if _gives(module, seen):
         return []
     faulty = [path for path in module.regions if not _gives(module, seen, only=path)]
@@ -107,8 +109,8 @@ def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
 def _gives(module: CapturedModule, seen: Observation, only: str | None = None) -> bool:
     for mode in MODES:
         copied = module.derive().train(mode == "train")
-        assert copied.shell is not None
-        copied.shell.open([path for path in module.regions if only not in (None, path)])
+        assert copied.parent_module is not None
+        copied.parent_module.open([path for path in module.regions if only not in (None, path)])
         if not seen.ran(copied, mode):
             return False
     return True

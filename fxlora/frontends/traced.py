@@ -12,14 +12,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
-from ..fx.calls import refuse_unwritable
+from ..fx.targets import refuse_unwritable
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
 from .kept.undisturbed import mode_of
 from .memory import storage_of
 from .spellings import WEIGHT_MODULES, lower
-from .tree import twin_of
+from .tree import separate_copy
 
 
 class WeightTracer(fx.Tracer):
@@ -50,7 +50,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
             parameters out of the tracer's sight.
     """
     try:
-        traced = twin_of(model)
+        traced = separate_copy(model)
         with ExitStack() as stack:
             stack.enter_context(mode_of(traced, mode == "train"))
             stack.enter_context(opaque_functions())

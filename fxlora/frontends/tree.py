@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..fx.calls import call_site
 from ..module import CapturedModule
-from ..module.shell import copied_module
+from ..module.parent import copied_module
 from .kept.undisturbed import plain_tensors
 
 
@@ -66,7 +66,7 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
     return container(model, "")
 
 
-def twin_of(model: nn.Module) -> nn.Module:
+def separate_copy(model: nn.Module) -> nn.Module:
     """The same modules over other Parameters in the same memory: what a forward sets stays there.
 
     (What it writes into a parameter in place does not.)

@@ -53,7 +53,7 @@ def transposed_convolution(dims: int) -> Branch:
     return branch
 
 
-def groups_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
+def groups_cost_more(node: fx.Node, shape: Shape, r: int) -> str | None:
     """Whether the weight form is cheaper for a grouped convolution: per position,
 
     branch: r·in·k + r·out multiplications forward, and as many twice more backward;

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
-from .convolutions import convolution, groups_dearer, transposed_convolution
+from .convolutions import convolution, groups_cost_more, transposed_convolution
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
 from .row import Op, Read, aten
 
@@ -193,7 +193,7 @@ def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
         0,
         convolution(dims),
         kernel=dims,
-        dearer=groups_dearer,
+        costlier=groups_cost_more,
         output=-1 - dims,
         bias=2,
     )

@@ -58,7 +58,7 @@ def _no_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     return None
 
 
-def _never_dearer(node: fx.Node, shape: Shape, r: int) -> str | None:
+def _never_costlier(node: fx.Node, shape: Shape, r: int) -> str | None:
     return None
 
 
@@ -73,7 +73,7 @@ class Op:
         in_first: whether the weight is (in, out) in this op.
         kernel: how many dimensions of the weight are a kernel's.
         obstacle: why this node cannot take the branch all the same, or None.
-        dearer: why the branch, though possible, costs more than the weight form, or None.
+        costlier: why the branch, though possible, costs more than the weight form, or None.
         dropout: whether lora_dropout applies to its input (indices cannot be dropped).
         output: the dimension of the output that the weight's outputs are in, from the end; None
             where that depends on the input.
@@ -90,7 +90,7 @@ class Op:
     in_first: bool = False
     kernel: int = 0
     obstacle: Callable[[fx.Node, fx.Node, Shape], str | None] = _no_obstacle
-    dearer: Callable[[fx.Node, Shape, int], str | None] = _never_dearer
+    costlier: Callable[[fx.Node, Shape, int], str | None] = _never_costlier
     dropout: bool = True
     output: int | None = -1
     bias: int | None = None

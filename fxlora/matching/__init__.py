@@ -14,7 +14,7 @@ from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
 from .full import biases, check_trained, check_trains, modules_to_save, trained
-from .misses import Misses, warn_of_large
+from .unmatched import Unmatched, warn_of_large
 
 __all__ = ["match"]
 
@@ -52,10 +52,10 @@ def match(
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
     choice = Choice(module, as_rules(rules), tuple(find_sites(module)))
-    return _plan(choice, Entries(choice, adapter_name), Misses(choice), budget)
+    return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget)
 
 
-def _plan(choice: Choice, making: Entries, misses: Misses, budget: int | str | None) -> Plan:
+def _plan(choice: Choice, making: Entries, misses: Unmatched, budget: int | str | None) -> Plan:
     chosen = choice.made()
     saved = modules_to_save(choice, chosen, misses)
     in_full = trained(choice.module, saved)

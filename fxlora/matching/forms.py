@@ -45,9 +45,9 @@ def choose_form(
     if obstacle:
         return _weight_form(site, obstacle)
     ops = [(reader.op, reader.node) for reader in site.readers if reader.op]
-    dearer = next(filter(None, (op.dearer(node, site.shape, r) for op, node in ops)), None)
-    if dearer and not dropout:
-        return _weight_form(site, dearer)
+    costlier = next(filter(None, (op.costlier(node, site.shape, r) for op, node in ops)), None)
+    if costlier and not dropout:
+        return _weight_form(site, costlier)
     if dropout and not all(op.dropout for op, _ in ops):
         return Form("branch", "indices take no dropout")
     return Form("branch")
@@ -94,7 +94,7 @@ _OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
     ("read by {0.reader.kind}", lambda a: a.reader.op is None),
     ("in a graph that several calls share", lambda a: a.reader.shared),
     # Two branches would miss Δu·Δv.
-    ("multiplied with another weight", lambda a: a.reader.beside),
+    ("multiplied with another weight", lambda a: a.reader.other_weight),
     ("read by {0.reader.kind}, which takes no matrix from it", lambda a: a.layout is None),
     (
         "read as {0.layout.roles} and as {0.site.layout.roles}",

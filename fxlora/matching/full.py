@@ -12,10 +12,10 @@ from ..module import CapturedModule
 from ..plan import Entry
 from ..reads.sites import Site
 from .choice import Choice, Chosen, is_suffix, matches
-from .misses import Misses
+from .unmatched import Unmatched
 
 
-def modules_to_save(choice: Choice, chosen: Chosen, misses: Misses) -> dict[str, int]:
+def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[str, int]:
     """Paths of modules and bare parameters that train in full, each with the rule that says so."""
     holders = _holders(choice.module)
     found: list[tuple[str, int]] = []

@@ -15,10 +15,10 @@ from ..plan import Plan
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
+from .parent import ParentModule, parent_program
 from .program import Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
-from .shell import Shell, shell_program
 from .state import State
 
 
@@ -32,7 +32,7 @@ class CapturedModule(ProgramModule):
 
     Attributes:
         programs: the graphs: one program, or those of the regions.
-        shell: the source's Python around the regions, or None where the graph is whole.
+        parent_module: the source's Python around the regions, or None where the graph is whole.
         known: everything else that a copy takes along.
     """
 
@@ -42,22 +42,22 @@ class CapturedModule(ProgramModule):
         self,
         tree: nn.Module,
         programs: Sequence[Program],
-        shell: Shell | None = None,
+        parent_module: ParentModule | None = None,
         *,
         class_name: str,
         training: bool,
         state: State | None = None,
     ) -> None:
-        whole = shell_program() if shell else programs[0]
+        whole = parent_program() if parent_module else programs[0]
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # which holds the nested graphs that it calls
             graph.owning_module = self
         # A copy of a parameter has memory of its own, but what is said of it holds all the same.
         self.known = (state or State()).with_mirrors(overlaps_of(self))
-        self.shell = shell
+        self.parent_module = parent_module
         self.runners: list[ProgramModule] = []
-        if shell:
+        if parent_module:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
             self._bind_shell()
         self.train(training)
@@ -93,8 +93,8 @@ class CapturedModule(ProgramModule):
         super().train(mode)
         for module in (self, *self.runners):
             module.choose(mode)
-        if self.shell:
-            self.shell.choose(mode)
+        if self.parent_module:
+            self.parent_module.choose(mode)
         return self
 
     @property
@@ -130,10 +130,10 @@ class CapturedModule(ProgramModule):
 
     def _bind_shell(self) -> None:
         """Python around regions has this module's tensors, and none that a region adapts."""
-        if self.shell:
+        if self.parent_module:
             adapted = {name for entry in self.plan or () for name in entry.names}
-            self.shell.bind(self, self.runners, adapted)
-            self.shell.choose(self.training)
+            self.parent_module.bind(self, self.runners, adapted)
+            self.parent_module.choose(self.training)
 
     def stale_graphs(self) -> list[str]:
         """Paths of the graphs that were edited after the code that runs was generated."""
@@ -191,7 +191,7 @@ class CapturedModule(ProgramModule):
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
             [program.copied() for program in self.programs],
-            self.shell and self.shell.copied(),
+            self.parent_module and self.parent_module.copied(),
             class_name=type(self).__name__,
             training=self.training,
             state=state,
@@ -284,7 +284,7 @@ class CapturedModule(ProgramModule):
 
     def __str__(self) -> str:
         """The code; for a module of regions, a table of them and what none covers."""
-        return described(self, self.shell.why) if self.shell else super().__str__()
+        return described(self, self.parent_module.why) if self.parent_module else super().__str__()
 
     # ---- names ------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import InputError
-from ..fx.calls import refuse_unwritable
+from ..fx.targets import refuse_unwritable
 from .contract import InputSpec
 
 MODES = ("train", "eval")

@@ -15,13 +15,14 @@ def uncovered(module: CapturedModule) -> dict[str, str]:
 
     All names of tied parameters; of those that nothing was seen to read, the place is "".
     """
-    if not module.shell:
+    if not module.parent_module:
         return {}
     graphs = module.distinct_graphs()
     read = {str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}
+    python_reads = module.parent_module.reads
     found: dict[str, str] = {}
     for names in module.aliases().values():
-        place = next((module.shell.reads[n] for n in names if n in module.shell.reads), None)
+        place = next((python_reads[name] for name in names if name in python_reads), None)
         if place is not None or read.isdisjoint(names):
             found |= dict.fromkeys(names, place or "")
     return found

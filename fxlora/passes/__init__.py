@@ -5,9 +5,9 @@ shares what it did not touch.
 """
 
 from .base import Chain, Pass, as_pass
-from .distribute import Distribute
 from .fold_constants import FoldConstants
 from .inject import Inject
 from .remove import Remove
+from .to_weight_form import ToWeightForm
 
-__all__ = ["Chain", "Distribute", "FoldConstants", "Inject", "Pass", "Remove", "as_pass"]
+__all__ = ["Chain", "FoldConstants", "Inject", "Pass", "Remove", "ToWeightForm", "as_pass"]

@@ -10,7 +10,7 @@ from ..lora.inits import FILLS, STARTS, embedding
 from ..lora.ops import LOOKUPS
 from ..lora.variants import VARIANTS
 from ..plan import Entry
-from .adapted import sum_matrix
+from .adapted_weight import sum_matrix
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import InjectError
-from ..fx.alike import alike_graphs
+from ..fx.compare import alike_graphs
 from ..fx.nested import nested_graph
 from ..module import CapturedModule
 from ..module.state import State

@@ -21,7 +21,7 @@ from ..module import CapturedModule
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
-from .adapted import adapted_weight, factors, output_gains, rank
+from .adapted_weight import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten
 

@@ -14,21 +14,18 @@ from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
 from .coverage import adapted_names, prove_coverage
 from .effects import effects
-from .proofs import (
+from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
+from .result import SiteCheck, Verification
+from .runs import again, calls, floats, output, same
+from .weight_checks import (
     check_adapters,
     check_base,
-    check_code,
     check_finite,
-    check_folded_graphs,
-    check_modes,
     check_shared_memory,
     check_the_rest,
     check_ties,
     folded_weights,
-    without_adapters,
 )
-from .runs import again, calls, floats, output, same
-from .verification import SiteCheck, Verification
 
 __all__ = ["SiteCheck", "Verification", "verify"]
 

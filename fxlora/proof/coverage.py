@@ -1,6 +1,6 @@
 """The reads of every adapted weight, enumerated anew on the graphs without adapters.
 
-`proofs.check_modes` proves that the adapters are there at each of them.
+`graph_checks.check_modes` proves that the adapters are there at each of them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..module import CapturedModule
-from ..module.shell import RegionCall
+from ..module.parent import RegionCall
 
 
 def calls(
@@ -22,20 +22,20 @@ def calls(
     What Python does between regions may jump (boxes above a threshold): there, only regions can
     be compared.
     """
-    if not module.shell:
+    if not module.parent_module:
         return [RegionCall("", args, kwargs, output(module, args, kwargs))]
-    with module.shell.recorded() as found:
+    with module.parent_module.recorded() as found:
         output(module, args, kwargs)
     return found
 
 
 def again(module: CapturedModule, call: RegionCall) -> Any:
     """What another module returns for the same call."""
-    if not module.shell:
+    if not module.parent_module:
         return output(module, call.args, call.kwargs)
     args, kwargs = pytree.tree_map_only(Tensor, _copied, (call.args, call.kwargs))
     with fixed_seed(module), _buffers_kept(module):
-        return module.shell.call(call.path, args, kwargs)
+        return module.parent_module.call(call.path, args, kwargs)
 
 
 def output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,8 +19,8 @@ from ..lora.row import Op
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
 from .facts import reads_no_values
-from .flow import Flow
-from .gradients import passes_gradient
+from .gradient_flow import Flow
+from .gradient_trials import passes_gradient
 from .moves import Moved, moved
 
 
@@ -40,7 +40,7 @@ class Reader:
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
         alone: whether the node reads weights only.
-        beside: whether the op applies it to another parameter (not to what is computed from data).
+        other_weight: whether the other operand is a parameter, not computed from the inputs.
         untrained: why no gradient comes back from this read, or "".
         path: the calls of nested graphs around the node, from the outermost in.
         shared: whether several calls share a graph around the node.
@@ -56,7 +56,7 @@ class Reader:
     layout: Layout | None = None
     moved: Moved | None = None
     alone: bool = False
-    beside: bool = False
+    other_weight: bool = False
     untrained: str = ""
     path: Path = ()
     shared: bool = False
@@ -238,7 +238,7 @@ class _Walk:
             layout=layout,
             moved=given,
             alone=alone,
-            beside=row is not None and self._beside(row, node, value, way.path),
+            other_weight=row is not None and self._other_weight(row, node, value, way.path),
             untrained=self._untrained(node, value, way, given),
         )
 
@@ -267,7 +267,7 @@ class _Walk:
             return "where no gradient of the outputs comes back"
         return "" if flow.reaches(node, value) else f"by {kind_of(node)}, which passes none"
 
-    def _beside(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
+    def _other_weight(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
         """Whether the input comes from parameters only: two branches would miss Δu·Δv.
 
         (The indices of a look-up are none.)

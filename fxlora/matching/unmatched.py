@@ -14,7 +14,7 @@ from .choice import Choice, Chosen, is_suffix, matches, matches_name, nearest, p
 
 
 @dataclass(frozen=True)
-class Misses:
+class Unmatched:
     """What the rules of a choice name in vain."""
 
     choice: Choice

@@ -1,4 +1,4 @@
-"""Shell: the source model's own Python around captured regions."""
+"""ParentModule: the source model's own Python around captured regions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RegionCall:
 
 
 @dataclass(eq=False)
-class Shell:
+class ParentModule:
     """A copy of the source's modules, over the captured tree's tensors; regions run their graphs.
 
     Attributes:
@@ -53,7 +53,7 @@ class Shell:
             buffers = self.module.named_buffers(remove_duplicate=False)
             self._tensors = {**dict(parameters), **dict(buffers)}
 
-    def copied(self) -> Shell:
+    def copied(self) -> ParentModule:
         """Other modules of the same kind, to be bound to another tree."""
         return replace(self)
 
@@ -153,32 +153,34 @@ def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def shell_program() -> Program:
-    """The graph of a module whose regions are called by Python: one call of its shell."""
+def parent_program() -> Program:
+    """The graph of a module whose regions are called by Python: one call of its parent_module."""
     graph = fx.Graph()
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    shell = graph.get_attr("shell")
-    graph.output(graph.call_function(run_shell, (shell, args, kwargs)))
+    parent_module = graph.get_attr("parent_module")
+    graph.output(graph.call_function(run_parent, (parent_module, args, kwargs)))
     return Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))
 
 
-def run_shell(shell: Shell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_parent(parent_module: ParentModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the source's Python."""
-    return shell(args, kwargs)
+    return parent_module(args, kwargs)
 
 
 class _Region:
     """What stands in the place of a region's forward: the first of its graphs that holds."""
 
-    def __init__(self, shell: Shell, path: str, runners: Sequence[ProgramModule]) -> None:
-        self.shell, self.path = shell, path
+    def __init__(
+        self, parent_module: ParentModule, path: str, runners: Sequence[ProgramModule]
+    ) -> None:
+        self.parent_module, self.path = parent_module, path
         self.runners = tuple(runners)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = self._chosen(args, kwargs)
-        given = self.shell.kept((args, kwargs))
+        given = self.parent_module.kept((args, kwargs))
         output = runner(*args, **kwargs)
-        self.shell.note(self.path, given, output)
+        self.parent_module.note(self.path, given, output)
         return output
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
@@ -189,7 +191,7 @@ class _Region:
         return next((runner for runner in self.runners if runner.holds_for(args, kwargs)), first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Region:
-        return self  # a copied shell is bound anew
+        return self  # a copied parent_module is bound anew
 
 
 # What is the same of a weight with an adapter and without.

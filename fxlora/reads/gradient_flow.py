@@ -16,7 +16,7 @@ from torch import fx, nn
 from ..fx.calls import is_torchs
 from ..fx.effects import written_nodes
 from ..fx.nested import Call, call_of
-from .gradients import passes_gradient
+from .gradient_trials import passes_gradient
 
 
 @dataclass(frozen=True, eq=False)

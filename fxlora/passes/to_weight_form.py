@@ -1,4 +1,4 @@
-"""Distribute: op(x, W) + s·B(A(x)) → op(x, W + s·BA)."""
+"""ToWeightForm: op(x, W) + s·B(A(x)) → op(x, W + s·BA)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .structure import WeightNodes, insert_weight, insertions, take_out
 
 
 @dataclass(frozen=True)
-class Distribute(Pass):
+class ToWeightForm(Pass):
     """Rewrite every branch as the weight form, by linearity of the op in its weight.
 
     Dropout on a branch's input goes with the branch: the result is the adapter without it.

@@ -1,0 +1,112 @@
+"""Budgets: the ranks with which A and B keep within a number of parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..lora.inits import step_of
+from ..plan import Entry
+
+
+def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entry]:
+    """The entries with the largest ranks for which A and B keep within a budget.
+
+    Ranks keep the proportions that they have, down to 1 and up to the rank of the weight; what
+    rounding leaves over goes to the entries that it has cut most. Each keeps its factor s.
+
+    Args:
+        budget: a number of parameters, or a share of the model's such as "1%".
+
+    Raises:
+        ConfigError: no such budget, or too small for rank 1 everywhere.
+    """
+    limit = limit_of(budget, sum(p.numel() for p in model.parameters()))
+    if not entries:
+        return []
+    least = _cost(entries, [step_of(entry.init) for entry in entries])
+    if least > limit:
+        raise ConfigError(
+            f"budget={budget!r} is {limit:,} parameters, and rank 1 at all {len(entries)} sites "
+            f"takes {least:,}. Give more, or target fewer sites."
+        )
+    ranks = _filled(entries, _proportional(entries, limit), limit)
+    return [_with_rank(entry, r) for entry, r in zip(entries, ranks, strict=True)]
+
+
+def limit_of(budget: Any, model: int) -> int:
+    """How many parameters a budget is, for a model of so many.
+
+    Raises:
+        ConfigError: it is no number and no share.
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget
+    if isinstance(budget, str) and budget.rstrip().endswith("%"):
+        try:
+            share = float(budget.rstrip()[:-1])
+        except ValueError:
+            share = math.nan
+        if 0 < share <= 100:
+            return int(model * share / 100)
+    raise ConfigError(f'budget must be a number of parameters or a share such as "1%": {budget!r}.')
+
+
+def _with_rank(entry: Entry, r: int) -> Entry:
+    # s is what the rules gave; alpha is shown as it would have to be for this rank.
+    plain = math.isclose(entry.scaling, entry.alpha / entry.r)
+    alpha = entry.scaling * (r if plain else math.sqrt(r))  # (rsLoRA's is by the root)
+    return dataclasses.replace(entry, r=r, alpha=alpha)
+
+
+def _cost(entries: Sequence[Entry], ranks: Sequence[int]) -> int:
+    return sum(
+        dataclasses.replace(entry, r=r).adapter_parameters
+        for entry, r in zip(entries, ranks, strict=True)
+    )
+
+
+def _largest(entry: Entry) -> int:
+    return entry.layout.max_rank(entry.covered)
+
+
+def _scaled(entries: Sequence[Entry], factor: float) -> list[int]:
+    return [_stepped(e, min(_largest(e), int(e.r * factor))) for e in entries]
+
+
+def _stepped(entry: Entry, r: int) -> int:
+    """A rank that the entry's init can have, not above this one unless it must."""
+    step = step_of(entry.init)
+    return max(step, r // step * step)
+
+
+def _proportional(entries: Sequence[Entry], limit: int) -> list[int]:
+    """The ranks times the largest common factor that the limit allows, by bisection."""
+    low, high = 0.0, float(max(_largest(entry) / entry.r for entry in entries))
+    if _cost(entries, _scaled(entries, high)) <= limit:
+        return _scaled(entries, high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _cost(entries, _scaled(entries, middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    return _scaled(entries, low)
+
+
+def _filled(entries: Sequence[Entry], ranks: list[int], limit: int) -> list[int]:
+    """One step more where it still fits, first where rounding took most."""
+    left = limit - _cost(entries, ranks)
+    for index in sorted(range(len(ranks)), key=lambda i: ranks[i] / entries[i].r):
+        entry, r = entries[index], ranks[index]
+        higher = r + step_of(entry.init)
+        more = _cost([entry], [higher]) - _cost([entry], [r])
+        if more <= left and higher <= _largest(entry):
+            ranks[index] = higher
+            left -= more
+    return ranks

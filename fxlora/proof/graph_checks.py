@@ -1,0 +1,128 @@
+"""Checks of a module's graphs, without running them."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+
+from torch import fx
+
+from ..errors import InjectError, VerificationError
+from ..fx.calls import kind_of, source_line
+from ..fx.compare import difference, first_difference
+from ..module import CapturedModule
+from ..module.program import MODES
+from ..passes import Inject, Remove
+from ..passes.structure import MARK, Insertion, insertions
+from ..tables import some
+from .runs import fixed_seed
+
+
+def check_code(module: CapturedModule, what: str) -> None:
+    """What runs is what the graphs say."""
+    if stale := module.stale_graphs():
+        raise VerificationError(
+            f"code: in {what}, the graph of {some(stale)} was edited, and the code that runs is "
+            "still the one of before. Call refresh() on the captured module after an edit."
+        )
+
+
+def without_adapters(module: CapturedModule) -> CapturedModule:
+    """The module less its adapters; heads and buffers stay as they were trained."""
+    try:
+        return Remove(restore=False)(module).eval()
+    except (AttributeError, KeyError, RuntimeError) as error:  # KeyError: of no entry of the plan
+        raise VerificationError(
+            f"coverage: the adapters cannot be taken out of the graphs again ({error})."
+        ) from error
+
+
+def check_modes(module: CapturedModule, base: CapturedModule) -> CapturedModule:
+    """Each mode's graph is what injection makes of the base, node for node.
+
+    So every read of an adapted weight has its adapter.
+
+    Returns:
+        what injection makes of the base: the module's graphs over tensors of its own, with B = 0.
+    """
+    assert module.plan is not None
+    entries = tuple(dataclasses.replace(e, init="kaiming_uniform") for e in module.plan)  # B = 0
+    try:
+        with fixed_seed(module):
+            again = Inject(dataclasses.replace(module.plan, entries=entries))(base)
+    except InjectError as error:
+        raise VerificationError(f"coverage: the plan does not fit the graphs: {error}") from error
+    for ours, theirs in zip(module.programs, again.programs, strict=True):
+        for mode in MODES:
+            where = f"the {mode} graph{_of(ours.path)}"
+            graph, expected = ours.graphs[mode], theirs.graphs[mode]
+            if pair := first_difference(graph, expected):
+                added = insertions(again, expected)
+                _refuse_missing(insertions(module, graph), added, where)
+                _refuse_bypass(pair, {insertion.output: insertion for insertion in added}, where)
+                raise VerificationError(
+                    f"modes agree: {where} is not the captured one with the plan's adapters; "
+                    f"{_around(module, graph, pair[0])} it has {pair[0].format_node()} for "
+                    f"{pair[1].format_node()}."
+                )
+    return again
+
+
+def _refuse_missing(found: list[Insertion], expected: list[Insertion], where: str) -> None:
+    """Raise where a read has no adapter, with its op and line."""
+    for site, read in Counter(map(_place, expected)) - Counter(map(_place, found)):
+        raise VerificationError(
+            f"coverage: '{site}' is read without its adapter by {read} in {where}."
+        )
+
+
+def _refuse_bypass(
+    pair: tuple[fx.Node, fx.Node], adapted: dict[fx.Node, Insertion], where: str
+) -> None:
+    """Raise where a node takes what an adapter adds to, and not the sum."""
+    ours, theirs = pair
+    for taken, expected in zip(ours.all_input_nodes, theirs.all_input_nodes, strict=False):
+        if expected in adapted and MARK not in taken.meta:
+            raise VerificationError(
+                f"coverage: '{adapted[expected].entry.site}': {_read(ours)} goes past its adapter "
+                f"in {where}."
+            )
+
+
+def _place(insertion: Insertion) -> tuple[str, str]:
+    """Site of an adapter, and the op and the line that its weight is read at."""
+    node = insertion.base if insertion.form == "branch" else next(iter(insertion.output.users))
+    if node.target is operator.getitem:  # of an op with several results
+        (node,) = node.all_input_nodes
+    return insertion.entry.site, _read(node)
+
+
+def _read(node: fx.Node) -> str:
+    line = source_line(node)
+    return f"{kind_of(node)} at {line}" if line else kind_of(node)
+
+
+def _around(module: CapturedModule, graph: fx.Graph, node: fx.Node) -> str:
+    """Which adapter a node is part of, or comes before."""
+    for insertion in insertions(module, graph):
+        if insertion.output.graph is node.graph and not insertion.output < node:
+            return f"at '{insertion.entry.site}'"
+    return "behind every adapter"
+
+
+def check_folded_graphs(base: CapturedModule, folded: CapturedModule) -> None:
+    """The folded graphs are the captured ones, node for node."""
+    if [p.path for p in base.programs] != [p.path for p in folded.programs]:
+        raise VerificationError("fold: the folded module has other regions than the captured one.")
+    for before, after in zip(base.programs, folded.programs, strict=True):
+        for mode in MODES:
+            if found := difference(before.graphs[mode], after.graphs[mode]):
+                raise VerificationError(
+                    f"fold: the folded {mode} graph{_of(before.path)} is not the captured one "
+                    f"node for node: {found}."
+                )
+
+
+def _of(path: str) -> str:
+    return f" of '{path}'" if path else ""

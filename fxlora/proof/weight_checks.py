@@ -1,0 +1,184 @@
+"""Checks of a module's parameters and buffers: adapters, frozen base, folded weights, ties."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import VerificationError
+from ..module import CapturedModule
+from ..passes.adapted_weight import factors
+from ..plan import Entry
+from ..tables import some
+from .coverage import adapted_names
+from .exact import exact_weight
+from .runs import same
+
+
+def check_adapters(module: CapturedModule) -> None:
+    """The plan's tensors are there and train, and leave padding rows as they are."""
+    for entry in module.plan or ():
+        for name, shape in entry.tensors.items():
+            tensor = _parameter(module, name)
+            if tensor is None or tensor.shape != shape:
+                raise VerificationError(
+                    f"adapter: '{name}' of '{entry.site}' is "
+                    f"{'missing' if tensor is None else tuple(tensor.shape)}, where the plan has "
+                    f"{shape}."
+                )
+        if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
+            raise VerificationError(
+                f"adapter: '{entry.name_a}' moves row {entry.padding_idx} of '{entry.site}', its "
+                f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
+            )
+    trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
+    frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
+    if frozen and len(frozen) < len(trains):  # all of them: a module that is only to be run
+        raise VerificationError(
+            f"adapter: {some(frozen)} is to train by the plan, and requires no gradients: an "
+            "optimizer would leave it as it is. Call requires_grad_(True) on it."
+        )
+
+
+def _parameter(module: CapturedModule, name: str) -> Tensor | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _moves_padding(module: CapturedModule, entry: Entry, row: int) -> bool:
+    a, _ = factors(entry, {name: module.get_parameter(name).detach() for name in entry.tensors})
+    return bool(a.select(-1, row).any())
+
+
+def check_base(module: CapturedModule) -> None:
+    """Nothing has written to a weight that the plan does not train, and nothing is about to."""
+    assert module.plan is not None
+    if stray := module.unplanned():
+        raise VerificationError(
+            f"base unchanged: '{stray[0]}' requires gradients and is not in the plan, so that "
+            "training changes the base. Freeze it, or put its module into modules_to_save."
+        )
+    changed = module.changed_weights()
+    sites = [entry.site for entry in module.plan if entry.parameter in changed]
+    if sites:
+        raise VerificationError(
+            f"base unchanged: the weight under '{sites[0]}' was written to since the adapter was "
+            "injected" + (f", and so were those under {some(sites[1:])}." if sites[1:] else ".")
+        )
+    if changed:
+        raise VerificationError(
+            f"base unchanged: {some(changed)} has no adapter, and was written to or untied since "
+            "the injection. An adapter file would not hold that: put its module into "
+            "modules_to_save, or load another base by load_state_dict."
+        )
+
+
+def check_finite(module: CapturedModule) -> None:
+    """No adapter holds a NaN or an infinity."""
+    for tensor in sorted(module.adapter_parameters()):
+        if not bool(module.get_parameter(tensor).isfinite().all()):
+            raise VerificationError(
+                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
+            )
+
+
+def folded_weights(
+    module: CapturedModule, folded: CapturedModule
+) -> dict[str, tuple[float, float]]:
+    """Error and tolerance of the folded weight of each entry, by the name of its A."""
+    found: dict[str, tuple[float, float]] = {}
+    for names, entries in _kept(module):
+        if entries:
+            error = _weight_error(module, folded, names[0], entries)
+            found |= {entry.name_a: error for entry in entries}
+    return found
+
+
+def _weight_error(
+    module: CapturedModule, folded: CapturedModule, name: str, entries: list[Entry]
+) -> tuple[float, float]:
+    """Where the error is the largest part of what rounding may do."""
+    site = entries[0].site
+    weight, found = (m.get_parameter(name).detach() for m in (module, folded))
+    if found.dtype != weight.dtype or found.shape != weight.shape:
+        raise VerificationError(
+            f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
+            f"{tuple(weight.shape)}."
+        )
+    exact = exact_weight(module, entries)
+    errors, bounds = (found.double() - exact.value).abs().flatten(), exact.bound.flatten()
+    worst = int((errors / bounds).argmax())  # a NaN, if there is one
+    error, bound = float(errors[worst]), float(bounds[worst])
+    if not error <= bound:
+        raise VerificationError(
+            f"fold: '{site}': its folded weight is not W0 + s·BA (off by {error:.3g} where "
+            f"rounding allows {bound:.3g})."
+        )
+    return error, bound
+
+
+def check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
+    """What is not adapted comes through the fold as it is, buffers too."""
+    adapted = {name for names in adapted_names(module).values() for name in names}
+    ours, theirs = _tensors(module), _tensors(folded)
+    for name in sorted((ours.keys() | theirs.keys()) - adapted - _names_of_adapters(module)):
+        if name not in ours or name not in theirs or not same(ours[name], theirs[name]):
+            raise VerificationError(
+                f"fold: '{name}' has no adapter, and is another tensor in the folded module."
+            )
+
+
+def _names_of_adapters(module: CapturedModule) -> set[str]:
+    """All names of the adapters' tensors: a module with two names has its adapter under both."""
+    own = module.adapter_parameters()
+    groups = module.aliases().values()
+    return {name for names in groups if not own.isdisjoint(names) for name in names}
+
+
+def _tensors(module: CapturedModule) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def check_shared_memory(module: CapturedModule, folded: CapturedModule) -> None:
+    """What a folded module has in common with the source cannot train in it."""
+    ours = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    for name, parameter in folded.named_parameters():
+        if parameter.requires_grad and parameter.untyped_storage().data_ptr() in ours:
+            raise VerificationError(
+                f"fold: '{name}' requires gradients in the folded module, and its memory is the "
+                "source model's: training it would change that. Freeze it, or give it a copy."
+            )
+
+
+def check_ties(module: CapturedModule, folded: CapturedModule) -> None:
+    """Names of one weight are names of one folded weight where they are adapted alike."""
+    found = {name: names for names in folded.aliases().values() for name in names}
+    for (first, *others), _ in _kept(module):
+        there = set(found.get(first, ()))
+        if there != {first, *others}:
+            what = "lost" if set(others) - there else "made"
+            raise VerificationError(
+                f"fold: a tie is {what}. '{first}' is adapted like {some(others) or 'no other'}, "
+                f"and is one folded parameter with {some(sorted(there - {first})) or 'no other'}."
+            )
+
+
+def _kept(module: CapturedModule) -> list[tuple[list[str], list[Entry]]]:
+    """The parameters that a fold leaves: the names of each, and the entries folded into it."""
+    names = adapted_names(module)
+    adapters = _names_of_adapters(module)
+    found: list[tuple[list[str], list[Entry]]] = []
+    for aliases in module.aliases().values():
+        entries = [e for e in module.plan or () if e.parameter in aliases]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in aliases:
+            into = tuple(e.name_a for e in entries if name in names[e.name_a])
+            alike.setdefault(into, []).append(name)
+        found += [
+            (group, [e for e in entries if e.name_a in into])
+            for into, group in alike.items()
+            if group[0] not in adapters
+        ]
+    return found
