@@ -12,16 +12,16 @@ WORKERS ?= 2
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/demo ## the whole way on real data: pretrain, capture, adapt, fold, verify, export
+demo: $(VENV)/demo ## the workflow on real data: pretrain, capture, adapt, fold, verify, export
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# One thread a worker: OpenMP's threads spin, and two workers on two cores would wait for them.
+# One thread per worker: OpenMP's idle threads spin, and would slow down the other worker.
 test test-all test-floor: export OMP_NUM_THREADS = 1
 
-test: $(VENV)/test ## the tests
+test: $(VENV)/test ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/test ## the tests, the slow sweeps over all models included
+test-all: $(VENV)/test ## all tests, including the slow sweeps over all models
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-floor: $(FLOOR)/test ## the tests on the oldest supported torch and torchvision
@@ -32,7 +32,7 @@ lint: $(VENV)/lint ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/lint ## let ruff rewrite the code
+format: $(VENV)/lint ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -43,7 +43,7 @@ bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 	$(BIN)/python benchmarks/capture_memory.py
 	$(BIN)/python benchmarks/capture_cost.py
 
-scale: $(VENV)/test ## how every step grows with the number of layers (minutes)
+scale: $(VENV)/test ## how the time of every step grows with the number of layers (minutes)
 	$(BIN)/python benchmarks/scale.py --kind preln bare weight traced $(ARGS)
 
 coverage: $(VENV)/coverage ## every model of torchvision, timm's families, transformers' architectures (hours)
@@ -52,13 +52,13 @@ coverage: $(VENV)/coverage ## every model of torchvision, timm's families, trans
 torture: $(VENV)/test ## the table of docs/torture.md: PEFT and fxlora on 199 patterns (minutes)
 	$(BIN)/python benchmarks/torture.py --format github $(ARGS)
 
-mutation: $(VENV)/test ## which damage verify notices, over 16 models (minutes)
+mutation: $(VENV)/test ## the table of docs/mutation.md: damage that verify notices (minutes)
 	$(BIN)/python benchmarks/mutation.py --format github $(ARGS)
 
-forms: $(VENV)/coverage ## which form each weight of those models takes, and why (an hour)
+forms: $(VENV)/coverage ## the form that each weight of coverage's models takes, and why (an hour)
 	$(BIN)/python benchmarks/forms.py --json forms.json $(ARGS)
 
-clean: ## remove the environments and what the demo wrote
+clean: ## remove the environments and the demo's output
 	rm -rf .venv .venv-floor demo-output build *.egg-info
 
 $(VENV)/pyvenv.cfg:

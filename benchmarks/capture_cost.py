@@ -1,9 +1,9 @@
-"""What a capture costs: one torch.export against capture + match + inject, by depth.
+"""Measure the cost of a capture by depth: one torch.export against capture + match + inject.
 
-Llama-3-8B's shape on the meta device, so that nothing but the machinery takes time, with a
-dynamic batch and sequence on both sides; and two layers of real tensors beside two of none. A
-capture exports the model in both modes, and each again with a batch of 1 where torch.export
-guards against it.
+The model has Llama-3-8B's shape and is on the meta device, so that only tracing and rewriting take
+time; batch and sequence are dynamic on both sides. Two layers are also measured with real tensors,
+for comparison with two on the meta device. A capture exports the model in both modes, and each
+mode again with a batch of 1 where torch.export guards against it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
 RULES = fxlora.LoraConfig(r=16, target_modules="all-linear")
 
 
-EXPORT, ADAPT, INJECT = "one export", "capture + match + inject", "of it match + inject"
+EXPORT, ADAPT, INJECT = "one export", "capture + match + inject", "of which match + inject"
 
 
 def main() -> None:
@@ -37,14 +37,14 @@ def main() -> None:
     report = Report(options)
     shape = "Llama-3-8B's shape, batch and sequence dynamic"
     deep = [measured(layers, "meta", 128256, options) for layers in options.layers]
-    add(report, f"{shape}, on the meta device (one round from 16 layers on)", deep)
+    add(report, f"{shape}, on the meta device (one round for 16 layers and more)", deep)
     pair = [measured(2, place, 1024, options) for place in ("meta", options.device)]
-    add(report, f"{shape}, a vocabulary of 1,024, without values and with", pair)
+    add(report, f"{shape}, a vocabulary of 1,024, on meta and with real tensors", pair)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both sides on one model."""
+    """The times of all sides on one model."""
 
     name: str
     layers: int
@@ -83,7 +83,7 @@ def measured(layers: int, place: str, vocabulary: int, options: argparse.Namespa
 
 
 def llama(layers: int, place: str, vocabulary: int) -> nn.Module:
-    """In evaluation mode, as both sides take it first."""
+    """Return a random Llama of this depth, in eval mode."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=4096,

@@ -1,10 +1,11 @@
-"""Memory that capture, match and inject take beside the model: they share its weights.
+"""Measure the memory that capture, match and inject take in addition to the model.
 
     python benchmarks/capture_memory.py [--quick] [--gigabytes 2]
 
-Each model is built, captured and adapted in a process of its own. What counts is the peak of the
-process's resident memory from then on (VmHWM) over what it held once the model was there (VmRSS),
-as a part of the model's weights. Linux only: it reads /proc.
+They share the model's weights. Each model is built, captured and adapted in a separate process.
+The result is the peak of the process's resident memory after the model was built (VmHWM) minus
+the resident memory at that time (VmRSS), also relative to the model's weights. Linux only: it
+reads /proc.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ WIDTH = 2048
 
 
 def linears(gigabytes: float) -> tuple[nn.Module, torch.Tensor]:
-    """Square linears."""
+    """Return a stack of square linear layers, and its input."""
     count = max(1, round(gigabytes * 2**30 / (4 * WIDTH * WIDTH)))
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(count))), torch.randn(2, WIDTH)
 
 
 def transformer(gigabytes: float) -> tuple[nn.Module, torch.Tensor]:
-    """nn.TransformerEncoder, which is 12 d² weights a layer."""
+    """Return an nn.TransformerEncoder, which has 12 d² weights per layer, and its input."""
     count = max(1, round(gigabytes * 2**30 / (4 * 12 * WIDTH * WIDTH)))
     layer = nn.TransformerEncoderLayer(WIDTH, 16, 4 * WIDTH, batch_first=True)
     encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
@@ -50,7 +51,7 @@ MODELS: dict[str, Callable[[float], tuple[nn.Module, torch.Tensor]]] = {
 
 def main() -> None:
     options_parser = parser(__doc__)
-    options_parser.add_argument("--gigabytes", type=float, help="of weights (2; 0.5 with --quick)")
+    options_parser.add_argument("--gigabytes", type=float, help="weights (2; 0.5 with --quick)")
     options_parser.add_argument("--child", choices=MODELS, help=argparse.SUPPRESS)
     options = start(options_parser, rounds=1)
     options.gigabytes = options.gigabytes or (0.5 if options.quick else 2.0)
@@ -59,9 +60,9 @@ def main() -> None:
         return
     report = Report(options)
     report.add(
-        "Peak of resident memory over the model's own, float32",
+        "Peak resident memory in addition to the model's, float32",
         [row(name, in_a_process(name, options)) for name in MODELS],
-        note="Tracing itself, whatever the model's size, is in the numbers.",
+        note="The numbers include the memory of tracing, which does not depend on weight sizes.",
     )
 
 
@@ -73,9 +74,9 @@ def in_a_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
-    """MiB of the weights, and of the peaks over them after each step."""
+    """Return the MiB of the weights, of A and B, and of the additional peak after each step."""
     found: dict[str, Any] = {"weights": sum(p.nbytes for p in model.parameters()) / MEBI}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of building it is not ours
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM: building the model may peak, too
     before = memory("VmRSS")
     gm = fxlora.capture(model, x)
     found["capture"] = memory("VmHWM") - before
@@ -86,7 +87,7 @@ def measured(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
 
 def memory(name: str) -> float:
-    """A line of /proc/self/status, in MiB."""
+    """Return a value of /proc/self/status, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, the header, interleaved timing, memory, tables."""
+"""Shared by the benchmarks: options, header, interleaved timing, memory, tables."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def untimed_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser of the options that every benchmark has."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
-    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the raw data here")
     return result
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark of time has."""
+    """Return a parser of the options that every benchmark of time has."""
     result = untimed_parser(description)
     result.add_argument("--rounds", type=int, help="timed runs of every side")
     result.add_argument("--quick", action="store_true", help="small models, three rounds")
@@ -45,7 +45,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def start(options_parser: argparse.ArgumentParser, rounds: int = 0) -> argparse.Namespace:
-    """The options as given, with the process set up for them."""
+    """Parse the options; set torch's threads and seed."""
     options = options_parser.parse_args()
     if rounds:
         options.rounds = options.rounds or (3 if options.quick else rounds)
@@ -77,20 +77,20 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        """Write what there is so far."""
+        """Write the data so far, if there is a JSON file."""
         if self.file:
             self.file.write_text(json.dumps(self.data, indent=2))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of formatted cells; columns of numbers are set right."""
+    """Return rows of formatted cells as a table; columns of numbers are right-aligned."""
     columns = zip(*(row.values() for row in rows), strict=True)
     align = ["right" if all(c[:1].isdigit() for c in column) else "left" for column in columns]
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, colalign=align)
 
 
 def header(options: argparse.Namespace) -> dict[str, str]:
-    """Everything that a number depends on."""
+    """Return everything that the measured numbers depend on."""
     libraries = dict.fromkeys((*LIBRARIES, *getattr(options, "library", ())))
     found = {
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
@@ -108,7 +108,7 @@ def header(options: argparse.Namespace) -> dict[str, str]:
     if "rounds" in options:
         found["times"] = (
             f"median (min–max) of {options.rounds} interleaved rounds; ratios are the median "
-            "of the rounds' own"
+            "of the ratios within each round"
         )
     return found
 
@@ -131,7 +131,7 @@ def device_name(device: str) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work. What `prepare` makes, untimed, is what `run` gets."""
+    """One of the compared alternatives: `run` is timed, and gets the result of `prepare`."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
@@ -139,7 +139,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of one side, round by round."""
+    """The times of one side in each round."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -152,7 +152,7 @@ class Timing:
         return f"{middle} ({low}–{high})"
 
     def over(self, other: Timing) -> float:
-        """How many times the other's time: the median over the rounds, each against its own."""
+        """Return this side's time over the other's: the median of the ratios in each round."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return statistics.median(mine / its for mine, its in pairs)
 
@@ -164,7 +164,7 @@ def interleave(
     timings = {name: Timing() for name in sides}
     names = list(sides)
     gc.collect()
-    gc.freeze()  # what was imported is not searched again between runs
+    gc.freeze()  # collections between runs then skip imported objects
     for number in range(-warmup, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -185,7 +185,7 @@ def timed(side: Side, device: str) -> float:
     synchronize(device)
     seconds = time.perf_counter() - begin
     gc.enable()
-    del result  # freed outside the time, with what was prepared
+    del result  # freed outside the timed interval, like `given`
     return seconds
 
 
@@ -198,10 +198,10 @@ def synchronize(device: str) -> None:
 
 
 def step_memory(forward: Callable[[], torch.Tensor], module: nn.Module, device: str) -> int:
-    """Bytes that a training step takes besides the module's own tensors.
+    """Return the bytes that a training step takes besides the module's own tensors.
 
-    On CUDA the peak over what was allocated before the step; on the CPU what is saved for
-    backward, each storage once.
+    On CUDA this is the peak minus the memory allocated before the step; on the CPU, the size of
+    the tensors saved for backward, each storage counted once.
     """
     module.zero_grad(set_to_none=True)
     return _peak(forward, device) if device.startswith("cuda") else _saved(forward, module)
@@ -219,7 +219,7 @@ def _peak(forward: Callable[[], torch.Tensor], device: str) -> int:
 
 def _saved(forward: Callable[[], torch.Tensor], module: nn.Module) -> int:
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes twice
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -237,16 +237,16 @@ def _saved(forward: Callable[[], torch.Tensor], module: nn.Module) -> int:
 
 
 def gpt2(layers: int) -> GPT2LMHeadModel:
-    """GPT-2 small at random, without its dropouts and its cache."""
+    """Return a random GPT-2 small without dropout and without a cache."""
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(n_layer=layers, use_cache=False, **dropouts)
     model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # unset it is the same, after a warning that breaks graphs
+    model.loss_type = "ForCausalLM"  # the default, without its warning, which breaks graphs
     return model
 
 
 def copy_adapters(source: nn.Module, target: nn.Module) -> None:
-    """Give the target, fxlora's or PEFT's, the source's A and B: both call them the same."""
+    """Copy A and B to the target, fxlora's or PEFT's module: both use the same names."""
     theirs = dict(target.named_parameters())
     adapters = {name: p for name, p in source.named_parameters() if is_adapter(name)}
     assert adapters.keys() == {name for name in theirs if is_adapter(name)}
@@ -256,7 +256,7 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
 
 
 def randomise_b(module: nn.Module, std: float = 0.02) -> None:
-    """B ~ N(0, std²): with B = 0 an adapter has no effect, and nothing can be compared."""
+    """Draw B ~ N(0, std²): with B = 0 an adapter has no effect, and a comparison no meaning."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if is_adapter(name) and ".lora_B." in name:
@@ -268,6 +268,6 @@ def is_adapter(name: str) -> bool:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, as a part of the largest entry expected."""
+    """Return the largest difference, relative to the largest expected entry."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max())

@@ -1,9 +1,9 @@
-"""How many models of each library fxlora handles, and what stops the others.
+"""Count the models of each library that fxlora handles, and list why the others fail.
 
-Each model is built small and at random, in a process of its own, and taken through everything:
-captured in both modes (bit for bit the source's outputs?), adapted at every layer, trained for a
-step (a gradient at every adapter whose weight has one in the source?), folded (the same outputs,
-the captured graphs again?).
+Each model is built small and at random, in a separate process, and goes through all steps: capture
+in both modes (outputs are the source's, bit for bit), adapters at every layer, a training step (a
+gradient at every adapter whose weight has one in the source), and fold (the same outputs, and the
+captured graphs again).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from fxlora.reads.sites import find_sites
 
 LAYERS = ["linear", "conv*", "embedding", "addmm", "matmul"]
 RULES = [Rule(op=LAYERS, lora=LoraConfig(r=2, lora_alpha=3))]
-# Of the largest output.
+# Relative to the largest output.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
-DOUBLE_BELOW = 150e6  # parameters: larger models are run in single precision, for memory's sake
+DOUBLE_BELOW = 150e6  # parameters: larger models run in single precision, to save memory
 
 
 # ---- one model ----------------------------------------------------------------------------------
 
 
 class Trial:
-    """One model on its way; each step writes what it finds into the record."""
+    """Takes one model through the steps; each step writes its findings into the record."""
 
     def __init__(self, case: Case, device: str, record: Record) -> None:
         self.record = record
@@ -58,7 +58,7 @@ class Trial:
         record["parameters"] = sum(p.numel() for p in self.model.parameters())
 
     def run(self) -> None:
-        """Every step that can be taken; those after a failed capture or match cannot."""
+        """Run every possible step: after a failed capture or match, the later ones are not."""
         if not (self._try("capture", self.capture) and self._try("sites", self.sites)):
             return
         self._try("eval", lambda: self.exact("eval"))
@@ -73,7 +73,7 @@ class Trial:
         try:
             action()
             self.record["passed"].append(step)
-        except Exception as error:  # noqa: BLE001 - whatever stops a model is the result
+        except Exception as error:  # noqa: BLE001 - any error is a result
             self.record["failures"].append(reason(step, error))
             return False
         finally:
@@ -89,7 +89,7 @@ class Trial:
         self.record["uncovered"] = sorted(self.captured.uncovered)
 
     def exact(self, mode: str) -> None:
-        """Outputs and buffers, bit for bit."""
+        """Check that outputs and buffers are the source's, bit for bit."""
         expected = self.outputs(self.model, mode)
         found = self.outputs(self.captured, mode)
         if len(found) != len(expected):
@@ -103,7 +103,7 @@ class Trial:
                 raise Fault(f"buffer '{name}' {distance(own[name], buffer)}")
 
     def sites(self) -> None:
-        """How many weights there are, and which of them no form could adapt."""
+        """Record how many weights there are, and why no form can adapt some of them."""
         sites = find_sites(self.captured)
         self.record["sites"] = len(sites)
         self.record["refused"] = [text for site in sites if (text := refusal(site))]
@@ -122,7 +122,7 @@ class Trial:
             raise Fault("the adapters do not change the outputs")
 
     def gradients(self) -> None:
-        """A and B have a gradient wherever the source's weight has one, and nothing else has."""
+        """Check that A and B have gradients if the source's weight has, and frozen tensors none."""
         with_gradient = backward(self.model, self.loss)
         trained = backward(self.lora, self.loss)
         entries = {name: e for e in self.lora.plan or () for name in (e.name_a, e.name_b)}
@@ -152,8 +152,11 @@ class Trial:
             raise Fault(f"folded outputs differ by {error:.1e} of the largest")
 
     def float_pairs(self, folded: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Outputs of the folded module and of the adapted one; or those of their regions, as
-        Python between regions may jump by a rounding (a box more)."""
+        """Return pairs of outputs of the folded and the adapted module.
+
+        With regions, return the outputs of the regions: a rounding difference may change the
+        branch that the Python between them takes (e.g. one more box).
+        """
         if self.lora.parent_module and folded.parent_module:
             with self.lora.parent_module.recorded() as calls:
                 self.outputs(self.lora, "eval")
@@ -183,7 +186,7 @@ class Trial:
         return torch.stack([leaf[leaf.isfinite()].abs().square().mean() for leaf in leaves]).sum()
 
     def call(self, module: nn.Module) -> Any:
-        # models may write into what they are given (detection resizes its targets)
+        # Copies, because models may write to their inputs (detection resizes its targets).
         args, kwargs = pytree.tree_map(cloned, (self.case.args, self.case.kwargs))
         return module(*args, **kwargs)
 
@@ -195,9 +198,9 @@ def seed_everything() -> None:
 
 
 def runnable(case: Case, device: str) -> Case:
-    """The case in double precision if the model runs in it, else in single.
+    """Return the case in double precision if the model runs in it, else in single precision.
 
-    In both modes: what fails in one would be taken for fxlora's failure.
+    It must run in both modes: otherwise the source's failure would be counted as fxlora's.
     """
     randomise_constants(case.model)
     parameters = sum(p.numel() for p in case.model.parameters())
@@ -234,7 +237,7 @@ def converted(case: Case, device: str, dtype: torch.dtype) -> Case:
 
 
 def backward(module: nn.Module, loss: Callable[[nn.Module, str], torch.Tensor]) -> set[str]:
-    """Names of the parameters that a step in train mode and one in eval mode reach."""
+    """Return the names of the parameters with nonzero gradients, from train and eval mode."""
     for mode in ("train", "eval"):
         loss(module, mode).backward()
     named = list(module.named_parameters(remove_duplicate=False))
@@ -252,13 +255,13 @@ def refusal(site: fxlora.Site) -> str | None:
 
 
 def randomise(lora: fxlora.CapturedModule) -> None:
-    """A and B at random, of which one is zero at the start."""
+    """Draw A and B at random; one of them starts at zero."""
     with torch.no_grad():
         for entry in lora.plan or ():
             for name in (entry.name_a, entry.name_b):
                 parameter = lora.get_parameter(name)
                 parameter.normal_(std=0.3 / parameter[0].numel() ** 0.5)
-            if entry.padding_idx is not None:  # as at the start, and as training leaves it
+            if entry.padding_idx is not None:  # zero at the start, and training leaves it so
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
 
 
@@ -271,7 +274,7 @@ def cloned(leaf: Any) -> Any:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit: NaN is equal to itself, 0.0 is not -0.0."""
+    """Whether two tensors are equal in every bit: NaN equals itself, 0.0 does not equal -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
@@ -284,7 +287,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, as a part of the largest entry expected; where both are finite."""
+    """Return the largest difference of absolute values, relative to the largest expected entry.
+
+    Only finite entries count; the result is infinite if they are not the same in both.
+    """
     finite = b.isfinite()
     if not torch.equal(finite, a.isfinite()):
         return float("inf")
@@ -295,7 +301,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def state(model: nn.Module) -> list[Any]:
-    """What capture must leave as it is: values (by their version), flags, modes, hooks."""
+    """Return everything that capture must not change: values (by version), flags, modes, hooks."""
     tensors_ = [*model.parameters(), *model.buffers()]
     modules = list(model.modules())
     return [
@@ -316,13 +322,13 @@ def main() -> None:
 
 
 def work(build: Callable[[], Case], device: str, record: Record) -> None:
-    # The fused kernels for inference round differently than the ops that they stand for.
+    # Fused inference kernels round differently from the ops that they replace.
     torch.backends.mha.get_fastpath_enabled = lambda: False
     Trial(build(), device, record).run()
 
 
 def rows(records: list[Record]) -> list[dict[str, str]]:
-    """A row for each family, and their sum."""
+    """Return a row for each family, and one for all."""
     by_family = grouped(records, "family")
     groups = {**by_family, "all": records} if len(by_family) > 1 else by_family
     return [{"family": family, **row(group)} for family, group in groups.items()]

@@ -1,7 +1,7 @@
-"""Fold against PEFT's merge, and against moving the weights through memory and no more.
+"""Compare the fold with PEFT's merge, and with only reading and writing the weights once.
 
-Every side is a whole call on the same A and B. fxlora.fold is pure: it allocates the folded
-weights and rebuilds the graph. PEFT's merge writes into the weights that it was given.
+Every side is a complete call on the same A and B. fxlora.fold is pure: it allocates the folded
+weights and rebuilds the graph. PEFT's merge writes to the weights in place.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Linear(nn.Module):
 
 
 class Block(nn.Module):
-    """The seven projections of a Llama block with grouped queries; attention left out."""
+    """The seven projections of a Llama block with grouped queries, without attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ Pefts = dict[str, Any]  # dtype of the adapters → PEFT's model
 
 
 def adapted(model: nn.Module) -> tuple[fxlora.CapturedModule, Pefts]:
-    """fxlora's module and PEFT's with equal A and B.
+    """Return fxlora's module and PEFT's models with equal A and B.
 
-    By default PEFT keeps the adapters of a bfloat16 model in float32; both ways are compared.
+    By default PEFT keeps the adapters of a bfloat16 model in float32; both dtypes are compared.
     """
     names = [name for name, _ in model.named_children()]
     example = torch.randn(2, model.width).to(next(model.parameters()))
@@ -141,7 +141,7 @@ Sides = dict[str, tuple[str, Side]]  # name → what it includes, how to run it
 
 
 def memory_sides(lora: fxlora.CapturedModule) -> Sides:
-    """Every adapted weight once through memory: the limit of any fold."""
+    """Return sides that only read and write every adapted weight once: the limit of any fold."""
 
     def weights() -> list[torch.Tensor]:
         return [w.clone() for w, _, _ in factors(lora)]
@@ -166,10 +166,10 @@ def fxlora_sides(lora: fxlora.CapturedModule) -> Sides:
         return [torch.addmm(w, b, a, alpha=S) for w, a, b in given]
 
     return {
-        "W.addmm_(B, A)": ("in place; arithmetic alone", Side(in_place, triples)),
-        "torch.addmm(W, B, A)": ("new weights; arithmetic alone", Side(new, triples)),
+        "W.addmm_(B, A)": ("in place; arithmetic only", Side(in_place, triples)),
+        "torch.addmm(W, B, A)": ("new weights; arithmetic only", Side(new, triples)),
         FOLD: ("new weights, new graph", Side(fxlora.fold, lambda: copy.deepcopy(lora))),
-        f"{FOLD}, meta device": ("new graph alone", Side(lambda _: fxlora.fold(meta))),
+        f"{FOLD}, meta device": ("new graph only", Side(lambda _: fxlora.fold(meta))),
     }
 
 
@@ -187,12 +187,12 @@ def peft_sides(pefts: Pefts) -> Sides:
     return {
         MERGE: ("in place", merge(same)),
         "PEFT merge_adapter(safe_merge=True)": ("new weights", merge(same, safe_merge=True)),
-        "PEFT merge_and_unload()": ("in place, modules taken out", unload(same)),
+        "PEFT merge_and_unload()": ("in place, PEFT's modules removed", unload(same)),
     } | {f"{MERGE}, float32 adapters": ("in place", merge(peft)) for peft in upcast}
 
 
 def factors(lora: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """W, A and B of every site."""
+    """Return W, A and B of every site."""
     return [
         (
             lora.get_parameter(entry.parameter).detach(),
@@ -207,7 +207,7 @@ def factors(lora: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tenso
 
 
 def rounding(case: str, lora: fxlora.CapturedModule, pefts: Pefts) -> list[dict[str, Any]]:
-    """How many entries of each side's folded weights are not the exact sum, rounded once."""
+    """Count the entries of each side's folded weights that are not the exact sum, rounded once."""
     folded: dict[str, nn.Module] = {"fxlora.fold": fxlora.fold(lora)}
     for dtype, peft in pefts.items():
         merged = copy.deepcopy(peft).merge_and_unload(progressbar=False)
@@ -239,10 +239,10 @@ def rounding(case: str, lora: fxlora.CapturedModule, pefts: Pefts) -> list[dict[
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Float64 rounded once to a narrower type.
+    """Round float64 to a narrower dtype, once.
 
-    torch goes to bfloat16 by way of float32, which rounds twice; rounding to odd on the way
-    (Boldo and Melquiond 2008) makes that the same as once.
+    torch converts to bfloat16 via float32, which rounds twice. Rounding to odd in the first step
+    (Boldo and Melquiond 2008) gives the same result as one rounding.
     """
     if dtype == torch.float32:
         return exact.float()

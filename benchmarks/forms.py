@@ -1,10 +1,10 @@
-"""Which form every weight of every model takes, and why where it is not the branch.
+"""Count which form each weight of each model takes, with the reason where it is not the branch.
 
-Each model is built small and at random, in a process of its own, captured in both modes and
-matched by one rule that takes every weight; nothing is trained. Counted are the weights that
-linear, convolution, embedding or addmm reads; the others stand in a table of their own.
+Each model is built small and at random, in a separate process, captured in both modes and matched
+by one rule that takes every weight; nothing is trained. The main table counts the weights that
+linear, convolution, embedding or addmm reads; the others have a separate table.
 
-Three ways not to take the branch are kept apart. "by choice": there is a branch and it costs more
+There are three reasons not to take the branch. "by choice": there is a branch, but it costs more
 (a depthwise convolution). "weight": there is none. "refused": no form can adapt every read.
 """
 
@@ -42,13 +42,13 @@ def work(build: Callable[[], Case], device: str, record: Record, r: int) -> None
             case = build()
         captured = fxlora.capture(case.model, case.args, case.kwargs)
         record["sites"] = forms(captured, r)
-    except Exception as error:  # noqa: BLE001 - whatever stops a model is the result
+    except Exception as error:  # noqa: BLE001 - any error is a result
         record["failures"].append(reason("capture", error))
     record["seconds"]["capture"] = round(time.perf_counter() - begin, 2)
 
 
 def forms(captured: fxlora.CapturedModule, r: int) -> list[Weight]:
-    """Name, op, form and reason of every weight."""
+    """Return name, op, form and reason of every weight."""
     sites = {site.parameter: site for site in find_sites(captured)}
     refused = {name: why for name, site in sites.items() if (why := refusal(site))}
     rest = Rule(lora=LoraConfig(r=r), where=lambda site: site.parameter not in refused)
@@ -62,7 +62,7 @@ def forms(captured: fxlora.CapturedModule, r: int) -> list[Weight]:
 
 
 def form_of(entry: fxlora.Entry) -> str:
-    """The plan's word, or "by choice" where the plan says that a branch would be costlier."""
+    """Return the plan's form, or "by choice" if the plan says that a branch would cost more."""
     chosen = entry.form == "weight" and entry.reason.endswith("less than a branch")
     return "by choice" if chosen else entry.form
 
@@ -76,7 +76,7 @@ def refusal(site: Site) -> str | None:
 
 
 def general(message: str) -> str:
-    """What a message says of every such weight: its first sentence without names and places."""
+    """Return a message's first sentence without names and places, so that equal reasons match."""
     text = re.sub(r"^'[^']+' \(rule 1\):? ", "", message)
     text = re.sub(r" (?:at|with) (\S+:\d+|'[^']+')", "", text)
     text = re.sub(r"\([\d, ]+\)", "(…)", text)
@@ -88,7 +88,7 @@ def general(message: str) -> str:
 
 def main() -> None:
     parser = sweep_parser(__doc__)
-    parser.add_argument("--rank", type=int, default=8, help="r, on which the cheaper form depends")
+    parser.add_argument("--rank", type=int, default=8, help="r, which decides the cheaper form")
     options = options_given(parser)
     report, records = swept(options, partial(work, r=options.rank), line)
     for library, mine in grouped(records, "library").items():
@@ -99,11 +99,11 @@ def main() -> None:
         report.add(f"{library}: {models}, by op", [*by_op(counted), row("all", counted)])
         for form in FORMS[1:]:
             of_form = [site for site in counted if site["form"] == form]
-            add_reasons(report, f"{library}: why {form}", of_form)
+            add_reasons(report, f"{library}: reasons for '{form}'", of_form)
         if others:
             report.add(f"{library}: read by other ops", [*by_op(others), row("all", others)])
         no_branch = [site for site in others if site["form"] != "branch"]
-        add_reasons(report, f"{library}: other ops, why no branch", no_branch)
+        add_reasons(report, f"{library}: other ops, reasons for no branch", no_branch)
     add_failures(report, records)
 
 
@@ -124,7 +124,7 @@ def row(name: str, sites: list[Weight]) -> dict[str, str]:
         "weights": f"{len(sites):,}",
         **{form: f"{numbers[form]:,}" for form in FORMS},
         "branch, %": percent(branch, len(sites)),
-        "less those by choice, %": percent(branch, len(sites) - chosen),
+        "branch, % without 'by choice'": percent(branch, len(sites) - chosen),
     }
 
 
@@ -133,7 +133,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def add_reasons(report: Report, title: str, sites: list[Weight]) -> None:
-    """The reasons, the commonest first, each with one weight for an example."""
+    """Add a table of reasons, the most frequent first, each with one weight as an example."""
     groups = grouped([{**site, "why": alike(site["reason"])} for site in sites], "why")
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     rows = [

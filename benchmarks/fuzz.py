@@ -1,9 +1,9 @@
-"""What becomes of damaged, odd and hostile files: adapter folders, rules files and plans.
+"""Fuzz the files that fxlora reads: damaged and hostile adapter folders, rules files and plans.
 
-Each mutant is an honest file with one to three changes: values of other types and sizes, names
-that would be code, bits flipped, tensors renamed, recast or not finite. It must be refused with a
-typed error, or make the module that the file's own numbers say, by a formula that shares no code
-with fxlora. No text in it may run, or come out with its control characters.
+Each mutant is a valid file with one to three changes: values of other types and sizes, names that
+would be code, flipped bits, tensors that are renamed, cast or not finite. fxlora must refuse it
+with a typed error, or make the module that the file's own numbers define, by a formula that shares
+no code with fxlora. No text in it may run as code, or be printed with its control characters.
 
     python benchmarks/fuzz.py            # 4,200 mutants
     python benchmarks/fuzz.py --quick    # 420
@@ -40,7 +40,7 @@ from fxlora.plan import Entry
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROOT = "base_model.model."
-CANARY = "ran"  # the file that text in a mutant makes where it runs as code
+CANARY = "ran"  # the file that a mutant's text creates if it runs as code
 RUNS = f"exec(\"open('{CANARY}','w')\".replace('.','\\x2e'))"
 CODE = (
     f'W")\r{RUNS}\rdef f(self):\r    y = getattr(self, "y',
@@ -80,11 +80,11 @@ POOL: tuple[Any, ...] = (
 )
 
 
-# ---- the honest files ---------------------------------------------------------------------------
+# ---- valid files --------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
-    """Layers that PEFT has, a head, and a packed bare weight; takes (N, 5) whole numbers."""
+    """Layers that PEFT supports, a head, and a packed bare weight; takes indices (N, 5)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ RULES = {
 
 @dataclass
 class Folder:
-    """An adapter folder, in parts that can be changed."""
+    """The contents of an adapter folder, which can be changed."""
 
     config: Any
     header: Any
@@ -154,7 +154,7 @@ def written(data: Any) -> str:
 
 
 def places(data: Any) -> Iterator[tuple[Any, Any]]:
-    """Every value in data, as its container and its key."""
+    """Yield every value in data, as its container and its key."""
     keys = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
     for key in list(keys):
         yield data, key
@@ -162,7 +162,7 @@ def places(data: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def value_for(rng: random.Random, now: Any) -> Any:
-    """Another value for a place, most often near what is there."""
+    """Return another value for a place: an odd one, code, or one near the present value."""
     kind = rng.random()
     if kind < 0.35:
         return copy.deepcopy(rng.choice(POOL))
@@ -181,7 +181,7 @@ def value_for(rng: random.Random, now: Any) -> Any:
 
 
 def change(rng: random.Random, data: Any) -> Any:
-    """Data with one change."""
+    """Return data with one change."""
     found = list(places(data))
     if not found or rng.random() < 0.02:
         return rng.choice((*POOL, "[" * 100_000, '{"a":' * 5000, "\udcff", "nonsense"))
@@ -244,12 +244,12 @@ def change_bytes(rng: random.Random, content: bytes) -> bytes:
     return bytes(flipped)
 
 
-# ---- what a mutant makes ------------------------------------------------------------------------
+# ---- mutants ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Fuzz:
-    """Mutants of every kind, and what came of them."""
+    """Runs mutants of every kind, and counts the outcomes."""
 
     seed: int = 0
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -261,7 +261,7 @@ class Fuzz:
             self._make()
 
     def _make(self) -> None:
-        """The model, and the honest files of its adapters."""
+        """Build the model, and the valid files of its adapters."""
         torch.manual_seed(self.seed)
         self.model = Small().double().eval()
         self.module = fxlora.capture(self.model, IDS).eval()
@@ -280,13 +280,13 @@ class Fuzz:
             return Folder.read(Path(path))
 
     def run(self, count: int) -> None:
-        """So many mutants, in a folder of their own, where a canary would be seen."""
+        """Run `count` mutants in a temporary folder, where the canary file would appear."""
         roads: list[tuple[str, Callable[[random.Random], fxlora.CapturedModule]]] = [
             *((name, lambda rng, n=name: self._folder(rng, n)) for name in self.folders),
             ("a rules file", self._rules),
             ("a written plan", self._written_plan),
             ("a plan's entries", self._entries),
-            ("a name of an adapter", self._adapter_name),
+            ("an adapter's name", self._adapter_name),
         ]
         before = Path.cwd()
         with tempfile.TemporaryDirectory() as path, warnings.catch_warnings():
@@ -310,12 +310,12 @@ class Fuzz:
         except Wrong as error:
             outcome, said = "wrong", []
             self.failures.append(f"{label}: {error}")
-        except Exception as error:  # noqa: BLE001 - that is what is looked for
+        except Exception as error:  # noqa: BLE001 - untyped errors are findings
             outcome, said = "untyped", []
             self.failures.append(f"{label}: {type(error).__name__}: {str(error)[:200]!r}")
         if any(re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", s) for s in said):
             outcome = "wrong"
-            self.failures.append(f"{label}: control characters come out")
+            self.failures.append(f"{label}: control characters are printed")
         if Path(CANARY).exists():
             Path(CANARY).unlink()
             outcome = "executed"
@@ -323,7 +323,7 @@ class Fuzz:
         self.counts[road, outcome] += 1
 
     def _shown(self, module: fxlora.CapturedModule) -> list[str]:
-        """Everything that prints a module's plan; it folds, too."""
+        """Return every printed form of a module's plan; check its fold, too."""
         assert module.plan is not None
         formats = ("table", "github", "html", "csv", "json")
         said = [str(module.plan), *(fxlora.report(module, f) for f in formats)]
@@ -349,7 +349,7 @@ class Fuzz:
                 change_tensors(rng, found.tensors)
         try:
             found.write(path)
-        except Exception:  # noqa: BLE001 - what the format cannot hold is no mutant
+        except Exception:  # noqa: BLE001 - the format cannot hold the mutant: write the valid file
             honest.write(path)
         if rng.random() < 0.2:
             file = path / rng.choice((WEIGHTS, CONFIG))
@@ -359,7 +359,7 @@ class Fuzz:
         return loaded
 
     def _by_formula(self, loaded: fxlora.CapturedModule, path: Path) -> torch.Tensor:
-        """The source model with W + s·BA from the numbers in the file."""
+        """Return the outputs of the source with W + s·BA, from the numbers in the file."""
         with safe_open(path / WEIGHTS, "pt") as file:
             header = json.loads((file.metadata() or {}).get("fxlora", "null"))
         tensors = {k: t.double() for k, t in load_file(path / WEIGHTS).items()}
@@ -411,7 +411,7 @@ class Fuzz:
         try:
             text = tomli_w.dumps(data) if path.suffix == ".toml" else written(data)
             content = text.encode("utf-8", "surrogatepass")
-        except Exception:  # noqa: BLE001 - what TOML cannot hold, JSON can
+        except Exception:  # noqa: BLE001 - TOML cannot hold the value, but JSON can
             path = Path("rules.json")
             content = written(data).encode("utf-8", "surrogatepass")
         if rng.random() < 0.15:
@@ -435,7 +435,7 @@ class Fuzz:
         return self._injected(fxlora.match(self.module, LAYERS, adapter_name=name))
 
     def _injected(self, plan: Plan) -> fxlora.CapturedModule:
-        """An adapted module starts as the source, but for inits that start elsewhere."""
+        """Inject a plan; check that the outputs are the source's, unless B starts at random."""
         injected = fxlora.inject(self.module, plan).eval()
         if all(entry.init is not False for entry in plan):
             same(injected(IDS), self.model(IDS))
@@ -443,7 +443,7 @@ class Fuzz:
 
 
 class Wrong(Exception):
-    """A mutant that made another module than it says."""
+    """A mutant made another module than its file defines."""
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Inference latency: the source model, with adapters (unfolded), and folded.
+"""Measure inference latency: of the source model, with adapters (unfolded), and folded.
 
-The folded graph is the captured one, node for node: folded / base is 1 but for what capture
-itself changes.
+The folded graph is the captured one, node for node, so that folded / base is 1 except for
+differences between the source and its capture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import fxlora
 
 R, ALPHA = 16, 32
 BASE, UNFOLDED, FOLDED = "base", "unfolded", "folded"
-# Of the largest output: what rounding does between two orders of summation.
+# Relative to the largest output: rounding differences between two orders of summation.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 Call = Callable[[], torch.Tensor]
@@ -85,7 +85,7 @@ def prepared(
 
 
 def check(calls: dict[str, Call], tolerance: float) -> None:
-    """That folded is unfolded, and that the adapters change the output."""
+    """Assert that folded and unfolded agree, and that the adapters change the output."""
     base, unfolded, folded = (calls[side]() for side in (BASE, UNFOLDED, FOLDED))
     gap, effect = error(folded, unfolded), error(unfolded, base)
     assert gap < tolerance, f"folded and unfolded differ by {gap:.1e}"
@@ -104,7 +104,7 @@ Model = tuple[str, nn.Module, dict[str, torch.Tensor], fxlora.Rule]
 
 
 def vision(name: str, options: argparse.Namespace) -> Model:
-    """A torchvision model, adapters on every linear and convolution."""
+    """Return a torchvision model, with a rule for every linear and convolution."""
     batch, size = options.images
     sized = {"image_size": size} if name.startswith("vit") else {}
     model = VISION[name](**sized).to(options.device, DTYPES[options.dtype]).eval()
@@ -114,7 +114,7 @@ def vision(name: str, options: argparse.Namespace) -> Model:
 
 
 def text(name: str, options: argparse.Namespace) -> Model:
-    """GPT-2 small, adapters on every Conv1D."""
+    """Return GPT-2 small, with a rule for every Conv1D."""
     batch, tokens = options.text
     layers = 2 if options.quick else 12
     model = gpt2(layers).to(options.device, DTYPES[options.dtype]).eval()

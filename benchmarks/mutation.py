@@ -1,11 +1,11 @@
-"""What verify notices: sound modules are damaged, in one place at a time.
+"""Count the damage that verify notices: sound modules are damaged in one place at a time.
 
 The kinds of damage are in tests/mutation.py: to adapted modules, to folded ones and to saved
-adapters, over models that read weights in every way that fxlora knows. A cell says how many mutants
-of a kind verify catches, of those that change anything: outputs, gradients, state, plan or whether
-the module runs. Up to two places of a kind are damaged in each model, one after the other. Adapted
-modules are verified by themselves, those "with its fold" against the fold that was made before;
-a saved adapter is loaded, and verified against the fold of the module that was saved.
+adapters, over models with every kind of read that fxlora supports. A cell says how many mutants of
+a kind verify catches, of those that change anything: outputs, gradients, state, plan or whether
+the module runs. For each kind and model there are up to two mutants, damaged in different places.
+Adapted modules are verified by themselves; those "with its fold" against the fold that was made
+before; a saved adapter is loaded, and verified against the fold of the module that was saved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.mutation import CASES, KINDS, Outcome, judge_all, sound  # noqa: E402
 
-Found = dict[str, dict[str, list[Outcome]]]  # by the model, by the kind
+Found = dict[str, dict[str, list[Outcome]]]  # by model and kind of damage
 
 
 def main() -> None:
@@ -53,14 +53,14 @@ def main() -> None:
 
 def options_given() -> argparse.Namespace:
     parser = untimed_parser(__doc__)
-    parser.add_argument("--only", default="", metavar="REGEX", help="damages whose name has this")
-    parser.add_argument("--models", default="", metavar="REGEX", help="models whose name has this")
-    parser.add_argument("--format", default="simple", help="of the table: github for the docs")
+    parser.add_argument("--only", default="", metavar="REGEX", help="match in the kind's name")
+    parser.add_argument("--models", default="", metavar="REGEX", help="match in the model's name")
+    parser.add_argument("--format", default="simple", help="table format: github for the docs")
     return start(parser)
 
 
 def counted(models: str) -> Iterator[str]:
-    """The models, with a line on stderr that says how far it is."""
+    """Yield the models; show the progress on stderr."""
     chosen = [case for case in CASES if re.search(models, case)]
     for number, case in enumerate(chosen, 1):
         print(f"\r{number}/{len(chosen)} {case}\x1b[K", end="", file=sys.stderr, flush=True)
@@ -69,7 +69,7 @@ def counted(models: str) -> Iterator[str]:
 
 
 def outcomes(case: str, kinds: list[str]) -> dict[str, list[Outcome]]:
-    logging.disable(logging.ERROR)  # of a checkpoint whose shapes do not fit any more
+    logging.disable(logging.ERROR)  # logged by checkpoints whose shapes a mutant changed
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         return judge_all(sound(case, Path(folder)), kinds)
@@ -91,7 +91,7 @@ def totals(found: Found) -> dict[str, str]:
 
 
 def cell(outcomes: list[Outcome]) -> str:
-    """Caught of those that change something; blank where there is no such place."""
+    """Return caught/counted, where mutants that change nothing do not count; blank if none do."""
     counts = Counter(outcome.verdict for outcome in outcomes)
     applied = sum(counts.values()) - counts["equivalent"]
     return f"{counts['caught']}/{applied}" if applied else ""

@@ -1,6 +1,6 @@
-"""How each step grows with the number of layers: CPU seconds for N layers, and the exponent.
+"""Measure how each step grows with the number of layers: CPU seconds for N, and the exponent.
 
-Each N runs in a process of its own, on one thread. The exponent is the slope of log(seconds) over
+Each N runs in a separate process, on one thread. The exponent is the slope of log(seconds) over
 log(N): between the last two N, and fitted through all of them; 1 is linear.
 """
 
@@ -30,7 +30,7 @@ WIDTH = 16
 
 
 class Block(nn.Module):
-    """A pre-norm linear with a residual."""
+    """A pre-norm linear layer with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Bare(nn.Module):
-    """Functional linears on bare parameters of more rows than are read, where `rows` is more."""
+    """Functional linears on bare parameters of `rows` rows, of which the first WIDTH are read."""
 
     def __init__(self, layers: int, rows: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Steps:
 
 
 def measure(kind: str, layers: int) -> dict[str, float]:
-    """CPU seconds of every step for one model."""
+    """Return the CPU seconds of every step for one model."""
     torch.manual_seed(0)
     model, x, steps = KINDS[kind](layers), torch.randn(2, WIDTH), Steps()
     config = LoraConfig(r=2)
@@ -102,8 +102,8 @@ def measure(kind: str, layers: int) -> dict[str, float]:
         steps("deepcopy", lambda: copy.deepcopy(lora))
         steps("verify", lambda: fxlora.verify(lora, x, folded=folded))
         path = Path(folder) / "model.pt2"
-        steps("export", lambda: fxlora.export(folded, x, path=path))
-    steps("torch.export alone", lambda: torch.export.export(model, (x,), strict=False))
+        steps("export", lambda: fxlora.export(folded, path, x))
+    steps("torch.export only", lambda: torch.export.export(model, (x,), strict=False))
     return steps.seconds
 
 
@@ -117,7 +117,7 @@ def in_a_process(kind: str, layers: int) -> dict[str, float]:
 
 
 def slope(points: list[tuple[int, float]]) -> float:
-    """Of the line through (log N, log seconds) by least squares."""
+    """Return the slope of the least-squares line through (log N, log seconds)."""
     logs = [(math.log(n), math.log(max(seconds, 1e-6))) for n, seconds in points]
     mean_n, mean_s = (sum(column) / len(logs) for column in zip(*logs, strict=True))
     return sum((n - mean_n) * (s - mean_s) for n, s in logs) / sum(
@@ -126,7 +126,7 @@ def slope(points: list[tuple[int, float]]) -> float:
 
 
 def rows_of(found: dict[int, dict[str, float]]) -> list[dict[str, str]]:
-    """A row for each step: its seconds for each N, and its exponents."""
+    """Return a row for each step: its seconds for each N, and its exponents."""
     rows: list[dict[str, str]] = []
     for step in next(iter(found.values())):
         points = [(n, seconds[step]) for n, seconds in found.items()]

@@ -1,4 +1,4 @@
-"""A sweep over the zoo, each model in a process of its own: what coverage.py and forms.py share."""
+"""Sweeps over the zoo, each model in a separate process; shared by coverage.py and forms.py."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ import fxlora
 
 Record = dict[str, Any]
 Task = tuple[str, str, str]  # library, family, name
-# What is done with one model, in its process: it writes what it finds into the record.
+# The work on one model (its builder, the device), which writes its findings into the record.
 Work = Callable[[Callable[[], Case], str, Record], None]
 
 
 class Fault(Exception):
-    """What a check found wrong."""
+    """A failed check."""
 
 
 # ---- options and records ------------------------------------------------------------------------
@@ -39,25 +39,25 @@ class Fault(Exception):
 def sweep_parser(description: str | None) -> argparse.ArgumentParser:
     parser = untimed_parser(description)
     parser.add_argument("--library", nargs="+", default=list(LIBRARIES), choices=LIBRARIES)
-    parser.add_argument("--only", default="", metavar="PATTERN", help="family/name that has this")
-    parser.add_argument("--quick", action="store_true", help="one torchvision model of a kind")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--only", default="", metavar="REGEX", help="match in family/name")
+    parser.add_argument("--quick", action="store_true", help="one torchvision model per kind")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds per model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--resume", action="store_true", help="keep what --json FILE has already")
+    parser.add_argument("--resume", action="store_true", help="keep the results in --json FILE")
     return parser
 
 
 def options_given(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = start(parser)
     if options.resume and not options.json:
-        parser.error("--resume goes on with what is in --json FILE: name it")
+        parser.error("--resume continues from the results in --json FILE: give --json, too")
     return options
 
 
 def swept(
     options: argparse.Namespace, work: Work, line: Callable[[Record], str]
 ) -> tuple[Report, list[Record]]:
-    """The records of all chosen models, printed and written down as they come."""
+    """Return the report and the records of all chosen models, printed and saved as they come."""
     report = Report(options)
     records = resumed(options)
     done = {(r["library"], r["family"], r["name"]) for r in records}
@@ -109,7 +109,7 @@ def grouped(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
 
 
 def reason(step: str, error: BaseException) -> str:
-    """One line: the step, the error, and for an error that fxlora did not mean, where it was."""
+    """Return one line: the step, the error and, unless it is typed, where it was raised."""
     text = re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))[:400]
     if isinstance(error, Fault | fxlora.FxLoraError):
         name = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
@@ -119,11 +119,11 @@ def reason(step: str, error: BaseException) -> str:
     return f"{step}: {type(error).__name__} at {place}: {text}"
 
 
-# ---- a process for each -------------------------------------------------------------------------
+# ---- a process for each model -------------------------------------------------------------------
 
 
 def in_process(work: Work, task: Task, device: str, threads: int, results: Connection) -> None:
-    """What the process of one model does; the record goes back even where a step dies."""
+    """Run in the process of one model; the record is sent back even if the work raises."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def in_process(work: Work, task: Task, device: str, threads: int, results: Conne
     begin = time.perf_counter()
     try:
         work(families(library)[family][name], device, record)
-    except Exception as error:  # noqa: BLE001 - the zoo's fault, and a result all the same
+    except Exception as error:  # noqa: BLE001 - an error of the zoo is a result, too
         record["failures"].append(reason("zoo", error))
     record["seconds"]["all"] = round(time.perf_counter() - begin, 1)
     results.send(record)
@@ -161,8 +161,8 @@ def supervise(work: Work, task: Task, options: argparse.Namespace, context: Any)
 
 
 def run_all(work: Work, tasks: list[Task], options: argparse.Namespace) -> Iterator[Record]:
-    """The records as they come; the server that forks the processes has imported everything."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # not passed on before Python 3.12
+    """Yield the records as they come; the fork server has imported the libraries already."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # not inherited before Python 3.12
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", *(f"zoo.{name}" for name in options.library)])
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -1,12 +1,12 @@
-"""What becomes of LoRA where weights are read in other ways than by their module's forward.
+"""Measure LoRA where weights are not only read by their module's forward: PEFT and fxlora.
 
-Every pattern of tests/patterns.py is measured as tests/torture.py says: does each adapter change
-the output, in train mode and in eval mode; does its gradient arrive, and is it the right one; are
-the folded module's outputs the unfolded ones; does torch.export take both. PEFT is given every way
-to write the target, and the best outcome counts.
+Every pattern of tests/patterns.py is measured as tests/torture.py describes: does each adapter
+change the output, in train mode and in eval mode; does its gradient arrive, and is it correct; are
+the folded module's outputs the unfolded ones; does torch.export accept both. PEFT is given every
+way to write the target, and the best outcome counts.
 
-right: measured, and so. silent: no error, and wrong. refused: an error that says so, before
-anything is trained. crash: an error from within.
+right: measured, and correct. silent: wrong, without an error. refused: an error that says so
+before anything is trained. crash: any other error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     print()
     sides = {
         "PEFT, by target_modules": [ways[0] for ways in peft],
-        "PEFT, the best way": [best(ways) for ways in peft],
+        "PEFT, best option": [best(ways) for ways in peft],
         "fxlora": ours,
     }
     print(table(summary(chosen, sides), options.format), end="\n\n")
@@ -65,15 +65,15 @@ def main() -> None:
 
 def options_given() -> argparse.Namespace:
     parser = untimed_parser(__doc__)
-    parser.add_argument("--only", default="", metavar="REGEX", help="patterns whose name has this")
-    parser.add_argument("--format", default="simple", help="of the tables: github for the README")
-    parser.add_argument("--brief", action="store_true", help="the sums alone")
-    parser.add_argument("--notes", action="store_true", help="say what went wrong where")
+    parser.add_argument("--only", default="", metavar="REGEX", help="match in the pattern's name")
+    parser.add_argument("--format", default="simple", help="table format: github for the README")
+    parser.add_argument("--brief", action="store_true", help="only print the totals")
+    parser.add_argument("--notes", action="store_true", help="also print each failure")
     return start(parser)
 
 
 def counted(patterns: Sequence[Pattern], side: str) -> Any:
-    """The patterns, with a line on stderr that says how far it is."""
+    """Yield the patterns; show the progress on stderr."""
     for number, pattern in enumerate(patterns, 1):
         print(f"\r{side} {number}/{len(patterns)}\x1b[K", end="", file=sys.stderr, flush=True)
         yield pattern
@@ -92,7 +92,7 @@ def row(pattern: Pattern, ways: Sequence[Judgement], ours: Judgement) -> dict[st
 
 def cells(judgement: Judgement) -> dict[str, str]:
     signs = {check: SIGNS[outcome.verdict] for check, outcome in judgement.cells.items()}
-    if len(set(map(id, judgement.cells.values()))) == 1:  # it never came to the checks
+    if len(set(map(id, judgement.cells.values()))) == 1:  # one outcome for all: no check was run
         signs = {check: SIGNS[judgement.verdict] if check == CHECKS[0] else "" for check in CHECKS}
     if judgement.warned and judgement.verdict == "silent":
         first = next(c for c, o in judgement.cells.items() if o.verdict == "silent")
@@ -103,7 +103,7 @@ def cells(judgement: Judgement) -> dict[str, str]:
 def summary(
     patterns: Sequence[Pattern], sides: Mapping[str, Sequence[Judgement]]
 ) -> list[dict[str, str]]:
-    """A row for each group of patterns: how many of each verdict."""
+    """Return a row for each group of patterns, with the number of each verdict."""
     rows: list[dict[str, str]] = []
     for group, members in GROUPS.items():
         numbers = [n for n, pattern in enumerate(patterns) if pattern in members]

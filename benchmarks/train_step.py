@@ -1,7 +1,7 @@
-"""A training step with adapters on every linear or convolution: fxlora, PEFT, and no adapter.
+"""Measure a training step: fxlora and PEFT with adapters on every layer, and without adapters.
 
-"frozen" is the limit: the same model without adapters, its backward the gradients of the
-activations alone. Its first activation (token embeddings, first convolution) requires grad.
+"frozen" is the limit: the same model without adapters, whose backward computes the gradients of
+activations only. Its first activation (token embeddings, first convolution) requires grad.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import fxlora
 
 R, ALPHA = 16, 32
 FXLORA, PEFT, FROZEN = "fxlora", "PEFT", "frozen"
-# Between two orders of summation; gradients pass through many layers, or through bfloat16.
+# Between two orders of summation; the errors of gradients add up over layers, or in bfloat16.
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
 
 Loss = Callable[[nn.Module], torch.Tensor]
@@ -46,12 +46,17 @@ Loss = Callable[[nn.Module], torch.Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A model, what is adapted in it, and its loss on one batch.
+    """A model, the layers to adapt, and the loss on one batch.
 
     Attributes:
+        title: the table's title.
+        model: the model.
+        targets: names of the layers to adapt.
         example: keyword arguments to capture the model with.
+        loss: computes the loss of a module on the batch.
         stem: computes the first activation.
-        rest: the model from there on, and its loss on that activation.
+        rest: the model after the first activation.
+        rest_loss: computes the loss of `rest` from the first activation.
     """
 
     title: str
@@ -66,7 +71,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Trainee:
-    """One side: how to compute its loss, and what that trains."""
+    """One side: a module, and the function that computes its loss."""
 
     module: nn.Module
     loss: Callable[[], torch.Tensor]
@@ -151,10 +156,10 @@ def adamw(trainee: Trainee) -> torch.optim.Optimizer:
 
 
 def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
-    """The three sides over equal weights, fxlora's and PEFT's with equal A and B.
+    """Return the three sides with equal weights, fxlora's and PEFT's with equal A and B.
 
-    What is compiled is the loss: a model that also returns its logits would be charged for
-    their gradients.
+    The loss is compiled, and not the model: a compiled model that also returns its logits would
+    have to compute their gradients, too.
     """
 
     def ready(loss: Callable[..., torch.Tensor]) -> Any:
@@ -181,7 +186,7 @@ def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
 
 
 def with_peft(task: Task) -> nn.Module:
-    """The model with PEFT's layers in it, and without the wrapper that PEFT puts around it."""
+    """Return the model with PEFT's layers, but without PEFT's wrapper around the model."""
     config = PeftConfig(
         r=R,
         lora_alpha=ALPHA,
@@ -193,7 +198,10 @@ def with_peft(task: Task) -> nn.Module:
 
 
 def check(trainees: dict[str, Trainee], tolerance: float) -> str:
-    """That fxlora and PEFT compute the same loss and gradients, and that adapters matter."""
+    """Assert that fxlora and PEFT agree in loss and gradients, and that adapters have an effect.
+
+    Returns a sentence with the differences, for the report.
+    """
     losses = {name: trainee.loss() for name, trainee in trainees.items()}
     for name in (FXLORA, PEFT):
         losses[name].backward()
@@ -210,8 +218,8 @@ def check(trainees: dict[str, Trainee], tolerance: float) -> str:
     assert gap < tolerance, f"the losses differ by {gap:.1e}"
     assert gradient < tolerance, f"the gradients differ by {gradient:.1e}"
     return (
-        f"fxlora against PEFT: loss {gap:.0e} apart, gradients {gradient:.0e} of the largest; "
-        f"the adapters change the loss by {effect:.0e}."
+        f"fxlora and PEFT differ by {gap:.0e} in the loss and by {gradient:.0e} (of the largest) "
+        f"in the gradients; the adapters change the loss by {effect:.0e}."
     )
 
 
@@ -219,7 +227,7 @@ def check(trainees: dict[str, Trainee], tolerance: float) -> str:
 
 
 def text(options: argparse.Namespace) -> Task:
-    """GPT-2 small, adapters on every Conv1D."""
+    """Return the task for GPT-2 small, with adapters on every Conv1D."""
     batch, tokens = options.text
     layers = 2 if options.quick else 12
     model = gpt2(layers).to(options.device, DTYPES[options.dtype]).train()
@@ -238,7 +246,10 @@ def text(options: argparse.Namespace) -> Task:
 
 
 def vision(options: argparse.Namespace) -> Task:
-    """ResNet-50, adapters on every convolution and on the classifier; batch norm trains."""
+    """Return the task for ResNet-50, with adapters on every convolution and the classifier.
+
+    Batch norms are in train mode.
+    """
     batch, size = options.images
     build = torchvision.models.resnet18 if options.quick else torchvision.models.resnet50
     model = build().to(options.device, DTYPES[options.dtype]).train()

@@ -1,10 +1,10 @@
-"""The whole way on real data; `make demo` runs it.
+"""The complete workflow on real data; `make demo` runs it.
 
 A torchvision network learns the digits 0 to 4 of scikit-learn's handwritten digits. fxlora
 captures it and adapts it to the digits 5 to 9, with LoRA on its layers and a new head. The
 result is verified, folded, exported, and run by a process that cannot import fxlora.
 
-Every number that this prints is measured in this run.
+Every printed number is measured in this run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: idle threads sleep. Where other work runs on the same cores, threads
-# that spin while they wait cost several times the time.
+# Set before torch is imported, so that idle threads sleep. If other work runs on the same cores,
+# spinning threads make the demo several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -38,10 +38,10 @@ from tqdm import tqdm
 import fxlora
 
 CLASSES = 5  # in each half of the digits
-PRETRAIN_LR, ADAPT_LR = 1e-3, 1e-2  # LoRA learns at a higher rate than whole weights
-TOLERANCE = 1e-5  # of the largest logit, where a second process may choose other kernels
+PRETRAIN_LR, ADAPT_LR = 1e-3, 1e-2  # LoRA takes a higher rate than training in full
+TOLERANCE = 1e-5  # relative to the largest logit: another process may choose other kernels
 
-# Run by a new Python: `None` in sys.modules makes any import of fxlora raise.
+# Run by a new Python process. `None` in sys.modules makes any import of fxlora raise.
 FRESH_PROCESS = """
 import sys
 sys.modules["fxlora"] = None
@@ -149,7 +149,7 @@ def print_surroundings(options: argparse.Namespace, low: Half, high: Half) -> No
 
 @dataclass
 class Phases:
-    """Prints a heading for each phase, and how long each took."""
+    """Prints a heading for each phase, and at the end the seconds that each took."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -161,12 +161,12 @@ class Phases:
         self.seconds[name] = time.perf_counter() - start
 
     def print_times(self) -> None:
-        rows = [*self.seconds.items(), ("in all", sum(self.seconds.values()))]
+        rows = [*self.seconds.items(), ("total", sum(self.seconds.values()))]
         print(f"\n{tabulate(rows, ('phase', 'seconds'), floatfmt='.1f')}")
 
 
 def check(holds: bool, statement: str) -> None:
-    """Say what was checked, or end the demo with it."""
+    """Print the statement if it holds, else end the demo with it."""
     if not holds:
         raise SystemExit(f"FAILED: {statement}")
     print(f"checked: {statement}")
@@ -181,12 +181,12 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class Images:
-    """Digits as they ship, enlarged a batch at a time.
+    """scikit-learn's digits, which are enlarged when a batch is taken.
 
     Attributes:
         grey: grey levels from -1 to 1, (n, 1, 8, 8).
         labels: 0 to 4, (n,).
-        size: height and width of what the network sees.
+        size: height and width of the network's inputs.
     """
 
     grey: Tensor
@@ -197,7 +197,7 @@ class Images:
         return len(self.labels)
 
     def inputs(self, chosen: Tensor | slice) -> Tensor:
-        """The chosen images, (batch, 3, size, size)."""
+        """Return the chosen images, (batch, 3, size, size)."""
         large = F.interpolate(self.grey[chosen], size=(self.size, self.size), mode="bilinear")
         return large.expand(-1, 3, -1, -1).contiguous()
 
@@ -211,7 +211,7 @@ class Half:
 
 
 def load_halves(options: argparse.Namespace) -> tuple[Half, Half]:
-    """The digits 0-4 and the digits 5-9."""
+    """Return the digits 0-4 and the digits 5-9."""
     data = load_digits()
     grey = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # levels are 0 to 16
     digits = torch.tensor(data.target)
@@ -224,7 +224,7 @@ def load_halves(options: argparse.Namespace) -> tuple[Half, Half]:
 
 
 def split(grey: Tensor, labels: Tensor, options: argparse.Namespace) -> Half:
-    """A quarter is held out, drawn at random."""
+    """Hold out a random quarter of the images."""
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(labels), generator=generator)
     held_out, train = (
@@ -238,7 +238,7 @@ def split(grey: Tensor, labels: Tensor, options: argparse.Namespace) -> Half:
 
 
 def pretrained(options: argparse.Namespace, low: Half) -> nn.Module:
-    """The base: a network that knows the digits 0-4 (or ImageNet), with a head that is new."""
+    """Return the base: a network trained on the digits 0-4 (or ImageNet), with a new head."""
     model = fetch(options.model, options.weights).to(options.device)
     if options.weights:
         print(f"{options.model} with torchvision's weights {options.weights}: no pretraining")
@@ -267,12 +267,12 @@ def fetch(name: str, weights: str | None) -> nn.Module:
 
 
 def head_of(model: nn.Module) -> str:
-    """Path of the classifier, which in torchvision's networks is the last such layer."""
+    """Return the path of the classifier: in torchvision, the last linear or convolution."""
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
 
 
 def renew_head(model: nn.Module) -> None:
-    """Put a classifier for five classes, with initial weights, in the place of the model's."""
+    """Replace the model's classifier by a newly initialised one for five classes."""
     name = head_of(model)
     old = model.get_submodule(name)
     if isinstance(old, nn.Conv2d):
@@ -290,7 +290,7 @@ def train(
     lr: float,
     options: argparse.Namespace,
 ) -> None:
-    """AdamW on batches drawn in a new order each epoch, with a warm-up and a decay."""
+    """Train with AdamW, with warm-up and decay, on batches in a new order each epoch."""
     module.train()
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -307,7 +307,7 @@ def train(
 
 
 def epochs(count: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Indices of full batches without end: batch norm cannot train on a batch of one."""
+    """Yield indices of full batches, endlessly: batch norm cannot train on a batch of one."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -315,7 +315,7 @@ def epochs(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def logits(output: Any) -> Tensor:
-    """GoogLeNet and Inception return their auxiliary heads too while they train."""
+    """Return the logits; in train mode GoogLeNet and Inception also return auxiliary heads."""
     return output if isinstance(output, Tensor) else output.logits
 
 
@@ -333,7 +333,7 @@ def accuracy(module: nn.Module, images: Images) -> float:
 
 
 def lora_rule(model: nn.Module, options: argparse.Namespace) -> fxlora.Rule:
-    """LoRA on every convolution and linear layer but the head, which is trained in full."""
+    """Return a rule: LoRA on every convolution and linear layer, the head trained in full."""
     config = fxlora.LoraConfig(r=options.r, lora_alpha=16, modules_to_save=[head_of(model)])
     return fxlora.Rule(op=["conv2d", "linear"], lora=config)
 
@@ -341,7 +341,7 @@ def lora_rule(model: nn.Module, options: argparse.Namespace) -> fxlora.Rule:
 def adapt(
     base: fxlora.CapturedModule, plan: fxlora.Plan, high: Half, options: argparse.Namespace
 ) -> fxlora.CapturedModule:
-    """The base with the plan's adapters, trained on the digits 5-9."""
+    """Return the base with the plan's adapters, trained on the digits 5-9."""
     adapted = fxlora.inject(base, plan)
     train(adapted, fxlora.lora_parameters(adapted), high.train, options.steps, ADAPT_LR, options)
     return adapted
@@ -353,15 +353,15 @@ def print_accuracies(
     high: Half,
     options: argparse.Namespace,
 ) -> None:
-    """Before and after, and what the new head does without LoRA in as many steps.
+    """Print the accuracy before and after, and that of a new head trained as long without LoRA.
 
-    Either way the batch norms follow the new digits while they train.
+    In both trainings the batch norms' statistics adapt to the new digits.
     """
     plan = fxlora.match(base, fxlora.Rule(adapted.plan.modules_to_save[0], train=True))
     head = adapt(base, plan, high, options)
     modules = {
         "before: new head, untrained": base,
-        "new head alone": head,
+        "new head only": head,
         "LoRA, new head": adapted,
     }
     rows = [(name, f"{accuracy(m, high.held_out):.1%}") for name, m in modules.items()]
@@ -370,12 +370,12 @@ def print_accuracies(
 
 
 def print_verification(verification: fxlora.Verification) -> None:
-    """The laws that fxlora.verify found to hold, in a few lines."""
+    """Print a summary of the laws that fxlora.verify has checked."""
     sites = verification.sites
     worst = max(site.weight_error / site.weight_tolerance for site in sites)
     print(
         f"fxlora.verify: all {len(sites)} adapters change the output; each folded weight is "
-        f"W0 + s·BA (at worst {worst:.2f} of what rounding may do);"
+        f"W0 + s·BA (largest error: {worst:.2f} of the rounding bound);"
     )
     print(
         f"folded against unfolded: {verification.output_error:.1e} of the largest output "
@@ -384,9 +384,9 @@ def print_verification(verification: fxlora.Verification) -> None:
 
 
 def print_latencies(graphs: dict[str, nn.Module], inputs: Tensor, rounds: int) -> None:
-    with threads(1):  # several threads wait for each other wherever the machine has other work
+    with threads(1):  # on a busy machine several threads would wait for each other
         seconds = interleaved(graphs, inputs, rounds)
-    print(f"eval graphs, {len(inputs)} images a call, one thread, taking turns for {rounds} rounds")
+    print(f"eval graphs, {len(inputs)} images per call, one thread, {rounds} interleaved rounds")
     rows = [
         (name, f"{statistics.median(times) * 1e3:.2f}", f"{ratio(times, seconds['base']):.3f}")
         for name, times in seconds.items()
@@ -396,7 +396,7 @@ def print_latencies(graphs: dict[str, nn.Module], inputs: Tensor, rounds: int) -
 
 
 def ratio(times: list[float], base: list[float]) -> float:
-    """Compared within a round: the machine's other work changes from round to round."""
+    """Return the median ratio within rounds, because the machine's load changes between them."""
     return statistics.median(mine / its for mine, its in zip(times, base, strict=True))
 
 
@@ -412,7 +412,7 @@ def threads(count: int) -> Iterator[None]:
 def interleaved(
     graphs: dict[str, nn.Module], inputs: Tensor, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each call. The graphs take turns, so that a busy moment strikes all alike."""
+    """Return the seconds of each call; the graphs take turns, so that load affects all alike."""
     names = list(graphs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for module in graphs.values():
@@ -440,14 +440,14 @@ def save(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     fxlora.save_adapter(adapted, out / "adapter")
-    fxlora.export(folded, example, out / "model.pt2")
+    fxlora.export(folded, out / "model.pt2", example)
     files = [out / "model.pt2", *sorted((out / "adapter").iterdir())]
     rows = [(str(file), f"{file.stat().st_size:,}") for file in files]
     print(tabulate(rows, ("written", "bytes"), colalign=("left", "right")))
 
 
 def check_fresh_process(folded: fxlora.CapturedModule, program: Path, inputs: Tensor) -> None:
-    """A Python without fxlora gets the folded graph's outputs from the .pt2 file."""
+    """Check that a process without fxlora gets the folded graph's outputs from the .pt2 file."""
     with torch.no_grad():
         expected = folded.eval()(inputs)
     found = run_fresh(program, inputs)
@@ -478,7 +478,7 @@ def check_adapter_from_disk(
     example: Tensor,
     inputs: Tensor,
 ) -> None:
-    """The base, captured anew, with the adapter from disk is the module that was trained."""
+    """Check that a new capture with the adapter from disk equals the trained module."""
     loaded = fxlora.load_adapter(fxlora.capture(model, example), folder)
     same = same_bits(loaded.state_dict(), adapted.state_dict())
     same &= torch.equal(loaded.eval()(inputs), adapted.eval()(inputs))

@@ -1,10 +1,10 @@
-"""A script written for PEFT, moved to fxlora: two lines differ.
+"""A script written for PEFT, ported to fxlora: two lines differ.
 
     from peft import LoraConfig, get_peft_model     from fxlora import LoraConfig, adapt
     model = get_peft_model(base, config)            model = adapt(base, kwargs=batch, rules=config)
 
-The example batch is new, because fxlora captures the graph that runs on it. What is saved is a
-folder that PEFT reads.
+The example batch is new, because fxlora captures the graph that runs on it. PEFT can read the
+saved folder.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """Two layers with initial weights: nothing is downloaded."""
+    """Return a Llama of two layers with initial weights, so that nothing is downloaded."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
@@ -53,14 +53,14 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def copying_task() -> dict[str, torch.Tensor]:
-    """A batch to learn by heart: sequences whose second half repeats the first."""
+    """Return a batch to memorise: sequences whose second half repeats the first."""
     half = torch.randint(64, (16, 8))
     tokens = torch.cat([half, half], 1)
     return {"input_ids": tokens, "labels": tokens}
 
 
 def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """The training loop is the one that a PEFT script has."""
+    """Train with the same loop as a PEFT script."""
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-2)
@@ -77,7 +77,7 @@ def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
 def compare_with_peft(
     base: LlamaForCausalLM, model: torch.nn.Module, batch: dict[str, torch.Tensor], folder: str
 ) -> None:
-    """PEFT puts the saved folder on the same base: the base is as it was before fxlora."""
+    """Compare with PEFT, which loads the saved folder onto the same, unchanged base."""
     ours = model(**batch).logits
     if importlib.util.find_spec("peft") is None:
         print("peft is not installed: the folder is not compared with it")

@@ -11,7 +11,7 @@ from fxlora import LoraConfig, Rule
 
 
 class Network(nn.Module):
-    """Characters of a caption and an image, to 10 classes."""
+    """Classifies an image and the characters of its caption into 10 classes."""
 
     def __init__(self):
         super().__init__()
@@ -33,15 +33,15 @@ class Network(nn.Module):
         return self.head(self.mix(torch.cat([seen, read], 1)))
 
 
-# The first rule that matches a weight decides, so exceptions stand in front. Every key of a
-# rule must hold. A rule that decides nothing raises NoMatchError: a typo is no silent no-op.
+# The first rule that matches a weight decides, so exceptions come first. All keys of a rule must
+# match. A rule that decides no weight raises NoMatchError, so that a typo is not silent.
 RULES = [
-    Rule("stem", lora=None),  # leave it alone
+    Rule("stem", lora=None),  # do not adapt it
     Rule("head", train=True),  # train it in full, without LoRA
     Rule(op="conv*", kernel_size=1, lora=LoraConfig(r=2, lora_alpha=4)),
     Rule("blocks.*", op="conv2d", min_features=16, lora=LoraConfig(r=4, lora_alpha=8)),
     Rule(op="embedding", max_in_features=1000, lora=LoraConfig(r=3)),
-    # PEFT's words inside a rule: all linear layers but one.
+    # PEFT's options inside a rule: all linear layers but one.
     Rule(op="linear", lora=LoraConfig(r=8, target_modules="all-linear", exclude_modules=["mix.2"])),
 ]
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def show_first_match_wins(base: fxlora.CapturedModule) -> None:
-    """A rule that earlier rules leave nothing to is an error that names them."""
+    """If earlier rules take all weights that a rule matches, the error names those rules."""
     try:
         fxlora.match(base, [Rule(op="conv2d"), Rule("stem", lora=None)])
     except fxlora.NoMatchError as error:
@@ -65,12 +65,12 @@ def show_first_match_wins(base: fxlora.CapturedModule) -> None:
 
 
 def show_file(base: fxlora.CapturedModule, plan: fxlora.Plan) -> None:
-    """A plan as TOML is a rules file: it can be read, edited, and matched again."""
+    """Show a plan as TOML, which is a rules file: it can be read, edited, and matched again."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rules.toml")
         path.write_text(plan.to_toml(), encoding="utf-8")
         again = fxlora.match(base, path)
-    rules = plan.to_toml().partition("[[site]]")[0]  # the sites follow; match works them out anew
+    rules = plan.to_toml().partition("[[site]]")[0]  # the sites follow; match finds them again
     print(f"\nplan.to_toml():\n\n{rules}")
     print(f"the plan read back from TOML is the same: {again == plan}")
 

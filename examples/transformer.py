@@ -33,23 +33,26 @@ def main() -> None:
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
-    """Two layers with initial weights; lm_head is tied to the token embedding `wte`."""
+    """Return a GPT-2 of two layers with initial weights; lm_head is tied to the embedding wte."""
     sizes = {"vocab_size": 48, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **tokens, use_cache=False, loss_type="ForCausalLM"))
 
 
 def padded_batch(rows: int, length: int) -> Batch:
-    """Counting upwards from a random token; the first row ends in padding."""
+    """Return sequences that count up from a random token; the first row ends in padding."""
     tokens = (torch.randint(48, (rows, 1)) + torch.arange(length)) % 48
     mask = torch.ones_like(tokens)
     mask[0, -2:] = 0
-    labels = tokens.masked_fill(mask == 0, -100)  # what cross entropy leaves out
+    labels = tokens.masked_fill(mask == 0, -100)  # cross entropy ignores -100
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
 def train(lora: fxlora.CapturedModule) -> None:
-    """LoRA+ (Hayou et al. 2024): B learns faster than A. Every batch has another shape."""
+    """Train with LoRA+ (Hayou et al. 2024), where B learns faster than A.
+
+    Successive batches have different shapes.
+    """
     groups = fxlora.lora_parameters(lora, groups=True, lr=2e-3, lr_ratio=8)
     optimizer = torch.optim.AdamW(groups)
     print("\nlearning rates:", {group["name"]: group["lr"] for group in groups})
@@ -65,12 +68,11 @@ def train(lora: fxlora.CapturedModule) -> None:
 
 @torch.no_grad()
 def export(folded: fxlora.CapturedModule, batch: Batch, shapes: dict[str, dict[int, Dim]]) -> None:
-    """The .pt2 file holds for the same lengths, and needs no fxlora."""
+    """Export a .pt2 file, which accepts the same lengths and does not need fxlora."""
     other = padded_batch(rows=3, length=21)
     with tempfile.TemporaryDirectory() as folder:
-        path = fxlora.export(
-            folded, path=Path(folder, "gpt2.pt2"), kwargs=batch, dynamic_shapes=shapes
-        )
+        file = Path(folder, "gpt2.pt2")
+        path = fxlora.export(folded, file, kwargs=batch, dynamic_shapes=shapes)
         program = torch.export.load(path).module()
     same = torch.equal(program(**other).logits, folded.eval()(**other).logits)
     print(f"\nthe .pt2 file on another length, 21: the same logits bit for bit: {same}")

@@ -15,38 +15,55 @@ from .errors import (
     FxLoraWarning,
     InjectError,
     InputError,
+    MisfitError,
     NoMatchError,
+    NotCapturedError,
     UnsupportedOpError,
     VerificationError,
 )
 from .frontends import capture
+from .lora.layout import Layout
+from .lora.ops import register_op
+from .lora.row import Op, Read
+from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
 from .module.host import hosted, recorded_calls
 from .passes.eva import Initialized, initialize_from
-from .plan import Plan
-from .proof import Verification, verify
+from .plan import Entry, Plan
+from .proof import AdaptedRead, SiteCheck, Verification, verify
+from .reads.readers import Reader
 from .reads.sites import Site
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptedRead",
     "AdapterError",
     "CaptureError",
     "CapturedModule",
     "ConfigError",
+    "Entry",
     "ExportError",
     "FxLoraError",
     "FxLoraWarning",
     "Initialized",
     "InjectError",
     "InputError",
+    "Layout",
     "LoraConfig",
+    "MisfitError",
     "NoMatchError",
+    "NotCapturedError",
+    "Op",
     "Plan",
+    "Read",
+    "Reader",
     "Rule",
     "Site",
+    "SiteCheck",
     "UnsupportedOpError",
+    "Variant",
     "Verification",
     "VerificationError",
     "adapt",
@@ -61,6 +78,8 @@ __all__ = [
     "lora_parameters",
     "match",
     "recorded_calls",
+    "register_op",
+    "register_variant",
     "remove",
     "report",
     "save_adapter",

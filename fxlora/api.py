@@ -1,4 +1,4 @@
-"""The verbs that turn one module into another."""
+"""The functions that turn one module into another."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .config import Rules, is_finite
 from .errors import ConfigError, InjectError
 from .frontends import capture
 from .matching import match
-from .module import CapturedModule
+from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
 from .names import shown
 from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
 from .plan import Plan
 
-# Linear in the weights, so that branches can go into them; then a constant each.
+# Every branch as a term of its weight first; each weight is then one constant expression.
 FOLD = Chain((ToWeightForm(), FoldConstants()))
 
 
@@ -27,19 +27,35 @@ FOLD = Chain((ToWeightForm(), FoldConstants()))
 def inject(
     module: CapturedModule, plan: Plan, *, starts: Mapping[str, torch.Tensor] | None = None
 ) -> CapturedModule:
-    """A new module with the plan's adapters as explicit nodes; the given one stays as it is.
+    """Return a new module with the plan's adapters as graph nodes.
 
-    Only A, B and what the plan trains in full require gradients. With the default init B is
-    zero, and the outputs are bit for bit the given module's.
+    Only A, B and the parameters that the plan trains in full require gradients. With the default
+    init B is zero, and the outputs equal the given module's bit for bit.
 
     Args:
-        starts: values of the adapters' tensors by their names, in place of fresh ones.
+        module: a captured module without adapters; it is not changed.
+        plan: from `match` on this module.
+        starts: initial values of adapter tensors by name, of the shapes `(r, in_features)` for A
+            and `(out_features, r)` for B; the others are initialised as the plan says.
+
+    Returns:
+        The adapted module. It shares the frozen weights' storage with the given one.
 
     Raises:
-        InjectError: the plan does not fit the module, or it has adapters already.
+        NotCapturedError: the module is not a captured one.
+        InjectError: the plan does not fit the module, or the module has adapters already.
+
+    Example:
+        >>> import torch, fxlora
+        >>> gm = fxlora.capture(torch.nn.Linear(6, 4), torch.randn(2, 6))
+        >>> plan = fxlora.match(gm, fxlora.Rule(op="linear", lora=fxlora.LoraConfig(r=2)))
+        >>> lora = fxlora.inject(gm, plan)
+        >>> [tuple(p.shape) for p in fxlora.lora_parameters(lora)]
+        [(2, 6), (4, 2)]
     """
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InjectError(f"inject takes a Plan, not {type(plan).__name__}: match makes one.")
+    check_captured(module, "inject")
     return Inject(plan, starts or {})(module)
 
 
@@ -47,38 +63,99 @@ def adapt(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: dict[str, Any] | None = None,
+    rules: Rules | str | Path | None = None,
     *,
-    rules: Rules | str | Path,
+    budget: int | str | None = None,
     dynamic_shapes: Any = None,
     adapter_name: str = "default",
 ) -> CapturedModule:
-    """capture, match and inject in one call."""
+    """Capture a model, match rules against it and inject the adapters, in one call.
+
+    Args:
+        model: any nn.Module; it is not changed.
+        args, kwargs: example inputs, as for `capture`.
+        rules: a LoraConfig, a Rule, a list of these, or the path of a rules file, as for `match`.
+        budget: the most parameters of all A and B together, as for `match`.
+        dynamic_shapes: as for `capture`.
+        adapter_name: the adapter's name.
+
+    Returns:
+        The adapted module.
+
+    Raises:
+        CaptureError: the model has no graph.
+        NoMatchError, UnsupportedOpError, ConfigError: as for `match`.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU())
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> lora = fxlora.adapt(model, torch.randn(3, 6), rules=config)
+        >>> [name for name, p in lora.named_parameters() if p.requires_grad]
+        ['0.lora_A.default.weight', '0.lora_B.default.weight']
+    """
+    if rules is None:
+        raise ConfigError("adapt needs rules: a LoraConfig, Rules, or the path of a rules file.")
     module = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return inject(module, match(module, rules, adapter_name=adapter_name))
+    return inject(module, match(module, rules, adapter_name=adapter_name, budget=budget))
 
 
 @no_ambient_modes()
 def fold(module: CapturedModule) -> CapturedModule:
-    """A new module with `W0 + s·BA` in place of every adapted weight, and no adapter node.
+    """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
-    Its graphs are node for node the captured ones, and nothing in it requires gradients (what was
-    not adapted shares storage with the source). Folding a folded module changes nothing.
+    Its graphs are the captured ones, node for node, and none of its parameters requires gradients.
+    Each folded weight is summed in float32 (float64 for a float64 weight) and rounded once.
+    Weights that were not adapted share storage with the source. Folding twice changes nothing.
+
+    Args:
+        module: an adapted module; it is not changed.
+
+    Returns:
+        The folded module.
 
     Raises:
+        NotCapturedError: the module is not a captured one.
         InjectError: the module never had adapters.
+
+    Example:
+        >>> import torch, fxlora
+        >>> x, rule = torch.randn(2, 6), fxlora.Rule(lora=fxlora.LoraConfig(r=2))
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), x, rules=rule).eval()
+        >>> torch.allclose(fxlora.fold(lora)(x), lora(x), atol=1e-6)
+        True
     """
-    if isinstance(module, CapturedModule) and module.plan is None and not module.folded:  # pyright: ignore[reportUnnecessaryIsInstance]
+    check_captured(module, "fold")
+    if module.plan is None and not module.folded:
         raise InjectError("nothing to fold: the module has no adapters.")
     return FOLD(module)
 
 
 @no_ambient_modes()
 def remove(module: CapturedModule) -> CapturedModule:
-    """A new module without the adapters: weights, heads and buffers as before injection.
+    """Return a new module without the adapters, as it was before `inject`.
+
+    Weights, parameters that were trained in full, and buffers have their values from before the
+    injection.
+
+    Args:
+        module: an adapted module; it is not changed.
+
+    Returns:
+        The captured module again.
 
     Raises:
+        NotCapturedError: the module is not a captured one.
         InjectError: the module has no adapters.
+
+    Example:
+        >>> import torch, fxlora
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=config)
+        >>> list(fxlora.remove(lora).state_dict())
+        ['weight', 'bias']
     """
+    check_captured(module, "remove")
     return Remove()(module)
 
 
@@ -89,27 +166,40 @@ def lora_parameters(
     lr: float | None = None,
     lr_ratio: float | None = None,
 ) -> list[Any]:
-    """What an optimizer should train: A, B, and the parameters trained in full.
+    """Return the parameters for an optimizer: A, B, and the parameters trained in full.
 
     Args:
+        module: an adapted module.
         groups: return parameter groups ("lora_A", "lora_B" and, if any, "full") instead.
-        lr: learning rate of the groups. Without it they carry names only, for you to set their
-            rates.
-        lr_ratio: with lr, B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024, who take 16).
+        lr: learning rate of the groups. Without it the groups have no learning rate of their own.
+        lr_ratio: B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024, who use 16); needs lr.
+
+    Returns:
+        Parameters, or dicts with "name", "params" and, if lr is given, "lr".
 
     Raises:
-        InjectError: the module has no adapters, or a parameter that is not in the plan
-            requires gradients.
-        ConfigError: lr without groups, or lr_ratio without lr, which would have no effect; or
-            they are not above 0.
+        NotCapturedError: the module is not a captured one.
+        InjectError: the module has no adapters, or a parameter that is not in the plan requires
+            gradients.
+        ConfigError: lr without groups or lr_ratio without lr, which would have no effect; or one
+            of them is not a finite number above 0.
+
+    Example:
+        >>> import torch, fxlora
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=config)
+        >>> groups = fxlora.lora_parameters(lora, groups=True, lr=1e-4, lr_ratio=16)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('lora_A', 0.0001), ('lora_B', 0.0016)]
     """
-    if not isinstance(module, CapturedModule) or module.plan is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+    check_captured(module, "lora_parameters")
+    if module.plan is None:
         raise InjectError("no adapters to train: inject a plan first.")
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
         if value is not None and not (is_finite(value) and value > 0):
             raise ConfigError(f"{name} must be a finite number > 0, not {shown(value)}.")
     if lr is not None and not groups:
-        raise ConfigError(f"lr={lr} needs groups=True: parameters alone carry no learning rate.")
+        raise ConfigError(f"lr={lr} needs groups=True: a list of parameters has no learning rate.")
     if lr_ratio is not None and lr is None:
         raise ConfigError(f"lr_ratio={lr_ratio} needs groups=True and lr=….")
     if stray := module.unplanned():

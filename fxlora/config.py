@@ -1,4 +1,7 @@
-"""What the user says: LoraConfig (PEFT's words) and Rule. Data, checked when it is made."""
+"""LoraConfig and Rule: the rules by which weights are adapted, as data checked on creation.
+
+Rules can also be read from TOML and JSON files, and written as plain data.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from .names import shown
 from .tables import some
 
 MAX_RANK = 2**20
-MAX_SIZE = 2**48  # of a dimension, a number of parameters, …
+MAX_SIZE = 2**48  # limit for sizes of dimensions, numbers of parameters, layer numbers, …
 
 Names = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"
@@ -28,33 +31,69 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """PEFT's LoraConfig: its names, its defaults, its matching.
+    """Configuration of LoRA, with the field names, defaults and name matching of PEFT's LoraConfig.
+
+    The adapted weight is W0 + s·BA (Hu et al. 2021, LoRA, eq. 3) with the scaling factor
+    s = lora_alpha / r (§4.1). For a linear layer, A is (r, in_features) and B is
+    (out_features, r). The fields `variant` and `tied` are fxlora's own.
 
     Attributes:
-        r: the rank, ≥ 1.
-        lora_alpha: the branch is scaled by `lora_alpha / r`, with `use_rslora` by
-            `lora_alpha / sqrt(r)` (Kalajdzievski 2023, eq. 4).
-        target_modules: a list of names, each matching whole or as a dotted suffix; or one
-            string, a regular expression for the whole name; or "all-linear".
-        exclude_modules: as target_modules; what it matches is left alone.
-        lora_dropout: probability of zeroing an entry of the branch's input, in train mode. With
-            DoRA the base's own output is scaled as it is (PEFT computes it again from the dropped
-            input, so that dropout there also drops from the frozen layer).
-        modules_to_save: modules (whole name or dotted suffix) trained in full, as copies.
-        bias: "none"; "all" biases or those of adapted layers ("lora_only") train too.
-        use_dora: PEFT's word for `variant="dora"`.
-        init_lora_weights: True or "kaiming_uniform" (A Kaiming uniform with a=√5, B zero; an
-            embedding has A zero and B normal, as in loralib), "kaiming_normal", "gaussian"
-            (A normal with deviation 1/r), "orthogonal" (both random, BA = 0), "pissa" and "olora"
-            (from the weight, which is trained less that), False (A and B both Kaiming uniform: no
-            identity).
-        rank_pattern, alpha_pattern: `{regular expression for the end of a name: value}`.
-        layers_to_transform, layers_pattern: only layers of these numbers.
-        target_parameters: names of parameters (whole or dotted suffix).
-        variant: a row of `fxlora.variants` ("dora"), or None for plain LoRA.
-        tied: of a weight under several names, a rule adapts the reads that go by the names that
-            it matches ("rule"), or all of them ("share").
-        task_type, fan_in_fan_out: taken so that PEFT's scripts run; a graph needs neither.
+        r: the rank, from 1 to 2**20.
+        target_modules: the modules or parameters to adapt. A list of names, each of which matches
+            a whole name or a dotted suffix of one; or one string, a regular expression for the
+            whole name; or "all-linear": every weight that matrix products read, except output
+            embeddings and weights that are also looked up as embeddings.
+        exclude_modules: modules or parameters not to adapt, written like `target_modules`.
+        lora_alpha: numerator of the scaling factor s, a finite number > 0.
+        lora_dropout: probability, in [0, 1), of zeroing an element of the branch's input in train
+            mode. The indices of an embedding take no dropout, and for a site that cannot take a
+            branch, dropout is an error in `match`. With DoRA, the output of the base weight is
+            scaled without dropout (PEFT recomputes it from the dropped input, so that its dropout
+            also affects the frozen layer).
+        bias: biases that train too: "none", "all", or those of adapted layers ("lora_only").
+        use_rslora: whether s is lora_alpha / √r (Kalajdzievski 2023, eq. 4).
+        use_dora: PEFT's name for `variant="dora"`.
+        modules_to_save: modules (whole names or dotted suffixes) to train in full, as copies.
+        init_lora_weights: how A and B are initialized:
+
+            - "kaiming_uniform": A Kaiming uniform with a=√5, B zero.
+            - True: the same, but for an embedding A is zero and B normal, as in loralib.
+            - "kaiming_normal": A Kaiming normal with a=√5, B zero.
+            - "gaussian": A normal with standard deviation 1/r, B zero.
+            - "orthogonal": both random with BA = 0; r must be even.
+            - "pissa" (Meng et al. 2024, eq. 2-3), "olora" (Büyükakyüz 2024): both computed from
+              the weight W0. The initial s·BA is subtracted from W0, so that the outputs start
+              unchanged.
+            - False: both Kaiming uniform. The outputs change as soon as the adapter is injected.
+        layers_to_transform: numbers of the layers to adapt; None adapts all.
+        layers_pattern: regular expressions, without groups, for the part of a name before the
+            layer number ("h" in "h.3.attn"); needs `layers_to_transform`. None allows any part.
+        rank_pattern: ranks that differ from `r`, as `{regular expression: rank}`. The expression
+            must match the whole name of the site or a dotted suffix of it; the first match counts.
+        alpha_pattern: values that differ from `lora_alpha`, in the form of `rank_pattern`.
+        target_parameters: names (whole or dotted suffixes) of parameters to adapt.
+        variant: a row of the table `fxlora.lora.variants.VARIANTS`, or None for plain LoRA. "dora"
+            rescales each output of the adapted weight to a trained magnitude (Liu et al. 2024,
+            DoRA, eq. 5). "from_weight" subtracts the initial s·BA from W0; the inits "pissa" and
+            "olora" select it by themselves.
+        tied: how a rule adapts a weight that has several names: only where it is read under a name
+            that the rule matches ("rule"), or wherever it is read ("share").
+        task_type: accepted so that scripts written for PEFT run; it has no effect.
+        fan_in_fan_out: the same; the layout of a weight is taken from the graph.
+
+    Raises:
+        ConfigError: a field has a wrong type or value, or two fields contradict each other.
+
+    Warns:
+        FxLoraWarning: an alpha is not a whole number, although PEFT declares an integer.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+        >>> module = fxlora.capture(model, torch.randn(2, 6))
+        >>> config = fxlora.LoraConfig(r=2, lora_alpha=8, target_modules=["0"])
+        >>> [(entry.site, entry.r, entry.scaling) for entry in fxlora.match(module, config)]
+        [('0', 2, 4.0)]
     """
 
     r: int = 8
@@ -97,7 +136,7 @@ class LoraConfig:
         self._normalise_patterns()
 
     def _normalise_names(self) -> None:
-        """Sequences of names as tuples, so that a configuration compares by value."""
+        """Check the fields that hold names; make lists tuples, so that configs compare by value."""
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -113,7 +152,7 @@ class LoraConfig:
     def _normalise_layers(self) -> None:
         patterns = self.layers_pattern or ()
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            # (the group around the layer's number must be the first)
+            # match takes the layer number from group 1, so a pattern must have no groups.
             _check_regex("layers_pattern", pattern, r"(?:.*\.)?{}\.(\d+)\.", groups=1)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform.")
@@ -137,38 +176,71 @@ class LoraConfig:
 
     @property
     def row(self) -> str | None:
-        """The row of `fxlora.variants` that `variant` or `use_dora` ask for."""
+        """The row of `VARIANTS` that `variant` or `use_dora` selects, or None for plain LoRA."""
         return "dora" if self.use_dora else self.variant
 
     @property
     def targets_anything(self) -> bool:
+        """Whether the configuration itself says which sites to adapt."""
         return self.target_modules is not None or self.target_parameters is not None
 
     def scaling(self, r: int, alpha: float) -> float:
-        """The factor s of the branch: alpha/r, or alpha/√r with rsLoRA."""
+        """Return the scaling factor s of BA.
+
+        Args:
+            r: the rank of a site.
+            alpha: its `lora_alpha`.
+
+        Returns:
+            alpha / r (Hu et al. 2021, §4.1), or alpha / √r with rsLoRA (Kalajdzievski 2023, eq. 4).
+        """
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which sites, and what to do with them. All keys that are given must match.
+    """Which sites to match, and how to adapt or train them.
+
+    A site matches if all given keys match. If several rules match a site, the first one applies.
 
     Attributes:
-        name: glob (`*.attn.*`), `re:` and a regular expression, or a name that matches whole
-            or as a dotted suffix; a list of those matches any. None matches every name.
-        op: kind of the op that reads the weight ("linear", "conv2d", "embedding", "addmm",
-            …), a glob (`conv*`) or a list.
-        min_features, max_features: bounds on both in and out features.
-        min_in_features, …: bounds on one of them.
-        kernel_size: of a convolution; a number stands for all its dimensions.
-        where: a function of the `Site`, true where the rule holds.
-        lora: the configuration, or None to leave the sites alone.
-        train: train the weight's module in full (as a copy) instead; also what no LoRA could take,
-            a norm or a bias, by its name.
-        parts: the weight is several in one, beside each other in its output dimension, and each
-            gets an adapter of its own. How many equal parts, or by name: sizes (`{"q": 64,
-            "k": 16, "v": 16}`, all of them in order) or ranges (`{"q": (0, 64), "v": (80, 96)}`).
-        enable: which of the parts: a flag for each, or their names. All by default.
+        name: a glob (`*.attn.*`); `re:` and a regular expression for the whole name; or a name,
+            which matches a whole name or a dotted suffix of one. A list matches if one of its
+            items does. None matches every name.
+        op: kind of the op that reads the weight ("linear", "conv2d", "embedding", "addmm", …), a
+            glob (`conv*`), or a list of these. None matches every op.
+        min_features: lower bound on the numbers of both input and output features.
+        max_features: upper bound on both.
+        min_in_features: lower bound on the number of input features.
+        max_in_features: upper bound on it.
+        min_out_features: lower bound on the number of output features.
+        max_out_features: upper bound on it.
+        kernel_size: kernel size of a convolution; one number means that size in all dimensions.
+        where: a function that takes a `Site` and returns whether the rule matches it. It is called
+            last, and a rule that has one cannot be written to a file.
+        lora: the configuration of the adapters, or None to leave the sites as they are.
+        train: whether to train in full, as a copy, instead: the weight's module if the weight is
+            its `weight` or the rule names the module, else only the weight. A rule with no key but
+            `name` also trains modules and parameters that cannot take adapters (norms, biases) if
+            their names match.
+        parts: the parts of a packed weight, each of which gets its own adapter. A number of equal
+            parts along the output dimension; or, by name, their sizes (`{"q": 64, "k": 16,
+            "v": 16}`, all parts in order) or ranges (`{"q": (0, 64), "v": (80, 96)}`, from and to).
+        enable: the parts to adapt, as one flag for each part or as names; None adapts all.
+
+    Raises:
+        ConfigError: a key has a wrong type or value, or two keys contradict each other.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+        >>> module = fxlora.capture(model, torch.randn(2, 6))
+        >>> rules = [
+        ...     fxlora.Rule("0", lora=fxlora.LoraConfig(r=2)),
+        ...     fxlora.Rule(op="linear", max_features=8, lora=fxlora.LoraConfig(r=1)),
+        ... ]
+        >>> [(entry.site, entry.r, entry.rule) for entry in fxlora.match(module, rules)]
+        [('0', 2, 1), ('1', 1, 2)]
     """
 
     name: Names = None
@@ -216,7 +288,7 @@ class Rule:
 
     @property
     def bounds(self) -> tuple[int | None, ...]:
-        """The bounds on features."""
+        """The values of the bounds on features, in the order of `_BOUNDS`."""
         return tuple(getattr(self, name) for name in _BOUNDS)
 
     def _check_kernel_size(self) -> None:
@@ -232,7 +304,7 @@ class Rule:
             object.__setattr__(self, "kernel_size", sizes)
 
     def describe(self) -> str:
-        """The rule's keys in a line, for messages."""
+        """Return the rule's names, targets or other keys in one line, for messages."""
         if self.name is not None:
             return ", ".join(f"'{name}'" for name in self.name)
         target = self.lora.target_modules if self.lora else None
@@ -248,7 +320,11 @@ Rules = LoraConfig | Rule | Sequence[Rule | LoraConfig]
 
 
 def as_rules(rules: Rules | Mapping[str, Any] | str | Path) -> tuple[Rule, ...]:
-    """Any way to write rules as a tuple of Rules: objects, a mapping, or a file's path."""
+    """Return rules given as objects, as a mapping, or as the path of a file, as a tuple of Rules.
+
+    Raises:
+        ConfigError: there are no rules, or they are not valid.
+    """
     if isinstance(rules, str | Path):
         return load_rules(rules)
     if isinstance(rules, Mapping):
@@ -278,10 +354,35 @@ def _as_rule(item: object) -> Rule:
 
 
 def load_rules(path: str | Path) -> tuple[Rule, ...]:
-    """Read rules from a TOML or JSON file (`[[rule]]` tables, or one `[lora]` table).
+    """Read rules from a TOML or JSON file.
+
+    The file has either `[[rule]]` tables, whose keys are the fields of `Rule` except `where`, or
+    one `[lora]` table with the fields of `LoraConfig`. In a rule, `lora` is a table of these, or
+    false for `lora=None`. A plan written by `Plan.to_toml` or `Plan.to_json` is valid too: its
+    rules are read, and its sites are ignored.
+
+    Args:
+        path: the file. It is read as JSON if its name ends in `.json`, else as TOML.
+
+    Returns:
+        The rules, in the order of the file.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or a value is not one that rules have.
+        ConfigError: the file cannot be read or parsed, or has an unknown key or an invalid value.
+
+    Example:
+        >>> import pathlib, tempfile, fxlora
+        >>> text = '''
+        ... [[rule]]
+        ... name = "*.attn.*"
+        ... lora = {r = 4}
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "rules.toml")
+        ...     _ = path.write_text(text)
+        ...     (rule,) = fxlora.load_rules(path)
+        >>> rule.name, rule.lora.r
+        (('*.attn.*',), 4)
     """
     path = as_path(path, ConfigError)
     where = f"rules file {path}"
@@ -290,10 +391,18 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
 
 
 def rules_from_data(data: Any, where: str) -> tuple[Rule, ...]:
-    """Rules from `{"rule": [...]}` or `{"lora": {...}}`."""
+    """Return the rules in `{"rule": [...]}` or `{"lora": {...}}`.
+
+    Args:
+        data: the content of a rules file.
+        where: the source of the data, for messages.
+
+    Raises:
+        ConfigError: the data has another structure, an unknown key or an invalid value.
+    """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a table, found {type(data).__name__}.")
-    # "site" and "version" are what a written plan has besides; match works the sites out anew.
+    # A written plan also has "site" and "version". They are ignored: match finds the sites again.
     _check_keys(data, {"rule", "lora", "site", "version"}, where)
     if ("rule" in data) == ("lora" in data):
         raise ConfigError(f"{where}: give either [[rule]] tables or one [lora] table.")
@@ -336,10 +445,10 @@ def _made(kind: Callable[..., Any], values: dict[str, Any], where: str) -> Any:
 
 
 def rule_to_data(rule: Rule) -> dict[str, Any]:
-    """A rule as plain data: what differs from the defaults.
+    """Return a rule as plain data: the keys that differ from the defaults.
 
     Raises:
-        ConfigError: the rule has a `where=` function, which no file can hold.
+        ConfigError: the rule has a `where=` function, which cannot be written to a file.
     """
     if rule.where is not None:
         raise ConfigError(
@@ -355,7 +464,7 @@ def rule_to_data(rule: Rule) -> dict[str, Any]:
 
 
 def config_to_data(config: LoraConfig) -> dict[str, Any]:
-    """A configuration as plain data: r and alpha, and what differs from the defaults."""
+    """Return a configuration as plain data: r, lora_alpha, and fields that are not at default."""
     data = _differences(config, LoraConfig(), set())
     return {"r": config.r, "lora_alpha": config.lora_alpha, **data}
 
@@ -376,15 +485,15 @@ def _plain(value: Any) -> Any:
 
 
 def is_whole(value: object, low: int, high: int) -> bool:
-    """Whether a value of any kind is a whole number in these bounds."""
+    """Whether a value of any type is an integer, not a bool, with low <= value <= high."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value of any kind is a number that a float can hold."""
+    """Whether a value of any type is an int or float, not a bool, that fits a finite float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return abs(value) <= sys.float_info.max  # (a comparison takes integers of any size)
+    return abs(value) <= sys.float_info.max  # float() overflows for large integers
 
 
 def _check_one_of(name: str, value: object, allowed: Sequence[Any]) -> None:
@@ -416,7 +525,17 @@ def _check_alpha(name: str, value: Any) -> None:
 
 
 def _check_regex(name: str, value: Any, within: str = "{}", groups: int | None = None) -> None:
-    """Raise unless a value is a regular expression, also inside the one that it is used in."""
+    """Check a regular expression, also inside the larger one that it becomes part of.
+
+    Args:
+        name: the field, for messages.
+        value: the regular expression.
+        within: the larger expression, with `{}` in the place of the value.
+        groups: the number of groups that the larger expression must have; None allows any.
+
+    Raises:
+        ConfigError: it is not a valid regular expression, or has groups where it must not.
+    """
     if not isinstance(value, str):
         raise ConfigError(f"{name}: {shown(value)} is not a regular expression, but no text.")
     try:
@@ -431,6 +550,7 @@ def _check_regex(name: str, value: Any, within: str = "{}", groups: int | None =
 
 
 def _names(name: str, value: Any) -> tuple[str, ...] | None:
+    """Return a list of names as a tuple, and a set sorted, or None for None."""
     if value is None:
         return None
     items = list(value) if isinstance(value, set | frozenset) else value

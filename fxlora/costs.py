@@ -1,4 +1,4 @@
-"""report: what a plan costs and saves, per site and in all."""
+"""report: the trainable parameters and training memory of a plan, per site and in total."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, InjectError
-from .module import CapturedModule
+from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
 from .names import printable
 from .plan import Entry, Plan
@@ -24,14 +24,14 @@ TENSORS_PER_PARAMETER = 3  # a gradient, and Adam's two moments
 
 @dataclass(frozen=True)
 class _Totals:
-    """Counts of parameters.
+    """Numbers of parameters.
 
     Attributes:
-        model: of the model without adapters.
-        adapter: of A and B.
-        full: of what is trained in full.
-        folded: how many a folded module holds (more than the model, where a fold split a tie);
-            None where A and B are not in the weights.
+        model: parameters of the model without adapters.
+        adapter: trainable parameters of the adapters (A, B, and DoRA's magnitudes).
+        full: parameters of the model that train in full.
+        folded: parameters of the folded module, which has more than the model if the fold split a
+            tie; None if the report is not about a folded module.
     """
 
     model: int
@@ -41,35 +41,71 @@ class _Totals:
 
     @property
     def trainable(self) -> int:
+        """Number of trainable parameters."""
         return self.adapter + self.full
 
     @property
     def total(self) -> int:
-        """Parameters that the module holds."""
+        """Parameters of the folded module, or those of the model and its adapters (trainable)."""
         return self.model + self.adapter if self.folded is None else self.folded
 
     @property
     def percent(self) -> float:
+        """Trainable parameters in percent of those of the model and its adapters together."""
         return 100 * self.trainable / (self.model + self.adapter)
 
     def training_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of gradients and Adam state for full fine-tuning, and for this."""
+        """Return the bytes of gradients and Adam state for full fine-tuning and for the plan.
+
+        Args:
+            dtype: dtype of the parameters, their gradients and Adam's moments.
+        """
         each = TENSORS_PER_PARAMETER * dtype.itemsize
         return self.model * each, self.trainable * each
 
 
 @no_ambient_modes()
 def report(x: Plan | CapturedModule, format: str = "table") -> str:
-    """The parameter-reduction report of a plan, or of an adapted or folded module.
+    """Report how many parameters and how much training memory a plan saves.
 
-    Needs shapes only, so it works on the meta device.
+    Only shapes are needed, so it works on the meta device. For each site, with the number of
+    parameters of its weight, |W|, and of its adapter, |A| + |B|, the report has
+
+        fewer = 100 · (1 - (|A| + |B|) / |W|), in percent
+        factor = |W| / (|A| + |B|)
+
+    and for the model, with the plan's trainable parameters (adapters and parameters trained in
+    full),
+
+        trainable % = 100 · trainable / (model + A and B)
+        gradients + Adam state = 3 · itemsize · trainable, in bytes
+
+    The memory is that of one gradient and Adam's two moments (Kingma and Ba 2015, algorithm 1) per
+    trainable parameter, all in the parameters' dtype, for float32 and bfloat16. It does not include
+    weights and activations. DoRA's magnitudes count as parameters of the adapter.
 
     Args:
-        format: "table", "github", "json", "csv" (sites only) or "html".
+        x: a plan, an adapted module, or a folded module (for its last folded plan).
+        format: "table", "github" (a Markdown table), "html", "json" or "csv" (only the sites).
+
+    Returns:
+        The report as text. Numbers in "json" and "csv" are not rounded, and memory in "json" is in
+        bytes.
 
     Raises:
-        ConfigError: no such format.
-        InjectError: the module never had adapters.
+        ConfigError: the format is unknown.
+        InjectError: the module has not had adapters.
+
+    Example:
+        >>> import json, torch, fxlora
+        >>> module = fxlora.capture(torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(2, 6))
+        >>> plan = fxlora.match(module, fxlora.LoraConfig(r=1, target_modules=["0"]))
+        >>> print(fxlora.report(plan).split("\n\n")[0])
+          site  op      weight    form      r    alpha    W    A and B    fewer    factor
+        ------  ------  --------  ------  ---  -------  ---  ---------  -------  --------
+             0  linear  4x6       branch    1        8   24         10   58.33%      2.4x
+        >>> json.loads(fxlora.report(plan, "json"))["trainable_parameters"]
+        10
     """
     plan, folded = _plan_of(x)
     holds = sum(p.numel() for p in x.parameters()) if isinstance(x, CapturedModule) else 0
@@ -96,17 +132,19 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
 
 
 def _plan_of(x: Plan | CapturedModule) -> tuple[Plan, bool]:
+    """Return the plan to report on, and whether it is folded into the weights."""
     if isinstance(x, Plan):
         return x, False
     if isinstance(x, CapturedModule) and x.plan is not None:
         return x.plan, False
     if isinstance(x, CapturedModule) and x.folded:
         return x.folded[-1], True
+    check_captured(x, "report")
     raise InjectError("nothing to report: give a plan, or a module that has or had adapters.")
 
 
 def _reduction(entry: Entry) -> tuple[float, float]:
-    """Per cent fewer parameters than the weight has, and how many times fewer."""
+    """Return by how many percent, and by which factor, an adapter is smaller than its weight."""
     ratio = entry.adapter_parameters / entry.weight_parameters
     return 100 * (1 - ratio), 1 / ratio
 
@@ -148,7 +186,7 @@ def _memory_row(totals: _Totals, dtype: torch.dtype) -> list[str]:
 
 
 def _split_ties(plan: Plan, folded: bool) -> list[str]:
-    """What of the model's ties is none behind the fold, as a line."""
+    """Return a line on the ties that a fold splits, or an empty list if there are none."""
     said = [" from ".join(some(names) for names in groups[::-1]) for groups in plan.split_ties]
     when = "split by the fold" if folded else "that a fold splits"
     return [f"Ties {when}: {'; '.join(said)}."] if said else []

@@ -1,4 +1,4 @@
-"""Files as data: paths, JSON and TOML from anywhere, read or refused with a typed error."""
+"""Paths, and JSON and TOML text, from untrusted sources: read, or refused with a typed error."""
 
 from __future__ import annotations
 
@@ -14,61 +14,74 @@ from .names import shown
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # pragma: no cover - the newer module under its older name
+else:  # pragma: no cover - tomllib under its name on PyPI
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-MAX_DEPTH = 32  # of lists in lists: nothing that is written here comes near it
+MAX_DEPTH = 32  # of nested lists and tables; valid files are far below it
 
 
 def as_path(path: Any, error: type[FxLoraError]) -> Path:
-    """A path that an operating system may have.
+    """Return a string or an `os.PathLike` as a `pathlib.Path`.
+
+    Args:
+        path: the path.
+        error: the type of the error to raise.
 
     Raises:
-        error: it is no path.
+        error: it is not a path, or contains a null character.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise error(f"a path is a text or a pathlib.Path, not {shown(path)}.")
+        raise error(f"a path must be a string or a pathlib.Path, not {shown(path)}.")
     if "\0" in os.fspath(path):
-        raise error(f"no path can have a null character: {shown(os.fspath(path))}.")
+        raise error(f"a path cannot contain a null character: {shown(os.fspath(path))}.")
     return Path(path)
 
 
 def parsed(text: str, what: str, error: type[FxLoraError], suffix: str = ".json") -> Any:
-    """The data in a text of JSON, or of TOML.
+    """Parse JSON or TOML.
 
     Args:
-        what: says in errors what the text is.
+        text: the text to parse.
+        what: the source of the text, for messages.
+        error: the type of the error to raise.
+        suffix: ".json" for JSON; any other suffix means TOML.
 
     Raises:
-        error: the text is not valid, or nested deeper than any real one.
+        error: the text is not valid, or is nested more than `MAX_DEPTH` levels deep.
     """
     parse: Callable[[str], Any] = json.loads if suffix == ".json" else tomllib.loads
     try:
         data = parse(text)
     except RecursionError as cause:
-        raise error(f"{what} is not valid: it is nested too deep.") from cause
+        raise error(f"{what} is not valid: it is nested too deeply.") from cause
     except ValueError as cause:
         raise error(f"{what} is not valid: {cause}.") from cause
     if _deeper(data, MAX_DEPTH):
-        raise error(f"{what} is not valid: it is nested more than {MAX_DEPTH} deep.")
+        raise error(f"{what} is not valid: it is nested more than {MAX_DEPTH} levels deep.")
     return data
 
 
 def read_text(path: Path, what: str, error: type[FxLoraError]) -> str:
-    """A file of UTF-8.
+    """Return the content of a UTF-8 text file.
+
+    Args:
+        path: the file.
+        what: the file's description, for messages.
+        error: the type of the error to raise.
 
     Raises:
-        error: the file cannot be read, or is something else.
+        error: the file cannot be read, or is not valid UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as cause:
         raise error(f"{what}: {cause.strerror or cause}.") from cause
     except UnicodeDecodeError as cause:
-        raise error(f"{what} is not valid: it is no text in UTF-8 ({cause}).") from cause
+        raise error(f"{what} is not valid: it is not UTF-8 text ({cause}).") from cause
 
 
 def _deeper(data: Any, limit: int) -> bool:
+    """Whether lists and mappings are nested more than `limit` levels deep."""
     level = [data]
     for _ in range(limit):
         level = [

@@ -44,6 +44,10 @@ class InjectError(FxLoraError):
     """A plan that does not fit the module it is applied to."""
 
 
+class NotCapturedError(FxLoraError, TypeError):
+    """A verb was given something else than a captured module."""
+
+
 class MisfitError(InjectError):
     """A plan that was made for another module.
 

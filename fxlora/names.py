@@ -1,8 +1,9 @@
-"""Names: which texts may name something in a graph, and how text from anywhere is shown.
+"""Names that are valid in a graph, and safe display of text from untrusted sources.
 
-torch.fx writes a target into generated source: an identifier as an attribute, anything else
-between quotes, unescaped. No name may get into a graph that does not read back from there as
-itself; what is made up (the name of an adapter, of a part) keeps to a grammar of its own.
+torch.fx writes a node's target into generated source code: an identifier as an attribute, any other
+string between quotes, unescaped. A graph may contain only names that this code reads back
+unchanged. Names that users choose (of adapters and of parts) must also follow a stricter rule,
+`WORD_RULE`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from functools import lru_cache
 
 from torch import nn
 
-WORD_RULE = "up to 64 letters, digits, '_', '-' and spaces within, and no keyword of Python's"
-ADAPTER_RULE = f"{WORD_RULE}, nor an attribute of every nn.Module"
+WORD_RULE = "up to 64 letters, digits, '_', '-' and inner spaces, and no Python keyword"
+ADAPTER_RULE = f"{WORD_RULE} or attribute of nn.Module"
 
 _WORD = re.compile(r"\w(?:[\w -]{0,62}[\w-])?")
 _QUOTED = re.compile(r'[^"\\\n\r\0\ud800-\udfff]+')
@@ -33,28 +34,29 @@ def _path(text: str) -> bool:
 
 
 def is_word(text: object) -> bool:
-    """Whether a name that somebody made up may be one in the module's tree (see `WORD_RULE`)."""
+    """Whether a name that a user chose may be a name in the module tree (see `WORD_RULE`)."""
     return isinstance(text, str) and _word(text)
 
 
 def is_adapter(text: object) -> bool:
-    """Whether a word can be an adapter's name: a module's that no attribute of modules hides."""
+    """Whether a text may be the name of an adapter, and so of a submodule (see `ADAPTER_RULE`)."""
     return isinstance(text, str) and _word(text) and not hasattr(_MODULE, text)
 
 
 def is_path(text: object) -> bool:
-    """Whether torch.fx writes a dotted name as source that means the same name."""
+    """Whether a dotted name is unchanged when torch.fx writes it into source code."""
     return isinstance(text, str) and _path(text)
 
 
 def _reads_back(part: str) -> bool:
+    """Whether one part of a dotted name is unchanged, as an attribute or between quotes."""
     if part.isidentifier():
         return not keyword.iskeyword(part) and _normal(part)
     return _QUOTED.fullmatch(part) is not None
 
 
 def _normal(text: str) -> bool:
-    """Whether Python's parser leaves an identifier as it is."""
+    """Whether Python's parser, which normalizes identifiers to NFKC, leaves a text unchanged."""
     return unicodedata.normalize("NFKC", text) == text
 
 
@@ -62,7 +64,7 @@ def _normal(text: str) -> bool:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text without control characters: they are escaped, but for those to keep."""
+    """Return text with unprintable characters escaped, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -72,10 +74,10 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """A value of any origin for a message: its repr, on one line, cut short."""
+    """Return the repr of any value for a message: one line, escaped, cut to `limit` characters."""
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 - a repr may raise whatever it likes; integers do beyond 4,300 digits
+    except Exception:  # noqa: BLE001 - a repr may raise anything, as an int's with over 4,300 digits
         text = f"a value of type {type(value).__name__}"
     text = " ".join(text.split("\n"))
     return printable(text if len(text) <= limit else f"{text[:limit]}…")

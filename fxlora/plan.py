@@ -1,4 +1,4 @@
-"""Plan: what match decided, as data. It can be printed, counted, written down and applied."""
+"""Plan: the decisions of `match`, as data to print, count, write to a file and inject."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tables import render, some
 
 
 def scales_outputs(entry: Entry) -> bool:
-    """Whether a variant multiplies the outputs with something."""
+    """Whether one of the entry's variants multiplies the outputs by a factor, as DoRA does."""
     return any(VARIANTS[variant].gain for variant in entry.variants)
 
 
@@ -33,24 +33,37 @@ IN_FULL = "trained in full"
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter of a plan: a site, or a part of one.
+    """One adapter of a plan, for a site or for a part of one.
+
+    Its factors A and B have the shapes `shapes`; the adapted weight is W + s·BA (Hu et al. 2021,
+    LoRA, eq. 3), with the variants applied.
 
     Attributes:
-        site: the site's name (and the part's); its adapter parameters are called after it.
-        parameter: the weight's name in `state_dict()`.
-        names: all the names under which its reads are adapted: a tied weight has several.
-        tied: names of the same tensor whose reads it leaves: the fold splits the tie.
-        op, shape, layout, padding_idx: what kind of weight it is (see `Site`).
-        part: the name of the part of a packed weight, or None.
-        rows: which of the outputs the part is, from and to.
-        form: "branch" (op(x, W) + s·B(A(x))) or "weight" (op(x, W + s·BA)).
-        reason: why the weight form, or what else there is to know.
-        r, alpha, scaling: rank, lora_alpha, and the factor s.
-        dropout: probability on the branch's input, in the train graph.
+        site: name of the site, followed by the part's name if there is one. The adapter's
+            parameters are named after it (see `prefix`).
+        parameter: name of the weight in `state_dict()`.
+        names: all names of the weight under which its reads are adapted; several if it is tied.
+        tied: other names of the same tensor, whose reads are not adapted. A fold splits the tie.
+        op: kind of the op that reads the weight (see `Site`).
+        shape: shape of the whole weight.
+        layout: the roles of its dimensions.
+        form: "branch", op(x, W) + s·B(A(x)), or "weight", op(x, W + s·BA).
+        reason: notes for the printed plan: the reason for the form, and ties.
+        r: the rank.
+        alpha: `lora_alpha`.
+        scaling: the scaling factor s.
+        dropout: probability of zeroing an element of the branch's input, in the train graph; 0 in
+            the weight form.
         init: `init_lora_weights`.
+        adapter: name of the adapter.
+        rule: number of the rule that matched the site, from 1.
         variants: rows of the table of variants, in the order in which they apply.
-        adapter: the adapter's name.
-        rule: number of the rule that matched, from 1.
+        part: name of the part of a packed weight, or None.
+        rows: range (start, stop) of the part in the weight's output dimension, or None.
+        padding_idx: row of an embedding that never trains, or None.
+
+    Raises:
+        ConfigError: an attribute has a wrong type or value, or is not a valid name in a graph.
     """
 
     site: str
@@ -75,7 +88,7 @@ class Entry:
     tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """An entry may come from a file: no name gets into a graph but through here."""
+        """Check all attributes: they may come from a file, and the names go into generated code."""
         self._check_names()
         self._check_numbers()
         self._check_tables()
@@ -85,19 +98,21 @@ class Entry:
         texts = {"op": self.op, "form": self.form, "reason": self.reason}
         lists = {"names": self.names, "tied": self.tied}
         for what, name in (("site", self.site), ("parameter", self.parameter)):
-            _check(is_path(name), f"{what} {shown(name)} cannot be a name in a graph")
+            _check(is_path(name), f"{what} {shown(name)} is not a valid name in a graph")
         for what, names in lists.items():
             paths = isinstance(names, tuple) and all(map(is_path, names))
-            _check(paths, f"{what} {shown(names)} are no names in a graph")
+            _check(paths, f"{what} must be a tuple of valid names in a graph, not {shown(names)}")
         part = self.part is None or is_word(self.part)
-        _check(part, f"part {shown(self.part)} is no name: {WORD_RULE}")
+        _check(part, f"part {shown(self.part)} is not a valid name: {WORD_RULE}")
         adapter = is_adapter(self.adapter)
-        _check(adapter, f"adapter {shown(self.adapter)} is no name: {ADAPTER_RULE}")
+        _check(adapter, f"adapter {shown(self.adapter)} is not a valid name: {ADAPTER_RULE}")
         for what, text in texts.items():
-            _check(isinstance(text, str), f"{what} of '{self.site}' is no text: {shown(text)}")
+            _check(
+                isinstance(text, str), f"{what} of '{self.site}' must be a string: {shown(text)}"
+            )
         _check(
             self.parameter in self.names and len(set(self.names)) == len(self.names),
-            f"the names of '{self.site}' are not those of '{self.parameter}', once each",
+            f"the names of '{self.site}' must be distinct and include '{self.parameter}'",
         )
 
     def _check_numbers(self) -> None:
@@ -107,25 +122,27 @@ class Entry:
             ("padding_idx", self.padding_idx or 0, 0, MAX_SIZE),
         ):
             good = is_whole(number, low, high)
-            _check(good, f"{what} of '{self.site}' is no number from {low}: {shown(number)}")
+            _check(good, f"{what} of '{self.site}' must be an integer ≥ {low}, not {shown(number)}")
         for what, value in (("alpha", self.alpha), ("scaling", self.scaling)):
             good = is_finite(value)
-            _check(good, f"{what} of '{self.site}' is no finite number: {shown(value)}")
+            _check(good, f"{what} of '{self.site}' must be a finite number, not {shown(value)}")
         dropout = is_finite(self.dropout) and 0 <= self.dropout < 1
-        _check(dropout, f"dropout of '{self.site}' is not in [0, 1): {shown(self.dropout)}")
+        _check(dropout, f"dropout of '{self.site}' must be in [0, 1), not {shown(self.dropout)}")
         shape = isinstance(self.shape, tuple) and all(is_whole(n, 0, MAX_SIZE) for n in self.shape)
-        _check(shape, f"shape of '{self.site}' is none: {shown(self.shape)}")
+        _check(shape, f"shape of '{self.site}' must be a tuple of sizes, not {shown(self.shape)}")
 
     def _check_tables(self) -> None:
         variants = isinstance(self.variants, tuple) and list(self.variants) == [
             name for name in VARIANTS if name in self.variants
         ]
-        _check(variants, f"'{self.site}' has no such variants: {shown(self.variants)}")
-        _check(self.form in FORMS, f"'{self.site}' has no such form: {shown(self.form)}")
+        _check(
+            variants, f"'{self.site}' has unknown or misordered variants: {shown(self.variants)}"
+        )
+        _check(self.form in FORMS, f"'{self.site}' has an unknown form: {shown(self.form)}")
         init = isinstance(self.init, bool | str) and self.init in INITS
-        _check(init, f"'{self.site}' has no such init: {shown(self.init)}")
+        _check(init, f"'{self.site}' has an unknown init: {shown(self.init)}")
         layout = isinstance(self.layout, Layout) and len(self.layout.roles) == len(self.shape)
-        _check(layout, f"layout and shape of '{self.site}' differ")
+        _check(layout, f"the layout of '{self.site}' does not fit its shape")
 
     def _check_ranges(self) -> None:
         _check(
@@ -138,19 +155,21 @@ class Entry:
             whole = pair and all(is_whole(n, 0, outputs) for n in self.rows)
             _check(
                 whole and self.rows[0] < self.rows[1],
-                f"'{self.site}' has no rows {shown(self.rows)}",
+                f"rows of '{self.site}' must be a range of its outputs, not {shown(self.rows)}",
             )
             part = self.site.endswith(f".{self.part}")
-            _check(part, f"'{self.site}' is no part {shown(self.part)}")
+            _check(part, f"the name '{self.site}' does not end with its part {shown(self.part)}")
         rows = self.layout.features(self.shape)[0] if self.layout.in_first else 0
         padding = self.padding_idx is None or self.padding_idx < rows
-        _check(padding, f"'{self.site}' has no row {self.padding_idx}")
+        _check(
+            padding, f"padding_idx of '{self.site}' is not a row of its weight: {self.padding_idx}"
+        )
 
     # ---- shapes -----------------------------------------------------------------------------
 
     @property
     def covered(self) -> Shape:
-        """Shape of what is adapted: the weight's, or the part's."""
+        """Shape of the adapted tensor: the weight, or the part's slice of it."""
         if self.rows is None:
             return self.shape
         size = list(self.shape)
@@ -159,42 +178,51 @@ class Entry:
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:
-        """Shapes of A and B."""
+        """Shapes of A and B (see `Layout.factor_shapes`): (r, in) and (out, r) if W is a matrix."""
         return self.layout.factor_shapes(self.covered, self.r)
 
     @property
     def weight_parameters(self) -> int:
+        """Number of parameters of the adapted weight, or of the part's slice of it."""
         return math.prod(self.covered)
 
     @property
     def adapter_parameters(self) -> int:
-        """How many parameters train."""
+        """Number of trainable parameters that the adapter adds: A, B and a variant's."""
         return sum(math.prod(self.tensors[name]) for name in self.trainable)
 
     # ---- names ------------------------------------------------------------------------------
 
     @property
     def prefix(self) -> str:
-        # A bare parameter occupies its own name in the tree; its adapter stands beside it.
+        """Path of the module that contains the adapter's tensors in the adapted module."""
+        # A bare parameter occupies its own name, so its adapter goes next to it, in a module
+        # whose name ends in "_adapter".
         owner = self.site.removesuffix(f".{self.part}") if self.part else self.site
         own = owner if f"{owner}.weight" in self.names else f"{owner}_adapter"
         return f"{own}.{self.part}" if self.part else own
 
     def name_of(self, kind: str) -> str:
-        """Name of one of its tensors in the adapted module's `state_dict()`."""
+        """Return the name of one of the adapter's tensors in `state_dict()`.
+
+        Args:
+            kind: which tensor, by PEFT's name for it ("lora_A", "lora_B", …).
+        """
         return f"{self.prefix}.{kind}.{self.adapter}.weight"
 
     @property
     def name_a(self) -> str:
+        """Name of A in the adapted module's `state_dict()`."""
         return self.name_of("lora_A")
 
     @property
     def name_b(self) -> str:
+        """Name of B in the adapted module's `state_dict()`."""
         return self.name_of("lora_B")
 
     @property
     def extras(self) -> dict[str, dict[str, Shape]]:
-        """What each variant holds beside A and B: names and shapes, by the variant."""
+        """Names and shapes of the tensors that each variant adds to A and B, by variant."""
         return {
             variant: {
                 self.name_of(kind): shape
@@ -206,18 +234,18 @@ class Entry:
         }
 
     def upto(self, variant: str) -> Entry:
-        """The entry with the variants before this one alone."""
+        """Return the entry with only the variants that come before this one."""
         before = self.variants[: self.variants.index(variant)]
         return dataclasses.replace(self, variants=before)
 
     def without_gains(self) -> Entry:
-        """The entry less the variants that scale the outputs."""
+        """Return the entry without the variants that scale the outputs."""
         plain = tuple(v for v in self.variants if VARIANTS[v].gain is None)
         return dataclasses.replace(self, variants=plain)
 
     @property
     def tensors(self) -> dict[str, Shape]:
-        """Names and shapes of everything that injection adds."""
+        """Names and shapes of all tensors that injection adds for the entry."""
         a, b = self.shapes
         found = {self.name_a: a, self.name_b: b}
         for held in self.extras.values():
@@ -226,23 +254,24 @@ class Entry:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Names of what of it trains."""
+        """Names of the trainable tensors: A, B and those of variants that train theirs."""
         extra = [n for v, held in self.extras.items() if VARIANTS[v].trains for n in held]
         return (self.name_a, self.name_b, *extra)
 
     # ---- as data ----------------------------------------------------------------------------
 
     def to_data(self) -> dict[str, Any]:
+        """Return the entry as plain data, without attributes that are None."""
         data = {**dataclasses.asdict(self), "layout": self.layout.roles}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
         return {key: value for key, value in plain.items() if value is not None}  # TOML has no null
 
     @classmethod
     def from_data(cls, data: Any) -> Entry:
-        """The inverse of `to_data`, for data from anywhere.
+        """Return the entry in data from `to_data`, or from any other source.
 
         Raises:
-            ConfigError: it is no entry.
+            ConfigError: the data is not a valid entry.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or not set(data) <= known:
@@ -254,7 +283,7 @@ class Entry:
         try:
             values["layout"] = Layout(roles if isinstance(roles, str) else "")
             return cls(**values)
-        except (TypeError, ValueError) as error:  # what is missing; no such layout
+        except (TypeError, ValueError) as error:  # a missing attribute; an unknown layout
             raise ConfigError(f"the entry for {shown(data.get('site'))}: {error}") from error
 
 
@@ -265,16 +294,36 @@ def _check(holds: object, otherwise: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `inject` will do: an entry per adapted site, and what is trained in full.
+    """The adapters that `inject` will add, and the parameters that train in full.
+
+    `match` makes a plan. It can be iterated (over its entries), counted with `len`, printed, and
+    passed to `report` and `inject`.
 
     Attributes:
-        entries: the sites to adapt.
-        trained: names of parameters to train in full.
-        skipped: (site, reason) for every other site.
-        modules_to_save: paths of the modules that `trained` comes from.
-        model_parameters: how many parameters the model has.
-        trained_parameters: how many of them are trained in full.
-        rules: the rules it was made from (empty where it was read from an adapter).
+        entries: one entry per adapter: for each adapted site, or for each adapted part of one.
+        trained: names of the parameters to train in full, including biases that `bias=` selects.
+        skipped: (site, reason) for every site that is not adapted.
+        modules_to_save: paths of the modules and bare parameters that rules train in full.
+        model_parameters: number of parameters of the model.
+        trained_parameters: number of those that train in full.
+        rules: the rules from which `match` made the plan; empty if it was read from an adapter
+            folder that fxlora wrote.
+
+    Raises:
+        ConfigError: an attribute has a wrong type or value, or two entries adapt the same rows of
+            a weight.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+        >>> module = fxlora.capture(model, torch.randn(2, 6))
+        >>> plan = fxlora.match(module, fxlora.LoraConfig(r=2, target_modules=["0"]))
+        >>> len(plan), plan.adapter_parameters, plan.model_parameters
+        (1, 20, 43)
+        >>> plan.entries[0].shapes
+        ((2, 6), (4, 2))
+        >>> plan.skipped
+        (('1', 'no rule matches its linear'),)
     """
 
     entries: tuple[Entry, ...]
@@ -287,17 +336,20 @@ class Plan:
 
     def __post_init__(self) -> None:
         counts = (self.model_parameters, self.trained_parameters)
-        _check(all(is_whole(n, 0, MAX_SIZE) for n in counts), f"no counts: {shown(counts)}")
+        _check(
+            all(is_whole(n, 0, MAX_SIZE) for n in counts),
+            f"the numbers of parameters must be integers ≥ 0, not {shown(counts)}",
+        )
         entries = isinstance(self.entries, tuple) and all(isinstance(e, Entry) for e in self)
-        _check(entries, "the entries of a plan are a tuple of Entry")
+        _check(entries, "the entries of a plan must be a tuple of Entry")
         for what in ("trained", "modules_to_save"):
             names = getattr(self, what)
             paths = isinstance(names, tuple) and all(map(is_path, names))
-            _check(paths, f"{what} {shown(names)} are no names in a graph")
+            _check(paths, f"{what} must be a tuple of valid names in a graph, not {shown(names)}")
         self._check_apart()
 
     def _check_apart(self) -> None:
-        """Raise where two entries adapt the same rows of a weight, or share their tensors."""
+        """Raise if two entries adapt the same rows of a weight, or their tensors' names collide."""
         prefixes = Counter((entry.prefix, entry.adapter) for entry in self)
         twice = [prefix for (prefix, _), count in prefixes.items() if count > 1]
         _check(not twice, f"the plan has {some(twice)} more than once")
@@ -318,11 +370,15 @@ class Plan:
 
     @property
     def adapter_parameters(self) -> int:
+        """Number of trainable parameters that all adapters add together."""
         return sum(entry.adapter_parameters for entry in self)
 
     @property
     def split_ties(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """The ties that a fold splits: of each, the names that stay one weight together."""
+        """The ties that a fold splits, each as groups of names that stay one weight.
+
+        The groups that entries adapt come first, then the names that no entry adapts, if any.
+        """
         ties: dict[frozenset[str], dict[tuple[str, ...], None]] = {}
         for entry in self:
             if entry.tied:
@@ -361,10 +417,10 @@ class Plan:
         return "\n".join(lines)
 
     def to_data(self) -> dict[str, Any]:
-        """Rules and sites as plain data.
+        """Return the rules and the sites as plain data.
 
         Raises:
-            ConfigError: a rule has a `where=` function.
+            ConfigError: a rule has a `where=` function, which cannot be written to a file.
         """
         return {
             "version": 1,
@@ -373,12 +429,22 @@ class Plan:
         }
 
     def to_json(self) -> str:
-        """The plan as JSON, which `match` takes back as rules (see `load_rules`)."""
+        """Return the plan as JSON, as content for a rules file (see `load_rules`).
+
+        Raises:
+            ConfigError: a rule has a `where=` function, which cannot be written to a file.
+        """
         return json.dumps(self.to_data(), indent=2)
 
     def to_toml(self) -> str:
-        """The plan as TOML, which `match` takes back as rules (see `load_rules`)."""
-        text = tomli_w.dumps(self.to_data())  # which escapes most, in basic strings alone
+        """Return the plan as TOML, as content for a rules file (see `load_rules`).
+
+        Raises:
+            ConfigError: a rule has a `where=` function, which cannot be written to a file.
+        """
+        text = tomli_w.dumps(self.to_data())
+        # tomli_w leaves some unprintable characters as they are. It writes basic strings only, in
+        # which a \U escape is valid.
         return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
 
 

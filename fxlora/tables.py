@@ -1,4 +1,4 @@
-"""Tables, through tabulate, and lists cut short."""
+"""Text for output: tables (by tabulate), shortened lists of names, and errors on one line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ FORMATS = {"table": "simple", "github": "github", "html": "html"}
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "table") -> str:
-    """A table as text. Numbers arrive formatted; columns of them are set right.
+    """Return a table as text.
 
-    What names and notes say may come from a file: a cell is one line, without control characters
-    and without what the style would take for its own.
+    Columns of numbers, which must be formatted already, are right-aligned. Names and notes may come
+    from a file, so each cell is put on one line, with control characters and the style's own
+    markup escaped.
+
+    Args:
+        header: the column names.
+        rows: the cells of each row.
+        style: a key of `FORMATS`.
     """
     rows = [[_cell(cell, style) for cell in row] for row in rows]
     align = [_alignment(column) for column in zip(*rows, strict=True)] if rows else None
@@ -24,14 +30,14 @@ def render(header: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "t
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:
-    """Names for a message: the first of them, and how many more there are."""
+    """Return the first `limit` names, and the number of the others, for a message."""
     listed = [printable(name) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
 def _cell(cell: Any, style: str) -> str:
-    text = printable(str(cell))  # (tabulate escapes HTML by itself)
+    text = printable(str(cell))  # tabulate escapes HTML itself
     return text.replace("|", "\\|") if style == "github" else text
 
 
@@ -46,8 +52,10 @@ def _numeric(text: str) -> bool:
 
 
 def said(error: BaseException) -> str:
+    """Return the type and the message of an error on one line."""
     return f"{type(error).__name__}: {one_line(str(error))}".removesuffix(": ")
 
 
 def one_line(text: str) -> str:
+    """Return the lines of a text joined by spaces, without blank ones, and escaped."""
     return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))

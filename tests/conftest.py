@@ -28,13 +28,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source's fused attention kernel, for eval only, rounds differently from its ops."""
+    """Disable attention's fused kernel (eval only): it rounds differently from the single ops."""
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
 
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Compare a text with tests/golden/NAME; `--update-golden` writes it instead."""
+    """Compare a text with tests/golden/NAME, which `--update-golden` writes first."""
 
     def compare(name: str, text: str) -> None:
         path = GOLDEN / name

@@ -1,7 +1,7 @@
-"""The laws of the design as one check, against an oracle that shares no code with fxlora.
+"""The laws of the design as one check, against an oracle that uses no graph of fxlora.
 
-The oracle is the source model itself, called through torch.func with W0 + s·BA in place of
-each weight: it knows nothing of graphs, sites or forms.
+The oracle is the source model itself, called through torch.func.functional_call with W0 + s·BA in
+place of each weight. From fxlora it takes only the plan's entries (names, layouts, scaling).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOLERANCE = 1e-10
 
 
 class Wrong(Exception):
-    """No error was raised, and the result is not what it should be."""
+    """A wrong result without an error from fxlora."""
 
 
 def floats(outputs: Any) -> list[torch.Tensor]:
@@ -42,13 +42,16 @@ def called_with(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
 ) -> list[torch.Tensor]:
-    """The oracle: the source's outputs with other weights, each under all of its names."""
-    given = dict(weights)  # of a module under two names, torch puts the old weight back there
+    """Return the source's outputs with other weights, given under all of their names."""
+    given = dict(weights)  # torch writes to it: the old weight, for a module with two names
     return floats(torch.func.functional_call(model, given, args, kwargs, tie_weights=False))
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Largest difference, as a part of the largest entry expected."""
+    """Return the largest difference, relative to the largest entry expected in the same tensor.
+
+    Infinite if a shape or a dtype differs.
+    """
     assert len(found) == len(expected) > 0
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
@@ -75,19 +78,19 @@ def assert_close(
 
 
 def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
-    """What trains, at random: an adapter with B = 0 proves nothing."""
+    """Draw all trainable adapter tensors at random: with B = 0 an adapter has no effect."""
     with torch.no_grad():
         for entry in lora.plan or ():
             for name in entry.trainable:
                 parameter = lora.get_parameter(name)
                 size = parameter[0].numel() if parameter.ndim > 1 else 1
                 parameter.normal_(std=std / size**0.5)
-            if entry.padding_idx is not None:  # as at the start, and as training leaves it
+            if entry.padding_idx is not None:  # zero at the start, and training leaves it so
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
 
 
 def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """s·BA in the weight's shape, from the papers' formula alone: an einsum over its dimensions."""
+    """Return s·BA in the weight's shape: the papers' formula, as an einsum over dimensions."""
     letters = dict(zip(range(len(entry.shape)), "abcdefgh", strict=False))
     sizes = entry.covered
     of_a, of_b = "", ""
@@ -101,7 +104,7 @@ def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     kernel = entry.layout.roles.count("k")
     rank, of_b = f"{stack}r{of_a}", stack + of_b
     a = a.reshape([size.get(n, entry.r) for n in rank])
-    # B is (…, out, r), with a kernel (out, r, *kernel): r to the end
+    # B is (…, out, r), or (out, r, *kernel) for a convolution: move r to the end.
     b = b.movedim(-1 - kernel, -1) if kernel else b
     b = b.reshape([*(size[n] for n in of_b), entry.r])
     whole = "".join(letters.values())[: len(sizes)]
@@ -109,7 +112,7 @@ def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def adapted(entry: Entry, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """W0 + s·BA, or DoRA's m·V/‖V‖ of it, in the rows that the entry covers."""
+    """Return the weight with V = W0 + s·BA, or DoRA's m·V/‖V‖, in the rows of the entry."""
     dim = entry.layout.roles.index("o")
     start, stop = entry.rows or (0, weight.shape[dim])
     part = weight.narrow(dim, start, stop - start)
@@ -133,7 +136,7 @@ def adapted(entry: Entry, weight: torch.Tensor, factors: dict[str, torch.Tensor]
 def merged_weights(
     model: nn.Module, lora: fxlora.CapturedModule, factors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The source's weights with every delta added, under the names that each entry adapts."""
+    """Return the source's adapted weights, merged, under each name that an entry adapts."""
     source = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, torch.Tensor] = {}
     for entry in lora.plan or ():
@@ -183,10 +186,19 @@ def check_laws(
     capture: Callable[..., fxlora.CapturedModule] | None = None,
     reference: nn.Module | None = None,
 ) -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
-    """All laws on one model in float64; returns the capture and the adapted module.
+    """Check all laws on one model in float64.
 
-    `reference` stands for a model that torch.func cannot call for gradients (a checkpoint
-    computes again when the weights of the call are gone); its weights are set to the model's.
+    Args:
+        model: the source model.
+        args, kwargs: its inputs.
+        rules: the rules to adapt it by.
+        capture: captures the model; `fxlora.capture` with the inputs by default.
+        reference: an equivalent model for the oracle, where torch.func gives no gradients of the
+            source (a checkpoint recomputes after functional_call has restored the old weights).
+            Its weights are set to the model's.
+
+    Returns:
+        The captured and the adapted module.
     """
     kwargs = kwargs or {}
     model = model.double()
@@ -219,7 +231,7 @@ def _check_capture(model: nn.Module, gm: Any, args: Any, kwargs: Any) -> None:
 
 def _check_identity(gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
     for training in (False, True):
-        # torch chooses attention kernels by requires_grad, under no_grad too
+        # torch chooses attention kernels by requires_grad, even under no_grad.
         plain, adapted = (
             copy.deepcopy(m).train(training).requires_grad_(False) for m in (gm, lora)
         )
@@ -231,7 +243,7 @@ def _check_identity(gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
 
 
 def _adds_nothing(entry: Entry) -> bool:
-    """Whether what is added starts at zero by itself, and not as a difference or a product."""
+    """Whether the initial delta is an exact zero, not a difference or product that rounds."""
     return "from_weight" not in entry.variants and entry.init != "orthogonal"
 
 
@@ -268,16 +280,16 @@ def _check_fold(model: Any, gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
     assert_same(run(fxlora.fold(folded).eval(), args, kwargs), run(folded.eval(), args, kwargs))
     source = copy.deepcopy(model)
     for name in [name for name, _ in source.named_parameters(remove_duplicate=False)]:
-        owner, _, last = name.rpartition(".")  # one by one: the fold may have split a tie
+        owner, _, last = name.rpartition(".")  # name by name: the fold may have split a tie
         weight = folded.get_parameter(name).detach().clone()
         setattr(source.get_submodule(owner), last, nn.Parameter(weight))
     source.load_state_dict(dict(folded.named_buffers()), strict=False)
-    source.requires_grad_(False)  # as the folded module is: it decides between kernels
+    source.requires_grad_(False)  # as in the folded module: torch chooses kernels by it
     assert_same(run(source.eval(), args, kwargs), run(folded.eval(), args, kwargs))
 
 
 def _check_graphs(found: fxlora.CapturedModule, expected: fxlora.CapturedModule) -> None:
-    """Node for node the same, in every region and mode."""
+    """Assert that the graphs are equal, node for node, in every region and mode."""
     for ours, theirs in zip(found.programs, expected.programs, strict=True):
         assert ours.path == theirs.path
         for mode in ("train", "eval"):

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Mlp(nn.Module):
-    """5 → 7 → 3, with dropout between."""
+    """Two linear layers, 5 → 7 → 3, with dropout in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Convolutions(nn.Module):
 
 
 class Readers(nn.Module):
-    """One weight each in ways that no module's forward shows; takes (N, 5) and indices (N, 4)."""
+    """Weights read by functions and operators; takes (N, 5) and indices (N, 4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Tied(nn.Module):
 
 
 class Attention(nn.Module):
-    """nn.MultiheadAttention, and nn.TransformerEncoder with its fused path; takes (N, T, 8)."""
+    """nn.MultiheadAttention, and nn.TransformerEncoder with its fused kernel; takes (N, T, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Normed(nn.Module):
-    """Batch norm, a module called twice, a weight in two modules, a dead parameter, buffers."""
+    """Batch norm, a module called twice, a weight in two modules, an unused layer, buffers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""Damage to sound modules, which `verify` must notice: a model is adapted, one thing is broken.
+"""Mutation testing of `verify`: a model is adapted, one thing is broken, and verify must notice.
 
-Each damage is a function that breaks the index-th place of its kind and says whether there is one.
-A mutant counts where something changes: the outputs or the gradients of a mode, the state, the
-plan, or whether it runs. It is caught where fxlora raises one of its own errors.
+Each kind of damage is a function that breaks the index-th place of its kind and returns whether
+there is one. A mutant counts only if the damage changes something: the outputs or gradients of a
+mode, the state, the plan, or whether the module runs. It is caught if fxlora raises one of its own
+errors.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from .patterns import PATTERNS
 
 aten = torch.ops.aten
 MODES = ("train", "eval")
-PLACES = 2  # of a kind that are broken in a model, one after the other
+PLACES = 2  # mutants per kind of damage and model, each broken in another place
 
 
 # ---- the models ---------------------------------------------------------------------------------
 
 
 class Regions(nn.Module):
-    """Autocast and a checkpoint inside, a cast, and a buffer that the graph reads."""
+    """A model with an autocast region, a checkpoint, a cast, and a buffer that the graph reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Regions(nn.Module):
 
 
 class Casts(nn.Module):
-    """A norm in another precision, as language models have them."""
+    """Casts activations to another precision and back, as language models do around a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,14 +128,14 @@ CASES = tuple(_MAKERS)
 
 @dataclass
 class Mutant:
-    """A sound set of modules, to be damaged.
+    """The modules of one case, sound until one of them is damaged.
 
     Attributes:
-        captured: without adapters.
-        lora: adapted, at random.
-        folded: made of it.
-        folder: where its adapter is saved.
-        args: inputs of the model.
+        captured: the module without adapters.
+        lora: the adapted module, with random A and B.
+        folded: the fold of `lora`.
+        folder: the folder in which the adapter of `lora` is saved.
+        args: the model's inputs.
     """
 
     captured: CapturedModule
@@ -149,7 +150,7 @@ class Mutant:
 
 
 def sound(name: str, folder: Path) -> Mutant:
-    """A case as it should be: it verifies."""
+    """Build a case without damage; raise if verify refuses it."""
     torch.manual_seed(0)
     case = _MAKERS[name]()
 
@@ -168,20 +169,21 @@ def sound(name: str, folder: Path) -> Mutant:
     return Mutant(captured, adapted, folded, folder, args)
 
 
-# ---- the damages --------------------------------------------------------------------------------
+# ---- kinds of damage ----------------------------------------------------------------------------
 
 Damage = Callable[[Mutant, int], bool]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to damage.
+    """A kind of damage.
 
     Attributes:
-        of: "adapted" (verify gets the adapted module), "with its fold" (and the fold that was
-            made before), "folded" (the fold is damaged), or "saved" (the folder is, and what is
-            loaded is verified with the fold that was made before).
-        damage: breaks the index-th place, and says whether there is one.
+        of: the damaged object, and how it is verified. "adapted": the adapted module, by itself.
+            "with its fold": the adapted module, against the fold that was made before. "folded":
+            the fold. "saved": the adapter folder; the adapter loaded from it is verified against
+            the fold that was made before.
+        damage: breaks the index-th place, and returns whether there is one.
     """
 
     of: str
@@ -226,7 +228,7 @@ def fetched(module: CapturedModule, name: str) -> list[fx.Node]:
 
 
 def pair_of(module: CapturedModule, names: list[str], index: int) -> tuple[str, str] | None:
-    """The index-th pair of parameters of one shape."""
+    """Return the index-th pair of distinct parameters of equal shape."""
     shapes = {name: module.get_parameter(name).shape for name in names}
     tensors = {name: module.get_parameter(name) for name in names}
     pairs = (
@@ -239,7 +241,7 @@ def pair_of(module: CapturedModule, names: list[str], index: int) -> tuple[str, 
 
 
 def inserted(node: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """op(node, …) for every user of a node."""
+    """Insert op(node, …) between a node and all its users."""
     users = list(node.users)
     behind = node.next
     while behind.op == "placeholder":
@@ -262,21 +264,21 @@ def added(weights: list[torch.Tensor], index: int, size: float = 1e-3) -> bool:
 
 
 def owned(module: CapturedModule, name: str) -> torch.Tensor:
-    """A parameter in memory of its own: the sound modules keep theirs."""
+    """Return a parameter with cloned data, so that writing to it spares the sound modules."""
     parameter = module.get_parameter(name)
     parameter.data = parameter.data.clone()
     return parameter
 
 
 def plain_names(module: CapturedModule) -> list[str]:
-    """Weights that the plan has nothing to do with, by their first name."""
+    """Return the first names of the parameters that the plan neither adapts, adds nor trains."""
     plan = {name for entry in entries(module) for name in entry.names}
     plan |= module.adapter_parameters() | module.trained
     return [first for first, names in module.aliases().items() if plan.isdisjoint(names)]
 
 
 def replaced_number(graph: fx.Graph, old: float, new: float) -> bool:
-    """Put a number for another one in the arguments of the first node that has it."""
+    """Replace a float in the arguments of the first node that has it; return whether one does."""
 
     def other(value: Any) -> Any:
         return new if isinstance(value, float) and value == old else value
@@ -289,7 +291,7 @@ def replaced_number(graph: fx.Graph, old: float, new: float) -> bool:
     return False
 
 
-# Of adapted modules: the graphs.
+# Damage to adapted modules: the graphs.
 
 
 @kind("a branch deleted", "adapted")
@@ -429,7 +431,7 @@ def _(broken: Mutant, index: int) -> bool:
     a = [n for n in nodes if n.graph is found.base.graph and n < found.output][-1]
     reader = next(iter(a.users))
     while not [n for n in reader.all_input_nodes if _is_float(n)]:
-        reader = next(iter(reader.users))  # of what A is made into
+        reader = next(iter(reader.users))  # an op on A only: nodes of the adapter have no "val"
     x = next(n for n in reader.all_input_nodes if _is_float(n))
     alike = [
         n
@@ -536,7 +538,7 @@ def _(broken: Mutant, index: int) -> bool:
 
 
 def _stale(module: CapturedModule, graph: fx.Graph, recompile: Callable[[], Any]) -> bool:
-    """Generate code for a graph with a node more, which then goes again."""
+    """Recompile with one more op before the output, then remove the op from the graph only."""
     output = graph.output_node()
     first = next((n for n in output.all_input_nodes if _is_float(n)), None)
     if first is None:
@@ -574,7 +576,7 @@ def _(broken: Mutant, index: int) -> bool:
     )
 
 
-# Of adapted modules: the plan, and what requires gradients.
+# Damage to adapted modules: the plan, and requires_grad.
 
 
 @kind("another scale in the plan", "adapted")
@@ -626,7 +628,7 @@ kind("a weight under an adapter unfrozen", "adapted")(
 kind("a weight without adapter unfrozen", "adapted")(_frozen(plain_names, True))
 
 
-# Of adapted modules: the tensors.
+# Damage to adapted modules: the tensors.
 
 
 def _written(
@@ -723,8 +725,8 @@ def _(broken: Mutant, index: int) -> bool:
     return pair is not None
 
 
-# Of adapted modules, outside of the adapters: an edit there is the user's own until a fold that
-# was made before says otherwise.
+# Damage to adapted modules outside the adapters. verify cannot tell it from an edit by the user,
+# except by comparison with a fold that was made before.
 
 
 def _casts(module: CapturedModule) -> list[fx.Node]:
@@ -802,7 +804,7 @@ for _of, _which in (("with its fold", "lora"), ("folded", "folded")):
     kind(f"a buffer changed{_in}", _of)(_buffer_changed(_which))
 
 
-# Of folded modules.
+# Damage to folded modules.
 
 
 @kind("an entry of a folded weight changed", "folded")
@@ -812,7 +814,7 @@ def _(broken: Mutant, index: int) -> bool:
 
 
 def _folded_as(value: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]) -> Damage:
-    """Put another function of W0, the folded weight and s for a folded weight."""
+    """Replace a folded weight by a function of W0, the folded weight and s."""
 
     def damage(broken: Mutant, index: int) -> bool:
         entry = nth(entries(broken.lora), index)
@@ -904,7 +906,7 @@ def _(broken: Mutant, index: int) -> bool:
 
 @kind("the source's memory unfrozen in the fold", "folded")
 def _(broken: Mutant, index: int) -> bool:
-    # A copy of the module shares nothing: fold once more.
+    # `copied` made deep copies, which share no memory: only a new fold shares the source's.
     broken.folded = fxlora.fold(broken.lora)
     name = nth(plain_names(broken.lora), index)
     if name is not None:
@@ -935,12 +937,12 @@ def _(broken: Mutant, index: int) -> bool:
     return found is not None and _stale(broken.folded, found.graph, found.recompile)
 
 
-# Of saved adapters.
+# Damage to saved adapters.
 
 
 @dataclass
 class Saved:
-    """The two files of a folder, in memory."""
+    """The contents of an adapter folder's two files."""
 
     tensors: dict[str, torch.Tensor]
     header: dict[str, Any]
@@ -1053,19 +1055,19 @@ def _(saved: Saved, index: int) -> bool:
     return True
 
 
-# ---- the judgement ------------------------------------------------------------------------------
+# ---- judging mutants ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutant: caught, missed, crash or equivalent; and what was said."""
+    """The verdict on one mutant (caught, missed, crash or equivalent), and the error's text."""
 
     verdict: str
     said: str = ""
 
 
 def judge(base: Mutant, name: str, index: int) -> Outcome | None:
-    """Damage the index-th place of a kind; None where there is none."""
+    """Damage the index-th place of a kind and judge the mutant; None if there is no such place."""
     broken = base.copied()
     found = KINDS[name]
     if not found.damage(broken, index):
@@ -1083,7 +1085,7 @@ def judge(base: Mutant, name: str, index: int) -> Outcome | None:
         fxlora.verify(broken.lora, broken.args, folded=folded)
     except fxlora.FxLoraError as error:
         return Outcome("caught", f"{type(error).__name__}: {error}")
-    except Exception as error:  # noqa: BLE001 - an untyped error is what this is to find
+    except Exception as error:  # noqa: BLE001 - untyped errors are findings
         return Outcome("crash", f"{type(error).__name__}: {error}")
     return Outcome("missed")
 
@@ -1093,7 +1095,7 @@ def _loaded(mutant: Mutant) -> CapturedModule:
 
 
 def judge_all(base: Mutant, names: list[str], places: int = PLACES) -> dict[str, list[Outcome]]:
-    """The mutants of some kinds."""
+    """Judge up to `places` mutants of each kind; return the outcomes by kind."""
     found: dict[str, list[Outcome]] = {}
     for name in names:
         outcomes = [judge(base, name, index) for index in range(places)]
@@ -1102,7 +1104,7 @@ def judge_all(base: Mutant, names: list[str], places: int = PLACES) -> dict[str,
 
 
 def _look(mutant: Mutant) -> list[Any]:
-    """All that a damage may change, as bytes and plain data."""
+    """Everything that a damage may change, as bytes and plain data that compare with ==."""
     modules = (mutant.lora, mutant.folded)
     return [
         [repr(mutant.lora.plan)],
@@ -1121,7 +1123,7 @@ def _state(module: CapturedModule) -> list[Any]:
 
 
 def _run(module: CapturedModule, mutant: Mutant, mode: str) -> Any:
-    """Outputs and gradients of a mode, or the error; buffers come back as they were."""
+    """Return outputs and gradients of a mode, or the error's type; buffers are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     before = module.training
     torch.manual_seed(1)
@@ -1138,7 +1140,7 @@ def _run(module: CapturedModule, mutant: Mutant, mode: str) -> Any:
             else ()
         )
         return [None if t is None else _bytes(t) for t in (*outputs, *gradients)]
-    except Exception as error:  # noqa: BLE001 - a module that does not run is another one
+    except Exception as error:  # noqa: BLE001 - a mutant that fails to run differs, too
         return type(error).__name__
     finally:
         module.train(before)

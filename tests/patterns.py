@@ -1,8 +1,8 @@
-"""Ways in which models read their weights that a hook on `forward` does not see, as data.
+"""Patterns of reading weights, as data; a hook on a module's `forward` does not see most of them.
 
-Each is a tiny model in which, where the architecture allows it, no two dimensions are equal. What
-is not said is the plain case: the rule names the weights, PEFT is given the modules that own them
-or, where that does better, the parameters.
+Each pattern is a tiny model in which, where the architecture allows it, no two dimensions are
+equal. By default fxlora's rule names the weights, and PEFT is given the modules that own them and,
+as a second way, the parameters; the better outcome counts.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ R = LoraConfig(r=2, lora_alpha=3)
 
 @dataclass(frozen=True)
 class Pattern:
-    """One way to read weights.
+    """One pattern of reading weights.
 
     Attributes:
-        name: what the table calls it.
+        name: the pattern's name in the table.
         build: makes the model and its inputs.
-        weights: what the user asks for, by the names that the user writes (of a tied weight: the
+        weights: the weights to adapt, by the names that the user writes (for a tied weight: the
             reads through those names).
-        expects: the error that fxlora owes where no adapter can be right; None where it can.
-        rules: fxlora's rules, made when asked for; by default one that names the weights.
-        peft: more ways for PEFT to write the target, besides the owning modules and the
-            parameters; None: PEFT has no words for it.
-        config: of PEFT, for every way.
-        match: more arguments of `fxlora.match`.
-        parts: the rows of the output that each part takes.
-        reference: the same model in a way that torch.func can call.
-        modes: of the model (training or not) in which it reads the weights.
-        tolerance: of the largest entry.
+        expects: the error that fxlora must raise, where no adapter can be right; else None.
+        rules: makes fxlora's rules; by default one rule that names the weights.
+        peft: further ways for PEFT to write the target, besides the owning modules and the
+            parameters; None if PEFT cannot express the target.
+        config: arguments of PEFT's configuration, for every way.
+        match: further arguments of `fxlora.match`.
+        parts: the output rows of each part.
+        reference: builds an equivalent model that torch.func can call.
+        modes: the model's modes (True is training) in which it reads the weights.
+        tolerance: relative to the largest entry.
         dtype: of the model and its inputs.
-        plain: whether s·BA is what the adapter adds (DoRA scales, PiSSA subtracts).
-        exportable: whether there is a whole graph to export; if not, a typed error says so.
-        hidden: whether it has reads that torch.func does not reach (what a list holds); the
-            oracle then writes into the source's own memory alone.
-        since: the first torch that can run it and save it, as far as the supported ones cannot.
-        measured: what PEFT does by target_modules, where the claim about PEFT rests on it.
+        plain: whether the adapter adds s·BA and nothing else (DoRA scales, PiSSA subtracts).
+        exportable: whether there is a whole graph to export; if not, export must raise a typed
+            error.
+        hidden: whether torch.func does not reach some reads (those through a list); the oracle
+            then only writes into the source's own memory.
+        since: the first torch that can run and save it, where some supported ones cannot.
+        measured: PEFT's verdict with target_modules, where the claim about PEFT rests on it.
     """
 
     name: str
@@ -74,18 +75,18 @@ class Pattern:
     measured: str = ""
 
     def built(self) -> Built:
-        """The model, the same at every call, and its inputs."""
+        """Return the model and its inputs, the same at every call."""
         torch.manual_seed(0)
         model, args = self.build()
         with torch.no_grad():
             for parameter in model.parameters():
-                if not parameter.any():  # a gate or a head at zero hides what is behind it
+                if not parameter.any():  # a gate or head of zeros would hide other weights
                     parameter.normal_()
 
         def cast(leaf: Any) -> Any:
             return leaf.to(self.dtype) if _floating(leaf) else leaf
 
-        for module in model.modules():  # what a pre-hook left there cannot be copied
+        for module in model.modules():  # deepcopy fails on non-leaf tensors left by pre-hooks
             for name, value in vars(module).items():
                 if isinstance(value, torch.Tensor) and not value.is_leaf:
                     module.__dict__[name] = value.detach()
@@ -95,7 +96,7 @@ class Pattern:
         return self.rules() if self.rules else Rule(list(self.weights), lora=R)
 
     def ways_of_peft(self) -> list[dict[str, Any]]:
-        """How a user of PEFT can write the target."""
+        """Return the arguments of PEFT's configuration by which a user can name the target."""
         if self.peft is None:
             return []
         modules = [name.rpartition(".")[0] for name in self.weights]
@@ -110,7 +111,7 @@ def _floating(leaf: Any) -> bool:
 
 
 class Net(nn.Module):
-    """Parts by their names (modules, parameters, tensors as buffers), and a function as forward."""
+    """A module of named parts (modules, parameters, tensors as buffers) with a given forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Net(nn.Module):
 
 
 class Around(nn.Module):
-    """A layer in a model, so that PEFT has a module to wrap."""
+    """A model around one layer, so that PEFT has a module to wrap."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -138,17 +139,17 @@ class Around(nn.Module):
 
 
 def net(forward: Callable[..., Any], *args: Any, **parts: Any) -> Callable[[], Built]:
-    """A model with these parts; a callable part or input is made anew for each model."""
+    """Return a builder of a `Net`; parts and callable inputs are made anew for each model."""
     return lambda: (Net(forward, **_made(parts)), _inputs(args))
 
 
 def layer(forward: Callable[..., Any], *args: Any, **parts: Any) -> Callable[[], Built]:
-    """The same as a layer of a model, `layer`."""
+    """Return a builder of a model with a `Net` as its submodule `layer`."""
     return lambda: (Around(Net(forward, **_made(parts))), _inputs(args))
 
 
 def wrapped(make: Callable[[], nn.Module], *args: Any) -> Callable[[], Built]:
-    """A module as `layer` of a model."""
+    """Return a builder of a model with this module as its submodule `layer`."""
     return lambda: (Around(make()), _inputs(args))
 
 
@@ -177,7 +178,7 @@ def linear(n: int = 5, m: int = 7, bias: bool = True) -> Callable[[], nn.Linear]
 
 
 def rule(*names: str, **keys: Any) -> Callable[[], Any]:
-    """One rule, with what the configuration or the rule has besides."""
+    """Return a maker of one rule; `keys` are fields of the rule or of its configuration."""
     fields = {key: keys.pop(key) for key in list(keys) if key in ("parts", "enable")}
     return lambda: Rule(list(names), lora=LoraConfig(r=2, lora_alpha=3, **keys), **fields)
 
@@ -220,7 +221,7 @@ def decoder() -> Built:
 
 
 class Stale(nn.Module):
-    """Holds its layer in a way that a swapped module does not reach."""
+    """Calls its layer through a reference that still holds the old layer after a swap."""
 
     def __init__(self, held: Callable[[nn.Linear], Any]) -> None:
         super().__init__()
@@ -241,7 +242,7 @@ class OneOf(list[Any]):
 
 
 def two_names() -> Built:
-    """One module under two names; the one that is called is not the first."""
+    """One module under two names, called by the second."""
     inner = nn.Linear(5, 7)
     return Net(lambda m, a: torch.tanh(m.called(a)), first=inner, called=inner), (
         torch.randn(4, 5),
@@ -256,11 +257,11 @@ def two_names_called() -> Built:
 
 
 class Aliased(nn.Module):
-    """Reads its Linear's weight, beside the Linear itself, as something that it keeps."""
+    """Calls its Linear, and also reads the Linear's weight through an object that it keeps."""
 
     def __init__(self, keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> None:
         super().__init__()
-        self.lin = nn.Linear(5, 7).double()  # later, the memory would no longer be shared
+        self.lin = nn.Linear(5, 7).double()  # a later cast would end the sharing of memory
         kept = keep(self.lin.weight)
         if buffer:
             self.register_buffer("kept", kept)
@@ -277,7 +278,7 @@ def aliased(keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> Callab
 
 
 class Absorbed(nn.Module):
-    """DeepSeek's attention in decoding: keys are never made, the query meets the weight."""
+    """DeepSeek's attention in decoding: the query is multiplied by the weight, not by keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +291,7 @@ class Absorbed(nn.Module):
 
 
 class Fused(nn.Module):
-    """Mamba hands the weights of its layers to one function."""
+    """Mamba: functions read the weights of the layers, which are not called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,7 +322,7 @@ class Reparametrised(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A head that is there in training only (GoogLeNet)."""
+    """A head that is called in training only (GoogLeNet)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -455,7 +456,7 @@ class Scaled(nn.Linear):
 
 
 class Cosine(nn.Linear):
-    """A classifier by angles (ArcFace, DINO's head)."""
+    """A classifier by cosine similarity (ArcFace, DINO's head)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(F.normalize(input), F.normalize(self.weight))
@@ -490,7 +491,7 @@ class Standardised(nn.Conv2d):
 
 
 class Separable(nn.Conv3d):
-    """A subclass that changes nothing but the defaults."""
+    """A subclass that only changes the defaults."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0))
@@ -670,7 +671,7 @@ def bag(mode: str) -> Callable[[], Built]:
 
 
 def tied(ways: int) -> Built:
-    """A language model whose head is its embedding: by assignment (1), by a call (2)."""
+    """A language model with its embedding as head: by assignment (1) or by F.linear (2)."""
     model = Net(_language_model, emb=nn.Embedding(13, 6), mix=nn.Linear(6, 6))
     model.head = nn.Linear(6, 13, bias=False)
     model.head.weight = model.emb.weight
@@ -695,7 +696,7 @@ def shared_parameter() -> Built:
 
 
 def functional_tie() -> Built:
-    """Both reads are in one forward: the call site does not say which name was meant."""
+    """Both reads are in one forward, so that no call site tells which name is meant."""
     model, args = tied(1)
     model.function = lambda m, i: F.linear(
         torch.tanh(m.mix(F.embedding(i, m.emb.weight))), m.head.weight
@@ -711,7 +712,7 @@ def three_tied() -> Built:
 
 
 def overlapping() -> Built:
-    """Two parameters in one memory: the decoder is the encoder turned."""
+    """Two parameters over one memory: the decoder's weight is the encoder's, transposed."""
     model = Net(lambda m, a: m.dec(torch.tanh(m.enc(a))), enc=nn.Linear(5, 7), dec=nn.Linear(7, 5))
     model.dec.weight = nn.Parameter(model.enc.weight.detach().double().T)
     model.enc.weight = nn.Parameter(model.dec.weight.detach().T)
@@ -732,7 +733,7 @@ SHARED = [
             rules=rule("head", tied="share")),
     Pattern("head.weight = emb.weight, a rule for each", LM, TIED,
             rules=lambda: [Rule("emb", lora=R), Rule("head", lora=LoraConfig(r=3, lora_alpha=5))]),
-    # No module's forward reads it, so no name tells the reads apart: all of them are adapted.
+    # No module's forward reads the weight, so no name tells its reads apart: all are adapted.
     Pattern("tied, read by functions: a rule on emb", functional_tie, TIED, peft=BOTH,
             rules=rule("emb")),
     Pattern("tied, read by functions: a rule on both", functional_tie, TIED, peft=BOTH),
@@ -802,7 +803,7 @@ SHARED = [
 
 
 class MatMul(torch.autograd.Function):
-    """x @ W.T with a backward of its own."""
+    """x @ W.T with a custom backward."""
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -816,7 +817,7 @@ class MatMul(torch.autograd.Function):
 
 
 class Dense(nn.Module):
-    """A linear layer that is no nn.Linear."""
+    """A linear layer that is not an nn.Linear."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -982,7 +983,7 @@ RAW = [
 
 
 def split(*sizes: int) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """Attention-like use of a packed projection: every part in another way."""
+    """Return a forward that uses a packed projection as attention does: each part differently."""
 
     def forward(m: Any, a: torch.Tensor) -> torch.Tensor:
         q, k, v = m.in_proj(a).split(sizes, -1)
@@ -1073,7 +1074,7 @@ def inferred(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(m: Any, a: torch.Tensor) -> torch.Tensor:
-    """The weight is an argument of what is checkpointed."""
+    """The weight is an argument of the checkpointed function."""
     return checkpoint(  # pyright: ignore
         lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False
     )
@@ -1097,7 +1098,7 @@ def conditional(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 
 def routed(m: Any, a: torch.Tensor) -> torch.Tensor:
-    """A mixture of experts whose Python looks at the data."""
+    """A mixture of experts whose Python branches on data."""
     chosen = (a.sum(1) > 0).long()
     out = a.new_zeros(a.shape[0], 7)
     for number, expert in enumerate(m.experts):
@@ -1160,7 +1161,7 @@ FLOW = [
 ]  # fmt: skip
 
 
-# ---- what has no weight to adapt ----------------------------------------------------------------
+# ---- nothing to adapt ---------------------------------------------------------------------------
 
 NONE = [
     Pattern("a typo in a list of targets",
@@ -1199,7 +1200,7 @@ NONE = [
 def variant(
     name: str, build: Callable[[], Built], weights: tuple[str, ...], **keys: Any
 ) -> Pattern:
-    single = keys.get("init_lora_weights") in ("pissa", "olora")  # PEFT's are, and say so
+    single = keys.get("init_lora_weights") in ("pissa", "olora")  # PEFT refuses float64 for them
     return Pattern(
         name,
         build,

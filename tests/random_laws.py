@@ -1,8 +1,9 @@
-"""The laws on a random model, against oracles that ask fxlora for no layout and no form.
+"""The laws on random models, against oracles that take no layout and no form from fxlora.
 
-A weight's W0 + s·BA is found from the shapes of A and B alone: of all ways to multiply them into
-the weight's shape (no two sizes are equal), the one that the folded weight is. The source, called
-through torch.func with it in place of the weight, is what every read has to agree with.
+The oracle derives W0 + s·BA from the shapes of A and B only. It tries every product of the two
+that has the weight's shape (no two sizes are equal) and takes the one that equals the folded
+weight. The source model, called through torch.func with W0 + s·BA in place of the weight, gives
+the outputs and gradients that the adapted module must have.
 
     python -m tests.random_laws 17              print the model of seed 17, and judge it
     python -m tests.random_laws 0 500           judge the models of the seeds 0 to 499
@@ -35,7 +36,7 @@ from .random_models import RANK, Drawn, Shape, draw
 ALPHA = 3
 LORA = LoraConfig(r=RANK, lora_alpha=ALPHA)
 FRONTENDS = ("export", "tracer")
-EFFECT = 1e-9  # of the largest output: rounding is far below, an adapter far above
+EFFECT = 1e-9  # relative to the largest output: rounding is far below, an adapter far above
 
 Tensors = list[torch.Tensor]
 Weights = dict[str, torch.Tensor]
@@ -43,13 +44,16 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Judgement:
-    """What came of one model through one frontend.
+    """The result for one model through one frontend.
 
     Attributes:
-        adapted: the weights that were adapted, by name.
-        refused: the typed error of every other weight.
-        inert: what is adapted and cannot change the outputs, because the weight cannot.
-        failure: what is wrong, and the traceback, if anything is.
+        drawn: the model.
+        frontend: "export" or "tracer".
+        adapted: names of the adapted weights.
+        refused: the typed error for every other weight.
+        inert: names of adapted weights on which the outputs do not depend.
+        failure: a description of the failure, or "".
+        trace: the traceback of an untyped error, or "".
     """
 
     drawn: Drawn
@@ -68,7 +72,7 @@ class Judgement:
 
 
 def judge(drawn: Drawn, frontend: str) -> Judgement:
-    """Capture, adapt whatever can be, and check every law on it."""
+    """Capture a model, adapt every weight that match accepts, and check every law."""
     judgement = Judgement(drawn, frontend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +80,7 @@ def judge(drawn: Drawn, frontend: str) -> Judgement:
             _judge(judgement)
         except Wrong as error:
             judgement.failure = f"wrong: {error}"
-        except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
+        except Exception as error:  # noqa: BLE001 - any untyped error is a finding
             line = " ".join(str(error).split())[:300]
             judgement.failure = f"untyped: {type(error).__name__}: {line}"
             judgement.trace = traceback.format_exc()
@@ -104,18 +108,18 @@ def _judge(judgement: Judgement) -> None:
 
 
 class Side:
-    """A captured model beside its source, which is built anew to be called with other weights."""
+    """A captured model and its source, which is rebuilt for each call with other weights."""
 
     def __init__(self, drawn: Drawn, args: tuple[Any, ...], gm: fxlora.CapturedModule) -> None:
         self.drawn, self.gm = drawn, gm
-        self.calls = (args, (-args[0], *args[1:]))  # the other one takes a cond's other branch
+        self.calls = (args, (-args[0], *args[1:]))  # with -x, a cond takes its other branch
         self.base = self.outputs(gm)
 
     def check_capture(self) -> None:
         _same(self.base, self.source({}), "the capture differs", 1e-12)
 
     def accepted(self, names: list[str], judgement: Judgement) -> Iterator[Rule]:
-        """The rules, each for one weight, that match takes; the others are refused."""
+        """Yield a rule for each weight that match accepts; record the error for each other one."""
         again = copy.deepcopy(self.gm)
         for name in names:
             rule = Rule(name, lora=LORA)
@@ -133,7 +137,7 @@ class Side:
             yield rule
 
     def check_adapted(self, rules: list[Rule]) -> list[str]:
-        """Every law on the adapted model; returns the weights that change no output."""
+        """Check every law on the adapted model; return the weights that change no output."""
         lora = fxlora.inject(self.gm, fxlora.match(self.gm, rules))
         _same(self.outputs(lora), self.base, "injection is not the identity", 1e-12)
         torch.manual_seed(self.drawn.seed)
@@ -148,7 +152,7 @@ class Side:
     # ---- the laws ---------------------------------------------------------------------------
 
     def _check_effect(self, lora: fxlora.CapturedModule) -> list[str]:
-        """Each adapter changes the outputs, with all others at zero, if its weight can."""
+        """Check that each adapter, with all others at zero, has an effect if its weight has."""
         still: list[str] = []
         for entry in lora.plan or ():
             alone = copy.deepcopy(lora)
@@ -160,7 +164,7 @@ class Side:
         return self._check_still(still)
 
     def _check_still(self, names: list[str]) -> list[str]:
-        """Raise where outputs depend on a weight after all, or nothing reads its values."""
+        """Raise if the outputs depend on one of these weights, or if nothing reads its values."""
         parameters = _parameters(self.drawn.build(plain=True)[0])
         for name in names:
             weight = parameters[name].detach()
@@ -172,14 +176,14 @@ class Side:
         return names
 
     def _check_folded(self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule) -> None:
-        """The fold is the unfolded module, and every read in the source sees its weights."""
+        """Check that folded and unfolded agree, and that every read sees the folded weights."""
         found, tolerance = self.outputs(folded), self.drawn.tolerance
         _same(found, self.outputs(lora), "folded and unfolded differ", tolerance)
         weights = {name: weight.detach() for name, weight in _parameters(folded).items()}
         _same(found, self.source(weights), "a read does not see the folded weight", tolerance)
 
     def _check_gradients(self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule) -> None:
-        """Outputs and gradients are those of the source, called with the merged weights."""
+        """Check outputs and gradients against the source called with the merged weights."""
         factors = {
             name: lora.get_parameter(name).detach().requires_grad_() for name in _names(lora)
         }
@@ -197,7 +201,7 @@ class Side:
     def _merged(
         self, lora: fxlora.CapturedModule, folded: fxlora.CapturedModule, factors: Weights
     ) -> Weights:
-        """Every adapted weight as W0 + s·BA, in the way that the fold found."""
+        """Return W0 + s·BA of each adapted weight, by the product that equals the fold."""
         source = _parameters(self.drawn.build(plain=True)[0])
         weights: Weights = {}
         for entry in lora.plan or ():
@@ -229,7 +233,7 @@ class Side:
             return self._outputs(copy.deepcopy(module))
 
     def source(self, weights: Weights, grad: bool = False) -> Tensors:
-        """The source's outputs with these weights in place of its own."""
+        """Return the source's outputs with these weights in place of its own."""
         model = self.drawn.build(plain=True)[0].requires_grad_(False)
 
         with torch.set_grad_enabled(grad):
@@ -239,7 +243,7 @@ class Side:
         return self._in_both_modes(module, lambda args: floats(module(*args)))
 
     def _in_both_modes(self, module: nn.Module, called: Callable[..., Tensors]) -> Tensors:
-        """The outputs of all calls, in eval mode and then (it writes to buffers) in train mode."""
+        """Return the outputs of all calls in eval mode, then in train mode (it writes buffers)."""
         found: Tensors = []
         for training in (False, True):
             module.train(training)
@@ -275,7 +279,7 @@ def _names(lora: fxlora.CapturedModule) -> list[str]:
 
 
 def gradients(outputs: Tensors, parameters: Weights) -> Weights:
-    """Of a loss whose cotangents cancel nothing; zeros where none arrives."""
+    """Return gradients of a loss with unequal cotangents, which cannot cancel; zero if unused."""
     terms = [
         (o * torch.linspace(n, n + 1, o.numel()).view(o.shape).to(o)).sum()
         for n, o in enumerate(outputs, 1)
@@ -286,13 +290,13 @@ def gradients(outputs: Tensors, parameters: Weights) -> Weights:
     return {name: g.to_dense() for name, g in zip(parameters, found, strict=True)}
 
 
-# ---- B·A in a weight's shape, from shapes alone --------------------------------------------------
+# ---- B·A in a weight's shape, from shapes only ---------------------------------------------------
 
 
 def products(shape: Shape, a: torch.Tensor, b: torch.Tensor, r: int) -> Iterator[torch.Tensor]:
-    """Every way in which A (…, r, in) and B (…, out, r) multiply to this shape.
+    """Yield every product of A (…, r, in) and B (…, out, r) that has this shape.
 
-    Each dimension numbers the matrices of a stack, or belongs to the inputs, or to the outputs.
+    Each of the shape's dimensions is a stack's ("e"), an input's ("i") or an output's ("o").
     """
     for roles in itertools.product("eio", repeat=len(shape)):
         stack, inputs, outputs = ([d for d, q in enumerate(roles) if q == role] for role in "eio")
@@ -332,7 +336,7 @@ class Tally:
 
     @property
     def reasons(self) -> Counter[str]:
-        """The weights that were refused, by why: messages less names and numbers."""
+        """Number of refused weights by message, without its names and numbers."""
         found: Counter[str] = Counter()
         for j in self.judgements:
             found.update(f"{j.frontend}: {_reason(error)}" for error in j.refused.values())

@@ -1,12 +1,12 @@
-"""Random small models that read their weights in all the ways that Python has, from a seed.
+"""Random small models, drawn from a seed, that read their weights in many different ways.
 
-`draw(seed)` writes the source text of one model; a failure is reproduced from its text alone:
+`draw(seed)` writes the source of one model, which is all that it takes to reproduce a failure:
 
     python -m tests.random_laws 17              print the model of seed 17, and judge it
     python -m tests.random_laws 0 500           judge the models of the seeds 0 to 499
 
-A model is a few steps. Each step reads weights, which come from parameters by a random way
-(slices, transposes, casts, …) and meet a random reader. No two sizes are equal.
+A model is a few steps. Each step derives weights from parameters by random ops (slices,
+transposes, casts, …) and reads them by a random op. No two sizes are equal.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def _called(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A random model as text.
+    """A random model as source code.
 
     Attributes:
-        seed: what it was drawn from, and what its parameters are drawn from.
-        source: a module's text, with a class `Model` and a function `inputs`.
-        tolerance: what it may differ by, of the largest entry (it may cast to float32).
+        seed: the seed of the source, and of the parameters and inputs.
+        source: the source of a Python module with a class `Model` and a function `inputs`.
+        tolerance: allowed error relative to the largest entry (the model may cast to float32).
     """
 
     seed: int
@@ -87,11 +87,11 @@ class Drawn:
     tolerance: float
 
     def build(self, plain: bool = False) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        """The model in float64 and its inputs, the same at every call.
+        """Return the model in float64 and its inputs, the same at every call.
 
         Args:
-            plain: call what stands in checkpoints and conds directly, in Python: so it can be
-                called with other weights (a checkpoint computes again when those are gone).
+            plain: call the functions of checkpoints and conds directly, so that functional_call
+                can replace the weights (a checkpoint recomputes after they are restored).
         """
         name = f"<random model {self.seed}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
@@ -109,7 +109,7 @@ class Drawn:
 
 
 def draw(seed: int) -> Drawn:
-    """The model of a seed."""
+    """Return the model of a seed."""
     writer = Writer(random.Random(seed))
     features = writer.size()
     width = features
@@ -123,7 +123,7 @@ def draw(seed: int) -> Drawn:
 
 
 class Writer:
-    """A model's text as it grows: what its __init__ makes, and the lines of its forward."""
+    """Collects a model's source: the lines of its __init__ and of its forward."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -135,7 +135,7 @@ class Writer:
         self.sizes = rng.sample(SIZES, len(SIZES))
 
     def size(self) -> int:
-        """A size that nothing has so far, as long as there are any."""
+        """Return an unused size, as long as there are any."""
         return self.sizes.pop() if self.sizes else self.rng.choice(range(32, 48))
 
     def chance(self, probability: float) -> bool:
@@ -148,7 +148,7 @@ class Writer:
         self.named += 1
         return f"{prefix}{self.named}"
 
-    # ---- what __init__ makes --------------------------------------------------------------------
+    # ---- lines of __init__ ----------------------------------------------------------------------
 
     def module(self, text: str, prefix: str = "m") -> str:
         name = f"self.{self.name(prefix)}"
@@ -170,10 +170,10 @@ class Writer:
         self.inits.append(f'self.register_buffer("{name[5:]}", {text})')
         return name
 
-    # ---- a weight by some way -------------------------------------------------------------------
+    # ---- expressions of weights -----------------------------------------------------------------
 
     def weight(self, shape: Shape, depth: int | None = None) -> str:
-        """An expression of this shape that some parameters are read by."""
+        """Return an expression of this shape: up to `depth` random ops on parameters."""
         depth = self.choice((0, 0, 1, 1, 1, 2, 3)) if depth is None else depth
         if depth == 0:
             return self.stored(shape)
@@ -183,7 +183,7 @@ class Writer:
                 return found
 
     def stored(self, shape: Shape) -> str:
-        """A new parameter, or one that is there: whole, or its first rows and columns."""
+        """Return a new parameter, or an existing one, whole or cut to its first rows, columns."""
         fits = [
             (name, whole)
             for name, whole in self.parameters.items()
@@ -199,7 +199,7 @@ class Writer:
     # ---- the forward ----------------------------------------------------------------------------
 
     def step(self, width: int) -> int:
-        """Write a step on `x` (batch, width); returns the new width."""
+        """Write a step on `x` (batch, width); return the new width."""
         while True:
             found = self.choice(STEPS)(self, width)
             if found is not None:
@@ -208,7 +208,7 @@ class Writer:
                 return width
 
     def read(self, width: int, out: int, way: int | None = None) -> str:
-        """An expression that reads a weight and takes `x` from one width to another."""
+        """Return an expression that maps `x` from one width to another by reading a weight."""
         if self.chance(0.5):
             weight = self.weight((out, width), way)
             reader = self.choice(OUT_IN)
@@ -219,7 +219,7 @@ class Writer:
         return reader.format(w=_grouped(weight), b=bias)
 
     def text(self, features: int) -> str:
-        """The whole text; the inputs are in float64, as the default dtype then is."""
+        """Return the model's source; `build` runs it with float64 as the default dtype."""
         forward = "\n".join([*self.lines, "return x"])
         inits = "\n".join(self.inits)
         return (
@@ -236,11 +236,11 @@ def _sizes(shape: Shape) -> str:
 
 
 def _grouped(text: str) -> str:
-    """In parentheses, unless a method can be called on it as it is."""
+    """Add parentheses, unless a method can be called on the expression as it is."""
     return f"({text})" if text[0] == "-" or any(sign in text for sign in SIGNS) else text
 
 
-# ---- ways from parameters to a weight: (writer, shape, depth left) -> expression, or None --------
+# ---- weights from parameters: (writer, shape, depth left) -> expression, or None -----------------
 
 Way = Callable[[Writer, Shape, int], str | None]
 WAYS: list[Way] = []
@@ -564,7 +564,7 @@ STEPS: list[Step] = []
 
 
 def step(times: int = 1) -> Callable[[Step], Step]:
-    """A kind of step, drawn so many times as often as others."""
+    """Register a kind of step, drawn `times` as often as one that is registered once."""
 
     def listed(function: Step) -> Step:
         STEPS.extend([function] * times)
@@ -606,7 +606,7 @@ def _layer_and_its_weight(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step(2)
 def _two_roles(w: Writer, width: int) -> tuple[list[str], int]:
-    """There and back by one weight."""
+    """Multiply by a weight, and back by its transpose."""
     out = w.size()
     weight = _grouped(w.weight((out, width)))
     k = w.name("k")
@@ -703,7 +703,7 @@ def _embedding_bag(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step(4)
 def _convolution(w: Writer, width: int) -> tuple[list[str], int]:
-    """x as an image (N, C, …, width), through a convolution, and the mean over places."""
+    """Convolve x as an image (N, C, …, width), and take the mean over positions."""
     dims = w.choice((1, 1, 2, 3))
     channels, out, groups = w.size(), w.size(), 1
     if w.chance(0.25):
@@ -758,7 +758,7 @@ def _experts(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step(3)
 def _region(w: Writer, width: int) -> tuple[list[str], int]:
-    """A read in a context, or in a call of a function."""
+    """Read a weight under a context manager, or in a called function."""
     out = w.size()
     read = f"torch.tanh({w.read(width, out)})"
     f = w.name("f")
@@ -791,7 +791,7 @@ def _cond(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step(3)
 def _read_without_gradient(w: Writer, width: int) -> tuple[list[str], int]:
-    """Twice, once where no gradient passes."""
+    """Read weights twice, once where no gradient passes."""
     out = w.size()
     k = w.name("k")
     weight = w.weight((out, width))
@@ -828,7 +828,7 @@ def _parametrized(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step(2)
 def _unread(w: Writer, width: int) -> tuple[list[str], int]:
-    """Beside a layer, a weight of which the shape alone counts, or nothing."""
+    """A layer, and a weight of which only the shape matters, or nothing."""
     out, other = w.size(), w.size()
     layer = w.module(f"nn.Linear({width}, {out})")
     weight = w.weight((other, width))
@@ -862,7 +862,7 @@ def _by_mode(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step(2)
 def _compound(w: Writer, width: int) -> tuple[list[str], int]:
-    """A module with several weights of its own."""
+    """A recurrent, attention or bilinear module of torch."""
     out = w.size()
     kind = w.choice(("lstm", "gru", "cell", "attention", "bilinear"))
     if kind in ("lstm", "gru"):
@@ -897,7 +897,7 @@ def _bilinear_form(w: Writer, width: int) -> tuple[list[str], int]:
 
 @step()
 def _attends_to_weights(w: Writer, width: int) -> tuple[list[str], int]:
-    """Keys and values are weights."""
+    """Attention whose keys and values are weights."""
     slots, out = w.size(), w.size()
     keys, values = w.weight((slots, width)), w.weight((slots, out))
     lines = [f"k, v = {keys}, {values}"]
@@ -909,5 +909,5 @@ def _attends_to_weights(w: Writer, width: int) -> tuple[list[str], int]:
 
 
 def _on(name: str, read: str) -> str:
-    """A read of another variable than x."""
+    """Return the read applied to another variable than x."""
     return f"(lambda x: {read})({name})"

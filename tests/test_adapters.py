@@ -30,7 +30,7 @@ CONFIG = LoraConfig(r=2, lora_alpha=6, target_modules=["conv", "twice"], modules
 
 
 def trained(model: nn.Module, config: LoraConfig = CONFIG) -> fxlora.CapturedModule:
-    """Some steps, so that A, B, the head and the statistics of the batch norm move."""
+    """Adapt and train for a few steps: A, B, the head and the batch norm's statistics change."""
     lora = fxlora.adapt(model, torch.randn(4, 3, 9, 7), rules=config).train()
     optimizer = torch.optim.AdamW(fxlora.lora_parameters(lora), lr=0.05)
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_saving_again_replaces_and_leaves_other_files(tmp_path: Path) -> None:
 
 
 class Plain(nn.Module):
-    """What PEFT can adapt: linear, convolution, embedding, and a head."""
+    """Layers that PEFT can adapt (linear, convolution, embedding), and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_ours_reads_pefts(tmp_path: Path, rslora: bool) -> None:
 
 
 class Experts(nn.Module):
-    """Stacks of matrices, either way round, and a matrix; what HF's and PEFT's experts are."""
+    """Stacks of matrices in both orders, as the experts of transformers and PEFT; and a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ MIXTURES: dict[str, list[Rule]] = {
 }
 
 
-captured = functools.cache(fxlora.capture)  # no verb changes what it is given
+captured = functools.cache(fxlora.capture)  # safe, because no verb changes its argument
 
 
 @functools.cache
@@ -262,7 +262,7 @@ def odd() -> tuple[nn.Module, Any]:
 
 
 def saved(model: nn.Module, args: Any, rules: Any, folder: Path) -> fxlora.CapturedModule:
-    """An adapter with everything in it at random, saved; it has an effect."""
+    """Adapt, draw all trained tensors at random, check that they have an effect, and save."""
     gm = captured(model, args)
     lora = fxlora.inject(gm, fxlora.match(gm, rules)).eval()
     randomise(lora)
@@ -276,7 +276,7 @@ def saved(model: nn.Module, args: Any, rules: Any, folder: Path) -> fxlora.Captu
 
 
 def assert_loads(model: nn.Module, args: Any, folder: Path, lora: fxlora.CapturedModule) -> None:
-    """Bit for bit what was saved."""
+    """Assert that the loaded adapter is bit for bit the saved one."""
     again = fxlora.load_adapter(captured(model, args), folder).eval()
     assert [e.to_data() for e in again.plan] == [e.to_data() for e in lora.plan]
     state = again.state_dict()
@@ -305,7 +305,7 @@ def test_peft_reads_every_variant(tmp_path: Path, what: str) -> None:
 
 
 class Odd(nn.Module):
-    """What PEFT would get wrong, or has no word for; takes (N, 3, 8, 8)."""
+    """Layers that PEFT would compute wrongly or cannot express; takes (N, 3, 8, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ class Square(nn.Module):
 
 
 ODD: dict[str, tuple[list[Rule], str]] = {
-    "reflect": ([Rule("reflect", lora=plain())], "a padding of its own"),
+    "reflect": ([Rule("reflect", lora=plain())], "padding by another op"),
     "grouped": ([Rule("grouped", lora=plain())], "a grouped convolution"),
     "dilated": ([Rule("dilated", lora=plain())], "with dilation"),
     "turned": ([Rule("turned", lora=plain(use_dora=True))], "DoRA of a bare parameter"),
@@ -358,7 +358,7 @@ ODD: dict[str, tuple[list[Rule], str]] = {
     "twice": ([Rule("shared", lora=plain())], "one module under several names"),
     "some DoRA": (
         [Rule("scaled", lora=plain(use_dora=True)), Rule("root", lora=plain())],
-        "DoRA at some sites alone",
+        "DoRA only at some sites",
     ),
     "DoRA of parts": ([Rule("scaled", lora=plain(use_dora=True, r=1), parts=7)], "DoRA of a part"),
 }
@@ -380,7 +380,7 @@ def test_where_peft_would_be_wrong_it_stops(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("names", [["emb"], ["head"], ["emb", "head"]])
 def test_tied(tmp_path: Path, names: list[str]) -> None:
-    """An adapter of one name of a tied weight is PEFT's too; one of both names is not."""
+    """PEFT can read an adapter for one name of a tied weight, but not one for both names."""
     model, args = Tied().double(), (torch.tensor([[1, 2, 3], [5, 0, 16]]),)
     lora = saved(model, args, LoraConfig(r=2, target_modules=names), tmp_path)
     assert len(lora.plan) == 1 and len(lora.plan.entries[0].names) == len(names)
@@ -424,7 +424,7 @@ def test_every_variant_of_pefts_is_read(tmp_path: Path, what: str) -> None:
 
 
 def test_pefts_conversion_is_ours(tmp_path: Path) -> None:
-    """What PEFT itself makes of PiSSA when it is asked for a plain LoRA of twice the rank."""
+    """fxlora reads PEFT's own conversion of PiSSA to a plain LoRA of twice the rank."""
     peft = pytest.importorskip("peft", reason="peft is optional")
     model, args = Mixture(), (torch.randn(4, 7),)
     keys = {"r": 2, "lora_alpha": 3, "target_modules": ["first"], "init_lora_weights": "pissa"}
@@ -462,13 +462,13 @@ def test_pefts_that_changed_the_weights_beside(tmp_path: Path) -> None:
 
 
 def without_header(folder: Path, **changes: Any) -> None:
-    """As PEFT writes it, without the plan."""
+    """Remove the plan from a saved adapter, so that it is as PEFT writes it."""
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     save_file(load_file(weights), weights)
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
 
 
-# ---- what is wrong ------------------------------------------------------------------------------
+# ---- damaged and mismatched folders -------------------------------------------------------------
 
 
 def damaged(folder: Path, what: str) -> None:
@@ -494,7 +494,7 @@ def damaged(folder: Path, what: str) -> None:
     elif what == "config is a list":
         config.write_text("[]")
     elif what in ("another method", "unknown option"):
-        save_file(load_file(weights), weights)  # as PEFT writes it, without the plan
+        save_file(load_file(weights), weights)  # without the plan, as PEFT writes it
         values = json.loads(config.read_text())
         values |= {"peft_type": "IA3"} if what == "another method" else {"use_qalora": True}
         config.write_text(json.dumps(values))
@@ -552,7 +552,7 @@ KEYS = ["version", "peft", "entries", "trained", "modules_to_save", "model_param
 
 @pytest.mark.parametrize("field", [*FIELDS, *KEYS, "nothing"])
 def test_damaged_headers(tmp_path: Path, field: str) -> None:
-    """Another value, or none, is a typed error or makes no difference."""
+    """A changed or missing field raises a typed error or makes no difference."""
     model, args = mixture()
     lora = saved(model, args, MIXTURES["parts, PiSSA"], tmp_path)
     gm = captured(model, args)
@@ -589,7 +589,7 @@ def test_damaged_headers(tmp_path: Path, field: str) -> None:
     assert refused > len(WRONG) / 2 or field in INERT
 
 
-# what these say changes nothing that is loaded, or may be anything
+# Fields that have no effect on the loaded module, or that may have any value.
 INERT = ("reason", "op", "rule", "dropout", "alpha", "model_parameters", "adapter", "padding_idx")
 
 
@@ -609,7 +609,7 @@ def test_a_mismatch_names_the_keys(tmp_path: Path) -> None:
         fxlora.load_adapter(gm, tmp_path)
     text = str(error.value)
     assert "missing in the file: base_model.model.conv.lora_B.weight" in text
-    assert "not what it trains: base_model.model.extra.weight" in text
+    assert "unexpected in the file: base_model.model.extra.weight" in text
     assert "twice.lora_A.weight ((3, 6) in the file, (2, 6) here)" in text
     with pytest.raises(AdapterError, match=r"the module has no conv\.weight"):
         fxlora.load_adapter(fxlora.capture(Mlp(), torch.randn(2, 5)), tmp_path)
@@ -625,7 +625,7 @@ def test_a_file_never_overwrites_frozen_weights(tmp_path: Path) -> None:
         {**load_file(path), "base_model.model.first.weight": torch.ones(5, 6)}, path, metadata
     )
     before = snapshot(model)
-    with pytest.raises(AdapterError, match="not what it trains"):
+    with pytest.raises(AdapterError, match="unexpected in the file"):
         fxlora.load_adapter(fxlora.capture(model, torch.randn(4, 3, 9, 7)), tmp_path)
     assert torch.equal(model.first.weight, before["state"]["first.weight"])
 
@@ -654,7 +654,7 @@ def test_parts_of_modules_that_are_called_by_numbers(tmp_path: Path) -> None:
     )
 
 
-# ---- values that are none -----------------------------------------------------------------------
+# ---- invalid values -----------------------------------------------------------------------------
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -708,7 +708,7 @@ def test_what_the_modules_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 
 class Masked(nn.Module):
-    """A mask of infinities, which counts how often it was called."""
+    """A model whose mask, a buffer, holds an infinity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -746,7 +746,7 @@ def test_what_is_no_path(path: Any) -> None:
     with pytest.raises(AdapterError):
         fxlora.save_adapter(lora, path)
     with pytest.raises(fxlora.FxLoraError):
-        fxlora.export(gm, torch.randn(2, 5), path)
+        fxlora.export(gm, path, torch.randn(2, 5))
 
 
 def test_a_module_on_meta_has_nothing_to_save(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a verb gives does not depend on the modes that its caller is in."""
+"""The result of a verb does not depend on the torch modes that are active around the call."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .laws import randomise
 
 
 class Intercepting(TorchFunctionMode):
-    """Breaks whatever goes through it."""
+    """Raises at every torch function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"the caller's mode sees {func}")
 
 
 class Dispatching(TorchDispatchMode):
-    """Breaks whatever goes through it."""
+    """Raises at every dispatched op."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"the caller's mode sees {func}")
@@ -83,7 +83,7 @@ MODES: dict[str, Mode] = {
 
 
 def state() -> tuple[object, ...]:
-    """Everything that the modes change, as it is."""
+    """Return the current value of every setting that the modes change."""
     matmul = torch.backends.cuda.matmul
     return (
         torch.is_autocast_enabled("cpu"),
@@ -151,7 +151,7 @@ RULES = [
 
 
 class Given:
-    """Modules that are made outside of every mode, to be given to a verb."""
+    """Arguments for the verbs, made outside of all modes."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -172,7 +172,7 @@ def saved(given: Given) -> list[bytes]:
 
 
 def exported(given: Given) -> Any:
-    fxlora.export(given.folded, INDEX, path=given.folder / "model.pt2")
+    fxlora.export(given.folded, given.folder / "model.pt2", INDEX)
     return given.folder / "model.pt2"
 
 
@@ -196,7 +196,7 @@ VERBS: dict[str, Callable[[Given], Any]] = {
 
 
 def plain(value: Any) -> Any:
-    """What a verb gave, as something to compare; outside of the mode."""
+    """Convert a verb's result to data that compares with ==; called outside of the mode."""
     if isinstance(value, Path):
         program = torch.export.load(value)
         return program.graph_module.code, plain(dict(program.state_dict))
@@ -240,7 +240,7 @@ def test_every_verb_in_every_mode(
 
 
 def test_the_modes_would_change_the_results(given: Given) -> None:
-    """Unguarded, a fold in autocast is another weight: these tests can fail."""
+    """Without the guard, autocast would change a fold, so that these tests can fail."""
     a, b = torch.randn(3, 5), torch.randn(4, 3)
     with MODES["autocast on the CPU"]():
         assert (b @ a).dtype == torch.bfloat16
@@ -248,7 +248,7 @@ def test_the_modes_would_change_the_results(given: Given) -> None:
     assert not torch.equal(before, after)
 
 
-# ---- what is not finite -------------------------------------------------------------------------
+# ---- values that are not finite -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

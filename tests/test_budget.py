@@ -1,4 +1,4 @@
-"""Ranks by budget: never more than there may be, in the proportions of the rules."""
+"""Ranks by a budget: they never exceed it, and are in the proportions of the rules' ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .laws import check_laws
 
 
 class Model(nn.Module):
-    """40 → 30 → 20 → 10, 24 channels one by one, and three experts."""
+    """Two linear layers, 40 → 30 → 20, and three stacked experts, 20 → 10."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Model(nn.Module):
 
 
 COUNT = 40 * 30 + 30 * 20 + 3 * 20 * 10
-EACH = {"a": 70, "b": 50, "experts": 90}  # parameters of a rank
+EACH = {"a": 70, "b": 50, "experts": 90}  # adapter parameters per rank
 X = torch.linspace(-1, 1, 80).reshape(2, 40)
 
 
@@ -69,12 +69,12 @@ def test_any_budget(gm: fxlora.CapturedModule, budget: int, a: int, b: int, expe
     assert plan.adapter_parameters == sum(EACH[n] * r for n, r in found.items()) <= budget
     left = budget - plan.adapter_parameters
     assert all(1 <= r <= largest[n] for n, r in found.items())
-    assert all(r == largest[n] or EACH[n] > left for n, r in found.items())  # nothing more fits
-    for one, other in itertools.permutations(found, 2):  # no one overtakes by more than rounding
+    assert all(r == largest[n] or EACH[n] > left for n, r in found.items())  # no rank could grow
+    for one, other in itertools.permutations(found, 2):  # proportions hold up to rounding
         if found[one] < largest[one] and found[other] > 2:
             factor = (found[other] - 1) / asked[other]
             assert found[one] >= int(factor * asked[one]) - 1
-    for entry in plan:  # alpha as it would have to be
+    for entry in plan:  # alpha keeps the rule's scaling
         assert entry.scaling == pytest.approx(6 / asked[entry.site])
         assert entry.alpha / entry.r == pytest.approx(entry.scaling)
 
@@ -122,7 +122,7 @@ def test_a_pattern_of_ranks_is_a_proportion(gm: fxlora.CapturedModule) -> None:
 def test_parts_count_alone(gm: fxlora.CapturedModule) -> None:
     rule = Rule("a", lora=LoraConfig(r=4), parts={"p": (0, 5), "q": (10, 30)})
     plan = fxlora.match(gm, rule, budget=400)
-    assert ranks(plan) == {"a.p": 4, "a.q": 3}  # 45 and 60 a rank
+    assert ranks(plan) == {"a.p": 4, "a.q": 3}  # 45 and 60 parameters per rank
     assert plan.adapter_parameters == 360
 
 
@@ -140,12 +140,12 @@ def test_what_only_holds_does_not_count(gm: fxlora.CapturedModule) -> None:
 
 
 def test_no_warning_of_ranks_that_the_budget_cuts(gm: fxlora.CapturedModule) -> None:
-    plan = fxlora.match(gm, rules(a=100), budget=700)  # (warnings are errors here)
+    plan = fxlora.match(gm, rules(a=100), budget=700)  # a warning would be an error here
     assert ranks(plan) == {"a": 10}
 
 
 def test_forms_are_those_of_the_budgets_ranks() -> None:
-    """At rank 3 a branch is cheap enough here; at the rules' rank it is not."""
+    """At the budget's rank, 3, a branch is cheap enough; at the rule's rank, 12, it is not."""
     conv = nn.Sequential(nn.Conv2d(16, 24, 3, groups=2)).double()
     x = torch.randn(1, 16, 5, 6).double()
     gm = fxlora.capture(conv, x)
@@ -178,7 +178,7 @@ def test_the_laws_hold_with_a_budget() -> None:
     gm = fxlora.capture(model, X.double())
     plan = fxlora.match(gm, rules(a=8, b=4, experts=2), budget="20%")
     _, lora = check_laws(model, (X.double(),), rules={"rule": plan.to_data()["rule"]})
-    assert lora.plan  # the rules alone do not say the budget: the plan does
+    assert lora.plan  # rules do not include the budget, but the plan does
     lora = fxlora.inject(gm, plan)
     assert sum(p.numel() for p in fxlora.lora_parameters(lora)) == plan.adapter_parameters <= 480
     assert fxlora.verify(lora, (X.double(),))

@@ -206,7 +206,7 @@ def test_dimensions_captured_as_the_same_must_be_the_same() -> None:
     gm(x, torch.ones(2, 3))
     gm(mask=torch.ones(2, 3), x=x)
     with pytest.raises(InputError, match="mask, dimension 0"):
-        gm(x, torch.ones(1, 3))  # would broadcast
+        gm(x, torch.ones(1, 3))  # the source would broadcast it
 
 
 def test_nested_inputs_are_named() -> None:
@@ -236,7 +236,7 @@ def test_dynamic_shapes_are_the_users() -> None:
             gm(bad)
 
 
-# ---- what cannot be captured --------------------------------------------------------------------
+# ---- models that cannot be captured -------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -260,7 +260,7 @@ def test_the_users_line_is_named(args: tuple | None) -> None:
     if args is None:
         with pytest.raises(CaptureError, match=where):
             fxlora.capture(model)
-    else:  # its layers are captured, and the message says why it was not
+    else:  # its layers are captured, and the warning says why the whole model is not
         with pytest.warns(FxLoraWarning, match=where):
             fxlora.capture(model, args)
     assert_untouched(model, before)
@@ -277,7 +277,7 @@ def test_names_that_a_captured_module_has_another_use_for(name: str) -> None:
             return getattr(self, name)(x)
 
     model, x = Named(), torch.randn(2, 5)
-    with pytest.raises(CaptureError, match=rf"'{name}' of its own.*nn\.Sequential"):
+    with pytest.raises(CaptureError, match=rf"named '{name}'.*nn\.Sequential"):
         fxlora.capture(model, x)
     assert torch.equal(fxlora.capture(nn.Sequential(model), x)(x), model(x))
 
@@ -322,7 +322,7 @@ def test_a_module_that_the_tracer_keeps_whole_is_not_adapted_silently() -> None:
 
 
 class BranchesAndDraws(nn.Module):
-    """A model that is captured by regions: it runs on the example, and draws."""
+    """A model that is captured by regions: capture runs it, and it draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ def test_capture_needs_no_seed() -> None:
             warnings.simplefilter("ignore", FxLoraWarning)
             fxlora.capture(model, torch.ones(2, 5))
         assert torch.equal(torch.random.get_rng_state(), state)
-    assert drawn  # there was something to keep away from the user's generator
+    assert drawn  # the captures drew, but the user's generator is unchanged
 
 
 @pytest.mark.gpu
@@ -364,11 +364,11 @@ def test_to_cuda() -> None:
     assert fxlora.fold(lora)(x).is_cuda
 
 
-# ---- what a graph assumes -----------------------------------------------------------------------
+# ---- assumptions of a graph ---------------------------------------------------------------------
 
 
 class Sized(nn.Module):
-    """A model that branches on its batch size, in Python."""
+    """A model whose Python code branches on the batch size."""
 
     def __init__(self, takes_first) -> None:
         super().__init__()
@@ -398,7 +398,7 @@ def test_branches_on_sizes_are_guarded(
     assert torch.equal(gm(x), model(x))
     with pytest.raises(InputError):
         gm(torch.randn(bad, 5))
-    fxlora.export(gm, x, tmp_path / "m.pt2")
+    fxlora.export(gm, tmp_path / "m.pt2", x)
     program = torch.export.load(tmp_path / "m.pt2").module()
     assert torch.equal(program(x), model(x))
     with pytest.raises(AssertionError, match=re.escape(f"x.size()[0] {assumed}")):
@@ -437,7 +437,7 @@ def test_compiled_graphs_take_other_batches(dynamic: bool | None) -> None:
 
 
 def test_switching_modes_does_not_compile_again() -> None:
-    torch.compiler.reset()  # what other tests compiled counts against torch's limits
+    torch.compiler.reset()  # compilations of other tests count against torch's limits
     compiled_graphs = []
 
     def backend(graph: fx.GraphModule, _: list) -> object:
@@ -532,7 +532,7 @@ def test_dtypes_in_nested_graphs_move() -> None:
     assert gm(torch.randn(2, 5).double()).dtype == torch.float64
 
 
-# ---- what the tracer must not hide --------------------------------------------------------------
+# ---- state that the tracer must not bake in -----------------------------------------------------
 
 
 class Counts(nn.Module):
@@ -597,7 +597,7 @@ def test_the_tracer_leaves_nothing_in_the_model() -> None:
 def test_hooks_of_the_model_itself_need_inputs_and_inner_ones_do_not() -> None:
     model = nn.Sequential(nn.Linear(5, 3))
     model.register_forward_hook(lambda module, inputs, output: output * 2)
-    with pytest.raises(CaptureError, match="forward hooks of its own"):
+    with pytest.raises(CaptureError, match="forward hooks on the root module"):
         fxlora.capture(model)
     around, x = nn.Sequential(model), torch.randn(2, 5)
     for gm in (fxlora.capture(around), fxlora.capture(around, x), fxlora.capture(model, x)):
@@ -674,7 +674,7 @@ def test_inputs_that_are_no_tuple() -> None:
         fxlora.capture(Mlp(), x, x)
 
 
-# ---- the tracer's spellings of convolutions -----------------------------------------------------
+# ---- functional convolutions in the tracer ------------------------------------------------------
 
 
 class Convolves(nn.Module):
@@ -720,7 +720,7 @@ def test_functional_convolutions_of_the_tracer(
     assert torch.allclose(y, Convolves(function, merged, options)(x), 1e-10, 1e-10)
 
 
-# ---- what no graph takes ------------------------------------------------------------------------
+# ---- models and inputs that no graph supports ---------------------------------------------------
 
 
 def _quantized() -> nn.Module:

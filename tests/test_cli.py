@@ -137,7 +137,7 @@ IDS = ("--input", "2x4:int64")
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A current directory with house.py in it, which only the command line puts on the path."""
+    """A current directory with house.py, which only the command line adds to sys.path."""
     (tmp_path / "house.py").write_text(HOUSE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
@@ -156,7 +156,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def done(run: Run) -> Callable[..., str]:
-    """Run a command that must succeed without a word on stderr; what it prints."""
+    """Run a command that must succeed without output on stderr; return its output."""
 
     def call(*words: object) -> str:
         status, out, err = run(*words)
@@ -170,7 +170,7 @@ def done(run: Run) -> Callable[..., str]:
 
 @pytest.fixture
 def refused(run: Run) -> Refused:
-    """Run a command that must fail with status 2 and one line; the line's message."""
+    """Run a command that must fail with status 2 and one line on stderr; return its message."""
 
     def call(*words: object) -> str:
         before = sorted(Path.cwd().rglob("*"))
@@ -187,7 +187,7 @@ def refused(run: Run) -> Refused:
 
 
 def house(name: str, seed: int = 0) -> nn.Module:
-    """A model of house.py as the command line builds it."""
+    """Return a model of house.py as the command line builds it."""
     model = models._named(models._imported("house"), name)
     torch.manual_seed(seed)
     return model().eval()
@@ -207,7 +207,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert ((a - b).abs().max() / b.abs().max()).item() < 1e-10
 
 
-# ---- the way through ----------------------------------------------------------------------------
+# ---- all commands in sequence -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpoint", ["base.safetensors", "base.pt"])
@@ -215,7 +215,7 @@ def test_fold_writes_weights_that_the_source_class_loads(
     done: Callable[..., str], checkpoint: str
 ) -> None:
     ids = torch.randint(11, (3, 4))
-    base = house("Mixed", seed=5)  # not the weights that the command line would draw
+    base = house("Mixed", seed=5)  # other weights than the command line would draw
     with torch.no_grad():
         base.bn.running_mean.normal_()
     if checkpoint.endswith(".pt"):
@@ -250,7 +250,7 @@ def test_fold_of_tied_weights_loads_into_the_tied_class(done: Callable[..., str]
 def test_fold_of_one_name_of_a_tied_weight_says_what_to_do(
     done: Callable[..., str], refused: Refused
 ) -> None:
-    """The tied class cannot hold two weights; a program without the class can."""
+    """The tied class cannot hold two weights; an exported program can."""
     ids = torch.randint(11, (3, 4))
     base = house("Tied")
     done("adapt", "house:Tied", *IDS, "--target", "head", "-r", 2, "--out", "adapter")
@@ -275,12 +275,12 @@ def test_verify_checks_an_adapter_and_a_folded_file(
     table = done(*verify)
     for entry in lora.plan or ():
         assert f"\n{entry.site} " in table
-    assert "An adapter stands at each of the 6 reads" in table
+    assert "Each of the 6 reads of these weights has its adapter" in table
     data = json.loads(done(*verify, "--json"))
     assert all(site["effect"] > 0 for site in data["sites"])
     assert [read["mode"] for read in data["sites"][1]["reads"]] == ["train", "eval"]
     assert done(*verify, "--reads").endswith(table)
-    assert "An adapter stands at" in done("verify", *source)
+    assert "reads of these weights has its adapter" in done("verify", *source)
 
     good = load_file("folded.safetensors")
     for name, said in (
@@ -465,7 +465,7 @@ def test_a_model_without_a_whole_graph(run: Run, caplog: pytest.LogCaptureFixtur
     words = ("--input", "2x4", "--target", "lin", "-r", 2)
     status, out, err = run("plan", "house:Branching", *words)
     *prints, line, _ = err.splitlines()
-    assert set(prints) == {"forward"}  # the model's, and no graph of torch.export's
+    assert set(prints) == {"forward"}  # only the model prints; torch.export prints no graph
     assert (status, "1 site adapted" in out) == (0, True)
     assert line.startswith("fxlora: warning: Branching could not be captured")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -530,10 +530,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "bomb.pkl": (lambda path: path.write_bytes(pickle.dumps(Bomb())), ["more than tensors"]),
     "noise.pt": (lambda path: path.write_bytes(b"noise"), ["damaged"]),
     "noise.safetensors": (lambda path: path.write_bytes(b"noise"), ["damaged"]),
-    "list.pt": (lambda path: torch.save([torch.ones(2)], path), ["no state dict but a list"]),
+    "list.pt": (lambda path: torch.save([torch.ones(2)], path), ["not a state dict but a list"]),
     "nested.pt": (
         lambda path: torch.save({"epoch": 3, "state_dict": _mixed_state()}, path),
-        ["no state dict", "epoch, state_dict"],
+        ["not a state dict", "epoch, state_dict"],
     ),
     "keys.pt": (
         lambda path: torch.save({f"m.{k}": v for k, v in _mixed_state().items()}, path),
@@ -597,7 +597,7 @@ PLAN = ("plan", "house:Mixed", "--target", "lin")
         ([*PLAN, "--input", "2x4:int65"], ["'2x4:int65'", "int64"]),
         ([*PLAN, "--input", "2x4:int64:0"], ["'2x4:int64:0'"]),
         ([*PLAN, "--input", "2x4:int8:1000"], ["int8 has no integers up to that"]),
-        ([*PLAN, "--input", "2x4:float32:9"], ["'2x4:float32:9'", "integers alone"]),
+        ([*PLAN, "--input", "2x4:float32:9"], ["'2x4:float32:9'", "only for integers"]),
         ([*PLAN, "--input", "ids=2x4:int64", "--input", "ids=1:int64"], ["ids more than once"]),
         ([*PLAN, *IDS, "--input", "size=2x4"], ["Mixed does not run", "size"]),
         (["adapt", *PLAN[1:]], ["--out"]),
@@ -633,7 +633,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().out
 
 
-# ---- nothing by halves --------------------------------------------------------------------------
+# ---- no partial output --------------------------------------------------------------------------
 
 
 NAMES = ("model.safetensors", "config.json")

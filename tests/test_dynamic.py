@@ -1,4 +1,4 @@
-"""Dynamic dimensions: what the user asks for is there, or the line that fixes it is named."""
+"""Dynamic dimensions: a requested one is dynamic, or the error names the line that fixes it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Nested(Base):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Models in a file of their own, as a user has them."""
+    """A user's module of models, in a separate file."""
     path = tmp_path_factory.mktemp("user") / "user_models.py"
     path.write_text(SOURCE)
     spec = importlib.util.spec_from_file_location("user_models", path)
@@ -80,7 +80,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def place_of(module: ModuleType, name: str) -> str:
-    """Where the class's line that is marked stands."""
+    """Return file and line of the class's line that is marked with "# fixes"."""
     lines = SOURCE.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"class {name}("))
     marked = next(i for i in range(first, len(lines)) if lines[i].endswith("# fixes"))
@@ -240,7 +240,7 @@ def test_keywords_in_another_order_than_the_signatures() -> None:
     x = torch.randn(4, 5)
     even = {"extra": torch.ones(8), "scale": torch.ones(4, 1)}
     assert torch.equal(gm(x, **even), model(x, **even))
-    with pytest.raises(InputError):  # the source takes the other branch
+    with pytest.raises(InputError):  # the source would take its other branch
         gm(x, extra=torch.ones(5), scale=torch.ones(4, 1))
 
 
@@ -250,7 +250,10 @@ def test_keywords_in_another_order_than_the_signatures() -> None:
 def adapted_at(
     model: nn.Module, gm: Any, lora: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> None:
-    """Bits of the source at other sizes, and folded equals adapted there."""
+    """Check at other sizes that the capture equals the source, and the fold the adapted module.
+
+    Capture and source must agree bit for bit; the adapter must have an effect.
+    """
     folded = fxlora.fold(lora).eval()
     for args, kwargs in calls:
         for training in (False, True):
@@ -295,7 +298,7 @@ def test_sequence_lengths_of_a_transformer() -> None:
 
 
 class Residual(nn.Module):
-    """A small ResNet: strided, padded, normalised, pooled over any size."""
+    """A small ResNet with strides, padding, a batch norm, and pooling over any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,6 +325,6 @@ def test_image_sizes_of_a_convolutional_net(dim: Any) -> None:
         rules=Rule(lora=LoraConfig(r=3)),
         capture=lambda m: fxlora.capture(m, x, dynamic_shapes={"x": {0: dim, 2: dim, 3: dim}}),
     )
-    # torch 2.11 holds the pool's size to what the example's was modulo its stride
+    # torch 2.11 requires that the pool's input size equals the example's modulo the stride.
     sizes = ((2, 33, 41), (3, 65, 29), (4, 17, 21))
     adapted_at(model, gm, lora, [((torch.randn(n, 3, h, w).double(),), {}) for n, h, w in sizes])

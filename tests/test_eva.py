@@ -1,4 +1,4 @@
-"""A from data: the leading directions of each site's inputs; the outputs stay as they are."""
+"""EVA: A becomes the leading directions of each site's inputs; the outputs do not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from .laws import assert_same, run
 
 
 class Net(nn.Module):
-    """A site for every answer; takes (N, 8)."""
+    """Sites whose A is initialized (a layer, a part, a product), and one that keeps its init.
+
+    Takes (N, 8).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ RULES = [
 
 
 def projector(rows: torch.Tensor) -> torch.Tensor:
-    """Onto the span of orthonormal rows."""
+    """Return the projector onto the span of orthonormal rows."""
     assert torch.allclose(rows @ rows.mT, torch.eye(len(rows)).to(rows))
     return rows.mT @ rows
 
@@ -95,7 +98,11 @@ def test_regions() -> None:
     [
         ({}, [], "no batch reaches 'first'"),
         ({"init_lora_weights": False}, [torch.randn(4, 8).double()], "B of 'first' is not zero"),
-        ({"init_lora_weights": "pissa"}, [torch.randn(4, 8).double()], "no A that inputs meet"),
+        (
+            {"init_lora_weights": "pissa"},
+            [torch.randn(4, 8).double()],
+            "no op has just A as its weight",
+        ),
         ({"r": 9}, [torch.randn(4, 8).double()], "fewer than r=9"),
     ],
 )

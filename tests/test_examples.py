@@ -1,4 +1,4 @@
-"""Every example runs as a user would run it, and says what it is there to say."""
+"""Every example runs as a user would run it, and prints the results that it is meant to show."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def test_demo(tmp_path):
     said = run("demo.py", "--quick", "--out", str(tmp_path))
     for graph in ("base", "unfolded", "folded"):
         assert re.search(rf"^{graph} +[\d.]+ +[\d.]+$", said, re.M)
-    for row in ("before: new head, untrained", "new head alone", "LoRA, new head"):
+    for row in ("before: new head, untrained", "new head only", "LoRA, new head"):
         assert re.search(rf"^{row} +[\d.]+%$", said, re.M)
     assert "all 20 adapters change the output" in said
     assert re.search(r"checked: a process without fxlora loaded .*/model\.pt2: 224 held-out", said)
@@ -69,7 +69,7 @@ def test_transformer():
 
 
 def run(name: str, *arguments: str) -> str:
-    """What an example prints; one thread, because other tests run beside it."""
+    """Run an example and return its output; on one thread, as other tests run in parallel."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

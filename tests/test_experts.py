@@ -1,4 +1,4 @@
-"""transformers' mixtures of experts, in each of its ways to call them."""
+"""transformers' mixtures of experts, with each of its implementations of the experts."""
 
 from __future__ import annotations
 
@@ -69,15 +69,16 @@ def test_experts_gathered_for_each_token(name: str) -> None:
     _, lora = check_laws(model, (), {"input_ids": IDS}, rules=EXPERTS)
     assert len(lora.plan) == 2
     for entry in lora.plan:
-        assert entry.shapes[0][0] == entry.shapes[1][0] == 4  # a pair for each expert
+        assert entry.shapes[0][0] == entry.shapes[1][0] == 4  # an A and a B per expert
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_products(name: str, dtype: torch.dtype) -> None:
-    """torch's own kernel takes the branch: two products r wide, and no experts are made.
+    """torch's grouped kernel takes the branch form: two products of width r, no merged experts.
 
-    It knows no float64; in float32 transformers exports a fallback of its own.
+    The kernel does not support float64, and in float32 transformers exports its own fallback,
+    which takes the weight form.
     """
     model, kwargs = build(name, "grouped_mm").to(dtype), {"input_ids": IDS}
     gm = fxlora.capture(model, (), kwargs)
@@ -101,7 +102,7 @@ def test_grouped_products(name: str, dtype: torch.dtype) -> None:
 
 
 def test_a_loop_over_the_experts_that_are_hit_is_refused() -> None:
-    """Python chooses which to call by the data: no graph holds that."""
+    """Python chooses the experts to call by the data, which no graph can hold."""
     with pytest.warns(FxLoraWarning, match="Its submodules are captured instead"):
         gm = fxlora.capture(build("Mixtral", "eager"), (), {"input_ids": IDS})
     with pytest.raises(UnsupportedOpError, match="outside of captured regions"):

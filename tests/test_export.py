@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxlora
-from fxlora import ConfigError, ExportError, InputError, LoraConfig, Rule
+from fxlora import ConfigError, ExportError, InputError, LoraConfig, NotCapturedError, Rule
 
 from .laws import randomise, run
 from .models import Mlp, Normed, Tied
@@ -22,7 +22,7 @@ def test_a_fresh_process_needs_no_fxlora(tmp_path: Path) -> None:
     randomise(lora)
     folded = fxlora.fold(lora).train()
     x = torch.randn(5, 3, 9, 7)
-    assert fxlora.export(folded, x, tmp_path / "model.pt2") == tmp_path / "model.pt2"
+    assert fxlora.export(folded, tmp_path / "model.pt2", x) == tmp_path / "model.pt2"
     assert folded.training
     torch.save({"x": x, "y": run(folded.eval(), (x,), {})[0]}, tmp_path / "io.pt")
     script = f"""
@@ -47,7 +47,7 @@ def test_every_state_exports(tmp_path: Path, adapted: bool) -> None:
     if adapted:
         module = fxlora.inject(module, fxlora.match(module, Rule("mix", lora=R)))
         randomise(module)
-    path = fxlora.export(module, (ids,), tmp_path / "m.pt2")
+    path = fxlora.export(module, tmp_path / "m.pt2", (ids,))
     program = torch.export.load(path)
     keys = set(program.state_dict)
     assert ("mix.lora_A.default.weight" in keys) is adapted
@@ -57,11 +57,11 @@ def test_every_state_exports(tmp_path: Path, adapted: bool) -> None:
 
 def test_keyword_arguments_and_traced_modules(tmp_path: Path) -> None:
     gm = fxlora.capture(Mlp(), None, {"x": torch.randn(2, 5)})
-    path = fxlora.export(gm, path=tmp_path / "m.pt2", kwargs={"x": torch.randn(3, 5)})
+    path = fxlora.export(gm, tmp_path / "m.pt2", kwargs={"x": torch.randn(3, 5)})
     x = torch.randn(4, 5)
     assert torch.equal(torch.export.load(path).module()(x=x), gm.eval()(x))
     traced = fxlora.capture(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
-    path = fxlora.export(traced, torch.randn(1, 5), tmp_path / "t.pt2")
+    path = fxlora.export(traced, tmp_path / "t.pt2", torch.randn(1, 5))
     assert torch.equal(torch.export.load(path).module()(x), traced.eval()(x))
 
 
@@ -69,12 +69,12 @@ def test_what_was_captured_dynamic_is_exported_dynamic(tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     auto = torch.export.Dim.AUTO
     gm = fxlora.capture(Tied(), ids, dynamic_shapes={"ids": {0: auto, 1: auto}}).eval()
-    program = torch.export.load(fxlora.export(gm, ids[:1, :1], tmp_path / "m.pt2")).module()
+    program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", ids[:1, :1])).module()
     for shape in ((1, 1), (3, 5)):
         other = torch.randint(0, 17, shape)
         assert torch.equal(program(other), gm(other))
     static = fxlora.capture(Tied(), ids, dynamic_shapes={"ids": None}).eval()
-    program = torch.export.load(fxlora.export(static, ids, tmp_path / "s.pt2")).module()
+    program = torch.export.load(fxlora.export(static, tmp_path / "s.pt2", ids)).module()
     with pytest.raises(AssertionError, match=r"ids\.size\(\)\[0\] == 2"):
         program(ids[:1])
 
@@ -82,15 +82,15 @@ def test_what_was_captured_dynamic_is_exported_dynamic(tmp_path: Path) -> None:
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5))
     with pytest.raises(ConfigError, match="format must be one of"):
-        fxlora.export(gm, torch.randn(2, 5), tmp_path / "m", format="onxx")
-    with pytest.raises(ConfigError, match="needs a path"):
-        fxlora.export(gm, torch.randn(2, 5))
+        fxlora.export(gm, tmp_path / "m", torch.randn(2, 5), format="onxx")
+    with pytest.raises(ConfigError, match="a path is"):
+        fxlora.export(gm, torch.randn(2, 5), tmp_path / "m.pt2")  # pyright: ignore
     with pytest.raises(ExportError, match="cannot write"):
-        fxlora.export(gm, torch.randn(2, 5), tmp_path / "none" / "m.pt2")
+        fxlora.export(gm, tmp_path / "none" / "m.pt2", torch.randn(2, 5))
     with pytest.raises(InputError, match="dimension 1"):
-        fxlora.export(gm, torch.randn(2, 4), tmp_path / "m.pt2")
-    with pytest.raises(ExportError, match="captured module"):
-        fxlora.export(Mlp(), torch.randn(2, 5), tmp_path / "m.pt2")
+        fxlora.export(gm, tmp_path / "m.pt2", torch.randn(2, 4))
+    with pytest.raises(NotCapturedError, match="captured module, not Mlp"):
+        fxlora.export(Mlp(), tmp_path / "m.pt2", torch.randn(2, 5))  # pyright: ignore
     assert list(tmp_path.iterdir()) == []
 
 
@@ -106,6 +106,6 @@ def test_a_failed_write_leaves_what_was_there(
 
     monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(ExportError, match="No space left"):
-        fxlora.export(gm, torch.randn(2, 5), path)
+        fxlora.export(gm, path, torch.randn(2, 5))
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]

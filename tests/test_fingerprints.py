@@ -1,4 +1,4 @@
-"""A fingerprint sees every change of a tensor's bits, their order included."""
+"""A fingerprint changes with every change of a tensor's bits, including their order."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_signs_of_zero_shapes_and_dtypes_are_seen() -> None:
 
 def test_what_makes_no_difference() -> None:
     tensor = torch.randn(300, 70)
-    apart = torch.cat([torch.zeros(1), tensor.flatten()])[1:].view(300, 70)  # at an odd address
+    apart = torch.cat([torch.zeros(1), tensor.flatten()])[1:].view(300, 70)  # unaligned memory
     assert fingerprint(tensor) == fingerprint(apart) == fingerprint(tensor.t().clone().t())
     assert fingerprint(torch.nn.Parameter(tensor)) == fingerprint(tensor)
     assert fingerprint(torch.empty(3, device="meta")) == 0

@@ -1,4 +1,4 @@
-"""What trains: no adapter is accepted that no gradient can reach, wherever the gradient stops."""
+"""Gradient flow: an adapter that no gradient can reach is refused, wherever the gradient stops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = torch.randn(4, 5, dtype=torch.float64)
 
 
 class Two(nn.Module):
-    """Two layers; `stop` is applied to the first, inside or outside of a region."""
+    """Two layers; `stop` is applied to the first one's output, inside or outside of a region."""
 
     def __init__(self, stop: Op, region=contextlib.nullcontext, inside: bool = True) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ REGIONS = {
 @pytest.mark.parametrize("name", STOPS)
 def test_what_no_gradient_reaches_is_refused(name: str, region, inside: bool) -> None:
     if region is not contextlib.nullcontext and name not in ("detach", "round", "argmax"):
-        inside = not inside  # one way round each is enough
+        inside = not inside
     gm = fxlora.capture(Two(STOPS[name], region, inside).double(), X)
     with pytest.raises(UnsupportedOpError, match=r"'a' .* its adapter would never train"):
         fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
@@ -92,7 +92,7 @@ def test_what_no_gradient_reaches_is_refused(name: str, region, inside: bool) ->
 
 @pytest.mark.parametrize("name", ["detach", "data", "sign", "round", "argmax", "comparison"])
 def test_the_tracer_refuses_it_too(name: str) -> None:
-    stops = STOPS | {"data": lambda y: y.data}  # (which torch.export cannot record)
+    stops = STOPS | {"data": lambda y: y.data}  # torch.export cannot record it
     gm = fxlora.capture(Two(stops[name]).double())
     with pytest.raises(UnsupportedOpError, match=r"'a' .* its adapter would never train"):
         fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
@@ -141,7 +141,7 @@ def test_a_detach_behind_a_cond() -> None:
 
 
 class OneResultOfTwo(nn.Module):
-    """A region with two results, of which one is cut off."""
+    """A torch.cond with two results, of which one is detached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_the_results_of_a_region_are_told_apart() -> None:
 
 
 class Carried(nn.Module):
-    """A loop whose second carried value feeds the first at the next step."""
+    """A scan whose second carried value is added to the first in the next step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def test_what_a_loop_carries_from_step_to_step_trains() -> None:
 
 
 class LoopTest(nn.Module):
-    """A weight that only the test of a loop reads."""
+    """A weight that only the condition of a while_loop reads."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch.autograd.Function: its backward is the captured graph's backward too."""
+"""torch.autograd.Function: the captured graph keeps the function's own backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .laws import check_laws
 
 
 class Sign(Function):
-    """A straight-through estimator: its derivative is 1, autograd's own is 0."""
+    """A straight-through estimator: its gradient is 1 where autograd's is 0."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ class Sign(Function):
 
 
 class Reverse(Function):
-    """Gradient reversal, in the newer style; its output is a view of its input."""
+    """Gradient reversal, with `setup_context`; its output is a view of its input."""
 
     @staticmethod
     def forward(x: torch.Tensor, strength: float) -> torch.Tensor:
@@ -47,7 +47,7 @@ class Reverse(Function):
 
 
 class Linear(Function):
-    """Reads a weight, keeps tensors, has several outputs of which one is no tensor."""
+    """Reads a weight, saves tensors, and has several outputs, one of which is not a tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, size: int, words: list) -> Any:
@@ -62,7 +62,7 @@ class Linear(Function):
         return 3 * grad @ weight + total, 5 * wide.T @ x.reshape(-1, x.shape[-1]), None, None
 
 
-sign = Sign.apply  # as many modules do: the class is not asked again
+sign = Sign.apply  # bound at import, as in many modules: later calls do not go via the class
 
 
 class Model(nn.Module):
@@ -77,7 +77,7 @@ class Model(nn.Module):
 
 
 def local(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    class Local(Sign):  # made while the model is captured
+    class Local(Sign):  # defined while the model is captured
         pass
 
     return Local.apply(x)
@@ -153,10 +153,10 @@ def test_copies_compiled_and_exported(tmp_path: Any) -> None:
     assert "Reverse" in gm.code
     compiled = torch.compile(gm, backend="eager", fullgraph=True)
     compiled(x).sum().backward()
-    torch.compiler.reset()  # what was run uncompiled once stays so, in other tests too
+    torch.compiler.reset()  # code that once ran uncompiled would stay so, in other tests too
     model(x).sum().backward()
     assert torch.equal(gm.get_parameter("up.weight").grad, model.up.weight.grad)
-    fxlora.export(gm, x, tmp_path / "m.pt2")
+    fxlora.export(gm, tmp_path / "m.pt2", x)
     assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(x), model(x))
     assert torch.equal(gm.double()(x.double()), model.double()(x.double()))
 
@@ -170,7 +170,7 @@ def test_functions_are_as_before_after_a_capture() -> None:
     assert "__init_subclass__" not in Function.__dict__
 
 
-# ---- what cannot be kept ------------------------------------------------------------------------
+# ---- functions that cannot be kept --------------------------------------------------------------
 
 
 def closure(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Some hundred seeded mutants of every file that fxlora reads (`benchmarks/fuzz.py` has more)."""
+"""A few hundred seeded mutants of the files that fxlora reads (`benchmarks/fuzz.py` makes more)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_mutants_are_refused_by_type_or_are_what_they_say(fuzz: ModuleType) -> N
     assert not found.failures
     assert {outcome for _, outcome in found.counts} == {"accepted", "typed"}
     assert sum(found.counts.values()) == 350
-    for road in {road for road, _ in found.counts}:  # the mutants are neither all mad nor all tame
+    for road in {road for road, _ in found.counts}:  # each has both kinds of outcome
         assert found.counts[road, "accepted"] and found.counts[road, "typed"], road
 
 
@@ -49,7 +49,7 @@ LOADERS: dict[str, Callable[..., Any]] = {
 def test_the_fuzzer_sees_what_it_is_for(
     fuzz: ModuleType, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loader that runs the file, crashes on it, or makes another module of it."""
+    """It reports a loader that runs code from a file, crashes, or loads a wrong module."""
     found = fuzz.Fuzz(seed=1)
     monkeypatch.setattr(fxlora, "load_adapter", LOADERS[outcome])
     found.run(21)

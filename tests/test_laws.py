@@ -1,4 +1,4 @@
-"""The laws on small models, over both roads of capture and all forms."""
+"""The laws on small models, with both frontends and all forms."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_convolution_geometry(
     dropout: float,
     rslora: bool,
 ) -> None:
-    """Any groups with any r, in both forms (dropout asks for the branch)."""
+    """Any number of groups with any r, in both forms (dropout requires the branch form)."""
     layer = nn.Conv2d(
         groups * in_each, groups * out_each, kernel, stride, padding, dilation, groups
     )
@@ -94,7 +94,7 @@ def test_convolution_geometry(
     lora = fxlora.inject(gm, fxlora.match(gm, Rule(lora=config)))
     if dropout:
         assert lora.plan.entries[0].form == "branch"
-        # dropout tells the modes apart, so the laws are checked on the eval graph alone
+        # With dropout the modes differ, so the laws are checked on the eval graph only.
         lora.graphs["train"] = lora.graphs["eval"]
     with torch.no_grad():
         for parameter in fxlora.lora_parameters(lora):

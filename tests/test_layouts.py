@@ -1,4 +1,4 @@
-"""Every row of the table of ops, and what has no row: each against the source model itself."""
+"""Every row of the table of ops, and reads without a row, each against the source model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ W = Rule("w", lora=LoraConfig(r=2, lora_alpha=3))
 
 
 class Reads(nn.Module):
-    """One weight of any shape between data before it and a tanh behind it."""
+    """Reads one weight of any shape by a function, after a scaling of x and before a tanh."""
 
     def __init__(self, function: Any, shape: tuple[int, ...], x: tuple[int, ...]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Reads(nn.Module):
 
 
 class Looks(nn.Module):
-    """One weight that indices look up."""
+    """Looks up rows of one weight by indices."""
 
     def __init__(self, function: Any, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def adapted(
     roles: str = "",
     **how: Any,
 ) -> fxlora.Entry:
-    """The laws on one read; its form, and the weight's roles, are as expected."""
+    """Check the laws, the form and the weight's roles on one read; return the plan's entry."""
     model = Reads(function, shape, x)
     _, lora = check_laws(model, (torch.randn(x).double(),), rules=W, **how)
     (entry,) = lora.plan
@@ -138,7 +138,7 @@ def test_look_up(row: str) -> None:
 
 @pytest.mark.parametrize("row", [*ROWS, *LOOK_UPS])
 def test_row_as_traced(row: str) -> None:
-    """Without inputs: the branch where the spelling is in the dialect, the same answer anyway."""
+    """Captured without inputs, every row takes the branch form, too."""
     if row in ROWS:
         function, shape, x, _ = ROWS[row]
         model: nn.Module = Reads(function, shape, x)
@@ -151,7 +151,7 @@ def test_row_as_traced(row: str) -> None:
 
 
 def _traced(model: nn.Module) -> Any:
-    if isinstance(model, Looks):  # the tracer wants one named argument
+    if isinstance(model, Looks):  # the tracer needs a named argument, not *given
 
         class One(Looks):
             def forward(self, index: torch.Tensor) -> torch.Tensor:  # pyright: ignore
@@ -183,10 +183,11 @@ STACKS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
 def test_stack(name: str) -> None:
     function, shape, x, roles = STACKS[name]
     entry = adapted(function, shape, x, "branch", roles)
-    assert entry.shapes[0][:-2] == shape[:-2]  # a pair for each matrix
+    assert entry.shapes[0][:-2] == shape[:-2]  # an A and a B per matrix
 
 
-# A stack times a vector: the output has no dimension for the vector's length.
+# Reads that take the weight form. (A stack times a vector: the output has no dimension for the
+# vector's length.)
 VECTORS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "vector @ stack": (torch.matmul, (3, 5, 7), (5,)),
     "stack @ vector": (lambda x, w: w @ x, (3, 7, 5), (5,)),
@@ -267,8 +268,8 @@ def test_einsum(equation: str, first: bool) -> None:
     )
 
 
-# What a low-rank pair does not split, or what is no product of two: the weight form, exact all the
-# same.
+# Einsums that a low-rank pair cannot factor, or that are not a matrix product: they take the weight
+# form, which is exact as well.
 OTHER_EINSUMS = {
     "bi,ii->bi": ((3, 5), (5, 5)),
     "bi,io->bi": ((3, 5), (5, 7)),  # W is summed over its outputs
@@ -314,7 +315,7 @@ def test_einsum_of_two_weights() -> None:
 
 
 def test_einsum_of_lists() -> None:
-    """The sublist spelling."""
+    """The sublist format of torch.einsum."""
     adapted(lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]), (7, 5), (3, 5), "branch", "oi")
 
 
@@ -377,7 +378,7 @@ def test_transposed_convolution_geometry(
     r: int,
     dropout: float,
 ) -> None:
-    """Any groups with any r, in both forms (dropout asks for the branch)."""
+    """Any number of groups with any r, in both forms (dropout requires the branch form)."""
     extra = min(extra, max(stride, dilation) - 1)
     sizes = (groups * in_each, groups * out_each)
     layer = nn.ConvTranspose2d(
@@ -402,7 +403,7 @@ def test_transposed_convolution_geometry(
 # ---- look-ups -----------------------------------------------------------------------------------
 
 BAG = torch.tensor([1, 4, 8, 0, 0, 3, 2])
-OFFSETS = torch.tensor([0, 3, 3, 5])  # the second is empty
+OFFSETS = torch.tensor([0, 3, 3, 5])  # the second bag is empty
 BAGS: dict[str, tuple[dict[str, Any], tuple[torch.Tensor, ...], str]] = {
     "sum": ({"mode": "sum"}, (BAG, OFFSETS), "branch"),
     "mean": ({"mode": "mean"}, (BAG, OFFSETS), "branch"),
@@ -468,14 +469,14 @@ def trained(lora: fxlora.CapturedModule, *given: torch.Tensor) -> fxlora.Capture
 @pytest.mark.parametrize("padding", [2, -9])
 @pytest.mark.parametrize("capture", ["exported", "traced"])
 def test_the_padding_row_never_changes(tied: bool, padding: int, capture: str) -> None:
-    """By training and by the fold; where the head is tied, its row does: it is a class."""
+    """Neither training nor the fold changes it. A tied head, not adapted, keeps its weight."""
 
     class Padded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.emb = nn.Embedding(9, 5, padding_idx=padding)
             with torch.no_grad():
-                self.emb.weight[self.emb.padding_idx] = 0.7  # a row of its own
+                self.emb.weight[self.emb.padding_idx] = 0.7  # torch's init is zero
             self.head = nn.Linear(5, 9, bias=False)
             if tied:
                 self.head.weight = self.emb.weight
@@ -508,7 +509,7 @@ def test_an_embedding_with(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_sparse_gradients(kind: type[nn.Module]) -> None:
-    """The frozen weight's would be sparse; A's are dense, and right."""
+    """With sparse=True, A and B train exactly as with dense gradients."""
     index = torch.tensor([[1, 4, 8], [0, 0, 3]])
     model = nn.Sequential(kind(9, 5, sparse=True)).double()
     dense = nn.Sequential(kind(9, 5)).double()
@@ -575,7 +576,10 @@ def test_the_padding_row_of_a_function_counts_from_the_end(exported: bool) -> No
 
 
 def _stepped(lora: fxlora.CapturedModule, index: torch.Tensor) -> fxlora.CapturedModule:
-    """From A = 0 on: the tracer cannot say which row it is, only that it has no gradient."""
+    """Train from the init, where A is zero.
+
+    A traced plan does not know the padding row, and random values there would get no gradient.
+    """
     optimizer = torch.optim.SGD(fxlora.lora_parameters(lora), 0.1)
     for _ in range(2):
         lora.train()(index).square().sum().backward()
@@ -583,7 +587,7 @@ def _stepped(lora: fxlora.CapturedModule, index: torch.Tensor) -> fxlora.Capture
     return lora
 
 
-# ---- what has no row ----------------------------------------------------------------------------
+# ---- reads without a row ------------------------------------------------------------------------
 
 
 def test_bilinear() -> None:
@@ -653,14 +657,14 @@ def test_experts_chosen_for_each_token(transposed: bool) -> None:
     given = (torch.randn(4, 5).double(), torch.tensor([2, 0, 0, 1]))
     _, lora = check_laws(Experts(), given, rules=W)
     (entry,) = lora.plan
-    assert entry.shapes[0][0] == 3  # a pair for each expert
+    assert entry.shapes[0][0] == 3  # an A and a B per expert
     assert entry.form == "weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_products(dtype: torch.dtype, transposed: bool) -> None:
-    """torch's kernel knows no float64, so the laws are checked here, to what rounding allows."""
+    """torch's kernel does not support float64, so the laws are checked here, up to rounding."""
 
     class Grouped(nn.Module):
         def __init__(self) -> None:
@@ -703,7 +707,7 @@ def _skip_unless_grouped(dtype: torch.dtype) -> None:
 
 
 def test_a_row_that_is_added_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op of the user's takes the branch by its row, and is a product wherever it reads."""
+    """With a row for it, a user's op takes the branch form, and is reported by the row's kind."""
 
     @torch.library.custom_op("fxlora_tests::product", mutates_args=())
     def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -735,4 +739,4 @@ def test_a_row_that_is_added_at_run_time(monkeypatch: pytest.MonkeyPatch) -> Non
     _, lora = check_laws(Products(), (x,), rules=Rule(lora=LoraConfig(r=2)))
     forms = {entry.site: (entry.op, entry.form) for entry in lora.plan}
     assert forms["w"] == ("product", "branch")
-    assert forms["v"] == ("product", "weight")  # times another weight: two branches miss Δu·Δv
+    assert forms["v"] == ("product", "weight")  # u times v: two branches would omit Δu·Δv

@@ -1,4 +1,4 @@
-"""The laws on the models that people use."""
+"""The laws on widely used models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {"vit_b_16": {"image_size": 48}}
 
 
 def seen(model: nn.Module) -> nn.Module:
-    """With gates open and statistics like those of trained networks, so that effects show."""
+    """Draw vectors and layer scales from [0.5, 1), so that no gate near zero hides an effect."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "layer_scale" in name:

@@ -1,8 +1,8 @@
-"""Parts and DoRA of a weight that is moved on its way to the op: right in the outputs, or refused.
+"""Parts and DoRA of a weight that is transformed before an op reads it: correct, or refused.
 
-Both rest on which of a weight's dimensions is the layer's outputs. Here that is measured on the
-source: a dimension is one of outputs where each of its slices, changed, changes outputs of its
-own. Nothing here asks fxlora for a layout.
+Both depend on which of the weight's dimensions are the layer's outputs. Here that is measured on
+the source: a dimension belongs to the outputs if changes to different slices of it change
+different output features. The tests take no layout from fxlora.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Move:
-    """What happens to a weight, on its way to an op that wants it (8, 10), or (8, 8).
+    """A transformation of a weight before an op that reads it as (8, 10) or (8, 8).
 
     Attributes:
-        function: what happens.
-        stored: the weight's shape, as a function of the shape that is wanted.
-        known: whether refusing parts of it would be a loss: the move is a plain one.
-        square: whether it is a function of square matrices alone.
+        function: the transformation.
+        stored: the stored weight's shape, as a function of the shape (out, in) that the op reads.
+        known: whether the move is so common that fxlora must support it, and not refuse it.
+        square: whether it takes square matrices only.
     """
 
     function: Function
@@ -141,7 +141,7 @@ X = _constant(4, 10) * 5
 
 
 class Layer(nn.Module):
-    """One op, whose outputs' features are the last dimension, and its weight by a move."""
+    """One op and its moved weight; the output's last dimension is its features."""
 
     def __init__(self, move: Move, read: str, features: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Layer(nn.Module):
 
 
 def changed(model: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> frozenset[int]:
-    """The features that another weight changes."""
+    """Return the output features that change when `weight` replaces the model's weight."""
     with torch.no_grad():
         (found,) = called_with(model, {"w": weight}, (x,))
         return features_of(found - model(x))
@@ -166,7 +166,10 @@ def features_of(difference: torch.Tensor) -> frozenset[int]:
 
 
 def output_dims(model: Layer, x: torch.Tensor) -> dict[int, list[frozenset[int]]]:
-    """The dimensions of the weight of which each slice has features of its own: which ones."""
+    """Return the weight's output dimensions, with the features that each of their slices changes.
+
+    In such a dimension no two slices change the same feature.
+    """
     found: dict[int, list[frozenset[int]]] = {}
     weight = model.w.detach()
     for dim in range(weight.ndim):
@@ -181,7 +184,10 @@ def output_dims(model: Layer, x: torch.Tensor) -> dict[int, list[frozenset[int]]
 
 
 def check_part(model: Layer, lora: fxlora.CapturedModule, x: torch.Tensor, last: bool) -> str:
-    """The part's slice of the weight is adapted, in a dimension of outputs, and no other output."""
+    """Check that exactly the part's slice is adapted, and only its output features change.
+
+    Returns "right" or a description of the error.
+    """
     weight = model.w.detach()
     touched = (fxlora.fold(lora).w.detach() - weight).abs() > 1e-12
     with torch.no_grad():
@@ -199,7 +205,10 @@ def check_part(model: Layer, lora: fxlora.CapturedModule, x: torch.Tensor, last:
 
 
 def check_dora(model: Layer, lora: fxlora.CapturedModule, x: torch.Tensor) -> str:
-    """The weight is m·V/‖V‖, a norm for each slice in dimensions of outputs; V = W0 + s·BA."""
+    """Check that the fold is m·V/‖V‖, V = W0 + s·BA, with a norm for each slice of outputs.
+
+    Returns "right" or a description of the error.
+    """
     (entry,) = lora.plan or ()
     a, b = (lora.get_parameter(name).detach() for name in (entry.name_a, entry.name_b))
     magnitude = lora.get_parameter(entry.name_of("lora_magnitude_vector")).detach()
@@ -216,7 +225,7 @@ def check_dora(model: Layer, lora: fxlora.CapturedModule, x: torch.Tensor) -> st
 
 
 def scaled(v: torch.Tensor, magnitude: torch.Tensor, dims: list[int]) -> Iterator[torch.Tensor]:
-    """m·V/‖V‖ for all dimensions that the magnitudes may be along."""
+    """Yield m·V/‖V‖ for each choice of `dims` that the number of magnitudes fits."""
     for number in range(1, len(dims) + 1):
         for kept in itertools.combinations(dims, number):
             sizes = [n if d in kept else 1 for d, n in enumerate(v.shape)]
@@ -242,7 +251,7 @@ def test_by_other_readers(name: str, read: str) -> None:
 
 
 def check(name: str, read: str, frontend: str) -> None:
-    """Of a square matrix and, where the move takes it, of one that is not."""
+    """Check a move on a square weight and, where it takes one, on a weight that is not square."""
     move = MOVES[name]
     plain = move.known and read == "linear" and (frontend == "export" or name == "as it is")
     for features in (8,) if move.square else (8, 10):
@@ -257,7 +266,7 @@ def check(name: str, read: str, frontend: str) -> None:
 
 
 def outcome(model: Layer, gm: fxlora.CapturedModule, x: torch.Tensor, what: str) -> str:
-    """Whether a rule is right, or refused, or what is wrong."""
+    """Return "right", "refused", or a description of the error."""
     try:
         lora = fxlora.inject(gm, fxlora.match(gm, WHAT[what])).eval()
     except fxlora.FxLoraError:

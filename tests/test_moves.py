@@ -1,4 +1,4 @@
-"""Replay: where a weight's entries go, against the same moves run on numbers."""
+"""Replay: the positions of a weight's moved entries, against the same moves run on numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def outcome(move: Move, shape: tuple[int, ...]) -> Moved | None:
     return moved(value, model.w, frozenset({"w"}), model)
 
 
-# Each takes a tensor of any shape with two or more dimensions.
+# Each move takes a tensor with two or more dimensions.
 PURE: dict[str, Move] = {
     "t": lambda w: w.transpose(0, 1),
     "mT": lambda w: w.transpose(-1, -2),
@@ -58,7 +58,7 @@ PURE: dict[str, Move] = {
 
 
 def untraced(moves: list[str]) -> Move:
-    """A chain of moves; those that ask for the number of dimensions get it at trace time."""
+    """Return a function that applies the moves one after the other."""
 
     def chain(w: torch.Tensor) -> torch.Tensor:
         for name in moves:

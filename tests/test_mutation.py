@@ -1,4 +1,4 @@
-"""verify notices damage: every kind in a few models, and in all of them in the slow run."""
+"""verify notices every kind of damage: in a few models, and in the slow run in all of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXPECTED = 350  # mutants in the quick models that change something
 
 @pytest.fixture(autouse=True)
 def _no_fused_attention() -> None:
-    """Not here: users run with the fused kernels."""
+    """Override the fixture of conftest.py: as for users, fused kernels are on."""
 
 
 def caught(case: str, folder: Path) -> int:
-    """How many mutants of a model are caught, where all of them are."""
+    """Assert that all mutants of a model are caught, and return how many there are."""
     found = judge_all(sound(case, folder), list(KINDS))
     wrong = {
         kind: [outcome for outcome in outcomes if outcome.verdict in ("missed", "crash")]

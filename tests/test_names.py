@@ -1,4 +1,4 @@
-"""Names: no text gets into generated source, or onto a terminal, as anything but itself."""
+"""Names: no text can inject code into generated source, or control characters into output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = [
     'a"b',
     "0\n",
     "class",
-    "\ufb01",  # a ligature, which Python's parser takes apart
+    "\ufb01",  # a ligature, which Python's parser normalizes to "fi"
     "\ud800",
     "",
 ]
@@ -43,7 +43,7 @@ def test_what_torch_would_write_as_something_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", ODD)
 def test_what_reads_back_from_generated_source(name: str) -> None:
-    """The oracle is torch.fx itself, whose code must find the parameter again."""
+    """The oracle is torch.fx: its generated code must read the parameter by this name."""
     assert is_path(f"0.{name}")
     root = nn.Module()
     root.register_parameter(name, nn.Parameter(torch.randn(2, 3)))
@@ -58,7 +58,7 @@ def test_words() -> None:
     assert is_adapter("default") and not is_adapter("training") and not is_adapter("forward")
 
 
-# ---- the roads on which a name comes in ---------------------------------------------------------
+# ---- sources of names ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,11 +147,11 @@ class Named(nn.Module):
 )
 @pytest.mark.filterwarnings("ignore:no rule can adapt:fxlora.FxLoraWarning")
 def test_the_models_own_names(name: str, kind: str, given: bool) -> None:
-    """They go on where torch.fx can write them; else capture refuses, and nothing runs."""
+    """Names that torch.fx can write are kept; else capture refuses, or keeps them out of graphs."""
     model, x = Named(name, kind).eval(), torch.randn(3, 5)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # by regions, where torch.export gives up
+            warnings.simplefilter("ignore")  # captured by regions where torch.export fails
             gm = fxlora.capture(model, *([x] if given else []))
     except CaptureError:
         assert name in HOSTILE
@@ -173,7 +173,7 @@ def test_the_models_own_names(name: str, kind: str, given: bool) -> None:
         assert text.replace("\n", "").isprintable()
 
 
-# ---- text that is shown -------------------------------------------------------------------------
+# ---- printed text -------------------------------------------------------------------------------
 
 
 def test_errors_and_warnings_escape_control_characters() -> None:

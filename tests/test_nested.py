@@ -1,4 +1,4 @@
-"""Weights that are read inside nested graphs: adapted, folded and found like others."""
+"""Weights that nested graphs read are adapted, folded and found like others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVERY = [Rule(lora=R)]
 
 
 class Pair(nn.Module):
-    """5 → 7 → 5 in `block`, which the subclasses call in regions of their own."""
+    """Two layers, 5 → 7 → 5, in `block`, which the subclasses call in nested graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Autocast(Pair):
 
 
 class EnableGrad(Pair):
-    """The first layer without gradients, both layers with them."""
+    """The first layer under no_grad, and both layers with gradients."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -69,7 +69,7 @@ class BothBranches(Pair):
 
 
 class Twice(Pair):
-    """A cond in a cond."""
+    """A cond inside a cond."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         def inner(x: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ class CheckpointInAutocast(Checkpoint):
 
 
 class Deep(Checkpoint):
-    """Autocast and no_grad in a checkpoint in a checkpoint."""
+    """Autocast and no_grad inside a checkpoint that is inside another one."""
 
     def block(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -167,7 +167,7 @@ class Mixed(Checkpoint):
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A model that keeps every activation."""
+    """Turn a model's checkpoints off, so that it keeps every activation."""
     model.reentrant = None
     return model
 
@@ -204,12 +204,12 @@ def test_every_kind_of_op() -> None:
     assert (sites["conv"].in_features, sites["conv"].out_features) == (3, 4)
     assert (sites["w"].in_features, sites["w"].out_features) == (4, 6)
     assert sites["conv"].readers[0].call_site == "conv"
-    line = inspect.getsourcelines(Mixed.forward)[1] + 1  # torch.export keeps lines of forwards
+    line = inspect.getsourcelines(Mixed.forward)[1] + 1  # torch.export only knows lines of forward
     assert sites["w"].readers[0].line == f"{__file__}:{line}"
     assert len(fxlora.match(gm, Rule(op="conv2d", min_features=3, lora=R))) == 1
 
 
-# ---- what stands where --------------------------------------------------------------------------
+# ---- nodes and operands -------------------------------------------------------------------------
 
 
 def test_each_branch_of_a_cond_counts() -> None:
@@ -220,7 +220,7 @@ def test_each_branch_of_a_cond_counts() -> None:
     (call,) = every_call(lora.graphs["eval"], lora)
     fetched = [n.target for n in call.operands[-2:]]
     assert fetched == ["up.lora_A.default.weight", "up.lora_B.default.weight"]
-    for nested in call.graphs:  # A and B are passed in once, and used in each
+    for nested in call.graphs:  # A and B are passed in once, and used in each graph
         assert str(nested.graph).count("aten.linear.default") == 4
     (base,) = every_call(gm.graphs["eval"], gm)
     assert len(base.operands) == len(call.operands) - 2
@@ -333,7 +333,7 @@ def test_autocast_in_single_precision() -> None:
 
 
 class Count(TorchDispatchMode):
-    """How often tanh runs."""
+    """Counts how often tanh runs."""
 
     tanh = 0
 
@@ -411,7 +411,7 @@ def test_checkpoints_keep_the_batch_dynamic() -> None:
         assert torch.equal(gm(x), source(x))
 
 
-# ---- delivery -----------------------------------------------------------------------------------
+# ---- export and compile -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Deep, OneBranch])
@@ -423,7 +423,7 @@ def test_delivery(kind: type[Pair], tmp_path: Path) -> None:
     for module in (lora, fxlora.fold(lora).eval()):
         with torch.no_grad():
             expected = module(x)
-            path = fxlora.export(module, (x,), tmp_path / "m.pt2")
+            path = fxlora.export(module, tmp_path / "m.pt2", (x,))
             assert torch.allclose(torch.export.load(path).module()(x), expected)
             torch._dynamo.reset()
             compiled = torch.compile(module, backend="aot_eager")

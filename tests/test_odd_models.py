@@ -1,4 +1,4 @@
-"""Models that do odd things with weights: captured exactly and adapted right, or refused."""
+"""Models that use weights in unusual ways: captured exactly and adapted correctly, or refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weight(*shape: int) -> nn.Parameter:
 
 
 class Odd(nn.Module):
-    """A layer 5 → 3, what else a case needs, and a forward of its own."""
+    """A layer 5 → 3, a case's other parts, and the case's forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Odd(nn.Module):
 
 
 class First(nn.Module):
-    """The first output of a module; what it is called with comes on top of the input."""
+    """Returns a module's first output; the module gets `rest`, or the states, after the input."""
 
     def __init__(self, inner: nn.Module, *rest: Any) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_packed_sequences_are_refused() -> None:
         fxlora.capture(Odd(packs, lstm=nn.LSTM(5, 6).double()), normal(2, 7, 5))
 
 
-# ---- weights behind other weights ---------------------------------------------------------------
+# ---- parametrized weights -----------------------------------------------------------------------
 
 PARAMETRIZED = {
     "weight_norm": parametrizations.weight_norm,
@@ -145,7 +145,7 @@ def test_old_weight_norm() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 3)), nn.Tanh()).double()
-    with torch.no_grad():  # or its `weight` cannot be copied
+    with torch.no_grad():  # else its `weight`, which is no leaf, cannot be deep-copied
         model(normal(4, 5))
     _, lora = check_laws(model, (normal(4, 5),), rules=Rule("0.weight_v", lora=LoraConfig(r=2)))
     assert [entry.parameter for entry in lora.plan] == ["0.weight_v"]
@@ -218,7 +218,7 @@ def test_a_module_under_two_names_called_thrice() -> None:
         assert len(lora.plan) == 1
 
 
-# ---- what is no weight --------------------------------------------------------------------------
+# ---- buffers, complex and bilinear weights ------------------------------------------------------
 
 
 def test_a_buffer_is_named_as_such() -> None:
@@ -306,15 +306,15 @@ def test_hooks_on_tensors_stay_in_python() -> None:
 
     line = forward.__code__.co_firstlineno + 3
     with pytest.warns(FxLoraWarning, match=rf"register_hook on a tensor at {__file__}:{line}"):
-        gm = fxlora.capture(Odd(forward), torch.randn(4, 5))  # Python keeps the hook
+        gm = fxlora.capture(Odd(forward), torch.randn(4, 5))  # the hook stays in Python
     assert gm.regions == ("layer",)
     y = torch.randn(3, requires_grad=True)
-    y.register_hook(lambda grad: grad * 2)  # works again
+    y.register_hook(lambda grad: grad * 2)  # the capture has removed its patch
     y.sum().backward()
     assert float(y.grad[0]) == 2
 
 
-# ---- ops of others ------------------------------------------------------------------------------
+# ---- custom ops ---------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("fxlora_tests::scaled_linear", mutates_args=())
@@ -333,7 +333,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     x, w = ctx.saved_tensors
-    return grad @ w * 7, grad.t() @ x * 5  # not autograd's own
+    return grad @ w * 7, grad.t() @ x * 5  # other factors than autograd's
 
 
 scaled_linear.register_autograd(_backward, setup_context=_save)
@@ -482,7 +482,7 @@ def test_what_no_graph_can_hold_is_refused_or_stays_python(model: Callable[[], n
     assert torch.equal(gm(x), source(x))
 
 
-# ---- state that is no buffer --------------------------------------------------------------------
+# ---- state outside buffers ----------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*submodules are captured instead")

@@ -1,4 +1,4 @@
-"""Parts: a packed weight whose enabled rows alone are adapted, each with a pair of its own."""
+"""Parts: only the enabled rows of a packed weight are adapted, each part with its own A and B."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Packed(nn.Module):
 
 
 class Transposed(Packed):
-    """The same with a weight (in, out), as GPT-2's."""
+    """The same with the weight stored as (in, out), as in GPT-2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Transposed(Packed):
 
 
 class Masked(Packed):
-    """What takes the weight form."""
+    """The same with a scaled weight, which takes the weight form."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.qkv.weight * 2
@@ -123,7 +123,7 @@ def test_dropout_on_parts() -> None:
     assert torch.allclose(*found, rtol=1e-10)
 
 
-# ---- what packs its projections -----------------------------------------------------------------
+# ---- packed layers ------------------------------------------------------------------------------
 
 
 class Attends(nn.Module):
@@ -198,7 +198,7 @@ def test_channels_of_a_convolution(groups: int) -> None:
 def test_channels_of_a_transposed_convolution(groups: int) -> None:
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, (3, 2), groups=groups))
     x = (torch.randn(2, 4, 3, 5).double(),)
-    parts = {"a": (0, 1), "b": (1, 3)}  # of a group's
+    parts = {"a": (0, 1), "b": (1, 3)}  # channels within each group
     check_laws(model, x, rules=Rule("0", lora=LORA, parts=parts))
 
 
@@ -313,7 +313,7 @@ def test_bad_parts(spec: str) -> None:
 
 
 class Holding(Packed):
-    """Its packed layer has a module of its own."""
+    """Its packed layer has a submodule `q`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ def test_a_name_that_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["q", "lora_A", "a b", "12", "ключ"])
 def test_a_name_that_is_free(name: str) -> None:
-    """A module there keeps its weights: A and B stand beside them."""
+    """An existing module of that name keeps its weights; A and B are added to it."""
     gm, plan = with_a_part(name)
     lora = fxlora.inject(gm, plan)
     randomise(lora)
@@ -384,11 +384,13 @@ def test_outputs_that_cannot_be_told_are_refused(read, asked: str) -> None:
     config = LoraConfig(r=1, use_dora=asked == "dora")
     more = {"parts": {"a": (0, 1)}} if asked == "parts" else {}
     assert len(fxlora.match(gm, Rule("w", lora=LoraConfig(r=1)))) == 1
-    with pytest.raises(fxlora.UnsupportedOpError, match="cannot be told"):
+    with pytest.raises(
+        fxlora.UnsupportedOpError, match="it is unknown which of its dimensions are the outputs"
+    ):
         fxlora.match(gm, Rule("w", lora=config, **more))
 
 
-# What the op's outputs are, by row of the weight's dimension of outputs, is known in these.
+# Reads for which fxlora knows the outputs of each slice of the weight's output dimension.
 TOLD = {
     "as a matrix": ("oio", lambda x, w: F.linear(x, w.transpose(1, 2).flatten(0, 1))),
     "permuted": ("oio", lambda x, w: x @ w.permute(1, 0, 2).flatten(1)),
@@ -401,7 +403,7 @@ TOLD = {
 
 @pytest.mark.parametrize(("roles", "read"), TOLD.values(), ids=TOLD)
 def test_a_part_changes_its_own_outputs_and_no_others(roles: str, read) -> None:
-    """Measured on the outputs; the layout of the product is not asked."""
+    """Measured on the outputs; fxlora's layout is compared only at the end."""
     model, x = Guessed(read), torch.randn(3, 5)
     gm = fxlora.capture(model, x)
     (site,) = find_sites(gm)

@@ -21,7 +21,7 @@ R = LoraConfig(r=2, lora_alpha=3)
 
 
 def code(graph: fx.Graph) -> str:
-    """A graph as text that does not depend on torch's version."""
+    """Return a graph as text that does not depend on torch's version."""
     lines = []
     for node in graph.nodes:
         target = node.target if node.op != "placeholder" else ""
@@ -159,7 +159,7 @@ def test_folded_weights_are_correctly_rounded(layer: nn.Module, dtype: torch.dty
     folded = fxlora.fold(lora).get_parameter("weight")
     assert not torch.equal(folded, layer.weight)
     wrong = (folded != exact.to(dtype)).double().mean()
-    # float32 accumulation leaves the near-ties: one entry in thousands, one last place off
+    # float32 accumulation may round near-ties wrongly: one entry in thousands, by one ulp
     assert wrong < 2e-3
     assert torch.allclose(folded.double(), exact, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-7)
 
@@ -239,7 +239,7 @@ def test_lora_parameters() -> None:
     ]
     torch.optim.AdamW(groups)
     torch.optim.AdamW(fxlora.lora_parameters(lora, groups=True), lr=1e-3)
-    alike = fxlora.lora_parameters(lora, groups=True, lr=1e-3)  # LoRA+ is asked for by lr_ratio
+    alike = fxlora.lora_parameters(lora, groups=True, lr=1e-3)  # only lr_ratio turns LoRA+ on
     assert [group["lr"] for group in alike] == [1e-3] * 3
     with pytest.raises(ConfigError, match=r"lr=0\.001 needs groups=True"):
         fxlora.lora_parameters(lora, lr=1e-3)
@@ -251,7 +251,7 @@ def test_lora_parameters() -> None:
         fxlora.lora_parameters(fxlora.fold(lora))
 
 
-# ---- what does not fit --------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 def test_inject_refuses_what_does_not_fit() -> None:
@@ -312,7 +312,7 @@ def test_a_folded_module_can_be_adapted_again() -> None:
     assert not torch.allclose(outputs[1], outputs[2], atol=1e-3)
 
 
-# ---- reads that a table of ops does not show ----------------------------------------------------
+# ---- products of weights, and reads inside whole modules ----------------------------------------
 
 
 def test_two_adapted_weights_multiplied_with_each_other() -> None:

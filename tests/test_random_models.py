@@ -1,4 +1,4 @@
-"""Random models through both frontends: right under every law, or a typed error."""
+"""Random models through both frontends: every law holds, or a typed error is raised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from .random_laws import judge_all
 from .random_models import draw
 
-QUICK, SLOW = 8, 25  # models a test
+QUICK, SLOW = 8, 25  # models per test
 
 
 def check(seeds: range) -> None:
@@ -15,7 +15,7 @@ def check(seeds: range) -> None:
     assert not tally.failures, "\n\n".join(map(str, tally.failures))
     exported = tally.of("export")
     assert exported.adapted >= len(seeds), str(tally)
-    assert exported.share > 0.75, str(tally)  # who refuses everything is never wrong
+    assert exported.share > 0.75, str(tally)  # refusing every model would not be wrong
     assert tally.of("tracer").share > 0.3, str(tally)
 
 

@@ -1,4 +1,4 @@
-"""Weights that an op is given transposed take the branch, as the op's own layout does."""
+"""Weights that an op reads transposed take the branch form, as in the op's own layout."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _check(model: nn.Module, in_first: bool) -> None:
     _, lora = check_laws(model, (x,), rules=rule)
     (entry,) = lora.plan
     assert (entry.form, entry.layout.in_first) == ("branch", in_first)
-    assert entry.shapes == ((2, 5), (7, 2))  # A takes the input, B gives the output
+    assert entry.shapes == ((2, 5), (7, 2))  # (r, in), (out, r)
 
 
 def test_all_linear_takes_a_linear_that_is_spelled_out() -> None:
@@ -118,7 +118,7 @@ def test_an_assertion_on_a_weight_is_no_read() -> None:
     ]
 
 
-# ---- what is computed from weights alone --------------------------------------------------------
+# ---- weights computed from weights only ---------------------------------------------------------
 
 
 class Standardised(nn.Conv2d):
@@ -131,7 +131,7 @@ class Standardised(nn.Conv2d):
 
 
 class Squeezed(nn.Module):
-    """A depthwise convolution that takes its weight through a view, as in Mamba."""
+    """A depthwise convolution that reads its weight through views, as in Mamba."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,11 +214,11 @@ def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
     assert [entry.site for entry in plan] == ["proj"]
 
 
-# ---- what only looks like a read ----------------------------------------------------------------
+# ---- uses that are not reads of values ----------------------------------------------------------
 
 
 class Looks(nn.Module):
-    """Reads `used`; what it does with `other` is given."""
+    """Reads `used`; the function `look` may use `other`."""
 
     def __init__(self, look) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def new_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class round(torch.autograd.Function):
-    """Not torch.round: its gradient is passed on."""
+    """Has torch.round's name, but passes the gradient on."""
 
     @staticmethod
     def forward(ctx, weight: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the README shows is run, and prints what it says."""
+"""The README's code blocks and commands run, and print the output that the README shows."""
 
 from __future__ import annotations
 

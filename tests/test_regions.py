@@ -1,4 +1,4 @@
-"""Models without a whole graph: captured by their submodules, with their own Python around."""
+"""Models without a whole graph: their submodules are captured, and their own Python calls them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ALL = Rule(op=["linear", "conv*", "embedding"], lora=LoraConfig(r=2, lora_alpha=
 
 
 class Boxes:
-    """What no graph takes for an argument."""
+    """An object that no graph takes as an argument."""
 
     def __init__(self, features: torch.Tensor) -> None:
         self.features = features
@@ -64,7 +64,7 @@ class Trunk(nn.Module):
 
 
 class Head(nn.Module):
-    """Reads a region's vector; called with a flag, a word and a number besides."""
+    """Called with a region's vectors and, besides, a number, a string and a flag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Head(nn.Module):
 
 
 class Detector(nn.Module):
-    """Crops as many vectors as there are large activations: no graph can say how many."""
+    """Selects as many vectors as there are large activations: a number that no graph can give."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_verify_finds_a_region_that_was_folded_wrong(detector: Detector) -> None
 def test_there_is_no_whole_graph_to_export(detector: Detector, tmp_path: Path) -> None:
     folded = fxlora.fold(fxlora.adapt(detector, (images(*SIZES),), rules=ALL))
     with pytest.raises(ExportError, match=r"regions \(trunk, side, head\)"):
-        fxlora.export(folded, (images(*SIZES),), tmp_path / "model.pt2")
+        fxlora.export(folded, tmp_path / "model.pt2", (images(*SIZES),))
     assert not list(tmp_path.iterdir())
 
 
@@ -252,7 +252,7 @@ def test_a_call_that_no_graph_of_a_region_holds_for(detector: Detector) -> None:
 
 
 class ReadsBehind(nn.Module):
-    """Uses a layer as a module and, in some calls, its bare weight."""
+    """Calls a layer and, depending on the data, also reads its weight directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class ReadsBehind(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.b(self.a(x.to(self.a.weight.dtype).reshape(-1, self.a.weight.shape[1])))
-        y /= 2  # into what a region gave
+        y /= 2  # in place, on a region's output
         return F.linear(y, self.a.weight) if bool((x.sum() > 0).item()) else y
 
 
@@ -286,7 +286,7 @@ def test_a_weight_that_python_reads_later_raises_there() -> None:
 
 
 class LayerDrop(nn.Module):
-    """Skips layers at random while it trains, one of them shared under two names."""
+    """Skips layers at random in train mode; one layer has two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +362,7 @@ def test_torchvisions_detection() -> None:
             assert_same(run(gm.train(training), inputs, {}), run(source, inputs, {}))
     lora = fxlora.inject(gm, fxlora.match(gm, ALL)).train()
     randomise(lora)
-    # Losses do not jump, as the boxes do that pass a threshold by a rounding.
+    # Compare losses: boxes jump where rounding moves a score across a threshold.
     factors = {n: lora.get_parameter(n).detach() for e in lora.plan for n in (e.name_a, e.name_b)}
     torch.manual_seed(1)
     expected = oracle(copy.deepcopy(model).train(), lora, factors, args, {})
@@ -388,7 +388,7 @@ def test_an_attempt_that_takes_too_long_gives_way_to_a_less_dynamic_one(
 
 
 class Around(nn.Module):
-    """Python that deals with a region in other ways than by calling it."""
+    """Python that also uses a region without calling it: hooks, attributes, mode, references."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -427,7 +427,7 @@ def test_what_passes_by_a_region_is_not_lost(kind: str) -> None:
     model = Around(kind).double()
     before = snapshot(model)
     example = (torch.randn(4, 5).double(),)
-    if kind == "mode":  # draws in eval, too
+    if kind == "mode":  # its dropout is on in eval mode, too
         gm = fxlora.capture(model, example)
     else:
         gm, lora = check_laws(model, example, rules=ALL)

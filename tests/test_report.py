@@ -102,7 +102,7 @@ def test_what_has_no_report(lora: fxlora.CapturedModule) -> None:
 
 
 def test_the_total_of_a_folded_module_is_what_it_holds() -> None:
-    """Also where the fold has split a tie."""
+    """Also if the fold has split a tie."""
     gm = fxlora.capture(Tied(), torch.tensor([[1, 2, 5]]))
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=LoraConfig(r=2))))
     for module in (lora, fxlora.fold(lora)):

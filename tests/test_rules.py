@@ -116,7 +116,7 @@ def test_all_linear(gm: fxlora.CapturedModule) -> None:
     both = match(gm, LoraConfig(r=2, target_modules=["all-linear", "emb"]))
     assert len(both) == 14
     tied = fxlora.capture(Tied())
-    # `head` is the embedding's weight, too, but its call is a linear layer's.
+    # `head` shares the embedding's weight, but is called as a linear layer.
     assert names(match(tied, LoraConfig(r=2, target_modules="all-linear"))) == ["mix", "head"]
 
 
@@ -177,7 +177,7 @@ def test_patterns(gm: fxlora.CapturedModule) -> None:
         (Rule(op="conv2d", lora=R), "Kinds of op here: embedding, linear"),
         (
             [Rule(op="linear", lora=R), Rule("q_proj", lora=R)],
-            "Rule 1 took what it matches: put rule 2 before rule 1",
+            "Rule 1 already took the sites that rule 2 matches: put rule 2 before rule 1",
         ),
         ([Rule("q_proj", lora=None)], "adapt none"),
     ],
@@ -366,4 +366,4 @@ def test_a_later_rule_does_not_take_an_adapter_away_in_silence(later: Rule) -> N
     gm = fxlora.capture(nn.Sequential(Bare()), torch.randn(4, 6))
     with pytest.raises(ConfigError, match=r"rule 1 adapts '0\.down', and rule 2 trains '0'"):
         fxlora.match(gm, [Rule("0.down", lora=R), later])
-    fxlora.match(gm, [Rule("0", train=True)])  # the advice
+    fxlora.match(gm, [Rule("0", train=True)])  # as the error advises

@@ -1,4 +1,4 @@
-"""Captures side by side, in odd surroundings, and what they leave behind: nothing."""
+"""Several captures at once, and captures under torch modes: they leave no state behind."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_users_line_is_named_and_torch_is_quiet(
     if name in ("Raises", "Shapes"):
         with pytest.raises(CaptureError) as said:
             fxlora.capture(model, torch.randn(2, 5))
-    else:  # what surrounds its layer stays Python
+    else:  # the code around its layer stays in Python
         with pytest.warns(FxLoraWarning) as warned:
             gm = fxlora.capture(model, torch.randn(2, 5))
         assert gm.regions == ("fc",)
@@ -158,7 +158,7 @@ def test_what_a_forward_sets_is_set_back() -> None:
     assert torch.equal(gm(x), model.eval()(x))
 
 
-# ---- dice ---------------------------------------------------------------------------------------
+# ---- random state -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
@@ -221,11 +221,11 @@ def test_training_one_capture_leaves_the_other_alone() -> None:
     assert_untouched(model, before)
 
 
-# ---- surroundings -------------------------------------------------------------------------------
+# ---- active modes -------------------------------------------------------------------------------
 
 
 class Computes(nn.Module):
-    """Has something for every surrounding: a product, a new tensor, a buffer."""
+    """Has an op for each mode to affect: a product, a new tensor, a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ def test_a_capture_does_not_see_what_is_around_it(name: str) -> None:
     assert not torch.equal(lora(x), model(x))
     lora(x).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in fxlora.lora_parameters(lora))
-    with torch.autocast("cpu", torch.bfloat16):  # the graph's own surroundings count
+    with torch.autocast("cpu", torch.bfloat16):  # a mode around a call applies to the graph
         assert torch.equal(gm(x), model(x)) and model.fc(x).dtype == torch.bfloat16
 
 
@@ -325,7 +325,7 @@ def test_calls_from_several_threads() -> None:
 
 
 class Both(nn.Module):
-    """A convolution, a norm and linears: one site for every form of branch."""
+    """A grouped convolution, a norm, a linear layer and a scaled weight: sites of both forms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -347,7 +347,7 @@ class Both(nn.Module):
         (torch.float32, True),
         (torch.bfloat16, False),
         (torch.bfloat16, True),
-        (torch.float16, False),  # under bfloat16's autocast torch itself refuses the norm
+        (torch.float16, False),  # torch refuses its norm under autocast to bfloat16
     ],
 )
 def test_a_training_step_in_every_dtype(dtype: torch.dtype, autocast: bool) -> None:

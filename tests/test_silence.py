@@ -1,4 +1,4 @@
-"""Kinds of silent wrongness that a review found, each against the source with merged weights."""
+"""Silent errors that a review found, each tested against the source with merged weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(4, 6, dtype=torch.float64)
 
 
 class Reads(nn.Module):
-    """Reads a weight (7, 6) of large entries in a way that is given."""
+    """Reads a weight (7, 6) with large entries by a given function."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()
@@ -82,19 +82,22 @@ def test_strides_of_the_weights_own() -> None:
 
 
 def assert_as_merged(model: nn.Module, capture: Callable[[Any], fxlora.CapturedModule]) -> None:
-    """The source with the folded weight in its own memory, strides and all, gives the outputs."""
+    """Assert that the source with the folded weight in its own memory gives the same outputs.
+
+    In its own memory the weight keeps its strides.
+    """
     gm = capture(model)
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("w", lora=R))).eval()
     randomise(lora)
     with torch.no_grad():
-        found, base, folded = lora(X), model(X), fxlora.fold(lora)  # the base shares its memory
+        found, base, folded = lora(X), model(X), fxlora.fold(lora)  # lora shares model's memory
         model.w.copy_(folded.get_parameter("w"))
         assert float((found - base).abs().max()) > 0
         assert torch.allclose(found, model(X), rtol=1e-10)
 
 
 class Product(nn.Module):
-    """u times v, both transposed or in pieces, inside a region or not."""
+    """The product of u and v, both transposed or cut into pieces, in a nested graph or not."""
 
     def __init__(self, region: str) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ WRITES: dict[str, Any] = {
 def _written(x: torch.Tensor, write: Callable[[torch.Tensor], Any], w: torch.Tensor) -> Any:
     y = x.new_zeros(4, 7) + F.linear(x, 2 * w)
     z = write(y)
-    torch.matmul(z, z.t())  # dead
+    torch.matmul(z, z.t())  # its result is unused
     return y + F.linear(x, w)
 
 
@@ -149,7 +152,7 @@ def test_a_plan_of_another_module_is_held_against_this_one() -> None:
     assert plan.entries[0].form == "branch"
     with pytest.raises(InjectError, match=r"does not allow .*alpha"):
         fxlora.inject(two, plan)
-    fxlora.inject(two, fxlora.match(two, Rule("w", lora=R)))  # the advice
+    fxlora.inject(two, fxlora.match(two, Rule("w", lora=R)))  # as the error advises
 
 
 def test_a_padding_row_of_a_part_of_the_table_is_refused() -> None:

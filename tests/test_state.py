@@ -1,4 +1,4 @@
-"""A copy of a captured module is the same: what is refused on one is refused on the other."""
+"""Copies of a captured module behave like it: an operation is refused on both or on neither."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(4, 5, dtype=torch.float64)
 
 
 class Shared(nn.Module):
-    """A buffer and a parameter in the memory of `lin`; `other` is for adapters."""
+    """A buffer or a parameter shares the memory of `lin.weight`; `other` can be adapted."""
 
     def __init__(self, mirrored: bool) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_state_cannot_be_changed_in_place() -> None:
 
 
 def test_a_plan_without_adapters_trains_too() -> None:
-    """An empty plan has no length, and is a plan all the same."""
+    """A plan without entries is false as a bool, but must not be taken for no plan."""
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     gm = fxlora.capture(model, torch.randn(4, 5))
     head = fxlora.inject(gm, fxlora.match(gm, Rule("2", train=True)))

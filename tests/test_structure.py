@@ -1,4 +1,4 @@
-"""The shape of the code: which part may import which."""
+"""The structure of the code: which part may import which, and which files edit graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fxlora"
 
-# From the bottom up; a part imports only parts of lower rows, or of its own folder.
+# From the bottom up: a part imports only from rows above its own in this list, or its own folder.
 LAYERS = [
     {"names"},
     {"errors", "tables"},
@@ -37,7 +37,7 @@ def part(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The parts of fxlora that a file imports."""
+    """Return the parts of fxlora that a file imports."""
     found: set[str] = set()
     depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -69,9 +69,9 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
                 assert name not in text, f"{path.name} names {name}"
 
 
-# ---- who writes to graphs -----------------------------------------------------------------------
+# ---- files that write to graphs -----------------------------------------------------------------
 
-# Besides passes/, which rewrite captured graphs: files that write to a graph, and to which.
+# Files outside passes/ that write to a graph, and to which graph or part of one.
 GRAPH_WRITERS = {
     "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
     "frontends/assumptions.py": "a graph of its own for each guard",
@@ -93,12 +93,12 @@ _EDITS = {
     *("call_function", "call_method", "call_module", "placeholder", "output", "get_attr"),
     *("_replace_input_with", "_update_args_kwargs", "process_inputs"),
 }
-_PARTS = {"op", "target", "args", "kwargs", "meta", "graph", "_args", "_kwargs"}  # of a node
+_PARTS = {"op", "target", "args", "kwargs", "meta", "graph", "_args", "_kwargs"}  # node attributes
 _DICT_EDITS = {"update", "pop", "setdefault", "clear", "popitem"}
 
 
 def _graph_edits(path: Path) -> list[str]:
-    """The lines of a file that write to a torch.fx graph."""
+    """Return the lines of a file that write to a torch.fx graph."""
     found: list[ast.AST] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -113,7 +113,7 @@ def _graph_edits(path: Path) -> list[str]:
 
 
 def _is_part_of_node(target: ast.AST) -> bool:
-    """Whether an assignment is to `node.target`, `node.meta[...]`, …, and not to one's own."""
+    """Whether an assignment is to `node.target`, `node.meta[...]`, …, of an object but `self`."""
     if isinstance(target, ast.Tuple | ast.List):
         return any(map(_is_part_of_node, target.elts))
     if isinstance(target, ast.Subscript):

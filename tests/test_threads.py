@@ -1,4 +1,4 @@
-"""A capture and other threads: what is patched for the one is not there for the others."""
+"""Captures and other threads: a capture's patches do not affect other threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLE = (torch.ones(2, 5),)
 
 
 class Waits(nn.Module):
-    """A model whose forward waits, once while it is captured, until another thread is done."""
+    """A model whose forward, once during its capture, waits until another thread is done."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Waits(nn.Module):
 
 
 class _Pause:
-    """Where a thread waits in a forward: at its `number`-th run, of which an export makes two."""
+    """Makes a thread wait in its `number`-th run of a forward (an export makes two runs)."""
 
     def __init__(self, thread: threading.Thread | None = None, number: int = 1) -> None:
         self.thread, self.number, self.runs = thread, number, 0
@@ -55,7 +55,7 @@ _pause = _Pause()
 
 @contextmanager
 def during_capture(model: nn.Module, args: Any = EXAMPLE, number: int = 1) -> Generator[_Pause]:
-    """Within, another thread is in the middle of a capture of the model."""
+    """A context during which another thread is in the middle of capturing the model."""
     global _pause
     failures: list[BaseException] = []
 
@@ -120,7 +120,7 @@ def test_the_model_elsewhere_is_as_the_user_left_it(args: Any, number: int) -> N
         assert torch.equal(model(x), expected)
         model.fc.register_forward_hook(lambda module, given, output: output * 2)
         model.mark = "set meanwhile"
-    assert torch.equal(model(x), expected.detach() * 2)  # 2 rounds nothing
+    assert torch.equal(model(x), expected.detach() * 2)  # exact: a factor of 2 does not round
     assert model.mark == "set meanwhile"
 
 
@@ -333,7 +333,7 @@ def test_patches_that_end_in_another_order() -> None:
     assert dict(vars(Patched)) == before
 
 
-# ---- what cannot be copied ----------------------------------------------------------------------
+# ---- models that cannot be copied ---------------------------------------------------------------
 
 
 def test_a_model_that_cannot_be_copied_is_put_back() -> None:
@@ -361,7 +361,7 @@ class Seeds(nn.Module):
 
 @pytest.mark.parametrize("args", [(torch.ones(2, 5),), None])
 def test_a_forward_that_seeds_is_no_graph(args: Any) -> None:
-    """A graph would draw other numbers at every call, and the source the same."""
+    """A graph would draw other numbers at every call, while the source draws the same ones."""
     model, state = Seeds(lambda: torch.manual_seed(5)), torch.get_rng_state()
     if args is None:
         with pytest.raises(fxlora.CaptureError, match="seeds torch's generator"):

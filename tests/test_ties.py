@@ -1,4 +1,4 @@
-"""One weight under several names: who is adapted, and what the fold leaves tied."""
+"""One weight under several names: which reads are adapted, and which ties the fold keeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = torch.tensor([[1, 2, 5, 12], [3, 3, 0, 2], [7, 8, 9, 10]])
 
 
 class Model(Tied):
-    """The same, with a head that can be called in another way."""
+    """The same, with a method for the head that subclasses override."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.logits(torch.tanh(self.mix(self.emb(ids))))
@@ -44,7 +44,7 @@ class Nested(Model):
 
 
 class Wrapped(Model):
-    """The tied read is in a forward below the head's own path."""
+    """The tied weight is that of a submodule of the head, whose forward reads it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Wrapped(Model):
 
 
 class Other(Model):
-    """The tie the other way round, by assignment to the embedding."""
+    """The tie in the other direction: the head's weight is assigned to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_parts_of_a_tied_weight() -> None:
     assert (head == emb).all(1).tolist() == [5 <= n < 9 for n in range(17)]
 
 
-# ---- the parent reads it ------------------------------------------------------------------------
+# ---- reads by the parent module -----------------------------------------------------------------
 
 
 class Functional(Model):
@@ -143,7 +143,7 @@ class Functional(Model):
 
 
 class Both(Model):
-    """The parent reads the tied weight, beside the module."""
+    """The parent module reads the tied weight, in addition to the head."""
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(x) + F.linear(x, self.emb.weight)
@@ -177,7 +177,7 @@ X = torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5)
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("name", ["first", "second", "*"])
 def test_one_parameter_in_two_modules(name: str, road: str) -> None:
-    """A module that is called twice is one: its adapter stands at both calls."""
+    """A module that is called twice has one adapter, which is inserted at both calls."""
     model = Two()
     lora, folded = checked(model, Rule(name, lora=R2), road, (X,))
     first, second = (folded.get_parameter(f"{n}.weight") for n in ("first", "second"))
@@ -209,7 +209,7 @@ def test_one_module_under_two_names(name: str, road: str) -> None:
 def test_regions() -> None:
     class Chooses(Model):
         def logits(self, x: torch.Tensor) -> torch.Tensor:
-            if float(x.sum()) > 1e9:  # Python's
+            if float(x.sum()) > 1e9:  # stays in Python
                 return x
             return self.head(x)
 
@@ -229,7 +229,7 @@ def test_regions() -> None:
     assert_close(run(folded.eval(), (IDS,), {}), expected)
 
 
-# ---- what a split tie is afterwards -------------------------------------------------------------
+# ---- after a tie is split -----------------------------------------------------------------------
 
 
 def split() -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
@@ -251,7 +251,7 @@ def test_the_state_of_a_split_tie() -> None:
 
 def test_a_program_of_a_split_tie(tmp_path: Path) -> None:
     lora, folded = split()
-    fxlora.export(folded.eval(), (IDS,), tmp_path / "m.pt2")
+    fxlora.export(folded.eval(), tmp_path / "m.pt2", (IDS,))
     program = torch.export.load(tmp_path / "m.pt2").module()
     assert_close(run(program, (IDS,), {}), run(lora.eval(), (IDS,), {}))
     compiled = torch.compile(folded.eval(), backend="eager", fullgraph=True)
@@ -268,7 +268,7 @@ def test_a_saved_adapter_of_one_name(tmp_path: Path) -> None:
 
 
 def test_folded_and_adapted_again() -> None:
-    """The second adapter finds two weights where the first split one."""
+    """After a fold that splits a tie, the second adapter finds two weights."""
     _, folded = split()
     lora = fxlora.inject(folded, fxlora.match(folded, Rule("emb", lora=R2)))
     assert not lora.plan.split_ties
@@ -278,7 +278,7 @@ def test_folded_and_adapted_again() -> None:
     assert torch.equal(again.get_parameter("head.weight"), folded.get_parameter("head.weight"))
 
 
-# ---- in full beside an adapter ------------------------------------------------------------------
+# ---- full training of a tied weight -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained", ["head", "emb"])
@@ -309,7 +309,7 @@ def test_training_both_names() -> None:
 def test_sharing_contradicts_another_rule() -> None:
     gm = fxlora.capture(Model(), (IDS,))
     rules = [Rule("emb", lora=None), Rule("head", lora=LoraConfig(r=2, tied="share"))]
-    with pytest.raises(ConfigError, match="let one rule take all"):
+    with pytest.raises(ConfigError, match="let one rule match all of them"):
         fxlora.match(gm, rules)
 
 

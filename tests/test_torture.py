@@ -1,4 +1,4 @@
-"""Every pattern: right in all five measurements, or the typed error that it owes."""
+"""Every pattern: fxlora is right in all five measurements, or raises the expected typed error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURED = [name for name, pattern in PATTERNS.items() if pattern.measured]
 
 @pytest.fixture(autouse=True)
 def _no_fused_attention() -> None:
-    """Not here: users run with the fused kernels, and they are what PEFT misses."""
+    """Override the fixture of conftest.py: as for users, fused kernels are on, and bypass PEFT."""
 
 
 @pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
@@ -37,7 +37,7 @@ def test_right_or_a_typed_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_is_said_of_peft(name: str) -> None:
-    """By target_modules. A newer PEFT may mend a case: then what we say of it is out of date."""
+    """With target_modules. If a newer PEFT fixes a case, our claim about it is out of date."""
     pytest.importorskip("peft", reason="peft is optional")
     judgement = judge_peft(PATTERNS[name])[0]
     assert judgement.verdict == PATTERNS[name].measured, judgement.note

@@ -49,7 +49,7 @@ T5 = {"vocab_size": 97, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "
 
 
 def build(kind: str, config: str, **options: Any) -> Any:
-    """A model at random, with weights large enough for its answers to differ from each other."""
+    """Return a random model, with weights so large that its outputs differ between inputs."""
     model = getattr(transformers, kind)(getattr(transformers, config)(**options))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def call(module: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def assert_alike(found: Any, expected: Any) -> None:
-    """Equal in types, attributes and bits, all the way down."""
+    """Assert that types, attributes and tensors are equal, recursively and bit for bit."""
     assert type(found) is type(expected)
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected)
@@ -146,7 +146,7 @@ def test_a_given_cache_follows_the_sources() -> None:
     for size, length in ((3, 7), (2, 2), (2, 5)):
         ours = decode_step(model, size, length)
         theirs = copy.deepcopy(ours)
-        for _ in range(3):  # the same object again: it must have grown
+        for _ in range(3):  # with the same cache object, which must grow
             found, expected = call(gm, ours), call(model, theirs)
             assert_close([found.logits], [expected.logits], 1e-6)
             assert_alike(ours["past_key_values"], found.past_key_values)
@@ -197,7 +197,7 @@ def test_containers_that_a_forward_changes() -> None:
     x = torch.randn(4, 5)
     with pytest.warns(FxLoraWarning, match=r"changes its argument 1 \(dict\) in place"):
         gm = fxlora.capture(Recorder(False), (x, {"last": x, "all": [x]}))
-    assert gm.regions == ("lin",)  # and Python changes it
+    assert gm.regions == ("lin",)  # Python changes the containers
     model = Recorder(True)
     gm = fxlora.capture(model, (x, {"last": x, "all": [x]}))
     ours, theirs = {"last": x, "all": [x]}, {"last": x, "all": [x]}
@@ -236,7 +236,7 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 def merged(model: Any, lora: fxlora.CapturedModule) -> Any:
-    """The source with W0 + s·BA for weights."""
+    """Return the source with W0 + s·BA for its weights."""
     result = copy.deepcopy(model)
     result.load_state_dict(merged_weights(model, lora, dict(lora.named_parameters())), strict=False)
     return result
@@ -312,7 +312,7 @@ def test_what_a_host_refuses(generating: Any) -> None:
 
 
 class Optional(Mlp):
-    """An Mlp with arguments that say something only if they are given."""
+    """An Mlp with optional arguments."""
 
     def forward(
         self, x: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
@@ -376,7 +376,7 @@ def test_a_host_trains_its_adapters() -> None:
     assert_untouched(model, before)
 
 
-# ---- what else transformers' models do ----------------------------------------------------------
+# ---- other features of transformers' models -----------------------------------------------------
 
 LABELS = IDS.flip(1).contiguous()
 MOE = {"num_experts_per_tok": 2, "num_hidden_layers": 1, "use_cache": False}

@@ -1,4 +1,4 @@
-"""Variants and inits: each against PEFT's, and under all laws wherever a weight can be read."""
+"""Variants and inits: each against PEFT's, and under all laws for every kind of read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .models import Mlp, Tied
 
 
 class Conv1D(nn.Module):
-    """GPT-2's: a linear layer that keeps its weight (in, out)."""
+    """GPT-2's linear layer, which stores its weight as (in, out)."""
 
     def __new__(cls, out: int, size: int) -> Any:
         utils = pytest.importorskip("transformers.pytorch_utils")
@@ -34,7 +34,7 @@ class Conv1D(nn.Module):
 
 
 class Layers(nn.Module):
-    """A layer of each kind that PEFT knows variants for; takes indices (N, T)."""
+    """A layer of each kind that PEFT supports variants for; takes indices (N, T)."""
 
     def __init__(self, *, bias: bool = True) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ Pair = tuple[nn.Module, fxlora.CapturedModule]
 
 
 def both(model: nn.Module, targets: list[str], **keys: Any) -> Pair:
-    """The same adapters by PEFT and by fxlora, in float64, where PEFT's have started."""
+    """Return the same adapters by PEFT and by fxlora, in float64; PEFT's are cast after init."""
     peft = pytest.importorskip("peft", reason="peft is optional")
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, **keys)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).double()
@@ -65,7 +65,7 @@ def both(model: nn.Module, targets: list[str], **keys: Any) -> Pair:
 
 
 def trainable(theirs: nn.Module) -> dict[str, torch.Tensor]:
-    """PEFT's tensors under our names, less the 1s of a convolution's magnitude."""
+    """Return PEFT's trainable parameters by fxlora's names."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
@@ -81,7 +81,7 @@ def copy_over(theirs: nn.Module, ours: fxlora.CapturedModule) -> None:
 
 
 def assert_same_training(theirs: nn.Module, ours: fxlora.CapturedModule, base: nn.Module) -> None:
-    """Outputs, and the gradients of everything that trains."""
+    """Assert equal outputs and equal gradients of all trainable parameters."""
     assert (theirs(IDS) - base(IDS)).abs().max() > 1e-3
     assert_close([ours(IDS)], [theirs(IDS)])
     expected = trainable(theirs)
@@ -102,7 +102,7 @@ def test_dora_is_pefts(targets: list[str], bias: bool) -> None:
     theirs, ours = both(model, targets, use_dora=True)
     magnitudes = {n: p for n, p in trainable(theirs).items() if "magnitude" in n}
     assert len(magnitudes) == len(targets)
-    for name, magnitude in magnitudes.items():  # PEFT computed it before it was made float64
+    for name, magnitude in magnitudes.items():  # PEFT computed it in float32, before the cast
         assert_close([ours.get_parameter(name)], [magnitude.flatten()], 1e-5)
     with torch.no_grad():
         for parameter in trainable(theirs).values():
@@ -136,7 +136,7 @@ def test_starts_from_the_weight_are_pefts(init: str) -> None:
     ours = fxlora.adapt(model.double(), x, rules=LoraConfig(**keys)).eval()
     base = model.eval()(x)
     assert_close([ours(x)], [base], 1e-12)
-    for site in ("up", "down"):  # theirs are made in float32
+    for site in ("up", "down"):  # PEFT computes its factors in float32
         expected = product(theirs.base_model.model, site)
         assert_close([product(ours, site)], [expected], 1e-5)
         for factor in "AB":
@@ -144,7 +144,7 @@ def test_starts_from_the_weight_are_pefts(init: str) -> None:
             found = ours.get_parameter(name).abs()
             assert_close([found], [theirs.base_model.model.get_parameter(name).abs()], 1e-4)
 
-    with torch.no_grad():  # PEFT's in float64: beside W0 - s·B'A'
+    with torch.no_grad():  # in float64: our factors, and the residual weight W0 - s·B'A'
         for site in ("up", "down"):
             layer = theirs.base_model.model.get_submodule(site)
             weight = model.get_parameter(f"{site}.weight")
@@ -202,7 +202,7 @@ def test_biases_fold_as_they_were_trained(bias: Any) -> None:
 
 
 class Convs(nn.Module):
-    """Grouped and transposed; takes (N, 4, 9, 7)."""
+    """Grouped and transposed convolutions; takes (N, 4, 9, 7)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Products(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """What only the weight form can adapt; takes (N, T, 5)."""
+    """An LSTM, which only the weight form can adapt; takes (N, T, 5)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Recurrent(nn.Module):
 
 
 class Words(nn.Module):
-    """Look-ups; takes indices (N, T)."""
+    """Look-ups in embeddings; takes indices (N, T)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Words(nn.Module):
 
 
 class Bags(nn.Module):
-    """Sums of look-ups; takes indices (N, T)."""
+    """Means of look-ups; takes indices (N, T)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
     args = tuple(a.bfloat16() if a.is_floating_point() else a for a in args)
     model = make().bfloat16()
     lora = fxlora.adapt(model, args, rules=rules_for(what, **KINDS[kind]))
-    with torch.no_grad():  # near the start, as training is
+    with torch.no_grad():  # a small step from the init, as in training
         for parameter in fxlora.lora_parameters(lora):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for entry in lora.plan:
@@ -345,7 +345,7 @@ def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
     folded = fxlora.fold(lora)
     fxlora.verify(lora, args, folded=folded)
-    # The papers' formula in float64, apart from the graphs and from what verify compares with.
+    # The papers' formula in float64, independent of the graphs and of verify's reference.
     factors = {name: lora.get_parameter(name).double() for e in lora.plan for name in e.tensors}
     exact = merged_weights(copy.deepcopy(model).double(), lora, factors)
     assert exact
@@ -354,16 +354,16 @@ def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
         assert found.dtype == torch.bfloat16
         assert not torch.equal(found, lora.get_parameter(name))
         error = (found.double() - weight).abs()
-        half_a_step = torch.exp2(weight.abs().log2().floor() - 8)  # of the 8 bits of bfloat16
+        half_a_step = torch.exp2(weight.abs().log2().floor() - 8)  # half an ulp of bfloat16
         assert bool((error <= 1.001 * half_a_step + 1e-6 * weight.abs().max()).all()), name
 
 
-# ---- a variant of one's own ---------------------------------------------------------------------
+# ---- a user's own variant -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def _size(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """The variant that CONTRIBUTING.md adds, by its own text, and its formula for the laws."""
+    """Add CONTRIBUTING.md's example variant by running its text, and its formula to the laws."""
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = text.partition("## To add a variant")[2].partition("```python\n")[2]
     plain = laws.adapted
@@ -398,7 +398,7 @@ def test_a_new_variant_is_one_row(what: str, tmp_path: Path) -> None:
     assert "variant size" in (tmp_path / "adapter_config.json").read_text()
 
 
-# ---- what cannot be -----------------------------------------------------------------------------
+# ---- refusals, and padding rows -----------------------------------------------------------------
 
 
 def test_dora_leaves_the_padding_row_alone_or_is_refused() -> None:
@@ -408,7 +408,7 @@ def test_dora_leaves_the_padding_row_alone_or_is_refused() -> None:
     config = LoraConfig(r=2, target_modules=["emb"], use_dora=True)
     with pytest.raises(UnsupportedOpError, match="padding_idx=2"):
         fxlora.match(fxlora.capture(model, ids), config)
-    with torch.device("meta"):  # nothing to look at
+    with torch.device("meta"):  # no values to check
         fxlora.match(fxlora.capture(Words(), ids.to("meta")), config)
 
 
@@ -424,7 +424,7 @@ def test_dora_without_a_direction_is_refused() -> None:
 
 @pytest.mark.parametrize("first", ["head", "emb"])
 def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
-    """It trains the padding row, whose look-ups must not: no branch has that."""
+    """The head trains the padding row, but look-ups of that row must not; both are branches."""
 
     class Padded(nn.Module):
         def __init__(self) -> None:

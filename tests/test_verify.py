@@ -139,17 +139,17 @@ aten = torch.ops.aten
 
 
 def standing(lora: fxlora.CapturedModule, mode: str, site: str) -> list[Insertion]:
-    """The places where the adapter of a site stands in the graph of a mode."""
+    """Return the insertions of a site's adapter in the graph of a mode."""
     return [i for i in insertions(lora, lora.graphs[mode]) if i.entry.site == site]
 
 
 def prove(lora: fxlora.CapturedModule) -> None:
-    """That every read has its adapter, without a run."""
+    """Check that every read has its adapter, without running the module."""
     check_modes(lora, without_adapters(lora))
 
 
 def readers_lora() -> tuple[fxlora.CapturedModule, tuple[torch.Tensor, torch.Tensor]]:
-    """Both forms, and two graphs: with dropout on the branches that can have it."""
+    """Return an adapted module with both forms, and with dropout, so that the modes differ."""
     args = (torch.randn(3, 5, dtype=torch.float64), torch.randint(13, (3, 4)))
     dropped = LoraConfig(r=2, lora_alpha=3, lora_dropout=0.2)
     rules = [Rule("functional", lora=dropped), Rule(lora=R)]
@@ -205,13 +205,13 @@ def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
         result = graph.call_function(aten.add.Tensor, (last.args[0][0], past))
     last.args = ((result, *last.args[0][1:]),)
     lora.refresh()
-    law = f"coverage: '{site}': sum goes past its adapter in the train graph"
+    law = f"coverage: '{site}': sum bypasses its adapter in the train graph"
     with pytest.raises(VerificationError, match=law):
         fxlora.verify(lora, args)
 
 
 def test_a_missing_read_before_one_that_is_adapted() -> None:
-    """The uncovered read feeds the covered one, and must not hide behind it."""
+    """The unadapted read feeds the adapted one, which must not hide it."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -290,7 +290,7 @@ def test_a_node_that_only_the_adapted_graph_has(lora: fxlora.CapturedModule) -> 
         more = lora.graphs["train"].call_function(aten.add.Tensor, (insertion.output, 0.1))
     insertion.output.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
     lora.refresh()
-    fxlora.verify(lora, X)  # an edit beside the adapters is the user's own: it stays when they go
+    fxlora.verify(lora, X)  # an edit outside the adapters is the user's own, and remove keeps it
     assert any(n.args[1:] == (0.1,) for n in fxlora.remove(lora).graphs["train"].nodes)
 
 
@@ -387,7 +387,7 @@ def test_a_node_more_in_the_folded_graph(lora: fxlora.CapturedModule) -> None:
 
 
 class Experts(nn.Module):
-    """The first sample chooses which of three layers is called."""
+    """The first sample chooses which of three layers counts; all of them are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ class Experts(nn.Module):
 def test_every_adapter_that_the_inputs_do_not_reach_is_named() -> None:
     x = torch.rand(2, 5)
     lora = fxlora.adapt(Experts(), x, rules=Rule(lora=R))
-    law = r"effect and gradient: .*'experts\.1'.*, nor can 1 others: experts\.2\. Give inputs"
+    law = r"effect and gradient: .*'experts\.1'.*, nor can 1 more: experts\.2\. Give inputs"
     with pytest.raises(VerificationError, match=law):
         fxlora.verify(lora, x)
 
@@ -425,7 +425,7 @@ def test_a_gradient_that_is_off_where_it_trains() -> None:
 
 
 class Jumpy(nn.Module):
-    """Python on data around two layers, so that there is no whole graph."""
+    """Python that branches on data between two layers, so that there is no whole graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -449,7 +449,7 @@ def test_a_region_is_named() -> None:
         fxlora.verify(lora, x)
 
 
-# ---- what it says -------------------------------------------------------------------------------
+# ---- results and random state -------------------------------------------------------------------
 
 
 def test_the_reads_as_data_and_as_a_table() -> None:
@@ -508,7 +508,7 @@ def deep(depth: int, *acts: Callable[[], nn.Module], norm: bool = False) -> nn.M
 
 
 def trained(model: nn.Module, x: torch.Tensor, std: float, **config: Any) -> fxlora.CapturedModule:
-    """Adapted, with A and B as after some training."""
+    """Adapt a model, and draw A and B at random, as after some training."""
     lora = fxlora.adapt(model, x, rules=LoraConfig(target_modules="all-linear", **config))
     with torch.no_grad():
         for name in sorted(lora.adapter_parameters()):
@@ -556,7 +556,7 @@ def test_a_dead_adapter_in_a_deep_stack_is_still_found(act: type[nn.Module]) -> 
 
     x = torch.randn(4, 16)
     lora = trained(Blocked(), x, 0.02, r=2)
-    with pytest.raises(VerificationError, match=r"'dead\.0' .* nor can 1 others: dead\.2\."):
+    with pytest.raises(VerificationError, match=r"'dead\.0' .* nor can 1 more: dead\.2\."):
         fxlora.verify(lora, x)
 
 

@@ -1,21 +1,24 @@
 """Five measurements of LoRA on a pattern, the same for fxlora and for PEFT.
 
-A and B are drawn at random (with B = 0 nothing can be told apart), then, in float64:
+A and B are drawn at random, since with B = 0 an adapter has no effect. Then, in float64 (or in
+the dtype that the pattern asks for):
 
-* effect train, effect eval: each adapter on its own changes the output;
-* gradient: it reaches every A and B, and is the gradient of the source called with W + s·BA;
-* folded == unfolded: the folded (merged) module's outputs are the unfolded ones', in both modes;
-  and they are the source's with the folded weights, and with W + s·BA, in place of W
-  (torch.func.functional_call: it knows nothing of hooks, wrappers or graphs), and, where that is
-  meant for every name of a weight, with W + s·BA written into the source's own memory;
-* exports: torch.export takes the unfolded module and the folded one, and the programs agree.
+* effect train, effect eval: each adapter, with all others at zero, changes the output;
+* gradient: it reaches every A and B, and equals that of the source called with W + s·BA;
+* folded == unfolded: the folded (merged) module has the unfolded module's outputs, in both modes.
+  So does the source, called with the folded weights or with W + s·BA in place of W
+  (torch.func.functional_call, which does not depend on hooks, wrappers or graphs). So does the
+  source with W + s·BA written into its own memory, where the adapter is meant for every name of
+  the weight;
+* exports: torch.export accepts the unfolded and the folded module, and the programs' outputs are
+  the modules'.
 
-How PEFT is judged: by its own word. s·BA is what its `get_delta_weight` says that it merges. Each
-way to write the target is tried (target_modules, target_parameters, and what a pattern adds), and
-the best outcome counts; what target_modules alone does is told beside it. Where a weight is tied,
-an adapter may mean one name or all of them, but the same in forward, in backward and in merge.
-Fused kernels are on, as users run it. "(warned)" says that PEFT, or
-torch, said something about it.
+PEFT is judged by its own definition: s·BA is the result of its `get_delta_weight`. Each way to
+write the target is tried (target_modules, target_parameters, and those that a pattern adds), and
+the best outcome counts; the outcome of target_modules is also reported by itself. An adapter of a
+tied weight may apply to one name or to all names of it, but to the same ones in forward, backward
+and merge. Fused kernels are on, as for users. "(warned)" means that PEFT, or torch's checkpoint,
+issued a warning.
 """
 
 from __future__ import annotations
@@ -41,11 +44,11 @@ from .laws import Wrong, called_with, distance
 from .patterns import Pattern
 
 CHECKS = ("effect train", "effect eval", "gradient", "folded == unfolded", "exports")
-# From the worst for the user to the best: the first that occurs is a pattern's verdict.
+# Worst for the user first. A pattern's verdict is the first of these that occurs in its cells.
 VERDICTS = ("silent", "crash", "refused", "right")
-CANNOT = "cannot say"  # there is no way to write the target
+CANNOT = "cannot say"  # there is no way to express the target
 RANK, ALPHA = 2, 3
-EFFECT = 1e-8  # of the largest output: rounding is far below, an adapter far above
+EFFECT = 1e-8  # relative to the largest output: rounding is far below, an adapter far above
 
 Tensors = list[torch.Tensor]
 
@@ -59,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one side did with one pattern."""
+    """The outcome of each check for one library on one pattern."""
 
     cells: dict[str, Outcome]
     warned: str = ""
@@ -71,7 +74,7 @@ class Judgement:
 
     @property
     def note(self) -> str:
-        """What the first cell of the verdict says."""
+        """The note of the first cell that has the verdict."""
         return next((o.note for o in self.cells.values() if o.verdict == self.verdict), "")
 
     @property
@@ -79,7 +82,7 @@ class Judgement:
         return next((o.error for o in self.cells.values() if o.verdict == self.verdict), None)
 
     def score(self) -> tuple[int, ...]:
-        """More right cells, then fewer silent ones, then fewer crashes."""
+        """Sort key: more right cells first, then fewer silent ones, then fewer crashes."""
         counts = Counter(outcome.verdict for outcome in self.cells.values())
         return counts["right"], -counts["silent"], -counts["crash"]
 
@@ -89,7 +92,7 @@ def judge_fxlora(pattern: Pattern) -> Judgement:
 
 
 def judge_peft(pattern: Pattern) -> list[Judgement]:
-    """One for each way to write the target: by module first, if there is one."""
+    """Judge each way to write the target: target_modules first, where it can name the weights."""
     ways = pattern.ways_of_peft()
     return [_judge(lambda way=way: Peft(pattern, way)) for way in ways] or [
         Judgement(dict.fromkeys(CHECKS, Outcome(CANNOT)))
@@ -111,8 +114,8 @@ def _judge(make: Callable[[], Side]) -> Judgement:
 def _cells(make: Callable[[], Side]) -> dict[str, Outcome]:
     try:
         side = make()
-    except Exception as error:  # noqa: BLE001 - whatever stops a side is its outcome
-        # PEFT means these two; the rest comes from within.
+    except Exception as error:  # noqa: BLE001 - any error is an outcome
+        # PEFT raises the latter two on purpose; any other error is a crash.
         meant = isinstance(error, fxlora.FxLoraError | ValueError | NotImplementedError)
         outcome = Outcome("refused" if meant else "crash", _line(error), error)
         return dict.fromkeys(CHECKS, outcome)
@@ -127,7 +130,7 @@ def _attempt(check: Callable[[Side], None], side: Side) -> Outcome:
         return Outcome("silent", str(error), error)
     except fxlora.FxLoraError as error:
         return Outcome("refused", _line(error), error)
-    except Exception as error:  # noqa: BLE001 - whatever stops a side is its outcome
+    except Exception as error:  # noqa: BLE001 - any error is an outcome
         return Outcome("crash", _line(error), error)
     return Outcome("right")
 
@@ -136,11 +139,11 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-# ---- the two sides ------------------------------------------------------------------------------
+# ---- the two libraries --------------------------------------------------------------------------
 
 
 class Side:
-    """An adapted model with random A and B, beside its source."""
+    """A model adapted by one library, with random A and B, and its source."""
 
     pattern: Pattern
     source: nn.Module
@@ -151,11 +154,11 @@ class Side:
         return copy.deepcopy(self)
 
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """A and B by the name of what they adapt."""
+        """Return (A, B) of each adapter, by the name of the site or weight that it adapts."""
         raise NotImplementedError
 
     def deltas(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(adapter, name of the weight in the source, s·BA in its shape), for plain LoRA."""
+        """Yield (adapter, weight's name in the source, s·BA in its shape), for plain LoRA."""
         raise NotImplementedError
 
     def merged(self) -> nn.Module:
@@ -165,11 +168,14 @@ class Side:
         raise NotImplementedError
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
-        """The weights to call the source with: a reading of what was asked for, or several."""
+        """Return the merged weights to call the source with, for each valid reading of the rules.
+
+        Tied weights have several readings: an adapter may apply to one name or to all names.
+        """
         raise NotImplementedError
 
     def adapted(self) -> set[int]:
-        """The source's weights that have an adapter, by identity."""
+        """Return the ids of the source's weights that have an adapter."""
         raise NotImplementedError
 
 
@@ -182,7 +188,7 @@ class FxLora(Side):
         self.module = fxlora.inject(gm, plan)
         randomise(self.pairs())
         for entry in plan:
-            if entry.padding_idx is not None:  # as at the start, and as training leaves it
+            if entry.padding_idx is not None:  # zero at the start, and training leaves it so
                 self.pairs()[entry.site][0].data[:, entry.padding_idx] = 0
 
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -200,7 +206,7 @@ class FxLora(Side):
                 yield entry.site, entry.parameter, laws.adapted(entry, zero, values)
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
-        """Each delta on the names that the pattern says, of a tied weight."""
+        """Return one reading: the delta of a tied weight applies to the names in the pattern."""
         if not self.pattern.plain:
             return []
         deltas = list(self.deltas())
@@ -226,7 +232,7 @@ class FxLora(Side):
 
     def exported(self, module: nn.Module) -> Callable[..., Any]:
         with tempfile.TemporaryDirectory() as folder:
-            path = fxlora.export(module, self.args, Path(folder) / "model.pt2")
+            path = fxlora.export(module, Path(folder) / "model.pt2", self.args)
             return torch.export.load(path).module()
 
 
@@ -245,7 +251,7 @@ class Peft(Side):
                 layer.lora_embedding_A["default"].data[:, index] = 0
 
     def copy(self) -> Side:
-        return Peft(self.pattern, self.way)  # a deep copy parts what shares memory
+        return Peft(self.pattern, self.way)  # a deep copy would untie tensors that share memory
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
         from peft.tuners.lora import LoraLayer
@@ -273,7 +279,7 @@ class Peft(Side):
             yield name, name, layer.get_delta_weight("default")
 
     def adapted(self) -> set[int]:
-        """By module: the layer of a module stands for whatever its parameters are called."""
+        """Return ids; with target_modules, those of all parameters of each adapted module."""
         weights = dict(self.source.named_parameters(remove_duplicate=False))
         found = {name for name, _ in self._layers()}
         if "target_modules" in self.way:
@@ -284,7 +290,7 @@ class Peft(Side):
     def meanings(self) -> list[dict[str, torch.Tensor]]:
         weights = dict(self.source.named_parameters(remove_duplicate=False))
         if not self.pattern.plain or not all(name in weights for name in self.pairs()):
-            return []  # a parametrized weight is no parameter of the source
+            return []  # a parametrized weight is not a parameter of the source
         own = {name: [name] for name in self.pairs()}
         tied = {n: [m for m, w in weights.items() if w is weights[n]] for n in own}
         readings = [own] if own == tied else [own, tied]
@@ -351,7 +357,7 @@ def _effect(side: Side, training: bool) -> None:
 
 
 def _check_meant(side: Side) -> None:
-    """What the user named is there, and adapted."""
+    """Raise unless every weight that the user named exists and is adapted."""
     names = dict(side.source.named_parameters(remove_duplicate=False))
     for name in side.pattern.weights:
         try:
@@ -383,7 +389,7 @@ def _gradient(side: Side) -> None:
 
 
 def _gradients(out: Tensors, parameters: Tensors) -> Tensors:
-    """Of a loss whose cotangents cancel nothing: an even sum is blind behind a softmax."""
+    """Return gradients of a loss with unequal cotangents: behind a softmax, a sum has none."""
     terms = [(o * torch.linspace(0.5, 1.5, o.numel()).view(o.shape).to(o)).sum() for o in out]
     terms = [t for t in terms if t.requires_grad]
     if not terms:
@@ -395,7 +401,7 @@ def _gradients(out: Tensors, parameters: Tensors) -> Tensors:
 
 
 def _reference(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Tensors:
-    """The source's outputs with other weights."""
+    """Return the outputs of the source, or of the pattern's reference, with other weights."""
     model = copy.deepcopy(side.source)
     if side.pattern.reference:
         model = side.pattern.reference()[0].to(next(model.parameters()).dtype)
@@ -407,15 +413,17 @@ def _reference(side: Side, weights: dict[str, torch.Tensor], training: bool) -> 
 
 
 def _written(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Tensors:
-    """The source's outputs with the weights written into its own memory, which reaches reads that
-    have no name; nothing where a tie is meant to part."""
+    """Return the source's outputs with the weights written into its own memory.
+
+    This reaches reads that have no name. Return [] if the weights would split a tie.
+    """
     model, args = side.pattern.built()
     names = dict(model.named_parameters(remove_duplicate=False))
     meant = {id(names[name]) for name in weights}
     if {name for name, w in names.items() if id(w) in meant} != weights.keys():
         return []
     values = {(id(names[name]), float(weight.sum())) for name, weight in weights.items()}
-    if len(values) > len(meant):  # each name has its own
+    if len(values) > len(meant):  # the names of one tensor have different values
         return []
     for name, weight in weights.items():
         names[name].data.copy_(weight)

@@ -1,7 +1,7 @@
 """Small models of every kind, with example inputs, for the sweeps: one module per library.
 
-Each has MODELS: family → name → a function that builds the model and its inputs. QUICK, where
-there is one, is a part of it: one model of a kind.
+Each module has MODELS: family → name → a function that builds the model and its inputs. Some have
+QUICK, a subset of MODELS with one model of each kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIBRARIES = ("torchvision", "timm", "transformers")
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what to call it with."""
+    """A model and the arguments to call it with."""
 
     model: nn.Module
     args: tuple[Any, ...] = ()
@@ -30,20 +30,20 @@ Families = Mapping[str, Mapping[str, Callable[[], Case]]]
 
 
 def families(library: str) -> Families:
-    """The table of one library."""
+    """Return the table of one library."""
     return importlib.import_module(f"{__name__}.{library}").MODELS
 
 
 def quick(library: str) -> Families:
-    """The part of the table that has one model of a kind."""
+    """Return the library's QUICK table or, if it has none, the whole table."""
     module = importlib.import_module(f"{__name__}.{library}")
     return getattr(module, "QUICK", module.MODELS)
 
 
 def randomise_constants(model: nn.Module) -> None:
-    """Random numbers wherever a parameter starts as a constant.
+    """Draw random numbers for every parameter that starts as a constant.
 
-    A gate or a layer scale of zero, and a norm's bias, would hide what stands behind them.
+    A gate, a layer scale or a norm's bias of zeros would hide the effect of other weights.
     """
     with torch.no_grad():
         for parameter in model.parameters():

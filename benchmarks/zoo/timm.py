@@ -1,4 +1,4 @@
-"""One model of each of timm's families (its modules): the smallest that is not for tests only."""
+"""One model of each of timm's families (modules): the smallest that is not only for tests."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ NAMES = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p16_224",
 }
-# Large even so: fewer of their layers, which are all alike.
+# Still large: these are built with fewer of their layers, which are all alike.
 OPTIONS: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"depth": 2},
     "deepseek_vit_412m": {"depth": 2},
@@ -124,7 +124,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> Case:
-    """The model for small images if it runs on them, else as it comes."""
+    """Return the model for small images if it runs on them, else for its default size."""
     logging.getLogger("timm").setLevel(logging.ERROR)
     given = OPTIONS.get(name, {})
     own = timm.get_pretrained_cfg(name, allow_unregistered=True)
@@ -138,7 +138,7 @@ def build(name: str) -> Case:
                 model.eval()(images)
             return Case(model.train(), (images,))
         except (AssertionError, RuntimeError, TypeError, ValueError):
-            continue  # made for its own size only
+            continue  # it only runs on its default size
     model = timm.create_model(name, num_classes=CLASSES, **given)
     return Case(model, (torch.randn(2, *model.pretrained_cfg["input_size"]),))
 

@@ -15,14 +15,14 @@ from . import Case, Families
 CLASSES = 7
 DETECTION = r"rcnn|retinanet|fcos|ssd"
 SEGMENTATION = r"^(fcn|deeplab|lraspp)"
-# Side of the images where 64 will not do.
+# Side of the images for models that do not run on 64.
 SIDES = {"inception": 299, "alexnet": 80, "vgg": 48, "squeezenet": 48, "maxvit": 224}
-# (frames, side) where 8 frames of 32x32 will not do: MViT's position tables are of fixed size.
+# (frames, side) for models that do not run on 8 frames of 32x32: MViT's position tables are fixed.
 CLIPS = {"mvit": (16, 224), "s3d": (16, 224), "swin3d": (4, 64)}
 
 
 def image(name: str) -> Case:
-    """Classification and segmentation; with the auxiliary heads of those that have them."""
+    """Return a model for classification or segmentation, with its auxiliary heads if it has any."""
     options: dict[str, Any] = {"weights": None}
     side = next((s for key, s in SIDES.items() if key in name), 64)
     if "googlenet" in name or "inception" in name:
@@ -52,7 +52,10 @@ def flow(name: str) -> Case:
 
 
 def detection(name: str) -> Case:
-    """With targets, which train mode asks for; scores of any height count, or nothing is found."""
+    """Return a detection model with targets, which train mode needs.
+
+    Its score threshold is zero, because a random model would find nothing otherwise.
+    """
     options: dict[str, Any] = {} if "ssd" in name else {"min_size": 64, "max_size": 96}
     score = "box_score_thresh" if "rcnn" in name else "score_thresh"
     model = get_model(
@@ -97,7 +100,7 @@ MODELS: Families = _models()
 
 
 def _smallest(models: Families) -> Families:
-    """Of the models that one of torchvision's modules builds, the one with fewest parameters."""
+    """Keep one model for each of torchvision's modules: the one with the fewest parameters."""
 
     def parameters(name: str) -> int:
         return min(weights.meta["num_params"] for weights in get_model_weights(name))

@@ -1,4 +1,4 @@
-"""Architectures of transformers in tiny configurations, without their caches."""
+"""Architectures of transformers in tiny configurations, without caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import Case, Families
 
 VOCABULARY, BATCH, TOKENS = 53, 2, 9
 SIDE, PATCH = 32, 8
-# What most configurations call it; a class that says otherwise gets its own words too.
+# The names that most configuration classes use; models of other classes also get their own names.
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -154,7 +154,7 @@ Inputs = Callable[[], dict[str, Any]]
 
 
 def noise(**shapes: tuple[int, ...]) -> Inputs:
-    """Normal numbers of these shapes, a batch of them."""
+    """Return a maker of normal random inputs: a batch of each of these shapes."""
     return lambda: {name: torch.randn(BATCH, *shape) for name, shape in shapes.items()}
 
 
@@ -163,22 +163,22 @@ def pixels(side: int = SIDE) -> Inputs:
 
 
 def labelled(inputs: Inputs) -> Inputs:
-    """With a class for each of the batch."""
+    """Add a class label for each sample."""
     return lambda: inputs() | {"labels": torch.tensor([0, 1])}
 
 
 def captioned(inputs: Inputs, tokens: int) -> Inputs:
-    """With so many tokens to be said for each of the batch."""
+    """Add `tokens` target tokens for each sample."""
     return lambda: inputs() | {"labels": torch.randint(3, VOCABULARY, (BATCH, tokens))}
 
 
 def segmented(side: int) -> Inputs:
-    """With a class for each pixel."""
+    """Return images with a class label for each pixel."""
     return lambda: pixels(side)() | {"labels": torch.randint(0, 5, (BATCH, side, side))}
 
 
 def read_beside(images: Inputs, **more: Any) -> Inputs:
-    """With a text to each image."""
+    """Add a text for each image, and the inputs in `more`."""
     return lambda: images() | text() | more
 
 
@@ -187,7 +187,7 @@ def tokens_only() -> dict[str, Any]:
 
 
 def text() -> dict[str, Any]:
-    """Tokens of different lengths, the shorter padded."""
+    """Return token sequences of different lengths, the shorter one padded."""
     ids = tokens_only()["input_ids"]
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0
@@ -211,13 +211,13 @@ def answer() -> dict[str, Any]:
 
 
 def laid_out() -> dict[str, Any]:
-    """A box (left, top, right, bottom) for every token."""
+    """Return a labelled text with a box (left, top, right, bottom) for every token."""
     corner, size = torch.randint(0, 30, (2, BATCH, TOKENS, 2))
     return labelled(text)() | {"bbox": torch.cat([corner, corner + size], -1)}
 
 
 def ended() -> dict[str, Any]:
-    """Tokens with the one at their end that Bart classifies by."""
+    """Return tokens that end with the end-of-sequence token, by which Bart classifies."""
     ids = tokens_only()["input_ids"]
     return {"input_ids": torch.cat([ids, torch.full((BATCH, 1), 2)], 1)}
 
@@ -235,7 +235,7 @@ def pointed_at() -> dict[str, Any]:
 
 
 def image_in_text(patches: int = 16) -> dict[str, Any]:
-    """Text behind one placeholder token for every patch."""
+    """Return images, and text after one placeholder token per patch."""
     images, words = pixels()(), text()
     places = torch.full((BATCH, patches), 3)
     ids = torch.cat([places, words["input_ids"].clamp_min(4)], 1)
@@ -275,7 +275,7 @@ series = noise(past_values=(24, 3), future_values=(6, 3))
 
 
 def build(architecture: str, config: dict[str, Any], inputs: Inputs) -> Case:
-    """A model of a class of transformers by its name, from the class's own configuration."""
+    """Return a model of a class of transformers, by name, with the class's own configuration."""
     cls = getattr(transformers, architecture)
     model = cls(cls.config_class(**config))
     return Case(model, (), inputs())
@@ -286,7 +286,7 @@ def of(architecture: str, config: dict[str, Any], inputs: Inputs, **more: Any) -
 
 
 def rows(head: str, config: dict[str, Any], inputs: Inputs) -> Callable[..., Any]:
-    """A kind of row: what the model is called before its head, and what it needs besides."""
+    """Return a maker of rows, from the class's name without the head and further options."""
     return lambda name, **more: of(name + head, config, inputs, **more)
 
 
@@ -303,7 +303,7 @@ def image_to_text() -> Case:
 
 
 def detr(architecture: str) -> Case:
-    """With a backbone of its own to each: the model writes into its configuration."""
+    """Return a DETR with a new backbone configuration, because the model writes to it."""
     backbone = transformers.ResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 12, 16, 20],
@@ -314,7 +314,7 @@ def detr(architecture: str) -> Case:
     return build(architecture, {**DETR, "backbone_config": backbone}, pixels(64))
 
 
-# ---- the tables: a row for each model, packed ---------------------------------------------------
+# ---- the tables: a row for each model -----------------------------------------------------------
 
 causal = rows("ForCausalLM", CACHED, next_token)
 grouped = rows("ForCausalLM", GROUPED, next_token)
@@ -331,7 +331,7 @@ large = rows("ForImageClassification", LABELS, large_image_class)
 video = rows("ForVideoClassification", VISION, clip_class)
 speech = rows("ForSequenceClassification", SPEECH, wave_class)
 
-# An argument a line would make a thousand of these.
+# With one argument per line the tables would take a thousand lines.
 # fmt: off
 DECODERS: dict[str, Any] = {
     "llama": grouped("Llama"),

@@ -1,8 +1,8 @@
 """The command line: `fxlora plan|adapt|fold|verify|export|report`.
 
 Results go to stdout, everything else to stderr. The exit status is 0 for success, 2 for a usage
-error or any other FxLoraError, 1 for what nobody expected, 130 for an interrupt; what is not 0
-comes with one line on stderr, and with a traceback under `--debug` only.
+error or any other FxLoraError, 1 for an unexpected error, and 130 for an interrupt. A status other
+than 0 comes with one line on stderr; a traceback is printed only under `--debug`.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(2, str(error), words)
     except KeyboardInterrupt:
         return _failed(130, "interrupted.", words)
-    except Exception as error:  # noqa: BLE001 - a script gets one line and a status, whatever it is
+    except Exception as error:  # noqa: BLE001 - a script gets one line and a status for any error
         return _failed(1, f"unexpected {said(error)} (--debug shows the traceback)", words)
     return 0
 
 
 def _run(words: list[str]) -> str:
-    """What a command has to say on stdout."""
+    """Run a command and return its text for stdout."""
     options = build_parser().parse_args(words)
     stderr = sys.stderr
-    # A model's own prints must not get between a script and the result.
+    # Prints of the model must not mix with the result on stdout.
     with contextlib.redirect_stdout(stderr), warnings.catch_warnings():
         warnings.showwarning = partial(_show_warning, stderr)
-        warnings.simplefilter("ignore", FutureWarning)  # for those who write torch.export
+        warnings.simplefilter("ignore", FutureWarning)  # meant for developers of torch.export
         return options.command(options)
 
 
@@ -53,9 +53,9 @@ def _print(result: str) -> None:
     try:
         print(printable(result, "\n\t").removesuffix("\n"), flush=True)
     except OSError as error:
-        # Python flushes stdout once more at exit, and would complain then.
+        # Python flushes stdout again at exit, and would report the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # `fxlora plan … | head` has what it wanted
+        if not isinstance(error, BrokenPipeError):  # `fxlora plan … | head` may close it
             raise ExportError(f"cannot write to stdout: {error.strerror or error}.") from error
 
 

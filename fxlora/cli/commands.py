@@ -1,4 +1,4 @@
-"""The commands: each takes the options and returns what there is to say on stdout."""
+"""The commands: each takes the parsed options and returns its text for stdout."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ PLAN_WRITERS: dict[str, Callable[[Plan], str]] = {".toml": Plan.to_toml, ".json"
 
 
 def run_plan(options: Namespace) -> str:
+    """Return the plan as text or JSON, and write it to `--out` if given."""
     plan = _planned(options)
     if options.out is not None:
         with whole_file(options.out, ExportError) as temporary:
@@ -34,19 +35,22 @@ def run_plan(options: Namespace) -> str:
 
 
 def run_adapt(options: Namespace) -> str:
+    """Save an untrained adapter of the model in a folder."""
     if (options.out / WEIGHTS).exists() and not options.force:
         raise AdapterError(
-            f"{options.out} holds an adapter, which may be trained: --force writes over it."
+            f"{options.out} holds an adapter, which may be trained. Pass --force to overwrite it."
         )
     rules = given_rules(options)
     captured = captured_model(build_model(options), options)
     plan = match(captured, rules, budget=options.budget)
-    torch.manual_seed(options.seed)  # once more: A shall not depend on how the model was built
+    # Seed again: A must not depend on how many numbers building the model drew.
+    torch.manual_seed(options.seed)
     save_adapter(inject(captured, plan), options.out)
     return f"{plan}\nThe untrained adapter is in {options.out}."
 
 
 def run_fold(options: Namespace) -> str:
+    """Write the model's state dict with an adapter folded in."""
     model = build_model(options)
     folded = fold(load_adapter(captured_model(model, options), options.adapter))
     write_weights(model, folded, options.out)
@@ -54,6 +58,7 @@ def run_fold(options: Namespace) -> str:
 
 
 def run_verify(options: Namespace) -> str:
+    """Verify an adapter and its fold (made here, or read from `--folded`)."""
     adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
     folded = fold(adapted)
     if options.folded is not None:
@@ -66,16 +71,18 @@ def run_verify(options: Namespace) -> str:
 
 
 def run_export(options: Namespace) -> str:
+    """Write the model, with an adapter folded in if given, as a program for torch.export.load."""
     module = captured_model(build_model(options), options)
     if options.adapter is not None:
         module = fold(load_adapter(module, options.adapter))
     args, kwargs = example_inputs(options)
     with quiet(options):
-        export(module, args, options.out, kwargs=kwargs, format=options.format)
+        export(module, options.out, args, kwargs, format=options.format)
     return f"{options.out}: torch.export.load reads it without fxlora."
 
 
 def run_report(options: Namespace) -> str:
+    """Return the report of a saved adapter, or of the plan that the rules give."""
     if options.adapter is None:
         return report(_planned(options), options.format)
     refuse_lora_options(options, "--adapter", "budget")
@@ -84,5 +91,5 @@ def run_report(options: Namespace) -> str:
 
 
 def _planned(options: Namespace) -> Plan:
-    rules = given_rules(options)  # first: a mistake in them should not cost building the model
+    rules = given_rules(options)  # first: a mistake in them is an error before the model is built
     return match(captured_model(build_model(options), options), rules, budget=options.budget)

@@ -1,4 +1,4 @@
-"""What a command is given besides the model: example inputs to capture with, and rules."""
+"""Inputs of a command besides the model: example inputs for the capture, and rules."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ INPUT_DTYPES = (
 
 @dataclass(frozen=True)
 class Input:
-    """One `--input`: a keyword or "" for a positional one, the shape, and the dtype.
+    """One `--input` option.
 
-    Integers are below `high`: zero unless it is said, which every embedding has.
+    Attributes:
+        name: the keyword, or "" for a positional input.
+        high: integers are below it. The default gives zeros, which are in range for any embedding.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Input:
     high: int = 1
 
     def example(self) -> torch.Tensor:
+        """Draw a tensor of this shape and dtype."""
         if _takes_fractions(self.dtype):
             return torch.randn(self.shape, dtype=self.dtype)
         return torch.randint(self.high, self.shape).to(self.dtype)
@@ -50,6 +53,7 @@ def _takes_fractions(dtype: torch.dtype) -> bool:
 
 
 def parsed_input(text: str) -> Input:
+    """Parse `[NAME=]SHAPE[:DTYPE[:HIGH]]`."""
     found = re.fullmatch(
         r"(?:([^\W\d]\w*)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+)(?::([1-9]\d*))?)?", text
     )
@@ -63,13 +67,14 @@ def parsed_input(text: str) -> Input:
         raise ArgumentTypeError(f"'{text}' has no known dtype. Known: {', '.join(INPUT_DTYPES)}")
     parsed: torch.dtype = getattr(torch, dtype or "float32")
     if high and _takes_fractions(parsed):
-        raise ArgumentTypeError(f"'{text}': a bound is for integers alone")
+        raise ArgumentTypeError(f"'{text}': a bound is only for integers")
     if high and int(high) > (2 if parsed is torch.bool else torch.iinfo(parsed).max):
         raise ArgumentTypeError(f"'{text}': {dtype} has no integers up to that bound")
     return Input(name, tuple(map(int, shape.split("x"))), parsed, int(high or 1))
 
 
 def example_inputs(options: Namespace) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Draw the positional and the keyword inputs that the `--input` options describe."""
     names = [given.name for given in options.input if given.name]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--input gives {', '.join(sorted(twice))} more than once.")
@@ -80,15 +85,17 @@ def example_inputs(options: Namespace) -> tuple[tuple[torch.Tensor, ...], dict[s
 
 
 def captured_model(model: nn.Module, options: Namespace) -> CapturedModule:
+    """Capture a model with the example inputs, or by tracing if there are none."""
     with quiet(options):
         return capture(model, *example_inputs(options)) if options.input else capture(model)
 
 
 @contextlib.contextmanager
 def quiet(options: Namespace) -> Generator[None]:
-    """Hide what torch.export logs, and the half graph that it prints, where it refuses a model.
+    """Hide the logs and the partial graph that torch.export prints when it refuses a model.
 
-    The error says it in a line, and a refusal may only mean that the next attempt is made.
+    The error gives the reason in one line, and after a refusal the next attempt may succeed.
+    `--debug` turns this off.
     """
     if options.debug:
         yield
@@ -103,6 +110,7 @@ def quiet(options: Namespace) -> Generator[None]:
 
 
 def given_rules(options: Namespace) -> Rules:
+    """Return the rules of the `--rules` file, or a LoraConfig of the other options."""
     if options.rules is None:
         return LoraConfig(**_lora_options(options))
     refuse_lora_options(options, "--rules")
@@ -110,17 +118,23 @@ def given_rules(options: Namespace) -> Rules:
 
 
 def refuse_lora_options(options: Namespace, source: str, *more: str) -> None:
+    """Raise if LoRA options, or those in `more`, are given besides one that defines the adapters.
+
+    Args:
+        source: the option that defines the adapters: "--rules" or "--adapter".
+        more: dests of further options to refuse.
+    """
     given = [
         *_lora_options(options),
         *(name for name in more if getattr(options, name) is not None),
     ]
     if given:
         raise ConfigError(
-            f"{source} says all about the adapters: leave out the options for {', '.join(given)}."
+            f"{source} already defines the adapters: leave out the options for {', '.join(given)}."
         )
 
 
 def _lora_options(options: Namespace) -> dict[str, Any]:
-    """What was given of LoraConfig: the options' dests are its fields."""
+    """Return the fields of LoraConfig that were given (the options' dests are its fields)."""
     fields = [field.name for field in dataclasses.fields(LoraConfig)]
     return {name: value for name in fields if (value := getattr(options, name, None)) is not None}

@@ -1,4 +1,4 @@
-"""MODEL, as the command line names it, to an nn.Module."""
+"""Build the nn.Module that MODEL names on the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .weights import load_checkpoint, read_checkpoint
 
 
 def build_model(options: Namespace) -> nn.Module:
-    """The model that MODEL names, with the checkpoint's weights in it."""
+    """Build the model that MODEL names, and load the checkpoint into it if one is given."""
     checkpoint: Path | None = options.checkpoint
     state = read_checkpoint(checkpoint) if checkpoint else {}
     torch.manual_seed(options.seed)
@@ -43,11 +43,12 @@ def build_model(options: Namespace) -> nn.Module:
 
 
 def device(options: Namespace) -> torch.device:
+    """Return the device for the model and its inputs: meta under `--meta`, else the CPU."""
     return torch.device("meta" if options.meta else "cpu")
 
 
 def _builder(options: Namespace) -> Callable[[], Any]:
-    """What builds the model. Imports happen here, out of reach of the meta device."""
+    """Return the function that builds the model; imports run here, outside the meta device."""
     source, _, name = options.model.partition(":")
     if not source or not name:
         raise ConfigError(
@@ -57,7 +58,7 @@ def _builder(options: Namespace) -> Callable[[], Any]:
         return _torchvision_builder(name, options.weights)
     if options.weights is not None:
         raise ConfigError(
-            f"--weights is for torchvision models; give the weights of {options.model} by "
+            f"--weights is for torchvision models; pass the weights of {options.model} with "
             "--checkpoint, or load them in the callable."
         )
     found = _named(_imported(source), name)
@@ -74,6 +75,7 @@ def _builder(options: Namespace) -> Callable[[], Any]:
 
 
 def _imported(name: str) -> ModuleType:
+    """Import a module, from the current folder or Python's path."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -91,6 +93,7 @@ def _imported(name: str) -> ModuleType:
 
 
 def _named(module: ModuleType, name: str) -> Any:
+    """Return the attribute of a module with a dotted name."""
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -122,5 +125,5 @@ def _torchvision_builder(name: str, weights: str | None) -> Callable[[], Any]:
     keywords: dict[str, Any] = {"weights": weights}
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     if weights is None and "weights_backbone" in parameters:
-        keywords["weights_backbone"] = None  # its default is a download
+        keywords["weights_backbone"] = None  # its default downloads weights
     return partial(models.get_model, name, **keywords)

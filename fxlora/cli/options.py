@@ -1,4 +1,4 @@
-"""The options of the command line, through argparse."""
+"""The options of the command line, parsed with argparse."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ REPORT_FORMATS = (*tables.FORMATS, "json", "csv")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's parser, with usage errors as every other error."""
+    """An ArgumentParser that raises usage errors as ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See {self.prog} --help.")
 
 
 def build_parser() -> _Parser:
+    """Build the parser of all commands."""
     parser = _Parser(
         prog="fxlora",
         description="LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph.",
@@ -53,13 +54,20 @@ def build_parser() -> _Parser:
 
     shaped, weighed, fed = _model_options(meta=True), _model_options(), _model_options(feed=True)
 
-    plan = command(run_plan, "print what would be adapted, and how", shaped, _rule_options())
+    plan = command(
+        run_plan,
+        "print the plan: the weights that would be adapted, and how",
+        shaped,
+        _rule_options(),
+    )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-    plan.add_argument("--out", type=_plan_file, metavar="FILE", help="write it as .toml or .json")
+    plan.add_argument(
+        "--out", type=_plan_file, metavar="FILE", help="write the plan as .toml or .json"
+    )
 
     adapt = command(run_adapt, "save an untrained adapter", weighed, _rule_options())
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")
-    adapt.add_argument("--force", action="store_true", help="write over an adapter that is there")
+    adapt.add_argument("--force", action="store_true", help="overwrite an existing adapter")
 
     folding = command(run_fold, "write the model's weights with an adapter folded in", weighed)
     folding.add_argument(
@@ -80,11 +88,13 @@ def build_parser() -> _Parser:
         help="weights that fxlora fold wrote, to check instead of a fold made here",
     )
     detail = verifying.add_mutually_exclusive_group()
-    detail.add_argument("--reads", action="store_true", help="list every read, with its line")
-    detail.add_argument("--json", action="store_true", help="print all of it as JSON")
+    detail.add_argument(
+        "--reads", action="store_true", help="list every read of the adapted weights, with its line"
+    )
+    detail.add_argument("--json", action="store_true", help="print the full result as JSON")
 
     exporting = command(run_export, "write a program that plain PyTorch runs", fed)
-    exporting.add_argument("--adapter", type=Path, metavar="DIR", help="fold it in first")
+    exporting.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to fold in first")
     exporting.add_argument(
         "--out", type=_file, required=True, metavar="FILE", help="for torch.export.load"
     )
@@ -104,11 +114,11 @@ def build_parser() -> _Parser:
 
 
 def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
-    """What every command has: the model, its weights and its inputs.
+    """Return the options that every command has: the model, its weights and its inputs.
 
     Args:
-        meta: whether shapes are enough for the command.
-        feed: whether it cannot do without inputs.
+        meta: whether the command needs only shapes, and so takes `--meta`.
+        feed: whether the command requires inputs.
     """
     parser = _Parser(add_help=False)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -132,16 +142,18 @@ def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
         metavar="[NAME=]SHAPE[:DTYPE[:HIGH]]",
         help="example input, e.g. 1x3x224x224 or ids=2x16:int64:1000; repeat it for several. "
         "Integers are random below HIGH, or 0. "
-        "Without any, the model is traced, which sees less",
+        "Without inputs, torch.fx traces the model, which shows less than torch.export",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of whatever is random (default 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     return parser
 
 
 def _rule_options(*, adapter: bool = False) -> _Parser:
-    """What to adapt. The dests of the options are LoraConfig's fields."""
+    """Return the options for the weights to adapt, whose dests are LoraConfig's fields.
+
+    Args:
+        adapter: whether a saved adapter can be given instead of rules.
+    """
     parser = _Parser(add_help=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--rules", type=Path, metavar="FILE", help="rules as .toml or .json")
@@ -160,15 +172,19 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
         help="branches are scaled by X/rank (default 8)",
     )
     parser.add_argument(
-        "--dropout", type=float, dest="lora_dropout", metavar="P", help="of the branches' inputs"
+        "--dropout",
+        type=float,
+        dest="lora_dropout",
+        metavar="P",
+        help="dropout probability on the branches' inputs",
     )
     parser.add_argument(
         "--budget",
         type=_budget,
         metavar="N|N%",
-        help="ranks for so many parameters in all, or that share of the model's",
+        help="choose ranks for N adapter parameters in all, or this share of the model's",
     )
-    parser.add_argument("--exclude", dest="exclude_modules", help="not these modules", **names)
+    parser.add_argument("--exclude", dest="exclude_modules", help="modules not to adapt", **names)
     parser.add_argument("--modules-to-save", help="modules to train in full", **names)
     parser.add_argument(
         "--rslora", action="store_const", const=True, dest="use_rslora", help="scale by X/√rank"
@@ -177,22 +193,25 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
 
 
 def _names(text: str) -> list[str]:
+    """Parse a list of names separated by commas."""
     return [name.strip() for name in text.split(",")]
 
 
 def _number(text: str) -> float:
+    """Parse a number, as an int if it is whole."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
 
 def _budget(text: str) -> int | str:
+    """Parse a number of parameters, or a share of the model's ("1%")."""
     budget = int(text) if text.isdecimal() else text
-    limit_of(budget, 1)  # a mistake should not cost building the model
+    limit_of(budget, 1)  # a mistake is an error before the model is built
     return budget
 
 
 def _file(text: str) -> Path:
-    """A file to write, refused before the work if it has no folder to be in."""
+    """Parse the path of a file to write, and refuse it before the work if its folder is missing."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"cannot write {path}: no folder {path.parent}")
@@ -200,6 +219,7 @@ def _file(text: str) -> Path:
 
 
 def _plan_file(text: str) -> Path:
+    """Parse the path of a plan to write, with a known suffix."""
     path = _file(text)
     if path.suffix not in PLAN_WRITERS:
         raise argparse.ArgumentTypeError(f"'{path}' must end in {' or '.join(PLAN_WRITERS)}")

@@ -1,1 +1,1 @@
-"""What is written and read: adapters, PEFT's layout of them, exported programs."""
+"""Files that fxlora writes and reads: adapter folders, in PEFT's layout or its own, and exports."""

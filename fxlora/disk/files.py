@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writes: a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from ..errors import FxLoraError
 
 @contextmanager
 def whole_file(path: str | Path, error: type[FxLoraError]) -> Generator[Path]:
-    """A temporary path beside the target, renamed onto it when the block ends well.
+    """Yield a temporary path next to the target, and rename it onto the target after the block.
+
+    If the block raises, the temporary file is deleted and the target stays unchanged.
 
     Raises:
-        error: the target cannot be written; what stood there stands there still.
+        error: the target cannot be written; it stays unchanged.
     """
     target = as_path(path, error)
     try:

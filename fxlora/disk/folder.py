@@ -1,4 +1,4 @@
-"""An adapter folder as read: its configuration, its plan and its tensors, which are data."""
+"""Read an adapter folder: its configuration, its plan and its tensors. Nothing in it runs code."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from ..tables import some
 from .keys import CONFIG, INFORMATION, OURS, VERSION, WEIGHTS, WHY
 from .peft import configuration, is_bare
 
-# What a site starts with does not matter where its tensors come from a file; these do not change
-# the weight beside it.
+# Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
 _BESIDE = (*FILLS, "eva", "mica")
 
 
@@ -32,7 +31,14 @@ _BESIDE = (*FILLS, "eva", "mica")
 
 @dataclass(frozen=True)
 class Folder:
-    """What an adapter folder holds."""
+    """The content of an adapter folder.
+
+    Attributes:
+        path: of the folder.
+        config: the content of adapter_config.json.
+        header: fxlora's plan, from the metadata of the safetensors file; None if there is none.
+        tensors: the tensors of the safetensors file, by key.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -41,6 +47,11 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
+    """Read an adapter folder.
+
+    Raises:
+        AdapterError: the folder or one of its files is missing or damaged.
+    """
     try:
         found, weights = path.is_dir(), (path / WEIGHTS).is_file()
         pickled = (path / "adapter_model.bin").is_file()
@@ -50,24 +61,24 @@ def read_folder(path: Path) -> Folder:
         raise AdapterError(f"no adapter folder at {path}.")
     if not weights:
         why = (
-            "; its adapter_model.bin is a pickle, which runs code when it is read: save it again "
-            "with safetensors"
+            "; its adapter_model.bin is a pickle, which can run code when it is read: save the "
+            "adapter again with safetensors"
             if pickled
             else ""
         )
         raise AdapterError(f"{path} has no {WEIGHTS}{why}.")
     if not (path / CONFIG).is_file():
         raise AdapterError(f"{path} has no {CONFIG}.")
-    what = f"{path} is damaged or no adapter: {CONFIG}"
+    what = f"{path} is damaged or not an adapter: {CONFIG}"
     config = parsed(read_text(path / CONFIG, what, AdapterError), what, AdapterError)
     if not isinstance(config, dict):
         raise AdapterError(f"{path / CONFIG} is not a configuration: expected an object.")
     try:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             text = (file.metadata() or {}).get("fxlora")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
-        raise AdapterError(f"{path} is damaged or no adapter: {error}.") from error
+        raise AdapterError(f"{path} is damaged or not an adapter: {error}.") from error
     if text is None:
         return Folder(path, config, None, tensors)
     header = parsed(text, f"{path / WEIGHTS}: its plan is damaged: it", AdapterError)
@@ -77,14 +88,18 @@ def read_folder(path: Path) -> Folder:
 
 
 def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> tuple[Plan, bool]:
-    """The plan of a header, and whether the file is in PEFT's layout."""
+    """Return the plan in a header, and whether the file is in PEFT's layout.
+
+    Raises:
+        AdapterError: the header is damaged, or of another version.
+    """
     version = header.get("version")
     if version != VERSION:
         raise AdapterError(
             f"{path} was written in version {shown(version)} of the layout; this fxlora "
             f"reads version {VERSION}. "
             + (
-                "Without its header (safetensors' metadata) PEFT's part of it can be read."
+                "Without its header (the safetensors metadata), it can be read as a PEFT adapter."
                 if version == 1
                 else "Use a newer fxlora."
             )
@@ -93,7 +108,7 @@ def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> t
     pefts = header.get("peft")
     try:
         if not all(isinstance(held, list) for held in lists) or not isinstance(pefts, bool):
-            raise ConfigError("entries, trained and modules_to_save are lists, peft is a flag")
+            raise ConfigError("entries, trained and modules_to_save must be lists, peft a boolean")
         entries, trained, saved = (tuple(held or ()) for held in lists)
         named = (
             {**data, "adapter": adapter_name} if isinstance(data, dict) else data
@@ -105,6 +120,12 @@ def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> t
 
 
 def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -> Plan:
+    """Return the plan that PEFT's configuration describes for a module.
+
+    Raises:
+        AdapterError: the configuration is not for LoRA, uses something that fxlora does not
+            support, or does not fit the module.
+    """
     config = content.config
     if config.get("peft_type") != "LORA":
         raise AdapterError(
@@ -114,10 +135,10 @@ def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -
     unknown = [k for k, v in config.items() if v and k not in known and k not in INFORMATION]
     if unknown:
         raise AdapterError(
-            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not know."
+            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not support."
         )
     values = {key: value for key, value in config.items() if key in known and value is not None}
-    if values.get("target_modules") == []:  # PEFT's word for target_parameters alone
+    if values.get("target_modules") == []:  # PEFT writes this for target_parameters only
         del values["target_modules"]
     values["init_lora_weights"] = _init_from_peft(config, content.path)
     try:
@@ -135,21 +156,25 @@ def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -
 
 
 def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:
-    """How the sites start, where PEFT takes the weight that it stands beside from that."""
+    """Return the init by which PEFT changes the base weights, or True where it leaves them as is.
+
+    Raises:
+        AdapterError: it changes them by an init that fxlora does not have.
+    """
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init in STARTS:
         return init
     if not isinstance(init, bool | str) or init not in _BESIDE:
         raise AdapterError(
             f"{path / CONFIG} has init_lora_weights={shown(init)}, which changes the weights "
-            "beside the adapter. Convert it with PEFT's save_pretrained(…, "
+            "that the adapter is added to. Convert it with PEFT's save_pretrained(…, "
             "path_initial_model_for_weight_conversion=…)."
         )
     return True
 
 
 def check_config(module: CapturedModule, plan: Plan, content: Folder) -> None:
-    """Raise where the configuration, which PEFT reads, says another thing than the plan."""
+    """Raise if the configuration, which PEFT reads, contradicts the plan, which fxlora reads."""
     ours = content.header is not None and not content.header["peft"]
     expected = {"peft_type": OURS} if ours else configuration(module, plan)
     for key in ("task_type", "base_model_name_or_path", "inference_mode"):

@@ -1,4 +1,4 @@
-"""Which tensor of a module is under which key of an adapter file."""
+"""Keys of an adapter file, and the tensors of a module that they are for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSION = 2
 OURS = "FXLORA"  # the peft_type of a folder that PEFT cannot read
 WHY = "why_not_peft"
 
-# Keys of PEFT's configuration that say nothing about the mathematics.
+# Keys of PEFT's configuration that do not affect the adapter's result.
 INFORMATION = frozenset(
     {
         "peft_type",
@@ -30,7 +30,7 @@ INFORMATION = frozenset(
         "runtime_config",
         "ephemeral_gpu_offload",
         "megatron_core",
-        "qalora_group_size",  # of use_qalora, which is refused
+        "qalora_group_size",  # only used with use_qalora, which is refused
     }
 )
 
@@ -40,18 +40,18 @@ INFORMATION = frozenset(
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Which tensor of a module is where in a file.
+    """The layout of an adapter file: which key holds which tensor of a module.
 
     Attributes:
-        plan: whose adapters they are, as the file has them.
-        wrappers: of PEFT's layout, or None in fxlora's own.
+        plan: the plan whose adapters the file holds, in the file's form.
+        wrappers: the wrapper modules in PEFT's keys, or None for fxlora's own layout.
     """
 
     plan: Plan
     wrappers: Wrappers | None
 
     def adapters(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of all entries, by key."""
+        """Return the file's adapter tensors by key, from the module's by name."""
         if not self.wrappers:
             return {_own_key(e, name): values[name] for e in self.plan for name in e.tensors}
         return {
@@ -61,7 +61,7 @@ class FileLayout:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of these."""
+        """Return the shapes of the file's adapter tensors, by key."""
         if not self.wrappers:
             return {_own_key(e, n): shape for e in self.plan for n, shape in e.tensors.items()}
         return {
@@ -71,7 +71,7 @@ class FileLayout:
         }
 
     def values(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of all entries by name, from a file's."""
+        """Return the module's adapter tensors by name, from the file's by key."""
         if not self.wrappers:
             return {name: tensors[_own_key(e, name)] for e in self.plan for name in e.tensors}
         found: dict[str, torch.Tensor] = {}
@@ -81,13 +81,15 @@ class FileLayout:
         return found
 
     def key(self, name: str) -> str:
-        """Key of a tensor of the model's own: trained in full, or a buffer."""
+        """Return the key of a parameter that is trained in full, or of a buffer."""
         return ROOT + (self.wrappers.inside(name) if self.wrappers else name)
 
 
 def layout_of(module: CapturedModule, plan: Plan, pefts: bool) -> FileLayout:
+    """Return the layout of a file with a plan's adapters: PEFT's (`pefts`) or fxlora's own."""
     return FileLayout(plan, Wrappers.of(module, plan) if pefts else None)
 
 
 def _own_key(entry: Entry, name: str) -> str:
+    """Return a tensor's key in fxlora's own layout: its name, without the name of the adapter."""
     return f"{ROOT}{name.removesuffix(f'.{entry.adapter}.weight')}.weight"

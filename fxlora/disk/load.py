@@ -1,4 +1,4 @@
-"""load_adapter: an adapter folder, fxlora's or PEFT's, onto a captured module."""
+"""load_adapter: load an adapter folder, fxlora's or PEFT's, onto a captured module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..api import inject
 from ..data import as_path
 from ..errors import AdapterError, ConfigError, InjectError, MisfitError
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..plan import Plan
@@ -25,16 +25,35 @@ from .values import same, tensor_of, values_of
 def load_adapter(
     module: CapturedModule, folder: str | Path, *, adapter_name: str = "default"
 ) -> CapturedModule:
-    """A new module: the captured one with a saved adapter, fxlora's or PEFT's.
+    """Return a new module: the captured one with a saved adapter, from fxlora or PEFT.
 
-    With the same base it is bit for bit the module that was saved.
+    With the same base weights, it equals the saved module bit for bit.
+
+    Args:
+        module: a captured module without adapters; it is not changed.
+        folder: the adapter folder.
+        adapter_name: the adapter's name in the new module.
+
+    Returns:
+        The adapted module, with the values of the file.
 
     Raises:
-        AdapterError: the folder is missing, damaged or foreign, or does not fit the module;
+        NotCapturedError: the module is not a captured one.
+        AdapterError: the folder is missing, damaged, not for LoRA, or does not fit the module;
             names the keys.
+        ConfigError: adapter_name cannot be the name of an adapter.
+
+    Example:
+        >>> import tempfile, torch, fxlora
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> gm = fxlora.capture(model, x)
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> folder = tempfile.mkdtemp()
+        >>> fxlora.save_adapter(fxlora.inject(gm, fxlora.match(gm, config)), folder)
+        >>> [name for name in fxlora.load_adapter(gm, folder).state_dict() if "lora" in name]
+        ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    if not isinstance(module, CapturedModule):
-        raise AdapterError("load_adapter takes a captured module: fxlora.capture(model, args).")
+    check_captured(module, "load_adapter")
     if module.plan is not None:
         raise AdapterError("the module has adapters already: fold or remove them first.")
     if not is_adapter(adapter_name):
@@ -69,7 +88,7 @@ def load_adapter(
 
 
 def _counted(module: CapturedModule, plan: Plan) -> Plan:
-    """The plan with the counts of this module: a file's are no matter of faith."""
+    """Return the plan with this module's numbers of parameters: those in a file may be wrong."""
     sizes = {name: p.numel() for name, p in module.named_parameters(remove_duplicate=False)}
     return dataclasses.replace(
         plan,
@@ -79,7 +98,10 @@ def _counted(module: CapturedModule, plan: Plan) -> Plan:
 
 
 def _as_peft_has(plan: Plan) -> Plan:
-    """The plan of the pairs in PEFT's file: what they start from it leaves to the weight."""
+    """Return the plan in the form of PEFT's file, which omits the initial pair of PiSSA and OLoRA.
+
+    PEFT computes that pair again from the base weight.
+    """
     entries = tuple(
         dataclasses.replace(e, variants=tuple(v for v in e.variants if v != "from_weight"))
         for e in plan
@@ -88,7 +110,7 @@ def _as_peft_has(plan: Plan) -> Plan:
 
 
 def _check_weights(module: CapturedModule, plan: Plan, content: Folder) -> None:
-    """Raise unless all that the plan names is the module's, and what the plan says of it holds."""
+    """Raise unless the module has all that the plan names, with the weight shapes of the plan."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     needed = [name for e in plan for name in (*e.names, *e.tied)] + list(plan.trained)
     missing = [name for name in dict.fromkeys(needed) if name not in parameters]
@@ -107,37 +129,38 @@ def _check_weights(module: CapturedModule, plan: Plan, content: Folder) -> None:
 
 
 def _check_tensors(module: CapturedModule, layout: FileLayout, content: Folder) -> None:
-    """Raise unless the file's keys and shapes are the plan's and the module's."""
+    """Raise unless the file's keys and shapes are those that the plan and the module call for."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     plan = layout.plan
     expected = layout.shapes()
     expected |= {layout.key(name): tuple(parameters[name].shape) for name in plan.trained}
     buffers = {layout.key(n): tuple(b.shape) for n, b in module.named_buffers()}
     allowed = {**buffers, **expected}
-    # (PEFT saves the weights of embeddings with it, frozen or not)
+    # PEFT may save the weights of embeddings with the adapter, frozen or not.
     same = {layout.key(n) for n, p in parameters.items() if _same_there(content, layout.key(n), p)}
     extra = [key for key in content.tensors if key not in allowed and key not in same]
     problems = [
         ("missing in the file:", [key for key in expected if key not in content.tensors]),
-        ("not what it trains:", extra),
+        ("unexpected in the file:", extra),
         ("of another shape:", _misshapen(content.tensors, allowed)),
     ]
     said = [f"{what} {some(names)}" for what, names in problems if names]
     if tied := _of_other_names(plan, extra):
         said.append(
-            f"it has a pair for each name of the tied weight '{tied}', and fxlora one for all"
+            f"it has a pair for each name of the tied weight '{tied}', but fxlora has one for all"
         )
     if said:
         raise AdapterError(f"{content.path} does not fit the module; {'; '.join(said)}.")
 
 
 def _same_there(content: Folder, key: str, parameter: torch.Tensor) -> bool:
+    """Whether the file holds, under this key, the present values of a parameter."""
     found = content.tensors.get(key)
     return found is not None and same(parameter.detach().cpu(), found.to(parameter.dtype))
 
 
 def _of_other_names(plan: Plan, keys: list[str]) -> str | None:
-    """The tied weight that pairs in the file belong to, under a name that its entry has too."""
+    """Return the tied weight that has a pair under another of its names in the file, or None."""
     for entry in plan:
         owners = [ROOT + name.rpartition(".")[0] for name in entry.names[1:]]
         if any(key.startswith(f"{owner}.lora_") for key in keys for owner in owners):
@@ -146,6 +169,7 @@ def _of_other_names(plan: Plan, keys: list[str]) -> str | None:
 
 
 def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Describe the tensors of the file that do not have the expected shapes."""
     return [
         f"{key} ({tuple(tensor.shape)} in the file, {shapes[key]} here)"
         for key, tensor in tensors.items()

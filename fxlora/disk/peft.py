@@ -1,9 +1,10 @@
 """PEFT's layout of an adapter: its keys, shapes and configuration.
 
-What both know: a layer (`target_modules`) or a bare parameter of a module, perhaps a stack
-(`target_parameters`), that the module's own forward reads, with plain LoRA or DoRA. A pair that
-starts from the weight is a plain one of twice the rank there, and the parts of a packed weight
-are one pair, block by block. For the rest `why_not` says why PEFT would compute another thing.
+PEFT can represent plain LoRA and DoRA on a layer (`target_modules`), and plain LoRA on a bare
+parameter of a module (`target_parameters`), which may be a stack; in both cases the module's own
+forward must read the weight. In PEFT's layout, a pair that starts from the weight (PiSSA, OLoRA)
+becomes a plain pair of twice the rank, and the parts of a packed weight become one block-diagonal
+pair. For other adapters, `why_not` says why PEFT would compute a different result.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..reads.sites import find_sites
 
 ROOT = "base_model.model."
 
-# The classes that PEFT wraps (and whose subclasses it takes for the same).
+# The layer class that PEFT wraps, by kind of op. PEFT treats its subclasses in the same way, but a
+# subclass may have another forward.
 LAYERS = {
     "linear": "torch.nn.modules.linear.Linear",
     "addmm": "transformers.pytorch_utils.Conv1D",
@@ -37,14 +39,15 @@ LAYERS = {
     "conv3d": "torch.nn.modules.conv.Conv3d",
 }
 VARIANTS = ((), ("from_weight",), ("dora",), ("from_weight", "dora"))
-BESIDE_THE_FORWARD = "torch.nn.modules.transformer.TransformerEncoderLayer"  # its fused kernel
+# Its fused kernel in eval mode reads the weights without calling the forwards of their modules.
+BESIDE_THE_FORWARD = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
 Tensors = Mapping[str, torch.Tensor]
-Group = tuple[Entry, ...]  # the entries of one weight: one, or its parts
+Group = tuple[Entry, ...]  # the entries of one weight: a single one, or one per adapted part
 
 
 def groups_of(plan: Iterable[Entry]) -> list[Group]:
-    """The entries of each weight."""
+    """Group entries by the weight that they adapt."""
     found: dict[tuple[str, ...], list[Entry]] = {}
     for entry in plan:
         found.setdefault(entry.names, []).append(entry)
@@ -52,28 +55,29 @@ def groups_of(plan: Iterable[Entry]) -> list[Group]:
 
 
 def is_bare(entry: Entry) -> bool:
-    """Whether the weight is a parameter that PEFT targets as such, and no layer's."""
+    """Whether PEFT targets the weight as a bare parameter, not as the weight of a layer."""
     return (
         entry.op not in LAYERS or not entry.parameter.endswith(".weight") or (entry.layout.stacked)
     )
 
 
 def owner_of(entry: Entry) -> str:
+    """Return the path of the module that holds the weight."""
     return entry.parameter.rpartition(".")[0]
 
 
-# ---- what PEFT cannot do -------------------------------------------------------------------------
+# ---- limits of PEFT ------------------------------------------------------------------------------
 
 
 def why_not(module: CapturedModule, plan: Plan) -> str | None:
-    """Why PEFT would compute another thing from this adapter, or None."""
+    """Why PEFT would compute a different result from this adapter, or None if it would not."""
     base = Remove(restore=False)(module)
     readers: dict[str, list[Reader]] = {}
     for site in find_sites(base):
         for name in site.names:
             readers.setdefault(name, []).extend(site.readers)
     if len({"dora" in entry.variants for entry in plan}) > 1:
-        return "DoRA at some sites alone"
+        return "DoRA only at some sites"
     paths = Counter(id(held) for _, held in base.named_modules(remove_duplicate=False))
     for group in groups_of(plan):
         entry = group[0]
@@ -86,6 +90,7 @@ def why_not(module: CapturedModule, plan: Plan) -> str | None:
 
 
 def _why_not_these(group: Group) -> str | None:
+    """Why PEFT has no equal of the entries of one weight, or None."""
     entry = group[0]
     if any(e.variants not in VARIANTS for e in group):
         return f"variant {', '.join(entry.variants)}"
@@ -94,11 +99,18 @@ def _why_not_these(group: Group) -> str | None:
     if "dora" in entry.variants and (entry.part or is_bare(entry)):
         return "DoRA of a part" if entry.part else "DoRA of a bare parameter"
     if entry.part and entry.layout.roles not in ("oi", "io"):
-        return "parts of a weight that is no matrix"
+        return "parts of a weight that is not a matrix"
     return None
 
 
 def _why_not_read(entry: Entry, readers: Sequence[Reader], shared: bool) -> str | None:
+    """Why PEFT would not adapt all reads of a weight, or None.
+
+    Args:
+        entry: an entry of the weight.
+        readers: all reads of the weight.
+        shared: whether its module has several paths.
+    """
     owner = owner_of(entry)
     if not owner:
         return "a parameter of the model itself"
@@ -115,22 +127,24 @@ def _why_not_read(entry: Entry, readers: Sequence[Reader], shared: bool) -> str 
 
 
 def _why_not_layer(entry: Entry, reader: Reader) -> str | None:
+    """Why PEFT's wrapper of a layer would compute a different result at this read, or None."""
     classes = module_classes(reader.node)
     if reader.through or not classes or classes[-1] != LAYERS[entry.op]:
-        return f"read by {classes[-1] if classes else 'what the tracer does not say'}"
+        return f"read by {classes[-1] if classes else 'a module of unknown class'}"
     if BESIDE_THE_FORWARD in classes:
-        return "in a torch.nn.TransformerEncoderLayer, which in eval() may call no forward"
+        return "in a torch.nn.TransformerEncoderLayer, whose fused kernel may bypass its layers"
     if entry.layout.kernel(entry.shape):
         padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]
         dilation = named_argument(reader.node, "dilation") or [1]
         if named_argument(reader.node, "groups") not in (None, 1):
             return "a grouped convolution"
         if any(n != 1 for n in dilation) or any(call_site(n) == owner_of(entry) for n in padded):
-            return "a convolution with dilation, or with a padding of its own"
+            return "a convolution with dilation, or with padding by another op"
     return None
 
 
 def _why_not_parameter(entry: Entry, reader: Reader) -> str | None:
+    """Why PEFT's wrapper of a bare parameter would compute a different result, or None."""
     if entry.layout.roles not in ("oi", "io", "eoi", "eio"):
         return f"a parameter laid out as {entry.layout.roles}"
     if entry.dropout:
@@ -141,18 +155,19 @@ def _why_not_parameter(entry: Entry, reader: Reader) -> str | None:
 
 
 def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
+    """Why one configuration of PEFT cannot target exactly these weights, or None."""
     bare = {e.parameter: owner_of(e) for e in plan if is_bare(e)}
     layers = {owner_of(e) for e in plan if not is_bare(e)}
     if both := layers & set(bare.values()):
-        return f"'{both.pop()}' as a layer and by a parameter"
+        return f"'{both.pop()}' targeted both as a layer and by a parameter"
     for name, _ in module.named_parameters(remove_duplicate=False):
         if name not in bare and any(end in bare for end in _ends_of(name)):
-            return f"no name for '{name}' that is not the end of another's"
+            return f"a parameter whose name is the end of '{name}', which PEFT would adapt too"
     return None
 
 
 def _ends_of(name: str) -> Iterator[str]:
-    """What a dotted name ends with, itself left out: "b.c" and "c" of "a.b.c"."""
+    """Yield the shorter ends of a dotted name: "b.c" and "c" for "a.b.c"."""
     while "." in name:
         name = name.partition(".")[2]
         yield name
@@ -163,7 +178,12 @@ def _ends_of(name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Wrappers:
-    """The modules that PEFT wraps, and for what: bare parameters have a wrapper each, nested."""
+    """The modules that PEFT wraps: once for a layer, or in nested wrappers, one per bare parameter.
+
+    Attributes:
+        targets: the names of the adapted parameters of each module, in the module's order, by the
+            module's path.
+    """
 
     targets: Mapping[str, tuple[str, ...]]
 
@@ -180,17 +200,18 @@ class Wrappers:
         return cls({o: tuple(sorted(n, key=lambda x: order.get(x, 0))) for o, n in found.items()})
 
     def inside(self, name: str) -> str:
-        """Key of a tensor of the model's own: below each wrapper is its `base_layer`."""
+        """Return the key of a tensor of the base model: each wrapper adds a `base_layer` to it."""
         owner, _, last = name.rpartition(".")
         return f"{self._path(owner, len(self.targets.get(owner, ())))}.{last}".removeprefix(".")
 
     def site(self, entry: Entry) -> str:
-        """Key of a weight's wrapper: the first parameter's is the innermost."""
+        """Return the key of a weight's wrapper: the first parameter's is the innermost."""
         owner = owner_of(entry)
         around = self.targets[owner]
         return self._path(owner, len(around) - 1 - around.index(entry.parameter))
 
     def _path(self, module: str, depth: int) -> str:
+        """Return the key of a module, inside `depth` of its own wrappers."""
         parts: list[str] = []
         walked = ""
         for part in module.split(".") if module else []:
@@ -205,12 +226,12 @@ class Wrappers:
 
 
 def encoded(group: Group, values: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors of a weight's entries as PEFT has them, by the ends of their keys."""
+    """Return PEFT's tensors for the entries of one weight, by the ends of their keys."""
     entry = group[0]
     pairs = [factors(e, values) for e in group]
     a, b = pairs[0]
-    if entry.part is not None:  # one pair, block by block
-        a = torch.cat([down for down, _ in pairs])
+    if entry.part is not None:  # the parts' pairs become one, with a block-diagonal B
+        a = torch.cat([down for down, _ in pairs])  # (sum of ranks, in)
         b = a.new_zeros(entry.shape[entry.layout.part_dim], a.shape[0])
         for e, (start, stop), (_, up) in zip(group, _ranks(group), pairs, strict=True):
             assert e.rows is not None
@@ -226,7 +247,7 @@ def encoded(group: Group, values: Tensors) -> dict[str, torch.Tensor]:
 
 
 def decoded(group: Group, stored: Tensors) -> dict[str, torch.Tensor]:
-    """The inverse: the tensors of a weight's entries, by their names."""
+    """Return the tensors of a weight's entries by name: the inverse of `encoded`."""
     first = group[0]
     a, b = (stored[end] for end in _ends(first))
     if is_bare(first):
@@ -250,7 +271,7 @@ def decoded(group: Group, stored: Tensors) -> dict[str, torch.Tensor]:
 
 
 def shapes_of(group: Group) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors, by the ends of their keys."""
+    """Return the shapes of PEFT's tensors for one weight, by the ends of their keys."""
     empty = {
         name: torch.empty(shape, device="meta")
         for entry in group
@@ -260,12 +281,12 @@ def shapes_of(group: Group) -> dict[str, tuple[int, ...]]:
 
 
 def rank(group: Group) -> int:
-    """The rank of the pair that PEFT has."""
+    """Return the rank of PEFT's pair for one weight."""
     return _ranks(group)[-1][1]
 
 
 def _ranks(group: Group) -> list[tuple[int, int]]:
-    """Where in PEFT's rank each entry is, from and to."""
+    """Return the (start, stop) of each entry in the rank dimension of PEFT's pair."""
     found: list[tuple[int, int]] = []
     end = 0
     for entry in group:
@@ -276,6 +297,7 @@ def _ranks(group: Group) -> list[tuple[int, int]]:
 
 
 def _ends(entry: Entry) -> tuple[str, str]:
+    """Return the ends of PEFT's keys for A and B."""
     if entry.op == "embedding" and not is_bare(entry):
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
@@ -284,9 +306,11 @@ def _ends(entry: Entry) -> tuple[str, str]:
 def _as_parameter(
     entry: Entry, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e, r, in), (e, out, r) → (e·r, in), (out, r·e): the numbers of a stack go last in B.
+    """Return A and B in PEFT's shapes for a bare parameter.
 
-    PEFT takes every bare weight for (out, in), so that one (in, out) has the other factor first.
+    For a stack these are (e, r, in) → (e·r, in) and (e, out, r) → (out, r·e): the index in the
+    stack varies slowest in A and fastest in B. PEFT takes every bare weight as (out, in), so for a
+    weight stored as (in, out), A and B are transposed and exchanged.
     """
     if entry.layout.in_first:
         a, b = b.mT, a.mT
@@ -298,6 +322,7 @@ def _as_parameter(
 def _from_parameter(
     entry: Entry, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B in fxlora's shapes: the inverse of `_as_parameter`."""
     if entry.layout.stacked:
         count = entry.shape[0]
         a = a.unflatten(0, (count, -1))
@@ -309,9 +334,9 @@ def _from_parameter(
 
 
 def configuration(module: CapturedModule, plan: Plan) -> dict[str, Any]:
-    """The configuration under which PEFT reads the same adapter."""
+    """Return the configuration under which PEFT reads the same adapter."""
     groups = groups_of(plan)
-    # One flag for all in PEFT: where sites differ, an alpha that gives the same scaling.
+    # PEFT has one use_rslora for all sites. If they differ, it is off and alpha gives the scaling.
     rslora = bool(plan) and all(_is_rslora(entry) for entry in plan)
     ranks = {_target(g[0]): rank(g) for g in groups}
     alphas = {
@@ -337,17 +362,19 @@ def configuration(module: CapturedModule, plan: Plan) -> dict[str, Any]:
         "bias": "none",
         "use_rslora": rslora,
         "use_dora": any("dora" in entry.variants for entry in plan),
-        # (PEFT sets it by itself for a Conv1D, and refuses it beside target_parameters)
+        # PEFT sets this by itself for a Conv1D, and refuses it together with target_parameters.
         "fan_in_fan_out": not bare and any(entry.op == "addmm" for entry in plan),
         "init_lora_weights": True,
     }
 
 
 def _target(entry: Entry) -> str:
+    """Return the name by which PEFT targets a weight: the parameter's, or the layer's path."""
     return entry.parameter if is_bare(entry) else owner_of(entry)
 
 
 def _is_rslora(entry: Entry) -> bool:
+    """Whether the scaling is that of rsLoRA, alpha/√r (for r = 1, the two are equal)."""
     return entry.r > 1 and math.isclose(entry.scaling, entry.alpha / math.sqrt(entry.r))
 
 
@@ -356,14 +383,19 @@ def _commonest(values: Iterable[float]) -> float:
 
 
 def _whole(value: float) -> float:
-    near = round(float(value), 9)  # alpha / r * r
+    """Return an alpha without the rounding of alpha / r * r, as an integer if it is whole."""
+    near = round(float(value), 9)
     return int(near) if near.is_integer() else near
 
 
 def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
-    """The sites by name, or as one expression where a name is the end of another's."""
+    """Return `target_modules` that match only these sites.
+
+    PEFT matches each name in a list also as the end of a longer path, but a single regular
+    expression only as a whole. So the list of names is used unless a name is such an end.
+    """
     held = {*module.state_dict(), *dict(module.named_parameters(remove_duplicate=False))}
-    own = held - module.adapter_parameters()  # (an adapter makes modules of its own)
+    own = held - module.adapter_parameters()  # PEFT's model does not have the adapters' modules
     paths = {name[:end] for name in own for end, letter in enumerate(name) if letter == "."}
     wanted = set(sites)
     if any(end in wanted for path in paths for end in _ends_of(path)):
@@ -372,4 +404,5 @@ def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
 
 
 def _exactly(site: str) -> str:
+    """Return a pattern for one site: PEFT would match the bare name as the end of a path, too."""
     return f"^{re.escape(site)}"

@@ -1,4 +1,4 @@
-"""export: a file that plain PyTorch runs, without fxlora."""
+"""export: write a file that PyTorch runs without fxlora."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data import as_path
 from ..errors import ConfigError, ExportError
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.contract import InputSpec
 from ..tables import some
@@ -24,13 +24,13 @@ from .files import whole_file
 FORMATS = ("pt2",)
 
 
-@no_ambient_modes(defaults=False)  # it runs the graph
+@no_ambient_modes(defaults=False)  # the graph may use the process's default dtype and device
 def export(
     module: CapturedModule,
+    path: str | Path,
     args: tuple[Any, ...] | torch.Tensor | None = None,
-    path: str | Path | None = None,
-    *,
     kwargs: dict[str, Any] | None = None,
+    *,
     format: str = "pt2",
     dynamic_shapes: Any = None,
 ) -> Path:
@@ -39,26 +39,35 @@ def export(
     Args:
         module: a captured module, usually a folded one.
         args, kwargs: example inputs.
-        path: of the file; it is written whole or not at all.
+        path: path of the file, which is written whole or not at all.
         format: "pt2".
-        dynamic_shapes: as for `capture`; by default what is dynamic in the captured graph is
-            dynamic in the file.
+        dynamic_shapes: as for `capture`; by default the dimensions that are dynamic in the captured
+            graph are dynamic in the file.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ExportError: torch.export refuses the module, or the file cannot be written.
-        ConfigError: no such format.
-        InputError: the inputs are not ones that the graph holds for.
+        NotCapturedError: the module is not a captured one.
+        ExportError: it has no whole graph, torch.export refuses it, or the file cannot be written.
+        ConfigError: the format is unknown, or the path is invalid.
+        InputError: the captured graph does not hold for the inputs.
+
+    Example:
+        >>> import tempfile, pathlib, torch, fxlora
+        >>> gm = fxlora.capture(torch.nn.Linear(6, 4), torch.randn(2, 6))
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "model.pt2")
+        >>> program = torch.export.load(fxlora.export(gm, path, torch.randn(2, 6)))
+        >>> program.module()(torch.randn(5, 6)).shape
+        torch.Size([5, 4])
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
-    if path is None:
-        raise ConfigError("export needs a path: export(module, args, path).")
-    if not isinstance(module, CapturedModule):
-        raise ExportError(f"expected a captured module, not {type(module).__name__}.")
+    check_captured(module, "export")
     path = as_path(path, ConfigError)
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
-    # Through memory: on a full disk torch's own writer aborts the process.
+    # Saved to memory first, because torch's own writer aborts the process if the disk is full.
     content = io.BytesIO()
     try:
         torch.export.save(program, content)
@@ -72,7 +81,15 @@ def export(
 def exported(
     module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
-    """The eval graph as an ExportedProgram."""
+    """Return the eval graph as an ExportedProgram.
+
+    Args:
+        module, args, kwargs, dynamic_shapes: as for `export`.
+
+    Raises:
+        ExportError: the module has no whole graph, or torch.export refuses it.
+        InputError: the captured graph does not hold for the inputs.
+    """
     if module.parent_module:
         raise ExportError(
             f"there is no whole graph to export: the model was captured by regions "
@@ -85,7 +102,7 @@ def exported(
     failure: Exception | None = None
     for example in _examples(evaluation.inputs["eval"], args, kwargs, dynamic_shapes):
         try:
-            with torch.no_grad():  # it is for inference, and needs no marks of where gradients stop
+            with torch.no_grad():  # for inference: nothing has to mark where gradients stop
                 return run_export(program, example)
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
@@ -93,15 +110,15 @@ def exported(
 
 
 def _checked(module: CapturedModule) -> nn.Module:
-    """The module as one that torch.export runs through the contract on its inputs.
+    """Return a plain nn.Module whose forward checks the input contract and runs the module.
 
-    It interprets the graph of a GraphModule without its forward, and would forget what the capture
-    assumed.
+    torch.export interprets the graph of a GraphModule without calling its forward, so the exported
+    program would lose the guards of the capture.
     """
 
     @functools.wraps(type(module).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module.forward(*args, **kwargs)  # over the same tensors, which follow
+        return module.forward(*args, **kwargs)  # over the tensors that `program` gets below
 
     program: nn.Module = type("Program", (nn.Module,), {"forward": forward})()
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -112,6 +129,7 @@ def _checked(module: CapturedModule) -> nn.Module:
 def _examples(
     spec: InputSpec | None, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> list[Example]:
+    """Return the examples to try exporting with, in order."""
     if spec is None or dynamic_shapes is not None:
         return examples_for(args, kwargs, dynamic_shapes)
     spec.check(args, kwargs)

@@ -1,11 +1,11 @@
-"""Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+"""save_adapter: save adapters in PEFT's layout (adapter_config.json, adapter_model.safetensors).
 
-The safetensors header also carries the exact plan, so that a folder that fxlora wrote is
-applied without matching again; a folder that PEFT wrote is matched from its configuration.
+The header of the safetensors file also contains the exact plan, so a folder from fxlora is applied
+without matching again. A folder from PEFT has no plan: its configuration is matched.
 
-Where PEFT would compute another thing from the same tensors (`peft.why_not`) the folder
-is fxlora's alone: each tensor under its own name, and a configuration of peft_type "FXLORA" with
-the reason, on which PEFT stops.
+If PEFT would compute a different result from the same tensors (see `peft.why_not`), the folder is
+in fxlora's own layout. Then each tensor is under its own name, and the configuration has the reason
+and the peft_type "FXLORA", with which PEFT raises an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from ..data import as_path
 from ..errors import AdapterError, warn
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..plan import Plan
 from ..tables import some
@@ -34,22 +34,40 @@ from .values import not_finite, same
 
 @no_ambient_modes()
 def save_adapter(module: CapturedModule, folder: str | Path) -> None:
-    """Write what training changed: A, B, what was trained in full, and buffers that moved.
+    """Save the tensors that training changed: adapters, parameters trained in full, and buffers.
 
-    PEFT reads the folder where it has the same thing: layers and bare parameters that their own
-    modules' forwards read; with DoRA; PiSSA and OLoRA as plain LoRA of twice the rank; the parts
-    of a packed weight as one block-diagonal pair. Else its peft_type is "FXLORA", on which PEFT
-    stops, and `why_not_peft` in the configuration says what PEFT cannot do.
+    PEFT can read the folder if it can represent the adapters: those of layers and bare parameters
+    that their own modules' forwards read, with plain LoRA or (for layers) DoRA. PiSSA and OLoRA
+    become plain LoRA of twice the rank, and the parts of a packed weight one block-diagonal pair.
+    Otherwise the peft_type is "FXLORA", with which PEFT raises an error, and `why_not_peft` in the
+    configuration says what PEFT cannot represent.
+
+    Args:
+        module: an adapted module.
+        folder: the folder to write to; it is made if missing.
 
     Raises:
-        AdapterError: the module has no adapters, they hold NaN or infinities (`load_adapter`
-            would refuse them: an earlier adapter stays in the folder), or the folder cannot be
-            written.
+        AdapterError: the module has no adapters; a parameter outside of the plan requires
+            gradients; the module is on the meta device; a value is NaN or infinite, which
+            `load_adapter` would refuse (an earlier adapter stays in the folder); or the folder
+            cannot be written.
 
     Warns:
-        FxLoraWarning: PEFT cannot read the folder.
+        FxLoraWarning: PEFT cannot read the folder; says why.
+
+    Example:
+        >>> import tempfile, torch, fxlora
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> gm = fxlora.capture(model, x)
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> lora = fxlora.inject(gm, fxlora.match(gm, config)).eval()
+        >>> folder = tempfile.mkdtemp()
+        >>> fxlora.save_adapter(lora, folder)
+        >>> torch.equal(fxlora.load_adapter(gm, folder).eval()(x), lora(x))
+        True
     """
-    if not isinstance(module, CapturedModule) or module.plan is None:
+    check_captured(module, "save_adapter")
+    if module.plan is None:
         raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")
     if stray := module.unplanned():
         raise AdapterError(
@@ -66,7 +84,7 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
-    # One key: safetensors writes several in any order, and a file should be reproducible.
+    # A single key: safetensors writes several in random order, and files should be reproducible.
     header = {"fxlora": json.dumps(_plan_data(module.plan, why is None))}
     config = {"peft_type": OURS, WHY: why} if why else configuration(module, module.plan)
     with (
@@ -75,7 +93,7 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     ):
         try:
             save_file(tensors, weights, metadata=header)
-        except SafetensorError as error:  # its word for a full disk
+        except SafetensorError as error:  # raised for a full disk
             raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}.") from error
         config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
     if why:
@@ -85,24 +103,26 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
 def _check_worth_saving(
     module: CapturedModule, layout: FileLayout, tensors: dict[str, torch.Tensor]
 ) -> None:
+    """Raise if the tensors have no values, or values that training left NaN or infinite."""
     if any(tensor.is_meta for tensor in tensors.values()):
         raise AdapterError("nothing to save: the module is on the meta device, without values.")
     before = {layout.key(name): tensor for name, tensor in module.known.originals.items()}
     diverged = [key for key, t in tensors.items() if not_finite(t, before.get(key))]
     if diverged:
         raise AdapterError(
-            f"{some(diverged)}: NaN or infinity, as where training diverged. Nothing was written. "
-            "Train again, with a lower learning rate."
+            f"{some(diverged)}: NaN or infinity, as after a training that diverged. Nothing was "
+            "written. Train again with a lower learning rate."
         )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to a contiguous one on the CPU, with memory of its own."""
     return tensor.detach().cpu().contiguous().clone()
 
 
 @torch.no_grad()
 def _changed(module: CapturedModule, layout: FileLayout) -> dict[str, torch.Tensor]:
-    """What differs from the base, by its key in the file."""
+    """Return the tensors that differ from the base, by their keys in the file."""
     names = [name for entry in layout.plan for name in entry.tensors]
     tensors = layout.adapters({name: module.get_parameter(name) for name in names})
     for name in module.trained:
@@ -114,6 +134,7 @@ def _changed(module: CapturedModule, layout: FileLayout) -> dict[str, torch.Tens
 
 
 def _plan_data(plan: Plan, pefts: bool) -> dict[str, Any]:
+    """Return a plan as data for the header; `pefts` says whether the file is in PEFT's layout."""
     return {
         "version": VERSION,
         "peft": pefts,

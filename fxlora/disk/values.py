@@ -1,4 +1,4 @@
-"""The values in an adapter file: finite, and in a dtype that the module can hold."""
+"""Checks of an adapter file's values: they must be finite, and fit the module's dtypes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .keys import FileLayout
 
 
 def not_finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
-    """Whether there are NaN or infinities, but where there were some before (as in a mask)."""
+    """Whether there are NaN or infinities, other than where `before` has them (as a mask may)."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return False
     bad = ~_wide(tensor).isfinite()
@@ -21,11 +21,12 @@ def not_finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In a dtype that has an isfinite: float8 has none."""
+    """Return a tensor in a dtype that isfinite supports: it does not support float8."""
     return tensor if tensor.is_complex() or tensor.itemsize > 1 else tensor.float()
 
 
 def same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
+    """Whether a tensor equals its original; on the meta device, whether there is an original."""
     if tensor.is_meta or original is None:
         return original is not None
     return tensor.shape == original.shape and torch.equal(tensor, original)
@@ -34,10 +35,12 @@ def same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
 def values_of(
     module: CapturedModule, layout: FileLayout, content: Folder
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The values of the adapters' tensors, and of the module's own that the file has, by name.
+    """Return the file's values, by name: those of adapters, and those of the base model's tensors.
+
+    The latter are buffers and parameters trained in full.
 
     Raises:
-        AdapterError: a value is NaN or infinite, or of a kind that the module's dtype cannot hold.
+        AdapterError: a value is NaN or infinite, or has a dtype that the module's cannot hold.
     """
     decoded = layout.values(content.tensors)
     weights = {
@@ -57,6 +60,7 @@ def values_of(
 
 
 def tensor_of(module: CapturedModule, name: str) -> torch.Tensor:
+    """Return a parameter or buffer by name."""
     owner, _, last = name.rpartition(".")
     return getattr(module.get_submodule(owner), last)
 
@@ -64,17 +68,25 @@ def tensor_of(module: CapturedModule, name: str) -> torch.Tensor:
 def _held(
     content: Folder, name: str, value: torch.Tensor, dtype: torch.dtype, now: torch.Tensor | None
 ) -> torch.Tensor:
-    """A file's value in the dtype that the module holds it in."""
+    """Return a value of the file in the module's dtype, or raise if it does not fit.
+
+    Args:
+        content: the folder, for the message.
+        name: the tensor's name in the module.
+        value: the value in the file.
+        dtype: the module's dtype.
+        now: the module's present value, if it has one.
+    """
     if not torch.can_cast(value.dtype, dtype) or (
         dtype.is_floating_point and not value.is_floating_point()
     ):
         raise AdapterError(
-            f"{content.path}: '{name}' is {value.dtype}, which is no {dtype}, as the module has it."
+            f"{content.path}: '{name}' is {value.dtype}, which is no {dtype}, the module's dtype."
         )
     value = value.to(dtype)
     if not_finite(value, now):
         raise AdapterError(
-            f"{content.path}: '{name}' has NaN or infinities as {dtype}, as where training "
-            "diverged. Take an earlier checkpoint of the adapter."
+            f"{content.path}: '{name}' has NaN or infinities as {dtype}, as after a training that "
+            "diverged. Use an earlier checkpoint of the adapter."
         )
     return value

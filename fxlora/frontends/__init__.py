@@ -1,4 +1,7 @@
-"""capture: any PyTorch model as a GraphModule in one dialect, one graph per mode."""
+"""capture: turn a PyTorch model into a GraphModule with one graph per mode.
+
+Whichever frontend makes a graph, the ops in it that read weights are aten overloads.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from .traced import trace_mode
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
-@torch.inference_mode(False)  # what is made in it can never train
+@torch.inference_mode(False)  # inference tensors can never be trained
 def capture(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -38,40 +41,55 @@ def capture(
     *,
     dynamic_shapes: Any = None,
 ) -> CapturedModule:
-    """Capture a model as a `torch.fx.GraphModule`; the model itself is left as it is.
+    """Capture a model as a `torch.fx.GraphModule`, leaving the model itself unchanged.
 
-    With example inputs, through torch.export, in train and in eval mode; `train()` and `eval()`
-    of the result choose the graph. A model whose Python looks at values has no whole graph: its
-    largest submodules that have one are captured, and its Python calls them (with a warning).
-    Without inputs, through torch.fx's tracer (which sees less: give inputs where you can).
+    With example inputs, torch.export captures the model in train and in eval mode; `train()` and
+    `eval()` of the result select the graph. If no graph of the whole model can be exported (its
+    Python code depends on tensor values, for example), its largest submodules that can be
+    exported are captured instead, and its Python code calls them (with a warning). Without
+    inputs, torch.fx's symbolic tracer captures the model; it sees less than torch.export, so
+    give inputs where you can.
 
-    Parameters share storage with the model, so that nothing large is copied: training them in
-    place trains the model's too (`inject` freezes them). Buffers are copies.
+    Parameters share storage with the model, so nothing large is copied; training them in place
+    trains the model's parameters too (`inject` freezes them). Buffers are copied.
 
     Args:
-        model: any nn.Module. The mode that it is in is captured as it stands (batch norms
-            frozen by `eval()` stay so), the other one as its `train()` or `eval()` makes it.
-        args: example positional arguments (a lone tensor stands for a tuple of one).
+        model: any nn.Module. Its current mode is captured with the training flags as they are
+            (batch norms frozen by `eval()` stay frozen), the other mode with the flags that
+            `train()` or `eval()` sets.
+        args: example positional arguments (a single tensor means a tuple of one).
         kwargs: example keyword arguments.
-        dynamic_shapes: torch.export's specification of the dynamic dimensions. By default
-            the batch (dimension 0 of the first tensor, and of those that share its size) is
-            dynamic and the rest is as in the example. What you ask for and the model fixes is an
-            error, for `Dim.AUTO` too.
+        dynamic_shapes: torch.export's specification of the dynamic dimensions. By default the
+            batch (dimension 0 of the first tensor, and of every tensor with the same size there)
+            is dynamic, and all other dimensions are fixed to their sizes in the example. A
+            dimension that is asked to be dynamic and that the model fixes is an error, also
+            with `Dim.AUTO`.
+
+    Returns:
+        The captured module: call it like the model; its state_dict keys are the model's.
 
     Raises:
-        CaptureError: the model cannot be captured; says where in the model's code.
+        CaptureError: the model cannot be captured; the message names the place in its code.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Dropout(0.5)).eval()
+        >>> x = torch.randn(3, 6)
+        >>> gm = fxlora.capture(model, x)
+        >>> torch.equal(gm(x), model(x)), gm.train()(x[:2]).shape
+        (True, torch.Size([2, 4]))
     """
     _check_model(model)
     try:
         return _capture(model, args, kwargs, dynamic_shapes)
-    except (FxLoraError, Warning):  # (where warnings are errors)
+    except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
         values = (args, kwargs)
         raise capture_error(model, "either", error, values=values, otherwise=_REPORT) from error
 
 
-_REPORT = "fxlora does not foresee this: please report it, with the model."
+_REPORT = "fxlora did not expect this error: please report it, with the model."
 
 
 def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> CapturedModule:
@@ -79,11 +97,13 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> C
         args = (args,)
     if args is not None or kwargs is not None:
         if not isinstance(args, tuple | list | None):
-            raise CaptureError(f"args is a tuple of example inputs, not {type(args).__name__}.")
+            raise CaptureError(
+                f"args must be a tuple of example inputs, not {type(args).__name__}."
+            )
         if not isinstance(kwargs, Mapping | None):
             raise CaptureError(
-                f"kwargs is a mapping of names to example inputs, not {type(kwargs).__name__}. "
-                "Several positional inputs are one tuple: capture(model, (a, b))."
+                f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
+                "Give several positional inputs as one tuple: capture(model, (a, b))."
             )
         return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
     if dynamic_shapes is not None:
@@ -92,35 +112,37 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> C
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raise where no road can capture a model."""
+    """Raise CaptureError for a model that neither torch.export nor the tracer can capture."""
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"{type(model).__name__} is compiled by TorchScript. Capture the module that it was "
-            "made from, or, for inputs, nn.Sequential(model), where names start with '0.'."
+            "compiled from or, with example inputs, nn.Sequential(model); names then start with "
+            "'0.'."
         )
     if isinstance(model, CapturedModule):
         raise CaptureError(
-            "the module is captured already: match, inject, fold, … take it as it is. To capture "
-            "it for other inputs, capture the source model again."
+            "the module is captured already: pass it to match, inject, fold, … directly. To "
+            "capture it for other inputs, capture the source model again."
         )
     if hidden := _hidden_name(model):
         raise CaptureError(
-            f"{type(model).__name__} has a '{hidden}' of its own, which the captured module's "
-            f"would hide. Wrap the model: capture(nn.Sequential(model), …); names start with '0.'."
+            f"{type(model).__name__} has a submodule or tensor named '{hidden}', which the "
+            "captured module's attribute of that name would hide. Wrap the model: "
+            "capture(nn.Sequential(model), …); names then start with '0.'."
         )
     refuse_backward_hooks(model)
     refuse_lazy(model)
     if any(p.is_inference() for p in model.parameters()):
         raise CaptureError(
-            f"{type(model).__name__} was made under torch.inference_mode, and such weights can "
-            "never take part in training. Make it outside, or capture copy.deepcopy(model)."
+            f"{type(model).__name__} was created under torch.inference_mode, and inference "
+            "tensors can never be trained. Create it outside, or capture copy.deepcopy(model)."
         )
 
 
 def _hidden_name(model: nn.Module) -> str | None:
-    """A submodule or tensor of the model that a GraphModule, or ours, has another use for."""
+    """Return the first name of a child or tensor that CapturedModule already uses, or None."""
     tree = nn.Module()
     graph = fx.Graph()
     graph.output(None)
@@ -142,7 +164,7 @@ def _capture_exported(
     try:
         source = export_modes(working_copy(model), examples_for(args, kwargs, dynamic_shapes))
     except CaptureError as failure:
-        if dynamic_shapes is not None:  # of a whole graph, which was asked for
+        if dynamic_shapes is not None:  # the user asked for one whole graph
             raise
         return _capture_by_regions(model, args, kwargs, failure)
     return _assemble(model, [source])
@@ -158,9 +180,9 @@ def _capture_by_regions(
         module = _assemble(model, *regions.capture())
     warnings.warn(
         f"{failure} Its submodules are captured instead, and its Python calls them: "
-        f"{some(module.regions)}. Print the module for the rest.",
+        f"{some(module.regions)}. Print the module for details.",
         FxLoraWarning,
-        stacklevel=6,  # capture's decorator is a frame, too
+        stacklevel=6,  # the decorator of `capture` adds a frame
     )
     return module
 
@@ -168,8 +190,8 @@ def _capture_by_regions(
 def _capture_traced(model: nn.Module) -> CapturedModule:
     if model._forward_hooks or model._forward_pre_hooks:
         raise CaptureError(
-            f"{type(model).__name__} has forward hooks of its own, which torch.fx's tracer "
-            "passes by. Give example inputs: capture(model, args)."
+            f"{type(model).__name__} has forward hooks on the root module, which torch.fx's "
+            "tracer does not call. Give example inputs: capture(model, args)."
         )
     modules = {mode: trace_mode(model, mode) for mode in MODES}
     if alike(modules["train"], modules["eval"]):
@@ -180,8 +202,8 @@ def _capture_traced(model: nn.Module) -> CapturedModule:
 def _assemble(
     model: nn.Module, sources: Sequence[Source], parent: ParentModule | None = None
 ) -> CapturedModule:
-    """One module over one tree from the graphs of both modes, of the whole or of regions."""
-    written: set[str] = set(parent.reads) if parent else set()  # Python may write to those
+    """Build the captured module: the sources' graphs of both modes over one parameter tree."""
+    written: set[str] = set(parent.reads) if parent else set()  # the parent may write to these
     called: set[str] = set()
     for source in sources:
         for module in source.distinct().values():
@@ -218,10 +240,10 @@ def _assemble(
 
 
 def _add_mirrors(mirrors: dict[str, set[str]], model: nn.Module, memory: ParameterMemory) -> None:
-    """Whatever of the model is in a parameter's memory.
+    """Add the model's buffers and plain tensors that share memory with a parameter to `mirrors`.
 
-    torch.export hands over the tensors that a graph reads. The tracer reads a copy of the model,
-    and Python around regions may read anything.
+    A graph from torch.export holds every tensor that it reads, so that `_adopt` finds these. The
+    tracer reads a copy of the model, and the Python code around regions may read any tensor.
     """
     held = [*model.named_buffers(remove_duplicate=False), *plain_tensors(model)]
     for name, tensor in held:
@@ -238,11 +260,11 @@ def _adopt(
     memory: ParameterMemory,
     mirrors: dict[str, set[str]],
 ) -> None:
-    """Name tensors as the whole model does; take constants and nested graphs along.
+    """Rename a graph's attributes to their names in the whole model; attach all others to the tree.
 
-    The names of those collide between modes and regions, hence the label. A constant that is a
-    parameter (a list or a closure held it) has the parameter's name; what shows a part of one's
-    memory goes into `mirrors`.
+    The others are constants and nested graphs. Their names may collide between modes and regions,
+    hence the label. A constant that is a parameter (held in a list or a closure) gets the
+    parameter's name; a tensor that shares a parameter's memory is added to `mirrors`.
     """
     taken: set[str] = set()
     for node in module.graph.nodes:
@@ -285,7 +307,7 @@ def _tensor_names(model: nn.Module) -> set[str]:
 
 
 def _output_embeddings(model: nn.Module) -> frozenset[str]:
-    """Parameters of what transformers calls the output embeddings; "all-linear" spares them."""
+    """Return names of parameters in transformers' output embeddings, which "all-linear" skips."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if not isinstance(head, nn.Module):

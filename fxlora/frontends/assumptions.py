@@ -1,4 +1,4 @@
-"""The contract on a graph's inputs, read off what torch.export says that it assumed."""
+"""The input contract of an exported graph, from the constraints and guards of torch.export."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ from .examples import Example
 def contract_of(
     program: ExportedProgram, module: fx.GraphModule, model: nn.Module, example: Example
 ) -> InputSpec:
+    """Return the input contract of an exported graph.
+
+    Args:
+        program: the exported program, for the ranges of its symbols.
+        module: its graph module.
+        model: the source model, for error messages.
+        example: the inputs that it was exported with.
+
+    Raises:
+        CaptureError: torch.export assumes something that cannot be checked at a call.
+    """
     codegen: Any = module.graph._codegen
     names: tuple[str, ...] = tuple(codegen.pytree_info.orig_args)
     values = [*example.args, *example.kwargs.values()]
@@ -54,7 +65,7 @@ def contract_of(
 
 
 def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:
-    """torch.export's remaining assumptions, from its symbols: as functions of the leaves."""
+    """Yield torch.export's remaining assumptions: its guards, as functions of the leaves."""
     environment = _shape_env(module)
     if environment is None:
         return
@@ -62,22 +73,29 @@ def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -
     inputs: set[sympy.Symbol] = set(environment.var_to_sources)
     for guard in environment.guards:
         if not guard.expr.free_symbols <= inputs:
-            continue  # of a size that depends on the data, which the graph itself checks
+            continue  # about a data-dependent size: an assertion in the graph checks it
         condition: Any = environment.replace(guard.expr)
         if condition is sympy.true:
             continue
         if unknown := [s for s in condition.free_symbols if str(s) not in sizes]:
             raise CaptureError(
-                f"{type(model).__name__}: torch.export assumes {condition}, but no input shows "
-                f"{unknown[0]}, so that it cannot be checked at a call. Give dynamic_shapes with "
-                "that dimension static."
+                f"{type(model).__name__}: torch.export assumes {condition}, but no input dimension "
+                f"gives {unknown[0]}, so that this cannot be checked at a call. Make that "
+                "dimension static in dynamic_shapes."
             )
         yield _guard(condition, {symbol: sizes[str(symbol)] for symbol in condition.free_symbols})
 
 
 @dataclass(frozen=True)
 class _Size:
-    """Where the value of a symbol is among the leaves: a dimension of a tensor, or an integer."""
+    """The leaf that gives a symbol's value: a dimension of a tensor, or an integer.
+
+    Attributes:
+        leaf: index of the leaf.
+        axis: the tensor's dimension, or None for an integer.
+        name: name of the leaf.
+        dim: the size as `scale * symbol + offset`.
+    """
 
     leaf: int
     axis: int | None
@@ -97,7 +115,7 @@ class _Size:
 
 
 def _sizes(leaves: Sequence[Input]) -> dict[str, _Size]:
-    """The symbols of a contract, each by the plainest dimension that shows it."""
+    """Map each symbol to a dimension that gives it, if possible without scale and offset."""
     found: dict[str, _Size] = {}
     for number, leaf in enumerate(leaves):
         axes: list[tuple[int | None, Any]] = []
@@ -115,7 +133,7 @@ def _sizes(leaves: Sequence[Input]) -> dict[str, _Size]:
 
 
 def _shape_env(module: fx.GraphModule) -> ShapeEnv | None:
-    """What torch.export knows of the symbols in a graph."""
+    """Return the ShapeEnv of a graph's symbols, or None if all its inputs are static."""
     for node in module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, torch.Tensor) else (value,):
@@ -125,7 +143,10 @@ def _shape_env(module: fx.GraphModule) -> ShapeEnv | None:
 
 
 def _guard(condition: Any, sizes: dict[sympy.Symbol, _Size]) -> Guard:
-    """A condition on symbols as code over the leaves, which torch.compile and a re-export trace."""
+    """Return the Guard for a condition on symbols, as code over the leaves.
+
+    The code is that of an fx graph, which torch.compile and a re-export can trace.
+    """
     graph = fx.Graph()
     leaves = fx.Proxy(graph.placeholder("leaves"))
     values = {symbol: size.of(leaves) for symbol, size in sizes.items()}
@@ -137,7 +158,7 @@ def _guard(condition: Any, sizes: dict[sympy.Symbol, _Size]) -> Guard:
 
 
 def _excludes_small(condition: Any) -> bool:
-    """Whether a condition holds wherever no size is 0 or 1."""
+    """Whether a condition is sure to hold where every symbol is at least 2."""
     larger = {symbol: ValueRanges(2, int_oo) for symbol in condition.free_symbols}
     return bound_sympy(condition, larger).lower is sympy.true
 
@@ -173,8 +194,8 @@ def _dimension(
     if polynomial is None or len(symbols) > 1 or polynomial.degree() > 1:
         raise CaptureError(
             f"{type(model).__name__}: torch.export relates a dimension of {name} to others by "
-            f"{expression}, which cannot be checked at a call. Give dynamic_shapes with that "
-            "dimension static."
+            f"{expression}, which cannot be checked at a call. Make that dimension static in "
+            "dynamic_shapes."
         )
     scale, offset = (int(c) for c in polynomial.all_coeffs())
     lower, upper = bounds.get(str(symbols[0]), (0, None))

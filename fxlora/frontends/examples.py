@@ -1,4 +1,4 @@
-"""Examples: what to export a model with, and which sizes to leave open."""
+"""Example inputs for torch.export, and the choice of their dynamic dimensions."""
 
 from __future__ import annotations
 
@@ -17,20 +17,30 @@ from ..module.contract import Dimension, InputSpec, TensorInput
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Inputs to export with, the dynamic shapes that go with them, and who asked for those."""
+    """Inputs for one export, with its options.
+
+    Attributes:
+        args, kwargs: the inputs.
+        dynamic_shapes: torch.export's specification of their dynamic dimensions.
+        asked: whether the user gave `dynamic_shapes`: it is then an error if the model fixes
+            one of those dimensions.
+        patience: time limit for the export, in seconds.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any
-    asked: bool = False  # by the user: a dimension that comes out static is an error then
-    patience: float = math.inf  # seconds that an export may take
+    asked: bool = False
+    patience: float = math.inf
 
 
 def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:
-    """What to try, in order: the user's own shapes, or a dynamic batch and then a static one.
+    """Return the examples to try, in order.
 
-    The batch is dimension 0 of the first tensor, and of every tensor of that size. An example
-    batch of 1 is widened to 2 first, because torch.export fixes dimensions of size 1.
+    If the user gave `shapes`, only those are tried; else a dynamic batch, then a static one. The
+    batch is dimension 0 of the first tensor, and of every tensor with the same size there. For
+    the dynamic batch, an example batch of 1 is widened to 2, because torch.export fixes
+    dimensions of size 1.
     """
     args, kwargs = _told_apart(args, kwargs)
     if shapes is not None:
@@ -48,14 +58,17 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
 
 
 def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords as the forward declares them: torch.export speaks of inputs in that order."""
+    """Sort keyword arguments as the forward declares them, the order that torch.export uses."""
     declared = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
     return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 
 def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """A copy of every tensor that is given twice (labels=ids), which torch.export would take for
-    one input for good; and of those that were made in inference mode, which it does not take."""
+    """Clone repeated tensors and inference tensors among the inputs.
+
+    torch.export would treat a tensor that is given twice (labels=ids) as one input in every later
+    call, too. It does not accept tensors that were created in inference mode.
+    """
     seen: set[int] = set()
 
     def apart(leaf: Any) -> Any:
@@ -69,7 +82,7 @@ def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any
 
 
 def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """Inputs and dynamic shapes that a captured graph's own contract asks for."""
+    """Return an example for exporting a captured graph again, dynamic where its contract is."""
     args, kwargs = _told_apart(args, kwargs)
     wide: dict[int, torch.Tensor] = {}
     shapes = ShapesCollection()
@@ -78,7 +91,7 @@ def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             continue
         axes = [axis for axis, dim in enumerate(leaf.dims) if isinstance(dim, Dimension)]
         tensor = value
-        for axis in axes:  # torch.export would fix a dimension of size 1
+        for axis in axes:  # torch.export fixes dimensions of size 1
             tensor = torch.cat([tensor, tensor], axis) if tensor.shape[axis] == 1 else tensor
         wide[id(value)] = tensor
         shapes[tensor] = dict.fromkeys(axes, Dim.AUTO)

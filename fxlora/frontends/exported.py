@@ -1,4 +1,4 @@
-"""Capture through torch.export: the road for a model with example inputs."""
+"""Capture through torch.export, for a model with example inputs."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from .sizes import refuse_fixed_sizes
 
 @dataclass(eq=False)
 class Source:
-    """What torch.export or the tracer made of a model, or of a submodule: a graph per mode.
+    """The graphs that a frontend made of a model or a submodule, one per mode.
 
     Attributes:
-        modules: by mode; one object under both keys where they came out alike.
-        inputs: what each holds for.
-        path: of the submodule whose names the graphs use; "" is the whole model.
+        modules: the graph module of each mode; one object under both keys if they are equal.
+        inputs: the input contract of each mode's graph, or None if the tracer made it.
+        path: the submodule that names in the graphs are relative to; "" is the whole model.
     """
 
     modules: dict[str, fx.GraphModule]
@@ -55,7 +55,7 @@ class Source:
     path: str = ""
 
     def copied(self) -> Source:
-        """The same with graphs of its own, over the same tensors."""
+        """Copy the graphs; the copies share the tensors."""
         held = [(*m.parameters(), *m.buffers()) for m in self.modules.values()]
         memo = {id(tensor): tensor for tensors in held for tensor in tensors}
         copies = {id(m): copy.deepcopy(m, dict(memo)) for m in self.modules.values()}
@@ -63,7 +63,7 @@ class Source:
         return Source(modules, dict(self.inputs), self.path)
 
     def distinct(self) -> dict[str, fx.GraphModule]:
-        """The graph modules, each once, by (the first) mode."""
+        """Return each distinct graph module once, under the first mode that uses it."""
         modes = {id(module): mode for mode, module in reversed(self.modules.items())}
         return {mode: self.modules[mode] for mode in MODES if mode in modes.values()}
 
@@ -71,7 +71,13 @@ class Source:
 def export_modes(
     model: nn.Module, examples: list[Example], *, root: nn.Module | None = None, path: str = ""
 ) -> Source:
-    """Both modes of a model, or of a submodule of `root` as it is in the root's modes.
+    """Export a model in train and in eval mode.
+
+    Args:
+        model: the model, or a submodule of `root`.
+        examples: the examples to try, in order; eval mode starts with the one that train used.
+        root: the module whose mode is set for each export; by default `model`.
+        path: path of `model` in `root`.
 
     Raises:
         CaptureError: none of the examples exports.
@@ -92,14 +98,17 @@ def export_modes(
 def _export_mode(
     model: nn.Module, examples: list[Example], mode: str
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
-    """The graph of the current mode from the first example that exports, with its contract.
+    """Export the current mode with the first example that works.
 
-    A graph that does not hold for the user's own inputs (the last example) is passed over while
-    there is another: those are of batch 1, and the graph is for larger ones only. In train mode
-    that may be all there is (batch norm refuses a batch of 1).
+    The last example has the user's own inputs. A graph whose contract excludes those is kept only
+    if no later example exports: the inputs have a batch of 1, and the graph holds for larger
+    batches only. In train mode there may be no other (batch norm refuses a batch of 1).
+
+    Returns:
+        The graph module, its input contract, and the example that it was exported with.
 
     Raises:
-        CaptureError: none of the examples exports; the cause is the last one's error.
+        CaptureError: none of the examples exports; the cause is the error of the last one.
     """
     own, failure = examples[-1], None
     outputs: list[Any] = []
@@ -118,14 +127,14 @@ def _export_mode(
     if larger:
         return larger
     assert failure is not None
-    if isinstance(failure, CaptureError):  # of the contract, which says it better
+    if isinstance(failure, CaptureError):  # its message is already specific
         raise failure
     values = (own.args, own.kwargs, outputs)
     raise capture_error(model, mode, failure, values=values) from failure
 
 
 def depends_on_data(error: BaseException | None) -> bool:
-    """Whether Python branched on a value: no other sizes of the inputs will help."""
+    """Whether Python branched on a tensor's value, so that no other input sizes would help."""
     return isinstance(error, GuardOnDataDependentSymNode)
 
 
@@ -148,7 +157,7 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
         stack.enter_context(refuse_constant_draws(type(model).__name__))
         assigned = stack.enter_context(refuse_state(model))
         program = run_export(model, example)
-    # (what follows generates code)
+    # Before `_as_module`, which generates code from these names.
     refuse_unwritable_names(spec.target for spec in program.graph_signature.input_specs)
     module = _as_module(program)
     assert isinstance(module, fx.GraphModule)
@@ -158,10 +167,11 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
 
 
 def _as_module(program: ExportedProgram) -> fx.GraphModule:
-    """The program as a module.
+    """Convert an exported program to a module.
 
-    For each tensor torch looks through all children of each container for further calls of one
-    module ("name@1"), which takes N² steps for N layers. A program just exported has none.
+    For each tensor, torch searches all children of each container for further calls of the same
+    module ("name@1"), which takes N² steps for N layers. A program straight from torch.export has
+    no names of this form, so that the search can be left out.
     """
     if any("@" in name for name in (*program.state_dict, *program.constants)):
         return program.module(check_guards=False)
@@ -170,7 +180,7 @@ def _as_module(program: ExportedProgram) -> fx.GraphModule:
 
 
 def _assign(value: Any, root: nn.Module, target: str, **how: Any) -> None:
-    """As torch.export's `_assign_attr`, in the container of this very name only."""
+    """Do as torch.export's `_assign_attr`, but only for the container of exactly this name."""
     owner, _, name = target.rpartition(".")
     for part in owner.split(".") if owner else ():
         if part not in root._modules:
@@ -182,24 +192,35 @@ def _assign(value: Any, root: nn.Module, target: str, **how: Any) -> None:
 def _refuse_assigned_state(
     model: nn.Module, module: fx.GraphModule, assigned: Collection[str]
 ) -> None:
-    """Raise if a tensor that the forward replaces is also one that it reads."""
+    """Raise CaptureError if the forward both replaces and reads a tensor attribute."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in assigned:
         if name in read:
             raise CaptureError(
                 f"{type(model).__name__} keeps state in its attribute '{name}', which a graph "
-                f"cannot: register_buffer('{name.rpartition('.')[2]}', …), and write into that."
+                f"cannot do. Use register_buffer('{name.rpartition('.')[2]}', …), and write to "
+                "the buffer in place."
             )
 
 
 def proved_for(
     model: nn.Module, module: fx.GraphModule, spec: InputSpec, single: Example
 ) -> InputSpec | None:
-    """The contract of a graph with sizes of 0 and 1 like these allowed, if it is right there.
+    """Widen a graph's contract to sizes of 0 and 1, if the graph is right for them.
 
-    torch.export's guards against them often come from a question about strides, not from the
-    source; and where there is no guard, it may have taken a size for larger than 1 (a squeeze).
-    The graph is right if that of these very inputs has the same ops on the same sizes.
+    torch.export's guards against these sizes often come from a check of strides, not from the
+    source; and where there is no guard, torch.export may have assumed a size larger than 1 (in a
+    squeeze). The graph is right if a static export of the inputs has the same ops on the same
+    sizes.
+
+    Args:
+        model: the source model.
+        module: the graph.
+        spec: its contract.
+        single: inputs with the sizes of 0 and 1 to allow.
+
+    Returns:
+        The wider contract, or None if the graph is not proved right for these inputs.
     """
     try:
         wider = spec.allowing(single.args, single.kwargs)
@@ -209,14 +230,14 @@ def proved_for(
         return wider
     try:
         _, static = _exported(model, single)
-    except Exception:  # noqa: BLE001 - the source refuses such inputs, each in its own way
+    except Exception:  # noqa: BLE001 - the source may raise anything for these inputs
         return None
     sizes = spec.symbols(single.args, single.kwargs)
     return wider if alike_but_for_sizes(module.graph, static.graph, sizes) else None
 
 
 def _squeezes(graph: fx.Graph) -> bool:
-    """Whether the number of dimensions may depend on sizes of 1."""
+    """Whether a graph has a squeeze: it drops a dimension only if its size is 1."""
     return any(_is_squeeze(node) for node in graph.nodes)
 
 
@@ -225,7 +246,7 @@ def _is_squeeze(node: fx.Node) -> bool:
 
 
 def _refuse_unknown_squeezes(model: nn.Module, graph: fx.Graph) -> None:
-    """Raise where a squeeze may find a 1 in the data: torch.export takes it that it does not."""
+    """Raise CaptureError where a data-dependent size is squeezed: export assumes it is not 1."""
     for node in filter(_is_squeeze, graph.nodes):
         value = node.all_input_nodes[0].meta.get("val")
         sizes: Any = value.shape if isinstance(value, torch.Tensor) else ()
@@ -233,17 +254,19 @@ def _refuse_unknown_squeezes(model: nn.Module, graph: fx.Graph) -> None:
         axes = [named] if isinstance(named, int) else named
         if any(free_unbacked_symbols(sizes[axis]) for axis in axes):
             raise CaptureError(
-                f"{type(model).__name__} squeezes a tensor whose size depends on the data: whether "
-                "that drops a dimension, no graph can say. Give squeeze the dimension that is 1."
+                f"{type(model).__name__} squeezes a tensor whose size depends on the data: a graph "
+                "cannot decide whether that drops a dimension. Pass squeeze the dimension whose "
+                "size is 1."
             )
 
 
 def _proved_for_one(
     model: nn.Module, module: fx.GraphModule, spec: InputSpec, example: Example
 ) -> InputSpec:
-    """The contract with batches of 1 where they are proved to be right, and without where not.
+    """Allow batches of 1 in a contract if the graph is proved right for them, else exclude them.
 
-    A proof is of one symbol alone; where there are several, also of all together.
+    Each batch symbol is proved separately and, if there are several, also all of them together.
+    If one proof fails, the contract allows none of them.
     """
     singles = [_cut_to_one(spec, example, {symbol}) for symbol in spec.batches()]
     if len(singles) > 1:
@@ -253,14 +276,14 @@ def _proved_for_one(
         wider = wider and proved_for(model, module, wider, single)
     if wider is not None:
         return wider
-    for single in singles:  # what was not proved is not allowed
+    for single in singles:
         if spec.holds_for(single.args, single.kwargs):
             spec = spec.larger(spec.symbols(single.args, single.kwargs))
     return spec
 
 
 def _cut_to_one(spec: InputSpec, example: Example, symbols: set[str]) -> Example:
-    """The example's inputs, with first dimensions of these symbols cut to 1."""
+    """Return the example's inputs with the first dimensions of these symbols cut to size 1."""
     single = {
         id(value): value[:1]
         for leaf, value in spec.pairs(example.args, example.kwargs)
@@ -278,10 +301,10 @@ def _cut_to_one(spec: InputSpec, example: Example, symbols: set[str]) -> Example
 
 
 def run_export(model: nn.Module, example: Example) -> ExportedProgram:
-    """torch.export, told not to take a dynamic size for larger than 1.
+    """Run torch.export without its assumption that a dynamic size is larger than 1.
 
-    By default it does: a graph from a batch of 2 is then silently wrong for a batch of 1 where
-    the source asks (batch norm in train mode does).
+    With that assumption, its default, a graph exported with a batch of 2 is silently wrong for a
+    batch of 1 where the source checks for it (as batch norm in train mode does).
     """
     config: Any = export_config  # torch installs `patch` on the module at run time
     patience = nullcontext() if example.patience == math.inf else _Patience(example.patience)
@@ -296,7 +319,7 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
 
 
 class _Patience(TorchFunctionMode):
-    """Gives up after some seconds: with every size dynamic, some models take minutes."""
+    """Raise TimeoutError after some seconds: with all sizes dynamic, some models take minutes."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -306,6 +329,6 @@ class _Patience(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if time.monotonic() > self.end:
-            self.end = math.inf  # what is left to do is to put things back
-            raise TimeoutError("more dynamic sizes than torch.export works out in a minute")
+            self.end = math.inf  # do not raise again during cleanup
+            raise TimeoutError("too many dynamic sizes: torch.export took more than a minute")
         return func(*args, **(kwargs or {}))

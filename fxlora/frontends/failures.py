@@ -1,4 +1,4 @@
-"""Errors of a capture: what failed, at which line of the model's code, and what to do."""
+"""Capture errors that name the cause, the line of the model's code and a remedy."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def capture_error(
     values: Any = (),
     otherwise: str = "",
 ) -> CaptureError:
-    """The error of a capture that failed, with what to do about it, or `otherwise`.
+    """Return the CaptureError for a failed capture, with advice on how to proceed.
 
     Args:
-        values: what went in and came out: some kinds of those fit no graph.
+        model: the source model.
+        mode: the mode that was captured, for the message.
+        error: the exception that ended the capture.
+        values: the model's inputs and outputs, some types of which no graph can hold.
+        otherwise: the advice if none fits the error.
     """
     advice = _advice(error, list(pytree.tree_leaves(values)), model) or otherwise
     return unable(model, f"could not be captured in {mode} mode", error, advice)
@@ -41,11 +45,12 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
     violated = UserErrorType.CONSTRAINT_VIOLATION
     if isinstance(error, UserError) and error.error_type is violated:
         return (
-            "Give Dim.AUTO for that dimension, or a Dim with a range that the model treats alike."
+            "Use Dim.AUTO for that dimension, or a Dim whose whole range the model treats the same "
+            "way."
         )
     if kinds := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _GRAPH_VALUES)}:
         return (
-            f"Inputs and outputs must be tensors in containers that pytree knows, not "
+            f"Inputs and outputs must be tensors in containers registered with pytree, not "
             f"{', '.join(sorted(kinds))}: register the class (torch.export.register_dataclass for "
             "a dataclass, else torch.utils._pytree.register_pytree_node), or have the model return "
             "no cache (transformers: use_cache=False, or a release whose exporters register its "
@@ -54,19 +59,20 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if kinds := {*map(_odd, (*tensors, *model.parameters(), *model.buffers()))} - {""}:
         return (
-            "Graphs are of dense tensors; among the inputs and weights are "
+            "A graph can hold dense tensors only; among the inputs and weights are "
             f"{', '.join(sorted(kinds))} ones. Convert those (to_dense, to_padded_tensor, "
             "dequantize)."
         )
     if packed := _packed(model):
         return (
-            f"'{packed}' packs its weights in an object of its own: capture the model before that."
+            f"'{packed}' packs its weights in a TorchScript object: capture the model before they "
+            "are packed."
         )
     return ""
 
 
 def _odd(tensor: torch.Tensor) -> str:
-    """What kind of tensor one is whose kernels a trace may not know, else ""."""
+    """Return "nested", "quantized" or a layout for a tensor that a trace may not support, or ""."""
     if tensor.is_nested:
         return "nested"
     if tensor.is_quantized:
@@ -75,7 +81,7 @@ def _odd(tensor: torch.Tensor) -> str:
 
 
 def _packed(model: nn.Module) -> str:
-    """The first submodule that holds an object of TorchScript's, as quantized ones do."""
+    """Return the first submodule that holds a TorchScript object (quantized ones do), or ""."""
     for path, module in model.named_modules():
         if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
             return path or type(model).__name__
@@ -83,7 +89,14 @@ def _packed(model: nn.Module) -> str:
 
 
 def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> CaptureError:
-    """An error with the line of the model's code that another one came from."""
+    """Return a CaptureError that names the line of the model's code where `error` was raised.
+
+    Args:
+        model: the source model.
+        what: the failure, as the predicate of a sentence about the model.
+        error: the exception, which becomes the cause.
+        advice: how to proceed, or "".
+    """
     lines = str(error).strip().splitlines() or [""]
     reason = " ".join([lines[0][:300], *(x.strip() for x in lines[1:] if x.startswith("  - "))])
     place = raised_at(error)

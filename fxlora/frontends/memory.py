@@ -1,4 +1,4 @@
-"""Which tensors are one memory: a graph may read a parameter by another name."""
+"""Find the parameters that a tensor shares memory with: a graph may read them by other names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .kept.undisturbed import plain_tensors
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """A number for the memory that a tensor is in."""
+    """Return a key for the storage of a tensor."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 class ParameterMemory:
-    """The memory of a model's parameters, to find them again in what export made constants."""
+    """The memory of a model's parameters, to recognize them among a graph's constants."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[Any, str] = {}
@@ -26,18 +26,22 @@ class ParameterMemory:
             if span := _span(parameter):
                 self._names[_view(parameter)] = name
                 self._spans.append((*span, name))
-        # On a module's own plain tensor (lin.weight.data) the model trains nothing: no parameter.
+        # A plain tensor stored on a module (lin.weight.data) is a constant: no gradient reaches
+        # the parameter through it.
         self._plain = {_view(tensor) for _, tensor in plain_tensors(model) if _span(tensor)}
 
     def name_of(self, tensor: Any) -> str | None:
-        """The parameter that a tensor is: a list or a closure held it."""
+        """Return the name of the parameter that a tensor is, or None.
+
+        A parameter that a list or a closure held is a constant in a graph.
+        """
         if not isinstance(tensor, torch.Tensor) or not _span(tensor):
             return None
         view = _view(tensor)
         return None if view in self._plain else self._names.get(view)
 
     def under(self, tensor: Any) -> list[str]:
-        """The parameters whose memory a tensor shows a part of."""
+        """Return the names of parameters whose memory overlaps the tensor's."""
         span = _span(tensor) if isinstance(tensor, torch.Tensor) else None
         if not span:
             return []
@@ -49,7 +53,7 @@ def _view(tensor: torch.Tensor) -> Any:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """The first address of a tensor, and the one behind its last; None where it has none."""
+    """Return a tensor's first address and the one after its last, or None if it has no memory."""
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return None
     start = tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""Observation: what a model's submodules are called with, and which weights Python reads itself."""
+"""Run a model and record the calls of its submodules and the ops that read its parameters."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class TensorLike:
-    """A tensor without its values."""
+    """The shape, dtype and device of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def make(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of this kind."""
+        """Return zeros of the given shape, with this dtype and device."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
@@ -42,9 +42,9 @@ class Call:
     """One call of a submodule.
 
     Attributes:
-        mode: of the model at the call.
-        structure: the pytree of `(args, kwargs)`.
-        leaves: a TensorLike for each tensor, constants as they are.
+        mode: the model's mode at the call.
+        structure: the pytree structure of `(args, kwargs)`.
+        leaves: a TensorLike for each plain tensor, any other leaf as it is.
     """
 
     mode: str
@@ -53,18 +53,18 @@ class Call:
 
     @property
     def opaque(self) -> bool:
-        """Whether an argument is neither a tensor nor a constant in containers of pytree."""
+        """Whether a leaf is neither a plain tensor nor a constant."""
         return not all(isinstance(leaf, (TensorLike, *_CONSTANTS)) for leaf in self.leaves)
 
     def like(self, other: Call) -> bool:
-        """Whether the calls differ in the sizes of tensors at most: one graph may serve both."""
+        """Whether the calls differ at most in tensor sizes, so that one graph may serve both."""
         pairs = zip(self.leaves, other.leaves, strict=True)
         return self.structure == other.structure and all(_alike(a, b) for a, b in pairs)
 
     def inputs(
         self, tensors: Sequence[torch.Tensor] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments like those of the call; with these tensors, or with zeros."""
+        """Return `(args, kwargs)` like the call's, with the given tensors or else with zeros."""
         given = iter(tensors if tensors is not None else ())
         values = [
             leaf
@@ -79,15 +79,15 @@ class Call:
 
 @dataclass
 class Observation:
-    """What was seen in one run of the model per mode.
+    """The record of one run of the model per mode.
 
     Attributes:
-        calls: of each submodule, by path.
-        reads: of each parameter, by name: the submodules inside which an op took it, and where
-            in the source.
-        failures: what the model raised, by mode.
-        args, kwargs: what it was called with.
-        outcomes: outputs and buffers after it, by mode.
+        calls: the calls of each submodule, by path.
+        reads: for each parameter that an op reads, by name: the paths of the submodules around
+            the op, outermost first, mapped to the `file:line` of the first read inside them.
+        failures: the exception that the model raised, by mode.
+        args, kwargs: the model's inputs.
+        outcomes: the model's output tensors and its buffers after the run, by mode.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
@@ -100,19 +100,19 @@ class Observation:
     outcomes: dict[str, list[torch.Tensor]] = field(default_factory=dict[str, list[torch.Tensor]])
 
     def ran(self, module: nn.Module, mode: str) -> bool:
-        """Whether a module gives in this mode what the model gave, up to rounding."""
+        """Whether a module's outcome in this mode equals the model's, up to rounding."""
         if mode in self.failures:
             return True  # nothing to compare with
         try:
             with undisturbed(module), Draws():
                 found = outcome(module, self.args, self.kwargs)
-        except Exception:  # noqa: BLE001 - where the model raised nothing
+        except Exception:  # noqa: BLE001 - any error is a difference: the model raised none
             return False
         expected = self.outcomes[mode]
         return len(found) == len(expected) and all(map(_same, found, expected))
 
     def outside(self, regions: set[str]) -> dict[str, str]:
-        """Where parameters are read outside of all these submodules, by the parameters' names."""
+        """Map each parameter that is read outside of all these submodules to where it is read."""
         found: dict[str, str] = {}
         for name, places in self.reads.items():
             for inside, line in places.items():
@@ -122,20 +122,20 @@ class Observation:
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
-    """Run a copy of the model (over the same parameters) once in each mode, and watch."""
+    """Run a copy of the model (over the same parameters) once in each mode, and record the runs."""
     seen = Observation(args=args, kwargs=kwargs)
     for mode in MODES:
         twin = separate_copy(model)
         try:
             with mode_of(twin, mode == "train"), Draws(), _Watch(twin, mode, seen):
                 seen.outcomes[mode] = outcome(twin, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - the model raises what it likes
+        except Exception as error:  # noqa: BLE001 - the model may raise anything
             seen.failures[mode] = error
     return seen
 
 
 def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that a call gives, and the buffers after it, under one seed."""
+    """Return the output tensors of a call and the buffers after it, under a fixed seed."""
     args, kwargs = pytree.tree_map(_cloned, (args, kwargs))
     current().seed_all(0)
     leaves = pytree.tree_leaves(module(*args, **kwargs))
@@ -155,15 +155,18 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def refuse_closures(model: nn.Module, failure: CaptureError) -> None:
-    """Refuse functions on a model that reach its modules by themselves: no copy redirects them.
+    """Raise if an attribute holds a function with a module or tensor in its closure.
+
+    In a copy of the model, the function would still use the original.
 
     Raises:
         CaptureError: names the attribute.
     """
     if attribute := attribute_that_reaches_modules(model):
         raise CaptureError(
-            f"{failure} Nor by regions: '{attribute}' holds a function that reaches a module or "
-            "tensor by itself, so that no copy of the model can be made. Make it a method."
+            f"{failure} Its submodules cannot be captured instead: '{attribute}' holds a function "
+            "with a module or tensor in its closure, which a copy of the model would share. Make "
+            "it a method."
         )
 
 
@@ -172,7 +175,7 @@ def _cloned(leaf: Any) -> Any:
 
 
 class _Watch(TorchDispatchMode):
-    """Records calls of submodules, and ops on parameters with the submodules they are inside."""
+    """Records calls of submodules, and ops on parameters with the submodules around each op."""
 
     def __init__(self, model: nn.Module, mode: str, seen: Observation) -> None:
         super().__init__()
@@ -183,7 +186,7 @@ class _Watch(TorchDispatchMode):
             self.names.setdefault(storage_of(parameter), []).append(name)
         for path, module in model.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
-                # before the module's own hooks, which an export runs, too
+                # Before the module's own hooks: an export of the module runs them, too.
                 module.register_forward_pre_hook(
                     partial(self._enter, path), prepend=True, with_kwargs=True
                 )
@@ -209,13 +212,14 @@ class _Watch(TorchDispatchMode):
                 self._note(name)
                 if argument.alias_info and argument.alias_info.is_write:
                     raise CaptureError(
-                        f"{called_at()}: Python outside of any graph writes to '{name}', the "
-                        "source model's own. Copy it there before it is written to."
+                        f"{called_at()}: Python code outside of any graph writes in place to "
+                        f"'{name}', a parameter of the source model. Copy it there before the "
+                        "write."
                     )
         return func(*args, **kwargs)
 
     def _parameters(self, values: Any) -> Iterator[str]:
-        """Names of the parameters among an op's arguments, views of them included."""
+        """Yield the names of parameters among an op's arguments, also through views of them."""
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Tensor):
                 yield from self.names.get(storage_of(value), ())
@@ -228,7 +232,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _plain(given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """Sizes as the tuples that torch.export takes them for."""
+    """Replace each torch.Size among the arguments by a tuple, as torch.export does."""
     args, kwargs = given
 
     def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Places in the model's own code, for errors: what raised, and what fixed a size."""
+"""Find the line of the model's own code that an error message should name."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _PACKAGES = tuple(f"{sysconfig.get_path(kind)}/" for kind in ("purelib", "platli
 
 
 def raised_at(error: BaseException) -> str:
-    """`file:line` of the model's code that an error came from, or ""."""
+    """Return the `file:line` of the model's code where an error was raised, or ""."""
     return _innermost(_down(error.__traceback__))
 
 
 def called_at() -> str:
-    """`file:line` of the model's code that is running now, below fxlora's own; or ""."""
+    """Return the `file:line` of the model's code that is running now, or ""."""
     return _innermost(reversed(list(_up(inspect.currentframe()))))
 
 
 def defined_at(function: Callable[..., object]) -> str:
-    """`file:line` of a function's definition."""
+    """Return the `file:line` of a function's definition, or its repr if it has no code object."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
@@ -42,7 +42,10 @@ def _down(trace: TracebackType | None) -> Iterable[tuple[str, int]]:
 
 
 def _up(frame: FrameType | None) -> Iterable[tuple[str, int]]:
-    """From here up to where fxlora called torch.export; what called fxlora is not the model."""
+    """Yield frames from here up to fxlora's call of torch.export or of the model.
+
+    The frames above that call are fxlora's and its caller's, not the model's.
+    """
     inside = False
     while frame is not None:
         name = frame.f_code.co_filename
@@ -54,7 +57,7 @@ def _up(frame: FrameType | None) -> Iterable[tuple[str, int]]:
 
 
 def _innermost(places: Iterable[tuple[str, int]]) -> str:
-    """The last place in the model's code; failing that, in torch's own modules."""
+    """Return the last place in the model's code or, if there is none, in torch's own modules."""
     users = modules = ""
     for name, line in places:
         if name.startswith((f"{_TORCH}nn/modules/", f"{_TORCH}nn/utils/")):

@@ -1,7 +1,7 @@
-"""Capture by regions: the road for a model that has no whole graph.
+"""Capture by regions, for a model that has no whole graph.
 
-The model runs once per mode; the largest submodules that torch.export takes, for every call that
-was seen, become graphs. What is around them stays Python.
+The model runs once per mode. The largest submodules that torch.export can capture for all their
+recorded calls become graphs; the code around them stays Python.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from .kept.undisturbed import mode_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
 from .tree import separate_copy, working_copy
 
-# Ways of calling one submodule that get a graph each; beyond, its children are tried.
+# The most kinds of calls of a submodule, and the most sizes per kind, that get a graph each. If
+# there are more, the submodule's children are tried.
 MOST_GRAPHS = 16
-# Seconds for an attempt that has a less dynamic one after it.
+# Time limit, in seconds, for an export that a less dynamic attempt can replace.
 PATIENCE = 60.0
 
 
 class Regions:
-    """The regions of a model, as far as they are found to give what it gives.
+    """The regions of a model: submodules that become graphs.
+
+    `capture` exports them; `leave` excludes those that change the model's outputs.
 
     Raises:
-        CaptureError: the model does not run on these inputs, or its Python is out of reach.
+        CaptureError: the model does not run on these inputs, or it holds a function that a copy
+            of the model would share (see `refuse_closures`).
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Regions:
         self._known: dict[str, list[Source]] = {}
 
     def capture(self) -> tuple[list[Source], ParentModule]:
-        """The graphs, and the Python around them.
+        """Return the regions' graphs, and the parent module that runs the Python code around them.
 
         Raises:
             CaptureError: no submodule has a graph.
@@ -70,11 +74,11 @@ class Regions:
         return sources, parent
 
     def leave(self, paths: Collection[str]) -> None:
-        """Take these for no regions; their submodules may be."""
+        """Exclude these submodules from the regions; the submodules inside them may be regions."""
         self._left |= set(paths)
 
     def _below(self, path: str) -> Iterator[Source]:
-        """The graphs of a submodule, or else those of the submodules in it."""
+        """Yield the graphs of a submodule or, if it has none, of the submodules inside it."""
         module = self.model.get_submodule(path)
         if next(module.parameters(), None) is None:
             return  # nothing to adapt
@@ -86,17 +90,18 @@ class Regions:
 
     def _of(self, path: str) -> list[Source]:
         if path in self._left:
-            raise CaptureError(f"'{path}' does not give as a region what it gives in the model.")
+            raise CaptureError(f"'{path}' changes the model's outputs or buffers as a region.")
         if path not in self._known:
             self._known[path] = _graphs(self._traced, path, self.seen.calls.get(path, ()))
         return [source.copied() for source in self._known[path]]
 
 
 def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
-    """The regions with which the example's outputs or buffers are not the source's, up to rounding.
+    """Return the regions that change the example's outputs or buffers by more than rounding.
 
-    What passes between a submodule and the Python around it besides arguments (an attribute set
-    from outside, a mode changed on the way) shows here.
+    A region does so if it and the Python code around it share more than arguments and outputs (an
+    attribute set from outside, a mode changed in between). If no region does so by itself, but
+    all together do, all are returned.
     """
     parent = module.parent_module
     assert parent is not None
@@ -121,24 +126,24 @@ def _children(module: nn.Module, path: str) -> list[str]:
 
 
 def _graphs(root: nn.Module, path: str, calls: Sequence[Call]) -> list[Source]:
-    """As few graphs as serve all the calls that were seen.
+    """Export a submodule in as few graphs as serve all its recorded calls.
 
     Raises:
-        CaptureError: a call has no graph, or there was none.
+        CaptureError: a call has no graph, there was no call, or there are too many kinds of calls.
     """
     kinds: list[list[Call]] = []
     for call in calls:
         if call.opaque:
-            raise CaptureError(f"'{path}' is called with an object that no graph can take.")
+            raise CaptureError(f"'{path}' is called with an object that a graph cannot take.")
         same = next((kind for kind in kinds if kind[0].like(call)), None)
         kinds.append([call]) if same is None else same.append(call)
     if not 0 < len(kinds) <= MOST_GRAPHS:
-        raise CaptureError(f"'{path}' is called in {len(kinds)} ways.")
+        raise CaptureError(f"'{path}' is called with {len(kinds)} kinds of arguments.")
     return [source for same in kinds for source in _graphs_of_kind(root, path, same)]
 
 
 def _graphs_of_kind(root: nn.Module, path: str, calls: Sequence[Call]) -> list[Source]:
-    """One graph for calls that differ in sizes alone; or else one graph per size."""
+    """Export one graph for calls that differ only in sizes or, failing that, one graph per size."""
     try:
         return [_graph(root, path, calls)]
     except CaptureError:
@@ -170,7 +175,11 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
 
 
 def _serve(root: nn.Module, source: Source, call: Call) -> None:
-    """Raise unless the graph holds for a call, if need be after its sizes of 0 and 1 are proved."""
+    """Raise CaptureError unless the graph holds for a call.
+
+    If its contract excludes the call, the contract is first widened to the call's sizes of 0 and
+    1, where the graph is proved right for them.
+    """
     spec, module = source.inputs[call.mode], source.modules[call.mode]
     assert spec is not None
     args, kwargs = call.inputs()
@@ -186,13 +195,19 @@ def _serve(root: nn.Module, source: Source, call: Call) -> None:
         source.inputs |= dict.fromkeys(alike, wider)
 
 
-# ---- what to export with ------------------------------------------------------------------------
+# ---- examples to export with --------------------------------------------------------------------
 
 
 def _examples(calls: Sequence[Call]) -> Iterator[Example]:
-    """Inputs to try, from the most dynamic to the least: the largest call that was seen, with
-    every size dynamic (without those of 1: they may broadcast); with those that vary, and the
-    first of each tensor; with those that vary."""
+    """Yield the examples to try, from the most dynamic to the least.
+
+    All have the inputs of the largest recorded call. The dynamic dimensions are, in turn:
+
+    1. all;
+    2. as 1, without those of size 1 (they may broadcast) that are not among 3;
+    3. those that vary between calls, and the first of each tensor;
+    4. those that vary between calls.
+    """
     base = max(calls, key=lambda call: sum(math.prod(shape) for shape in _shapes(call)))
     varied = {
         (number, axis)
@@ -213,13 +228,13 @@ def _examples(calls: Sequence[Call]) -> Iterator[Example]:
 
 
 def _example(call: Call, dynamic: set[tuple[int, int]]) -> Example:
-    """Inputs like a call's, dynamic in these axes of its tensors (by number)."""
+    """Return inputs like a call's, dynamic in these `(number of the tensor, axis)` pairs."""
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, TensorLike)]
     shapes = ShapesCollection()
     made: list[Any] = []
     for number, tensor in enumerate(tensors):
         axes = {axis for axis in range(len(tensor.shape)) if (number, axis) in dynamic}
-        # torch.export would fix a size of 1 (and has no use for one of 0)
+        # torch.export would fix sizes of 0 and 1.
         sizes = (max(2, s) if axis in axes else s for axis, s in enumerate(tensor.shape))
         made.append(tensor.make(tuple(sizes)))
         shapes[made[-1]] = dict.fromkeys(axes, Dim.AUTO)

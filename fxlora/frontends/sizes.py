@@ -1,9 +1,9 @@
-"""Dimensions that were asked to be dynamic and came out static, and the line that fixed them.
+"""Find dimensions that were asked to be dynamic but came out static, and the line that fixed them.
 
-torch.export makes a symbol for every dimension that is asked to be dynamic, however that was
-said, and none for the others. A symbol that it then sets equal to a number is a dimension that
-the model's code has fixed. It tells so for some spellings (`Dim.DYNAMIC`, a named `Dim`) and
-keeps silent for others (`Dim.AUTO`); in neither case does it say where.
+torch.export makes a symbol for every dimension that is asked to be dynamic, in whichever form,
+and none for the others. If it then sets a symbol equal to a number, the model's code has fixed
+that dimension. torch.export reports this for some forms (`Dim.DYNAMIC`, a named `Dim`) and not
+for others (`Dim.AUTO`); in neither case does it report where.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from .places import called_at
 
 @dataclass
 class Sizes:
-    """What torch.export sets symbols equal to while it traces, and where."""
+    """The symbols that torch.export replaces while it traces.
+
+    Attributes:
+        known: by symbol, its replacement and the place in the model's code that caused it.
+        env: the ShapeEnv of the first symbol that was replaced.
+    """
 
     known: dict[sympy.Symbol, tuple[sympy.Expr, str]] = field(
         default_factory=dict[sympy.Symbol, tuple[sympy.Expr, str]]
@@ -35,12 +40,12 @@ class Sizes:
 
     def record(self, env: Any, symbol: sympy.Symbol, value: sympy.Expr) -> None:
         self.env = self.env or env
-        # the first place says most: what comes later follows from it
+        # Keep the first place: it is the cause, and later replacements follow from it.
         place = self.known[symbol][1] if symbol in self.known else called_at()
         self.known[symbol] = (value, place)
 
     def fixed(self) -> dict[str, tuple[int, str]]:
-        """Input dimensions that are numbers now: name → (number, place in the model's code)."""
+        """Return the input dimensions that are now numbers: name → (number, place in the code)."""
         inputs: dict[sympy.Symbol, list[Any]] = self.env.var_to_sources if self.env else {}
         found: dict[str, tuple[int, str]] = {}
         for symbol, sources in inputs.items():
@@ -50,7 +55,7 @@ class Sizes:
         return found
 
     def _resolved(self, symbol: sympy.Symbol) -> tuple[sympy.Expr, str]:
-        """A symbol's value, through other symbols, with the place of the last step."""
+        """Return a symbol's value after all known substitutions, and the place of the last one."""
         value: Any = symbol
         place = ""
         while known := next((s for s in value.free_symbols if s in self.known), None):
@@ -61,13 +66,13 @@ class Sizes:
 
 @contextmanager
 def watched_sizes() -> Generator[Sizes]:
-    """Record the sizes that torch.export fixes inside."""
+    """Record the symbols that torch.export replaces inside this context."""
     sizes = Sizes()
     original = ShapeEnv._set_replacement
 
     def recorded(self: ShapeEnv, a: sympy.Symbol, tgt: sympy.Expr, msg: str) -> None:
         original(self, a, tgt, msg)
-        if a in self.replacements:  # it may decline
+        if a in self.replacements:  # torch may reject the replacement
             sizes.record(self, a, self.replacements[a])
 
     with patched(ShapeEnv, _set_replacement=recorded):
@@ -76,10 +81,10 @@ def watched_sizes() -> Generator[Sizes]:
 
 @contextmanager
 def refuse_fixed_sizes(model: nn.Module, mode: str) -> Generator[None]:
-    """Raise where an export fixes a dimension that it was asked to keep dynamic.
+    """Raise if an export fixes a dimension that it was asked to keep dynamic.
 
     Raises:
-        CaptureError: names each such dimension, and the line that fixed it.
+        CaptureError: names each of these dimensions, and the line that fixed it.
     """
     with watched_sizes() as sizes:
         try:
@@ -94,16 +99,16 @@ def refuse_fixed_sizes(model: nn.Module, mode: str) -> Generator[None]:
 
 
 def _fixed_error(model: nn.Module, mode: str, fixed: dict[str, tuple[int, str]]) -> CaptureError:
-    unknown = "a line that torch.export does not tell"
+    unknown = "a line that torch.export does not report"
     found = [f"{name} is {size}, by {place or unknown}" for name, (size, place) in fixed.items()]
     return CaptureError(
         f"{type(model).__name__}: dynamic_shapes asks for dynamic dimensions that the model fixes "
-        f"in {mode} mode: {'; '.join(found)}. Have the model take any "
-        "size there, or leave the dimension out of dynamic_shapes: it is static then."
+        f"in {mode} mode: {'; '.join(found)}. Make the model accept any "
+        "size there, or leave the dimension out of dynamic_shapes, which makes it static."
     )
 
 
 def _readable(source: str) -> str:
-    """`L['x'].size()[1]` as `x, dimension 1`."""
+    """Rewrite `L['x'].size()[1]` as `x, dimension 1`."""
     text = re.sub(r"^L\['(\w+)'\]", r"\1", source)
     return re.sub(r"\.size\(\)\[(\d+)\]$", r", dimension \1", text)

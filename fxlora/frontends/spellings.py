@@ -1,7 +1,7 @@
-"""The dialect: how Python spells the ops that read weights, and their aten overloads.
+"""Lower the Python calls of ops that read weights to aten overloads.
 
-Everything after capture sees aten overloads only. torch.export emits them itself; graphs from
-the symbolic tracer hold functions and methods, which `spelled` translates.
+After capture, the ops that read weights are aten overloads. torch.export emits them itself;
+graphs from the symbolic tracer hold functions and methods, which `lower` replaces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 aten = torch.ops.aten
 
-# Modules whose forward is one such op: the tracer goes inside them.
+# Modules whose forward is a single op that reads a weight: the tracer goes inside them.
 WEIGHT_MODULES = (
     nn.Linear,
     nn.Conv1d,
@@ -42,16 +42,16 @@ def _as_given(bound: Bound) -> None:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A Python function and the overload it stands for.
+    """A Python function or method, and the aten overload that replaces calls of it.
 
     Attributes:
-        parameters: the function's, in order.
-        overload: which one a call stands for.
-        order: the overload's arguments, by the function's names (and those that `prepare` adds).
-        defaults: of the parameters.
-        prepare: what the function does before it calls the overload: changes the arguments, which
-            are torch.fx's proxies, in place.
-        result: which of the overload's results the function returns, where it has several.
+        parameters: names of the function's parameters, in order.
+        overload: returns the overload for a call's arguments.
+        order: the overload's arguments, by the names in `parameters` or added by `prepare`.
+        defaults: default values of the parameters.
+        prepare: repeats the function's steps before its call of the overload: changes the
+            arguments, whose nodes are torch.fx proxies, in place.
+        result: index of the overload's result that the function returns, if it has several.
     """
 
     parameters: tuple[str, ...]
@@ -62,7 +62,7 @@ class Spelling:
     result: int | None = None
 
     def bind(self, node: fx.Node) -> Bound | None:
-        """The arguments of a call by name, or None where it has others (beta=, out=)."""
+        """Return the arguments of a call by name, or None if it has others (beta=, out=)."""
         given = dict(zip(self.parameters, node.args, strict=False))
         bound = {**self.defaults, **given, **node.kwargs}
         fits = len(node.args) <= len(self.parameters) and set(bound) == set(self.parameters)
@@ -111,7 +111,7 @@ def _look_up(bound: Bound) -> None:
     row = bound["padding_idx"]
     if row is None:
         bound["padding_idx"] = -1
-    elif row < 0:  # from the end, for the function
+    elif row < 0:  # F.embedding counts it from the end
         bound["padding_idx"] = row + aten.sym_size.int(bound["weight"], 0)
 
 
@@ -134,7 +134,7 @@ _MM = _plain(aten.mm.default, "input", "mat2")
 _ADDMM = _plain(aten.addmm.default, "input", "mat1", "mat2")
 _BMM = _plain(aten.bmm.default, "input", "mat2")
 _BADDBMM = _plain(aten.baddbmm.default, "input", "batch1", "batch2")
-# Of three and more operands the order of the products is torch.einsum's to choose.
+# With three or more operands, torch.einsum chooses the order of the contractions.
 _EINSUM = Spelling(
     ("equation", "first", "second"),
     lambda _: aten.einsum.default,
@@ -198,9 +198,9 @@ SPELLINGS: dict[object, Spelling] = {
 
 
 def lower(graph: fx.Graph) -> None:
-    """Rewrite every spelling in a traced graph as its aten overload, in place.
+    """Replace the calls in a traced graph that `SPELLINGS` lists by their aten overloads, in place.
 
-    A call with arguments that the overload lacks stays: the weight form serves any function.
+    A call with arguments that its `Spelling` lacks is kept: the weight form works for any function.
     """
     for node in list(graph.nodes):
         if node.op in ("call_function", "call_method") and node.target in SPELLINGS:
@@ -210,7 +210,7 @@ def lower(graph: fx.Graph) -> None:
 
 
 def _as_declared(overload: Any, given: list[Any]) -> list[Any]:
-    """Arguments as the overload declares them: where it wants n integers, Python takes one, too."""
+    """Convert arguments to the schema's types: Python accepts one integer for a list of n."""
     declared = overload._schema.arguments
     return [
         _repeated(value, argument.N) if _wants_integers(argument.type) else value
@@ -226,7 +226,7 @@ def _wants_integers(kind: Any) -> bool:
 
 
 def _repeated(value: Any, number: int | None) -> Any:
-    """n integers for one, or for a sequence of one."""
+    """Expand one integer, or a sequence of one, to a list of n integers."""
     if not number or value is None or isinstance(value, fx.Proxy):
         return value
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Capture through torch.fx's symbolic tracer: the road for a model without example inputs."""
+"""Capture through torch.fx's symbolic tracer, for a model without example inputs."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ from .tree import separate_copy
 
 
 class WeightTracer(fx.Tracer):
-    """torch.fx's tracer, which goes inside the modules that are one weight-reading op."""
+    """A torch.fx tracer that goes inside modules whose forward is one op that reads a weight."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) not in WEIGHT_MODULES and super().is_leaf_module(m, module_qualified_name)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """As torch.fx's, where no context stands around a call: the graph would not have it.
+        """Create a proxy, but raise RuntimeError under autocast, no_grad or inference_mode.
 
-        (An autograd.Function's forward runs under no_grad by itself.)
+        The graph would lose these contexts. Under no_grad, the call of an autograd.Function is
+        allowed, because the Function's forward runs under no_grad by itself.
         """
         hidden = not torch.is_grad_enabled() and not isinstance(target, FunctionCall)
         if hidden or torch.is_autocast_enabled("cpu"):
             context = "autocast" if torch.is_grad_enabled() else "no_grad (or inference_mode)"
             raise RuntimeError(
-                f"the forward computes under torch.{context}, which the tracer does not see."
+                f"the forward runs ops under torch.{context}, which the tracer does not record."
             )
         return super().create_proxy(kind, target, *args, **kwargs)
 
 
 def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
-    """The lowered graph of one mode, over the model's parameters and the constants it met.
+    """Trace one mode to a lowered graph, over the model's parameters and the traced constants.
 
     Raises:
-        CaptureError: the model's forward cannot be run on symbolic values, or computes with its
-            parameters out of the tracer's sight.
+        CaptureError: the model's forward cannot run on symbolic values, or it computes with its
+            parameters where the tracer does not record the ops.
     """
     try:
         traced = separate_copy(model)
@@ -58,7 +59,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
             stack.enter_context(_Watch(traced))
             graph = WeightTracer().trace(traced, _defaults(traced))
             refuse_unwritable(graph)
-            module = fx.GraphModule(traced, graph)  # takes the constants along, which are on traced
+            module = fx.GraphModule(traced, graph)  # copies the constants from `traced`, too
     except CaptureError:
         raise
     except Exception as error:
@@ -70,7 +71,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Arguments that are None, a flag or a word unless given: the forward branches on those."""
+    """Return the defaults that are None, a bool or a string: the forward may branch on those."""
     parameters = inspect.signature(model.forward).parameters
     return {
         name: parameter.default
@@ -80,7 +81,10 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses what the tracer would bake into the graph: values of parameters, buffers, draws."""
+    """Refuses ops whose results would be constants of the graph.
+
+    These are ops on real parameters or buffers, and ops that draw random numbers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -99,7 +103,7 @@ class _Watch(TorchDispatchMode):
                 )
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise RuntimeError(
-                f"{func} draws random numbers while the model is traced, which would be constants. "
-                "Give example inputs: capture(model, args)."
+                f"{func} draws random numbers while the model is traced, so they would be "
+                "constants. Give example inputs: capture(model, args)."
             )
         return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The parameter tree of a captured module: the source's names over the source's storage."""
+"""Build a captured module's parameter tree: the source's names, sharing the source's storage."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .kept.undisturbed import plain_tensors
 
 
 def refuse_lazy(model: nn.Module) -> None:
-    """Raise where a parameter or buffer has no shape yet.
+    """Raise if a parameter or buffer has no shape yet.
 
     Raises:
-        CaptureError: names it.
+        CaptureError: names the parameter or buffer.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
@@ -34,18 +34,20 @@ def refuse_lazy(model: nn.Module) -> None:
 
 
 def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:
-    """Containers with the model's names; parameters share storage, buffers are copies.
+    """Build a tree of modules with the model's names; parameters share storage, buffers are copies.
 
     Args:
-        leaves: paths of submodules that the graph calls, kept whole (over shared storage).
-        written: names of parameters that the graph itself writes to, which are copied.
+        model: the source model.
+        leaves: paths of submodules that a graph calls; each is copied whole, with its tensors
+            treated in the same way.
+        written: names of parameters that a graph or the parent may write to; these are copied.
     """
     memo = _own_tensors(model, written)
 
     def held(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: None if t is None else memo[id(t)] for name, t in tensors.items()}
 
-    containers: dict[int, nn.Module] = {}  # a module under two names is one here, too
+    containers: dict[int, nn.Module] = {}  # a module with two names stays one module
 
     def container(module: nn.Module, path: str) -> nn.Module:
         if path in leaves:
@@ -67,19 +69,21 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
 
 
 def separate_copy(model: nn.Module) -> nn.Module:
-    """The same modules over other Parameters in the same memory: what a forward sets stays there.
+    """Copy a model's modules, with new Parameters over the same memory.
 
-    (What it writes into a parameter in place does not.)
+    Attributes that a forward sets stay on the copy. An in-place write to a parameter also changes
+    the model's.
     """
     return copied_module(model, _own_parameters(model))
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """The same modules over the same memory, to be traced: the user's keep mode, hooks, attributes.
+    """Copy a model's modules for a trace, with all tensors over the same memory.
 
-    Nothing is computed on real values in a trace, so that nothing is written. Of a model that
-    cannot be copied (something on it cannot, or a function reaches its modules by itself) it is
-    the model itself, which is put back as it was.
+    The user's modules keep their mode, hooks and attributes. A trace computes nothing on real
+    values, so that it writes nothing to the shared memory. If the model cannot be copied (an
+    attribute cannot, or a function has a module or tensor in its closure), return the model
+    itself, which `undisturbed` restores after the trace.
     """
     if attribute_that_reaches_modules(model) is not None:
         return model
@@ -88,12 +92,12 @@ def working_copy(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
     try:
         return copied_module(model, memo)
-    except Exception:  # noqa: BLE001 - what is on a module copies in its own way, or not
+    except Exception:  # noqa: BLE001 - copying a user's object may raise anything
         return model
 
 
 def _own_parameters(model: nn.Module) -> dict[int, Any]:
-    """For a deep copy: a Parameter of its own for each, over the same memory."""
+    """Return a deepcopy memo with a new Parameter, over the same memory, for each parameter."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         own = memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -102,8 +106,10 @@ def _own_parameters(model: nn.Module) -> dict[int, Any]:
 
 
 def attribute_that_reaches_modules(model: nn.Module) -> str | None:
-    """The first attribute that holds a function with a module or tensor of its own: no copy of the
-    model redirects it."""
+    """Return the first attribute that holds a function with a module or tensor in its closure.
+
+    A deep copy of the model does not copy closures. Returns None if there is no such attribute.
+    """
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
             for leaf in pytree.tree_leaves(value):
@@ -119,7 +125,7 @@ def _closed_over(value: Any) -> Iterator[Any]:
 
 
 def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
-    """Put a constant or a nested graph of a captured graph into the tree."""
+    """Register a graph's constant (as a buffer) or nested graph in the tree, under its path."""
     owner, _, name = path.rpartition(".")
     container = tree
     for part in owner.split(".") if owner else []:
@@ -149,7 +155,7 @@ def _holds_anything(module: nn.Module) -> bool:
 
 
 def read_by_own_names(module: CapturedModule) -> None:
-    """Let every module's read of a tied weight fetch it under that module's name."""
+    """Have each module's read of a tied weight fetch it under that module's name for it."""
     ties = [names for names in module.aliases().values() if len(names) > 1]
     for graph in module.distinct_graphs() if ties else ():
         for node in list(graph.nodes):
@@ -175,7 +181,7 @@ def _split(graph: fx.Graph, node: fx.Node, names: Sequence[str]) -> None:
 
 
 def _own_name(site: str, names: Sequence[str]) -> str | None:
-    """The name that the module which calls has for the weight: of the innermost that has one."""
+    """Return a weight's name in the innermost module around a call that has one, or None."""
     owners = {name.rpartition(".")[0]: name for name in reversed(names)}
     around = [owner for owner in owners if owner and f"{site}.".startswith(f"{owner}.")]
     return owners[max(around, key=len)] if around else None

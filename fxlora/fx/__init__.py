@@ -1,1 +1,1 @@
-"""What torch.fx lacks: arguments by name, nested graphs, writes, comparison of graphs."""
+"""Helpers that torch.fx lacks: arguments by name, nested graphs, writes, graph comparison."""

@@ -1,4 +1,4 @@
-"""One call in a graph: its arguments by name, its op, and where in the model it comes from."""
+"""Helpers for a single call node: its arguments by name, its op, and its place in the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import fx
 
 
 def argument(node: fx.Node, position: int, default: Any = None) -> Any:
-    """An argument of a call, by the position that it has in the schema."""
+    """Return the argument at a position of the op's schema, whether passed by position or name.
+
+    An argument that the call does not pass has the schema's default. `default` is returned for a
+    target without a schema, and for a position that the schema does not have.
+    """
     if position < len(node.args):
         return node.args[position]
     schema: Any = getattr(node.target, "_schema", None)
@@ -22,7 +26,7 @@ def argument(node: fx.Node, position: int, default: Any = None) -> Any:
 
 
 def named_argument(node: fx.Node, *names: str) -> Any:
-    """An argument of a call by its name in the schema (the first name that it has), or None."""
+    """Return the argument for the first of the names that the op's schema has, or None."""
     schema: Any = getattr(node.target, "_schema", None)
     declared = [a.name for a in schema.arguments] if schema else []
     position = next((declared.index(name) for name in names if name in declared), None)
@@ -30,22 +34,23 @@ def named_argument(node: fx.Node, *names: str) -> Any:
 
 
 def example_value(node: Any) -> torch.Tensor | None:
-    """The example value of a node; the tracer leaves none."""
+    """Return the example tensor of a node, or None; the tracer records none."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 
 def flat_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, as often as they stand there."""
+    """Return the nodes among a node's arguments, each as often as it occurs."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
 def is_torchs(node: fx.Node) -> bool:
-    """Whether a call is of an op, a function or a method of torch's own, or a Python operator.
+    """Whether a call's target is an op, function or method of torch, or a Python operator.
 
-    What a user's function, op, module or autograd.Function of the same name does is another thing.
+    A user's function, op, module or autograd.Function of the same name may do something else. A
+    higher-order op does not count.
     """
     if node.op == "call_method":
         return True
@@ -59,19 +64,19 @@ def is_torchs(node: fx.Node) -> bool:
 
 
 def torch_kind(node: fx.Node) -> str:
-    """The kind of a call of torch's own, else ""."""
+    """Return the kind of a call whose target is torch's (see `is_torchs`), else ""."""
     return kind_of(node) if is_torchs(node) else ""
 
 
 def qualified_kind(node: fx.Node) -> str:
-    """The kind of a call of a registered op with its namespace ("aten.add"), else ""."""
+    """Return the kind of a call of a registered op, with its namespace ("aten.add"), else ""."""
     if isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.namespace}.{kind_of(node)}"
     return ""
 
 
 def frozen(node: fx.Node, name: Callable[[fx.Node], Hashable]) -> Hashable:
-    """The arguments of a call as a value to compare by, with a name for each node in them.
+    """Return a call's arguments as a hashable value, with `name(node)` for each node in them.
 
     Raises:
         TypeError: an argument cannot be hashed.
@@ -93,25 +98,25 @@ def frozen(node: fx.Node, name: Callable[[fx.Node], Hashable]) -> Hashable:
 
 
 def kind_of(node: fx.Node) -> str:
-    """A name for a call that has no row: its op's."""
+    """Return the name of a call's op (without its overload), function, method or module."""
     packet = getattr(node.target, "overloadpacket", None)
     name = getattr(packet, "__name__", None) or getattr(node.target, "__name__", None)
     return str(name or node.target)
 
 
 def call_site(node: fx.Node) -> str:
-    """Path of the module whose forward made the call, as far as capture knows; "" is the model."""
+    """Return the path of the module whose forward made the call, or "" (the model, or unknown)."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]).partition("@")[0] if stack else ""
 
 
 def source_line(node: fx.Node) -> str:
-    """The last `file:line` of the call's stack trace, or "" (generated code is no place)."""
+    """Return the last `file:line` of the call's stack trace, or ""; generated code is skipped."""
     places = re.findall(r'File "([^"<]+)", line (\d+)', node.stack_trace or "")
     return ":".join(places[-1]) if places else ""
 
 
 def module_classes(node: fx.Node) -> list[str]:
-    """The classes of the modules around a call, as far as capture knows, from the outermost in."""
+    """Return the classes of the modules around a call, outermost first, as far as known."""
     kinds = [kind for _, kind in node.meta.get("nn_module_stack", {}).values()]
     return [k if isinstance(k, str) else f"{k.__module__}.{k.__qualname__}" for k in kinds]

@@ -1,4 +1,4 @@
-"""Whether two graphs are the same computation, node for node."""
+"""Compare graphs node by node: whether they are the same computation, and where they differ."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _END = torch.iinfo(torch.int64).max
 
 
 def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
-    """Equal node for node, op for op, argument for argument, and in the constants they hold."""
+    """Whether two modules' graphs have equal nodes, ops, arguments and constants."""
     return alike_graphs(first.graph, second.graph)
 
 
 def alike_graphs(first: fx.Graph, second: fx.Graph) -> bool:
-    """The same for graphs that their modules own."""
+    """As `alike`, for two graphs, each with an owning module."""
     return difference(first, second) is None and _same_constants(first, second)
 
 
 def difference(first: fx.Graph, second: fx.Graph) -> str | None:
-    """What the first differing node is, or None. Node names do not count."""
+    """Describe the first difference of two graphs, or return None. Node names do not count."""
     pair = first_difference(first, second)
     if pair and len(pair[0].graph.nodes) != len(pair[1].graph.nodes):
         return f"{len(pair[0].graph.nodes)} nodes against {len(pair[1].graph.nodes)}"
@@ -34,7 +34,7 @@ def difference(first: fx.Graph, second: fx.Graph) -> str | None:
 
 
 def first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
-    """The first nodes that differ, in these graphs or in those nested in them."""
+    """Return the first pair of nodes that differ, in these or in nested graphs, or None."""
     numbers: dict[fx.Node, int] = {}
     for index, (a, b) in enumerate(zip(first.nodes, second.nodes, strict=False)):
         numbers[a] = numbers[b] = index
@@ -42,12 +42,12 @@ def first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Node, fx.Nod
             if found := first_difference(inner[0].graph, inner[1].graph):
                 return found
         elif _form(a, numbers) != _form(b, numbers):
-            return a, b  # the last node of a shorter graph, an output, differs too
+            return a, b  # where one graph ends, the nodes differ: only one is an output
     return None
 
 
 def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule] | None:
-    """The nested graphs that two nodes fetch, if both do. Where they are kept does not count."""
+    """Return the nested graphs that two nodes fetch, if both do; attribute names do not count."""
     first, second = (
         nested_graph(node, owner) if (owner := node.graph.owning_module) else None
         for node in (a, b)
@@ -56,10 +56,13 @@ def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule
 
 
 def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[str, int]) -> bool:
-    """Whether two exported graphs have the same ops on the same inputs.
+    """Whether two exported graphs have the same ops on the same inputs, and equal sizes.
 
-    What computes a size in the dynamic graph is a number in the static one: the same, with what
-    the symbols are there.
+    A size that the dynamic graph computes is a literal in the static one. The two must be equal
+    once the values of the symbols are substituted.
+
+    Args:
+        symbols: the value of each symbol of the dynamic graph, by name.
     """
     graphs = (dynamic, static)
     ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
@@ -80,20 +83,22 @@ def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[st
 
 
 def _is_size(node: fx.Node) -> bool:
-    """A call that makes no tensor: a size, or an assertion about one."""
+    """Whether a call returns no tensor: it computes a size, or asserts something about one."""
     if node.op != "call_function":
         return False
     return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """A slice that takes everything, as `x[:, 0]` has for its first dimension."""
+    """Whether a node slices a whole dimension, as `x[:, 0]` does with its first."""
     if node.target is not torch.ops.aten.slice.Tensor or len(node.args) != 4:
         return False
     return node.args[2:] in ((0, _END), (None, _END))
 
 
 def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, int]) -> list[Any]:
+    """Return a node's arguments as a flat list, without whole slices and with computed sizes."""
+
     def number(value: fx.Node) -> Any:
         while _is_whole(value):
             value = value.all_input_nodes[0]
@@ -104,13 +109,13 @@ def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, int]
 
 @dataclass(frozen=True)
 class _Number:
-    """A node as an argument: where it stands among those compared."""
+    """A node as an argument: its index among the nodes compared."""
 
     index: int
 
 
 def _size(node: fx.Node, symbols: Mapping[str, int]) -> Any:
-    """What a size is where the symbols are these, or the node itself where that is not known."""
+    """Return a size for these values of the symbols, or the node itself if it is not known."""
     value = node.meta.get("val")
     if not isinstance(value, torch.SymInt):
         return value if isinstance(value, int) else node
@@ -125,6 +130,8 @@ def _same_argument(dynamic: Any, static: Any) -> bool:
 
 
 def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:
+    """Return a node's op, target and arguments, with the index of each node among these."""
+
     def number(value: fx.Node) -> Any:
         return ("node", numbers[value])
 
@@ -137,6 +144,7 @@ def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:
 
 
 def _same_constants(first: fx.Graph, second: fx.Graph) -> bool:
+    """Whether the `get_attr` nodes of two graphs, equal node for node, fetch equal tensors."""
     for one, other in zip(first.nodes, second.nodes, strict=True):
         if one.op != "get_attr":
             continue

@@ -1,4 +1,4 @@
-"""Which parameters and buffers a call writes to, seen through views and nested graphs."""
+"""Find the parameters and buffers that a call writes to, through views and nested graphs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from .nested import call_of
 
 
 def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that a call writes to.
+    """Return the names of the parameters and buffers that a call writes to.
 
-    Seen through views, nested graphs (of which `owner` holds the graph modules) and Python's
-    spellings of writing: `x.add_()`, `x += y`, `out=x`.
+    Writes through views, in nested graphs (whose graph modules `owner` holds) and in Python's
+    forms count: `x.add_()`, `x += y`, `out=x`.
     """
     return [str(root.target) for root in written_nodes(node, owner) if root.op == "get_attr"]
 
 
 def written_nodes(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
-    """The nodes whose tensors a call writes to, itself or through a view of theirs."""
+    """Return the nodes whose tensors a call writes to, directly or through a view."""
     return [_alias_root(value, owner) for value in _written(node, owner)]
 
 
 def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
+    """Yield the arguments that a call writes to; they may be views of other nodes."""
     if node.op == "call_method":
         name, target = str(node.target), node.args[0]
         in_place = name.endswith("_") and not name.endswith("__")
@@ -46,7 +47,7 @@ def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
 
 
 def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
-    """What a call passes into nested graphs that write to it."""
+    """Yield the operands of a call that its nested graphs write to."""
     call = call_of(node, owner)
     for nested in call.graphs if call else ():
         given = dict(call.given(nested)) if call else {}
@@ -58,7 +59,7 @@ def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
 
 
 def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
-    """The node whose tensor this one may be a view of, by the schemas on the way."""
+    """Return the node whose tensor this one may alias, by the ops' schemas, or the node itself."""
     if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
         passed = _passed_through(source, node.args[1], owner) or source
         return _alias_root(passed, owner)
@@ -72,7 +73,7 @@ def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
 
 
 def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | None:
-    """What a call of nested graphs is given that its result `index` may be a view of."""
+    """Return the operand that result `index` of a call of nested graphs may alias, or None."""
     call = call_of(node, owner)
     for nested in call.graphs if call else ():
         results: Any = nested.graph.output_node().args[0]
@@ -98,7 +99,7 @@ def _schema_arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
 def arguments_of(
     op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[Any, Any]]:
-    """The arguments that an op's schema declares, each with what a call gives for it."""
+    """Yield each argument in an op's schema with the value that a call passes for it, or None."""
     schema = getattr(op, "_schema", None)
     for position, argument in enumerate(schema.arguments if schema else ()):
         given = position < len(args)

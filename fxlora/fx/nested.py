@@ -1,7 +1,7 @@
 """Calls of nested graphs: which operand of a higher-order op is which input of its graphs.
 
-torch.export keeps a region of a model (autocast, no_grad, cond, scan, …) as a graph of its own,
-held by a `get_attr` and called by a higher-order op that passes what the region reads.
+torch.export keeps a region of a model (autocast, no_grad, cond, scan, …) as a nested graph. A
+`get_attr` node fetches it, and a higher-order op calls it with the values that the region reads.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Operands:
-    """Where an op takes what every graph of its call gets unchanged, as its last inputs.
+    """Position of the operands that a higher-order op passes unchanged to each of its graphs.
 
-    (What a loop carries, or takes a slice of at each step, comes before.)
+    They are the last inputs of each graph. The values that a loop carries from step to step, and
+    the slices that it takes at each step, come before them.
 
     Attributes:
-        position: of the first such operand among the op's arguments, or of the sequence of them.
-        spread: whether they are arguments of the op themselves.
-        carried: position of the sequence of what a loop carries from step to step, if it is one.
-        test: whether the first graph decides if a loop goes on.
+        position: index among the op's arguments of the first operand, or of the sequence of them.
+        spread: whether the operands are arguments of the op themselves, not one sequence.
+        carried: index of the sequence of values that a loop carries from step to step, or None.
+        test: whether the first graph is the condition of a loop.
     """
 
     position: int
@@ -36,10 +37,12 @@ class Operands:
     test: bool = False
 
     def of(self, node: fx.Node) -> list[Any]:
+        """Return the operands of a call."""
         found: Any = node.args[self.position :] if self.spread else node.args[self.position]
         return list(found)
 
     def put(self, node: fx.Node, operands: list[Any]) -> None:
+        """Replace the operands of a call."""
         args = list(node.args)
         if self.spread:
             args[self.position :] = operands
@@ -50,20 +53,21 @@ class Operands:
 
 
 def checkpointed(graph: fx.GraphModule, written: tuple[Any, ...], *operands: Any) -> Any:
-    """Run a nested graph, and run it once more for the gradients instead of keeping activations.
+    """Run a nested graph, and again in the backward instead of storing its activations.
 
     Args:
-        written: its first inputs: buffers that it writes to, which a checkpoint may not save.
-        operands: its other inputs.
+        written: the graph's first inputs: buffers that it writes to, which a checkpoint must not
+            save.
+        operands: the graph's other inputs.
     """
     return checkpoint(lambda *rest: graph(*written, *rest), *operands, use_reentrant=False)
 
 
-# A higher-order op that is not here is left closed: a weight that goes in is read by the call.
+# Any other higher-order op is opaque: if a weight is passed to it, the call is the reader.
 OPERANDS: dict[str, Operands] = {
     "cond": Operands(3),  # (predicate, graph, graph, operands)
-    "map_impl": Operands(2),  # (graph, stepped through, operands)
-    "scan": Operands(3, carried=1),  # (graph, carried, stepped through, operands)
+    "map_impl": Operands(2),  # (graph, sliced, operands)
+    "scan": Operands(3, carried=1),  # (graph, carried, sliced, operands)
     "while_loop": Operands(3, carried=2, test=True),  # (graph, graph, carried, operands)
     "wrap_with_autocast": Operands(5, spread=True),  # (device, dtype, on, cache, graph, *operands)
     "wrap_with_set_grad_enabled": Operands(2, spread=True),  # (enabled, graph, *operands)
@@ -76,7 +80,8 @@ class Call:
 
     Attributes:
         node: the calling node.
-        graphs: the graphs that it may run: the branches of a cond, test and body of a loop.
+        graphs: the graphs that it may run: the branches of a cond, the condition and body of a
+            loop.
     """
 
     node: fx.Node
@@ -84,23 +89,23 @@ class Call:
 
     @property
     def where(self) -> Operands | None:
-        """Where the operands stand, or None where that is not known."""
+        """Position of the operands, or None if the op is not known."""
         return _operands(self.node)
 
     @property
     def operands(self) -> list[Any]:
-        """What every graph gets unchanged."""
+        """The operands that every graph gets unchanged."""
         return self.where.of(self.node) if self.where else []
 
     @property
     def grad(self) -> bool | None:
-        """Whether it turns gradients on or off; None where it leaves them as they are."""
+        """The grad mode (on or off) that the call sets, or None if it sets none."""
         return bool(self.node.args[0]) if _name(self.node) == "wrap_with_set_grad_enabled" else None
 
     def given(self, graph: fx.GraphModule) -> list[tuple[fx.Node, Any]]:
-        """The inputs of a graph with what they are given, as far as that is known.
+        """Return the inputs of a graph, each with the value passed for it, as far as known.
 
-        Operands come last, also where an op is not known: the pairs are made from the end.
+        Operands come last, in an unknown op too, so inputs and values are paired from the end.
         """
         values: list[Any] = []
         map_aggregate(self.node.args, values.append)
@@ -109,16 +114,16 @@ class Call:
         return list(zip(inputs[-count:], values[-count:], strict=True)) if count else []
 
     def results(self, graph: fx.GraphModule) -> list[Any]:
-        """The results of a graph, in order."""
+        """Return the results of a graph, in order."""
         found: Any = graph.graph.output_node().args[0]
         return list(found) if isinstance(found, list | tuple) else [found]
 
     def returns(self, graph: fx.GraphModule) -> bool:
-        """Whether the call is known to return the results of a graph, each at its place."""
+        """Whether the call is known to return the results of a graph, each at the same index."""
         return self.where is not None and not (self.where.test and graph is self.graphs[0])
 
     def carried(self, graph: fx.GraphModule) -> list[tuple[Any, fx.Node]]:
-        """The results of a loop's graph that are inputs of its next step, each with that input."""
+        """Return the results of a loop's graph that its next step takes, each with that input."""
         if self.where is None or self.where.carried is None or not self.returns(graph):
             return []
         sequence: Any = self.node.args[self.where.carried]
@@ -126,12 +131,12 @@ class Call:
         return list(zip(self.results(graph)[:count], _inputs(graph), strict=False))
 
     def inputs(self, index: int) -> list[tuple[fx.Node, fx.GraphModule]]:
-        """The input of each graph that gets an operand, and the graph."""
+        """Return, for each graph, its input that gets the operand of this index, and the graph."""
         behind = len(self.operands) - index
         return [(_inputs(graph)[-behind], graph) for graph in self.graphs]
 
     def seen_as(self, operand: fx.Node) -> list[fx.Node]:
-        """The input of each graph for a node outside, which is passed in if it is not yet."""
+        """Return each graph's input for an outer node, made an operand if it is none yet."""
         where = self.where
         assert where is not None
         operands = self.operands
@@ -143,7 +148,7 @@ class Call:
         return [given for given, _ in self.inputs(operands.index(operand))]
 
     def drop(self, index: int) -> None:
-        """Pass an operand no longer, which no graph uses."""
+        """Remove an operand that no graph uses, and the graphs' inputs for it."""
         where = self.where
         assert where is not None
         for given, _ in self.inputs(index):
@@ -153,11 +158,11 @@ class Call:
         where.put(self.node, operands)
 
 
-Path = tuple[Call, ...]  # the calls around a node, from the outermost in
+Path = tuple[Call, ...]  # the calls around a node, outermost first
 
 
 def call_of(node: fx.Node, owner: nn.Module) -> Call | None:
-    """The call of nested graphs that a node is, if it is one; `owner` holds the graphs."""
+    """Return a node as a call of nested graphs, which `owner` holds, or None if it is none."""
     if node.op != "call_function":
         return None
     graphs = tuple(
@@ -167,7 +172,7 @@ def call_of(node: fx.Node, owner: nn.Module) -> Call | None:
 
 
 def nested_graph(node: fx.Node, owner: nn.Module) -> fx.GraphModule | None:
-    """The nested graph that a node fetches, if it does."""
+    """Return the nested graph that a `get_attr` node fetches, or None."""
     if node.op != "get_attr":
         return None
     path, _, name = str(node.target).rpartition(".")
@@ -176,7 +181,7 @@ def nested_graph(node: fx.Node, owner: nn.Module) -> fx.GraphModule | None:
 
 
 def every_call(graph: fx.Graph, owner: nn.Module) -> Iterator[Call]:
-    """The calls in a graph, in the graphs that those call, and so on."""
+    """Yield the calls of nested graphs in a graph, in the graphs that those call, and so on."""
     for node in graph.nodes:
         if call := call_of(node, owner):
             yield call
@@ -185,16 +190,18 @@ def every_call(graph: fx.Graph, owner: nn.Module) -> Iterator[Call]:
 
 
 def shared(calls: Iterator[Call]) -> set[fx.GraphModule]:
-    """The graphs that several calls share: what is put into one call would be in all."""
+    """Return the graphs that several calls share: a change for one call would apply to all."""
     counts = Counter(graph for call in calls for graph in call.graphs)
     return {graph for graph, count in counts.items() if count > 1}
 
 
 def inside(path: Path, graph: fx.Graph, operand: fx.Node) -> fx.Node:
-    """The node that stands in a graph for one outside, which is passed in where it is not yet.
+    """Return a nested graph's input for an outer node, which the calls pass in if they do not yet.
 
     Args:
-        path: the calls that lead to the graph, from the one beside the node outside.
+        path: the calls that lead to the graph; the first is in the graph of the outer node.
+        graph: the nested graph.
+        operand: the outer node.
     """
     around = [*(call.node.graph for call in path[1:]), graph]
     for call, inner in zip(path, around, strict=True):
@@ -203,12 +210,12 @@ def inside(path: Path, graph: fx.Graph, operand: fx.Node) -> fx.Node:
 
 
 def graph_around(path: Path, node: fx.Node) -> fx.GraphModule:
-    """The nested graph that a node inside some calls is in."""
+    """Return the nested graph that contains a node; `path` holds the calls around it."""
     return next(graph for graph in path[-1].graphs if graph.graph is node.graph)
 
 
 def operand_of(call: Call, given: fx.Node) -> fx.Node | None:
-    """The node outside of a call that one of its graphs gets unchanged as this input, or None."""
+    """Return the outer node that a call passes unchanged to this input of a graph, or None."""
     for index, operand in enumerate(call.operands):
         if given in dict(call.inputs(index)) and isinstance(operand, fx.Node):
             return operand
@@ -216,7 +223,7 @@ def operand_of(call: Call, given: fx.Node) -> fx.Node | None:
 
 
 def origin(path: Path, node: fx.Node) -> fx.Node:
-    """The node in the outermost graph that one inside some calls stands for, or itself."""
+    """Follow an input of nested graphs outward to the node passed for it, as far as known."""
     for call in reversed(path):
         graph = next(graph for graph in call.graphs if graph.graph is node.graph)
         outside = dict(call.given(graph)).get(node)
@@ -227,6 +234,7 @@ def origin(path: Path, node: fx.Node) -> fx.Node:
 
 
 def _name(node: fx.Node) -> str:
+    """Return the name of a higher-order op, else ""."""
     return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 

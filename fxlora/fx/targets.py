@@ -1,4 +1,4 @@
-"""Names in a graph that torch.fx can write into the code that it generates."""
+"""Refuse names in a graph that torch.fx cannot write into the code that it generates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..names import is_path, shown
 
 
 def refuse_unwritable(graph: fx.Graph) -> None:
-    """Raise where torch.fx would write a name into source that means something else there.
+    """Raise if torch.fx would write a name into generated code with another meaning.
 
     Raises:
-        CaptureError: a name in the graph could run as code, or not be found again.
+        CaptureError: a name in the graph could run as code, or would not be found again.
     """
     refuse_unwritable_names(
         node.args[1] if node.target is getattr and len(node.args) > 1 else node.target
@@ -25,11 +25,11 @@ def refuse_unwritable(graph: fx.Graph) -> None:
 
 
 def refuse_unwritable_names(names: Iterable[Any]) -> None:
-    """The same for names that torch is about to put into a graph; None is no name."""
+    """As `refuse_unwritable`, for names that torch will put into a graph; None is skipped."""
     for name in names:
         if name is not None and not is_path(name):
             raise CaptureError(
-                f"the model has a part called {shown(name)}, which torch.fx cannot write into "
-                "its code: no quotes, backslashes or ends of lines, no keyword of Python's. Give "
-                "it another name."
+                f"the model has a part named {shown(name)}, which torch.fx cannot write into its "
+                "code: a name must not contain quotes, backslashes or line breaks, and must not "
+                "be a Python keyword. Rename the part."
             )

@@ -1,1 +1,1 @@
-"""The mathematics of low-rank adaptation: roles of dimensions, ops, inits, variants, parts."""
+"""The mathematics of LoRA: weight layouts, ops, initializations, variants and packed parts."""

@@ -1,6 +1,7 @@
-"""Branches of convolutions, grouped and transposed ones too.
+"""LoRA branches for convolutions, including grouped and transposed ones.
 
-The layer's geometry is where the kernel is; the other factor is a 1x1 convolution.
+The factor with the kernel (A for a convolution, B for a transposed one) takes the layer's stride,
+padding and dilation; the other factor is a 1x1 convolution.
 """
 
 from __future__ import annotations
@@ -20,21 +21,31 @@ def _ones(dims: int) -> tuple[list[int], list[int]]:
 
 
 def convolution(dims: int) -> Branch:
+    """Return the branch for `conv{dims}d`.
+
+    A is (r, in/groups, *kernel), B is (out, r, 1, …).
+    """
     pointwise = getattr(aten, f"conv{dims}d").default
     one, none = _ones(dims)
 
     def branch(read: Read, down: Any, up: Any) -> Any:
         # (input, weight, bias, stride, padding, dilation, groups)
         stride, padding, dilation, groups = (read.arg(position) for position in (3, 4, 5, 6))
-        if groups > 1:  # each group's slice meets all r filters
+        if groups > 1:  # every group applies all r filters of A to its slice of the channels
             down = aten.repeat.default(down, [groups] + [1] * (dims + 1))
+        # (…, in, *size) * (groups·r, in/groups, *kernel) -> (…, groups·r, *size_out)
         hidden = read.node.target(read.x, down, None, stride, padding, dilation, groups)  # pyright: ignore[reportCallIssue]
+        # (…, groups·r, *size_out) * (out, r, 1, …) -> (…, out, *size_out)
         return pointwise(read.scaled(hidden), up, None, one, none, one, groups)
 
     return branch
 
 
 def transposed_convolution(dims: int) -> Branch:
+    """Return the branch for `conv_transpose{dims}d`.
+
+    A is (r, in, 1, …), B is (out/groups, r, *kernel).
+    """
     pointwise = getattr(aten, f"conv{dims}d").default
     one, none = _ones(dims)
 
@@ -42,23 +53,28 @@ def transposed_convolution(dims: int) -> Branch:
         # (input, weight, bias, stride, padding, output_padding, groups, dilation)
         stride, padding, extra, groups, dilation = (read.arg(position) for position in range(3, 8))
         r_up = read.layout.transposed(up)  # (r, out/groups, *kernel)
-        if groups > 1:  # each group of inputs has r channels of its own, and shares B
+        if groups > 1:  # each group has its own r hidden channels; all groups share B
             down = aten.reshape.default(down, [-1, groups, read.shape[0] // groups, *one])
             down = aten.flatten.using_ints(aten.transpose.int(down, 0, 1), 0, 1)
             r_up = aten.repeat.default(r_up, [groups] + [1] * (dims + 1))
+        # (…, in, *size) * (groups·r, in/groups, 1, …) -> (…, groups·r, *size)
         hidden = pointwise(read.x, down, None, one, none, one, groups)
         geometry = (stride, padding, extra, groups, dilation)
+        # (…, groups·r, *size) * (groups·r, out/groups, *kernel) -> (…, out, *size_out)
         return read.node.target(read.scaled(hidden), r_up, None, *geometry)  # pyright: ignore[reportCallIssue]
 
     return branch
 
 
 def groups_cost_more(node: fx.Node, shape: Shape, r: int) -> str | None:
-    """Whether the weight form is cheaper for a grouped convolution: per position,
+    """Return why the weight form is cheaper for this grouped convolution, or None if it is not.
 
-    branch: r·in·k + r·out multiplications forward, and as many twice more backward;
-    weight: out·(in/groups)·k once, for the gradient of the whole weight.
-    (Of a transposed one, in and out change places.)
+    Multiplications per position, where k is the number of entries of a kernel:
+
+        branch: r·in·k + r·out in the forward pass, and twice that in the backward pass
+        weight form: out·(in/groups)·k, for the gradient of the whole weight
+
+    For a transposed convolution, in and out change places. None for a convolution without groups.
     """
     groups = int(named_argument(node, "groups"))
     if groups == 1:

@@ -1,13 +1,13 @@
-"""Layout: how a weight is a matrix, or a stack of matrices: a role for each of its dimensions.
+"""Layout: how to read a weight as a matrix or a stack of matrices, by a role for each dimension.
 
-A low-rank pair is A (…, r, in) and B (…, out, r) with ΔW = s·BA, whatever way W is stored. As
-matrices M (…, d0, d1), in the order in which W has its dimensions, ΔM = s·L·R:
+A low-rank pair is A (…, r, in) and B (…, out, r) with ΔW = s·BA, however W is stored. A weight in
+matrix form is M (…, d0, d1), with inputs and outputs in the same order as in W. Then ΔM = s·L·R:
 
     out first (linear, convolution; W is (out, in, …))   L = B     R = A
     in first  (embedding, addmm, x @ W; W is (in, out))  L = A^T   R = B^T
 
-The functions here call aten overloads only, so they take tensors and torch.fx's proxies alike:
-what is emitted into a graph and what is computed is the same text.
+The methods that take tensors (except `packed`) call aten overloads only, so they take torch.fx's
+proxies too: the same code computes a value and emits the nodes that compute it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ STACK, INPUT, OUTPUT, KERNEL = "e", "i", "o", "k"
 
 @dataclass(frozen=True)
 class Layout:
-    """The roles of a weight's dimensions, a letter each.
+    """The roles of a weight's dimensions, one letter per dimension.
 
-    e: numbers the matrices of a stack. i: input features. o: output features. k: of a kernel; it
-    goes with the dimension before it, and A and B keep it as an own dimension.
+    Attributes:
+        roles: a string of these letters:
 
-    "oi" is a linear layer's, "io" an embedding's, "oikk" a conv2d's, "iok" a conv_transpose1d's,
-    "eio" that of experts read by bmm, "ioo" a projection (in, heads, features) in an einsum.
+            e: index of a matrix in a stack.
+            i: input features.
+            o: output features.
+            k: kernel. In matrix form it is flattened into the feature dimension before it; A and
+                B keep a separate dimension for it.
+
+            For example, "oi" is a linear layer, "io" an embedding, "oikk" a conv2d, "iok" a
+            conv_transpose1d, "eio" experts in a bmm, and "ioo" a projection (in, heads, features)
+            in an einsum.
     """
 
     roles: str
@@ -45,7 +52,7 @@ class Layout:
 
     @property
     def in_first(self) -> bool:
-        """Whether the input's dimensions come before the output's."""
+        """Whether the input dimensions come before the output dimensions."""
         return self.roles.index(INPUT) < self.roles.index(OUTPUT)
 
     @property
@@ -54,38 +61,38 @@ class Layout:
 
     @property
     def swapped(self) -> Layout:
-        """The same grouping of dimensions, read the other way round."""
+        """The layout with inputs and outputs exchanged, as between an embedding and a tied head."""
         return Layout(self.roles.translate(str.maketrans("io", "oi")))
 
     def sizes(self, shape: Shape) -> tuple[Shape, int, int]:
-        """Sizes of a weight's stack, rows (d0) and columns (d1)."""
+        """Return the sizes of the stack dimensions, the number of rows (d0) and columns (d1)."""
         stack, first, second = self._groups()
         size = [math.prod(shape[d] for d in group) for group in (first, second)]
         return tuple(shape[d] for d in stack), size[0], size[1]
 
     def max_rank(self, shape: Shape) -> int:
-        """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
+        """Return the largest rank that ΔW can have: min(d0, d1)."""
         return min(self.sizes(shape)[1:])
 
     def features(self, shape: Shape) -> tuple[int, int]:
-        """Input and output features, kernels left out."""
+        """Return the numbers of input and output features, without the kernel dimensions."""
         size = [math.prod(self._of(shape, role)) for role in (INPUT, OUTPUT)]
         return size[0], size[1]
 
     def kernel(self, shape: Shape) -> Shape:
-        """The kernel's sizes, or ()."""
+        """Return the kernel size, or () if there is no kernel."""
         return self._of(shape, KERNEL)
 
     @property
     def rank_dims(self) -> tuple[int, int]:
-        """The dimension of A, and of B, that is r long."""
+        """The rank dimensions of A and of B, as negative indices."""
         kernel = self.roles.count(KERNEL)
         return -2 - kernel, -1 - kernel
 
     def packed(self, down: torch.Tensor, up: torch.Tensor, shape: Shape) -> tuple[Any, Any]:
-        """A and B in their shapes, from (…, r, in) and (…, out, r) with kernels flat in these."""
+        """Reshape A (…, r, in) and B (…, out, r), with flattened kernels, to `factor_shapes`."""
         of_a, of_b = self.factor_shapes(shape, down.shape[-2])
-        if KERNEL in self.roles and self.in_first:  # up is (out·kernel, r), B (out, r, *kernel)
+        if KERNEL in self.roles and self.in_first:  # (…, out·kernel, r) -> (…, out, r, *kernel)
             kernel = self.kernel(shape)
             stack_and_out = of_b[: -1 - len(kernel)]
             up = up.reshape(*stack_and_out, *kernel, -1).movedim(-1, len(stack_and_out))
@@ -93,17 +100,18 @@ class Layout:
 
     @property
     def part_dim(self) -> int:
-        """The dimension that parts of a packed weight are slices of."""
+        """The dimension along which the parts of a packed weight are slices."""
         return self.roles.index(OUTPUT)
 
     # ---- A and B --------------------------------------------------------------------------------
 
     def factor_shapes(self, shape: Shape, r: int) -> tuple[Shape, Shape]:
-        """Shapes of A and B: PEFT's for what PEFT has.
+        """Return the shapes of A and B, which are PEFT's where PEFT supports the layer.
 
-        (r, in) and (out, r); in a stack (e, r, in) and (e, out, r); of a convolution
-        (r, in/groups, *kernel) and (out, r, 1, …), of a transposed one (r, in, 1, …) and
-        (out/groups, r, *kernel).
+        Returns:
+            (r, in) and (out, r) for a matrix; (e, r, in) and (e, out, r) for a stack;
+            (r, in/groups, *kernel) and (out, r, 1, …) for a convolution; (r, in, 1, …) and
+            (out/groups, r, *kernel) for a transposed convolution.
         """
         stack = self._of(shape, STACK)
         size_i, size_o = self.features(shape)
@@ -113,13 +121,13 @@ class Layout:
         return (*stack, r, size_i, *of_a), (*stack, size_o, r, *of_b)
 
     def transposed(self, factor: Any) -> Any:
-        """A factor with its rank and its features exchanged."""
+        """Exchange the rank dimension and the feature dimension of A or B."""
         if self.is_matrix:
             return aten.t.default(factor)
         return aten.transpose.int(factor, *self.rank_dims)
 
     def left_right(self, a: Any, b: Any) -> tuple[Any, Any]:
-        """The pair as L (…, d0, r) and R (…, r, d1), less the flattening of kernels."""
+        """Return the pair as L (…, d0, r) and R (…, r, d1), with kernels not yet flattened."""
         return (self.transposed(a), self.transposed(b)) if self.in_first else (b, a)
 
     # ---- weights as matrices --------------------------------------------------------------------
@@ -129,25 +137,28 @@ class Layout:
         return len(self.roles) == 2
 
     def matrix(self, weight: Any, shape: Shape) -> Any:
-        """A weight of this shape as (d0, d1), or as a stack (e, d0, d1)."""
+        """Bring a weight of this shape into matrix form: (d0, d1), or (e, d0, d1) for a stack.
+
+        Several stack dimensions are flattened into one.
+        """
         if self._order() != list(range(len(shape))):
             weight = aten.permute.default(weight, self._order())
         size = self._matrix_shape(shape)
         return weight if size == list(shape) else aten.reshape.default(weight, size)
 
     def unmatrix(self, matrix: Any, shape: Shape) -> Any:
-        """The inverse of `matrix`."""
+        """Bring a matrix form back into the weight's shape: the inverse of `matrix`."""
         order = self._order()
         permuted = [shape[d] for d in order]
         if permuted != self._matrix_shape(shape):
             matrix = aten.reshape.default(matrix, permuted)
         if order != list(range(len(shape))):
             matrix = aten.permute.default(matrix, [order.index(d) for d in range(len(shape))])
-            matrix = aten.contiguous.default(matrix)  # a reader may take a view of it
+            matrix = aten.contiguous.default(matrix)  # an op that reads the weight may call view
         return matrix
 
     def product(self, matrix: Any, a: Any, b: Any, scaling: float, shape: Shape) -> Any:
-        """M + s·L·R as one addmm or baddbmm, for M as `matrix` gives it."""
+        """Compute M + s·L·R in one addmm or baddbmm, where M is a result of `matrix`."""
         left, right = self.left_right(a, b)
         stack, d0, d1 = self.sizes(shape)
         if KERNEL in self.roles or len(stack) > 1:
@@ -155,10 +166,11 @@ class Layout:
             left = aten.reshape.default(left, [*flat, d0, -1])
             right = aten.reshape.default(right, [*flat, -1, d1])
         add = aten.baddbmm.default if stack else aten.addmm.default
+        # (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
         return add(matrix, left, right, alpha=scaling)
 
     def by_output(self, matrix: Any, shape: Shape) -> Any:
-        """M as (…, out, in), kernels with the inputs."""
+        """Return M as (…, out, in), with the kernel dimensions flattened into in."""
         if not self.in_first:
             return matrix
         if KERNEL not in self.roles:
@@ -171,7 +183,7 @@ class Layout:
         return aten.reshape.default(turned, [*stack, size_o, size_i * kernel])
 
     def per_output(self, factor: Any, shape: Shape) -> Any:
-        """A factor (…, out) as what M can be multiplied with."""
+        """Reshape a factor per output, (…, out), so that it broadcasts over M."""
         if not self.in_first:
             return aten.unsqueeze.default(factor, -1)
         if KERNEL in self.roles:
@@ -182,7 +194,7 @@ class Layout:
     # ---- dimensions -----------------------------------------------------------------------------
 
     def _groups(self) -> tuple[list[int], list[int], list[int]]:
-        """The dimensions of the stack, of the rows and of the columns."""
+        """Return the dimensions that form the stack, the rows and the columns."""
         joined, before = "", ""
         for role in self.roles:
             before = role if role != KERNEL else before
@@ -202,7 +214,10 @@ class Layout:
 
 
 def plain(dims: int, in_first: bool, kernel: int = 0) -> Layout:
-    """A matrix in the last dimensions, with a kernel behind it, and a stack in those before."""
+    """Return the layout with stack dimensions first, then the matrix, then the kernel.
+
+    The kernel is ignored if the weight has fewer than `kernel + 2` dimensions.
+    """
     kernel = kernel if kernel + 2 <= dims else 0
     matrix = INPUT + OUTPUT if in_first else OUTPUT + INPUT
     return Layout(STACK * (dims - 2 - kernel) + matrix + KERNEL * kernel)

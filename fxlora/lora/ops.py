@@ -1,8 +1,9 @@
-"""The ops that read weights, one row each. Nothing else in fxlora knows kinds of op.
+"""The table of ops that read weights. A row here is all that an op needs to get a branch.
 
-A row says how its op applies a low-rank pair to its own input without forming the product: the
-branch. What has no row, or an obstacle, takes the weight form. A branch is written once, in aten
-overloads on torch.fx's proxies.
+A row holds the branch of its op: the function that applies a low-rank pair to the op's input
+without forming the product BA. A weight takes the weight form if an op without a row reads it, or
+if a call that reads it has an obstacle. Branches are written in aten overloads and called on
+torch.fx's proxies.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
+from ..errors import ConfigError
 from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
+from ..names import shown
 from .convolutions import convolution, groups_cost_more, transposed_convolution
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
 from .row import Op, Read, aten
@@ -23,48 +27,56 @@ from .row import Op, Read, aten
 
 
 def _times_weight(read: Read, down: Any, up: Any) -> Any:
-    """x @ W, or x @ W^T: (…, in) → (…, out)."""
+    """The branch of x @ W or x @ W^T: (…, in) -> (…, out)."""
     if read.layout.stacked:
-        hidden = aten.matmul.default(read.x, read.layout.transposed(down))  # (…, e, n, r)
+        # (…, e, n, in) @ (e, in, r) -> (…, e, n, r)
+        hidden = aten.matmul.default(read.x, read.layout.transposed(down))
+        # (…, e, n, r) @ (e, r, out) -> (…, e, n, out)
         return aten.matmul.default(read.scaled(hidden), read.layout.transposed(up))
-    hidden = aten.linear.default(read.x, down)  # (…, r)
-    return aten.linear.default(read.scaled(hidden), up)
+    hidden = aten.linear.default(read.x, down)  # (…, in) @ (in, r) -> (…, r)
+    return aten.linear.default(read.scaled(hidden), up)  # (…, r) @ (r, out) -> (…, out)
 
 
 def _weight_times(read: Read, down: Any, up: Any) -> Any:
-    """W @ x: (…, in, n) → (…, out, n)."""
-    hidden = aten.matmul.default(down, read.x)  # (…, r, n)
+    """The branch of W @ x: (…, in, n) -> (…, out, n)."""
+    hidden = aten.matmul.default(down, read.x)  # (…, r, in) @ (…, in, n) -> (…, r, n)
+    # (…, out, r) @ (…, r, n) -> (…, out, n)
     return aten.matmul.default(up, read.scaled(hidden))
 
 
 def _grouped_mm(read: Read, down: Any, up: Any) -> Any:
-    """Rows of x in groups, each times a matrix of the stack."""
+    """The branch of a grouped product: each group of rows of x times one matrix of the stack."""
     ends = read.arg(2)
-    pad = -read.rank % 8  # kernels want rows of multiples of 16 bytes
+    pad = -read.rank % 8  # the kernels require rows of a multiple of 16 bytes
     down = aten.constant_pad_nd.default(down, [0, 0, 0, pad]) if pad else down
     up = aten.constant_pad_nd.default(up, [0, pad]) if pad else up
     turn = read.layout.transposed
-    hidden = aten._grouped_mm.default(read.x, turn(down), ends)  # (n, r)
+    # (n, in) @ (e, in, r + pad) -> (n, r + pad)
+    hidden = aten._grouped_mm.default(read.x, turn(down), ends)
+    # (n, r + pad) @ (e, r + pad, out) -> (n, out)
     return aten._grouped_mm.default(read.scaled(hidden), turn(up), ends)
 
 
 def _grouped_mm_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
-    return None if len(shape) == 3 else "groups of a matrix's own rows or columns"
+    return None if len(shape) == 3 else "grouped_mm over the rows or columns of one matrix"
 
 
 def _own_alpha(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     scaled = any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
-    return f"{kind_of(node)} with an alpha or beta of its own" if scaled else None
+    return f"{kind_of(node)} with alpha or beta other than 1" if scaled else None
 
 
 def _perhaps_vector(position: int) -> Callable[[fx.Node, fx.Node, Shape], str | None]:
-    """An obstacle where a stack of matrices meets a vector, or what may be one."""
+    """Return the obstacle function for an op whose other operand, at `position`, may be a vector.
+
+    A stack of matrices needs an operand that is known to have at least two dimensions.
+    """
 
     def obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
         value = example_value(node.args[position])
         if len(shape) == 2 or (value is not None and value.ndim >= 2):
             return None
-        return "a stack of matrices times a vector, as far as is known"
+        return "a stack of matrices times an operand that may be a vector"
 
     return obstacle
 
@@ -74,7 +86,7 @@ def _perhaps_vector(position: int) -> Callable[[fx.Node, fx.Node, Shape], str | 
 
 @dataclass(frozen=True)
 class _Equation:
-    """The subscripts of an einsum of an input and a weight; a "." stands for an ellipsis."""
+    """The subscripts of an einsum of an input and a weight; "." is written for an ellipsis."""
 
     x: str
     weight: str
@@ -87,7 +99,7 @@ class _Equation:
         if len(operands) != 2:
             return None
         inputs, arrow, output = text.replace(" ", "").replace("...", ".").partition("->")
-        if not arrow:  # numpy's rule: what occurs once, in alphabetical order
+        if not arrow:  # numpy's rule: the letters that occur once, in alphabetical order
             output = "".join(sorted(n for n in set(inputs) - {","} if inputs.count(n) == 1))
         parts = inputs.split(",")
         mine = [operand is weight for operand in operands].index(True)
@@ -105,7 +117,7 @@ class _Equation:
 
     @property
     def layout(self) -> Layout | None:
-        """The weight's roles, or None where it is no product of matrices that a pair can split."""
+        """The weight's layout, or None if no low-rank pair can split the einsum."""
         once = all(len(set(part)) == len(part) for part in (self.weight, self.x))
         roles = set(self.roles)
         if not once or "." in self.weight or not {INPUT, OUTPUT} <= roles <= {"e", "i", "o"}:
@@ -116,7 +128,7 @@ class _Equation:
         return "".join(n for n, r in zip(self.weight, self.roles, strict=True) if r == role)
 
     def split(self) -> tuple[str, str]:
-        """The same as two products: of x and A, of that and B."""
+        """Return the branch's two equations: x and A -> hidden, hidden and B -> output."""
         stack, inputs, outputs = map(self.of_role, "eio")
         used = {*self.x, *self.weight, *self.output}
         rank = next(n for n in "rzyxwvutsqponmlkjihgfedcba" if n not in used)
@@ -133,7 +145,7 @@ def _einsum_layout(node: fx.Node, weight: fx.Node) -> Layout | None:
 
 def _einsum_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     found = _einsum_layout(node, weight)
-    return None if found else f"einsum '{node.args[0]}' is no product of an input and matrices"
+    return None if found else f"einsum '{node.args[0]}' is not a matrix product with the weight"
 
 
 def _einsum(read: Read, down: Any, up: Any) -> Any:
@@ -146,7 +158,8 @@ def _einsum(read: Read, down: Any, up: Any) -> Any:
     if len(outputs) > 1:
         up = aten.reshape.default(up, [*stack, *outputs, -1])
     first, second = equation.split()
-    hidden = aten.einsum.default(first, [read.x, down])
+    hidden = aten.einsum.default(first, [read.x, down])  # x, (e, r, in) -> (…, r)
+    # (…, r), (e, out, r) -> output
     return aten.einsum.default(second, [read.scaled(hidden), up])
 
 
@@ -154,28 +167,30 @@ def _einsum(read: Read, down: Any, up: Any) -> Any:
 
 
 def _embedding(read: Read, down: Any, up: Any) -> Any:
-    # W's gradient may be sparse; A's is dense. Rows of padding_idx get none in either.
+    # W's `sparse` is not passed on: A's gradient is dense. padding_idx is, so that the padding row
+    # gets no gradient in A either.
     table = read.layout.transposed(down)  # (num, r)
     rows = aten.embedding.default(table, read.x, read.arg(2))  # (…, r)
-    branch = aten.linear.default(read.scaled(rows), up)  # (…, dim)
+    branch = aten.linear.default(read.scaled(rows), up)  # (…, r) @ (r, dim) -> (…, dim)
     if not read.padding_trains:
         return branch
-    # A tied head moves that row: it is looked up as it is then, and B does not learn from it.
+    # Another read of the tied weight (the head) trains the padding row, so its branch is not zero.
+    # This look-up gives the row no gradient, so none may reach B through it.
     padded = aten.unsqueeze.default(aten.eq.Scalar(read.x, read.arg(2)), -1)
     return aten.where.self(padded, aten.detach.default(branch), branch)
 
 
 def _embedding_bag(read: Read, down: Any, up: Any) -> Any:
-    table = read.layout.transposed(down)
+    table = read.layout.transposed(down)  # (num, r)
     offsets, mode, weights, last = (read.arg(position) for position in (2, 4, 6, 7))
     padding = read.arg(8)
     given = (table, read.x, offsets, False, mode, False, weights, last, padding)
     bags = aten.embedding_bag.padding_idx(*given)[0]  # (bags, r)
-    return aten.linear.default(read.scaled(bags), up)
+    return aten.linear.default(read.scaled(bags), up)  # (bags, r) @ (r, dim) -> (bags, dim)
 
 
 def _frequencies(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
-    # It scales W's gradient by row, and so also what reaches B through it: no branch does that.
+    # It scales W's gradient per row, and so the gradient that reaches B through W. A branch cannot.
     return "scale_grad_by_freq" if named_argument(node, "scale_grad_by_freq") else None
 
 
@@ -204,13 +219,34 @@ def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
     return {(packet.default, 1): row, (packet.padding, 1): row, (overload, 1): turned}
 
 
-_LINEAR = Op("linear", 0, _times_weight, bias=2, turned="matmul")
-_ADDMM = Op("addmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, bias=0, turned="linear")
+_LINEAR = Op("linear", 0, _times_weight, bias=2, all_linear=True, turned="matmul")
+_ADDMM = Op(
+    "addmm",
+    1,
+    _times_weight,
+    in_first=True,
+    obstacle=_own_alpha,
+    bias=0,
+    all_linear=True,
+    turned="linear",
+)
 _MATMUL = Op(
-    "matmul", 0, _times_weight, in_first=True, obstacle=_perhaps_vector(0), turned="linear"
+    "matmul",
+    0,
+    _times_weight,
+    in_first=True,
+    obstacle=_perhaps_vector(0),
+    all_linear=True,
+    turned="linear",
 )
 _MATMUL_LEFT = Op(
-    "matmul", 1, _weight_times, output=None, obstacle=_perhaps_vector(1), turned="matmul"
+    "matmul",
+    1,
+    _weight_times,
+    obstacle=_perhaps_vector(1),
+    output=None,
+    all_linear=True,
+    turned="matmul",
 )
 _BMM = Op("bmm", 0, _times_weight, in_first=True, turned="bmm")
 _BMM_LEFT = Op("bmm", 1, _weight_times, output=None, turned="bmm")
@@ -260,14 +296,73 @@ OPS: dict[tuple[Any, int], Op] = {
 }
 
 
-LOOKUPS = frozenset(row.kind for row in OPS.values() if not row.dropout)
+def register_op(target: OpOverload, weight: int, op: Op) -> None:
+    """Give calls of an op a branch, so that weights that it reads are adapted like a linear's.
+
+    Call it before `capture`, once per process. `fxlora.verify` checks the branch against the
+    weight form.
+
+    Args:
+        target: the overload as it appears in captured graphs, `torch.ops.mine.product.default`.
+        weight: position of the weight among the op's arguments.
+        op: the row: the op's name in rules, the position of its input, and its branch.
+
+    Raises:
+        ConfigError: the target is not an overload with an argument at that position, or it has a
+            row for this argument already.
+
+    Example:
+        >>> import torch, fxlora
+        >>> @torch.library.custom_op("mine::product", mutates_args=())
+        ... def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ...     return x @ w.T
+        >>> @product.register_fake
+        ... def _(x, w):
+        ...     return x.new_empty(*x.shape[:-1], w.shape[0])
+        >>> product.register_autograd(
+        ...     lambda ctx, g: (g @ ctx.saved_tensors[0], None),
+        ...     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+        ... )
+        >>> linear = torch.ops.aten.linear.default  # branches are written in overloads
+        >>> def branch(read, down, up):  # down (r, in), up (out, r)
+        ...     hidden = linear(read.x, down)  # (…, in) @ (in, r) -> (…, r)
+        ...     return linear(read.scaled(hidden), up)  # (…, r) @ (r, out) -> (…, out)
+        >>> fxlora.register_op(torch.ops.mine.product.default, 1, fxlora.Op("product", 0, branch))
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = torch.nn.Parameter(torch.randn(4, 6))
+        ...     def forward(self, x):
+        ...         return product(x, self.w)
+        >>> gm = fxlora.capture(Model(), torch.randn(3, 6))
+        >>> rule = fxlora.Rule(op="product", lora=fxlora.LoraConfig(r=2))
+        >>> fxlora.match(gm, rule).entries[0].form
+        'branch'
+    """
+    if not isinstance(target, OpOverload):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"register_op takes an overload such as torch.ops.mine.product.default, "
+            f"not {shown(target)}."
+        )
+    if not 0 <= weight < len(target._schema.arguments):
+        raise ConfigError(f"{target} has no argument {weight}: its schema is {target._schema}.")
+    if (target, weight) in OPS:
+        raise ConfigError(f"{target} has a row for argument {weight} already.")
+    OPS[target, weight] = op
 
 
-MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul"})  # what "all-linear" takes
+def is_lookup(kind: str) -> bool:
+    """Whether a kind of op takes indices, as an embedding does."""
+    return any(row.kind == kind and not row.dropout for row in OPS.values())
 
 
-# Kinds without a branch whose weights are (out, in, *kernel), as torch declares them: the number of
-# dimensions of the kernel.
+def in_all_linear(kind: str) -> bool:
+    """Whether "all-linear" includes a kind of op."""
+    return any(row.kind == kind and row.all_linear for row in OPS.values())
+
+
+# Kinds without a branch whose weights torch declares as (out, in, *kernel), with the number of
+# kernel dimensions.
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 OUT_FIRST = {
     "torchvision.deform_conv2d": 2,
@@ -276,7 +371,7 @@ OUT_FIRST = {
 
 
 def row_of(node: fx.Node, weight: fx.Node) -> Op | None:
-    """The row of a call that is given a weight once."""
+    """Return the row of a call that has the weight as exactly one operand, or None without one."""
     positions = [i for i, given in enumerate(node.args) if _holds(given, weight)]
     uses = sum(n is weight for n in flat_inputs(node))
     if not positions or uses != 1:
@@ -285,7 +380,7 @@ def row_of(node: fx.Node, weight: fx.Node) -> Op | None:
 
 
 def layout_given(node: fx.Node, weight: fx.Node, row: Op | None, dims: int) -> Layout | None:
-    """The roles of the dimensions of a tensor that a call reads as a weight; None where unknown."""
+    """Return the layout in which a call reads a weight of `dims` dimensions; None if unknown."""
     if row:
         return row.layout_of(node, weight, dims)
     kernel = OUT_FIRST.get(qualified_kind(node))
@@ -297,5 +392,5 @@ def _holds(given: Any, weight: fx.Node) -> bool:
 
 
 def is_product(node: fx.Node) -> bool:
-    """Whether a call is of an op with a row, whatever it is given."""
-    return any(overload == node.target for overload, _ in OPS)  # rows may be added at run time
+    """Whether the call's op has a row, for any of its arguments."""
+    return any(overload == node.target for overload, _ in OPS)  # no cache: rows may be added later

@@ -1,4 +1,4 @@
-"""Parts: a packed weight is several in one, beside each other in its output dimension."""
+"""Parts of a packed weight: slices of its output dimension that are adapted separately."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Rows = tuple[int, int]
 
 
 def check_parts(parts: Any, enable: Any) -> None:
-    """Raise unless `parts=` and `enable=` of a rule say something.
+    """Check `parts=` and `enable=` of a rule, before the weight is known.
 
     Raises:
-        ConfigError: they are of another kind, or contradict each other.
+        ConfigError: they have wrong types or values, contradict each other, or enable no part.
     """
     if parts is None:
         if enable is not None:
@@ -50,16 +50,22 @@ def check_parts(parts: Any, enable: Any) -> None:
 
 
 def _check_names(names: Sequence[Any]) -> None:
-    """The names of parts become names of modules."""
+    """Check the names of the parts: each becomes the name of a module."""
     if not names:
         raise ConfigError("parts needs at least one name.")
     for name in names:
         if not is_word(name):
-            raise ConfigError(f"parts: {shown(name)} is no name: {WORD_RULE}.")
+            raise ConfigError(f"parts: {shown(name)} is not a valid name: {WORD_RULE}.")
 
 
 def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]:
-    """The enabled parts of a weight with so many outputs: from which to which, by name.
+    """Return the rows (start, stop) of each enabled part of a weight, by the part's name.
+
+    Args:
+        parts: `parts=` of the rule.
+        enable: `enable=` of the rule.
+        outputs: size of the weight's output dimension.
+        site: the site's name, for messages.
 
     Raises:
         ConfigError: the parts do not fit the weight.
@@ -67,8 +73,8 @@ def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]
     if isinstance(parts, int):
         if outputs % parts:
             raise ConfigError(
-                f"'{site}' has {outputs} outputs, which are not {parts} equal parts. Give their "
-                'sizes: parts={"q": …, "k": …, "v": …}.'
+                f"'{site}' has {outputs} outputs, which do not split into {parts} equal parts. "
+                'Give their sizes: parts={"q": …, "k": …, "v": …}.'
             )
         parts = {str(number): outputs // parts for number in range(parts)}
     if all(isinstance(value, int) for value in parts.values()):
@@ -129,9 +135,12 @@ def _enabled(names: list[str], enable: Any) -> set[str]:
             raise ConfigError(f"enable has {len(enable)} flags for {len(names)} parts.")
         wanted = {name for name, flag in zip(names, enable, strict=True) if flag}
     else:
-        wanted = {n if isinstance(n, str) else shown(n) for n in enable}  # (parts may be numbers)
+        # parts=3 names the parts "0", "1" and "2"; enable= may list them as numbers.
+        wanted = {n if isinstance(n, str) else shown(n) for n in enable}
         if unknown := wanted - set(names):
-            raise ConfigError(f"enable: no part {shown(sorted(unknown))}; there are {some(names)}.")
+            raise ConfigError(
+                f"enable: no part {shown(sorted(unknown))}; the parts are {some(names)}."
+            )
     if not wanted:
         raise ConfigError("enable chooses no part: leave the weight out of the rules instead.")
     return wanted

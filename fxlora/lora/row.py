@@ -1,4 +1,4 @@
-"""A row of the table of ops: how an op reads a weight, and the branch that is added to it."""
+"""A row of the table of ops: how an op reads a weight, and the branch to add to its result."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Read:
-    """One call that reads a weight, as an op row sees it.
+    """One call that reads a weight, with everything that a branch needs.
 
     Attributes:
         node: the call.
-        weight: the node that it is given as the weight.
-        x: its input, or what dropout left of it (a proxy).
-        layout: the weight's in this op.
-        shape: the weight's.
-        rank: of the pair.
-        scaling: s.
-        padding_trains: whether a padding row that this read does not train is trained by others.
+        weight: the node of the call's weight operand.
+        x: a proxy of the call's input, after dropout if there is any.
+        layout: the layout in which this call reads the weight.
+        shape: shape of the weight.
+        rank: rank of the pair that the branch is given.
+        scaling: the scaling s.
+        padding_trains: True if another read of the tied weight trains this look-up's padding row.
     """
 
     node: fx.Node
@@ -40,14 +40,14 @@ class Read:
     padding_trains: bool = False
 
     def arg(self, position: int) -> Any:
-        """An argument of the call, as the branch can take it."""
+        """Return an argument by its position in the op's schema, with proxies for nodes."""
         return fx.map_arg(argument(self.node, position), self._proxied)
 
     def _proxied(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self.x.tracer)
 
     def scaled(self, hidden: Any) -> Any:
-        """s·A(x): the scaling where the branch is narrowest, r wide."""
+        """Multiply A(x) by s. With r features, the branch is narrowest here."""
         return aten.mul.Tensor(hidden, self.scaling)
 
 
@@ -64,24 +64,28 @@ def _never_costlier(node: fx.Node, shape: Shape, r: int) -> str | None:
 
 @dataclass(frozen=True)
 class Op:
-    """A row: how an op reads a weight, and the branch beside it.
+    """A row of the table: how an op reads a weight, and its branch.
 
     Attributes:
-        kind: what rules call it.
-        input: position of the activation that the branch starts from.
-        branch: (read, down (…, r, in), up (…, out, r)) → s·B(A(x)).
+        kind: the name of the op in rules (`Rule.op`).
+        input: position of the argument with the input activation, which the branch starts from.
+        branch: function (read, down (…, r, in), up (…, out, r)) → s·B(A(x)).
         in_first: whether the weight is (in, out) in this op.
-        kernel: how many dimensions of the weight are a kernel's.
-        obstacle: why this node cannot take the branch all the same, or None.
-        costlier: why the branch, though possible, costs more than the weight form, or None.
-        dropout: whether lora_dropout applies to its input (indices cannot be dropped).
-        output: the dimension of the output that the weight's outputs are in, from the end; None
-            where that depends on the input.
-        bias: position of what is added to the product, unscaled.
-        result: which of the op's results is the product, where it has several.
-        layout: the weight's roles, where `in_first` and `kernel` do not say them.
-        turned: the kind for rules where it is given the transpose (x @ W.T is what F.linear is);
-            None where no branch is known for that.
+        kernel: number of kernel dimensions of the weight.
+        obstacle: function (node, weight, shape) → why this call cannot take the branch although
+            its op has one, or None.
+        costlier: function (node, shape, r) → why the branch, though possible, costs more than the
+            weight form, or None.
+        dropout: whether lora_dropout applies to the input (indices cannot be dropped).
+        output: the dimension of the result that holds the output features, as a negative index;
+            None if that depends on the input.
+        bias: position of the argument that is added to the product, unscaled; None without one.
+        result: index of the product among the op's results; None if the op has one result.
+        layout: function (node, weight) → the weight's layout, for ops where `in_first` and
+            `kernel` do not determine it.
+        all_linear: whether "all-linear" in a rule includes the op.
+        turned: kind in rules for a call that gets the transpose of the weight (x @ W.T counts as
+            linear); None if the branch does not support that.
     """
 
     kind: str
@@ -96,17 +100,18 @@ class Op:
     bias: int | None = None
     result: int | None = None
     layout: Callable[[fx.Node, fx.Node], Layout | None] | None = None
+    all_linear: bool = False
     turned: str | None = None
 
     def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout | None:
-        """The roles of the dimensions of what `node` is given as `weight`; None where unclear."""
+        """Return the layout of the operand `weight`, with `dims` dimensions; None if unknown."""
         if self.layout is None:
             return plain(dims, self.in_first, self.kernel) if dims > 1 else None
         found = self.layout(node, weight)
         return found if found and len(found.roles) == dims else None
 
     def input_of(self, node: fx.Node, weight: fx.Node) -> Any:
-        """What the op applies the weight to."""
+        """Return the operand that the op applies the weight to."""
         given = node.args[self.input]
         if isinstance(given, list | tuple):  # an einsum's operands
             return next((operand for operand in given if operand is not weight), None)

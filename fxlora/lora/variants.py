@@ -1,8 +1,11 @@
-"""Variants of LoRA. A table: a variant is a row, and nothing else in fxlora knows its name.
+"""Variants of LoRA: a table with one row per variant.
 
-LoRA trains V = W0 + s·BA. A variant may hold tensors of its own, let something else stand for A
-and B, and scale the outputs of V. The functions take tensors and torch.fx's proxies alike, so one
-text makes the branch, the weight form, the fold, and the reference that `verify` checks against.
+Plain LoRA trains V = W0 + s·BA. A variant may add tensors, replace A and B by other factors, and
+scale the outputs of V. Outside this table, only the configuration and PEFT's file format refer to
+a variant by its name.
+
+`factors` and `gain` take tensors and torch.fx's proxies alike, so the same code makes the branch,
+the weight form, the fold, and the reference that `verify` checks against.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..names import WORD_RULE, is_word, shown
 from .inits import STARTS
 from .layout import Layout, Shape
 
@@ -27,15 +31,16 @@ def _as_they_are(layout: Layout, a: Any, b: Any, *tensors: Any) -> tuple[Any, An
 
 @dataclass(frozen=True)
 class Variant:
-    """A row.
+    """A row of the table.
 
     Attributes:
-        tensors: (layout, shape, r) → names and shapes of what it holds beside A and B.
-        trains: whether they train.
-        start: (V as it starts (…, out, in), A, B) → their first values.
-        factors: (layout, A, B, *tensors) → what stands for A and B, perhaps of a higher rank.
-        gain: (V (…, out, in), *tensors) → a factor (…, out) on V's outputs, or None where V is
-            taken as it is. V comes without gradients.
+        tensors: function (layout, shape, r) → names and shapes of the tensors besides A and B.
+        trains: whether these tensors are trainable.
+        start: function (V before training (…, out, in), A, B) → their initial values.
+        factors: function (layout, A, B, *tensors) → the factors used instead of A and B, which
+            may have a higher rank.
+        gain: function (V (…, out, in), *tensors) → a factor (…, out) that V's outputs are
+            multiplied with; None if the variant does not scale V. V is detached.
     """
 
     tensors: Callable[[Layout, Shape, int], dict[str, Shape]]
@@ -45,9 +50,10 @@ class Variant:
     gain: Callable[..., Any] | None = None
 
 
-# ---- DoRA (Liu et al. 2024, eq. 5): W = m·V/‖V‖, the norm over the inputs of each output, taken
-# as a constant for gradients (§4.3). Kernels are inputs; groups of a transposed convolution share
-# the magnitudes as they share B. ----------------------------------------------------------------
+# ---- DoRA ---------------------------------------------------------------------------------------
+# W = m·V/‖V‖ (Liu et al. 2024, eq. 5). The norm is taken over the inputs of each output, including
+# kernel dimensions, and is a constant for autograd (§4.3). The groups of a transposed convolution
+# share the magnitudes m as they share B.
 
 
 def _magnitude(layout: Layout, shape: Shape, r: int) -> dict[str, Shape]:
@@ -59,9 +65,9 @@ def _norms(adapted: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     norms = aten.linalg_vector_norm.default(adapted, 2, [-1])
     if not norms.is_meta and bool((norms == 0).any()):
         raise ConfigError(
-            "DoRA learns how long the weights of each output are, and their direction: here an "
-            "output has weights that are all zero, which have none. Take plain LoRA (a rule of its "
-            "own for this site)."
+            "DoRA learns the norm and the direction of each output's weights. Here the weights of "
+            "an output are all zero, so they have no direction. Use plain LoRA for this site, by a "
+            "separate rule."
         )
     return (norms,)
 
@@ -70,8 +76,9 @@ def _relative(adapted: Any, magnitude: Any) -> Any:
     return aten.div.Tensor(magnitude, aten.linalg_vector_norm.default(adapted, 2, [-1]))
 
 
-# ---- an init that starts from the weight: V = W0 + s·(BA - B'A'), A' and B' as A and B started,
-# so that W0 stays the source's. What trains is what trains beside a weight of W0 - s·B'A'. -----
+# ---- an init computed from the weight -----------------------------------------------------------
+# V = W0 + s·(BA - B'A'), where A' and B' are the initial A and B. W0 stays the source's weight;
+# training sees the residual W0 - s·B'A' as the base weight.
 
 
 def _first_pair(layout: Layout, shape: Shape, r: int) -> dict[str, Shape]:
@@ -94,7 +101,42 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def register_variant(name: str, variant: Variant) -> None:
+    """Make a variant of LoRA available as `LoraConfig(variant=name)`.
+
+    Args:
+        name: its name in configurations and in saved adapters. A process that loads such an
+            adapter must register the variant, too.
+        variant: the row: its tensors, their initial values and its formula.
+
+    Raises:
+        ConfigError: the name is taken, or is not a word.
+
+    Example:
+        A learned factor on every output, W = g·(W0 + s·BA), g (out,) starting at 1:
+
+        >>> import torch, fxlora
+        >>> def tensors(layout, shape, r):
+        ...     return {"lora_gain": (layout.features(shape)[1],)}  # (out,)
+        >>> def start(adapted, a, b):  # adapted (out, in)
+        ...     return (torch.ones_like(adapted[:, 0]),)
+        >>> def gain(adapted, g):
+        ...     return g
+        >>> fxlora.register_variant("gain", fxlora.Variant(tensors, True, start, gain=gain))
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear", variant="gain")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> lora = fxlora.adapt(model, torch.randn(3, 6), rules=config)
+        >>> [name for name, p in lora.named_parameters() if p.requires_grad][-1]
+        '0.lora_gain.default.weight'
+    """
+    if not is_word(name):
+        raise ConfigError(f"a variant's name must be {WORD_RULE}, not {shown(name)}.")
+    if name in VARIANTS:
+        raise ConfigError(f"there is a variant {name!r} already.")
+    VARIANTS[name] = variant
+
+
 def variants_of(init: bool | str, variant: str | None) -> tuple[str, ...]:
-    """The rows that a configuration asks for, in the order in which they apply."""
+    """Return the names of the rows that a configuration selects, in the order they apply."""
     asked = {variant, "from_weight" if init in STARTS else None}
     return tuple(name for name in VARIANTS if name in asked)

@@ -1,4 +1,4 @@
-"""match: which sites the rules take, and in which form. Pure: nothing is changed."""
+"""match: decide which sites the rules adapt, and in which form, without changing anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import Rules, as_rules
 from ..errors import ConfigError, NoMatchError
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..plan import IN_FULL, Entry, Plan
@@ -27,26 +27,38 @@ def match(
     adapter_name: str = "default",
     budget: int | str | None = None,
 ) -> Plan:
-    """Work out what `inject` would do.
+    """Return the plan that `inject` can apply to a module; nothing is changed.
 
     Args:
-        module: a captured module.
-        rules: a LoraConfig, a Rule, a list of them (the first that matches a site wins), or
+        module: a captured module without adapters.
+        rules: a LoraConfig, a Rule, a list of these (the first that matches a site wins), or
             the path of a rules file.
-        adapter_name: the name that the adapter's parameters carry.
-        budget: how many parameters A and B may have in all, a number or a share of the model's
-            ("1%"). The ranks keep the proportions that the rules give them, and each site its
-            factor s.
+        adapter_name: the adapter's name, which is part of its parameters' names.
+        budget: the most parameters that all A and B together may have, as a number or as a share
+            of the model's parameters ("1%"). The ranks keep the proportions that the rules give
+            them, and each site keeps its scaling factor s.
+
+    Returns:
+        The plan: an entry per adapted weight, printable and countable before anything is changed.
 
     Raises:
-        NoMatchError: a rule, or a name in one, matches nothing; says the nearest names.
-        UnsupportedOpError: a targeted weight is read in a way that no form can adapt.
-        ConfigError: the rules contradict themselves or ask for what a site cannot have.
+        NotCapturedError: the module is not a captured one.
+        NoMatchError: a rule, or a name in one, matches nothing; the message lists the nearest
+            names.
+        UnsupportedOpError: a targeted weight is read in a way that no form can adapt, or no
+            gradient reaches a weight that is to train in full.
+        ConfigError: the rules contradict themselves or ask for something that a site does not
+            support.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+        >>> gm = fxlora.capture(model, torch.randn(3, 6))
+        >>> plan = fxlora.match(gm, fxlora.Rule("0", lora=fxlora.LoraConfig(r=2)))
+        >>> [(entry.site, entry.form, entry.shape) for entry in plan]
+        [('0', 'branch', (8, 6))]
     """
-    if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(
-            f"match takes a captured module, not {type(module).__name__}: capture first."
-        )
+    check_captured(module, "match")
     if module.plan is not None:
         raise ConfigError("the module has adapters already: fold or remove them first.")
     if not is_adapter(adapter_name):

@@ -1,4 +1,4 @@
-"""Budgets: the ranks with which A and B keep within a number of parameters."""
+"""Parameter budgets: the largest ranks with which A and B stay within a budget."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from ..plan import Entry
 
 
 def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entry]:
-    """The entries with the largest ranks for which A and B keep within a budget.
+    """Return the entries with the largest ranks for which A and B stay within a budget.
 
-    Ranks keep the proportions that they have, down to 1 and up to the rank of the weight; what
-    rounding leaves over goes to the entries that it has cut most. Each keeps its factor s.
+    Ranks keep their proportions, between 1 and the largest rank of the weight. Parameters that
+    rounding leaves over go to the entries whose ranks it reduced most. Each entry keeps its
+    scaling factor s.
 
     Args:
+        entries: the entries, with the ranks that the rules give them.
         budget: a number of parameters, or a share of the model's such as "1%".
+        model: the model whose parameters a share refers to.
 
     Raises:
-        ConfigError: no such budget, or too small for rank 1 everywhere.
+        ConfigError: the budget is invalid, or too small for rank 1 everywhere.
     """
     limit = limit_of(budget, sum(p.numel() for p in model.parameters()))
     if not entries:
@@ -40,10 +43,10 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
 
 
 def limit_of(budget: Any, model: int) -> int:
-    """How many parameters a budget is, for a model of so many.
+    """Return the number of parameters in a budget, for a model with `model` parameters.
 
     Raises:
-        ConfigError: it is no number and no share.
+        ConfigError: the budget is neither a positive number nor a share.
     """
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget
@@ -58,9 +61,9 @@ def limit_of(budget: Any, model: int) -> int:
 
 
 def _with_rank(entry: Entry, r: int) -> Entry:
-    # s is what the rules gave; alpha is shown as it would have to be for this rank.
+    # s stays as the rules give it; alpha becomes the value that gives this s at the new rank.
     plain = math.isclose(entry.scaling, entry.alpha / entry.r)
-    alpha = entry.scaling * (r if plain else math.sqrt(r))  # (rsLoRA's is by the root)
+    alpha = entry.scaling * (r if plain else math.sqrt(r))  # rsLoRA: s = alpha / √r
     return dataclasses.replace(entry, r=r, alpha=alpha)
 
 
@@ -80,13 +83,13 @@ def _scaled(entries: Sequence[Entry], factor: float) -> list[int]:
 
 
 def _stepped(entry: Entry, r: int) -> int:
-    """A rank that the entry's init can have, not above this one unless it must."""
+    """Round a rank down to a multiple that the entry's init allows, but not to 0."""
     step = step_of(entry.init)
     return max(step, r // step * step)
 
 
 def _proportional(entries: Sequence[Entry], limit: int) -> list[int]:
-    """The ranks times the largest common factor that the limit allows, by bisection."""
+    """Return the ranks times the largest common factor that the limit allows, by bisection."""
     low, high = 0.0, float(max(_largest(entry) / entry.r for entry in entries))
     if _cost(entries, _scaled(entries, high)) <= limit:
         return _scaled(entries, high)
@@ -100,7 +103,7 @@ def _proportional(entries: Sequence[Entry], limit: int) -> list[int]:
 
 
 def _filled(entries: Sequence[Entry], ranks: list[int], limit: int) -> list[int]:
-    """One step more where it still fits, first where rounding took most."""
+    """Increase ranks by one step where the limit allows, first those that rounding cut most."""
     left = limit - _cost(entries, ranks)
     for index in sorted(range(len(ranks)), key=lambda i: ranks[i] / entries[i].r):
         entry, r = entries[index], ranks[index]

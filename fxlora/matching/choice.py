@@ -1,4 +1,4 @@
-"""Which rule takes which site, and which sites of a tied weight are taken together."""
+"""The rule that matches each site, and the sites of a tied weight that are adapted as one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from ..config import ALL_LINEAR, LoraConfig, Names, Rule
 from ..errors import ConfigError
-from ..lora.ops import LOOKUPS, MATRIX_PRODUCTS
+from ..lora.ops import in_all_linear, is_lookup
 from ..module import CapturedModule
 from ..reads.sites import Site, merged
 from ..tables import some
@@ -20,21 +20,21 @@ Chosen = list[tuple[Site, int]]  # each site with the number (from 1) of its rul
 
 @dataclass(frozen=True)
 class Choice:
-    """The rules held against the sites of a module; the first that matches a site wins."""
+    """The rules, and the sites of a module to match; the first rule that matches a site wins."""
 
     module: CapturedModule
     rules: tuple[Rule, ...]
     sites: tuple[Site, ...]
 
     def made(self) -> Chosen:
-        """Every site with its rule, those of a tied weight that one rule takes as one."""
+        """Return every site with its rule; sites of one tied weight under one rule are merged."""
         return self._tied([(site, self._first_rule(site)) for site in self.sites])
 
     def rule(self, number: int) -> Rule | None:
         return self.rules[number - 1] if number else None
 
     def _first_rule(self, site: Site) -> int:
-        """Number (from 1) of the first rule that takes the site, or 0."""
+        """Return the number (from 1) of the first rule that matches the site, or 0."""
         for number, rule in enumerate(self.rules, 1):
             if self.holds(rule, site):
                 return number
@@ -62,7 +62,7 @@ class Choice:
         return config.layers_to_transform is None or in_layers(config, site)
 
     def in_targets(self, targets: Names, site: Site) -> bool:
-        """PEFT's matching: one string is an expression for the whole name, a list has names."""
+        """Match as PEFT does: a string is a regex for the whole name, a list holds names."""
         if isinstance(targets, str) and targets != ALL_LINEAR:
             return any(re.fullmatch(targets, alias) for alias in site.aliases)
         names = (targets,) if isinstance(targets, str) else targets or ()
@@ -72,18 +72,23 @@ class Choice:
         )
 
     def _in_all_linear(self, site: Site) -> bool:
-        """Matrix products, less the output layer, embeddings, and factors of computed weights."""
+        """Whether "all-linear" includes the site.
+
+        It includes weights of matrix products, but not factors from which a weight is computed,
+        except the main tensor of a torch parametrization. It leaves out output embeddings and
+        weights that are also looked up (embeddings).
+        """
         spared = self.module.known.outputs & set(site.names)
-        kinds = {reader.kind for reader in site.readers}
+        looked_up = any(is_lookup(reader.kind) for reader in site.readers)
         layer, behind, _ = site.parameter.partition(".parametrizations.")
         read = any(r.kind == site.op and r.moved and r.moved.intact for r in site.readers)
         own = read or (behind and layer in site.aliases)
-        return bool(site.op in MATRIX_PRODUCTS and own and not spared and not LOOKUPS & kinds)
+        return bool(in_all_linear(site.op) and own and not spared and not looked_up)
 
     def _tied(self, chosen: Chosen) -> Chosen:
-        """The sites of one tied weight that one rule takes as one site.
+        """Merge the sites of one tied weight that one rule matches into one site.
 
-        A rule with `tied="share"` takes all of them.
+        A rule with `tied="share"` adapts all of them, including those that no rule matches.
         """
         found: Chosen = []
         done: set[str] = set()
@@ -110,13 +115,13 @@ class Choice:
         names = some(f"'{site.name}'" for site, _ in tied)
         for number in {number for _, number in tied} - {0, sharing}:
             raise ConfigError(
-                f'{names} are one tied weight. Rule {sharing} says tied="share", and rule '
-                f"{number} takes one of them: let one rule take all."
+                f'{names} are one tied weight. Rule {sharing} says tied="share", but rule '
+                f"{number} matches one of them: let one rule match all of them."
             )
 
 
 def matches_name(pattern: str, site: Site) -> bool:
-    """Whether a Rule's name pattern matches any name of a site."""
+    """Whether a Rule's name pattern matches any of a site's names."""
     return matches(pattern, site.aliases)
 
 
@@ -134,10 +139,12 @@ def is_called(name: str, site: Site) -> bool:
 
 
 def is_suffix(target: str, name: str) -> bool:
+    """Whether a name is the target, or ends with it after a dot."""
     return name == target or name.endswith(f".{target}")
 
 
 def in_layers(config: LoraConfig, site: Site) -> bool:
+    """Whether the layer number in a site's name is one of `layers_to_transform`."""
     patterns = config.layers_pattern or (r"[^.]*",)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", site.name)
@@ -149,10 +156,12 @@ def in_layers(config: LoraConfig, site: Site) -> bool:
 
 
 def pattern_holds(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` matches the end of a site's name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def by_pattern(patterns: object, site: Site, default: float) -> float:
+    """Return the value of the first pattern that matches the site's name, or the default."""
     assert isinstance(patterns, dict)
     for pattern, value in patterns.items():
         if pattern_holds(pattern, site.name):
@@ -161,7 +170,7 @@ def by_pattern(patterns: object, site: Site, default: float) -> float:
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """The candidates most like a name, compared whole and by their last part."""
+    """Return the candidates most similar to a name, compared whole and by their last part."""
     names = list(dict.fromkeys(candidates))
     tail = name.rpartition(".")[2]
 

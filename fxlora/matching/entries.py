@@ -1,4 +1,4 @@
-"""Entries: what a plan says of each site that a rule takes, or of each part of one."""
+"""The entries of a plan: one for each site that a rule adapts, or for each part of one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from .refusals import check_supported
 
 @dataclass(frozen=True)
 class Entries:
-    """Makes the entries of one plan."""
+    """Makes the entries of one plan.
+
+    Attributes:
+        choice: the rules and sites that the entries are made from.
+        adapter_name: the adapter's name.
+        adapted: the sites that `made` was called for.
+    """
 
     choice: Choice
     adapter_name: str
     adapted: list[Site] = field(default_factory=list[Site])
 
     def made(self, site: Site, number: int, rule: Rule) -> list[Entry]:
-        """An entry for a site, or one for each part of it that the rule enables."""
+        """Return an entry for a site, or one for each of its parts that the rule enables."""
         assert rule.lora is not None
         check_supported(site, number)
         self.adapted.append(site)
@@ -59,8 +65,8 @@ class Entries:
             asked = f"part '{part}'" if rows else ", ".join(variants)
             raise UnsupportedOpError(
                 f"{asked} of '{site.name}' (rule {number}): {site.readers[0].describe()}, and "
-                "which of its dimensions the outputs are cannot be told. Adapt it whole, with "
-                "plain LoRA."
+                "it is unknown which of its dimensions are the outputs. Adapt the whole weight "
+                "with plain LoRA."
             )
         form = choose_form(site, r, config.lora_dropout, rows, variants)
         entry = Entry(
@@ -89,7 +95,7 @@ class Entries:
         return entry
 
     def within_budget(self, entries: Sequence[Entry], budget: Any) -> list[Entry]:
-        """The entries with the ranks of the budget, and the forms that go with these."""
+        """Return the entries with the ranks of the budget, and the forms for these ranks."""
         sites = {site.names: site for site in self.adapted}
         found: list[Entry] = []
         for entry in within(entries, budget, self.choice.module):
@@ -102,19 +108,25 @@ class Entries:
         return found
 
     def _check_padding(self, entry: Entry) -> None:
-        """The row of padding_idx stays as it is: a variant that scales outputs would scale it."""
+        """Raise if a variant that scales outputs would change the padding_idx row."""
         weight = self.choice.module.get_parameter(entry.parameter)
         if entry.padding_idx is None or weight.is_meta or not scales_outputs(entry):
             return
         if bool(weight[entry.padding_idx].any()):
             raise UnsupportedOpError(
                 f"'{entry.site}': {', '.join(entry.variants)} scales every row of the embedding, "
-                f"also that of padding_idx={entry.padding_idx}, which must stay as it is and is "
-                "not zero. Take plain LoRA for it in a rule of its own, or zero the row."
+                f"including the row of padding_idx={entry.padding_idx}, which must not change and "
+                "is not zero. Use plain LoRA for it in a separate rule, or set the row to zero."
             )
 
 
 def check_rank(entry: Entry) -> None:
+    """Check that the init allows the entry's rank, and that the weight can have it.
+
+    Raises:
+        ConfigError: the init needs an even rank, or starts from the weight and the rank is too
+            large. A rank that is too large only warns with other inits.
+    """
     if entry.r % step_of(entry.init):
         raise ConfigError(
             f"init_lora_weights={entry.init!r} halves the rank: r={entry.r} for '{entry.site}' "
@@ -133,12 +145,12 @@ def check_rank(entry: Entry) -> None:
 
 
 def _notes(site: Site, form: Form) -> str:
-    """What there is to know of an entry, for the plan."""
+    """Return the notes on an entry that the plan shows: the reason for its form, and ties."""
     notes = [form.reason]
     if site.tied:
         notes.append(f"split from its tie with {', '.join(site.tied)}")
     elif len(site.names) > 1:
         notes.append("tied")
     if site.inseparable:
-        notes.append("no call tells its names apart: all are adapted")
+        notes.append("no call site tells its names apart: all are adapted")
     return "; ".join(filter(None, notes))

@@ -1,4 +1,7 @@
-"""Which form a site takes: the branch wherever every reader allows it, else the weight form."""
+"""The form of a site: the branch, or the weight form.
+
+The branch is chosen where every reader allows it and it costs no more than the weight form.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ..reads.sites import Site
 
 @dataclass(frozen=True)
 class Form:
-    """How a site is adapted: "branch" or "weight", and why."""
+    """The form in which a site is adapted ("branch" or "weight"), and the reason for it."""
 
     name: str
     reason: str = ""
@@ -29,18 +32,29 @@ def choose_form(
     rows: tuple[int, int] | None = None,
     variants: tuple[str, ...] = (),
 ) -> Form:
-    """The form of a site, or of a part of it: the branch wherever every reader allows it.
+    """Choose the form of a site, or of a part of it.
+
+    The branch is chosen where every reader allows it, unless it costs more than the weight form.
+    With dropout, which needs a branch, the cost does not count.
+
+    Args:
+        site: the site.
+        r: the rank, on which the cost depends.
+        dropout: `lora_dropout`.
+        rows: the outputs that the part covers, from and to, or None for the whole site.
+        variants: the variants of LoRA to apply.
 
     Raises:
-        ConfigError: lora_dropout on a site whose form has no branch input.
-        UnsupportedOpError: no form computes the right gradients.
+        ConfigError: lora_dropout on a site that cannot take a branch.
+        UnsupportedOpError: no form computes the right gradients, as for a look-up with
+            `sparse=True` that cannot take a branch.
     """
     obstacle = branch_obstacle(site, rows, variants)
     if obstacle and dropout:
         raise ConfigError(
             f"lora_dropout={dropout} on '{site.name}': {obstacle}, so its adapter is added "
-            "to the weight and has no input to drop. Set lora_dropout=0 for it in a rule "
-            "of its own."
+            "to the weight and has no input to drop. Set lora_dropout=0 for it in a separate "
+            "rule."
         )
     if obstacle:
         return _weight_form(site, obstacle)
@@ -55,7 +69,7 @@ def choose_form(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of one read: a branch for a site, or for some rows of it, with variants."""
+    """A request for a branch at one read: for a site, or for some rows of it, with variants."""
 
     site: Site
     reader: Reader
@@ -64,7 +78,7 @@ class _Asked:
 
     @property
     def op(self) -> Op:
-        """The op's row; what has none is refused before this is asked."""
+        """The op's row in the table; `_OBSTACLES` excludes reads without one first."""
         assert self.reader.op is not None
         return self.reader.op
 
@@ -74,28 +88,28 @@ class _Asked:
 
     @property
     def scales(self) -> bool:
-        """Whether a variant multiplies the outputs."""
+        """Whether a variant scales the outputs."""
         return any(VARIANTS[name].gain for name in self.variants)
 
     @property
     def scaling(self) -> str:
-        """The variants that are asked for, for messages."""
+        """The names of the requested variants, for messages."""
         return ", ".join(self.variants)
 
     @property
     def by_output(self) -> bool:
-        """Whether outputs are told apart."""
+        """Whether the adapter treats outputs differently: a part, or a variant that scales them."""
         return self.rows is not None or self.scales
 
 
-# Why no branch can be added to a read, and when: the first that holds.
+# (reason why no branch can be added to a read, condition); the first condition that holds counts.
 _OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
     ("read by {0.reader.kind} through {0.reader.through}", lambda a: bool(a.reader.through)),
     ("read by {0.reader.kind}", lambda a: a.reader.op is None),
     ("in a graph that several calls share", lambda a: a.reader.shared),
-    # Two branches would miss Δu·Δv.
+    # A branch on each of two factors u and v would omit Δu·Δv.
     ("multiplied with another weight", lambda a: a.reader.other_weight),
-    ("read by {0.reader.kind}, which takes no matrix from it", lambda a: a.layout is None),
+    ("read by {0.reader.kind}, which does not use it as a matrix", lambda a: a.layout is None),
     (
         "read as {0.layout.roles} and as {0.site.layout.roles}",
         lambda a: a.layout is not None and a.site.layout not in (a.layout, a.layout.swapped),
@@ -105,7 +119,7 @@ _OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
         lambda a: a.by_output and (a.op.output is None or a.site.layout.stacked),
     ),
     (
-        "read by {0.reader.kind}, whose outputs are what others take as inputs",
+        "read by {0.reader.kind}, whose outputs are the inputs of other readers",
         lambda a: a.by_output and a.layout != a.site.layout,
     ),
     ("a part of a grouped convolution", lambda a: a.rows is not None and a.site.groups > 1),
@@ -123,13 +137,13 @@ _OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
 def branch_obstacle(
     site: Site, rows: tuple[int, int] | None, variants: tuple[str, ...]
 ) -> str | None:
-    """Why a site, or a part of it, cannot take the branch at one of its reads; else None."""
+    """Return why a site, or a part of it, cannot take a branch at one of its reads, or None."""
     found = (_obstacle(_Asked(site, reader, rows, variants)) for reader in site.readers)
     return next(filter(None, found), None)
 
 
 def _obstacle(asked: _Asked) -> str | None:
-    """Why no branch can be added to a read, or None."""
+    """Return why no branch can be added to a read, or None."""
     reason = next((text for text, holds in _OBSTACLES if holds(asked)), None)
     if reason is not None:
         return reason.format(asked)
@@ -137,7 +151,7 @@ def _obstacle(asked: _Asked) -> str | None:
 
 
 def _weight_form(site: Site, reason: str) -> Form:
-    """The weight form, unless a look-up would make a sparse gradient of the sum."""
+    """Return the weight form; raise if a look-up would give W + s·BA a sparse gradient."""
     sparse = [r for r in site.readers if named_argument(r.node, "sparse") is True]
     if sparse:
         raise UnsupportedOpError(

@@ -1,4 +1,4 @@
-"""What trains in full, beside the adapters: modules as copies, and biases."""
+"""Parameters trained in full, in addition to the adapters: modules (as copies) and biases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from .unmatched import Unmatched
 
 
 def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[str, int]:
-    """Paths of modules and bare parameters that train in full, each with the rule that says so."""
+    """Return the paths of modules and bare parameters that train in full.
+
+    Each has the number of the first rule that trains it.
+
+    Raises:
+        NoMatchError: a name in `modules_to_save` matches nothing.
+    """
     holders = _holders(choice.module)
     found: list[tuple[str, int]] = []
     for number, rule in enumerate(choice.rules, 1):
@@ -36,7 +42,10 @@ def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[s
 
 
 def _trained_with(site: Site, rule: Rule) -> str:
-    """Path of what trains for a site: its layer, or the bare parameter without its siblings."""
+    """Return the path that trains for a site: its layer, or only the parameter.
+
+    It is the layer if the parameter is the layer's `weight` or the rule names the layer.
+    """
     owner = site.parameter.rpartition(".")[0]
     layer = site.parameter == f"{owner}.weight"
     asked = rule.name is not None and _named(rule, owner)
@@ -52,7 +61,7 @@ def _holders(module: CapturedModule) -> dict[str, nn.Module]:
 
 
 def without_sites(choice: Choice, rule: Rule) -> Iterator[str]:
-    """What `train=True` names that no LoRA could take: norms, biases, vectors."""
+    """Yield the paths without a site that a `train=True` rule names: norms, biases, vectors."""
     keys = (rule.op, rule.where, rule.kernel_size, *rule.bounds)
     if not rule.train or any(key is not None for key in keys):
         return
@@ -70,7 +79,7 @@ def _named(rule: Rule, name: str) -> bool:
 
 
 def trained(module: CapturedModule, paths: Iterable[str]) -> set[str]:
-    """Names of the parameters below these paths, ties under every name they have."""
+    """Return the names of the parameters below these paths, tied ones under all their names."""
     tied = {name: names for names in module.aliases().values() for name in names}
     found: set[str] = set()
     for path in paths:
@@ -85,7 +94,7 @@ def trained(module: CapturedModule, paths: Iterable[str]) -> set[str]:
 
 
 def biases(choice: Choice, entries: Iterable[Entry]) -> set[str]:
-    """The biases that `bias=` asks for."""
+    """Return the names of the biases that `bias=` trains."""
     every = {n for n, _ in choice.module.named_parameters() if "bias" in n.rpartition(".")[2]}
     found: set[str] = set()
     for entry in entries:
@@ -100,35 +109,39 @@ def biases(choice: Choice, entries: Iterable[Entry]) -> set[str]:
 
 
 def check_trained(site: Site, number: int, rule: Rule | None, saved: Mapping[str, int]) -> None:
-    """Raise where a rule adapts a weight that a later rule, or its tie, trains in full.
+    """Raise if a rule adapts a weight that a later rule, or a tie, trains in full.
 
     Raises:
-        ConfigError: names both rules, and how to choose.
+        ConfigError: names the conflict, and how to resolve it.
     """
     if rule is None or rule.lora is None:
         return
     paths = [path for name in site.names for path in saved if is_below(name, path)]
     if not paths:
         raise ConfigError(
-            f"rule {number} adapts '{site.name}', which trains in full as {', '.join(site.tied)}: "
-            "one tied weight. Adapt both names or train both, or untie them in the model."
+            f"rule {number} adapts '{site.name}', which is tied to {', '.join(site.tied)}, trained "
+            "in full. Adapt both names or train both, or untie them in the model."
         )
     later = min(saved[path] for path in paths)
     if later > number:
         raise ConfigError(
             f"rule {number} adapts '{site.name}', and rule {later} trains '{paths[0]}', which "
-            f"holds it, in full. Put rule {later} before rule {number} to train it too, or name "
+            f"contains it, in full. Put rule {later} before rule {number} to train it too, or name "
             f"single parameters in rule {later}."
         )
 
 
 def check_trains(site: Site) -> None:
-    """Raise where a weight is to train in full that no gradient reaches."""
+    """Raise if a weight is to train in full, but no gradient reaches it.
+
+    Raises:
+        UnsupportedOpError: names the weight, and the reason.
+    """
     if site.readers and all(reader.untrained for reader in site.readers):
         raise UnsupportedOpError(
-            f"'{site.name}' is to train in full, and is read only {site.readers[0].untrained}: no "
-            "gradient reaches it. Leave it out of train= and modules_to_save, or take away what "
-            "stops the gradient."
+            f"'{site.name}' is to train in full, but is read only {site.readers[0].untrained}: no "
+            "gradient reaches it. Leave it out of train= and modules_to_save, or change the model "
+            "so that the gradient reaches it."
         )
 
 

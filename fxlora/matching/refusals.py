@@ -1,6 +1,6 @@
-"""Sites that no form can adapt: a row for each reason, with what to do instead.
+"""Sites that no form can adapt: a table row for each reason, with advice on what to do instead.
 
-Parts, variants and sparse gradients are refused where they are worked out: in `entries.py` and
+Parts, variants and sparse gradients are checked where they are handled: in `entries.py` and
 `forms.py`.
 """
 
@@ -18,7 +18,7 @@ LEAVE_OUT = "Leave it out of the rule (Rule(name, lora=None) before it)"
 def _shared_memory(site: Site) -> str:
     return (
         f"shares memory with '{site.overlaps[0]}', which is another tensor: an adapter on one "
-        "would leave the other behind. Tie them as one Parameter (b.weight = a.weight), and read "
+        "would not change the other. Make them one Parameter (b.weight = a.weight), and read "
         "that."
     )
 
@@ -29,7 +29,7 @@ def _written(site: Site) -> str:
     return (
         f"cannot be adapted: its weight is written to in every call, by {where}, which an adapter "
         "would change. "
-        f"{LEAVE_OUT}, or take that out of the forward (of an embedding: max_norm=None)."
+        f"{LEAVE_OUT}, or remove the write from the forward (of an embedding: max_norm=None)."
     )
 
 
@@ -37,16 +37,16 @@ def _untrained(site: Site) -> str:
     ways = " and ".join(dict.fromkeys(reader.untrained for reader in site.readers))
     return (
         f"is read only {ways}: no gradient passes, so its adapter would never train. {LEAVE_OUT}, "
-        "or take away what stops the gradient (a reentrant checkpoint runs under no_grad: "
-        "use_reentrant=False)."
+        "or change the model so that the gradient reaches it (a reentrant checkpoint runs under "
+        "no_grad: use_reentrant=False)."
     )
 
 
 def _kept_whole(site: Site) -> str:
     whole = next(reader for reader in site.readers if reader.node.op == "call_module")
     return (
-        f"is read inside {whole.kind}, which the tracer keeps whole: capture with example inputs, "
-        "which sees inside."
+        f"is read inside {whole.kind}, which the tracer keeps whole: capture with example inputs "
+        "to trace into it."
     )
 
 
@@ -59,12 +59,12 @@ def _pads_a_part(site: Site) -> bool:
 def _padded(site: Site) -> str:
     reader = next(reader for reader in site.readers if reader.way)
     return (
-        f"is looked up through {reader.through} with a padding_idx, which is a row of the table "
-        f"that this makes, not of the weight. {LEAVE_OUT}, or look up in the weight itself."
+        f"is looked up through {reader.through} with a padding_idx, which is a row of the "
+        f"computed table, not of the weight. {LEAVE_OUT}, or look up in the weight itself."
     )
 
 
-# Whether a site is one of these, and what is said of it then; the first that holds.
+# (condition on a site, message about it); the first condition that holds counts.
 _REFUSALS: tuple[tuple[Callable[[Site], bool], Callable[[Site], str]], ...] = (
     (
         lambda site: site.outside is not None,
@@ -82,7 +82,7 @@ def check_supported(site: Site, number: int) -> None:
     """Raise unless some form can adapt every read of the site that rule `number` targets.
 
     Raises:
-        UnsupportedOpError: says the read, and what to do instead.
+        UnsupportedOpError: names the reason, with advice on what to do instead.
     """
     for holds, why in _REFUSALS:
         if holds(site):

@@ -1,4 +1,4 @@
-"""Nothing is missed silently: whatever a rule names must match something, or match raises."""
+"""Errors for rules, and names in them, that match nothing: no rule is ignored silently."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from .choice import Choice, Chosen, is_suffix, matches, matches_name, nearest, p
 
 @dataclass(frozen=True)
 class Unmatched:
-    """What the rules of a choice name in vain."""
+    """Finds the rules of a choice, and the names in them, that match nothing."""
 
     choice: Choice
 
     def check(self, chosen: Chosen, entries: Sequence[Entry], saved: Sequence[str]) -> None:
-        """Raise for the first rule, or name in one, that took nothing.
+        """Raise for the first rule, or the first name in a rule, that matches nothing.
 
         Args:
-            saved: paths of what trains in full.
+            chosen: every site with the number of its rule.
+            entries: the entries made from these.
+            saved: paths of the modules and parameters that train in full.
+
+        Raises:
+            NoMatchError: names the rule, and the nearest names.
         """
         taken = {number for _, number in chosen}
         for number, rule in enumerate(self.choice.rules, 1):
@@ -36,7 +41,7 @@ class Unmatched:
                 self._check_layers(number, rule.lora)
 
     def warn_of_uncovered(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Rules by op cannot take what no region covers: say so."""
+        """Warn of weights that no region covers, which rules by op cannot match."""
         reasons = {s.name: s.why_outside for s in self.choice.sites if s.outside is not None}
         missed = [name for name, why in skipped if reasons.get(name) == why]
         if missed:
@@ -46,7 +51,7 @@ class Unmatched:
             )
 
     def _check_names(self, number: int, rule: Rule, saved: Sequence[str]) -> None:
-        """Every single name must match a site, whatever the rule's other keys say."""
+        """Raise unless every name matches a site, whatever the rule's other keys say."""
         candidates = [alias for site in self.choice.sites for alias in site.aliases]
         for name in rule.name or ():
             met = any(matches_name(name, site) for site in self.choice.sites)
@@ -76,7 +81,10 @@ class Unmatched:
         why = ""
         if earlier:
             others = ", ".join(earlier)
-            why = f" Rule {others} took what it matches: put rule {number} before rule {others}."
+            why = (
+                f" Rule {others} already took the sites that rule {number} matches: put rule "
+                f"{number} before rule {others}."
+            )
         kinds = ", ".join(sorted({site.op for site in self.choice.sites}))
         raise NoMatchError(
             f"rule {number} ({rule.describe()}) matched none of {len(self.choice.sites)} "
@@ -109,18 +117,20 @@ class Unmatched:
                 "dimensions there"
             )
             message += (
-                "." if self.choice.module.exported else ": capture with example inputs sees more."
+                "."
+                if self.choice.module.exported
+                else ": capture with example inputs to trace more of the model."
             )
         raise NoMatchError(message + self._no_site(name))
 
     def _no_site(self, name: str) -> str:
-        """Why a tensor of this name is no site although a weight might be meant."""
+        """Return why a tensor of this name, though it looks like a weight, is no site, or ""."""
         for full, buffer in self.choice.module.named_buffers(remove_duplicate=False):
             if is_suffix(name, full) and buffer.ndim >= 2:
                 return (
                     f" '{full}' is a buffer: only parameters take adapters. Make it one before you "
-                    "capture (del the buffer, then set nn.Parameter(tensor, requires_grad=False)), "
-                    "and it is frozen all the same."
+                    "capture (del the buffer, then set nn.Parameter(tensor, requires_grad=False)); "
+                    "it stays frozen."
                 )
         for full, parameter in self.choice.module.named_parameters(remove_duplicate=False):
             owner = full.rpartition(".")[0]
@@ -131,12 +141,12 @@ class Unmatched:
 
 
 def _saves(rule: Rule, name: str, saved: Sequence[str]) -> bool:
-    """Whether a name in a rule is that of something which the rule trains in full."""
+    """Whether the rule trains in full, and a name in it matches a path that does."""
     return rule.train and any(matches(name, (path,)) for path in saved)
 
 
 def warn_of_large(entries: Sequence[Entry]) -> None:
-    """An adapter that has more parameters than its weight saves nothing."""
+    """Warn of adapters that have more parameters than their weights, and so save nothing."""
     large = [e.site for e in entries if e.adapter_parameters > e.weight_parameters]
     if large:
         have = "adapter has" if len(large) == 1 else "adapters have"

@@ -1,5 +1,5 @@
-"""CapturedModule, the contract on its inputs, and the Python around it."""
+"""Captured modules: their graphs, input contract and state, and the Python around regions."""
 
-from .captured import CapturedModule
+from .captured import CapturedModule, check_captured
 
-__all__ = ["CapturedModule"]
+__all__ = ["CapturedModule", "check_captured"]

@@ -1,7 +1,8 @@
-"""no_ambient_modes: what fxlora computes does not depend on the modes that the caller is in.
+"""no_ambient_modes: make fxlora's results independent of the torch modes that the caller is in.
 
-Under torch.autocast a float32 weight would be folded in bfloat16, under a default device the
-start of an adapter would be somewhere else, under no_grad nothing made would train.
+Otherwise torch.autocast would fold a float32 weight in bfloat16, a default device would place new
+tensors on a device other than the model's, and parameters made in inference mode could not be
+trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils._device import DeviceContext
 
 
 class _Setting(NamedTuple):
-    """A global of torch: how it is read and set, and its value while a verb runs."""
+    """A global setting of torch: its getter, its setter, and its value while fxlora runs."""
 
     get: Callable[[], Any]
     set: Callable[[Any], object]
@@ -26,17 +27,19 @@ class _Setting(NamedTuple):
 
 @contextmanager
 def no_ambient_modes(*, defaults: bool = True) -> Generator[None]:
-    """Every mode of torch that changes results is off, and comes back as it was.
+    """Turn off every torch mode that changes results, and restore all of them on exit.
 
-    Those are autocast, the modes of autograd (no_grad, inference_mode, anomaly detection), modes
-    that intercept functions, deterministic algorithms, and products in reduced precision.
+    These are autocast, autograd's modes (no_grad, inference_mode, anomaly detection), function and
+    dispatch modes, deterministic algorithms, and reduced precision in matrix products,
+    convolutions and RNNs.
 
     Args:
-        defaults: also the default dtype (float32) and device (the CPU). Not for what runs a
-            captured graph: one with `torch.zeros(3)` asks for those of the process.
+        defaults: whether to reset the default dtype (to float32) and the default device (to the
+            CPU) too. Pass False around a run of a captured graph: `torch.zeros(3)` in a graph
+            needs the defaults of the process.
     """
     with ExitStack() as stack:
-        # First of all: a mode may intercept what turns the others off.
+        # First: an active function mode could intercept the calls that turn the others off.
         stack.enter_context(_no_function_modes(devices=defaults))
         stack.enter_context(dispatch._disable_current_modes())
         for device in _autocast_devices():
@@ -49,13 +52,13 @@ def no_ambient_modes(*, defaults: bool = True) -> Generator[None]:
 
 
 def _autocast_devices() -> list[str]:
-    """The kinds of device that autocast is on for."""
+    """Return the device types for which autocast is enabled."""
     return [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
 
 
 @contextmanager
 def _no_function_modes(*, devices: bool) -> Generator[None]:
-    """No TorchFunctionMode is active; a default device is one, too."""
+    """Turn off function modes; a default device is one, and is turned off only if `devices`."""
     before: list[Any] = overrides._get_current_function_mode_stack()
     kept = [mode for mode in before if isinstance(mode, DeviceContext) and not devices]
     _replace_function_modes(kept)
@@ -74,7 +77,7 @@ def _replace_function_modes(modes: list[Any]) -> None:
 
 @contextmanager
 def _neutral(settings: list[_Setting]) -> Generator[None]:
-    """Settings at their neutral values."""
+    """Set the settings to their neutral values, and restore them on exit."""
     before = [(setting, value) for setting in settings if (value := _read(setting)) is not None]
     changed = [(setting, value) for setting, value in before if value != setting.neutral]
     try:
@@ -87,10 +90,10 @@ def _neutral(settings: list[_Setting]) -> Generator[None]:
 
 
 def _read(setting: _Setting) -> Any:
-    """A setting's value, or None where torch does not say.
+    """Return a setting's value, or None where torch raises.
 
-    torch raises for the old names of a precision once a new one (`fp32_precision`) was set; then
-    the new ones, which are among the settings, decide.
+    torch raises for the legacy name of a precision setting once its replacement (`fp32_precision`)
+    was set. The replacements, which are in `_PRECISION` too, then take effect.
     """
     try:
         return setting.get()
@@ -109,7 +112,7 @@ def _attribute(owner: Any, name: str, neutral: Any) -> _Setting:
 
 
 def _reduction(dtype: str) -> _Setting:
-    """Whether cuBLAS may add up in half precision, and whether it may split sums."""
+    """Whether cuBLAS may reduce in half precision, and whether it may split reductions."""
     owner: Any = torch.backends.cuda.matmul
     name = f"allow_{dtype}_reduced_precision_reduction"
 
@@ -124,7 +127,7 @@ def _reduction(dtype: str) -> _Setting:
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "privateuseone")
 _DTYPE = _Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float32)
-# In this order: an old name sets several new ones, which are then set back one by one.
+# The order matters: a legacy name sets several newer settings, which are then restored one by one.
 _PRECISION = [
     _Setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0),
     _Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),

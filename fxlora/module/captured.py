@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import FxLoraError
+from ..errors import FxLoraError, NotCapturedError
 from ..plan import Plan
 from .contract import InputSpec
 from .fingerprints import fingerprint
@@ -23,17 +23,18 @@ from .state import State
 
 
 class CapturedModule(ProgramModule):
-    """What every verb of fxlora takes and returns.
+    """The module that every fxlora function takes and returns.
 
-    A true `torch.fx.GraphModule` whose `state_dict()` keys are the source model's. `train()`
-    and `eval()` choose between two graphs, because torch.export bakes the mode into a graph.
-    Where the model has no whole graph, those of its regions (submodules) are held, and the
-    source's Python calls them.
+    It is a real `torch.fx.GraphModule`, and its `state_dict()` keys are the source model's.
+    `train()` and `eval()` choose between two graphs, because torch.export bakes the mode into a
+    graph. If the whole model has no graph, the module holds graphs of its regions (submodules),
+    and the source's Python code calls them.
 
     Attributes:
-        programs: the graphs: one program, or those of the regions.
-        parent_module: the source's Python around the regions, or None where the graph is whole.
-        known: everything else that a copy takes along.
+        programs: one program for the whole model, or one or more for each region.
+        parent_module: the source's Python code around the regions, or None if one graph covers
+            the whole model.
+        known: all other state that a copy carries over.
     """
 
     known: State
@@ -51,9 +52,9 @@ class CapturedModule(ProgramModule):
         whole = parent_program() if parent_module else programs[0]
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
-        for graph in self.distinct_graphs():  # which holds the nested graphs that it calls
+        for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
             graph.owning_module = self
-        # A copy of a parameter has memory of its own, but what is said of it holds all the same.
+        # A copied parameter no longer shares memory, so overlaps found earlier are kept too.
         self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
         self.runners: list[ProgramModule] = []
@@ -62,25 +63,25 @@ class CapturedModule(ProgramModule):
             self._bind_shell()
         self.train(training)
 
-    # ---- what is known ----------------------------------------------------------------------
+    # ---- state ------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan | None:
-        """What was injected, or None."""
+        """The injected plan, or None."""
         return self.known.plan
 
     @property
     def folded(self) -> tuple[Plan, ...]:
-        """What was folded into the weights, in order."""
+        """The plans folded into the weights, in order."""
         return self.known.folded
 
     @property
     def trained(self) -> frozenset[str]:
-        """Names of parameters outside A and B that train (in full, as copies)."""
+        """Names of the parameters, other than the adapters', that train (in full, as copies)."""
         return self.known.trained
 
     def update_state(self, **changes: Any) -> None:
-        """Take note of what a rewrite of this very module did; see `State` for the names."""
+        """Record the effect of an in-place rewrite; `changes` are fields of `State`."""
         self.known = dataclasses.replace(self.known, **changes)
 
     # ---- modes ------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class CapturedModule(ProgramModule):
     def train(self, mode: bool = True) -> CapturedModule:
         """Choose the train graph (or the eval graph); frozen parameters stay frozen.
 
-        The mode belongs to the whole graph: `train()` of a submodule of it has no effect.
+        The mode belongs to the whole graph: calling `train()` on a submodule has no effect.
         """
         super().train(mode)
         for module in (self, *self.runners):
@@ -104,20 +105,20 @@ class CapturedModule(ProgramModule):
 
     @property
     def inputs(self) -> dict[str, InputSpec | None]:
-        """The contract on the inputs of each mode, or None where capture had no inputs."""
+        """The input contract of each mode, or None where capture had no example inputs."""
         return self.program.inputs
 
     @property
     def exported(self) -> bool:
-        """Whether capture had inputs, and so saw all that a call runs."""
+        """Whether capture had example inputs, and therefore traced every op of a call."""
         return all(program.inputs["eval"] is not None for program in self.programs)
 
     def distinct_graphs(self) -> list[fx.Graph]:
-        """The graphs of all programs and modes, each once."""
+        """Return the graphs of all programs and modes, without duplicates."""
         return [graph for program in self.programs for graph in program.distinct_graphs()]
 
     def refresh(self) -> None:
-        """Check the graphs after a rewrite, and forget the code that they had."""
+        """Lint the graphs after a rewrite, and discard the code generated before it."""
         for nested in self.nested_graphs():
             nested.graph.lint()
             nested.recompile()
@@ -129,14 +130,14 @@ class CapturedModule(ProgramModule):
         self._bind_shell()
 
     def _bind_shell(self) -> None:
-        """Python around regions has this module's tensors, and none that a region adapts."""
+        """Bind the parent module to this module's tensors; those that regions adapt raise there."""
         if self.parent_module:
             adapted = {name for entry in self.plan or () for name in entry.names}
             self.parent_module.bind(self, self.runners, adapted)
             self.parent_module.choose(self.training)
 
     def stale_graphs(self) -> list[str]:
-        """Paths of the graphs that were edited after the code that runs was generated."""
+        """Return the paths of graphs that were edited after their running code was generated."""
         programs = [self, *self.runners]
         found = [
             f"'{m.program.path}'" if m.program.path else "the module"
@@ -151,16 +152,16 @@ class CapturedModule(ProgramModule):
         return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
 
     def nested_graphs(self) -> list[fx.GraphModule]:
-        """The graphs that the graphs call, and those that these call."""
+        """Return the nested graphs, at every depth."""
         return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
 
     # ---- copies -----------------------------------------------------------------------------
 
     def derive(self) -> CapturedModule:
-        """A module to rewrite: own graphs and containers, frozen storage shared, the rest copied.
+        """Return a copy to rewrite, with its own graphs and containers.
 
-        Buffers and whatever trains are copied, so that training either module leaves the
-        other as it is.
+        Frozen parameters share storage with this module. Buffers and trainable parameters are
+        copied, so that training one module leaves the other unchanged.
         """
         trains = self.known.adapter_parameters | self.trained
         memo: dict[int, Any] = {}
@@ -177,7 +178,7 @@ class CapturedModule(ProgramModule):
         return result
 
     def __copy__(self) -> CapturedModule:
-        """Graphs and containers of its own over the same tensors."""
+        """Return a module with its own graphs and containers over the same tensors."""
         tensors = (
             *self.named_parameters(remove_duplicate=False),
             *self.named_buffers(remove_duplicate=False),
@@ -185,7 +186,8 @@ class CapturedModule(ProgramModule):
         return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
-        for buffer in self.buffers():  # one that a call wrote to may be part of an autograd graph
+        # A buffer that a call wrote to may be part of an autograd graph, which deepcopy refuses.
+        for buffer in self.buffers():
             if not buffer.is_leaf:
                 memo.setdefault(id(buffer), buffer.detach().clone())
         result = CapturedModule(
@@ -200,7 +202,7 @@ class CapturedModule(ProgramModule):
         return result
 
     def tree(self) -> nn.Module:
-        """The containers, parameters and buffers, without the graphs."""
+        """Return the containers, parameters and buffers, without this module's own graphs."""
         tree = nn.Module()
         tree.__dict__.update(tensors_of(self))
         tree.training = self.training
@@ -208,7 +210,7 @@ class CapturedModule(ProgramModule):
 
     def __reduce__(self) -> Any:
         raise FxLoraError(
-            "a captured module is not pickled (a pickle runs code when it is read). Keep the "
+            "a captured module cannot be pickled (loading a pickle runs code). Save the "
             "trained part with fxlora.save_adapter, the weights with state_dict, the graph "
             "with fxlora.export."
         )
@@ -216,12 +218,12 @@ class CapturedModule(ProgramModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As nn.Module's, into storage of its own: the source model's weights stay as they are."""
+        """Load as nn.Module does, without writing into the source model's storage."""
         if not assign:
             self._leave_the_source(state_dict)
         changed = self._changed()
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self.take_fingerprints()  # what was loaded is the base that was asked for
+        self.take_fingerprints()  # the loaded weights are the new base
         left = {n: mark for n, mark in changed.items() if state_dict.keys().isdisjoint(n)}
         loaded = {
             name: buffer.detach().clone()
@@ -235,7 +237,7 @@ class CapturedModule(ProgramModule):
         return outcome
 
     def _leave_the_source(self, names: Container[str]) -> None:
-        """Copy the memory of parameters; those that share it do so in the copy, too."""
+        """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
         written = {_memory(parameter) for name, parameter in held if name in names}
         memo: dict[int, Any] = {}
@@ -245,7 +247,10 @@ class CapturedModule(ProgramModule):
     # ---- the base under adapters ------------------------------------------------------------
 
     def fingerprints_under(self, state: State) -> dict[tuple[str, ...], int]:
-        """Of the weights that a state's plan does not train, as they are now, by all names."""
+        """Return the fingerprints of the weights that a state's plan does not train.
+
+        Each is keyed by all names of its weight. Empty if the state has no plan.
+        """
         trains = state.adapter_parameters | state.trained
         return {
             tuple(names): fingerprint(self.get_parameter(names[0]))
@@ -254,15 +259,15 @@ class CapturedModule(ProgramModule):
         }
 
     def take_fingerprints(self) -> None:
-        """Remember the weights that no plan trains as they are now, and which are tied."""
+        """Record the fingerprints and the ties of the weights that the plan does not train."""
         self.update_state(fingerprints=self.fingerprints_under(self.known))
 
     def changed_weights(self) -> list[str]:
-        """Names of these weights that are not what they were, or not one tensor any more."""
+        """Return the names of recorded weights that were written to or untied since."""
         return [name for names in self._changed() for name in names]
 
     def _changed(self) -> dict[tuple[str, ...], int]:
-        """The fingerprints that do not fit any more."""
+        """Return the recorded fingerprints whose weights were written to or untied since."""
         return {
             names: mark
             for names, mark in self.known.fingerprints.items()
@@ -274,31 +279,31 @@ class CapturedModule(ProgramModule):
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """Paths of the captured submodules; ("",) where the graph is whole."""
+        """Paths of the captured submodules; ("",) if one graph covers the whole model."""
         return tuple(dict.fromkeys(program.path for program in self.programs))
 
     @property
     def uncovered(self) -> dict[str, str]:
-        """Where Python reads a parameter that no graph can stand for, by the parameter's name."""
+        """Parameters whose reads are not all in graphs, with the place where Python reads them."""
         return uncovered(self)
 
     def __str__(self) -> str:
-        """The code; for a module of regions, a table of them and what none covers."""
+        """Return the code; for regions, a table of them and the parameters that none covers."""
         return described(self, self.parent_module.why) if self.parent_module else super().__str__()
 
     # ---- names ------------------------------------------------------------------------------
 
     def adapter_parameters(self) -> frozenset[str]:
-        """Names of what injection added: A, B, and what a variant holds beside them."""
+        """Return the names of the parameters that injection added: A, B, and a variant's own."""
         return self.known.adapter_parameters
 
     def unplanned(self) -> list[str]:
-        """Names of parameters that require gradients although no plan trains them."""
+        """Return the names of parameters that require gradients although no plan trains them."""
         planned = self.known.adapter_parameters | self.trained
         return [n for n, p in self.named_parameters() if p.requires_grad and n not in planned]
 
     def aliases(self) -> dict[str, list[str]]:
-        """Every name of each parameter, by the first one: tied weights have several."""
+        """Return all names of each parameter, keyed by the first; tied weights have several."""
         first: dict[int, str] = {}
         names: dict[str, list[str]] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
@@ -306,7 +311,7 @@ class CapturedModule(ProgramModule):
         return names
 
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """Put a parameter under a dotted name, making containers as needed."""
+        """Register a parameter under a dotted name, creating containers as needed."""
         owner, _, attribute = name.rpartition(".")
         container: nn.Module = self
         for part in owner.split(".") if owner else []:
@@ -316,7 +321,7 @@ class CapturedModule(ProgramModule):
         container.register_parameter(attribute, parameter)
 
     def remove_parameter(self, name: str) -> None:
-        """Take a parameter away, and the containers that this leaves empty."""
+        """Remove a parameter, and the containers that this leaves empty."""
         owner, _, attribute = name.rpartition(".")
         del self.get_submodule(owner)._parameters[attribute]
         while owner and next(_contents(self.get_submodule(owner)), None) is None:
@@ -326,7 +331,7 @@ class CapturedModule(ProgramModule):
     # ---- device and dtype -------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move the weights, and with them the devices and dtypes that the graphs name."""
+        """Move the weights, and update the devices and dtypes that the graphs name."""
         moves = moves_of(self, fn)
         nested = self.nested_graphs()
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
@@ -335,7 +340,8 @@ class CapturedModule(ProgramModule):
         changed = self._changed()
         result = super()._apply(fn, recurse)
         self.take_fingerprints()
-        self.update_state(fingerprints={**self.known.fingerprints, **changed})  # no excuse to write
+        # Keep the fingerprints of weights written to before: a move must not hide that.
+        self.update_state(fingerprints={**self.known.fingerprints, **changed})
         self.known = self.known.with_originals(fn)
         if moves:
             for graph in graphs:
@@ -350,7 +356,7 @@ class CapturedModule(ProgramModule):
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """What tensors over the same memory have in common."""
+    """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
@@ -358,3 +364,12 @@ def _contents(module: nn.Module) -> Iterator[object]:
     yield from module.children()
     yield from module._parameters.values()
     yield from module._buffers.values()
+
+
+def check_captured(module: object, verb: str) -> None:
+    """Raise NotCapturedError unless a verb was given a captured module."""
+    if not isinstance(module, CapturedModule):
+        raise NotCapturedError(
+            f"{verb} takes a captured module, not {type(module).__name__}: "
+            "fxlora.capture(model, args) makes one."
+        )

@@ -1,8 +1,9 @@
-"""What a captured graph holds for: the contract on its inputs, checked at every call.
+"""The input contract of a captured graph, checked at every call.
 
-An exported graph is specialised to the example it was made from: constants are baked in, a
-static dimension of size 1 would broadcast, and a branch of the source on a size was taken once
-for all. The contract holds what torch.export assumed, and turns any other call into an error.
+An exported graph is specialised to its example inputs: constants are baked in, a wrong size would
+broadcast where a static dimension is 1, and a branch of the source that depends on a size was
+decided at capture. The contract records the assumptions of torch.export, and raises InputError
+for a call that violates them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dynamic dimension of size `scale * symbol + offset`, with the symbol between bounds."""
+    """A dynamic dimension of size `scale * symbol + offset`, with bounds on the symbol."""
 
     symbol: str
     scale: int = 1
@@ -28,15 +29,15 @@ class Dimension:
     max: int | None = None
 
     def assume(self, size: torch.SymInt) -> None:
-        """Have torch.export assume this of a size, so that a re-export keeps the bounds."""
+        """Have torch.export assume the bounds for a size, so that a re-export keeps them."""
         torch._check(size >= self.scale * self.min + self.offset)
         if self.max is not None:
             torch._check(size <= self.scale * self.max + self.offset)
 
     def solve(self, size: int) -> int | None:
-        """The symbol's value for a dimension of this size, or None where there is none."""
+        """Return the symbol's value for a dimension of this size, or None if it has none."""
         value = size - self.offset
-        if self.scale != 1:  # torch.compile traces these, but not divmod
+        if self.scale != 1:  # torch.compile traces % and //, but not divmod
             if value % self.scale:
                 return None
             value = value // self.scale
@@ -52,7 +53,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor input: its dimensions and its dtype (for integers, any integer will do)."""
+    """A tensor input: its dimensions and its dtype (any integer dtype matches an integer dtype)."""
 
     name: str
     dims: tuple[int | Dimension, ...]
@@ -62,7 +63,7 @@ class TensorInput:
         if not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
-                "Give a tensor (torch.as_tensor makes one of an array or a number)."
+                "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
         integers = category_of(self.dtype) == category_of(value.dtype) == "integer"
         if value.dtype != self.dtype and not integers:
@@ -86,7 +87,7 @@ class TensorInput:
             if size != dim:
                 raise InputError(
                     f"{where}: captured as {dim}, called with {size}. Capture with "
-                    f"dynamic_shapes that leave dimension {axis} of {self.name} open, "
+                    f"dynamic_shapes that make dimension {axis} of {self.name} dynamic, "
                     "or with an example of this size."
                 )
             return
@@ -99,14 +100,14 @@ class TensorInput:
         first, place = bound.setdefault(dim.symbol, (value, where))
         if value != first:
             raise InputError(
-                f"{where}: is {size}, but by {place} (captured as the same dimension "
-                f"{dim.symbol}) it must be {dim.scale * first + dim.offset}."
+                f"{where}: is {size}, but {place} (captured as the same dimension "
+                f"{dim.symbol}) requires {dim.scale * first + dim.offset}."
             )
 
 
 @dataclass(frozen=True)
 class ConstantInput:
-    """An input that capture baked into the graph (a number, a string, None)."""
+    """An input that capture baked into the graph as a constant (a number, a string, None)."""
 
     name: str
     value: Any
@@ -121,7 +122,7 @@ class ConstantInput:
 
 @dataclass(frozen=True)
 class IntegerInput:
-    """A dynamic integer."""
+    """A dynamic integer input."""
 
     name: str
     dim: Dimension
@@ -140,12 +141,12 @@ Input = TensorInput | ConstantInput | IntegerInput
 
 @dataclass(frozen=True)
 class Guard:
-    """What else torch.export assumed of the inputs, such as an even batch.
+    """A further assumption of torch.export about the inputs, such as an even batch size.
 
     Attributes:
-        text: the condition as torch.export says it.
+        text: the condition as a Python expression in the inputs' sizes.
         holds: the condition as a function of the leaves.
-        excludes_small: whether it only says that a size is not 0, or not 1.
+        excludes_small: whether only a size of 0 or 1 can violate it.
     """
 
     text: str
@@ -154,29 +155,29 @@ class Guard:
 
     def check(self, leaves: Sequence[Any]) -> None:
         holds = self.holds(leaves)
-        if isinstance(holds, torch.SymBool):  # a re-export keeps the assumption
+        if isinstance(holds, torch.SymBool):  # so that a re-export keeps the assumption
             torch._check(holds)
         elif not holds:
             raise InputError(
                 f"the captured graph holds only where {self.text}: the source model takes "
-                "another way for this call. Capture it with such inputs."
+                "another branch for this call. Capture again with inputs like these."
             )
 
 
 @dataclass(frozen=True)
 class Update:
-    """A container among the arguments (a cache) that the source changes in place and returns.
+    """A container argument (such as a cache) that the source changes in place and returns.
 
     Attributes:
-        argument: its name.
-        path: where it stands in the output.
+        argument: the argument's name.
+        path: its position in the output, a `pytree.KeyPath`.
     """
 
     argument: str
-    path: Any  # a pytree.KeyPath
+    path: Any
 
     def apply(self, given: Any, output: Any) -> None:
-        """Give the caller's container the state of the one that the graph returned."""
+        """Copy the state of the container that the graph returned into the caller's."""
         returned = pytree.key_get(output, self.path)
         if isinstance(given, dict):
             given.clear()
@@ -190,7 +191,7 @@ class Update:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The arguments of a captured graph by name, each with its structure and its leaves."""
+    """The input contract of a graph: its arguments by name, each with structure and leaves."""
 
     names: tuple[str, ...]
     structures: tuple[Any, ...]  # one pytree.TreeSpec per argument
@@ -199,7 +200,7 @@ class InputSpec:
     updates: tuple[Update, ...] = ()
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise InputError unless the graph holds for these arguments."""
+        """Raise InputError unless these arguments satisfy the contract."""
         bound: dict[str, tuple[int, str]] = {}
         pairs = self.pairs(args, kwargs)
         for leaf, item in pairs:
@@ -217,7 +218,7 @@ class InputSpec:
         return True
 
     def pairs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Input, Any]]:
-        """Each leaf of the contract with what the call gives for it."""
+        """Return each leaf of the contract with the value that the call passes for it."""
         found: list[tuple[Input, Any]] = []
         for value, structure, leaves in zip(
             self._bind(args, kwargs), self.structures, self.leaves, strict=True
@@ -226,13 +227,13 @@ class InputSpec:
         return found
 
     def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Change the arguments that the source changes in place, after a call."""
+        """After a call, update the arguments that the source would change in place."""
         given = dict(zip(self.names, self._bind(args, kwargs), strict=True))
         for update in self.updates:
             update.apply(given[update.argument], output)
 
     def symbols(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-        """What each symbol is for these inputs."""
+        """Return the value of each symbol for these inputs."""
         return {
             dim.symbol: (size - dim.offset) // dim.scale
             for leaf, value in self.pairs(args, kwargs)
@@ -242,13 +243,13 @@ class InputSpec:
         }
 
     def batches(self) -> list[str]:
-        """The symbols of first dimensions."""
+        """Return the symbols of the tensors' first dimensions."""
         tensors = (leaf for group in self.leaves for leaf in group if isinstance(leaf, TensorInput))
         firsts = (leaf.dims[0] for leaf in tensors if leaf.dims)
         return list(dict.fromkeys(dim.symbol for dim in firsts if isinstance(dim, Dimension)))
 
     def larger(self, symbols: Mapping[str, int]) -> InputSpec:
-        """The contract with those of the symbols that are 0 or 1 here larger than that."""
+        """Return the contract with a minimum of 2 for every symbol that is 0 or 1 in `symbols`."""
         small = {symbol for symbol, value in symbols.items() if value < 2}
 
         def raised(dim: int | Dimension) -> int | Dimension:
@@ -267,9 +268,10 @@ class InputSpec:
         return replace(self, leaves=tuple(tuple(map(changed, group)) for group in self.leaves))
 
     def allowing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputSpec | None:
-        """The contract without what excludes sizes of 0 and 1 from these inputs.
+        """Return the contract extended to these inputs' sizes of 0 and 1.
 
-        None where more than that stands against them.
+        Minimums of 2 or less are lowered to the symbols' values, and violated guards that exclude
+        only small sizes are dropped. None if the inputs violate the contract even then.
         """
         symbols = self.symbols(args, kwargs)
 
@@ -284,7 +286,7 @@ class InputSpec:
         return spec if spec.holds_for(args, kwargs) else None
 
     def moved(self, moves: Mapping[Any, Any]) -> InputSpec:
-        """The contract after the module's dtypes changed: floating inputs follow."""
+        """Return the contract after the module's dtypes changed: inputs of an old dtype follow."""
 
         def move(leaf: Input) -> Input:
             if isinstance(leaf, TensorInput) and leaf.dtype in moves:
@@ -327,7 +329,7 @@ class InputSpec:
 
 
 def category_of(dtype: torch.dtype) -> str:
-    """Whether a dtype holds floating, complex, boolean or integer numbers."""
+    """Return "floating", "complex", "boolean" or "integer" for a dtype."""
     if dtype.is_floating_point:
         return "floating"
     if dtype.is_complex:
@@ -336,7 +338,7 @@ def category_of(dtype: torch.dtype) -> str:
 
 
 def first_difference(found: object, expected: object) -> str:
-    """Where two descriptions part, in a few words of each."""
+    """Show where two descriptions first differ, with some text around it from each."""
     ours, theirs = (" ".join(str(value).split()) for value in (found, expected))
     pairs = enumerate(zip(ours, theirs, strict=False))
     end = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))

@@ -1,12 +1,14 @@
-"""A number that tells whether a tensor was written to, in one pass over its memory.
+"""Fingerprints: a hash that tells whether a tensor was written to, in one pass over its memory.
 
-Multilinear hashing (Carter and Wegman 1979): a row of words w is hashed to Σ mᵢ·wᵢ + nᵢ·hi(wᵢ)
-modulo 2⁶⁴, where hi is a word's upper half and mᵢ, nᵢ are random numbers of 64 bits. Each half of
-a word then has a random factor of its own. Two rows that differ differ in a half, by d with
-0 < |d| < 2³²; their hashes are equal for at most 2³¹ of the 2⁶⁴ values of its factor. So a change
-goes unseen with a probability of 2⁻³³ at most, whether it adds, permutes, negates or transposes.
-The hashes of the rows are hashed in the same way, with other factors, until one is left: each such
-level (two for a tensor of half a gigabyte, three for one of four terabytes) adds 2⁻³³.
+Multilinear hashing (Carter and Wegman 1979): a row of 64-bit words w is hashed to
+Σ mᵢ·wᵢ + nᵢ·hi(wᵢ) modulo 2⁶⁴, where hi is the upper half of a word and mᵢ, nᵢ are random 64-bit
+numbers. Each half of a word is thus multiplied by a different random factor. Two different rows
+differ in at least one half, by some d with 0 < |d| < 2³². Their hashes are equal for at most 2³¹
+of the 2⁶⁴ values of that half's factor. A change is therefore missed with a probability of at most
+2⁻³³, whether it adds, permutes, negates or transposes.
+
+The row hashes are hashed in the same way, with other factors, until one is left. Each level (two
+for a tensor of half a gigabyte, three for one of four terabytes) adds 2⁻³³ to the probability.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_ROW = 8192  # words of eight bytes: their factors stay in the cache
-_ROWS = {"cpu": 32}  # hashed at a time: what is made of them stays there, too
-_MANY_ROWS = 1024  # on other devices, where starting a kernel costs more
+_ROW = 8192  # 64-bit words in a row: few enough that their factors stay in the cache
+_ROWS = {"cpu": 32}  # rows hashed at a time: few enough that the temporaries stay in the cache
+_MANY_ROWS = 1024  # on other devices, where a kernel launch costs more
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A number made of a tensor's bits in their order, its shape and its dtype.
+    """Return a hash of a tensor's bits in their logical order, its shape and its dtype.
 
-    0 where there are no bits to read: on the meta device, in a layout that is not strided.
+    A traceable wrapper subclass is hashed by its inner tensors. The hash is 0 for tensors whose
+    bits cannot be read: on the meta device, in a layout that is not strided, or of another
+    subclass.
     """
     if is_traceable_wrapper_subclass(tensor):
         inner: Any = tensor.__tensor_flatten__()[0]
@@ -46,7 +50,7 @@ def _digest(value: object) -> int:
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits as words of eight bytes, with zeros behind the last ones."""
+    """Return the bits as 64-bit words, padded with zeros at the end."""
     flat = tensor.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
     if missing := -len(flat) % 8:
         flat = torch.cat([flat, flat.new_zeros(missing)])
@@ -56,7 +60,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _hashed(words: torch.Tensor, level: int) -> torch.Tensor:
-    """The hash of each row."""
+    """Return the hash of each row of `_ROW` words (the last row may be shorter)."""
     factors = _factors(level, words.device)
     whole = len(words) // _ROW * _ROW
     pieces = list(words[:whole].view(-1, _ROW).split(_ROWS.get(words.device.type, _MANY_ROWS)))
@@ -67,18 +71,18 @@ def _hashed(words: torch.Tensor, level: int) -> torch.Tensor:
 
 
 def _sums(rows: torch.Tensor, factors: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    """Σ m·w + n·hi(w) of each row, as (rows,); `upper` is memory for all hi(w)."""
+    """Return Σ m·w + n·hi(w) for each row, as (rows,); `upper` is a buffer for all hi(w)."""
     upper = upper[: rows.numel()].view(rows.shape)
     torch.bitwise_right_shift(rows, 32, out=upper)
     m, n = factors[:, : rows.shape[1]]
     if rows.device.type == "cpu":
         return torch.mv(rows, m) + torch.mv(upper, n)
-    return (rows * m).sum(1) + upper.mul_(n).sum(1)  # elsewhere mv takes no whole numbers
+    return (rows * m).sum(1) + upper.mul_(n).sum(1)  # other devices have no integer mv
 
 
 @functools.cache
 def _factors(level: int, device: torch.device) -> torch.Tensor:
-    """The m and n of a level, as (2, _ROW): the same in every process and on every device."""
+    """Return a level's factors m and n, (2, _ROW), equal in every process and on every device."""
     words = torch.iinfo(torch.int64)
     generator = torch.Generator().manual_seed(level)
     drawn = torch.randint(

@@ -1,8 +1,8 @@
-"""hosted: a captured graph inside the class that its source has, for what calls the class.
+"""hosted: run a captured graph inside an instance of the source model's class.
 
 `generate`, pipelines and training loops of a library call methods and read attributes that a
-graph does not have. A host is a copy of the source model (configuration, methods, hooks, but no
-weight) whose forward runs the captured module.
+graph does not have. A host is a copy of the source model (configuration, methods and hooks, but
+not the weights) whose forward runs the captured module.
 """
 
 from __future__ import annotations
@@ -18,33 +18,53 @@ import torch
 from torch import nn
 
 from ..errors import InjectError, InputError
-from .captured import CapturedModule
+from .captured import CapturedModule, check_captured
 from .contract import ConstantInput, InputSpec
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def hosted(model: nn.Module, module: CapturedModule) -> Any:
-    """A copy of a model that runs a graph captured from it (adapted, folded or neither).
+    """Return a copy of a model that runs a graph captured from it (adapted, folded or neither).
 
-    The host is an instance of the model's class, so that `model.generate`, `config`, `device`
-    and the like are there. Its parameters and buffers are the captured module's, its `train()`,
-    `eval()` and `to()` act on the captured module too; the model itself is left as it is.
+    The host is an instance of the model's class, so that `generate`, `config`, `device` and other
+    attributes work. Its parameters and buffers are the captured module's, and its `train()`,
+    `eval()` and `to()` act on the captured module too. The model itself does not change.
 
-    An argument that the graph was not captured with is refused, unless it says no more than
-    leaving it out. Submodules of a host with adapters cannot be called (their own code would not
-    apply them); without, they run the source's code on the captured module's weights.
+    A call with an argument that the graph was not captured with raises InputError, unless the
+    value is the argument's default. Submodules of a host with adapters cannot be called, because
+    their own code would not apply the adapters. Submodules of a host without adapters run the
+    source's code on the captured module's weights.
+
+    Args:
+        model: the source model.
+        module: the module captured from it.
+
+    Returns:
+        The host, an instance of a subclass of the model's class.
 
     Raises:
-        InjectError: the module was not captured from such a model.
+        NotCapturedError: `module` is not a captured module.
+        InjectError: the module was not captured from a model like this one.
+
+    Example:
+        >>> import torch, fxlora
+        >>> class Model(torch.nn.Sequential):
+        ...     def predict(self, x):
+        ...         return self(x).argmax(-1)
+        >>> model, x = Model(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> lora = fxlora.adapt(model, x, rules=config)
+        >>> fxlora.hosted(model, lora.eval()).predict(x).shape
+        torch.Size([3])
     """
-    if not isinstance(module, CapturedModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InjectError(f"hosted takes a captured module, not {type(module).__name__}.")
+    check_captured(module, "hosted")
     if isinstance(model, Host | CapturedModule):
-        raise InjectError("hosted takes the source model, which is not captured nor hosted itself.")
+        raise InjectError("hosted takes the source model itself, not a captured or hosted one.")
     _check_fits(model, module)
     host = copy.deepcopy(model, _tensors_of(model, module))
-    host.__dict__.pop("forward", None)  # of the instance: what was captured went through it
+    # The captured graph contains a forward that was set on the instance.
+    host.__dict__.pop("forward", None)
     host.__class__ = _host_class(type(model))
     host.__dict__["_captured"] = module
     if module.plan is not None:
@@ -57,10 +77,21 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
 
 @contextmanager
 def recorded_calls(model: nn.Module) -> Generator[list[Call]]:
-    """The arguments of every call of a model in a `with` block: examples to capture it with.
+    """Record the arguments of every call of a model in a `with` block, as examples for capture.
+
+    Args:
+        model: the model whose calls are recorded.
 
     Yields:
-        a list that fills with `(args, kwargs)`, copied before each call.
+        A list to which a copy of `(args, kwargs)` is added before each call.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model = torch.nn.Linear(6, 4)
+        >>> with fxlora.recorded_calls(model) as calls:
+        ...     _ = model(torch.randn(3, 6))
+        >>> args, kwargs = calls[0]
+        >>> gm = fxlora.capture(model, args, kwargs)
     """
     calls: list[Call] = []
 
@@ -75,31 +106,32 @@ def recorded_calls(model: nn.Module) -> Generator[list[Call]]:
 
 
 class Host(nn.Module):
-    """What `hosted` adds to the model's own class."""
+    """The methods that `hosted` adds to the model's own class."""
 
     _captured: CapturedModule
     _held: list[tuple[nn.Module, str, nn.Module]]
 
     def train(self, mode: bool = True) -> Any:
-        """As nn.Module's, and choose the captured module's graph."""
+        """Set the mode as nn.Module does, and choose the captured module's graph."""
         super().train(mode)
         self._captured.train(mode)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._captured._apply(fn, recurse)  # the containers of the weights are shared
+        self._captured._apply(fn, recurse)  # the host shares its dicts of tensors
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the captured module's, which leaves the source model's storage alone."""
+        """Load as the captured module does, without writing into the source model's storage."""
         return self._captured.load_state_dict(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own, for weights that are whole."""
+        """Save as the model's own method does; the module must not have adapters."""
         if self._captured.plan is not None:
             raise InjectError(
-                "the adapters are beside the weights, and a checkpoint would be the base's: fold "
-                "first (hosted(model, fold(lora))), or keep them with save_adapter."
+                "the adapters are separate from the weights, so a checkpoint would hold only the "
+                "base model: fold first (hosted(model, fold(lora))), or save them with "
+                "save_adapter."
             )
         parent: Any = super()
         return parent.save_pretrained(*args, **kwargs)
@@ -114,7 +146,7 @@ class Host(nn.Module):
 
 @functools.cache
 def _host_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass under the same name: libraries look models up by it."""
+    """Return a subclass with the same name, because libraries look models up by class name."""
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +173,7 @@ def _check_fits(model: nn.Module, module: CapturedModule) -> None:
 
 
 def _tensors_of(model: nn.Module, module: CapturedModule) -> dict[int, Any]:
-    """A memo for deepcopy: the captured module's tensors in place of the model's."""
+    """Return a memo for deepcopy that replaces the model's tensors by the captured module's."""
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         memo[id(parameter)] = module.get_parameter(name)
@@ -151,10 +183,10 @@ def _tensors_of(model: nn.Module, module: CapturedModule) -> dict[int, Any]:
 
 
 def _graft(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Have the host's modules share the tree's containers, and take on what they lack.
+    """Make the host share the tree's dicts of tensors, and add submodules that it does not have.
 
     Yields:
-        what the host's modules are: parent, name and child.
+        (parent, name, child) for each submodule of the host that is in the tree.
     """
     host._parameters, host._buffers = tree._parameters, tree._buffers
     host._non_persistent_buffers_set = tree._non_persistent_buffers_set
@@ -169,7 +201,7 @@ def _graft(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, n
 
 
 def _check_held(host: Host) -> None:
-    """Refuse to run where a module was replaced: the graph does not see the new one."""
+    """Raise if a submodule of the host was replaced: the graph would not run the new one."""
     if torch.compiler.is_compiling():
         return
     for parent, name, child in host._held:
@@ -193,10 +225,10 @@ def _refuse(path: str, *args: Any, **kwargs: Any) -> Any:
 def _align(
     module: CapturedModule, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The captured arguments among those of a call; the others must say nothing.
+    """Return the captured arguments of a call; all others must have their default values.
 
     Raises:
-        InputError: an argument that the graph was not captured with.
+        InputError: an argument that the graph was not captured with, and that is not the default.
     """
     spec = module.inputs[module.mode]
     parameters = list(signature.parameters.values())[1:]
@@ -216,7 +248,7 @@ def _align(
 
 
 def _constants(spec: InputSpec) -> dict[str, Any]:
-    """Arguments that capture baked in."""
+    """Return the arguments that capture baked in as constants, by name."""
     found: dict[str, Any] = {}
     for name, leaves in zip(spec.names, spec.leaves, strict=True):
         if len(leaves) == 1 and isinstance(leaves[0], ConstantInput):
@@ -225,7 +257,7 @@ def _constants(spec: InputSpec) -> dict[str, Any]:
 
 
 def _says_nothing(value: object, default: object) -> bool:
-    """Whether an argument is as good as left out."""
+    """Whether passing a value is the same as leaving the argument out."""
     return value is default or (type(value) in (bool, int, float, str) and value == default)
 
 

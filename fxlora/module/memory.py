@@ -1,4 +1,4 @@
-"""Which parameters of a module are different tensors over the same memory."""
+"""Find parameters of a module that are different tensors over the same memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def overlaps_of(module: nn.Module) -> dict[str, list[str]]:
-    """Parameters that are different tensors over the same memory, by name."""
+    """Return, by parameter name, the other parameters that are tensors over the same memory."""
     spans: list[tuple[int, int, str]] = []
     for name, parameter in module.named_parameters():
         start = 0 if parameter.is_meta or not parameter.numel() else parameter.data_ptr()

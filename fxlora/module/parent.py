@@ -1,4 +1,4 @@
-"""ParentModule: the source model's own Python around captured regions."""
+"""ParentModule: the source model's own Python code around captured regions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .program import MODES, Program, ProgramModule
 
 @dataclass(frozen=True, eq=False)
 class RegionCall:
-    """A call of a region, and what it returned."""
+    """A recorded call of a region, with its output."""
 
     path: str
     args: tuple[Any, ...]
@@ -28,14 +28,14 @@ class RegionCall:
 
 @dataclass(eq=False)
 class ParentModule:
-    """A copy of the source's modules, over the captured tree's tensors; regions run their graphs.
+    """A copy of the source model over the captured tree's tensors, with regions run as graphs.
 
     Attributes:
         module: the copy.
-        training: the mode that the source was captured in.
-        flags: the training flag of every submodule in that mode, by path.
+        training: the mode that the source was in when it was captured.
+        flags: the training flag of every submodule at that time, by path.
         reads: where Python reads a parameter outside of every region, by the parameter's name.
-        why: why the model has no whole graph.
+        why: why no graph covers the whole model.
     """
 
     module: nn.Module
@@ -54,16 +54,19 @@ class ParentModule:
             self._tensors = {**dict(parameters), **dict(buffers)}
 
     def copied(self) -> ParentModule:
-        """Other modules of the same kind, to be bound to another tree."""
+        """Return an unbound copy, to be bound to another tree; `bind` copies the modules."""
         return replace(self)
 
     def bind(
         self, tree: nn.Module, runners: Sequence[ProgramModule], adapted: Collection[str] = ()
     ) -> None:
-        """Take the tensors of a tree, wherever the modules hold them, and run its regions.
+        """Replace the modules' tensors by those of a tree, and run the regions' graphs.
 
         Args:
-            adapted: names of the parameters that regions adapt, which Python must not read bare.
+            tree: the module whose parameters and buffers to use.
+            runners: the programs of the regions.
+            adapted: names of the parameters that regions adapt; reading their values in Python
+                outside of the regions raises.
         """
         tensors: dict[str, Any] = dict(tree.named_buffers(remove_duplicate=False))
         for name, parameter in tree.named_parameters(remove_duplicate=False):
@@ -76,19 +79,19 @@ class ParentModule:
             region = self.module.get_submodule(path)
             region.forward = _Region(self, path, own)
             for hooks in (region._forward_hooks, region._forward_pre_hooks):
-                hooks.clear()  # they are in the graph
+                hooks.clear()  # the graph contains them
         self._sync()
 
     def open(self, paths: Sequence[str]) -> None:
-        """Run the source's own code in these regions."""
+        """Run the source's own code in these regions, instead of their graphs."""
         for path in paths:
             self.module.get_submodule(path).__dict__.pop("forward", None)
 
     def _sync(self) -> None:
-        """Have the modules hold what the tree holds now."""
+        """Update the modules' parameters and buffers to those that the tree holds now."""
         containers = dict(self._tree.named_modules(remove_duplicate=False))
         for path, module in self.module.named_modules(remove_duplicate=False):
-            if path in containers:  # a module without tensors has none
+            if path in containers:  # a module without tensors has no container
                 module._buffers = containers[path]._buffers
                 module.__dict__["_parameters"] = {
                     name: self._seen(_joined(path, name), parameter)
@@ -96,13 +99,13 @@ class ParentModule:
                 }
 
     def _seen(self, name: str, parameter: nn.Parameter | None) -> Any:
-        """What Python sees of a parameter: nothing, where regions adapt it."""
+        """Return a parameter as Python gets it: a stand-in that raises, if regions adapt it."""
         held = self._tensors.get(name)
         return held if isinstance(held, _OutOfReach) else parameter
 
     @contextmanager
     def recorded(self) -> Generator[list[RegionCall]]:
-        """Fills a list with the calls of regions."""
+        """Record the calls of regions in a `with` block, in the list that it yields."""
         calls: list[RegionCall] = []
         self._recorded = calls
         try:
@@ -111,21 +114,21 @@ class ParentModule:
             self._recorded = None
 
     def kept(self, values: Any) -> Any:
-        """A copy, if calls are recorded: Python may write into what a region takes and gives."""
+        """Return a copy while recording: Python may write into a region's inputs and outputs."""
         return values if self._recorded is None else pytree.tree_map(_copied, values)
 
     def note(self, path: str, given: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> None:
-        """Keep a call of a region, if calls are recorded."""
+        """Add a call of a region to the recorded calls, while recording."""
         if self._recorded is not None:
             self._recorded.append(RegionCall(path, *given, self.kept(output)))
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call one region."""
+        """Call the region at a path."""
         region: Any = self.module.get_submodule(path).forward
         return region(*args, **kwargs)
 
     def choose(self, training: bool) -> None:
-        """Take a mode; in the one that the source was in, flags are as they were there."""
+        """Set the mode; in the mode of the capture, restore the source's training flags."""
         self.module.train(training)
         if training == self.training:
             for path, flag in self.flags.items():
@@ -137,7 +140,11 @@ class ParentModule:
 
 
 def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy. What a past forward left on a module (part of an autograd graph) is detached."""
+    """Return a deep copy of a module.
+
+    Tensors that a past forward left on it and that are part of an autograd graph are detached,
+    because deepcopy refuses them.
+    """
     for part in module.modules():
         for value in pytree.tree_leaves(list(part.__dict__.values())):
             if isinstance(value, torch.Tensor) and not value.is_leaf:
@@ -154,7 +161,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def parent_program() -> Program:
-    """The graph of a module whose regions are called by Python: one call of its parent_module."""
+    """Return the program of a module captured by regions: one call of its parent_module."""
     graph = fx.Graph()
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     parent_module = graph.get_attr("parent_module")
@@ -163,12 +170,12 @@ def parent_program() -> Program:
 
 
 def run_parent(parent_module: ParentModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the source's Python."""
+    """Call the source's Python code: the target of the only call in `parent_program`."""
     return parent_module(args, kwargs)
 
 
 class _Region:
-    """What stands in the place of a region's forward: the first of its graphs that holds."""
+    """A region's forward: runs the first of its graphs whose contract accepts the call."""
 
     def __init__(
         self, parent_module: ParentModule, path: str, runners: Sequence[ProgramModule]
@@ -184,17 +191,17 @@ class _Region:
         return output
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
-        """The first that holds for a call; where none does, the first, which says why not."""
+        """Return the first runner that accepts a call, or else the first, which raises."""
         first, *others = self.runners
         if not others:
             return first
         return next((runner for runner in self.runners if runner.holds_for(args, kwargs)), first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Region:
-        return self  # a copied parent_module is bound anew
+        return self  # bind() sets a new one on a copied parent module
 
 
-# What is the same of a weight with an adapter and without.
+# Attributes and methods of a weight that an adapter does not change.
 _UNCHANGED = frozenset(
     (
         *("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "stride"),
@@ -205,9 +212,10 @@ _UNCHANGED = frozenset(
 
 
 class _OutOfReach:
-    """Stands for a parameter whose adapter Python's own reads would miss: computing with it raises.
+    """Replaces an adapted parameter in Python outside of the regions; computing with it raises.
 
-    What an adapter does not change (dtype, device, shape) may be asked for.
+    Python would read the parameter without its adapter. Properties that an adapter does not change
+    (dtype, device, shape) are available.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:

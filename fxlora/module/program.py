@@ -1,4 +1,4 @@
-"""Program: one way of calling a model, as a graph per mode; and the module that runs it."""
+"""Program: a graph per mode for one way of calling a model; and the module that runs it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .contract import InputSpec
 
 MODES = ("train", "eval")
 
-# What GraphModule.recompile leaves on the module besides `forward`.
+# Attributes, besides `forward`, that GraphModule.recompile sets on the module.
 _GENERATED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
 
 
 @dataclass(eq=False)
 class Program:
-    """One way of calling a model, or a submodule of it.
+    """The graphs for one way of calling a model, or a submodule of it.
 
     Attributes:
-        graphs: the graph of each mode; one object under both keys where they came out alike.
+        graphs: the graph of each mode; the same object under both keys if the graphs are equal.
             They name parameters as the whole model does.
-        inputs: what the graph of each mode holds for, or None where capture had no inputs.
-        path: of the submodule; "" is the whole model.
+        inputs: the input contract of each mode, or None where capture had no example inputs.
+        path: the submodule's path; "" for the whole model.
     """
 
     graphs: dict[str, fx.Graph]
@@ -36,11 +36,11 @@ class Program:
     path: str = ""
 
     def distinct_graphs(self) -> list[fx.Graph]:
-        """The graphs, each once."""
+        """Return the graphs without duplicates."""
         return list({id(graph): graph for graph in self.graphs.values()}.values())
 
     def copied(self) -> Program:
-        """The same over copies of the graphs."""
+        """Return the program over copies of the graphs."""
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
         return replace(self, graphs=graphs, inputs=dict(self.inputs))
@@ -48,7 +48,7 @@ class Program:
 
 @dataclass(frozen=True)
 class _Generated:
-    """The code of one graph, which is kept alive with it: its id is the key."""
+    """The code generated for a graph; keeps the graph alive, because its id is the key."""
 
     graph: fx.Graph
     forward: Callable[..., Any]
@@ -58,7 +58,7 @@ class _Generated:
 class ProgramModule(fx.GraphModule):
     """Runs a program over a tree of parameters; its mode chooses the graph.
 
-    Its forward is the one place where a call is held against the contract on the inputs.
+    Its forward is the only place where a call is checked against the input contract.
     """
 
     _generated: dict[int, _Generated]
@@ -80,15 +80,15 @@ class ProgramModule(fx.GraphModule):
 
     @property
     def contract(self) -> InputSpec | None:
-        """What the graph of the mode holds for, or None where capture had no inputs."""
+        """The input contract of the current mode, or None where capture had no example inputs."""
         return self.program.inputs[self.mode]
 
     def holds_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call of the graph of the mode would be let through."""
+        """Whether the current mode's graph accepts these arguments."""
         return self.contract is None or self.contract.holds_for(args, kwargs)
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise InputError unless the graph of the mode holds for a call."""
+        """Raise InputError unless the current mode's graph accepts these arguments."""
         try:
             if self.contract is not None:
                 self.contract.check(args, kwargs)
@@ -104,7 +104,7 @@ class ProgramModule(fx.GraphModule):
         )
 
     def choose(self, training: bool) -> None:
-        """Take the graph of a mode, and leave the flags of submodules as they are."""
+        """Switch to the graph of a mode, without changing the training flags of submodules."""
         self.training = training
         if self._graph is not self.program.graphs[self.mode]:
             self._activate(self.program.graphs[self.mode])
@@ -115,7 +115,7 @@ class ProgramModule(fx.GraphModule):
 
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
-        """Put another graph in the place of the current mode's one."""
+        """Replace the current graph, in every mode that uses it."""
         current = self.__dict__.get("_graph")
         program: Program | None = self.__dict__.get("program")
         if program:
@@ -124,7 +124,7 @@ class ProgramModule(fx.GraphModule):
         self._activate(g)
 
     def _activate(self, graph: fx.Graph) -> None:
-        """Make a graph the one that runs; its code is kept, for torch.compile to know it again."""
+        """Make a graph the current one; its code is reused, so that torch.compile recognizes it."""
         known = self._generated.get(id(graph))
         if known is None:
             setter: Any = fx.GraphModule.graph
@@ -136,7 +136,7 @@ class ProgramModule(fx.GraphModule):
         type(self).forward = known.forward
 
     def recompile(self) -> Any:
-        """Generate the code of the current graph anew, after it was edited in place."""
+        """Regenerate the code of the current graph, after it was edited in place."""
         refuse_unwritable(self._graph)
         code = super().recompile()
         type(self).forward = _guarded(type(self).forward)
@@ -150,7 +150,7 @@ class ProgramModule(fx.GraphModule):
         return any(made.state["_code"] != code_of(made.graph) for made in known)
 
     def refresh(self) -> None:
-        """Check the graphs after a rewrite, and forget the code that they had."""
+        """Lint the graphs after a rewrite, and discard the code generated before it."""
         for graph in self.program.distinct_graphs():
             graph.lint()
         self._generated.clear()
@@ -158,18 +158,18 @@ class ProgramModule(fx.GraphModule):
 
 
 def code_of(graph: fx.Graph) -> str:
-    """The code that a graph module runs for a graph."""
+    """Return the code that a GraphModule runs for a graph."""
     return graph.python_code("self").src
 
 
 def tensors_of(tree: nn.Module) -> Mapping[str, Any]:
-    """What holds a module's parameters, buffers and children; not copies."""
+    """Return the dicts that hold a module's parameters, buffers and children; not copies."""
     names = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
     return {name: tree.__dict__[name] for name in names}
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph's code behind the contract on its inputs."""
+    """Wrap a graph's forward in the check of the input contract."""
 
     @functools.wraps(forward)
     def guarded(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
@@ -188,5 +188,5 @@ def _update_inputs(
 
 
 def _traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether torch.fx's tracer makes this call, whose proxies have no shapes to check."""
+    """Whether torch.fx's tracer makes this call: proxies have no shapes to check."""
     return any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))

@@ -1,4 +1,4 @@
-"""What regions cover of a module's parameters, and how a module of regions prints."""
+"""The parameters that regions do not cover, and the text of a module captured by regions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 def uncovered(module: CapturedModule) -> dict[str, str]:
-    """Where Python reads a parameter that no graph can stand for, by the parameter's name.
+    """Return the parameters whose reads are not all in graphs, and where Python reads them.
 
-    All names of tied parameters; of those that nothing was seen to read, the place is "".
+    Includes all names of tied parameters. The place is "" for a parameter that nothing was seen
+    to read.
     """
     if not module.parent_module:
         return {}
@@ -29,7 +30,7 @@ def uncovered(module: CapturedModule) -> dict[str, str]:
 
 
 def described(module: CapturedModule, why: str) -> str:
-    """A table of the regions, and the parameters that none covers."""
+    """Return a table of the regions, and the parameters that no region covers."""
     table = render(
         ("region", "graphs", "nodes", "parameters"),
         [_row(module, path) for path in module.regions],

@@ -1,4 +1,4 @@
-"""Devices and dtypes that a graph names, which follow the weights when those move."""
+"""Update the devices and dtypes that a graph names when the weights move."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 
 
 
 def moves_of(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
+    """Return the devices and dtypes of a module's tensors that `fn` changes."""
     moves: Moves = {}
     kinds = {(t.device, t.dtype) for t in [*module.parameters(), *module.buffers()]}
     for device, dtype in kinds:
@@ -29,6 +30,8 @@ def moves_of(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> M
 
 
 def retarget(graph: fx.Graph, moves: Moves) -> None:
+    """Replace the devices and dtypes in the arguments of a graph's calls."""
+
     def moved(value: Any) -> Any:
         return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
 
@@ -39,9 +42,13 @@ def retarget(graph: fx.Graph, moves: Moves) -> None:
 
 
 def refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
-    """Narrowing `x.to(float32)`: does the source mean float32, or whatever its weights have?
+    """Raise if the move would change a cast in the graph to a narrower dtype.
 
-    The graph cannot tell, and a wrong guess loses precision silently.
+    For `x.to(float32)`, the graph does not tell whether the source means float32 or the dtype of
+    its weights, and a wrong guess would lose precision silently.
+
+    Raises:
+        CaptureError: names the cast.
     """
     for node in graph.nodes:
         for old in (*node.args, *node.kwargs.values()):
@@ -50,9 +57,9 @@ def refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
                 line = (node.stack_trace or "").strip().splitlines()[-2:]
                 raise CaptureError(
                     f"the captured graph casts to {old} at node '{node.name}' "
-                    f"({' '.join(part.strip() for part in line)}); whether that should become "
-                    f"{new} is known to the source model only. Cast the source "
-                    f"(model.to({new})) and capture that."
+                    f"({' '.join(part.strip() for part in line)}); only the source model knows "
+                    f"whether that should become {new}. Cast the source (model.to({new})) and "
+                    "capture that."
                 )
 
 

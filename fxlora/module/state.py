@@ -1,4 +1,4 @@
-"""State: all that a captured module knows besides its graphs and its tensors."""
+"""State: the data that a captured module holds besides its graphs and its tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class State:
-    """What every copy of a captured module takes along as one value, so that none forgets a part.
+    """The data that every copy of a captured module carries over, as one value so none is lost.
 
     Attributes:
-        plan: what was injected, or None.
-        folded: what was folded into the weights, in order.
-        originals: the tensors that training may change, as they were before injection.
-        fingerprints: of every weight that an adapted module leaves as it is, by all its names.
+        plan: the injected plan, or None.
+        folded: the plans folded into the weights, in order.
+        originals: buffers and parameters trained in full, by name, as they were before injection.
+        fingerprints: a fingerprint of every weight that an adapted module does not change, keyed
+            by all names of the weight.
         grads: names of parameters that required gradients in the source.
-        outputs: names of the source's output embeddings (what "all-linear" leaves out).
-        mirrors: names of buffers, constants and other parameters in a parameter's memory, by its
-            name: the graphs read it there, too.
+        outputs: names of the source's output embeddings, which "all-linear" leaves out.
+        mirrors: by a parameter's name, the names of buffers, constants and other parameters in its
+            memory, through which the graphs may read it too.
     """
 
     plan: Plan | None = None
@@ -35,26 +36,26 @@ class State:
 
     @property
     def trained(self) -> frozenset[str]:
-        """Names of parameters outside A and B that train (in full, as copies)."""
-        return frozenset(() if self.plan is None else self.plan.trained)  # an empty plan is false
+        """Names of the parameters, other than the adapters', that train (in full, as copies)."""
+        return frozenset(() if self.plan is None else self.plan.trained)  # an empty plan is falsy
 
     @property
     def adapter_parameters(self) -> frozenset[str]:
-        """Names of what injection added: A, B, and what a variant holds beside them."""
+        """Names of the parameters that injection added: A, B, and a variant's own."""
         return frozenset(name for entry in self.plan or () for name in entry.tensors)
 
     def with_originals(self, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
-        """The state over other tensors: clones, or moved ones."""
+        """Return the state with `change` (a clone or a move) applied to the original tensors."""
         originals = {name: change(tensor) for name, tensor in self.originals.items()}
         return replace(self, originals=originals)
 
     def with_mirrors(self, found: Mapping[str, Sequence[str]]) -> State:
-        """The state with more names in the memory of parameters."""
+        """Return the state with further names added to `mirrors`."""
         mirrors = dict(self.mirrors)
         for name, others in found.items():
             mirrors[name] = tuple(dict.fromkeys((*mirrors.get(name, ()), *others)))
         return replace(self, mirrors=mirrors)
 
     def without_adapters(self) -> State:
-        """The state before injection."""
+        """Return the state as it was before injection."""
         return replace(self, plan=None, originals={}, fingerprints={})

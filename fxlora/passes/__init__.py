@@ -1,7 +1,8 @@
-"""The passes, one a file: only they rewrite captured graphs.
+"""Passes: rewrites of captured graphs, one per file.
 
-A pass is a frozen dataclass and a function: it takes a CapturedModule, and returns a new one that
-shares what it did not touch.
+A pass is a frozen dataclass that is called like a function. It takes a CapturedModule and returns a
+new one, which shares the storage of frozen parameters with it. Only passes rewrite captured graphs,
+except for `module/retarget.py`, which follows a module's `.to()`.
 """
 
 from .base import Chain, Pass, as_pass

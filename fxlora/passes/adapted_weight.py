@@ -1,7 +1,7 @@
-"""The adapted weight of an entry, as a formula.
+"""The adapted weight of a plan entry as a formula: W0 + s·BA with the entry's variants.
 
-The functions call aten overloads only. They take tensors, and torch.fx's proxies: then they emit
-the nodes that compute the same.
+The functions call only aten overloads, so they accept both tensors and torch.fx proxies. With
+proxies they emit the nodes that compute the same result.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from ..plan import Entry
 
 aten = torch.ops.aten
 
-Values = Mapping[str, Any]  # an entry's tensors by name
+Values = Mapping[str, Any]  # an entry's tensors, or proxies for them, by name
 
 
 def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
-    """What stands for A and B."""
+    """Return the effective factors (…, r, in) and (…, out, r): A and B as the variants extend them.
+
+    Inits that start from the weight (PiSSA, OLoRA) have effective factors of rank 2r.
+    """
     a, b = values[entry.name_a], values[entry.name_b]
     for variant, held in entry.extras.items():
         a, b = VARIANTS[variant].factors(entry.layout, a, b, *(values[name] for name in held))
@@ -28,13 +31,16 @@ def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
 
 
 def rank(entry: Entry) -> int:
-    """That of what stands for A and B."""
+    """Return the rank of the effective factors (2r for PiSSA and OLoRA)."""
     a, _ = factors(entry, {n: torch.empty(s, device="meta") for n, s in entry.tensors.items()})
     return a.shape[entry.layout.rank_dims[0]]
 
 
 def adapted_weight(entry: Entry, weight: Any, values: Values) -> Any:
-    """W0 + s·BA and what the variants make of it, in W0's shape; other rows as they are."""
+    """Return W0 + s·BA with the variants applied, in the shape of W0.
+
+    For a part of a packed weight, only the part's slice changes.
+    """
     if entry.rows is None:
         return _adapted(entry, weight, values)
     dim, (start, stop) = entry.layout.part_dim, entry.rows
@@ -43,7 +49,7 @@ def adapted_weight(entry: Entry, weight: Any, values: Values) -> Any:
 
 
 def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
-    """What the variants multiply the outputs with, a factor (…, out) each."""
+    """Return the factors (…, out) by which variants scale the outputs, one per scaling variant."""
     matrix = sum_matrix(entry, weight, values)
     gains: list[Any] = []
     for variant, held in entry.extras.items():
@@ -53,18 +59,24 @@ def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
 
 
 def sum_matrix(entry: Entry, weight: Any, values: Values) -> Any:
-    """V = W0 + s·BA as (…, d0, d1), for a weight that the entry covers whole."""
+    """Return V = W0 + s·BA as (…, d0, d1).
+
+    Args:
+        weight: W0, or the slice of it that the entry adapts.
+    """
     a, b = factors(entry, values)
     matrix = entry.layout.matrix(weight, entry.covered)
+    # (…, d0, d1) + s · (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
     return entry.layout.product(matrix, a, b, entry.scaling, entry.covered)
 
 
 def _constant(entry: Entry, matrix: Any) -> Any:
-    """V as (…, out, in), without gradients."""
+    """Return V as (…, out, in), detached: variants treat it as a constant for gradients."""
     return entry.layout.by_output(aten.detach.default(matrix), entry.covered)
 
 
 def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
+    """Return the adapted weight, or the adapted slice, in the shape of `weight`."""
     matrix = sum_matrix(entry, weight, values)
     for variant, held in entry.extras.items():
         if gain := VARIANTS[variant].gain:

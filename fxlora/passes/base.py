@@ -1,4 +1,4 @@
-"""Pass: a rewrite of graphs, as a function from a captured module to a new one."""
+"""Pass: a function from a captured module to a new one with rewritten graphs."""
 
 from __future__ import annotations
 
@@ -9,37 +9,32 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..errors import InjectError
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.state import State
 
 
 class Pass(ABC):
-    """A rewrite of a captured module; the module that it is called with stays as it is.
+    """A rewrite of a captured module. Calling the pass leaves the given module unchanged.
 
-    A subclass says in `check` what it needs, and in `rewrite` what it does to a module of its
-    own: it edits the graphs and the tree in place, and returns what is known of the module then.
+    A subclass raises in `check` if its preconditions do not hold. In `rewrite` it edits the graphs,
+    parameters and buffers of a copy in place, and returns the copy's new state.
     """
 
     def check(self, module: CapturedModule) -> None:  # noqa: B027
-        """Raise InjectError for a module that the pass cannot take."""
+        """Raise InjectError unless the module meets the pass's preconditions."""
 
     @abstractmethod
     def rewrite(self, module: CapturedModule) -> State:
         """Edit the graphs and tensors of a module in place, and return its new state."""
 
     def apply(self, module: CapturedModule) -> None:
-        """Check a module, and rewrite it in place."""
+        """Check the preconditions, and rewrite the module in place."""
         self.check(module)
         module.known = self.rewrite(module)
         module.refresh()
 
     def __call__(self, module: CapturedModule) -> CapturedModule:
-        if not isinstance(module, CapturedModule):
-            raise InjectError(
-                f"expected a captured module, not {type(module).__name__}: "
-                "fxlora.capture(model, args) makes one."
-            )
+        check_captured(module, type(self).__name__)
         result = module.derive()
         self.apply(result)
         return result
@@ -47,7 +42,7 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class Chain(Pass):
-    """Passes in a row, on one copy of the graphs."""
+    """Passes that run one after the other, on a single copy of the module."""
 
     passes: tuple[Pass, ...]
 
@@ -59,7 +54,10 @@ class Chain(Pass):
 
 @dataclass(frozen=True)
 class as_pass(PassBase):
-    """A pass for torch.fx's PassManager, which takes and returns any GraphModule."""
+    """Wrapper of a pass for torch.fx's PassManager, which calls passes with a GraphModule.
+
+    The GraphModule must be a CapturedModule. The result is always reported as modified.
+    """
 
     step: Callable[[CapturedModule], CapturedModule]
 

@@ -1,5 +1,7 @@
-"""A from data: the directions that the inputs of each site vary most in (Paischer et al. 2024,
-EVA, §3). B stays zero, and so do the outputs as they are."""
+"""EVA: initialize A from data, as the leading right singular vectors of each site's inputs.
+
+Source: Paischer et al. 2024, EVA, §3. B stays zero, so the outputs do not change.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,19 @@ from torch import fx, nn
 
 from ..errors import ConfigError
 from ..lora.ops import row_of
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..plan import Entry
 
 
 @dataclass(frozen=True)
 class Initialized:
-    """What `initialize_from` did: the sites whose A is from the data; the others, with reasons."""
+    """The result of `initialize_from`.
+
+    Attributes:
+        sites: names of the sites whose A was set from the data.
+        kept: (site, reason) for every site that keeps its init.
+    """
 
     sites: tuple[str, ...]
     kept: tuple[tuple[str, str], ...]
@@ -30,35 +37,52 @@ class Initialized:
 
 
 class _Tap(nn.Module):
-    """Adds up XᵀX of the inputs X (rows, in) that pass: its eigenvectors are X's right singular
-    vectors."""
+    """Identity module that accumulates the Gram matrix XᵀX of its inputs X (rows, in).
+
+    The eigenvectors of XᵀX are the right singular vectors of X.
+    """
 
     gram: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.detach().flatten(0, -2).double()
-        found = rows.mT @ rows
+        found = rows.mT @ rows  # (in, rows) @ (rows, in) -> (in, in)
         self.gram = found if self.gram is None else self.gram + found
         return x
 
 
-@no_ambient_modes(defaults=False)  # it runs the graphs
+@no_ambient_modes(defaults=False)  # the graphs may use the process's default dtype and device
 @torch.no_grad()
 def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initialized:
-    """Run the adapted graphs on data, and set each A, in place, to the r first right singular
-    vectors of its inputs.
+    """Set each A, in place, to the r leading right singular vectors of its site's inputs.
 
-    That is known where A is multiplied with the inputs as they are (linear, addmm, matmul, and
-    parts of these, in the branch form). It takes in² float64 numbers a site.
+    The inputs are collected by running the eval graphs on the batches. This works where a linear
+    op has just A as its weight: for linear, addmm and matmul, and parts of their weights, in the
+    branch form. Other sites keep their init. Each site needs a float64 matrix (in, in).
 
     Args:
-        batches: what the module is called with: a tuple of arguments, a mapping of keywords, or
-            one argument.
+        module: an adapted module.
+        batches: inputs to call the module with. Each is a tuple of positional arguments, a mapping
+            of keyword arguments, or a single argument.
+
+    Returns:
+        The sites whose A was set, and the reasons for the others.
 
     Raises:
-        ConfigError: there are no adapters or no batches, or no site's inputs are seen.
+        NotCapturedError: the module is not a captured one.
+        ConfigError: the module has no adapters, or no A could be set (for example because there
+            are no batches); gives the first site's reason.
+
+    Example:
+        >>> import torch, fxlora
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> lora = fxlora.adapt(model, torch.randn(3, 6), rules=config)
+        >>> fxlora.initialize_from(lora, [torch.randn(32, 6) for _ in range(4)]).sites
+        ('0',)
     """
-    if not isinstance(module, CapturedModule) or module.plan is None:
+    check_captured(module, "initialize_from")
+    if module.plan is None:
         raise ConfigError("initialize_from takes an adapted module: inject a plan first.")
     watched = module.derive().eval()
     taps = {entry.name_a: tap for entry in module.plan if (tap := _tapped(watched, entry))}
@@ -75,14 +99,18 @@ def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initializ
     for entry in done:
         gram = taps[entry.name_a].gram
         assert gram is not None
-        vectors = torch.linalg.eigh(gram).eigenvectors  # of the smallest first
+        vectors = torch.linalg.eigh(gram).eigenvectors  # columns, by ascending eigenvalue
         module.get_parameter(entry.name_a).copy_(vectors.flip(-1)[:, : entry.r].mT)
     reasons = tuple((site, why) for site, why in kept.items() if why is not None)
     return Initialized(tuple(entry.site for entry in done), reasons)
 
 
 def _tapped(module: CapturedModule, entry: Entry) -> _Tap | None:
-    """A tap on what A is multiplied with, in the graphs of eval mode, or None."""
+    """Insert a tap on the input of every linear op of the eval graphs that has A as its weight.
+
+    Returns:
+        The tap, or None if no linear op has A as its weight.
+    """
     tap = _Tap()
     name = f"{entry.prefix.replace('.', '_')}_{entry.adapter}_inputs"
     for program in module.programs:
@@ -99,12 +127,13 @@ def _tapped(module: CapturedModule, entry: Entry) -> _Tap | None:
 
 
 def _kept(module: CapturedModule, entry: Entry, tap: _Tap | None) -> str | None:
+    """Why a site keeps its init, or None if its A can be set from the data."""
     if tap is None:
-        return f"'{entry.site}' ({entry.op}, {entry.form} form) has no A that inputs meet alone"
+        return f"at '{entry.site}' ({entry.op}, {entry.form} form) no op has just A as its weight"
     if tap.gram is None:
         return f"no batch reaches '{entry.site}'"
     if entry.r > tap.gram.shape[0]:
         return f"'{entry.site}' has {tap.gram.shape[0]} inputs, fewer than r={entry.r}"
     if bool(module.get_parameter(entry.name_b).any()):
-        return f"B of '{entry.site}' is not zero: another A would change the outputs"
+        return f"B of '{entry.site}' is not zero, so changing A would change the outputs"
     return None

@@ -1,4 +1,4 @@
-"""FoldConstants: evaluate W + s·BA, which depends on parameters alone."""
+"""FoldConstants: evaluate W0 + s·BA, which depends only on parameters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from .structure import Insertion, insertions, take_out
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """One new Parameter per adapted weight, under the old name; no adapter node is left.
+    """Replace each adapted weight by a Parameter with its value, and remove the adapters' nodes.
 
-    The result is frozen: what was not adapted still shares storage with the source model.
+    The new Parameter has the weight's names. Every adapter must be in the weight form: run
+    ToWeightForm first. All parameters of the result are frozen, because those that were not adapted
+    share storage with the source model.
 
-    The sum is one addmm in the weight's dtype, which accumulates in float32 (float64) and
-    rounds once.
+    The sum is one addmm (baddbmm for a stack) in the weight's dtype, which accumulates in float32,
+    or in float64 for a float64 weight, and rounds once.
     """
 
     def rewrite(self, module: CapturedModule) -> State:
@@ -46,12 +48,12 @@ class FoldConstants(Pass):
         for name, parameter in folded.items():
             module.set_parameter(name, parameter)
         state = drop_adapters(module)
-        module.requires_grad_(False)  # the rest still is the source's storage
+        module.requires_grad_(False)  # unadapted weights share the source model's storage
         return replace(state, folded=(*state.folded, plan))
 
 
 def _check_finite(module: CapturedModule) -> None:
-    """Refuse to put what a training that diverged left behind into the weights."""
+    """Raise InjectError if an adapter, or a parameter trained in full, has NaN or infinities."""
     for name in sorted(module.adapter_parameters() | module.trained):
         parameter = module.get_parameter(name)
         if not parameter.is_meta and not bool(parameter.isfinite().all()):
@@ -63,28 +65,35 @@ def _check_finite(module: CapturedModule) -> None:
 
 
 def _check_tie(module: CapturedModule, entry: Entry) -> None:
+    """Raise InjectError if names that were one tied weight at injection no longer are one."""
     if len({id(module.get_parameter(name)) for name in entry.names}) > 1:
         raise InjectError(
             f"'{entry.site}': {some(entry.names)} were one tensor when the adapter was injected, "
             "and are several now (load_state_dict with assign=True, or a weight set anew): one "
-            "folded weight cannot be all of them. Tie them again (b.weight = a.weight)."
+            "folded weight cannot replace all of them. Tie them again (b.weight = a.weight)."
         )
 
 
 def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:
-    """The adapters of each weight (of its parts), each behind the one before."""
+    """Group the adapters by weight, in graph order.
+
+    A packed weight has one adapter per adapted part; each is applied to the previous one's output.
+    """
     chains: dict[tuple[str, ...], list[Insertion]] = {}
     for insertion in standing:
         if insertion.form != "weight":
-            raise InjectError(f"'{insertion.entry.site}' is a branch: distribute first.")
+            raise InjectError(
+                f"'{insertion.entry.site}' is in branch form: run the pass ToWeightForm first."
+            )
         chains.setdefault(insertion.entry.names, []).append(insertion)
     return list(chains.values())
 
 
 def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
-    """The value of an adapted weight, rounded once to its dtype.
+    """Return the value of an adapted weight, rounded once to its dtype.
 
-    An addmm does that by itself. What takes more than sums is computed in float32 at least.
+    An addmm rounds once by itself. With variants that scale the outputs, there are more ops than
+    one addmm: all are computed in float32 or wider, and only the result is rounded.
     """
     wide = any(scales_outputs(insertion.entry) for insertion in chain)
 
@@ -98,7 +107,7 @@ def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
     weight = module.get_parameter(chain[0].entry.parameter)
     with torch.no_grad():
         folded = value(chain[-1].output).to(weight.dtype)
-        if folded.stride() != weight.stride():  # channels last, for one
+        if folded.stride() != weight.stride():  # keep the memory format, e.g. channels_last
             folded = torch.empty_like(weight).copy_(folded)
         if not weight.is_meta and bool((~folded.isfinite() & weight.isfinite()).any()):
             raise InjectError(

@@ -1,4 +1,4 @@
-"""What injection adds, as it starts."""
+"""Initial values of the parameters that injection adds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import ConfigError, InjectError
 from ..lora.inits import FILLS, STARTS, embedding
-from ..lora.ops import LOOKUPS
+from ..lora.ops import is_lookup
 from ..lora.variants import VARIANTS
 from ..plan import Entry
 from .adapted_weight import sum_matrix
@@ -15,29 +15,36 @@ from .adapted_weight import sum_matrix
 
 @torch.no_grad()
 def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
-    """Fresh A and B for an entry, and what its variants hold beside them, by name.
+    """Return new parameters for an entry, by name: A, B and the tensors of its variants.
 
-    They are on the weight's device and in its dtype; what the entry does not train is frozen.
+    They have the device and dtype of the weight. Those that the entry does not train are frozen.
+
+    Args:
+        weight: the whole weight, also for an entry that adapts a part of it.
+
+    Raises:
+        InjectError: torch cannot compute A and B from this weight.
+        ConfigError: the init does not allow the rank, or a variant does not allow the weight.
     """
     if entry.rows is not None:
         start, stop = entry.rows
         weight = weight.narrow(entry.layout.part_dim, start, stop - start)
     try:
         started = _started(entry, weight)
-    except RuntimeError as error:  # of a kernel, or of a decomposition that does not converge
+    except RuntimeError as error:  # no kernel for the dtype, or a decomposition does not converge
         raise InjectError(
             f"'{entry.site}' ({weight.dtype}, init_lora_weights={entry.init!r}): A and B cannot "
-            f"start: {error} The weight must be of a dtype that torch computes in, and finite "
-            "where they start from its values. Convert it, or take another init."
+            f"be initialized: {error} The weight must have a dtype that torch can compute in and, "
+            "if the init uses its values, be finite. Convert it, or use another init."
         ) from error
     a, b = entry.layout.packed(*started, entry.covered)
     if entry.padding_idx is not None:
-        # No gradient reaches this column, so the row it stands for stays as it was for good.
+        # No gradient reaches this column: it stays zero, and W0's padding row stays unchanged.
         a.select(-1, entry.padding_idx).zero_()
     tensors = {entry.name_a: a, entry.name_b: b}
     for variant, held in entry.extras.items():
-        before = entry.upto(variant)  # what a variant starts from has those before it
-        adapted = sum_matrix(before, weight, tensors)
+        before = entry.upto(variant)  # a variant starts from V with those before it applied
+        adapted = sum_matrix(before, weight, tensors)  # (…, d0, d1)
         by_output = entry.layout.by_output(adapted, entry.covered)
         try:
             values = VARIANTS[variant].start(by_output, a, b)
@@ -51,17 +58,17 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
 
 
 def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A as (…, r, in) and B as (…, out, r), kernels flat."""
+    """Return the initial A (…, r, in) and B (…, out, r), with kernel dimensions flattened."""
     stack, d0, d1 = entry.layout.sizes(entry.covered)
     size_i, size_o = (d0, d1) if entry.layout.in_first else (d1, d0)
     if start := STARTS.get(entry.init):
         matrix = entry.layout.matrix(weight, entry.covered)
-        by_output = matrix.mT if entry.layout.in_first else matrix
+        by_output = matrix.mT if entry.layout.in_first else matrix  # (…, out, in)
         wide = by_output.to(torch.promote_types(weight.dtype, torch.float32))
         down, up = start(wide, entry.r, entry.scaling)
         return down.to(weight.dtype), up.to(weight.dtype)
     down = weight.new_empty(*stack, entry.r, size_i)
     up = weight.new_empty(*stack, size_o, entry.r)
-    fill = embedding if entry.init is True and entry.op in LOOKUPS else FILLS[entry.init]
+    fill = embedding if entry.init is True and is_lookup(entry.op) else FILLS[entry.init]
     fill(down, up)
     return down, up

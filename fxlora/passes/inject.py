@@ -1,4 +1,4 @@
-"""Inject: low-rank branches as explicit nodes."""
+"""Inject: add a plan's adapters to the graphs as explicit nodes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from .structure import WeightNodes, insert_branch, insert_weight
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """Put a plan's adapters into every graph, and freeze everything else.
+    """Add a plan's adapters to every graph, and freeze all parameters that the plan does not train.
 
     Attributes:
-        plan: what to inject.
-        starts: values of the adapters' tensors, by name, in place of fresh ones.
+        plan: the plan to inject.
+        starts: initial values of adapter tensors, by name; the others are initialized as the plan's
+            entries say.
     """
 
     plan: Plan
@@ -56,22 +57,27 @@ class Inject(Pass):
 
 
 def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
-    """The site of each entry, by the names that it covers.
+    """Return the site of each entry, by the entry's names.
 
     Raises:
-        InjectError: the plan says of the module what is not so.
+        MisfitError: the plan does not describe this module.
+        InjectError: the model already has a module or attribute where an adapter would go.
     """
     sites = _sites(module, plan)
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if missing := [name for name in plan.trained if name not in held]:
-        raise MisfitError(f"the plan trains {some(missing)}, which this module has not.")
+        raise MisfitError(f"the plan trains {some(missing)}, which this module does not have.")
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
-    """The site of each entry, by the names that it covers; some entries cover several."""
+    """Return the site of each entry, by the entry's names, as far as the module has it.
+
+    An entry of a tied weight may cover several sites, which are merged into one. They must have
+    exactly the entry's names and be one tensor.
+    """
     by_name = {name: site for site in find_sites(module) for name in site.names}
     found: dict[tuple[str, ...], Site] = {}
     for names in {entry.names for entry in plan}:
@@ -84,11 +90,12 @@ def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
 
 
 def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None:
+    """Raise if the entry does not describe this site, or cannot be injected there."""
     if site is None:
         raise MisfitError(
             f"the plan adapts '{entry.site}', but no graph of this module reads a parameter "
-            f"'{entry.parameter}' that is one tensor under these names and is adapted under all of "
-            f"them: {some(entry.names)}."
+            f"'{entry.parameter}' that is one tensor under these names and no others: "
+            f"{some(entry.names)}."
         )
     if site.shape != entry.shape or site.layout != entry.layout:
         raise MisfitError(
@@ -126,7 +133,10 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
 
 
 def _occupied(module: CapturedModule, name: str) -> str | None:
-    """What of the model's own stands where a tensor's container would go."""
+    """Return the path of the model's own attribute that is where a tensor's module would go.
+
+    Returns None if the place is free.
+    """
     owner, _, kind = name.rpartition(".")[0].rpartition(".")[0].rpartition(".")
     container: nn.Module = module
     for part in owner.split("."):
@@ -137,13 +147,17 @@ def _occupied(module: CapturedModule, name: str) -> str | None:
 
 
 def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
-    """What training may change besides A and B, as it is now: `remove` puts it back."""
+    """Return the buffers and the parameters trained in full at their present values.
+
+    Training may change them besides the adapters; `remove` restores them.
+    """
     buffers = module.named_buffers(remove_duplicate=False)
     kept = {name: buffer.detach().clone() for name, buffer in buffers}
     return kept | {name: module.get_parameter(name).detach() for name in plan.trained}
 
 
 def _freeze(module: CapturedModule, plan: Plan) -> None:
+    """Freeze all parameters, and replace those that the plan trains in full by trainable copies."""
     module.requires_grad_(False)
     aliases = module.aliases() if plan.trained else {}
     for name in plan.trained:
@@ -153,7 +167,7 @@ def _freeze(module: CapturedModule, plan: Plan) -> None:
 
 
 def _split_modes(module: CapturedModule) -> None:
-    """Give the train graph a life of its own: dropout stands in it alone."""
+    """Copy each graph that both modes share, so that only the train graph gets dropout."""
     for program in module.programs:
         if program.graphs["train"] is program.graphs["eval"]:
             graph = program.graphs["train"] = copy.deepcopy(program.graphs["eval"])
@@ -164,6 +178,7 @@ def _split_modes(module: CapturedModule) -> None:
 
 
 def _add_tensors(module: CapturedModule, entry: Entry, starts: Mapping[str, torch.Tensor]) -> None:
+    """Add an entry's parameters to the module: from `starts`, or else newly initialized."""
     weight = module.get_parameter(entry.parameter)
     given = {
         name: nn.Parameter(
@@ -179,6 +194,7 @@ def _add_tensors(module: CapturedModule, entry: Entry, starts: Mapping[str, torc
 
 
 def _insert(program: Program, plan: Plan, sites: Mapping[tuple[str, ...], Site]) -> None:
+    """Insert the plan's adapters into a program's graphs, with dropout only in train graphs."""
     for graph in program.distinct_graphs():
         weights = WeightNodes(graph)
         for entry in plan:

@@ -1,4 +1,4 @@
-"""Remove: the module as it was before injection."""
+"""Remove: undo an injection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from .structure import insertions, take_out
 
 @dataclass(frozen=True)
 class Remove(Pass):
-    """Take the adapters out; with `restore`, put back what was trained in full, and buffers."""
+    """Take the adapters out of the graphs, and delete their parameters.
+
+    Attributes:
+        restore: whether to also restore buffers and the parameters trained in full to their values
+            before injection.
+    """
 
     restore: bool = True
 
@@ -36,6 +41,7 @@ class Remove(Pass):
 
 
 def _restore(module: CapturedModule) -> None:
+    """Restore buffers and the parameters trained in full to their values before injection."""
     aliases = module.aliases()
     for name, original in module.known.originals.items():
         if name in module.trained:
@@ -48,7 +54,11 @@ def _restore(module: CapturedModule) -> None:
 
 
 def drop_adapters(module: CapturedModule) -> State:
-    """Take the plan's parameters away; gradients are required as in the source again."""
+    """Delete the plan's parameters, and require gradients where the source model did.
+
+    Returns:
+        The module's state without adapters.
+    """
     for name in module.adapter_parameters():
         module.remove_parameter(name)
     for name, parameter in module.named_parameters():
@@ -58,7 +68,7 @@ def drop_adapters(module: CapturedModule) -> State:
 
 
 def _merge_modes(module: CapturedModule) -> None:
-    """One graph again where dropout on branches was all that told the modes apart."""
+    """Share one graph between the modes again where only dropout on branches made them differ."""
     for program in module.programs:
         train, evaluation = program.graphs["train"], program.graphs["eval"]
         if train is not evaluation and alike_graphs(train, evaluation):
@@ -68,4 +78,5 @@ def _merge_modes(module: CapturedModule) -> None:
 
 
 def _nested_paths(module: CapturedModule, graph: fx.Graph) -> set[str]:
+    """Return the paths of the nested graphs that a graph fetches."""
     return {str(node.target) for node in graph.nodes if nested_graph(node, module)}

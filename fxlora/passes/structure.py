@@ -1,23 +1,27 @@
-"""Adapters in a graph: put in, found again, taken out.
+"""Adapters in a graph: how they are inserted, found and taken out.
 
-Where an adapter stands is marked in the `meta` of its last node, which every copy of a graph
-keeps. In a nested graph its tensors are inputs, which every call around it passes on.
+An adapter is marked in the `meta` of its last node, which copies of a graph keep. In a nested graph
+the adapter's tensors are inputs, passed on by every call around it.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.fx.proxy import GraphAppendingTracer
 
+from ..errors import ConfigError
 from ..fx.calls import argument
 from ..fx.nested import Path, call_of, inside
 from ..lora.row import Op, Read
 from ..module import CapturedModule
+from ..names import shown
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
@@ -25,19 +29,19 @@ from .adapted_weight import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten
 
-MARK = "fxlora"  # key in a node's meta
+MARK = "fxlora"  # key in the meta of an adapter's last node; the value is (name of A, form)
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """One place where an adapter stands.
+    """One place in a graph where an adapter is inserted.
 
     Attributes:
-        entry: whose it is.
+        entry: the adapter's entry in the plan.
         form: "branch" or "weight".
-        base: the node that was there before: the op, or the weight.
-        output: the node that stands for it now.
-        path: the calls of nested graphs around it, from the outermost in.
+        base: the node that the adapter adds to: the op's result, or the weight.
+        output: the adapter's last node, which replaces the base for its users.
+        path: the calls of nested graphs around it, outermost first.
     """
 
     entry: Entry
@@ -47,11 +51,17 @@ class Insertion:
     path: Path
 
 
-# ---- putting in ---------------------------------------------------------------------------------
+# ---- inserting ----------------------------------------------------------------------------------
 
 
 def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
-    """op(x, W) → op(x, W) + s·B(A(dropout(x)))."""
+    """Rewrite op(x, W) to op(x, W) + s·B(A(dropout(x))), at one read.
+
+    Args:
+        entry: the adapter.
+        reader: the read.
+        dropout: probability of dropout on x; 0 inserts none.
+    """
     assert reader.op is not None
     base, result = reader.node, reader.op.result
     if result is not None:
@@ -62,13 +72,21 @@ def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
         values = _values(entry, base.graph, reader.path, proxied)
         branch = _Branch(entry, reader, reader.op, values, proxied).emitted(dropout)
         output = aten.add.Tensor(proxied(base), branch).node
-    output.meta = dict(base.meta)  # a loop asks its outputs' values for their storage
+    output.meta = dict(base.meta)  # loop ops check their outputs' example values for aliases
     _stand_for(entry, "branch", base, output, readers)
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """What is added to the result of one read, as it is emitted into the read's graph."""
+    """The branch that is added to the result of one read.
+
+    Attributes:
+        entry: the adapter.
+        reader: the read.
+        op: the read's row in the table of ops.
+        values: proxies of the adapter's tensors in the read's graph, by name.
+        proxied: makes a proxy of a node of the read's graph.
+    """
 
     entry: Entry
     reader: Reader
@@ -77,34 +95,41 @@ class _Branch:
     proxied: Callable[[fx.Node], Any]
 
     def emitted(self, dropout: float) -> Any:
+        """Emit the whole branch, in the shape of the op's result."""
         branch = self._low_rank(dropout)
         if scales_outputs(self.entry):
             branch = self._with_gains(branch)
         return branch if self.entry.rows is None else self._padded(branch, self.entry.rows)
 
     def _low_rank(self, dropout: float) -> Any:
+        """Emit s·B(A(dropout(x)))."""
         node, weight = self.reader.node, self.reader.weight
         x = self.proxied(self.op.input_of(node, weight))
         if dropout and self.op.dropout:
             x = aten.dropout.default(x, dropout, True)
         entry, layout = self.entry, self.reader.layout or self.entry.layout
         down, up = factors(entry, self.values)
-        if layout.in_first != entry.layout.in_first:  # read the other way round: W^T = R^T L^T
+        if layout.in_first != entry.layout.in_first:
+            # This op takes the weight's outputs as inputs: (BA)^T = A^T B^T.
             turn = entry.layout.transposed
-            down, up = turn(up), turn(down)
+            down, up = turn(up), turn(down)  # (…, out, r) -> (…, r, out), (…, r, in) -> (…, in, r)
+        # Without a padding_idx in the entry, another read of the tied weight trains this row.
         trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None
         read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling, trains)
         return self.op.branch(read, down, up)
 
     def _padded(self, branch: Any, rows: tuple[int, int]) -> Any:
-        """Zeros for the outputs of other parts."""
+        """Pad a part's outputs with zeros to all outputs of the weight."""
         behind = self.entry.shape[self.entry.layout.part_dim] - rows[1]
         return aten.constant_pad_nd.default(branch, [0, 0] * self._behind + [rows[0], behind])
 
     def _with_gains(self, branch: Any) -> Any:
-        """(g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g."""
+        """Emit (g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g.
+
+        Added to op(x, W), it gives g·(op(x, W) - bias + branch) + bias.
+        """
         weight = self.reader.weight
-        while weight.op != "get_attr":  # the op may be given the transpose
+        while weight.op != "get_attr":  # the op may take the weight's transpose
             (weight,) = weight.all_input_nodes
         for gain in output_gains(self.entry, self.proxied(weight), self.values):
             shaped = self._along_outputs(gain)
@@ -113,7 +138,7 @@ class _Branch:
         return branch
 
     def _product(self) -> Any:
-        """The op's result less its bias."""
+        """Emit the op's result without its bias."""
         bias = None if self.op.bias is None else argument(self.reader.node, self.op.bias)
         product = self.proxied(self.reader.node)
         if not isinstance(bias, fx.Node):
@@ -121,19 +146,19 @@ class _Branch:
         return aten.sub.Tensor(product, self._along_outputs(self.proxied(bias)))
 
     def _along_outputs(self, vector: Any) -> Any:
-        """(out,) → (out, 1, …), for the output's dimension (a linear's bias is as it is)."""
+        """Reshape (out,) to (out, 1, …), so that it broadcasts along the result's outputs."""
         ones = [1] * self._behind
         return aten.reshape.default(vector, [-1, *ones]) if ones else vector
 
     @property
     def _behind(self) -> int:
-        """How many dimensions of the result come after that of the outputs."""
+        """Number of dimensions of the result after the output dimension."""
         assert self.op.output is not None
         return -1 - self.op.output
 
 
 def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
-    """W → W + s·BA, for every reader of this node."""
+    """Rewrite W to W + s·BA, for every user of this node."""
     readers = set(weight.users)
     with graph.inserting_before(weight.next):
         proxied = _proxies(graph)
@@ -145,24 +170,39 @@ def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
 def _stand_for(
     entry: Entry, form: str, base: fx.Node, output: fx.Node, readers: set[fx.Node]
 ) -> None:
+    """Mark an adapter's last node, and replace the base by it in the base's earlier users."""
     output.meta[MARK] = (entry.name_a, form)
     base.replace_all_uses_with(output, delete_user_cb=lambda user: user in readers)
 
 
 def _proxies(graph: fx.Graph) -> Callable[[fx.Node], Any]:
-    """Nodes as what emits further nodes when an op is called on it."""
-    tracer = GraphAppendingTracer(graph)
+    """Return a function that wraps nodes in proxies: an op called on a proxy emits a node."""
+    tracer = _OverloadTracer(graph)
     return lambda node: fx.Proxy(node, tracer)
+
+
+class _OverloadTracer(GraphAppendingTracer):
+    """Tracer that emits calls of overloads only: the one dialect of captured graphs."""
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if not (isinstance(target, OpOverload) or target is operator.getitem):
+            raise ConfigError(
+                f"the function of a registered op or variant calls {shown(target)}, which is not "
+                "an overload. Write it in overloads: torch.ops.aten.linear.default(x, w), not "
+                "x @ w.T."
+            )
+        return super().create_node(kind, target, *args, **kwargs)
 
 
 def _values(
     entry: Entry, graph: fx.Graph, path: Path, proxied: Callable[[fx.Node], Any]
 ) -> dict[str, Any]:
+    """Fetch the adapter's tensors into a graph; return their proxies by name."""
     return {name: proxied(_fetched(graph, name, path)) for name in entry.tensors}
 
 
 def _fetched(graph: fx.Graph, name: str, path: Path) -> fx.Node:
-    """A parameter as a node of a graph; the calls that lead to the graph pass it on."""
+    """Return a node of a graph that holds a parameter; calls around a nested graph pass it in."""
     if not path:
         return graph.create_node("get_attr", name)
     outermost = path[0].node
@@ -173,7 +213,7 @@ def _fetched(graph: fx.Graph, name: str, path: Path) -> fx.Node:
 
 
 class WeightNodes:
-    """The nodes of a graph that fetch parameters, as they are before weights are adapted."""
+    """Index of a graph's get_attr nodes by parameter, made before weights are adapted."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._order = {node: number for number, node in enumerate(graph.nodes)}
@@ -182,7 +222,7 @@ class WeightNodes:
             self._by_name.setdefault(str(node.target), []).append(node)
 
     def read(self, names: Iterable[str]) -> list[fx.Node]:
-        """Those of a parameter, under any of its names, that anything reads; in graph order."""
+        """Return the nodes with users that fetch one of these names, in graph order."""
         found = [node for name in dict.fromkeys(names) for node in self._by_name.get(name, ())]
         return sorted((node for node in found if node.users), key=self._order.__getitem__)
 
@@ -191,7 +231,7 @@ class WeightNodes:
 
 
 def insertions(module: CapturedModule, graph: fx.Graph) -> list[Insertion]:
-    """Every adapter in a graph of a module and in those nested in it, in order."""
+    """Return every adapter in a graph of a module and in its nested graphs, in graph order."""
     entries = {entry.name_a: entry for entry in module.plan or ()}
     return list(_insertions(module, graph, entries, ()))
 
@@ -209,12 +249,12 @@ def _insertions(
 
 
 def _base(output: fx.Node, form: str, entry: Entry) -> fx.Node:
-    """What stood where an adapter's last node stands."""
+    """Return the node that an adapter's last node was added to."""
     if form == "branch":
         base = output.args[0]
         assert isinstance(base, fx.Node)
         return base
-    # The weight, or what stands for it since another part of it was adapted.
+    # The weight or, where another part of it was adapted before, that adapter's last node.
     above = list(output.all_input_nodes)
     while (node := above.pop()).target not in entry.names and MARK not in node.meta:
         above += node.all_input_nodes
@@ -225,12 +265,13 @@ def _base(output: fx.Node, form: str, entry: Entry) -> fx.Node:
 
 
 def take_out(insertion: Insertion) -> None:
-    """Leave the graphs as they were before the insertion."""
+    """Restore the graphs to their form before the insertion."""
     insertion.output.replace_all_uses_with(insertion.base)
     _erase_unused(insertion.output, insertion.base, insertion.path)
 
 
 def _erase_unused(node: fx.Node, keep: fx.Node, path: Path) -> None:
+    """Erase a node and, recursively, its inputs that have no other users, except `keep`."""
     inputs = node.all_input_nodes
     node.graph.erase_node(node)
     for source in inputs:
@@ -243,7 +284,10 @@ def _erase_unused(node: fx.Node, keep: fx.Node, path: Path) -> None:
 
 
 def _withdraw(given: fx.Node, path: Path) -> None:
-    """Pass an A or B no longer into a graph where it is unused, unless a sister graph uses it."""
+    """Stop passing an adapter's tensor into a nested graph where it is unused.
+
+    It stays an operand if another graph of the same call uses it.
+    """
     call = path[-1]
     index = next(i for i in range(len(call.operands)) if given in dict(call.inputs(i)))
     operand = call.operands[index]

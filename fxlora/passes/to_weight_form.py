@@ -1,4 +1,4 @@
-"""ToWeightForm: op(x, W) + s·B(A(x)) → op(x, W + s·BA)."""
+"""ToWeightForm: rewrite op(x, W) + s·B(A(x)) to op(x, W + s·BA)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .structure import WeightNodes, insert_weight, insertions, take_out
 
 @dataclass(frozen=True)
 class ToWeightForm(Pass):
-    """Rewrite every branch as the weight form, by linearity of the op in its weight.
+    """Rewrite every branch to the weight form, by linearity of the op in its weight.
 
-    Dropout on a branch's input goes with the branch: the result is the adapter without it.
+    The weight form has no branch input, so the result has no dropout.
     """
 
     def rewrite(self, module: CapturedModule) -> State:

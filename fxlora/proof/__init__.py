@@ -1,4 +1,4 @@
-"""verify: the laws, checked on a module and inputs of the user's."""
+"""verify: check the laws of fxlora on the user's module and inputs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 from ..api import fold
 from ..errors import InjectError, VerificationError
-from ..module import CapturedModule
+from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from .coverage import adapted_names, prove_coverage
+from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import effects
 from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
 from .result import SiteCheck, Verification
@@ -27,19 +27,21 @@ from .weight_checks import (
     folded_weights,
 )
 
-__all__ = ["SiteCheck", "Verification", "verify"]
+__all__ = ["AdaptedRead", "SiteCheck", "Verification", "verify"]
 
-# Relative to the largest output: what rounding alone may do between two orders of summation.
+# Largest difference, relative to the largest output, that another order of summation may cause.
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }
-_ROUNDINGS = 32  # of every folded weight that may add up to the difference in the outputs
+# A larger difference is accepted up to this many times the one that a further rounding of every
+# folded weight makes.
+_ROUNDINGS = 32
 
 
-@no_ambient_modes(defaults=False)  # it runs the graphs
+@no_ambient_modes(defaults=False)  # the graphs may use the process's default dtype and device
 def verify(
     module: CapturedModule,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -47,37 +49,51 @@ def verify(
     *,
     folded: CapturedModule | None = None,
 ) -> Verification:
-    """Check the laws of fxlora on the given inputs, in a handful of forwards.
+    """Check the laws of fxlora on the given inputs, with a few forward and backward passes.
 
     - Coverage: every read of an adapted weight, in every graph and mode, has its adapter.
-    - Modes agree: each mode has the captured graph with these adapters, and nothing else; the
-      code that runs is that of the graphs.
-    - Base: no weight that the plan does not train was written to since the injection, and with
-      B = 0 the outputs are those without adapters, bit for bit.
-    - Adapters: all tensors of the plan are there and train, and leave padding rows as they are.
-    - Effect: every adapter moves the outputs, and gradients reach its A and its B.
+    - Modes agree: the graph of each mode is the captured one with these adapters and nothing else;
+      the code that runs was generated from the graphs as they are now.
+    - Base unchanged: no weight that the plan does not train was written to since the injection, and
+      with B = 0 the outputs are bit for bit those without adapters.
+    - Adapters: all tensors of the plan exist and are finite, the trainable ones require gradients
+      (unless all are frozen, for inference), and padding rows stay unchanged.
+    - Effect and gradient: every adapter changes the outputs, and gradients reach its A and its B.
     - Fold: the folded graphs are the captured ones node for node, ties are kept, each folded
-      weight is W0 + s·BA up to one rounding, everything else is as it was, and the outputs are
-      the unfolded ones.
+      weight is W0 + s·BA up to one rounding, everything else is unchanged, and the outputs equal
+      the unfolded ones up to rounding.
 
-    The modes that the caller is in, such as autocast, change nothing.
+    Modes of the caller, such as autocast, do not affect the result.
 
     Args:
-        module: an adapted module; it is left as it is. To check an adapter on disk, load it and
-            give the loaded module, with `folded` made of the one that was saved.
+        module: an adapted module; it is not changed. To check an adapter on disk, load it and pass
+            the loaded module, with `folded` made from the module that was saved.
         args, kwargs: inputs to run on. They must reach every adapter (every branch, every expert).
-        folded: the folded module to check; by default it is folded here.
+        folded: the folded module to check; by default `fold(module)`.
+
+    Returns:
+        The reads, errors and gradients of each site; print it for a table.
 
     Raises:
-        VerificationError: a law does not hold; names the law, and the site where there is one.
-        InjectError: the module has no adapters, or no memory to compute with.
+        NotCapturedError: `module` or `folded` is not a captured module.
+        VerificationError: a law does not hold; names the law, and the site if there is one.
+        InjectError: the module has no adapters or is on the meta device.
+
+    Example:
+        >>> import torch, fxlora
+        >>> x, config = torch.randn(3, 6), fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> lora = fxlora.adapt(torch.nn.Sequential(torch.nn.Linear(6, 4)), x, rules=config)
+        >>> found = fxlora.verify(lora, x, folded=fxlora.fold(lora))
+        >>> [(site.site, site.reads_in("train"), site.effect > 0) for site in found.sites]
+        [('0', 1, True)]
     """
-    if not isinstance(module, CapturedModule) or module.plan is None:
-        raise InjectError("nothing to verify: give the adapted module, before it is folded.")
-    if folded is not None and not isinstance(folded, CapturedModule):
-        raise InjectError(f"folded must be what fxlora.fold made, not {type(folded).__name__}.")
+    check_captured(module, "verify")
+    if module.plan is None:
+        raise InjectError("nothing to verify: pass the adapted module, before it is folded.")
+    if folded is not None:
+        check_captured(folded, "verify(…, folded=…)")
     if any(parameter.is_meta for parameter in module.parameters()):
-        raise InjectError("nothing can be computed on the meta device: verify where weights are.")
+        raise InjectError("nothing can be computed on the meta device: load the weights first.")
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     return _verified(module, args, dict(kwargs or {}), folded)
 
@@ -88,6 +104,7 @@ def _verified(
     kwargs: dict[str, Any],
     folded: CapturedModule | None,
 ) -> Verification:
+    """Run every check on validated arguments; the first that fails raises."""
     assert module.plan is not None
     check_code(module, "the adapted module")
     check_adapters(module)
@@ -129,14 +146,14 @@ def _verified(
 def _check_identity(
     started: CapturedModule, base: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """With B = 0 the outputs are those without adapters, bit for bit."""
-    # torch chooses attention kernels by requires_grad, under no_grad too.
+    """Raise unless with B = 0 the outputs are bit for bit those without adapters."""
+    # torch selects attention kernels by requires_grad, even under no_grad.
     modules = [module.eval().requires_grad_(False) for module in (started, base)]
     with torch.no_grad():
         adapted, plain = (floats(output(module, args, kwargs)) for module in modules)
     if not all(same(a, b) for a, b in zip(adapted, plain, strict=True)):
         raise VerificationError(
-            "base unchanged: with B = 0 the outputs are not those without adapters."
+            "base unchanged: with B = 0 the outputs differ from those without adapters."
         )
 
 
@@ -149,8 +166,13 @@ def _copy_adapters(source: CapturedModule, target: CapturedModule) -> None:
 def _output_error(
     module: CapturedModule, folded: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[float, float]:
-    """The largest difference of folded and unfolded outputs, relative to the largest output, and
-    the tolerance for it."""
+    """Return the difference between folded and unfolded outputs, and its tolerance.
+
+    Both are relative to the largest entry of an output.
+
+    Raises:
+        VerificationError: the difference exceeds the tolerance.
+    """
     folded = folded.eval().requires_grad_(False)
     with torch.no_grad():
         made = calls(module, args, kwargs)
@@ -159,7 +181,7 @@ def _output_error(
         error = _largest_difference(expected, found)
         tolerance = _tolerance(module, expected)
         if not error <= tolerance:
-            # Deep stacks make much of one rounding: how much do they make of another one?
+            # A deep model may amplify one rounding: measure by how much, with another one.
             _round_weights(module, folded)
             rounded = [out for call in made for out in floats(again(folded, call))]
             tolerance = max(tolerance, _ROUNDINGS * _largest_difference(found, rounded))
@@ -172,14 +194,13 @@ def _output_error(
 
 
 def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Relative to the largest entry of each output."""
+    """Return the largest difference, relative to the largest finite entry of each output."""
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
         finite = a[a.isfinite()]
         scale = float(finite.abs().max()) if finite.numel() else 0.0
-        equal = (a == b) | (
-            a.isnan() & b.isnan()
-        )  # infinities are equal, their difference is not 0
+        # Equal infinities count as equal, although their difference is NaN.
+        equal = (a == b) | (a.isnan() & b.isnan())
         error = (
             float(torch.where(equal, 0.0, (a - b).abs()).nan_to_num(float("inf")).max())
             if a.numel()
@@ -190,22 +211,22 @@ def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
 
 
 def _tolerance(module: CapturedModule, outputs: list[Tensor]) -> float:
-    """For the dtypes that take part."""
+    """Return the largest tolerance of the dtypes of outputs, parameters and casts."""
     dtypes = {t.dtype for t in outputs} | {p.dtype for p in module.parameters()} | _named(module)
     return max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=1e-10)
 
 
 def _round_weights(module: CapturedModule, folded: CapturedModule) -> None:
-    """Move every entry of the folded weights by the rounding of one sum, up or down."""
+    """Move every entry of the folded weights by one rounding, up or down at random."""
     names = [name for names in adapted_names(module).values() for name in names]
-    for weight in {folded.get_parameter(name) for name in names}:  # tied ones once
+    for weight in {folded.get_parameter(name) for name in names}:  # each tied weight once
         generator = torch.Generator(weight.device).manual_seed(0)
         signs = torch.empty_like(weight).bernoulli_(generator=generator).mul_(2).sub_(1)
         weight.data = weight.data * (1 + signs * torch.finfo(weight.dtype).eps)
 
 
 def _named(module: CapturedModule) -> set[torch.dtype]:
-    """The dtypes that the graphs name: what a cast or an autocast computes in."""
+    """Return the dtypes that are arguments in the graphs, as those of casts and autocast are."""
     graphs = [*module.distinct_graphs(), *(nested.graph for nested in module.nested_graphs())]
     nodes = [node for graph in graphs for node in graph.nodes]
     values = pytree.tree_leaves([(node.args, dict(node.kwargs)) for node in nodes])

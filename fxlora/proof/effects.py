@@ -1,9 +1,9 @@
-"""Whether each adapter moves the outputs and is reached by gradients.
+"""Checks that each adapter changes the outputs, and that gradients reach its A and B.
 
-Values of A and B that are drawn too large saturate a tanh or overflow a deep stack, and gradients
-of many layers underflow: all of them look like an adapter that does nothing. So what is added to a
-weight is drawn small beside it, and an adapter that is still not reached is looked for with
-gradients that are scaled to one on their way. What is zero then, at every draw, is dead.
+Large random A and B saturate a tanh or overflow a deep model, and gradients underflow over many
+layers. In each case a good adapter looks like one without effect. So s·BA is drawn small relative
+to the weight, and an adapter that seems to have no effect is tried again with gradients that every
+step of the backward rescales to a maximum of 1. It is dead if it has none in any of the draws.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from .runs import calls, floats
 
 @dataclass(frozen=True)
 class Effect:
-    """What one adapter does to the weighted sum of the outputs; see `SiteCheck`."""
+    """The effect of one adapter on a weighted sum of the outputs.
+
+    Attributes:
+        effect: change of the sum by the adapter, to first order.
+        by_a, by_b: largest absolute gradient of the sum with respect to A and to B.
+    """
 
     effect: float = 0.0
     by_a: float = 0.0
@@ -31,7 +36,7 @@ class Effect:
 
     @property
     def finite(self) -> bool:
-        return max(self.effect, self.by_a, self.by_b) < float("inf")  # NaN is not
+        return max(self.effect, self.by_a, self.by_b) < float("inf")  # false if effect is NaN
 
     @property
     def live(self) -> bool:
@@ -40,12 +45,12 @@ class Effect:
 
 @dataclass(frozen=True)
 class _Draw:
-    """How A and B are drawn, and how gradients are taken.
+    """How A and B are drawn, and how gradients are computed.
 
     Attributes:
-        size: of s·BA, relative to the weight.
-        trained: whether it is added to the B that is there, and A stays.
-        unit: whether gradients are scaled to one on their way.
+        size: root mean square of the drawn s·BA, relative to that of the weight.
+        trained: whether to keep the module's A (unless it is zero), and add the draw to its B.
+        unit: whether every step of the backward rescales its gradients to a maximum of 1.
     """
 
     size: float
@@ -69,20 +74,21 @@ def effects(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Effect]:
-    """What each adapter does, by the name of its A.
+    """Return the effect of each adapter, by the name of its A.
 
     Args:
-        module: an adapted module to write A and B into.
-        trained: the same module with the values that are there.
+        module: an adapted module, whose A and B are overwritten.
+        trained: the same module with the user's values of A and B.
+        args, kwargs: the inputs to run on.
 
     Raises:
-        VerificationError: an adapter does nothing in any mode, or its gradients are not finite;
-            names the sites.
+        VerificationError: an adapter has no effect in either mode, or its gradients are not
+            finite; names the sites.
     """
     assert module.plan is not None
     found = {entry.name_a: Effect() for entry in module.plan}
     for draw in _DRAWS:
-        for mode in ("eval", "train"):  # a weight may be read in the train graph alone
+        for mode in ("eval", "train"):  # some weights are read only in the train graph
             dead = [entry for entry in module.plan if not found[entry.name_a].live]
             if dead:
                 _fill(module, trained, draw)
@@ -93,14 +99,14 @@ def effects(
     if endless:
         raise VerificationError(
             f"effect and gradient: on '{endless[0]}' a gradient is not finite for these inputs, "
-            "however small the adapter. Training would diverge: look for what divides by zero, or "
-            "takes a root or logarithm of it."
+            "however small the adapter. Training would diverge: look for a division by zero, or a "
+            "root or logarithm of zero."
         )
     if dead:
         raise VerificationError(
             f"effect and gradient: the adapter on '{dead[0]}' cannot change the outputs for these "
             "inputs"
-            + (f", nor can {len(dead) - 1} others: {', '.join(dead[1:])}." if dead[1:] else ".")
+            + (f", nor can {len(dead) - 1} more: {', '.join(dead[1:])}." if dead[1:] else ".")
             + " Give inputs that reach it (a branch, an expert), or leave it out of the rules."
         )
     return found
@@ -111,13 +117,14 @@ def effects(
 
 @torch.no_grad()
 def _fill(module: CapturedModule, trained: CapturedModule, draw: _Draw) -> None:
-    """Draw every A and B, under one seed each."""
+    """Write A and B into the module as a draw says, with a fixed seed for each tensor."""
     for number, entry in enumerate(module.plan or ()):
         a, b = (module.get_parameter(name).requires_grad_(True) for name in _pair(entry))
-        for name in entry.tensors:  # what variants hold beside A and B, too
+        for name in entry.tensors:  # also the tensors of variants
             module.get_parameter(name).copy_(trained.get_parameter(name))
         size = draw.size * _size_of(module.get_parameter(entry.parameter))
-        product = size / abs(entry.scaling or 1.0) / entry.r**0.5  # of the deviations of A and B
+        # An entry of s·BA has a standard deviation of s·√r·std(A)·std(B).
+        product = size / abs(entry.scaling or 1.0) / entry.r**0.5  # std(A)·std(B)
         kept = draw.trained and bool(a.any())
         std = _size_of(a) if kept else product**0.5
         if not kept:
@@ -131,7 +138,10 @@ def _pair(entry: Entry) -> tuple[str, str]:
 
 
 def _size_of(tensor: Tensor) -> float:
-    """The root mean square of a tensor's entries, or a usual one where it says nothing."""
+    """Return the root mean square of a tensor's entries.
+
+    Where that is zero or not finite: n^-1/2, for n entries per index of the first dimension.
+    """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
     usual = max(1, tensor[0].numel()) ** -0.5
@@ -153,7 +163,7 @@ def _gradients(
     kwargs: dict[str, Any],
     unit: bool,
 ) -> dict[str, Effect]:
-    """One forward and one backward for all entries."""
+    """Return the effects of some entries, from one forward and one backward pass."""
     outputs = [
         out
         for call in calls(module, args, kwargs)
@@ -164,7 +174,7 @@ def _gradients(
         return {entry.name_a: Effect() for entry in entries}
     if unit:
         _scale_to_one(outputs)
-    # Cotangents that cancel nothing: an even sum is blind behind a softmax or a layer norm.
+    # Unequal cotangents, because the plain sum of a softmax's or layer norm's outputs is constant.
     loads = [_load(output) for output in outputs]
     factors = [module.get_parameter(name) for entry in entries for name in _pair(entry)]
     found = iter(
@@ -175,20 +185,20 @@ def _gradients(
 
 def _effect(module: CapturedModule, entry: Entry, by_a: Tensor, by_b: Tensor) -> Effect:
     b = module.get_parameter(entry.name_b).detach()
-    moved = abs(float((by_b.double() * b.double()).sum()))  # all of s·BA goes through B
+    moved = abs(float((by_b.double() * b.double()).sum()))  # <∂/∂B, B>, as s·BA is linear in B
     return Effect(moved, float(by_a.abs().max()), float(by_b.abs().max()))
 
 
 def _load(output: Tensor) -> Tensor:
-    """Weights of an output's entries; where half precision would overflow, small ones."""
+    """Return the cotangent of an output: 0.5 to 1.5, divided by its size where it is float16."""
     load = torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
     return (load / max(1, output.numel()) if output.dtype == torch.float16 else load).to(output)
 
 
 def _scale_to_one(outputs: Iterable[Tensor]) -> None:
-    """Let every step of the backward begin with gradients of size one: none underflows.
+    """Rescale the gradients at every step of the backward to a maximum of 1: none underflows.
 
-    A factor above zero on its way makes no gradient zero, and none another than zero.
+    A positive factor keeps zero gradients zero and nonzero gradients nonzero.
     """
     ahead: list[Any] = [output.grad_fn for output in outputs]
     seen: set[Any] = set()
@@ -205,6 +215,7 @@ def _at_size_one(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, .
 
 
 def _scaled(gradient: Tensor) -> Tensor:
+    """Divide a gradient by its largest absolute entry, unless that is zero or not finite."""
     if gradient.layout is not torch.strided or not gradient.numel():
         return gradient
     size = gradient.abs().max()

@@ -1,4 +1,4 @@
-"""What a folded weight must be: the reference of `verify`, in float64 and apart from the graphs."""
+"""Reference values of folded weights for `verify`, in float64 and independent of the graphs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from ..plan import Entry, scales_outputs
 
 @dataclass(frozen=True)
 class Exact:
-    """A folded weight in float64, and how far one rounding of a good sum may be from it."""
+    """A folded weight in float64, and the largest error that one rounding of a good sum may have.
+
+    Attributes:
+        value: the weight, in its shape.
+        bound: the bound on the error of each entry.
+    """
 
     value: torch.Tensor
     bound: torch.Tensor
 
 
 def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
-    """W0 + s·BA, and what variants make of it, of the entries of one weight.
+    """Return W0 + s·BA of one weight in float64, for all its entries, with the variants applied.
 
-    The bound is half the distance of the dtype's numbers around W, and with the ε' of the type
-    that products accumulate in (2r + 2)·ε'·(|W0| + s·|B||A|) (Higham, Accuracy and Stability,
-    §3.1); where a variant scales the outputs by g, that is scaled with them and g's own error is
-    added.
+    The error bound is half the spacing of the dtype's numbers around W, plus
+    (2r + 2)·ε'·(|W0| + s·|B||A|), with the machine epsilon ε' of the dtype that products accumulate
+    in: float32, or float64 for a float64 weight (Higham, Accuracy and Stability, §3.1). Where a
+    variant scales the outputs by g, the second term is scaled by g as well, and the error of g
+    itself is added.
     """
     weight = module.get_parameter(entries[0].parameter).detach()
     accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -40,9 +46,9 @@ def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
 
 
 def _half_a_step(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What rounding to a dtype may be off by, at numbers of a size: half of the step there.
+    """Return the largest error of rounding numbers of these sizes to a dtype: half their spacing.
 
-    Below the smallest normal number it is all of that: some devices round to zero there.
+    The smallest normal number is added, because some devices flush smaller ones to zero.
     """
     kind = torch.finfo(dtype)
     _, exponent = torch.frexp(size)  # size = m·2^exponent with m in [1/2, 1)
@@ -50,7 +56,12 @@ def _half_a_step(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How many ε' of each entry the sums may be off by: what is summed, times how much of it."""
+    """Return the largest error of each entry's sum in units of ε'.
+
+    That is the number of roundings per entry times the sum of the magnitudes that are added. Where
+    a variant scales the outputs by g, it is scaled by |g|, and the error of g is added: that of a
+    norm over `features` inputs.
+    """
     scaled = scales_outputs(entry)
     unscaled = entry.without_gains()
     largest = {name: tensor.abs() for name, tensor in tensors.items()}

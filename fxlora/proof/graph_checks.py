@@ -1,4 +1,4 @@
-"""Checks of a module's graphs, without running them."""
+"""Static checks of a module's graphs."""
 
 from __future__ import annotations
 
@@ -20,31 +20,47 @@ from .runs import fixed_seed
 
 
 def check_code(module: CapturedModule, what: str) -> None:
-    """What runs is what the graphs say."""
+    """Raise unless the code that runs was generated from the graphs as they are now.
+
+    Args:
+        module: the module to check.
+        what: its description in the message.
+    """
     if stale := module.stale_graphs():
         raise VerificationError(
-            f"code: in {what}, the graph of {some(stale)} was edited, and the code that runs is "
-            "still the one of before. Call refresh() on the captured module after an edit."
+            f"code: in {what}, the graph of {some(stale)} was edited, but the code that runs is "
+            "still that from before. Call refresh() on the captured module after an edit."
         )
 
 
 def without_adapters(module: CapturedModule) -> CapturedModule:
-    """The module less its adapters; heads and buffers stay as they were trained."""
+    """Return the module without its adapters; the rest keeps its trained values.
+
+    Raises:
+        VerificationError: the graphs do not have the form that injection gives them.
+    """
     try:
         return Remove(restore=False)(module).eval()
-    except (AttributeError, KeyError, RuntimeError) as error:  # KeyError: of no entry of the plan
+    except (AttributeError, KeyError, RuntimeError) as error:  # KeyError: a mark without an entry
         raise VerificationError(
             f"coverage: the adapters cannot be taken out of the graphs again ({error})."
         ) from error
 
 
 def check_modes(module: CapturedModule, base: CapturedModule) -> CapturedModule:
-    """Each mode's graph is what injection makes of the base, node for node.
+    """Raise unless injection into the base gives each mode's graph, node for node.
 
-    So every read of an adapted weight has its adapter.
+    Then every read of an adapted weight has its adapter.
+
+    Args:
+        module: an adapted module.
+        base: the same module without adapters.
 
     Returns:
-        what injection makes of the base: the module's graphs over tensors of its own, with B = 0.
+        The result of that injection: the same graphs over other adapter tensors, with B = 0.
+
+    Raises:
+        VerificationError: the plan does not fit the base, or a graph differs; names the site.
     """
     assert module.plan is not None
     entries = tuple(dataclasses.replace(e, init="kaiming_uniform") for e in module.plan)  # B = 0
@@ -63,14 +79,14 @@ def check_modes(module: CapturedModule, base: CapturedModule) -> CapturedModule:
                 _refuse_bypass(pair, {insertion.output: insertion for insertion in added}, where)
                 raise VerificationError(
                     f"modes agree: {where} is not the captured one with the plan's adapters; "
-                    f"{_around(module, graph, pair[0])} it has {pair[0].format_node()} for "
+                    f"{_around(module, graph, pair[0])} it has {pair[0].format_node()} instead of "
                     f"{pair[1].format_node()}."
                 )
     return again
 
 
 def _refuse_missing(found: list[Insertion], expected: list[Insertion], where: str) -> None:
-    """Raise where a read has no adapter, with its op and line."""
+    """Raise if a read has no adapter; name its op and line."""
     for site, read in Counter(map(_place, expected)) - Counter(map(_place, found)):
         raise VerificationError(
             f"coverage: '{site}' is read without its adapter by {read} in {where}."
@@ -80,39 +96,40 @@ def _refuse_missing(found: list[Insertion], expected: list[Insertion], where: st
 def _refuse_bypass(
     pair: tuple[fx.Node, fx.Node], adapted: dict[fx.Node, Insertion], where: str
 ) -> None:
-    """Raise where a node takes what an adapter adds to, and not the sum."""
+    """Raise if a node reads the base of an adapter instead of the adapter's output."""
     ours, theirs = pair
     for taken, expected in zip(ours.all_input_nodes, theirs.all_input_nodes, strict=False):
         if expected in adapted and MARK not in taken.meta:
             raise VerificationError(
-                f"coverage: '{adapted[expected].entry.site}': {_read(ours)} goes past its adapter "
+                f"coverage: '{adapted[expected].entry.site}': {_read(ours)} bypasses its adapter "
                 f"in {where}."
             )
 
 
 def _place(insertion: Insertion) -> tuple[str, str]:
-    """Site of an adapter, and the op and the line that its weight is read at."""
+    """Return the site of an adapter, and the op and line that read its weight."""
     node = insertion.base if insertion.form == "branch" else next(iter(insertion.output.users))
-    if node.target is operator.getitem:  # of an op with several results
+    if node.target is operator.getitem:  # a result of an op that has several
         (node,) = node.all_input_nodes
     return insertion.entry.site, _read(node)
 
 
 def _read(node: fx.Node) -> str:
+    """Describe a reading node: its op and, if known, its line."""
     line = source_line(node)
     return f"{kind_of(node)} at {line}" if line else kind_of(node)
 
 
 def _around(module: CapturedModule, graph: fx.Graph, node: fx.Node) -> str:
-    """Which adapter a node is part of, or comes before."""
+    """Describe where a node is: at the first adapter whose last node does not come before it."""
     for insertion in insertions(module, graph):
         if insertion.output.graph is node.graph and not insertion.output < node:
             return f"at '{insertion.entry.site}'"
-    return "behind every adapter"
+    return "after the last adapter"
 
 
 def check_folded_graphs(base: CapturedModule, folded: CapturedModule) -> None:
-    """The folded graphs are the captured ones, node for node."""
+    """Raise unless the folded graphs are the captured ones, node for node."""
     if [p.path for p in base.programs] != [p.path for p in folded.programs]:
         raise VerificationError("fold: the folded module has other regions than the captured one.")
     for before, after in zip(base.programs, folded.programs, strict=True):

@@ -1,4 +1,4 @@
-"""What `verify` found, as data and as text."""
+"""The result of `verify`, as data and as text."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 from ..module.program import MODES
 from ..tables import render
-from .coverage import Read
+from .coverage import AdaptedRead
 
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """What was found at one site.
+    """The result of the checks at one site.
 
     Attributes:
         site, form: as in the plan.
-        reads: every read of the weight, in both modes; the adapter stands at each.
-        effect: how far the outputs (their weighted sum) move with the adapter, to first order,
-            A and B drawn at random.
-        gradient_a, gradient_b: the largest gradient of the same by A and by B.
-        weight_error: how far the folded weight is from W0 + s·BA, at the entry where that is
-            the largest part of what rounding may do.
-        weight_tolerance: what rounding may do there.
+        reads: every read of the weight, in both modes; each has the adapter.
+        effect: change of a weighted sum of the outputs by the adapter, to first order, with A and B
+            as `proof.effects` draws them.
+        gradient_a, gradient_b: largest absolute gradient of that sum with respect to A and to B.
+        weight_error: difference between the folded weight and W0 + s·BA, at the entry where it is
+            largest relative to its tolerance.
+        weight_tolerance: largest difference that rounding may cause at that entry.
     """
 
     site: str
     form: str
-    reads: tuple[Read, ...]
+    reads: tuple[AdaptedRead, ...]
     effect: float
     gradient_a: float
     gradient_b: float
@@ -37,24 +37,25 @@ class SiteCheck:
     weight_tolerance: float
 
     def reads_in(self, mode: str) -> int:
-        """In how many places the adapter stands in the graphs of a mode."""
+        """Return the number of reads in the graphs of a mode."""
         return sum(read.mode == mode for read in self.reads)
 
     @property
     def modes(self) -> str:
-        """Whether both modes read the weight ("agree"), or which of them alone."""
+        """Which modes read the weight: "agree" if both do, else "train only" or "eval only"."""
         reading = [mode for mode in MODES if self.reads_in(mode)]
-        return "agree" if len(reading) == len(MODES) else f"{reading[0]} alone"
+        return "agree" if len(reading) == len(MODES) else f"{reading[0]} only"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify`; printing it prints a table, `reads()` is the longer one.
+    """The result of `verify`. Print it for a table of the sites, `reads()` for one of all reads.
 
     Attributes:
-        sites: an item per site of the plan.
-        output_error: of the folded module, as a part of the largest output.
-        tolerance: of that error, for the dtypes that take part.
+        sites: one item per entry of the plan.
+        output_error: largest difference between folded and unfolded outputs, relative to the
+            largest entry of the output.
+        tolerance: largest output_error that rounding may cause.
     """
 
     sites: tuple[SiteCheck, ...]
@@ -84,15 +85,15 @@ class Verification:
         count = sum(len(check.reads) for check in self.sites)
         return (
             f"{render(header, rows)}\n"
-            f"An adapter stands at each of the {count} reads of these weights. The graph of each "
-            "mode is the captured\none with these adapters and nothing else; with B = 0 the "
-            "outputs are those without, bit for bit.\nThe folded graphs are the captured ones, "
-            f"node for node; the outputs differ by {self.output_error:.1e} of the\nlargest "
+            f"Each of the {count} reads of these weights has its adapter. The graph of each mode "
+            "is the captured one\nwith these adapters and nothing else; with B = 0 the outputs are "
+            "bit for bit those without adapters.\nThe folded graphs are the captured ones, node "
+            f"for node; their outputs differ by {self.output_error:.1e} of the\nlargest entry "
             f"(tolerance {self.tolerance:.0e})."
         )
 
     def reads(self) -> str:
-        """A table of every read that the adapters stand at."""
+        """Return a table of every read of the adapted weights."""
         header = ["site", "form", "mode", "op", "through", "called in", "line"]
         rows = [
             [c.site, c.form, r.mode, r.op, r.through, r.call_site or r.region, r.line]
@@ -102,7 +103,7 @@ class Verification:
         return render(header, rows)
 
     def to_data(self) -> dict[str, Any]:
-        """All of it as plain data, every read with its line."""
+        """Return everything as plain data, including each read with its line."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""Runs of a module that leave the module, the inputs and the random state as they are."""
+"""Run a module without changing the module, the inputs or the random state."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..module.parent import RegionCall
 def calls(
     module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[RegionCall]:
-    """One call of the module: itself, or those of its regions that it makes.
+    """Call a module once; return the call, or the calls of its regions that it consists of.
 
-    What Python does between regions may jump (boxes above a threshold): there, only regions can
-    be compared.
+    Python between regions may depend on its inputs discontinuously (as in a choice of boxes above a
+    threshold). So for a module of regions, only the outputs of each region can be compared.
     """
     if not module.parent_module:
         return [RegionCall("", args, kwargs, output(module, args, kwargs))]
@@ -30,7 +30,7 @@ def calls(
 
 
 def again(module: CapturedModule, call: RegionCall) -> Any:
-    """What another module returns for the same call."""
+    """Return the output of another module for the same call."""
     if not module.parent_module:
         return output(module, call.args, call.kwargs)
     args, kwargs = pytree.tree_map_only(Tensor, _copied, (call.args, call.kwargs))
@@ -39,20 +39,23 @@ def again(module: CapturedModule, call: RegionCall) -> Any:
 
 
 def output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module returns under one seed; a graph that writes to its inputs gets copies."""
+    """Return the output of a module with a fixed seed.
+
+    The inputs are copied and buffers are restored, because a graph may write to them.
+    """
     args, kwargs = pytree.tree_map_only(Tensor, _copied, (args, kwargs))
     with fixed_seed(module), _buffers_kept(module):
         return module(*args, **kwargs)
 
 
 def floats(outputs: Any) -> list[Tensor]:
-    """The tensors that can be compared up to rounding."""
+    """Return the floating-point tensors of the outputs, which are compared up to rounding."""
     leaves = pytree.tree_leaves(outputs)
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit; NaN is NaN."""
+    """Whether two tensors are equal in dtype, shape and every entry; NaN counts as equal to NaN."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()):
@@ -62,7 +65,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def fixed_seed(module: CapturedModule) -> Generator[None]:
-    """Every call draws the same, and the user's random state stays as it is."""
+    """Seed torch with 0 for a block, and restore the user's random state after it."""
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
@@ -71,6 +74,7 @@ def fixed_seed(module: CapturedModule) -> Generator[None]:
 
 @contextmanager
 def _buffers_kept(module: CapturedModule) -> Generator[None]:
+    """Restore the values of the module's buffers after a block."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -81,4 +85,5 @@ def _buffers_kept(module: CapturedModule) -> Generator[None]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor as a leaf with the same requires_grad."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""Checks of a module's parameters and buffers: adapters, frozen base, folded weights, ties."""
+"""Checks of parameters and buffers: adapters, frozen base, folded weights and ties."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .runs import same
 
 
 def check_adapters(module: CapturedModule) -> None:
-    """The plan's tensors are there and train, and leave padding rows as they are."""
+    """Raise unless the plan's tensors exist, can train, and leave padding rows unchanged."""
     for entry in module.plan or ():
         for name, shape in entry.tensors.items():
             tensor = _parameter(module, name)
@@ -27,19 +27,20 @@ def check_adapters(module: CapturedModule) -> None:
                 )
         if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
             raise VerificationError(
-                f"adapter: '{entry.name_a}' moves row {entry.padding_idx} of '{entry.site}', its "
+                f"adapter: '{entry.name_a}' changes row {entry.padding_idx} of '{entry.site}', its "
                 f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
             )
     trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
     frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
-    if frozen and len(frozen) < len(trains):  # all of them: a module that is only to be run
+    if frozen and len(frozen) < len(trains):  # if all are frozen, the module is for inference
         raise VerificationError(
-            f"adapter: {some(frozen)} is to train by the plan, and requires no gradients: an "
-            "optimizer would leave it as it is. Call requires_grad_(True) on it."
+            f"adapter: the plan trains {some(frozen)}, which does not require gradients: an "
+            "optimizer would not change it. Call requires_grad_(True) on it."
         )
 
 
 def _parameter(module: CapturedModule, name: str) -> Tensor | None:
+    """Return a parameter by name, or None if the module has none of that name."""
     try:
         return module.get_parameter(name)
     except AttributeError:
@@ -47,17 +48,18 @@ def _parameter(module: CapturedModule, name: str) -> Tensor | None:
 
 
 def _moves_padding(module: CapturedModule, entry: Entry, row: int) -> bool:
+    """Whether an embedding's adapter changes a row: whether that column of A is not zero."""
     a, _ = factors(entry, {name: module.get_parameter(name).detach() for name in entry.tensors})
     return bool(a.select(-1, row).any())
 
 
 def check_base(module: CapturedModule) -> None:
-    """Nothing has written to a weight that the plan does not train, and nothing is about to."""
+    """Raise if a weight that the plan does not train was written to, or requires gradients."""
     assert module.plan is not None
     if stray := module.unplanned():
         raise VerificationError(
-            f"base unchanged: '{stray[0]}' requires gradients and is not in the plan, so that "
-            "training changes the base. Freeze it, or put its module into modules_to_save."
+            f"base unchanged: '{stray[0]}' requires gradients and is not in the plan, so training "
+            "would change the base. Freeze it, or put its module into modules_to_save."
         )
     changed = module.changed_weights()
     sites = [entry.site for entry in module.plan if entry.parameter in changed]
@@ -69,13 +71,13 @@ def check_base(module: CapturedModule) -> None:
     if changed:
         raise VerificationError(
             f"base unchanged: {some(changed)} has no adapter, and was written to or untied since "
-            "the injection. An adapter file would not hold that: put its module into "
-            "modules_to_save, or load another base by load_state_dict."
+            "the injection. An adapter file would not contain that: put its module into "
+            "modules_to_save, or load another base with load_state_dict."
         )
 
 
 def check_finite(module: CapturedModule) -> None:
-    """No adapter holds a NaN or an infinity."""
+    """Raise if an adapter has NaN or infinities."""
     for tensor in sorted(module.adapter_parameters()):
         if not bool(module.get_parameter(tensor).isfinite().all()):
             raise VerificationError(
@@ -86,7 +88,12 @@ def check_finite(module: CapturedModule) -> None:
 def folded_weights(
     module: CapturedModule, folded: CapturedModule
 ) -> dict[str, tuple[float, float]]:
-    """Error and tolerance of the folded weight of each entry, by the name of its A."""
+    """Return error and tolerance of each entry's folded weight, by the name of the entry's A.
+
+    Raises:
+        VerificationError: a folded weight has another dtype or shape, or an error above its
+            tolerance; names the site.
+    """
     found: dict[str, tuple[float, float]] = {}
     for names, entries in _kept(module):
         if entries:
@@ -98,7 +105,7 @@ def folded_weights(
 def _weight_error(
     module: CapturedModule, folded: CapturedModule, name: str, entries: list[Entry]
 ) -> tuple[float, float]:
-    """Where the error is the largest part of what rounding may do."""
+    """Return error and tolerance of the entry whose error is largest relative to its tolerance."""
     site = entries[0].site
     weight, found = (m.get_parameter(name).detach() for m in (module, folded))
     if found.dtype != weight.dtype or found.shape != weight.shape:
@@ -108,7 +115,7 @@ def _weight_error(
         )
     exact = exact_weight(module, entries)
     errors, bounds = (found.double() - exact.value).abs().flatten(), exact.bound.flatten()
-    worst = int((errors / bounds).argmax())  # a NaN, if there is one
+    worst = int((errors / bounds).argmax())  # the index of a NaN, if there is one
     error, bound = float(errors[worst]), float(bounds[worst])
     if not error <= bound:
         raise VerificationError(
@@ -119,7 +126,7 @@ def _weight_error(
 
 
 def check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
-    """What is not adapted comes through the fold as it is, buffers too."""
+    """Raise unless parameters and buffers without adapters are equal after the fold."""
     adapted = {name for names in adapted_names(module).values() for name in names}
     ours, theirs = _tensors(module), _tensors(folded)
     for name in sorted((ours.keys() | theirs.keys()) - adapted - _names_of_adapters(module)):
@@ -130,30 +137,31 @@ def check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
 
 
 def _names_of_adapters(module: CapturedModule) -> set[str]:
-    """All names of the adapters' tensors: a module with two names has its adapter under both."""
+    """Return all names of adapter tensors: a module with two paths has its adapter under both."""
     own = module.adapter_parameters()
     groups = module.aliases().values()
     return {name for names in groups if not own.isdisjoint(names) for name in names}
 
 
 def _tensors(module: CapturedModule) -> dict[str, Tensor]:
+    """Return the parameters and buffers under all their names."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def check_shared_memory(module: CapturedModule, folded: CapturedModule) -> None:
-    """What a folded module has in common with the source cannot train in it."""
+    """Raise if training the folded module would change memory that it shares with the source."""
     ours = {p.untyped_storage().data_ptr() for p in module.parameters()}
     for name, parameter in folded.named_parameters():
         if parameter.requires_grad and parameter.untyped_storage().data_ptr() in ours:
             raise VerificationError(
-                f"fold: '{name}' requires gradients in the folded module, and its memory is the "
-                "source model's: training it would change that. Freeze it, or give it a copy."
+                f"fold: '{name}' requires gradients in the folded module but shares memory with "
+                "the source model, which training would change. Freeze it, or give it a copy."
             )
 
 
 def check_ties(module: CapturedModule, folded: CapturedModule) -> None:
-    """Names of one weight are names of one folded weight where they are adapted alike."""
+    """Raise unless the names of a weight that have the same adapters share one folded weight."""
     found = {name: names for names in folded.aliases().values() for name in names}
     for (first, *others), _ in _kept(module):
         there = set(found.get(first, ()))
@@ -166,7 +174,7 @@ def check_ties(module: CapturedModule, folded: CapturedModule) -> None:
 
 
 def _kept(module: CapturedModule) -> list[tuple[list[str], list[Entry]]]:
-    """The parameters that a fold leaves: the names of each, and the entries folded into it."""
+    """Return the parameters that a fold makes or keeps: their names, and the entries folded in."""
     names = adapted_names(module)
     adapters = _names_of_adapters(module)
     found: list[tuple[list[str], list[Entry]]] = []

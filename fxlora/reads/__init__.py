@@ -1,1 +1,1 @@
-"""Every node that reads each weight, and what is known of the way from the weight to it."""
+"""The nodes that read each weight, and the chain of ops from the weight to each of them."""

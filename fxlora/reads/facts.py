@@ -1,6 +1,6 @@
-"""What is known of single reads: of those that look at no values, and of padding rows.
+"""Facts about single calls: whether one reads a tensor's values, and a look-up's padding row.
 
-A missing name costs speed only: the read counts as a read of values.
+An op that is missing from the tables counts as a read of values, which only costs speed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _MADE_ALIKE = frozenset(
 
 
 def reads_no_values(node: fx.Node, value: fx.Node) -> bool:
-    """Whether a call looks at no more than the dtype, shape or device of one of its inputs.
+    """Whether a call uses only the dtype, shape or device of one of its inputs.
 
-    These ops do so with their first argument; one that is filled with is read.
+    The ops in the tables use only these of their first argument. A fill value, as in `full_like`,
+    is read.
     """
     first = bool(node.args) and node.args[0] is value
     once = sum(given is value for given in flat_inputs(node)) == 1
@@ -32,10 +33,10 @@ def reads_no_values(node: fx.Node, value: fx.Node) -> bool:
 
 
 def padding_row(node: fx.Node, rows: int) -> int | None:
-    """The row that a look-up gives no gradient, or None."""
+    """Return the index of the row that gets no gradient from a look-up, or None without one."""
     index = named_argument(node, "padding_idx")
     if not isinstance(index, int):
         return None
     if node.target is torch.ops.aten.embedding_bag.padding_idx:
-        return index % rows  # a bag's counts from the end
-    return index if index >= 0 else None  # where an embedding's -1 says that there is none
+        return index % rows  # embedding_bag counts negative indices from the end
+    return index if index >= 0 else None  # for embedding, -1 means that there is no padding row

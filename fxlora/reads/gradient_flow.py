@@ -1,7 +1,7 @@
 """Which nodes the outputs depend on, and which of them a gradient of the outputs reaches.
 
-One sweep from the outputs back, through all graphs of a module and the graphs nested in them: a
-detach behind a region is seen from inside the region.
+One backward sweep visits all graphs of a module and the graphs nested in them. A detach after the
+call of a nested graph is therefore seen inside that graph, too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from .gradient_trials import passes_gradient
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """What a sweep over some graphs found.
+    """The result of a sweep over graphs.
 
     Attributes:
         live: the nodes that an output or a side effect depends on.
         trained: the nodes whose result a gradient of some output reaches.
-        recording: the nodes that run with gradients on, in at least one of the calls around them.
+        recording: the nodes that run with gradients enabled, in at least one of the calls of the
+            nested graph that they are in.
     """
 
     live: set[fx.Node] = field(default_factory=set[fx.Node])
@@ -35,7 +36,7 @@ class Flow:
 
     @classmethod
     def of(cls, graphs: Iterable[fx.Graph], owner: nn.Module) -> Flow:
-        """The flow through some graphs of a module."""
+        """Sweep over graphs of the module `owner`."""
         flow = cls()
         for graph in graphs:
             results = graph.output_node().all_input_nodes
@@ -43,7 +44,7 @@ class Flow:
         return flow
 
     def reaches(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether a gradient of the outputs comes through a node to one of its inputs."""
+        """Whether a gradient of the outputs passes through `node` to its input `source`."""
         through = node in self.trained and node in self.recording
         return through and passes_gradient(node, source)
 
@@ -55,7 +56,15 @@ class Flow:
         trained: Iterable[fx.Node],
         recording: bool,
     ) -> None:
-        """Go through a graph from its end, where these of its nodes are live and trained."""
+        """Sweep over one graph from its end.
+
+        Args:
+            graph: the graph.
+            owner: the module that the graph belongs to.
+            live: nodes of the graph that are live because of its callers.
+            trained: nodes of the graph that a gradient reaches because of its callers.
+            recording: whether the graph runs with gradients enabled.
+        """
         self.live.update(live)
         self.trained.update(trained)
         for node in reversed(graph.nodes):
@@ -64,7 +73,7 @@ class Flow:
             written = written_nodes(node, owner)
             if written or _has_effect(node):
                 self.live.add(node)
-            if not self.trained.isdisjoint(written):  # who reads the tensor later reads this
+            if not self.trained.isdisjoint(written):  # later reads see this write
                 self.trained.add(node)
             if call := call_of(node, owner):
                 self._through(call, recording)
@@ -74,7 +83,7 @@ class Flow:
                 self.trained.update(reached if recording else ())
 
     def _through(self, call: Call, recording: bool) -> None:
-        """From the results of a call of nested graphs to its operands."""
+        """Sweep over the nested graphs of a call, from its results to its operands."""
         recording = recording if call.grad is None else call.grad
         for graph in call.graphs:
             live, trained = (
@@ -83,13 +92,18 @@ class Flow:
             self._loop(call, graph, live, trained, recording)
         followed = {outside for graph in call.graphs for _, outside in call.given(graph)}
         rest = [node for node in call.node.all_input_nodes if node not in followed]
-        if call.node in self.live:  # the predicate of a cond
+        if call.node in self.live:  # operands that no graph gets, for example a cond's predicate
             self.live.update(rest)
         if call.node in self.trained and call.where is None:
             self.trained.update(rest)
 
     def _wanted(self, call: Call, graph: fx.GraphModule, among: set[fx.Node]) -> set[fx.Node]:
-        """The results of a nested graph that the call returns at a place among these nodes."""
+        """Return the results of a nested graph that reach nodes in `among` through the call.
+
+        These are all results if a user takes the call's result as a whole, if no user is in
+        `among`, or if the call does not return the graph's results by position. They are none if
+        the call is not in `among`.
+        """
         results = call.results(graph)
         if call.node not in among:
             return set()
@@ -108,7 +122,7 @@ class Flow:
         trained: set[fx.Node],
         recording: bool,
     ) -> None:
-        """Through a nested graph, until what a loop carries to its next step adds nothing."""
+        """Sweep over a nested graph until the values carried by a loop add no more nodes."""
         while True:
             self._back(graph.graph, graph, live, trained, recording)
             carried = [(r, i) for r, i in call.carried(graph) if isinstance(r, fx.Node)]
@@ -124,7 +138,10 @@ class Flow:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether a node is kept although nothing may take its result."""
+    """Whether a node is live even if no other node uses its result.
+
+    A module or a function that is not torch's may have side effects.
+    """
     if node.op == "call_function" and node.is_impure():
         return True
     if node.op in ("output", "call_module"):

@@ -1,4 +1,4 @@
-"""Whether a gradient passes an op, found by trying it on random numbers."""
+"""Whether a gradient passes through an op, found by running the op on random numbers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.fx.node import map_aggregate
 
 from ..fx.calls import example_value, frozen, is_torchs
 
-# What torch's ops raise on numbers that they were not made for.
+# Exceptions that torch's ops raise for inputs that they do not support.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
 def passes_gradient(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a gradient of a call's result reaches one of its inputs; True where that is unknown.
+    """Whether a gradient of a call's result reaches its input `source`; True if that is unknown.
 
-    None does where the result holds other than real numbers, where autograd cuts it off (a
-    detach), and where the derivative is zero nearly everywhere (sign, round).
+    No gradient reaches it if the result is neither floating point nor complex, if autograd stops at
+    the call (a detach), or if the derivative is zero almost everywhere (sign, round).
     """
     value = example_value(node)
     if value is not None and not (value.is_floating_point() or value.is_complex()):
@@ -39,7 +39,7 @@ _KNOWN: dict[Hashable, bool] = {}
 
 
 def _can_be_tried(node: fx.Node) -> bool:
-    """Whether a call runs on small matrices: entry by entry, or with one input of any shape."""
+    """Whether a call can be tried on small matrices: it is pointwise, or has one input node."""
     alone = len(node.all_input_nodes) == 1 and not _is_private(node.target)
     return alone or _is_pointwise(node)
 
@@ -49,14 +49,14 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 
 def _is_private(target: object) -> bool:
-    """Whether a function is of torch's insides (vmap's levels), which run in their context only."""
+    """Whether a function is internal to torch (vmap's levels), and so runs in its context only."""
     module = str(getattr(target, "__module__", ""))
     registered = isinstance(target, torch._ops.OpOverload | str)
     return not registered and "._" in module
 
 
 def _tried(node: fx.Node, source: fx.Node) -> bool:
-    """Whether any of several trials has a gradient; True where no trial runs."""
+    """Whether any of several trials has a nonzero gradient; True if no trial runs."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         trials = [_gradient(node, source, values) for values in _values()]
@@ -65,7 +65,7 @@ def _tried(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _values() -> Iterator[Tensor]:
-    """Square matrices of numbers of many magnitudes and both signs, and of probabilities."""
+    """Yield 4x4 matrices: numbers of many magnitudes and both signs, and probabilities."""
     for _ in range(3):
         sizes = 10 ** torch.empty(4, 4, dtype=torch.float64).uniform_(-3, 3)
         yield sizes * torch.randn(4, 4, dtype=torch.float64)
@@ -73,7 +73,10 @@ def _values() -> Iterator[Tensor]:
 
 
 def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
-    """Whether the call has a gradient by one input at these values; None if it does not run."""
+    """Whether the gradient with respect to `source` is nonzero at these values.
+
+    None if the call does not run on them.
+    """
     x = values.clone().requires_grad_()
 
     def seen(leaf: Any) -> Any:
@@ -81,7 +84,8 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
             return torch.device("cpu")
         if not isinstance(leaf, fx.Node):
             return leaf
-        return x * 1 if leaf is source else values.flip(0)  # x * 1: an op may write in place
+        # x * 1 is not a leaf, so an in-place op may write to it.
+        return x * 1 if leaf is source else values.flip(0)
 
     args: Any = map_aggregate(node.args, seen)
     kwargs: Any = map_aggregate(dict(node.kwargs), seen)
@@ -96,7 +100,7 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
             if isinstance(result, Tensor)
         ]
         if any(not tensor.numel() for tensor in tensors):
-            return None  # a slice beyond these small matrices, for one
+            return None  # for example, a slice beyond the end of these small matrices
         reals = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
         sums = [
             (real * torch.randn(real.shape, dtype=torch.float64)).sum()
@@ -109,6 +113,6 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
         return None
     try:
         (gradient,) = torch.autograd.grad(sum(sums[1:], sums[0]), x, materialize_grads=True)
-    except _REFUSALS:  # entry by entry, nothing else than a missing derivative can fail
+    except _REFUSALS:  # in a pointwise op, only a missing derivative can fail
         return False if _is_pointwise(node) else None
     return bool((gradient != 0).any())

@@ -1,9 +1,10 @@
-"""How the entries of a weight are moved on the way to the op that reads it, by replaying the way.
+"""How the ops between a weight and the op that reads it move the weight's entries.
 
-The nodes between a weight and a read are run on stand-ins for the weight: on the meta device, where
-all they make are views; else twice, on numbers that name the entries and on random values for the
-same entries. An op moves data if and only if both runs agree on where every entry went. No op is
-known by its name, and what cannot be replayed is unknown.
+This chain of ops is replayed on stand-ins for the weight. If its result is a view of the weight, it
+runs on the meta device only. Otherwise it runs twice: on numbers that identify the entries, and on
+random values for the same entries. An op moves data if and only if both runs agree on where every
+entry went. No op is recognized by its name. The result of a chain that cannot be replayed is
+unknown.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from ..fx.effects import written_nodes
 from ..fx.nested import Path, graph_around, operand_of
 from ..lora.layout import Layout, Shape
 
-# Weights with more entries are replayed as views only, for memory's sake (60 bytes an entry).
+# Weights with more entries are replayed as views only, to limit memory (60 bytes per entry).
 MOST_ENTRIES = 2**26
 
-# What torch's ops raise on numbers that they were not made for.
+# Exceptions that torch's ops raise for inputs that they do not support.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """Where the entries of a weight are in the tensor that a read is given.
+    """Where the entries of a weight are in the tensor that a read takes as its operand.
 
     Attributes:
-        shape: of the weight.
-        dims: how many dimensions the given tensor has.
-        same: it is the weight as it is, in its own dtype.
-        transposed: it is the transpose of the matrix, or of each matrix of a stack.
-        intact: nothing was computed with the entries on the way: they were moved and cast.
-        whole: it has entries of the weight (or values computed from one entry each) only.
-        lines: for each dimension of the weight, the dimensions of the given tensor along which
-            the entries' coordinates vary, and the coordinates along these.
-        reached: for each dimension of the weight, the coordinates of the entries that are given.
+        shape: shape of the weight.
+        dims: number of dimensions of the operand.
+        same: whether the operand is the weight, unchanged and in its own dtype.
+        transposed: whether it is the transpose of the matrix, or of each matrix of a stack.
+        intact: whether the entries were only moved and cast, and not computed with.
+        whole: whether the operand holds only entries of the weight, or values computed from one
+            entry each.
+        lines: for each dimension of the weight, the dimensions of the operand along which the
+            entries' coordinates vary, and the coordinates along these.
+        reached: for each dimension of the weight, the coordinates of the entries in the operand.
     """
 
     shape: Shape
@@ -56,11 +58,11 @@ class Moved:
     reached: tuple[Tensor, ...]
 
     def layout(self, read: Layout) -> Layout | None:
-        """The roles of the weight's dimensions, from those of the given tensor's dimensions.
+        """Return the weight's layout, from the layout `read` of the operand.
 
-        A dimension has the role of the dimensions along which its coordinates vary. None where
-        these have several roles, or where the entries of a role are out of order: then the first
-        outputs of the weight are not the first outputs of the op.
+        A dimension of the weight has the role of the operand's dimensions along which its
+        coordinates vary. None if these have several roles, or if the entries of a role are out of
+        order: then the first outputs of the weight are not the first outputs of the op.
         """
         if not self.whole or len(read.roles) != self.dims:
             return None
@@ -71,17 +73,17 @@ class Moved:
         return Layout("".join(roles))
 
     def _along(self, roles: Sequence[str]) -> list[str]:
-        """The roles with those of dimensions whose coordinate does not vary.
+        """Fill in the roles of dimensions whose coordinate does not vary in the operand.
 
-        One of size 1 takes its neighbour's; of a longer one a single matrix is taken, as of a
-        stack.
+        A dimension of size 1 gets the role of its neighbor. From a longer dimension the operand
+        has a single matrix, as from a stack.
         """
         known = next(filter(None, roles), "")
         stacked = (r or ("e" if n > 1 else "") for r, n in zip(roles, self.shape, strict=True))
         return [known := role or known for role in stacked]
 
     def _in_order(self, roles: Sequence[str], role: str) -> bool:
-        """Whether the entries of one role follow each other as they do in the weight."""
+        """Whether the entries along one role have the same order as in the weight."""
         place = torch.zeros((), dtype=torch.int64)
         for size, (_, line), mine in zip(self.shape, self.lines, roles, strict=True):
             place = place * size + line if mine == role else place
@@ -91,14 +93,14 @@ class Moved:
 def moved(
     value: fx.Node, weight: Tensor, names: frozenset[str], owner: nn.Module, path: Path = ()
 ) -> Moved | None:
-    """How the entries of a weight are moved to a node that is computed from it; None if unknown.
+    """Return where a weight's entries are in a node that is computed from it; None if unknown.
 
     Args:
         value: the node.
-        weight: the parameter, of which only shape and dtype count.
-        names: the attributes of the outermost graph that fetch it.
+        weight: the parameter; only its shape, strides and dtype matter.
+        names: targets of the `get_attr` nodes that fetch the weight in the outermost graph.
         owner: the module that the outermost graph belongs to.
-        path: the calls of nested graphs around the node, from the outermost in.
+        path: the calls of nested graphs around the node, outermost first.
     """
     way = _Way(weight, names, owner)
     try:
@@ -109,15 +111,15 @@ def moved(
 
 
 class _UnknownError(Exception):
-    """The way cannot be replayed."""
+    """The chain of ops cannot be replayed."""
 
 
-# ---- the way as steps ---------------------------------------------------------------------------
+# ---- the chain of ops as steps ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One call on the way, with the number of the step or constant that each input is."""
+    """One call in the chain, with the number of the step or constant for each input node."""
 
     node: fx.Node
     given: Mapping[fx.Node, int]
@@ -128,13 +130,13 @@ class _Step:
 
     @property
     def inert(self) -> bool:
-        """Whether the call names nothing that may change a dtype or a device."""
+        """Whether the call has no dtype or device argument, by which it might cast or copy."""
         named: list[Any] = []
         map_aggregate((self.node.args, dict(self.node.kwargs)), named.append)
         return not any(isinstance(n, torch.dtype | torch.device) for n in named)
 
     def run(self, values: Sequence[Any], constant: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-        """Run the call on the values of the steps before it; `constant` adapts other arguments."""
+        """Run the call on the values of earlier steps; `constant` converts other arguments."""
 
         def seen(leaf: Any) -> Any:
             return values[self.given[leaf]] if isinstance(leaf, fx.Node) else constant(leaf)
@@ -148,17 +150,17 @@ class _Step:
 
 
 class _Way:
-    """The nodes between a weight and a read, as steps to run on stand-ins for the weight."""
+    """The chain of ops from a weight to a read, as steps to run on stand-ins for the weight."""
 
     def __init__(self, weight: Tensor, names: frozenset[str], owner: nn.Module) -> None:
         self.weight, self.names, self.owner = weight, names, owner
         self.shape = tuple(weight.shape)
         self.steps: list[_Step] = []
         self.constants: list[Tensor] = []
-        self.numbers: dict[fx.Node, int] = {}  # 0: the weight; from 1: steps; from -1: constants
+        self.numbers: dict[fx.Node, int] = {}  # 0: the weight; 1, 2, …: steps; -1, …: constants
 
     def add(self, node: fx.Node, path: Path) -> int:
-        """Add a node and all that it depends on; returns its number."""
+        """Add a node and all nodes that it depends on, and return its number."""
         if node not in self.numbers:
             self.numbers[node] = self._added(node, path)
         return self.numbers[node]
@@ -188,7 +190,7 @@ class _Way:
         return -len(self.constants)
 
     def viewed(self) -> Moved | None:
-        """The outcome where all that the steps make are views of the weight; else None."""
+        """Return the outcome if the last step returns a view of the weight; else None."""
         strides, dtype = self.weight.stride(), self.weight.dtype
         base = torch.empty_strided(self.shape, strides, dtype=dtype, device="meta")
         values: list[Any] = [base]
@@ -204,7 +206,7 @@ class _Way:
         for order in _transpositions(len(self.shape)) if inert else ():
             if _same_view(view, base.permute(order)):
                 return _permuted(self.shape, order)
-        if not base.is_contiguous():  # places in memory are no numbers of entries
+        if not base.is_contiguous():  # offsets in memory are not indices of entries
             return None
         entries = torch.full((), view.storage_offset())
         for size, stride in zip(view.shape, view.stride(), strict=True):
@@ -212,10 +214,10 @@ class _Way:
         return _outcome(entries, self.shape, inert, True)
 
     def replayed(self) -> Moved | None:
-        """The outcome of running the steps on stand-ins; the same way is run once."""
+        """Return the outcome of running the steps on stand-ins, cached by the chain of ops."""
         if self.weight.numel() > MOST_ENTRIES:
             return None
-        if self.constants:  # whose values count
+        if self.constants:  # their values matter, and are not part of the key
             return self._replayed()
         key = (self.shape, self.weight.stride(), *(step.key for step in self.steps))
         if key not in _KNOWN:
@@ -249,11 +251,11 @@ class _Stand:
     """Stand-ins for a tensor that depends on the weight, in both runs.
 
     Attributes:
-        names: the number (from 1) of the entry at each place, as float64.
-        values: random values for the same entries.
-        entry: where the places hold entries of the weight; elsewhere both runs are equal.
-        verbatim: whether nothing but moves was done on the way.
-        intact: whether nothing but moves and casts was done.
+        names: the number (from 1) of the weight's entry at each position, as float64.
+        values: the random values of the same entries.
+        entry: which positions hold entries of the weight; at others, both runs are equal.
+        verbatim: whether the steps only moved entries.
+        intact: whether the steps only moved and cast entries.
     """
 
     names: Tensor
@@ -264,17 +266,17 @@ class _Stand:
 
 
 class _Replay:
-    """Runs steps on stand-ins for a weight of so many entries."""
+    """Runs steps on stand-ins for a weight with `entries` entries."""
 
     def __init__(self, entries: int) -> None:
         generator = torch.Generator().manual_seed(entries)
-        # Of many magnitudes and both signs: a clamp or a threshold lets some of them through.
+        # Many magnitudes and both signs: a clamp or a threshold changes some values, not all.
         self.table = torch.randn(entries + 1, generator=generator, dtype=torch.float64)
         sizes = torch.rand(entries + 1, generator=generator, dtype=torch.float64)
         self.table *= 10 ** (60 * sizes - 30)
 
     def start(self, weight: Tensor) -> _Stand:
-        """The weight itself, with its own strides."""
+        """Return the stand-in for the weight itself, with the weight's strides."""
         shape, numbers = weight.shape, torch.arange(1, weight.numel() + 1, dtype=torch.float64)
         names = torch.empty_strided(shape, weight.stride(), dtype=torch.float64)
         names.copy_(numbers.reshape(shape))
@@ -282,10 +284,10 @@ class _Replay:
         return _Stand(names, self._values(names), everywhere, True, True)
 
     def after(self, step: _Step, values: Sequence[Any]) -> Any:
-        """The stand-in for a step's result; its value, where it does not depend on the weight.
+        """Return the stand-in for a step's result, or the result if no input is a stand-in.
 
         Raises:
-            _UnknownError: it does more than move data.
+            _UnknownError: the step neither moves data nor is pointwise, or draws random numbers.
         """
         given = [values[number] for number in step.given.values()]
         stands = [v for value in given for v in _items(value) if isinstance(v, _Stand)]
@@ -300,7 +302,11 @@ class _Replay:
             return self._pointwise(step, given)
 
     def _agreed(self, names: Any, values: Any, verbatim: bool, intact: bool) -> Any:
-        """The results of both runs as stand-ins, where they moved the same entries."""
+        """Return the results of both runs as stand-ins, if they moved the same entries.
+
+        Raises:
+            _UnknownError: they did not.
+        """
         if isinstance(names, list | tuple):
             pairs = zip(names, values, strict=True)  # pyright: ignore[reportUnknownArgumentType]
             return [self._agreed(name, value, verbatim, intact) for name, value in pairs]
@@ -313,7 +319,12 @@ class _Replay:
         return _Stand(names, values, entry, verbatim, intact)
 
     def _pointwise(self, step: _Step, given: Sequence[Any]) -> _Stand:
-        """An op that torch declares to work entry by entry leaves them in their places."""
+        """Return the stand-in for a pointwise op, which leaves the entries in their positions.
+
+        Raises:
+            _UnknownError: torch does not tag the op as pointwise, or its inputs have different
+                entries at one position.
+        """
         if torch.Tag.pointwise not in getattr(step.node.target, "tags", ()):
             raise _UnknownError
         tensors = (_side(value, "names") for value in given)
@@ -331,10 +342,10 @@ class _Replay:
 
 
 def _constant(step: _Step, values: Sequence[Any]) -> Any:
-    """The value of a step that does not depend on the weight; a drawn one is none.
+    """Return the value of a step that does not depend on the weight.
 
     Raises:
-        _UnknownError: two runs differ.
+        _UnknownError: two runs differ, because the step draws random numbers.
     """
     first, second = (_wide(step.run(values, _wide)) for _ in range(2))
     alike = torch.equal(first, second) if isinstance(first, Tensor) else first == second
@@ -348,14 +359,14 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def _side(value: Any, side: str) -> Any:
-    """The stand-in of one run."""
+    """Replace stand-ins by their tensors in one run: `names` or `values`."""
     if isinstance(value, list):
         return [_side(item, side) for item in value]  # pyright: ignore[reportUnknownVariableType]
     return getattr(value, side) if isinstance(value, _Stand) else value
 
 
 def _wide(leaf: Any) -> Any:
-    """Constants as they suit stand-ins: float64, on the CPU."""
+    """Convert a constant to suit stand-ins: floating point to float64, devices to the CPU."""
     if isinstance(leaf, torch.device):
         return torch.device("cpu")
     if isinstance(leaf, torch.dtype):
@@ -367,7 +378,15 @@ def _wide(leaf: Any) -> Any:
 
 
 def _outcome(entries: Tensor, shape: Shape, verbatim: bool, intact: bool) -> Moved:
-    """Args: entries: the index of each entry in the flattened weight, or -1 for others."""
+    """Describe where the entries of a weight are in an operand.
+
+    Args:
+        entries: for each position of the operand, the index of its entry in the flattened weight,
+            or -1 if it holds no entry.
+        shape: shape of the weight.
+        verbatim: whether the steps only moved entries.
+        intact: whether the steps only moved and cast entries.
+    """
     for order in _transpositions(len(shape)) if verbatim else ():
         own = torch.arange(math.prod(shape)).reshape(shape).permute(order)
         if entries.shape == own.shape and torch.equal(entries, own):
@@ -385,7 +404,7 @@ def _outcome(entries: Tensor, shape: Shape, verbatim: bool, intact: bool) -> Mov
 
 
 def _permuted(shape: Shape, order: Sequence[int]) -> Moved:
-    """The outcome for a weight whose dimensions are in another order."""
+    """Return the outcome for a weight whose dimensions are permuted to `order`."""
     behind = [len(order) - 1 - list(order).index(dim) for dim in range(len(shape))]
     lines = [
         (frozenset({list(order).index(dim)}), torch.arange(size).reshape([-1] + [1] * after))
@@ -397,13 +416,13 @@ def _permuted(shape: Shape, order: Sequence[int]) -> Moved:
 
 
 def _transpositions(dims: int) -> list[list[int]]:
-    """The orders of dimensions in which a weight is itself, and its transpose."""
+    """Return the orders of dimensions of the weight itself and of its transpose."""
     own = list(range(dims))
     return [own, [*own[:-2], *reversed(own[-2:])]] if dims > 1 else [own]
 
 
 def _line(coordinate: Tensor) -> tuple[frozenset[int], Tensor]:
-    """The dimensions along which a coordinate varies, and its values along these."""
+    """Return the dimensions along which a coordinate varies, and its values along these."""
     dims = range(coordinate.ndim)
     varying = {d for d in dims if bool((coordinate != coordinate.narrow(d, 0, 1)).any())}
     for dim in set(dims) - varying:
@@ -412,7 +431,7 @@ def _line(coordinate: Tensor) -> tuple[frozenset[int], Tensor]:
 
 
 def _is_view(value: Any, base: Tensor) -> bool:
-    """Whether a tensor shows the entries of another as they are."""
+    """Whether a value is a view of `base` in the same dtype, not negated or conjugated."""
     return (
         isinstance(value, Tensor)
         and value.dtype == base.dtype

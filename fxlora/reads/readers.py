@@ -1,4 +1,4 @@
-"""Readers: the nodes where each weight of a captured module meets the data, in every graph."""
+"""Readers: the nodes, in every graph of a captured module, that combine a weight with data."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from .moves import Moved, moved
 
 @dataclass(frozen=True)
 class Reader:
-    """One node where a weight meets the data.
+    """One node that combines a weight with data.
 
     Attributes:
         node: the reading node.
-        weight: the node that it is given: the weight, or a function of it.
-        op: its row in the table of ops, or None where it reads the weight in another way.
+        weight: the node of its operand: the weight, or a function of it.
+        op: the row of its op in the table of ops, or None if it reads the weight in another way.
         kind: the op's name.
-        way: the kinds of the ops between the weight and the node; () where it is given the weight
-            as it is or, if its row allows that, the transpose.
-        layout: the roles of the weight's dimensions in this read, or None where unknown.
-        moved: where the entries of the weight are in `weight`, or None where unknown.
+        way: the kinds of the ops between the weight and the node; () if the node takes the weight
+            unchanged or, if the row allows that, transposed.
+        layout: the layout of the weight in this read, or None if unknown.
+        moved: where the entries of the weight are in the operand, or None if unknown.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
-        alone: whether the node reads weights only.
-        other_weight: whether the other operand is a parameter, not computed from the inputs.
-        untrained: why no gradient comes back from this read, or "".
-        path: the calls of nested graphs around the node, from the outermost in.
-        shared: whether several calls share a graph around the node.
+        alone: whether the node depends on parameters and buffers only.
+        other_weight: whether the op's other operand is computed from parameters, not from inputs.
+        untrained: why this read passes no gradient to the weight, or "".
+        path: the calls of nested graphs around the node, outermost first.
+        shared: whether one of the nested graphs around the node has several calls.
     """
 
     node: fx.Node
@@ -63,28 +63,31 @@ class Reader:
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph of the captured module that the read is part of."""
+        """The outermost graph that the read is part of."""
         return self.path[0].node.graph if self.path else self.node.graph
 
     @property
     def through(self) -> str:
-        """The first op on the way, or ""."""
+        """The kind of the first op between the weight and the node, or ""."""
         return self.way[0] if self.way else ""
 
     @property
     def branch(self) -> Op | None:
-        """The row by which a branch can be added to this read."""
+        """The row whose branch can be added to this read, or None."""
         return None if self.through else self.op
 
     def reaches(self, dim: int, rows: tuple[int, int]) -> bool:
-        """Whether entries with such a coordinate in a dimension get here, as far as is known."""
+        """Whether the read takes entries with a coordinate in `rows` (start, stop) along `dim`.
+
+        True if that is unknown.
+        """
         if self.moved is None:
             return True
         coordinates = self.moved.reached[dim]
         return bool(((coordinates >= rows[0]) & (coordinates < rows[1])).any())
 
     def describe(self) -> str:
-        """The op and where it is called, for messages."""
+        """Return the op and the line of its call, for messages."""
         return f"{self.kind} reads at {self.line}" if self.line else f"{self.kind} reads"
 
 
@@ -92,7 +95,7 @@ class Reader:
 def readers_and_writers(
     module: CapturedModule,
 ) -> tuple[dict[str, list[Reader]], dict[str, Reader]]:
-    """Every reader, and a writer, of every attribute by the name it has in the graphs."""
+    """Return the readers, and a writer, of each attribute, by its name in the graphs."""
     readers: dict[str, list[Reader]] = {}
     writers: dict[str, Reader] = {}
     graphs = module.distinct_graphs()
@@ -113,7 +116,7 @@ def readers_and_writers(
 
 
 def _inside(module: CapturedModule, path: str) -> list[str]:
-    """Names of the parameters of a module that the tracer kept whole."""
+    """Return the names of the parameters of a module that the tracer did not enter."""
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
 
 
@@ -132,7 +135,7 @@ class _Seen:
     _constants: dict[fx.Graph, set[fx.Node]] = field(default_factory=dict[fx.Graph, set[fx.Node]])
 
     def constants(self, graph: fx.Graph) -> set[fx.Node]:
-        """The nodes that depend on parameters and buffers only."""
+        """Return the nodes of a graph that depend on parameters and buffers only."""
         if graph not in self._constants:
             found = self._constants[graph] = set[fx.Node]()
             for node in graph.nodes:
@@ -145,12 +148,12 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a value comes from a weight.
+    """The chain of ops by which a value is computed from a weight.
 
     Attributes:
-        path: the calls of nested graphs around it.
-        ops: the kinds of the ops between the two.
-        cut: the first of these that no gradient passes, or "".
+        path: the calls of nested graphs around the value, outermost first.
+        ops: the kinds of the ops in the chain.
+        cut: the kind of the first op that passes no gradient, or "".
     """
 
     path: Path = ()
@@ -158,19 +161,21 @@ class _Way:
     cut: str = ""
 
     def into(self, call: Call) -> _Way:
+        """Return the chain as seen in the nested graphs of a call."""
         return dataclasses.replace(self, path=(*self.path, call))
 
     def over(self, op: fx.Node, value: fx.Node) -> _Way:
+        """Return the chain extended by `op`, which takes `value`."""
         cut = self.cut or ("" if passes_gradient(op, value) else kind_of(op))
         return _Way(self.path, (*self.ops, kind_of(op)), cut)
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Where a weight, or a function of weights only, takes part in a product or meets data.
+    """Finds the nodes that use a weight, or a function of weights only, in a product or with data.
 
-    Also inside the nested graphs that it is passed into. In graph order; a copy does not keep the
-    order of `users`.
+    The search also covers the nested graphs that the weight is passed to. It follows the graph
+    order, because a copy of a graph does not keep the order of `users`.
     """
 
     seen: _Seen
@@ -196,7 +201,11 @@ class _Walk:
                 yield self._reader(user, value, way)
 
     def _goes_on(self, node: fx.Node, value: fx.Node, way: _Way) -> bool:
-        """Whether a call makes a function of weights that others read."""
+        """Whether the search goes on at the users of a call.
+
+        It does if the call computes a function of weights only. It ends at a product that a branch
+        may be added to, unless this product only moves entries.
+        """
         if not (node.users and self._alone(node, value)):
             return False
         if not is_product(node) or self._moved(node, way) is not None:
@@ -204,7 +213,7 @@ class _Walk:
         return not self._is_plain(row_of(node, value), self._moved(value, way), way)
 
     def _alone(self, node: fx.Node, value: fx.Node) -> bool:
-        """Whether a call takes weights only."""
+        """Whether a call depends on parameters and buffers only."""
         constants = node in self.seen.constants(node.graph)
         return constants or (node.op != "output" and node.all_input_nodes == [value])
 
@@ -214,7 +223,7 @@ class _Walk:
 
     @staticmethod
     def _is_plain(row: Op | None, given: Moved | None, way: _Way) -> bool:
-        """Whether a branch may be added to an op that is given the weight in this way."""
+        """Whether the op takes the weight in a form that a branch may be added for."""
         if given is None or way.cut:
             return False
         return given.same or (given.transposed and row is not None and row.turned is not None)
@@ -225,10 +234,10 @@ class _Walk:
         layout = given.layout(read) if given and read else None
         alone = bool(node.users) and self._alone(node, value)
         if alone and self._makes_weight(node):
-            layout = None  # the outputs of this product are not those of a layer
+            layout = None  # the outputs of this product are not a layer's outputs
         ops = () if self._is_plain(row, given, way) else way.ops
         if ops and _grows(value, self.weight):
-            row = None  # a magnitude or a mask, spread over the weight: no layer's weight
+            row = None  # a magnitude or mask, broadcast over a weight: not a layer's weight
         turned = row.turned if row and given and given.transposed and not ops else None
         found = _reader(node, value, row, way.path)
         return dataclasses.replace(
@@ -243,7 +252,7 @@ class _Walk:
         )
 
     def _makes_weight(self, node: fx.Node) -> bool:
-        """Whether another product takes what is computed here, from weights only, as its weight."""
+        """Whether the result becomes a product's weight, directly or by ops on weights only."""
         constants = self.seen.constants(node.graph)
         ahead, met = [node], set[fx.Node]()
         while ahead:
@@ -255,22 +264,23 @@ class _Walk:
         return False
 
     def _untrained(self, node: fx.Node, value: fx.Node, way: _Way, given: Moved | None) -> str:
-        """Why no gradient comes back to the weight from a node, or ""."""
+        """Return why a read passes no gradient to the weight, or ""."""
         flow = self.seen.flow
         if given and not all(len(coordinates) for coordinates in given.reached):
-            return f"through {way.ops[0]}, which leaves none of its entries"
+            return f"through {way.ops[0]}, which selects none of its entries"
         if way.cut:
             return f"through {way.cut}"
         if node not in flow.recording:
             return "under torch.no_grad()"
         if node not in flow.trained:
-            return "where no gradient of the outputs comes back"
-        return "" if flow.reaches(node, value) else f"by {kind_of(node)}, which passes none"
+            return "where no gradient of the outputs arrives"
+        return "" if flow.reaches(node, value) else f"by {kind_of(node)}, which has no gradient"
 
     def _other_weight(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
-        """Whether the input comes from parameters only: two branches would miss Δu·Δv.
+        """Whether the op's other operand is computed from parameters only.
 
-        (The indices of a look-up are none.)
+        Branches for both weights would miss the term Δu·Δv. A look-up has indices instead of
+        another operand.
         """
         source = row.input_of(node, value) if row.dropout else None
         ahead: list[tuple[fx.Node, Path]] = [(source, path)] if isinstance(source, fx.Node) else []
@@ -279,7 +289,7 @@ class _Walk:
             source, around = ahead.pop()
             outside = operand_of(around[-1], source) if around else None
             if source.op == "placeholder" and outside is None:
-                return False  # data, or what a loop carries
+                return False  # data, or a value that a loop carries
             if outside is not None:
                 ahead.append((outside, around[:-1]))
             parameter |= source.op == "get_attr" and source.target in self.seen.parameters
@@ -289,19 +299,19 @@ class _Walk:
 
 
 def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
-    """Each read once; what it reads may come over a detach and past it (straight-through)."""
+    """Yield each read once: two chains may lead to it, one of them cut off (straight-through)."""
     found: dict[tuple[fx.Node, fx.Node, Path], Reader] = {}
     for reader in readers:
         key = (reader.node, reader.weight, reader.path)
         before = found.setdefault(key, reader)
-        # Where one of two ways is cut off, only the weight form has the right gradients.
+        # If no gradient passes one of two chains, only the weight form has the right gradients.
         through = next((r for r in (before, reader) if r.way), before)
         found[key] = dataclasses.replace(through, untrained=before.untrained and reader.untrained)
     yield from found.values()
 
 
 def _grows(value: fx.Node, weight: torch.Tensor) -> bool:
-    """Whether what was made of a weight has more numbers than the weight."""
+    """Whether a value computed from a weight has more entries than the weight."""
     seen = value.meta.get("val")
     return isinstance(seen, torch.Tensor) and seen.numel() > weight.numel()
 
@@ -309,7 +319,10 @@ def _grows(value: fx.Node, weight: torch.Tensor) -> bool:
 def _nested_inputs(
     user: fx.Node, value: fx.Node, owner: nn.Module
 ) -> list[tuple[Call, fx.Node, fx.GraphModule]]:
-    """The inputs of nested graphs that a value is passed on to, if that is all a call does."""
+    """Return the inputs of nested graphs that a call passes a value to.
+
+    The list is empty if the call also uses the value in another way.
+    """
     call = call_of(user, owner)
     passed = [i for i, o in enumerate(call.operands) if o is value] if call else []
     if call is None or len(passed) != sum(n is value for n in flat_inputs(user)):
@@ -321,7 +334,7 @@ def _reader(node: fx.Node, weight: fx.Node, op: Op | None, path: Path = ()) -> R
     kind = op.kind if op else f"operand of {kind_of(node)}" if is_product(node) else kind_of(node)
     if node.op == "call_module":
         kind = f"module {node.target}"
-    nodes = [node, *(call.node for call in reversed(path))]  # the body of a loop has no places
+    nodes = [node, *(call.node for call in reversed(path))]  # a loop's body has no locations
     site = next(filter(None, map(call_site, nodes)), "")
     line = next(filter(None, map(source_line, nodes)), "")
     return Reader(node, weight, op, kind, site, line, path=path)

@@ -1,4 +1,4 @@
-"""Sites: every weight of a captured module with every node that reads it, in every graph."""
+"""Sites: the weights of a captured module, each with the nodes that read it in every graph."""
 
 from __future__ import annotations
 
@@ -21,34 +21,38 @@ from .readers import Reader, readers_and_writers
 
 @dataclass(frozen=True)
 class Site:
-    """A weight of two or more dimensions, and all the reads of it that go by its name.
+    """A weight of two or more dimensions, and the reads of it under its names.
 
-    A tied weight is one tensor under several names. Where every read is a call of a module that
-    has one of them, each name is a site of its own; else they are one.
+    A tied weight is one tensor under several names. If every read is made in a call of a module
+    that owns one of these names, the names of each module are a separate site. Otherwise all names
+    are one site.
 
     Attributes:
-        name: the owner: a module's path for its `weight`, else the parameter's name.
+        name: path of the module that owns the parameter as `weight`, else the parameter's name.
         parameter: the parameter's (first) name in `state_dict()`.
-        names: all its names in `state_dict()` whose reads these are.
-        tied: names of the same tensor that are other sites'.
-        aliases: every name that a rule may call it by: those, the modules that own them, and
-            the module around them whose forward reads the weight instead (MultiheadAttention
-            reads its out_proj's).
-        op: kind of the op that reads it, or that reads what is computed from it and other
-            weights alone (W * mask, a parametrization); of the first with a row in the table.
-            "python" where no graph reads it.
-        shape: of the weight.
-        layout: the roles of its dimensions.
-        layout_known: whether they are what the read says, or a convention (outputs first).
-        groups: of a convolution, else 1.
+        names: all names of the parameter in `state_dict()` that belong to this site.
+        tied: names of the same tensor that belong to other sites.
+        aliases: every name by which a rule may refer to the site: the parameter's names, also
+            without `_weight` (`in_proj`); the modules that own them; the module around these
+            whose forward reads the weight instead (MultiheadAttention reads its out_proj's
+            weight); and the names that the weight has without torch's parametrization.
+        op: kind of the op that reads the weight, or that reads a tensor computed from it and other
+            weights only (W * mask, a parametrization). If there are several, the first op with a
+            row in the table, and with data as its other operand if there is one. "python" if no
+            graph reads the weight.
+        shape: shape of the weight.
+        layout: the roles of the weight's dimensions.
+        layout_known: whether all reads determine the layout; if not, it may be a convention
+            (outputs first).
+        groups: groups of a convolution, else 1.
         padding_idx: row of an embedding that never trains, or None.
-        dtype: of the weight.
-        readers: the nodes that read it, over all graphs.
+        dtype: dtype of the weight.
+        readers: the nodes that read it, in all graphs.
         writer: a node that writes to it, or None.
-        taken_together: whether it was several sites, which one rule takes.
-        overlaps: other parameters, and buffers and constants that graphs read, in its memory.
-        outside: where Python reads it outside of every captured region ("" where nothing was seen
-            to read it), or None where graphs alone read it.
+        taken_together: whether it was merged from several sites, which one rule adapts.
+        overlaps: names of other parameters, buffers and constants that share its memory.
+        outside: where Python reads it outside of every captured region ("" if nothing was seen
+            to read it), or None if only graphs read it.
     """
 
     name: str
@@ -71,7 +75,7 @@ class Site:
 
     @property
     def inseparable(self) -> bool:
-        """Whether no call tells the reads of a tied weight apart by its names."""
+        """Whether the reads of a tied weight cannot be assigned to its names by their modules."""
         return len(self.names) > 1 and not self.tied and not self.taken_together
 
     @property
@@ -80,18 +84,19 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Of the layer (channels, for a convolution)."""
+        """Input features of the layer (channels of a convolution)."""
         transposed = self.layout.in_first
         return self.layout.features(self.shape)[0] * (1 if transposed else self.groups)
 
     @property
     def out_features(self) -> int:
+        """Output features of the layer (channels of a convolution)."""
         transposed = self.layout.in_first
         return self.layout.features(self.shape)[1] * (self.groups if transposed else 1)
 
     @property
     def kernel_size(self) -> Shape:
-        """Of a convolution, else ()."""
+        """Kernel size of a convolution, else ()."""
         return self.layout.kernel(self.shape)
 
     @property
@@ -101,19 +106,19 @@ class Site:
 
     @property
     def why_outside(self) -> str:
-        """Why no graph stands for its reads."""
+        """Why no graph contains its reads, for messages."""
         if self.outside:
             return f"is read by the model's Python at {self.outside}, outside of captured regions"
         return "is in no captured region: the example ran nothing that reads it"
 
     @property
     def max_rank(self) -> int:
-        """The rank beyond which a low-rank pair says nothing more: min(d0, d1)."""
+        """The largest rank that ΔW can have: min(d0, d1)."""
         return self.layout.max_rank(self.shape)
 
 
 def find_sites(module: CapturedModule) -> list[Site]:
-    """The sites of a module that no adapter has been injected into, in the model's order."""
+    """Return the sites of a module without injected adapters, in the order of its parameters."""
     readers, writers = readers_and_writers(module)
     overlaps, uncovered = overlaps_of(module), module.uncovered
     sites: list[Site] = []
@@ -149,9 +154,10 @@ def find_sites(module: CapturedModule) -> list[Site]:
 def _by_call_site(
     module: CapturedModule, names: list[str], readers: dict[str, list[Reader]]
 ) -> list[list[str]]:
-    """The names of a weight by whose call reads it; all together where that is not clear.
+    """Group the names of a weight by the module whose call reads it.
 
-    A name that nothing reads goes with the first. One module under several names is one.
+    All names are one group if some read belongs to none of these modules. Names that nothing reads
+    are added to the first group. The names of one module are one group.
     """
     modules: dict[int, list[str]] = {}
     for name in names:
@@ -166,7 +172,7 @@ def _by_call_site(
 
 
 def _owns(names: Iterable[str], readers: Iterable[Reader]) -> bool:
-    """Whether every read is a call of a module that has the weight under one of these names."""
+    """Whether every read is made in a call of a module that owns one of these names."""
     return all(any(_is_owner(reader.call_site, name) for name in names) for reader in readers)
 
 
@@ -176,7 +182,7 @@ def _is_owner(call_site: str, parameter: str) -> bool:
 
 
 def merged(sites: Sequence[Site]) -> Site:
-    """Sites of one tied weight as one."""
+    """Merge sites of one tied weight into one site."""
     first, *rest = sites
     if not rest:
         return first
@@ -196,9 +202,10 @@ def merged(sites: Sequence[Site]) -> Site:
 
 
 def _parametrized(module: CapturedModule, names: list[str]) -> list[str]:
-    """The names that weights behind torch's parametrizations have for the user: the module's.
+    """Return the names that parametrized weights have without torch's parametrization.
 
-    Of several originals (weight_norm has a magnitude and a direction) the largest has them.
+    These are the module's path and the name of its parameter. If a weight has several originals
+    (weight_norm has a magnitude and a direction), the names belong to the largest.
     """
     found: list[str] = []
     for name in names:
@@ -233,7 +240,7 @@ def _site(
 
 
 def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
-    """What the reads say of a weight."""
+    """Return the fields of `Site` that follow from a weight's reads."""
     main = _main_reader(readers)
     kind = main.kind if main else "python"
     layout = main.layout if main and main.layout else _convention(main, shape)
@@ -248,19 +255,19 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
 
 
 def _convention(main: Reader | None, shape: Shape) -> Layout:
-    """Roles for a weight of which they are not known: those of its op, else outputs first."""
+    """Return the layout for a weight whose layout is unknown: its op's, else outputs first."""
     declared = main and layout_given(main.node, main.weight, main.op, len(shape))
     return declared or plain(len(shape), False)
 
 
 def _padding_idx(readers: tuple[Reader, ...], rows: int) -> int | None:
-    """The row that no read trains: all look up, and all pad with it."""
+    """Return the row that no read trains: the padding row of every read, or None."""
     found = {padding_row(reader.node, rows) for reader in readers}
     return found.pop() if len(found) == 1 else None
 
 
 def _main_reader(readers: tuple[Reader, ...]) -> Reader | None:
-    """The read that names the site's op: a product with data if there is one."""
+    """Return the read that determines the site's op: a product with data if there is one."""
     known = [reader for reader in readers if reader.op]
     with_data = [reader for reader in known if not reader.alone]
     return next(iter((*with_data, *known, *readers)), None)

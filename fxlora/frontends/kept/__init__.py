@@ -1,1 +1,1 @@
-"""What torch.export drops or takes for granted, and fxlora keeps or refuses."""
+"""Model behavior that torch.export drops or fixes as constants: kept in a capture, or refused."""

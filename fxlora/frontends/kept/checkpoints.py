@@ -1,9 +1,9 @@
-"""Activation checkpoints, which torch.export forgets, kept in the graphs.
+"""Keep activation checkpoints, which torch.export drops, in captured graphs.
 
-torch.export runs through `torch.utils.checkpoint` and keeps the ops alone: a captured model would
-store every activation, and the inside of a reentrant checkpoint would stand under no_grad for
-good. Here what a checkpoint runs is marked while it is traced; the marked nodes then become a
-nested graph, called under `torch.utils.checkpoint.checkpoint`.
+torch.export traces through `torch.utils.checkpoint` and keeps only the ops: a captured model would
+store every activation, and the ops of a reentrant checkpoint would run under no_grad permanently.
+Here, the nodes traced inside a checkpoint are marked; the marked nodes then become a nested graph
+that is called under `torch.utils.checkpoint.checkpoint`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .patches import patched
 
 _MARK = "fxlora_checkpoint"
 
-# What `checkpoint` calls around the function that it is given; the name depends on the version.
+# The generator that `checkpoint` runs around its function; the name depends on the torch version.
 _AROUND = (
     "_checkpoint_without_reentrant_generator",
     "_checkpoint_without_reentrant_generator_impl",
 )
 
-Mark = tuple[int, ...]  # the checkpoints around a node, from the outermost in
+Mark = tuple[int, ...]  # numbers of the checkpoints around a node, outermost first
 
 
 @contextmanager
 def marked_checkpoints() -> Generator[None]:
-    """Within, checkpoints that are traced mark the nodes of what they run."""
+    """Within the context, mark each node that is traced inside a checkpoint."""
     numbers = itertools.count()
 
     @contextmanager
@@ -65,18 +65,19 @@ def marked_checkpoints() -> Generator[None]:
 
 
 def marks_of(module: fx.GraphModule) -> list[Mark]:
-    """The checkpoints that each node was traced in."""
+    """Return the mark of each node of the module's graph, in graph order."""
     return [_mark(node, module) for node in module.graph.nodes]
 
 
 def gather_checkpoints(
     module: fx.GraphModule, depth: int = 0, buffers: Collection[fx.Node] | None = None
 ) -> None:
-    """Put the nodes of every checkpoint of a traced module into a nested graph, in place.
+    """Move the nodes of each checkpoint in a traced module into a nested graph, in place.
 
     Args:
-        depth: how many checkpoints there are around the module's graph.
-        buffers: the nodes that stand for attributes; by default those that fetch one.
+        depth: number of checkpoints around the module's graph.
+        buffers: nodes whose value is a parameter or buffer; by default the `get_attr` nodes. (In
+            a nested graph, they are the inputs that receive one.)
     """
     regions: dict[Mark, list[fx.Node]] = {}
     for node in module.graph.nodes:
@@ -99,7 +100,7 @@ def gather_checkpoints(
 
 
 def _mark(node: fx.Node, module: nn.Module) -> Mark:
-    """The checkpoints that a node was traced in; a call of nested graphs takes it from them."""
+    """Return a node's mark; for a call of nested graphs, the common prefix of the inner marks."""
     if nested_graph(node, module):
         return _mark(next(iter(node.users)), module) if len(node.users) == 1 else ()
     if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
@@ -114,7 +115,7 @@ def _mark(node: fx.Node, module: nn.Module) -> Mark:
 
 
 def _closed(marked: list[fx.Node]) -> list[fx.Node]:
-    """Marked nodes, and what stands between them and reads them (assertions have no mark)."""
+    """Return marked nodes and the nodes between that depend on them (assertions have no mark)."""
     nodes = dict.fromkeys(marked)
     between, last = marked[0], marked[-1]
     while between is not last:
@@ -125,7 +126,7 @@ def _closed(marked: list[fx.Node]) -> list[fx.Node]:
 
 
 def _stands_alone(nodes: list[fx.Node]) -> bool:
-    """Whether the nodes can be one call, in the place of the last of them."""
+    """Whether the nodes can become one call, placed where the last of them is."""
     inside, last = set(nodes), nodes[-1]
     if last.op in ("placeholder", "output"):
         return False
@@ -135,7 +136,7 @@ def _stands_alone(nodes: list[fx.Node]) -> bool:
 def _cut_out(
     module: fx.GraphModule, nodes: list[fx.Node], buffers: Collection[fx.Node], name: str
 ) -> fx.GraphModule:
-    """Make nodes of a graph a nested graph under a checkpoint."""
+    """Replace nodes of a graph by a checkpointed call of a nested graph, and return that graph."""
     inside = set(nodes)
     sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
     changed = {root for node in nodes for root in written_nodes(node, module)} & set(buffers)
@@ -162,6 +163,7 @@ def _cut_out(
 def _copied(
     module: fx.GraphModule, operands: list[fx.Node], nodes: list[fx.Node], results: list[fx.Node]
 ) -> fx.GraphModule:
+    """Copy nodes into a new graph module, with the operands as its inputs."""
     graph, root = fx.Graph(), nn.Module()
     copies: dict[fx.Node, fx.Node] = {}
     for node in operands:

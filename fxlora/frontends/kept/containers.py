@@ -1,4 +1,4 @@
-"""Containers around tensors: what their packages must register, and what a forward changes."""
+"""Containers of tensors: register them with pytree, and find those that a forward changes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ...errors import CaptureError
 
 
 def register_containers(model: nn.Module) -> None:
-    """Have the packages that a model's classes come from register their containers with pytree.
+    """Have the packages that define a model's classes register their containers with pytree.
 
-    torch.export takes and returns registered containers only. This does what the packages' own
-    exporters do, once for the process, and imports no package that the model has not.
+    torch.export accepts and returns only registered containers. Each package's own exporter does
+    the registration, which holds for the whole process. No package is imported for a model that
+    does not use it.
     """
     kinds = {type(module): module for module in model.modules()}
     for package, register in _REGISTRARS.items():
@@ -35,10 +36,11 @@ def _comes_from(kind: type, package: str) -> bool:
 
 
 def _register_caches(module: nn.Module) -> None:
-    """transformers' caches: DynamicCache, EncoderDecoderCache, and those of single models.
+    """Register transformers' caches: DynamicCache, EncoderDecoderCache and model-specific ones.
 
-    Releases before this exporter register DynamicCache alone, and lose what a sliding window has
-    counted: those are left unregistered, and torch.export says so.
+    Releases without this exporter register only DynamicCache, and lose the count of tokens that a
+    sliding-window layer keeps. With these releases nothing is registered here, and torch.export
+    reports the unregistered cache.
     """
     try:
         exporter = importlib.import_module("transformers.exporters.exporter_dynamo")
@@ -53,7 +55,7 @@ _REGISTRARS: dict[str, Callable[[nn.Module], None]] = {"transformers": _register
 
 @contextmanager
 def recorded_outputs(model: nn.Module) -> Generator[list[Any]]:
-    """Fills a list with what a forward returns, for errors that say which of it fits no graph."""
+    """Fill a list with a forward's outputs, for errors that name an output no graph can return."""
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -67,17 +69,18 @@ def recorded_outputs(model: nn.Module) -> Generator[list[Any]]:
 
 @contextmanager
 def watch_updates(model: nn.Module) -> Generator[dict[int | str, Any]]:
-    """Finds the containers among the arguments that a forward changes in place.
+    """Find the container arguments that a forward changes in place.
 
-    A graph takes tensors out of containers and returns others: of a cache that the source brings
-    up to date it would leave the caller's as it was. Where the source also returns the container,
-    the caller's can follow it; where it does not, the change would be lost.
+    A graph takes the tensors out of a container and returns new ones: where the source updates a
+    key-value cache, the graph would leave the caller's cache unchanged. If the source also returns
+    the container, the caller's can be updated from the output; if not, the change would be lost.
 
     Yields:
-        the path in the output of each changed argument, by its position or name.
+        A dict that the forward fills: for each changed argument, by position or name, its path in
+        the output.
 
     Raises:
-        CaptureError: in the forward, where a changed container is not among its outputs.
+        CaptureError: during the forward, if a changed container is not among its outputs.
     """
     before: list[Any] = []
     updates: dict[int | str, Any] = {}
@@ -105,6 +108,7 @@ def watch_updates(model: nn.Module) -> Generator[dict[int | str, Any]]:
 
 
 def _changed(value: Any, before: tuple[list[Any], Any]) -> bool:
+    """Whether a container has another structure, or other objects as leaves, than before."""
     leaves, structure = pytree.tree_flatten(value)
     if structure.is_leaf():
         return False
@@ -114,6 +118,7 @@ def _changed(value: Any, before: tuple[list[Any], Any]) -> bool:
 
 
 def _path_to(value: Any, output: Any, place: int | str, model: nn.Module) -> Any:
+    """Return the path of a changed argument in the output, or raise if it is not returned."""
     found, _ = pytree.tree_flatten_with_path(output, is_leaf=lambda item: item is value)
     for path, item in found:
         if item is value:
@@ -121,5 +126,5 @@ def _path_to(value: Any, output: Any, place: int | str, model: nn.Module) -> Any
     raise CaptureError(
         f"{type(model).__name__} changes its argument {place!r} ({type(value).__name__}) in place "
         "and does not return it; a graph would lose the change. Have the forward return it "
-        "(transformers: use_cache=True), or pass no such argument."
+        "(transformers: use_cache=True), or do not pass this argument."
     )

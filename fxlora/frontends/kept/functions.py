@@ -1,9 +1,10 @@
-"""torch.autograd.Function in a captured graph: kept whole, with its own backward.
+"""Keep each torch.autograd.Function in a captured graph as one call, with its own backward.
 
-torch.export and the tracer both run a Function's forward op by op and drop its backward. The
-graph would have the right outputs and, silently, other gradients: a straight-through estimator
-would have none. So while a model is captured, the forward of every Function is one opaque op, and
-in the finished graph one call of the Function itself. A re-export, for inference, goes inside.
+torch.export and the tracer both trace a Function's forward op by op and drop its backward. The
+graph would have the right outputs but, silently, different gradients: a straight-through estimator
+would have none. Therefore, during a capture, each Function's forward is one opaque op, and in the
+finished graph it is one call of the Function. An export of that graph, which is for inference,
+traces the Function's forward.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ from ...errors import CaptureError
 from ..memory import storage_of
 from .patches import patched
 
-_OPEN = object()  # among the arguments of a FunctionCall: where a tensor or a size goes
+_OPEN = object()  # marks a tensor or symbolic size among the arguments of a FunctionCall
 
 
 class FunctionCall:
-    """A Function's `apply` as the target of a node; the node's arguments are tensors and sizes."""
+    """A node's target that calls a Function's `apply`.
+
+    The node's arguments are the tensors and symbolic sizes; this object holds the other arguments.
+    """
 
     def __init__(self, function: type[Function], args: tuple[Any, ...]) -> None:
         leaves, self.structure = pytree.tree_flatten(args)
         self.function = function
         self.leaves = tuple(_OPEN if _is_open(leaf) else leaf for leaf in leaves)
-        self.__name__ = self.__qualname__ = function.__name__  # torch.fx writes it into the code
+        self.__name__ = self.__qualname__ = function.__name__  # torch.fx names the call by it
 
     def __call__(self, *values: Any) -> Any:
         given = iter(values)
@@ -57,15 +61,15 @@ class FunctionCall:
 
 
 class Functions:
-    """The calls of Functions during one capture; a number in the graph stands for each."""
+    """The calls of Functions during one capture; an opaque op refers to its call by index."""
 
     def __init__(self) -> None:
         self.calls: list[FunctionCall] = []
-        self.outputs: list[Any] = []  # of each call, with fake tensors
-        self.inside = False  # a Function's own forward is running
+        self.outputs: list[Any] = []  # each call's result on fake tensors
+        self.inside = False  # whether a Function's own forward is running
 
     def forward(self, function: type[Function], args: tuple[Any, ...]) -> Any:
-        """What stands for a Function's forward while a model is captured."""
+        """Add one node for a call of a Function, in place of its forward's ops."""
         call = FunctionCall(function, args)
         values = [leaf for leaf in pytree.tree_leaves(args) if _is_open(leaf)]
         proxy = next((value for value in values if isinstance(value, fx.Proxy)), None)
@@ -80,7 +84,7 @@ class Functions:
         return pytree.tree_map_only(torch.Tensor, lambda _: next(found), self.outputs[-1])
 
     def fake(self, number: int, values: list[Any]) -> list[torch.Tensor]:
-        """The outputs of a call, by running the Function's forward on fake tensors."""
+        """Run the Function's forward on fake tensors, and return the tensors among its outputs."""
         call = self.calls[number]
         self.inside = True
         try:
@@ -92,11 +96,11 @@ class Functions:
             result = tuple(cast("list[Any]", result))
         self.outputs[number] = result
         leaves = result if isinstance(result, tuple) else (result,)
-        # an output may be an input, or a view of one; an opaque op may not return those
+        # an output may be an input or alias one, which a custom op must not return
         return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def restore(self, module: fx.GraphModule) -> None:
-        """Put the calls themselves into a graph, and those nested in it, for the opaque ops."""
+        """Replace the opaque ops in a graph and its nested graphs by calls of the Functions."""
         for inner in module.modules():
             if isinstance(inner, fx.GraphModule):
                 for node in inner.graph.find_nodes(op="call_function", target=_OP):
@@ -104,6 +108,7 @@ class Functions:
                 inner.recompile()
 
     def _restore(self, node: fx.Node) -> None:
+        """Replace an opaque op, which returns a list of only the tensors, by its call."""
         number, tensors, sizes, kinds = cast("tuple[Any, ...]", node.args)
         sources = {True: iter(tensors), False: iter(sizes)}
         node.target = self.calls[number]
@@ -123,12 +128,12 @@ class Functions:
                 user.args = (node, places[cast("int", user.args[1])])
 
 
-_active: list[Functions] = []  # of the capture that is going on
+_active: list[Functions] = []  # a stack: the capture in progress is last
 
 
 @contextmanager
 def opaque_functions() -> Generator[Functions]:
-    """Have every Function's forward be one opaque op, however its `apply` is reached."""
+    """Within the context, every Function's forward is one opaque op, however `apply` is reached."""
     functions = Functions()
     with ExitStack() as patches:
 
@@ -138,7 +143,7 @@ def opaque_functions() -> Generator[Functions]:
 
         for function in list(_subclasses(Function)):
             watch(function)
-        # those that a forward defines
+        # subclasses that a forward defines
         patches.enter_context(patched(Function, __init_subclass__=classmethod(watch)))
         _active.append(functions)
         try:
@@ -148,6 +153,7 @@ def opaque_functions() -> Generator[Functions]:
 
 
 def _replacement(functions: Functions, function: type[Function]) -> Callable[..., Any]:
+    """Return a forward that becomes one node when traced, and is the original otherwise."""
     original = function.forward
     takes_context = function.setup_context is Function.setup_context
 
@@ -162,7 +168,7 @@ def _replacement(functions: Functions, function: type[Function]) -> Callable[...
 
 
 def _subclasses(of: type[Function]) -> Iterator[type[Function]]:
-    """Every Function there is, less those that torch's own tracing is made of."""
+    """Yield all subclasses except those in `torch._*` modules, which tracing itself is made of."""
     for function in of.__subclasses__():
         if not function.__module__.startswith("torch._"):
             yield function
@@ -174,9 +180,9 @@ def _is_open(leaf: object) -> bool:
 
 
 class _Own(TorchDispatchMode):
-    """Refuses a forward that works on tensors which it was not given, or writes to those it was.
+    """Refuse a Function's forward that reads tensors other than its arguments, or writes to those.
 
-    A weight that it reaches through a closure would be read out of the graph's sight.
+    The graph would not show that the Function reads a weight which it reaches through a closure.
     """
 
     def __init__(self, call: FunctionCall, values: list[Any]) -> None:
@@ -191,7 +197,7 @@ class _Own(TorchDispatchMode):
         kwargs = kwargs or {}
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, FakeTensor) and storage_of(value) not in self.known:
-                raise self._refusal("reads a weight or an activation that is no argument of it")
+                raise self._refusal("reads a weight or an activation besides its arguments")
         if func._schema.is_mutable and any(
             argument.alias_info
             and argument.alias_info.is_write
@@ -210,17 +216,18 @@ class _Own(TorchDispatchMode):
         advice = (
             "Use torch.utils.checkpoint with use_reentrant=False."
             if self.call.function is CheckpointFunction
-            else "Pass every tensor to apply(), and return what it changes."
+            else "Pass every tensor to apply(), and return results instead of writing to arguments."
         )
         return CaptureError(
-            f"the forward of the autograd.Function {self.call} {does}, which a graph cannot show. "
-            f"{advice}"
+            f"the forward of the autograd.Function {self.call} {does}, which a graph cannot "
+            f"represent. {advice}"
         )
 
 
 def _fake(
     number: int, tensors: list[torch.Tensor], sizes: list[Any], kinds: list[bool]
 ) -> list[torch.Tensor]:
+    """The fake implementation of the opaque op; `kinds` says which arguments are tensors."""
     sources = {True: iter(tensors), False: iter(sizes)}
     return _active[-1].fake(number, [next(sources[is_tensor]) for is_tensor in kinds])
 

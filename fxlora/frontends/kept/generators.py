@@ -1,12 +1,14 @@
-"""Random numbers during a capture: from generators of its own.
+"""Separate random number generators for a capture.
 
-The generators of torch, Python and numpy belong to the process. Were they put back after a
-capture, what another thread draws meanwhile would be drawn again. So they are not touched: within
-`own_generators`, this thread seeds and draws from others that start where those are.
+The generators of torch, Python and numpy belong to the process. If a capture drew from them and
+then restored their states, numbers that another thread drew meanwhile would be drawn again.
+Therefore they are not touched: within `own_generators`, this thread seeds and draws from separate
+generators that start from the same states.
 
-Not exact: an op without a `generator` argument can only draw from torch's. When such an op runs on
-real values (by regions, never in an export) torch's generator has our state for as long as the op
-takes; what another thread draws in that very moment comes from ours.
+One case is not exact: an op without a `generator` argument can only draw from torch's global
+generator. When this op runs on real values (in a capture by regions, never in an export), the
+global generator holds our state while the op runs, and another thread that draws from it at that
+moment draws from our state.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from .patches import patched
 
 
 class OwnGenerators:
-    """The generators of one thread: torch's by device, Python's and numpy's."""
+    """The random generators of one thread: torch's (one per device), Python's and numpy's."""
 
     def __init__(self) -> None:
         self._of_device: dict[torch.device, torch.Generator] = {}
@@ -41,11 +43,11 @@ class OwnGenerators:
         self.numpy: Any = numpy and numpy.random.RandomState()
         if numpy:
             self.numpy.set_state(numpy.random.get_state())
-        self.may_seed = True  # in a run; a graph would not follow
+        self.may_seed = True  # False during tracing: a graph cannot seed
         self.elsewhere: list[Callable[[], int]] = []
 
     def of(self, device: Any) -> torch.Generator:
-        """The generator of a device, which starts where torch's is."""
+        """Return the generator of a device, which is created with the state of torch's."""
         device = _numbered(device)
         if device not in self._of_device:
             own = self._of_device[device] = torch.Generator(device)
@@ -53,6 +55,7 @@ class OwnGenerators:
         return self._of_device[device]
 
     def set_state(self, state: torch.Tensor, device: Any = "cpu") -> None:
+        """As torch.set_rng_state; setting the state that is already there is not seeding."""
         own = self.of(device)
         with _disable_current_modes():
             same = torch.equal(own.get_state(), state)
@@ -61,32 +64,33 @@ class OwnGenerators:
             own.set_state(state)
 
     def seed(self, seed: int, device: Any = None) -> torch.Generator:
-        """As torch.manual_seed, or for the generator of one device."""
+        """As torch.manual_seed, for all devices or for a given one."""
         self._check_may_seed()
         devices = _devices() if device is None else [device]
         seeded = [self.of(each).manual_seed(int(seed)) for each in devices]
         return seeded[0]
 
     def seed_all(self, seed: int) -> None:
-        """Every generator at the same place, for two runs to be compared."""
+        """Seed every generator, so that two runs can be compared."""
         self.seed(seed)
         self.python.seed(seed)
         if self.numpy:
             self.numpy.seed(seed)
 
     def outside(self) -> tuple[Any, Any]:
-        """States of Python's generator and numpy's: a draw from them is a constant of a graph."""
+        """Return the states of Python's and numpy's generators: draws from these are constants."""
         return self.python.getstate(), self.numpy and _comparable(self.numpy.get_state())
 
     def drawn_elsewhere(self) -> int:
-        """How often other threads have drawn from Python's generator or numpy's."""
+        """Return the number of calls by other threads to Python's and numpy's generators."""
         return sum(count() for count in self.elsewhere)
 
     def _check_may_seed(self) -> None:
         if not self.may_seed:
             raise CaptureError(
-                f"the forward seeds torch's generator at {called_at()}, which a graph cannot: it "
-                "draws from the generator as it is when it is called. Seed before the call."
+                f"the forward seeds torch's generator at {called_at()}, which a graph cannot "
+                "do: it draws from the generator in the state that it has at the call. Seed before "
+                "the call."
             )
 
 
@@ -94,13 +98,16 @@ _active = threading.local()
 
 
 def current() -> OwnGenerators:
-    """The generators of the innermost `own_generators` in this thread."""
+    """Return the generators of the innermost `own_generators` in this thread."""
     return _active.stack[-1]
 
 
 @contextmanager
 def own_generators() -> Generator[OwnGenerators]:
-    """Within, this thread seeds generators of its own, and Python and numpy draw from them."""
+    """Within the context, this thread seeds, and draws from, separate generators.
+
+    Draws of Python and numpy are redirected here, those of torch ops by `Draws`.
+    """
     own = OwnGenerators()
     stack: list[OwnGenerators] = _active.__dict__.setdefault("stack", [])
     with ExitStack() as patches:
@@ -110,7 +117,8 @@ def own_generators() -> Generator[OwnGenerators]:
         if torch.cuda.is_available():
             patches.enter_context(patched(torch.cuda.random, **_cuda_seeding(own)))
             patches.enter_context(patched(torch.cuda, **_cuda_seeding(own)))
-        # what was imported from `random` by name (randint, choice) comes to these two of its one
+        # functions imported from `random` by name (randint, choice) are methods of its one
+        # instance, and draw through these two
         process: Any = vars(random)["_inst"]
         core = {"random": own.python.random, "getrandbits": own.python.getrandbits}
         outside = [
@@ -127,11 +135,12 @@ def own_generators() -> Generator[OwnGenerators]:
             yield own
         finally:
             stack.pop()
-            if own.drawn_elsewhere() == 0:
+            if own.drawn_elsewhere() == 0:  # else the draws of other threads would be repeated
                 _put_back(before)
 
 
 def _seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
+    """Return replacements for the seeding functions of `torch` and `torch.random`."""
     return {
         "manual_seed": own.seed,
         "seed": lambda: own.seed(own.of("cpu").seed()).initial_seed(),
@@ -142,6 +151,8 @@ def _seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
 
 
 def _cuda_seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
+    """Return replacements for the seeding functions of `torch.cuda`."""
+
     def seed(seed: int) -> None:
         own.seed(seed, "cuda")
 
@@ -164,7 +175,7 @@ def _cuda_seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
 
 
 def _methods(module: ModuleType, own: Any) -> dict[str, Callable[..., Any]]:
-    """The functions of a module that are methods of its one generator, as methods of another."""
+    """Return replacements, bound to `own`, for a module's functions that use its one generator."""
     return {
         name: getattr(own, name)
         for name, function in vars(module).items()
@@ -173,7 +184,7 @@ def _methods(module: ModuleType, own: Any) -> dict[str, Callable[..., Any]]:
 
 
 class Draws(TorchDispatchMode):
-    """Has ops on real values draw from this thread's own generators."""
+    """Make ops on real values draw from this thread's own generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +206,7 @@ class Draws(TorchDispatchMode):
 
 
 def _with_generator(func: Any) -> Any:
-    """The overload of an op that takes a generator and is the same otherwise, or None."""
+    """Return the overload of an op with the same arguments and a generator, or None."""
     names = [argument.name for argument in func._schema.arguments]
     if "generator" in names:
         return func
@@ -208,7 +219,7 @@ def _with_generator(func: Any) -> Any:
 
 
 def _with_state(own: torch.Generator, draw: Callable[[], Any]) -> Any:
-    """A draw from torch's generator, which has the state of another one meanwhile."""
+    """Draw while torch's global generator has the state of `own`; `own` gets the new state."""
     torchs = _torchs(own.device)
     before = torchs.get_state()
     torchs.set_state(own.get_state())
@@ -237,6 +248,7 @@ def _cuda(device: Any) -> torch.device:
 
 
 def _numbered(device: Any) -> torch.device:
+    """Return a device with its index: that of the current device if it is plain "cuda"."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -244,6 +256,7 @@ def _numbered(device: Any) -> torch.device:
 
 
 def _torchs(device: torch.device) -> torch.Generator:
+    """Return torch's global generator of a device."""
     if device.type == "cuda":
         torch.cuda.init()
         return torch.cuda.default_generators[device.index]
@@ -251,19 +264,25 @@ def _torchs(device: torch.device) -> torch.Generator:
 
 
 def _comparable(state: Any) -> Any:
-    """numpy's state, whose arrays do not compare."""
+    """Return numpy's state with lists for its arrays, which `==` would compare entry by entry."""
     return tuple(part.tolist() if hasattr(part, "tolist") else part for part in state)
 
 
 @contextmanager
 def refuse_constant_draws(name: str) -> Generator[None]:
-    """Raise where numbers that Python or numpy draws would be constants of a graph.
+    """Raise if a forward draws from Python's or numpy's generator, or seeds torch's.
 
-    (torch's own draws are nodes.) `from random import random` takes a method that no patch reaches:
-    it draws from the process's generator, and so may another thread.
+    A draw from Python or numpy would be a constant in the graph; torch's own draws are nodes.
+    `from random import random` binds a method that no patch reaches and that draws from the
+    process's generator. A change of that generator counts only if no other thread has drawn
+    meanwhile.
+
+    Args:
+        name: name of the model, for the message.
 
     Raises:
-        CaptureError: names the generators.
+        CaptureError: the forward draws from these generators, which the message names, or seeds
+            torch's.
     """
     own = current()
     own.may_seed, seeds = False, own.may_seed
@@ -279,13 +298,13 @@ def refuse_constant_draws(name: str) -> Generator[None]:
     if drawn := [*itertools.compress(("random", "numpy.random"), changed)]:
         raise CaptureError(
             f"{name} draws numbers from {' and '.join(drawn)} in its forward, "
-            "which a graph would repeat for ever. Draw them with torch (torch.rand), or turn "
-            "what needs them off."
+            "which a graph would repeat at every call. Draw them with torch (torch.rand), or turn "
+            "off the code that needs them."
         )
 
 
 def _processes() -> tuple[Any, Any]:
-    """States of the process's own generators, of Python and numpy."""
+    """Return the states of the process's generators of Python and numpy."""
     numpy: Any = sys.modules.get("numpy")
     return random.Random.getstate(vars(random)["_inst"]), numpy and _comparable(
         numpy.random.mtrand._rand.get_state()
@@ -293,7 +312,7 @@ def _processes() -> tuple[Any, Any]:
 
 
 def _put_back(states: tuple[Any, Any]) -> None:
-    """Set the process's own generators of Python and numpy, if they differ."""
+    """Restore the states of the process's generators of Python and numpy where they differ."""
     python, arrays = _processes()
     if python != states[0]:
         random.Random.setstate(vars(random)["_inst"], states[0])

@@ -1,8 +1,8 @@
-"""Patches of torch and Python that hold for the capturing thread alone.
+"""Patches of torch and Python that apply only to the capturing thread.
 
 An attribute of a module or class is one object for the whole process. While a capture replaces it,
-what is in its place looks at the thread that asks: the capturing one gets the replacement, every
-other one gets what was there before.
+the attribute's value depends on the thread that reads or calls it: the capturing thread gets the
+replacement, every other thread the original.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ _ABSENT = object()
 
 @contextmanager
 def patched(obj: Any, **names: Any) -> Generator[Callable[[], int]]:
-    """Within, attributes of a class or module have other values for this thread.
+    """Within the context, attributes of a class or module have other values in this thread.
 
     Args:
-        names: the values. A class takes them as its body would (functions, static and class
-            methods); a module, or an instance, takes functions.
+        obj: the class, module or instance.
+        names: the values. Those of a class are as in its body (functions, static and class
+            methods); those of a module or an instance are functions.
 
     Yields:
-        a count of the calls, through a module or instance, that other threads have made.
+        A function that returns how many calls other threads have made to the patched attributes
+        of a module or an instance (calls through a class are not counted).
     """
     thread = threading.get_ident()
     places: list[_Place] = []
@@ -51,8 +53,11 @@ def patched(obj: Any, **names: Any) -> Generator[Callable[[], int]]:
 
 @contextmanager
 def torchs_own_patches_here() -> Generator[None]:
-    """Within, what torch.fx puts on nn.Module while it traces (`__call__`, `__getattr__`) holds for
-    this thread alone, too: a tracer refuses modules that are not its root's."""
+    """Within the context, limit torch.fx's own patches of nn.Module to this thread, too.
+
+    torch.fx replaces `nn.Module.__call__` and `__getattr__` while it traces. In other threads these
+    would fail, because a tracer refuses modules that are not under its root.
+    """
     thread = threading.get_ident()
     patch_method = _Patcher.patch_method
 
@@ -70,7 +75,7 @@ def torchs_own_patches_here() -> Generator[None]:
 
 
 class _Place:
-    """An attribute with its value before any patch, and the values that threads see instead."""
+    """A patched attribute: its value before any patch, and a stack of values for each thread."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
@@ -79,13 +84,13 @@ class _Place:
         self.elsewhere = 0
 
     def value(self) -> Any:
-        """What the current thread sees."""
+        """Return the value for the current thread."""
         mine = self.values.get(threading.get_ident())
         return mine[-1] if mine else self.before
 
 
 class _OfClass:
-    """Binds what the current thread sees as the class itself would."""
+    """A descriptor that binds the current thread's value as the class itself would."""
 
     def __init__(self, place: _Place) -> None:
         self.place = place
@@ -100,7 +105,7 @@ class _OfClass:
 
 
 def _of_module(place: _Place) -> Callable[..., Any]:
-    """A function that calls what the current thread sees."""
+    """Return a function that calls the current thread's value."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         value = place.value()
@@ -117,7 +122,7 @@ _PLACES: dict[tuple[int, str], _Place] = {}
 
 
 def _place(obj: Any, name: str) -> _Place:
-    """The patch of an attribute, which is put there if there is none yet."""
+    """Return the patched attribute, and install the patch if there is none yet."""
     if (id(obj), name) not in _PLACES:
         place = _PLACES[id(obj), name] = _Place(obj, name)
         setattr(obj, name, _OfClass(place) if isinstance(obj, type) else _of_module(place))
@@ -125,6 +130,7 @@ def _place(obj: Any, name: str) -> _Place:
 
 
 def _restore(place: _Place) -> None:
+    """Remove a patch, and put the attribute's original value back."""
     del _PLACES[id(place.owner), place.name]
     if place.before is _ABSENT:
         delattr(place.owner, place.name)

@@ -1,6 +1,6 @@
-"""What a capture must neither see nor change: the model's state, autocast, torch's talk.
+"""Isolate a capture: restore the model's state, suspend the caller's modes, silence torch.export.
 
-torch.export is not safe to call from two threads: one capture at a time.
+torch.export is not thread-safe, so only one capture runs at a time.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Generator[None]:
-    """Run a model's forward for its graph, and leave everything as it was.
+    """Within the context, run a model's forward for its graph; afterwards restore all state.
 
-    Gradients are on and autocast is off inside, whatever is in force around: a graph runs under
-    the modes of its caller, as the source does.
+    Inside, gradients are enabled and autocast is disabled, whatever modes the caller has set: the
+    graph runs under the modes of its own caller, as the source does.
     """
     with ExitStack() as stack:
         stack.enter_context(_ONE_AT_A_TIME)
@@ -51,10 +51,10 @@ def undisturbed(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool) -> Generator[None]:
-    """The model in one mode; flags that train() may touch are put back.
+    """Within the context, the model is in train or eval mode; afterwards restore its flags.
 
-    In the mode that it is in, the model is taken as it stands, with the batch norms that the user
-    froze by `eval()` frozen.
+    If the model is in this mode already, the flags of its submodules are not changed: batch norms
+    that the user froze by `eval()` stay frozen.
     """
     flags = [(module, module.training) for module in model.modules()]
     with undisturbed(model):
@@ -64,7 +64,7 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
             yield
         finally:
             for module, flag in flags:
-                if isinstance(module, CapturedModule):  # its graph goes with the flag
+                if isinstance(module, CapturedModule):  # its graph depends on the flag
                     module.train(flag)
                 module.training = flag
 
@@ -74,9 +74,10 @@ def mode_of(model: nn.Module, training: bool) -> Generator[None]:
 
 @contextmanager
 def _state_of(model: nn.Module) -> Generator[None]:
-    """Attributes that a forward sets, and lists that it adds to, as they were before.
+    """Restore the attributes, containers, plain tensors and `requires_grad` that a forward changes.
 
-    They would hold tensors of the trace. Parameters, buffers and hooks are in such dicts, too.
+    They would otherwise hold tensors of the trace. Parameters, buffers and hooks are restored with
+    them: these are in dicts among a module's attributes.
     """
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
@@ -103,7 +104,7 @@ def _state_of(model: nn.Module) -> Generator[None]:
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors on a model's modules that are neither parameters nor buffers, by dotted name."""
+    """Yield the tensors of a model that are neither parameters nor buffers, with dotted names."""
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
             own = name not in ("_parameters", "_buffers", "_modules")
@@ -114,15 +115,16 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def refuse_state(model: nn.Module) -> Generator[set[str]]:
-    """Raise where a forward keeps state in tensors that are no buffers.
+    """Raise if a forward keeps state in tensors that are not buffers.
 
     A graph would start from the same state at every call.
 
     Yields:
-        names of the attributes that the forward gives another tensor: state, if it reads them.
+        Names of the attributes to which the forward assigns another tensor: these are state if
+        the forward also reads them.
 
     Raises:
-        CaptureError: names the attribute that the forward writes to.
+        CaptureError: the forward writes in place to an attribute, which the message names.
     """
     before = [(name, tensor, tensor._version) for name, tensor in plain_tensors(model)]
     assigned: set[str] = set()
@@ -141,12 +143,13 @@ def refuse_state(model: nn.Module) -> Generator[set[str]]:
         if tensor._version != version:
             raise CaptureError(
                 f"{type(model).__name__} writes to its attribute '{name}' in place, which a graph "
-                f"cannot keep from call to call: register_buffer('{name.rpartition('.')[2]}', …)."
+                "cannot keep from one call to the next. Make it a buffer: "
+                f"register_buffer('{name.rpartition('.')[2]}', …)."
             )
 
 
 def _without_assignments(warn: Callable[..., None]) -> Callable[..., None]:
-    """`warnings.warn` without what torch.export says of every attribute that a forward sets."""
+    """Return `warn` without torch.export's warning about attributes that a forward assigns."""
 
     def chosen(
         message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **more: Any
@@ -158,6 +161,7 @@ def _without_assignments(warn: Callable[..., None]) -> Callable[..., None]:
 
 
 def _put_back(container: Any, before: Any) -> None:
+    """Restore the items of a container in place, unless they are the same objects."""
     same = len(container) == len(before) and all(
         a is b for a, b in zip(_items(container), _items(before), strict=True)
     )
@@ -167,6 +171,7 @@ def _put_back(container: Any, before: Any) -> None:
 
 
 def _items(container: Any) -> list[Any]:
+    """Return a container's items; of a dict, its keys and values."""
     if isinstance(container, dict):
         return [item for pair in container.items() for item in pair]  # pyright: ignore[reportUnknownVariableType]
     return list(container)
@@ -177,9 +182,10 @@ def _items(container: Any) -> list[Any]:
 
 @contextmanager
 def _inference_as_no_grad() -> Generator[None]:
-    """What a forward runs in inference mode, torch.export records as if it were not.
+    """Replace inference mode by no_grad, which torch.export records.
 
-    no_grad, which it records, is what is left of that mode in a graph: no gradient.
+    torch.export does not record inference mode. In a graph, its only effect is that of no_grad: no
+    gradient.
     """
     enter, leave = torch.inference_mode.__enter__, torch.inference_mode.__exit__
     entered: dict[int, list[torch.no_grad]] = {}
@@ -199,7 +205,7 @@ def _inference_as_no_grad() -> Generator[None]:
         yield
 
 
-# ---- torch's talk -------------------------------------------------------------------------------
+# ---- messages of torch.export -------------------------------------------------------------------
 
 _LOGGERS = (
     "torch.export",
@@ -211,9 +217,10 @@ _LOGGERS = (
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep torch.export from printing half a graph where it refuses a model: the error says it.
+    """Hide the partial graph and the logs that torch.export prints when it refuses a model.
 
-    A refusal may only mean that the next attempt is made. TORCH_LOGS shows all of it.
+    The error gives the reason, and after a refusal the next attempt may succeed. With TORCH_LOGS
+    set, everything is shown.
     """
     if os.environ.get("TORCH_LOGS"):
         yield
@@ -227,7 +234,7 @@ def _quiet() -> Generator[None]:
     for logger in loggers:
         logger.addFilter(of_others)
     try:
-        # in that module alone; what the model prints is its own
+        # in that module only: the model's own prints are kept
         with patched(_trace, print=_nothing):
             yield
     finally:
