@@ -55,6 +55,9 @@ torture: $(VENV)/test ## the table of docs/torture.md: PEFT and fxlora on 199 pa
 mutation: $(VENV)/test ## the table of docs/mutation.md: damage that verify notices (minutes)
 	$(BIN)/python benchmarks/mutation.py --format github $(ARGS)
 
+fuzz: $(VENV)/test ## mutants of adapter folders, rules and plans: refused by type, or right (minutes)
+	$(BIN)/python benchmarks/fuzz.py $(ARGS)
+
 forms: $(VENV)/coverage ## the form that each weight of coverage's models takes, and why (an hour)
 	$(BIN)/python benchmarks/forms.py --json forms.json $(ARGS)
 

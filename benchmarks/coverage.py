@@ -287,17 +287,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the largest difference of absolute values, relative to the largest expected entry.
+    """Return the largest difference, relative to the largest expected entry.
 
     Only finite entries count; the result is infinite if they are not the same in both.
     """
     finite = b.isfinite()
     if not torch.equal(finite, a.isfinite()):
         return float("inf")
-    a, b = a[finite].to(torch.complex128).abs(), b[finite].to(torch.complex128)
+    a, b = a[finite].to(torch.complex128), b[finite].to(torch.complex128)
     if not b.numel():
         return 0.0
-    return float((a - b.abs()).abs().max() / b.abs().max().clamp_min(1e-30))
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
 def state(model: nn.Module) -> list[Any]:

@@ -51,7 +51,7 @@ class _Totals:
 
     @property
     def percent(self) -> float:
-        """Trainable parameters in percent of those of the model and its adapters together."""
+        """Trainable parameters as a percentage of those of the model and its adapters together."""
         return 100 * self.trainable / (self.model + self.adapter)
 
     def training_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
@@ -66,16 +66,15 @@ class _Totals:
 
 @no_ambient_modes()
 def report(x: Plan | CapturedModule, format: str = "table") -> str:
-    """Report how many parameters and how much training memory a plan saves.
+    r"""Report how many parameters and how much training memory a plan saves.
 
-    Only shapes are needed, so it works on the meta device. For each site, with the number of
-    parameters of its weight, |W|, and of its adapter, |A| + |B|, the report has
+    Only shapes are needed, so it works on the meta device. With the number of parameters |W| of a
+    site's weight and |A| + |B| of its adapter, the report gives for each site
 
         fewer = 100 · (1 - (|A| + |B|) / |W|), in percent
         factor = |W| / (|A| + |B|)
 
-    and for the model, with the plan's trainable parameters (adapters and parameters trained in
-    full),
+    and for the whole model, where the adapters and the parameters trained in full are trainable,
 
         trainable % = 100 · trainable / (model + A and B)
         gradients + Adam state = 3 · itemsize · trainable, in bytes
@@ -94,7 +93,8 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
 
     Raises:
         ConfigError: the format is unknown.
-        InjectError: the module has not had adapters.
+        InjectError: the module never had adapters.
+        NotCapturedError: `x` is neither a plan nor a captured module.
 
     Example:
         >>> import json, torch, fxlora

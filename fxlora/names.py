@@ -77,7 +77,7 @@ def shown(value: object, limit: int = 200) -> str:
     """Return the repr of any value for a message: one line, escaped, cut to `limit` characters."""
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 - a repr may raise anything, as an int's with over 4,300 digits
+    except Exception:  # noqa: BLE001 - a repr may raise anything; an int's does, beyond 4,300 digits
         text = f"a value of type {type(value).__name__}"
     text = " ".join(text.split("\n"))
     return printable(text if len(text) <= limit else f"{text[:limit]}…")

@@ -244,3 +244,126 @@ def test_warnings_name_the_users_line() -> None:
     with pytest.warns(fxlora.FxLoraWarning, match="more parameters") as caught:
         fxlora.match(gm, LoraConfig(r=6, target_modules=["0"]))
     assert caught[0].filename == __file__
+
+
+# ---- writes and casts that are not where one looks for them -------------------------------------
+
+
+class Foreach(nn.Module):
+    """Writes to its weight by an op that takes a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            torch._foreach_mul_([self.lin.weight], 0.5)
+        return self.lin(x)
+
+
+def test_a_write_by_an_op_on_a_list_of_tensors_is_seen() -> None:
+    gm = fxlora.capture(Foreach(), X.float())
+    with pytest.raises(UnsupportedOpError, match="written to in every call"):
+        fxlora.match(gm, Rule("lin", lora=R))
+
+
+def test_a_function_that_writes_to_a_list_of_its_arguments_is_left_to_python() -> None:
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            torch._foreach_mul_([x], 0.5)
+            return x + 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+            return grad
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Halved.apply(self.lin(x))
+
+    with pytest.warns(fxlora.FxLoraWarning, match="writes to its arguments"):
+        gm = fxlora.capture(Model(), X.float())
+    assert gm.regions == ("lin",)  # Python runs the Function
+
+
+def test_memory_shared_with_a_parameter_further_on_is_seen() -> None:
+    class Spans(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            memory = torch.randn(60)
+            self.long = nn.Parameter(memory.view(10, 6))
+            self.first = nn.Parameter(memory[6:18].view(2, 6))
+            self.second = nn.Parameter(memory[30:48].view(3, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([F.linear(x, w) for w in (self.long, self.first, self.second)], -1)
+
+    gm = fxlora.capture(Spans(), X.float())
+    with pytest.raises(UnsupportedOpError, match="long"):
+        fxlora.match(gm, Rule("second", lora=R))
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda w: w.double().T, lambda w: w.T.double(), lambda w: w.T.type_as(w.double())]
+)
+def test_a_cast_that_names_no_dtype_is_a_cast(cast: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A branch would mix A of the weight's dtype with inputs of the cast one."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(7, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ cast(self.w)
+
+    model = Cast()
+    gm = fxlora.capture(model)
+    plan = fxlora.match(gm, Rule("w", lora=R))
+    assert [entry.form for entry in plan] == ["weight"]
+    lora = fxlora.inject(gm, plan).eval()
+    randomise(lora)
+    found = lora(X)
+    assert not torch.equal(found, model(X))
+    assert torch.allclose(fxlora.fold(lora).eval()(X), found, rtol=1e-6)
+
+
+def test_a_write_in_one_mode_is_not_forgotten_by_regions() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if float(x.sum()) > 1e9:  # no whole graph
+                return x
+            if self.training:
+                with torch.no_grad():
+                    self.lin.weight.mul_(0.5)
+            return self.lin(x)
+
+    model = Writes()
+    before = model.lin.weight.detach().clone()
+    with pytest.raises(fxlora.CaptureError, match=r"writes in place to\s+'lin\.weight'"):
+        fxlora.capture(model, X.float())
+    assert torch.equal(model.lin.weight, before)
+
+
+def test_complex_outputs_are_compared() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.rfft(self.lin(x))
+
+    lora = fxlora.adapt(Spectrum(), X.float(), rules=Rule("lin", lora=R))
+    randomise(lora)
+    assert fxlora.verify(lora, X.float()).sites[0].effect > 0

@@ -83,7 +83,6 @@ GRAPH_WRITERS = {
     "module/captured.py": "the meta of a module's copy, no node's",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
     "module/parent.py": "the one call that a module of regions consists of",
-    "proof/coverage.py": "a copy of its own without the adapters, to see what still reads weights",
 }
 
 _EDITS = {

@@ -129,6 +129,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         try:
             with mode_of(twin, mode == "train"), Draws(), _Watch(twin, mode, seen):
                 seen.outcomes[mode] = outcome(twin, args, kwargs)
+        except CaptureError:  # a write to a parameter, which no copy of the model is safe from
+            raise
         except Exception as error:  # noqa: BLE001 - the model may raise anything
             seen.failures[mode] = error
     return seen

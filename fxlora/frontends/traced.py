@@ -35,7 +35,7 @@ class WeightTracer(fx.Tracer):
         allowed, because the Function's forward runs under no_grad by itself.
         """
         hidden = not torch.is_grad_enabled() and not isinstance(target, FunctionCall)
-        if hidden or torch.is_autocast_enabled("cpu"):
+        if hidden or torch._C._is_any_autocast_enabled():
             context = "autocast" if torch.is_grad_enabled() else "no_grad (or inference_mode)"
             raise RuntimeError(
                 f"the forward runs ops under torch.{context}, which the tracer does not record."

@@ -38,11 +38,10 @@ def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
         return
     if node.target in _IN_PLACE_OPERATORS and isinstance(node.args[0], fx.Node):
         yield node.args[0]
-    if isinstance(out := node.kwargs.get("out"), fx.Node):
-        yield out
+    yield from _nodes(node.kwargs.get("out"))
     for argument, value in _schema_arguments(node):
-        if argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node):
-            yield value
+        if argument.alias_info and argument.alias_info.is_write:
+            yield from _nodes(value)
     yield from _written_by_nested(node, owner)
 
 
@@ -70,6 +69,13 @@ def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
         if argument.alias_info and isinstance(value, fx.Node):
             return _alias_root(value, owner)
     return node
+
+
+def _nodes(value: Any) -> Iterator[fx.Node]:
+    """Yield the nodes of an argument: itself, or those in a list of tensors."""
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, fx.Node):
+            yield item
 
 
 def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | None:

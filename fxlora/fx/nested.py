@@ -222,17 +222,6 @@ def operand_of(call: Call, given: fx.Node) -> fx.Node | None:
     return None
 
 
-def origin(path: Path, node: fx.Node) -> fx.Node:
-    """Follow an input of nested graphs outward to the node passed for it, as far as known."""
-    for call in reversed(path):
-        graph = next(graph for graph in call.graphs if graph.graph is node.graph)
-        outside = dict(call.given(graph)).get(node)
-        if not isinstance(outside, fx.Node):
-            return node
-        node = outside
-    return node
-
-
 def _name(node: fx.Node) -> str:
     """Return the name of a higher-order op, else ""."""
     return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""

@@ -35,8 +35,8 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
     least = _cost(entries, [step_of(entry.init) for entry in entries])
     if least > limit:
         raise ConfigError(
-            f"budget={budget!r} is {limit:,} parameters, and rank 1 at all {len(entries)} sites "
-            f"takes {least:,}. Give more, or target fewer sites."
+            f"budget={budget!r} is {limit:,} parameters, and the least rank at all {len(entries)} "
+            f"sites takes {least:,}. Give more, or target fewer sites."
         )
     ranks = _filled(entries, _proportional(entries, limit), limit)
     return [_with_rank(entry, r) for entry, r in zip(entries, ranks, strict=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from torch import nn
 
 
@@ -18,9 +16,11 @@ def overlaps_of(module: nn.Module) -> dict[str, list[str]]:
             )
             spans.append((start, start + (last + 1) * parameter.element_size(), name))
     found: dict[str, list[str]] = {}
-    spans.sort()
-    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
-        if start < end:
+    open_: list[tuple[int, str]] = []  # (end, name) of the spans that reach the current start
+    for start, end, name in sorted(spans):
+        open_ = [(last, other) for last, other in open_ if start < last]
+        for _, other in open_:
             found.setdefault(name, []).append(other)
             found.setdefault(other, []).append(name)
+        open_.append((end, name))
     return found

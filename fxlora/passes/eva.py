@@ -95,7 +95,8 @@ def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initializ
     kept = {entry.site: _kept(module, entry, taps.get(entry.name_a)) for entry in module.plan}
     done = [entry for entry in module.plan if kept[entry.site] is None]
     if not done:
-        raise ConfigError(f"no A is set from the data: {next(iter(kept.values()))}.")
+        why = next(iter(kept.values()), "the plan has no entries")
+        raise ConfigError(f"no A is set from the data: {why}.")
     for entry in done:
         gram = taps[entry.name_a].gram
         assert gram is not None

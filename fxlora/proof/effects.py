@@ -8,6 +8,7 @@ step of the backward rescales to a maximum of 1. It is dead if it has none in an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Effect:
 
     @property
     def finite(self) -> bool:
-        return max(self.effect, self.by_a, self.by_b) < float("inf")  # false if effect is NaN
+        return all(map(math.isfinite, (self.effect, self.by_a, self.by_b)))
 
     @property
     def live(self) -> bool:

@@ -108,7 +108,8 @@ def _refuse_bypass(
 
 def _place(insertion: Insertion) -> tuple[str, str]:
     """Return the site of an adapter, and the op and line that read its weight."""
-    node = insertion.base if insertion.form == "branch" else next(iter(insertion.output.users))
+    users = iter(insertion.output.users)
+    node = insertion.base if insertion.form == "branch" else next(users, insertion.output)
     if node.target is operator.getitem:  # a result of an op that has several
         (node,) = node.all_input_nodes
     return insertion.entry.site, _read(node)

@@ -49,9 +49,10 @@ def output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def floats(outputs: Any) -> list[Tensor]:
-    """Return the floating-point tensors of the outputs, which are compared up to rounding."""
-    leaves = pytree.tree_leaves(outputs)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    """Return the real and complex tensors of the outputs, complex ones as pairs of reals."""
+    leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
+    return [t for t in real if t.is_floating_point()]
 
 
 def same(a: Tensor, b: Tensor) -> bool:

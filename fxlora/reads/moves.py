@@ -219,7 +219,8 @@ class _Way:
             return None
         if self.constants:  # their values matter, and are not part of the key
             return self._replayed()
-        key = (self.shape, self.weight.stride(), *(step.key for step in self.steps))
+        dtype, strides = self.weight.dtype, self.weight.stride()
+        key = (self.shape, strides, dtype, *(step.key for step in self.steps))
         if key not in _KNOWN:
             for oldest in list(itertools.islice(_KNOWN, max(0, len(_KNOWN) - 63))):
                 del _KNOWN[oldest]
@@ -237,7 +238,18 @@ class _Way:
         if not isinstance(last, _Stand):
             return None
         entries = torch.where(last.entry, last.names, 0.0).long() - 1
-        return _outcome(entries, self.shape, last.verbatim, last.intact)
+        return _outcome(entries, self.shape, last.verbatim and self._keeps_dtype(), last.intact)
+
+    def _keeps_dtype(self) -> bool:
+        """Whether the chain returns the weight's own dtype: `.double()` names none to look for."""
+        values: list[Any] = [torch.empty_like(self.weight, device="meta")]
+        constants = [torch.empty_like(value, device="meta") for value in reversed(self.constants)]
+        try:
+            for step in self.steps:
+                values.append(step.run([*values, *constants]))
+        except _REFUSALS:
+            return False
+        return values[-1].dtype == self.weight.dtype
 
 
 _KNOWN: dict[Hashable, Moved | None] = {}

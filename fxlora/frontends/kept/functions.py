@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ...errors import CaptureError
+from ...fx.effects import arguments_of
 from ..memory import storage_of
 from .patches import patched
 
@@ -198,14 +199,11 @@ class _Own(TorchDispatchMode):
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, FakeTensor) and storage_of(value) not in self.known:
                 raise self._refusal("reads a weight or an activation besides its arguments")
-        if func._schema.is_mutable and any(
-            argument.alias_info
-            and argument.alias_info.is_write
-            and isinstance(value, torch.Tensor)
-            and storage_of(value) in self.given
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-        ):
-            raise self._refusal("writes to its arguments")
+        for argument, given in arguments_of(func, args, kwargs):
+            written = argument.alias_info and argument.alias_info.is_write
+            for value in pytree.tree_leaves(given) if written else ():
+                if isinstance(value, torch.Tensor) and storage_of(value) in self.given:
+                    raise self._refusal("writes to its arguments")
         result = func(*args, **kwargs)
         self.known |= {
             storage_of(v) for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)
