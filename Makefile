@@ -6,8 +6,8 @@ FLOOR := .venv-floor
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor lint format bench scale fuzz torture mutation coverage \
-	forms clean
+.PHONY: help demo test test-all test-floor lint format docs wheel bench scale fuzz torture mutation \
+	coverage forms clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -32,6 +32,15 @@ lint: $(VENV)/lint ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/docs ## the pages in docs/ as HTML in build/docs; warnings are errors
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+wheel: $(VENV)/test ## build the wheel, install it into an empty environment, and run the quickstart
+	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv --clear build/wheel/env
+	build/wheel/env/bin/python -m pip install --quiet build/wheel/fxlora-*.whl torchvision
+	cd build/wheel && env/bin/python ../../examples/quickstart.py
+
 format: $(VENV)/lint ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -49,10 +58,10 @@ scale: $(VENV)/test ## how the time of every step grows with the number of layer
 coverage: $(VENV)/coverage ## every model of torchvision, timm's families, transformers' architectures (hours)
 	$(BIN)/python benchmarks/coverage.py --json coverage.json $(ARGS)
 
-torture: $(VENV)/test ## the table of docs/torture.md: PEFT and fxlora on 199 patterns (minutes)
+torture: $(VENV)/test ## the table of docs/results/torture.md: PEFT and fxlora on 199 patterns (minutes)
 	$(BIN)/python benchmarks/torture.py --format github $(ARGS)
 
-mutation: $(VENV)/test ## the table of docs/mutation.md: damage that verify notices (minutes)
+mutation: $(VENV)/test ## the table of docs/results/mutation.md: damage that verify notices (minutes)
 	$(BIN)/python benchmarks/mutation.py --format github $(ARGS)
 
 fuzz: $(VENV)/test ## mutants of adapter folders, rules and plans: refused by type, or right (minutes)
@@ -67,7 +76,7 @@ clean: ## remove the environments and the demo's output
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo $(VENV)/test $(VENV)/lint $(VENV)/coverage: $(VENV)/%: $(VENV)/pyvenv.cfg pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/lint $(VENV)/docs $(VENV)/coverage: $(VENV)/%: $(VENV)/pyvenv.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 

@@ -30,6 +30,7 @@ from .matching import match
 from .module import CapturedModule
 from .module.host import hosted, recorded_calls
 from .passes.eva import Initialized, initialize_from
+from .pictures import draw
 from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify
 from .reads.readers import Reader
@@ -68,6 +69,7 @@ __all__ = [
     "VerificationError",
     "adapt",
     "capture",
+    "draw",
     "export",
     "fold",
     "hosted",

@@ -121,7 +121,7 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
         return _csv(plan)
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, json, csv, not {format!r}.")
-    sites = render(HEADER, [_row(entry) for entry in plan], format)
+    sites = render(HEADER, site_rows(plan), format)
     sums = render(("", "parameters"), _sum_rows(totals), format)
     memory = render(
         ("gradients + Adam state", "full fine-tuning", "this plan", "saved"),
@@ -129,6 +129,11 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
         format,
     )
     return "\n\n".join([sites, sums, memory, *_split_ties(plan, folded)])
+
+
+def site_rows(plan: Plan) -> list[list[str]]:
+    """Return the report's rows, one per entry, with the columns of HEADER."""
+    return [_row(entry) for entry in plan]
 
 
 def _plan_of(x: Plan | CapturedModule) -> tuple[Plan, bool]:

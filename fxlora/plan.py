@@ -19,7 +19,7 @@ from .lora.inits import INITS
 from .lora.layout import Layout, Shape
 from .lora.variants import VARIANTS
 from .names import ADAPTER_RULE, WORD_RULE, is_adapter, is_path, is_word, printable, shown
-from .tables import render, some
+from .tables import count, render, some
 
 
 def scales_outputs(entry: Entry) -> bool:
@@ -406,14 +406,16 @@ class Plan:
             for e in self
         ]
         lines = [render(header, rows)]
-        lines.append(f"{_sites(len(self))} adapted with {self.adapter_parameters:,} parameters.")
+        lines.append(
+            f"{count(len(self), 'site')} adapted with {self.adapter_parameters:,} parameters."
+        )
         if self.modules_to_save:
             saved = ", ".join(map(printable, self.modules_to_save))
             lines.append(f"Trained in full: {saved}.")
         alone = [f"  {site}: {reason}" for site, reason in self.skipped if reason != IN_FULL]
         alone = list(map(printable, alone))
         if alone:
-            lines += [f"{_sites(len(alone))} left alone:", *alone]
+            lines += [f"{count(len(alone), 'site')} left alone:", *alone]
         return "\n".join(lines)
 
     def to_data(self) -> dict[str, Any]:
@@ -446,7 +448,3 @@ class Plan:
         # tomli_w leaves some unprintable characters as they are. It writes basic strings only, in
         # which a \U escape is valid.
         return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
-
-
-def _sites(count: int) -> str:
-    return "1 site" if count == 1 else f"{count} sites"

@@ -36,6 +36,11 @@ def some(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(listed[:limit]) + more
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with a noun, in the plural unless it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _cell(cell: Any, style: str) -> str:
     text = printable(str(cell))  # tabulate escapes HTML itself
     return text.replace("|", "\\|") if style == "github" else text

@@ -219,23 +219,21 @@ def check_laws(
 
 
 def _check_capture(model: nn.Module, gm: Any, args: Any, kwargs: Any) -> None:
+    source, graph = copy.deepcopy(model), copy.deepcopy(gm)
     for training in (False, True):
-        source = copy.deepcopy(model).train(training)
-        graph = copy.deepcopy(gm).train(training)
-        assert_same(run(graph, args, kwargs), run(source, args, kwargs))
-        for (name, a), (_, b) in zip(graph.named_buffers(), source.named_buffers(), strict=False):
-            if name in dict(source.named_buffers()):
-                assert torch.equal(a, source.get_buffer(name)), name
-            del b
+        found = run(graph.train(training), args, kwargs)
+        assert_same(found, run(source.train(training), args, kwargs))
+        buffers = dict(source.named_buffers())
+        for name, buffer in graph.named_buffers():
+            assert name not in buffers or torch.equal(buffer, buffers[name]), name
 
 
 def _check_identity(gm: Any, lora: Any, args: Any, kwargs: Any) -> None:
+    # torch chooses attention kernels by requires_grad, even under no_grad.
+    plain, adapted = (copy.deepcopy(m).requires_grad_(False) for m in (gm, lora))
     for training in (False, True):
-        # torch chooses attention kernels by requires_grad, even under no_grad.
-        plain, adapted = (
-            copy.deepcopy(m).train(training).requires_grad_(False) for m in (gm, lora)
-        )
-        found, expected = run(adapted, args, kwargs), run(plain, args, kwargs)
+        found = run(adapted.train(training), args, kwargs)
+        expected = run(plain.train(training), args, kwargs)
         if all(_adds_nothing(entry) for entry in lora.plan):
             assert_same(found, expected)
         else:

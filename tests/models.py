@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -108,3 +110,14 @@ class Normed(nn.Module):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         x = self.first(x) + self.second(x)
         return {"logits": self.fc(x) + self.offset, "features": x}
+
+
+class Several(nn.Module):
+    """Calls each of its parts with the same inputs: one capture serves all of them."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part(x) for part in self.parts]

@@ -24,6 +24,7 @@ LAYERS = [
     {"passes"},
     {"api"},
     {"costs", "disk", "proof"},
+    {"pictures"},
     {"__init__"},
     {"cli"},
     {"__main__"},

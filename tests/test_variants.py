@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,10 @@ def assert_same_training(theirs: nn.Module, ours: fxlora.CapturedModule, base: n
         assert_close([found.reshape(parameter.shape)], [parameter.grad])
 
 
-@pytest.mark.parametrize("targets", [EVERY, *([name] for name in EVERY)])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("targets", "bias"),
+    [(EVERY, True), (EVERY, False), *(([name], n % 2 == 0) for n, name in enumerate(EVERY))],
+)
 def test_dora_is_pefts(targets: list[str], bias: bool) -> None:
     model = Layers(bias=bias)
     theirs, ours = both(model, targets, use_dora=True)
@@ -316,27 +319,57 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def captured(what: str, road: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
+    """Return a place's model, inputs and capture, which serve all kinds: no verb changes them."""
+    torch.manual_seed(0)
+    make, args = PLACES[what]
+    args = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
+    model = make().to(dtype)
+    return model, args, fxlora.capture(model, *([args] if road == "exported" else []))
+
+
 WHOLE = [("recurrent", "traced"), ("bags", "traced")]  # the tracer does not see inside
 ROADS = [(what, road) for what in PLACES for road in ("exported", "traced")]
 
 
 @pytest.mark.parametrize(("what", "road"), [r for r in ROADS if r not in WHOLE])
-@pytest.mark.parametrize("kind", KINDS)
-def test_laws(kind: str, what: str, road: str) -> None:
-    make, args = PLACES[what]
-    traced = road == "traced"
-    rules = rules_for(what, **KINDS[kind])
-    _, lora = check_laws(make(), args, rules=rules, capture=fxlora.capture if traced else None)
-    assert len(lora.plan) > 0
+@pytest.mark.parametrize(
+    "kinds", [["DoRA", "PiSSA"], pytest.param([*KINDS], marks=pytest.mark.slow)], ids=len
+)
+def test_laws(kinds: list[str], what: str, road: str) -> None:
+    check_kinds(kinds, what, road)
 
 
-@pytest.mark.parametrize("what", PLACES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fold_in_bfloat16_is_rounded_once(kind: str, what: str) -> None:
-    make, args = PLACES[what]
-    args = tuple(a.bfloat16() if a.is_floating_point() else a for a in args)
-    model = make().bfloat16()
-    lora = fxlora.adapt(model, args, rules=rules_for(what, **KINDS[kind]))
+@pytest.mark.parametrize("what", ["linear", "convolutions", "packed"])
+def test_laws_of_the_other_kinds(what: str) -> None:
+    check_kinds(["OLoRA", "orthogonal", "DoRA+PiSSA"], what, "exported")
+
+
+def check_kinds(kinds: list[str], what: str, road: str) -> None:
+    model, args, gm = captured(what, road, torch.float64)
+    for kind in kinds:
+        rules = rules_for(what, **KINDS[kind])
+        _, lora = check_laws(model, args, rules=rules, capture=lambda _: gm)
+        assert len(lora.plan) > 0
+
+
+# DoRA+PiSSA everywhere, and everywhere another one of the other kinds.
+ROUNDED = {(what, "DoRA+PiSSA") for what in PLACES}
+ROUNDED |= {(what, [*KINDS][number % 4]) for number, what in enumerate(PLACES)}
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        pytest.param(what, kind, marks=() if (what, kind) in ROUNDED else pytest.mark.slow)
+        for what in PLACES
+        for kind in KINDS
+    ],
+)
+def test_a_fold_in_bfloat16_is_rounded_once(what: str, kind: str) -> None:
+    model, args, gm = captured(what, "exported", torch.bfloat16)
+    lora = fxlora.inject(gm, fxlora.match(gm, rules_for(what, **KINDS[kind])))
     with torch.no_grad():  # a small step from the init, as in training
         for parameter in fxlora.lora_parameters(lora):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -386,10 +419,19 @@ def _size(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
 
 
 @pytest.mark.usefixtures("_size")
-@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(
+            what, marks=() if what in ("convolutions", "packed", "tied") else pytest.mark.slow
+        )
+        for what in PLACES
+    ],
+)
 def test_a_new_variant_is_one_row(what: str, tmp_path: Path) -> None:
-    make, args = PLACES[what]
-    gm, lora = check_laws(make(), args, rules=rules_for(what, variant="size"))
+    model, args, gm = captured(what, "exported", torch.float64)
+    rules = rules_for(what, variant="size")
+    _, lora = check_laws(model, args, rules=rules, capture=lambda _: gm)
     assert all(len(entry.tensors) == 3 for entry in lora.plan)
     fxlora.verify(lora, args, folded=fxlora.fold(lora))
     fxlora.save_adapter(lora, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,8 @@ from ..disk.pt2 import export
 from ..disk.save import save_adapter
 from ..errors import AdapterError, ExportError
 from ..matching import match
+from ..module import CapturedModule
+from ..pictures.page import plan_page
 from ..plan import Plan
 from ..proof import verify
 from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
@@ -27,11 +30,17 @@ PLAN_WRITERS: dict[str, Callable[[Plan], str]] = {".toml": Plan.to_toml, ".json"
 
 def run_plan(options: Namespace) -> str:
     """Return the plan as text or JSON, and write it to `--out` if given."""
-    plan = _planned(options)
+    module, plan = _planned(options)
     if options.out is not None:
-        with whole_file(options.out, ExportError) as temporary:
-            temporary.write_text(PLAN_WRITERS[options.out.suffix](plan), encoding="utf-8")
+        _write(options.out, PLAN_WRITERS[options.out.suffix](plan))
+    if options.html is not None:
+        _write(options.html, plan_page(module, plan, f"fxlora plan {options.model}"))
     return plan.to_json() if options.json else str(plan)
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path, ExportError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def run_adapt(options: Namespace) -> str:
@@ -84,12 +93,13 @@ def run_export(options: Namespace) -> str:
 def run_report(options: Namespace) -> str:
     """Return the report of a saved adapter, or of the plan that the rules give."""
     if options.adapter is None:
-        return report(_planned(options), options.format)
+        return report(_planned(options)[1], options.format)
     refuse_lora_options(options, "--adapter", "budget")
     adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
     return report(adapted, options.format)
 
 
-def _planned(options: Namespace) -> Plan:
+def _planned(options: Namespace) -> tuple[CapturedModule, Plan]:
     rules = given_rules(options)  # first: a mistake in them is an error before the model is built
-    return match(captured_model(build_model(options), options), rules, budget=options.budget)
+    module = captured_model(build_model(options), options)
+    return module, match(module, rules, budget=options.budget)

@@ -64,6 +64,9 @@ def build_parser() -> _Parser:
     plan.add_argument(
         "--out", type=_plan_file, metavar="FILE", help="write the plan as .toml or .json"
     )
+    plan.add_argument(
+        "--html", type=_file, metavar="FILE", help="write a page with the table and the graphs"
+    )
 
     adapt = command(run_adapt, "save an untrained adapter", weighed, _rule_options())
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")

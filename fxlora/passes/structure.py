@@ -188,8 +188,7 @@ class _OverloadTracer(GraphAppendingTracer):
         if not (isinstance(target, OpOverload) or target is operator.getitem):
             raise ConfigError(
                 f"the function of a registered op or variant calls {shown(target)}, which is not "
-                "an overload. Write it in overloads: torch.ops.aten.linear.default(x, w), not "
-                "x @ w.T."
+                "an overload. Write it in overloads: torch.ops.aten.add.Tensor(a, b), not a + b."
             )
         return super().create_node(kind, target, *args, **kwargs)
 
