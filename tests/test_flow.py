@@ -16,6 +16,7 @@ import fxlora
 from fxlora import LoraConfig, Rule, UnsupportedOpError
 
 from .laws import check_laws, randomise
+from .models import Several
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 X = torch.randn(4, 5, dtype=torch.float64)
@@ -78,35 +79,70 @@ REGIONS = {
 }
 
 
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
-@pytest.mark.parametrize("name", STOPS)
-def test_what_no_gradient_reaches_is_refused(name: str, region, inside: bool) -> None:
-    if region is not contextlib.nullcontext and name not in ("detach", "round", "argmax"):
-        inside = not inside
-    gm = fxlora.capture(Two(STOPS[name], region, inside).double(), X)
-    with pytest.raises(UnsupportedOpError, match=r"'a' .* its adapter would never train"):
-        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
-    assert len(fxlora.match(gm, Rule("b", lora=LoraConfig(r=2)))) == 1
+REFUSED = r"'parts\.{}\.a' .* its adapter would never train"
 
 
-@pytest.mark.parametrize("name", ["detach", "data", "sign", "round", "argmax", "comparison"])
-def test_the_tracer_refuses_it_too(name: str) -> None:
+def only(name: str) -> Rule:
+    return Rule(name, lora=LoraConfig(r=2))
+
+
+def check_refused(gm: fxlora.CapturedModule, names: list[str]) -> None:
+    """Check that in `Several` models, each layer `a` is refused and each layer `b` is accepted."""
+    for number, name in enumerate(names):
+        with pytest.raises(UnsupportedOpError, match=REFUSED.format(number)):
+            fxlora.match(gm, only(f"parts.{number}.a"))
+            pytest.fail(f"{name} was accepted")
+    assert len(fxlora.match(gm, only("parts.*.b"))) == len(names)
+
+
+def test_what_no_gradient_reaches_is_refused() -> None:
+    model = Several(Two(stop) for stop in STOPS.values()).double()
+    check_refused(fxlora.capture(model, X), [*STOPS])
+
+
+KINDS = ["detach", "argmax", "bernoulli", "behind another", "times nothing"]
+
+
+@pytest.mark.parametrize("region", ["autocast", "enable_grad"])
+@pytest.mark.parametrize(
+    ("names", "inside"),
+    [
+        (KINDS, True),
+        (["detach", "round", "argmax"], False),
+        pytest.param([*STOPS], True, marks=pytest.mark.slow),
+    ],
+    ids=["inside", "behind", "inside, all"],
+)
+def test_what_no_gradient_reaches_in_a_region(region: str, names: list[str], inside: bool) -> None:
+    model = Several(Two(STOPS[name], REGIONS[region], inside) for name in names).double()
+    check_refused(fxlora.capture(model, X), names)
+
+
+def test_the_tracer_refuses_it_too() -> None:
     stops = STOPS | {"data": lambda y: y.data}  # torch.export cannot record it
-    gm = fxlora.capture(Two(stops[name]).double())
-    with pytest.raises(UnsupportedOpError, match=r"'a' .* its adapter would never train"):
-        fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
+    names = ["detach", "data", "sign", "round", "argmax", "comparison"]
+    model = Several(Two(stops[name]) for name in names).double()
+    check_refused(fxlora.capture(model), names)
 
 
-@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
-@pytest.mark.parametrize("name", PASSES)
-def test_what_a_gradient_reaches_trains(name: str, region) -> None:
-    lora = fxlora.adapt(
-        Two(PASSES[name], region).double(), X, rules=Rule("a", lora=LoraConfig(r=2))
-    )
+@pytest.mark.parametrize(
+    ("region", "names"),
+    [
+        ("no region", [*PASSES]),
+        ("autocast", ["straight through", "gate", "beside its own step"]),
+        ("enable_grad", ["clamp", "sort", "norm"]),
+        pytest.param("autocast", [*PASSES], marks=pytest.mark.slow),
+        pytest.param("enable_grad", [*PASSES], marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_gradient_reaches_trains(region: str, names: list[str]) -> None:
+    model = Several(Two(PASSES[name], REGIONS[region]) for name in names).double()
+    lora = fxlora.adapt(model, X, rules=only("parts.*.a"))
     randomise(lora)
-    lora.train()(X).square().sum().backward()
-    assert all(float(p.grad.abs().max()) > 0 for p in fxlora.lora_parameters(lora))
+    sum(y.square().sum() for y in lora.train()(X)).backward()
+    for entry, name in zip(lora.plan, names, strict=True):
+        for parameter in map(lora.get_parameter, entry.trainable):
+            assert float(parameter.grad.abs().max()) > 0, name
 
 
 def test_a_weight_whose_way_is_cut_is_refused() -> None:

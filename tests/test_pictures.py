@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,7 +28,7 @@ def boxes(picture: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {kind: [] for kind in FILLS.values()}
     for group in root.iter("{http://www.w3.org/2000/svg}g"):
         children = list(group)
-        for rect, text in zip(children, children[1:], strict=False):
+        for rect, text in itertools.pairwise(children):
             if rect.tag.endswith("rect"):
                 found[FILLS[rect.get("fill") or ""]].append(text.text or "")
     return found
@@ -58,7 +59,7 @@ def test_the_weight_form_reaches_the_op_that_reads(mode: str) -> None:
 
 def test_what_cannot_be_drawn() -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5))
-    with pytest.raises(NoMatchError, match="no site 'upp'. Nearest: up"):
+    with pytest.raises(NoMatchError, match=r"no site 'upp'\. Nearest: up"):
         fxlora.draw(gm, "upp")
     with pytest.raises(ConfigError, match="mode must be one of"):
         fxlora.draw(gm, "up", mode="test")

@@ -38,7 +38,8 @@ def _summary(plan: Plan) -> str:
     share = 100 * plan.adapter_parameters / max(plan.model_parameters, 1)
     return (
         f"{count(len(plan), 'site')} adapted with {plan.adapter_parameters:,} parameters, "
-        f"{share:.2f} % of the model's {plan.model_parameters:,}; {plan.trained_parameters:,} trained in full."
+        f"{share:.2f} % of the model's {plan.model_parameters:,}; "
+        f"{plan.trained_parameters:,} trained in full."
     )
 
 

@@ -1,0 +1,126 @@
+"""The code blocks and commands of README.md and docs/ run, and print the output shown there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxlora
+from fxlora import cli
+from fxlora.lora.ops import OPS
+from fxlora.lora.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = ("peft", "torchvision", "transformers")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return the language and the text of each fenced block of a page."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def sessions(page: Path) -> list[tuple[str, str | None]]:
+    """Return each Python block that is to run, with the output shown right after it."""
+    found: list[tuple[str, str | None]] = []
+    text = page.read_text("utf-8")
+    pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    for match in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
+        found.append((match[1], match[2]))
+    return found
+
+
+def shown(expected: str) -> re.Pattern[str]:
+    """Return a pattern for an output: a line `…` is any lines, a `…` in a line any text."""
+    lines: list[str] = []
+    for line in expected.rstrip("\n").split("\n"):
+        if line.strip() == "…":
+            lines.append(r"(?:[^\n]*\n)*?")
+        else:
+            lines.append(re.escape(line).replace("…", "[^\n]*") + r"[ ]*\n")
+    return re.compile("".join(lines))
+
+
+RUN = [page for page in PAGES if sessions(page)]
+
+
+@pytest.mark.usefixtures("_tables")
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_is_a_session(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in OPTIONAL:
+        if package in page.read_text("utf-8"):
+            pytest.importorskip(package, reason=f"{package} is optional")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: True)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for code, expected in sessions(page):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            exec(compile(code, str(page), "exec"), namespace)
+        if expected is not None:
+            text = printed.getvalue().rstrip("\n") + "\n"
+            text = "".join(line.rstrip() + "\n" for line in text.split("\n")[:-1])
+            assert shown(expected).fullmatch(text), f"{page.name} shows\n{expected}\nnot\n{text}"
+
+
+@pytest.fixture
+def _tables() -> Iterator[None]:
+    """Forget the ops and variants that a page registers."""
+    tables: list[dict[Any, Any]] = [OPS, VARIANTS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the fxlora commands of a page that name a model of torchvision."""
+    lines = "\n".join(text for language, text in blocks(page) if language == "sh")
+    lines = lines.replace("\\\n", " ")
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in lines.split("\n")
+        if line.startswith("fxlora ") and "torchvision:" in line
+    ]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "command_line.md"])
+def test_commands(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is optional")
+    monkeypatch.chdir(tmp_path)
+    assert {words[0] for words in commands(page)} >= {"plan", "adapt", "fold", "verify", "export"}
+    for words in commands(page):
+        assert cli.main(words) == 0, (words, capsys.readouterr().err)
+    assert (tmp_path / "model.pt2").is_file()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for target in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)`", page.read_text("utf-8")):
+            assert re.search(rf"^{target}\b.*:", makefile, re.MULTILINE), (page, target)
+
+
+def test_every_public_name_is_in_the_api_pages() -> None:
+    text = "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    missing = [name for name in fxlora.__all__ if f"fxlora.{name}" not in text]
+    assert not missing
