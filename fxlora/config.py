@@ -180,7 +180,7 @@ class LoraConfig:
         return "dora" if self.use_dora else self.variant
 
     @property
-    def targets_anything(self) -> bool:
+    def has_targets(self) -> bool:
         """Whether the configuration itself says which sites to adapt."""
         return self.target_modules is not None or self.target_parameters is not None
 
@@ -280,7 +280,7 @@ class Rule:
             raise ConfigError("train=True trains in full: lora= and parts= say another thing.")
         if self.where is not None and not callable(self.where):
             raise ConfigError(f"where must be a function of a Site, not {shown(self.where)}.")
-        if self.lora is not None and self.lora.targets_anything and self.name is not None:
+        if self.lora is not None and self.lora.has_targets and self.name is not None:
             raise ConfigError(
                 "a rule with a name and a LoraConfig with target_modules say which sites "
                 "twice. Keep one of the two."
@@ -342,7 +342,7 @@ def _as_rule(item: object) -> Rule:
         return item
     if not isinstance(item, LoraConfig):
         raise ConfigError(f"a rule is a Rule or a LoraConfig, not {shown(item)}.")
-    if not item.targets_anything:
+    if not item.has_targets:
         raise ConfigError(
             "a LoraConfig on its own needs target_modules (or target_parameters): name them, "
             'or take target_modules="all-linear".'

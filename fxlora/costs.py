@@ -159,7 +159,7 @@ def _row(entry: Entry) -> list[str]:
     return [
         entry.site,
         entry.op,
-        "x".join(map(str, entry.covered)),
+        "x".join(map(str, entry.adapted_shape)),
         entry.form,
         str(entry.r),
         f"{entry.alpha:g}",
@@ -225,7 +225,7 @@ def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
             {
                 "site": entry.site,
                 "op": entry.op,
-                "shape": list(entry.covered),
+                "shape": list(entry.adapted_shape),
                 "form": entry.form,
                 "r": entry.r,
                 "alpha": entry.alpha,

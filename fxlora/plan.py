@@ -168,7 +168,7 @@ class Entry:
     # ---- shapes -----------------------------------------------------------------------------
 
     @property
-    def covered(self) -> Shape:
+    def adapted_shape(self) -> Shape:
         """Shape of the adapted tensor: the weight, or the part's slice of it."""
         if self.rows is None:
             return self.shape
@@ -179,12 +179,12 @@ class Entry:
     @property
     def shapes(self) -> tuple[Shape, Shape]:
         """Shapes of A and B (see `Layout.factor_shapes`): (r, in) and (out, r) if W is a matrix."""
-        return self.layout.factor_shapes(self.covered, self.r)
+        return self.layout.factor_shapes(self.adapted_shape, self.r)
 
     @property
     def weight_parameters(self) -> int:
         """Number of parameters of the adapted weight, or of the part's slice of it."""
-        return math.prod(self.covered)
+        return math.prod(self.adapted_shape)
 
     @property
     def adapter_parameters(self) -> int:
@@ -221,19 +221,19 @@ class Entry:
         return self.name_of("lora_B")
 
     @property
-    def extras(self) -> dict[str, dict[str, Shape]]:
+    def variant_tensors(self) -> dict[str, dict[str, Shape]]:
         """Names and shapes of the tensors that each variant adds to A and B, by variant."""
         return {
             variant: {
                 self.name_of(kind): shape
                 for kind, shape in VARIANTS[variant]
-                .tensors(self.layout, self.covered, self.r)
+                .tensors(self.layout, self.adapted_shape, self.r)
                 .items()
             }
             for variant in self.variants
         }
 
-    def upto(self, variant: str) -> Entry:
+    def before_variant(self, variant: str) -> Entry:
         """Return the entry with only the variants that come before this one."""
         before = self.variants[: self.variants.index(variant)]
         return dataclasses.replace(self, variants=before)
@@ -248,14 +248,14 @@ class Entry:
         """Names and shapes of all tensors that injection adds for the entry."""
         a, b = self.shapes
         found = {self.name_a: a, self.name_b: b}
-        for held in self.extras.values():
+        for held in self.variant_tensors.values():
             found |= held
         return found
 
     @property
     def trainable(self) -> tuple[str, ...]:
         """Names of the trainable tensors: A, B and those of variants that train theirs."""
-        extra = [n for v, held in self.extras.items() if VARIANTS[v].trains for n in held]
+        extra = [n for v, held in self.variant_tensors.items() if VARIANTS[v].trains for n in held]
         return (self.name_a, self.name_b, *extra)
 
     # ---- as data ----------------------------------------------------------------------------
@@ -395,7 +395,7 @@ class Plan:
             [
                 e.site,
                 e.op,
-                "x".join(map(str, e.covered)),
+                "x".join(map(str, e.adapted_shape)),
                 e.form,
                 e.r,
                 f"{e.alpha:g}",

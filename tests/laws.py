@@ -92,7 +92,7 @@ def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
 def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return s·BA in the weight's shape: the papers' formula, as an einsum over dimensions."""
     letters = dict(zip(range(len(entry.shape)), "abcdefgh", strict=False))
-    sizes = entry.covered
+    sizes = entry.adapted_shape
     of_a, of_b = "", ""
     before = ""
     for dim, role in enumerate(entry.layout.roles):

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 import fxlora
 from fxlora import CapturedModule, LoraConfig, Rule
-from fxlora.passes.structure import MARK, Insertion, insertions, take_out
+from fxlora.passes.structure import MARK, Insertion, insertions, remove_insertion
 from fxlora.plan import Entry
 
 from .laws import floats, randomise
@@ -299,7 +299,7 @@ def _(broken: Mutant, index: int) -> bool:
     entry = nth(entries(broken.lora), index)
     for insertion in reversed(standing(broken.lora)) if entry else ():
         if insertion.entry == entry:
-            take_out(insertion)
+            remove_insertion(insertion)
     broken.lora.refresh()
     return entry is not None
 
@@ -308,7 +308,7 @@ def _(broken: Mutant, index: int) -> bool:
 def _(broken: Mutant, index: int) -> bool:
     found = nth(standing(broken.lora), 2 * index)
     if found:
-        take_out(found)
+        remove_insertion(found)
         broken.lora.refresh()
     return found is not None
 
@@ -320,7 +320,7 @@ def _missing_in(mode: str) -> Damage:
             return False
         for insertion in reversed(standing(broken.lora, (mode,))):
             if insertion.entry == entry:
-                take_out(insertion)
+                remove_insertion(insertion)
         broken.lora.refresh()
         return True
 
@@ -839,7 +839,12 @@ kind("rows of a folded weight permuted", "folded")(_folded_as(lambda w, f, s: f.
 @kind("a folded weight rounded twice", "folded")
 def _(broken: Mutant, index: int) -> bool:
     entry = nth(entries(broken.lora), index)
-    if entry is None or entry.shape != entry.covered or len(entry.shape) != 2 or entry.variants:
+    if (
+        entry is None
+        or entry.shape != entry.adapted_shape
+        or len(entry.shape) != 2
+        or entry.variants
+    ):
         return False
     weight = owned(broken.folded, entry.parameter)
     a, b = (broken.lora.get_parameter(n).detach() for n in (entry.name_a, entry.name_b))

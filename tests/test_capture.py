@@ -555,7 +555,7 @@ class Constant(nn.Module):
         return F.linear(x, dict(self.named_parameters())["fc.weight"] * 2)
 
 
-class Dice(nn.Module):
+class DrawsRandomNumbers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(5, 3)
@@ -564,7 +564,7 @@ class Dice(nn.Module):
         return self.fc(x) + torch.rand(1)
 
 
-@pytest.mark.parametrize("kind", [Counts, Constant, Dice])
+@pytest.mark.parametrize("kind", [Counts, Constant, DrawsRandomNumbers])
 def test_the_tracer_bakes_nothing_in(kind: type[nn.Module]) -> None:
     model = kind()
     before = snapshot(model)

@@ -137,7 +137,7 @@ def test_every_row_has_a_model() -> None:
 
     grouped = {"_grouped_mm 1"}  # has no float64: see test_grouped_products
     assert called(OPS) == {*ROWS, *LOOK_UPS, *grouped}
-    turned = {key for key, row in OPS.items() if row.turned}
+    turned = {key for key, row in OPS.items() if row.transposed_kind}
     assert called(turned) == {*TRANSPOSED_ROWS, *grouped}
 
 

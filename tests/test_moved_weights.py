@@ -268,7 +268,9 @@ def check(name: str, read: str, frontend: str, sizes: tuple[int, ...]) -> None:
         model, x = Layer(move, read, features), X[:, :features]
         fixed = {"dynamic_shapes": {"x": None}}  # twice as fast, and no layout depends on it
         try:
-            gm = fxlora.capture(model, x, **fixed) if frontend == "export" else fxlora.capture(model)
+            gm = (
+                fxlora.capture(model, x, **fixed) if frontend == "export" else fxlora.capture(model)
+            )
         except fxlora.CaptureError:
             assert not plain
             return

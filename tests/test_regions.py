@@ -379,7 +379,7 @@ def test_torchvisions_detection() -> None:
 def test_an_attempt_that_takes_too_long_gives_way_to_a_less_dynamic_one(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["fxlora.frontends.regions"], "PATIENCE", 0.0)
+    monkeypatch.setattr(sys.modules["fxlora.frontends.regions"], "EXPORT_TIMEOUT", 0.0)
     gm = fxlora.capture(detector, (images(*SIZES),)).eval()
     (head, *_) = (p for p in gm.programs if p.path == "side")  # always called with one row
     assert [type(dim) for dim in head.inputs["eval"].leaves[0][0].dims] == [int, int]

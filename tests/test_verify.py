@@ -16,7 +16,7 @@ from torch import nn
 
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
-from fxlora.passes.structure import Insertion, insertions, take_out
+from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
 from .laws import randomise
@@ -178,7 +178,7 @@ def line_of(text: str) -> int:
 def test_an_insertion_that_is_missing_in_one_mode(mode: str, site: str, op: str, line: str) -> None:
     lora, args = readers_lora()
     (insertion,) = standing(lora, mode, site)
-    take_out(insertion)
+    remove_insertion(insertion)
     lora.refresh()
     where = re.escape(f"{Path(__file__).parent / 'models.py'}:{line_of(line)}")
     law = f"coverage: '{site}' is read without its adapter by {op} at {where} in the {mode} graph"
@@ -188,7 +188,7 @@ def test_an_insertion_that_is_missing_in_one_mode(mode: str, site: str, op: str,
 
 def test_one_read_of_several_that_is_missing(lora: fxlora.CapturedModule) -> None:
     insertion = standing(lora, "train", "first")[1]
-    take_out(insertion)
+    remove_insertion(insertion)
     lora.refresh()
     law = r"coverage: 'first' is read without its adapter by linear .* in the train graph"
     with pytest.raises(VerificationError, match=law):
@@ -223,7 +223,7 @@ def test_a_missing_read_before_one_that_is_adapted() -> None:
 
     lora = fxlora.adapt(Twice(), torch.randn(2, 6), rules=Rule("w", lora=R))
     prove(lora)
-    take_out(standing(lora, "eval", "w")[0])
+    remove_insertion(standing(lora, "eval", "w")[0])
     with pytest.raises(VerificationError, match="'w' is read without its adapter by matmul"):
         prove(lora)
 
@@ -252,7 +252,7 @@ def test_each_adapter_of_a_pattern_that_is_taken_out_is_missed(name: str) -> Non
         for index in range(len(insertions(lora, lora.programs[program].graphs[mode]))):
             broken = copy.deepcopy(lora)
             found = insertions(broken, broken.programs[program].graphs[mode])[index]
-            take_out(found)
+            remove_insertion(found)
             with pytest.raises(VerificationError, match=f"coverage: '{found.entry.site}'"):
                 prove(broken)
 
@@ -267,7 +267,7 @@ def test_several_adapters_on_one_weight_are_proved_one_by_one(site: str) -> None
     prove(lora)
     for index in (0, 1):
         broken = copy.deepcopy(lora)
-        take_out(standing(broken, "train", site)[index])
+        remove_insertion(standing(broken, "train", site)[index])
         with pytest.raises(VerificationError, match=f"coverage: '{site}'"):
             prove(broken)
 
@@ -443,7 +443,7 @@ def test_a_region_is_named() -> None:
     fxlora.verify(lora, x)
     (program,) = (p for p in lora.programs if p.path == "b")
     (insertion,) = insertions(lora, program.graphs["eval"])
-    take_out(insertion)
+    remove_insertion(insertion)
     lora.refresh()
     with pytest.raises(VerificationError, match=r"coverage: 'b' is read .* graph of 'b'"):
         fxlora.verify(lora, x)

@@ -67,7 +67,7 @@ def load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path
     if said:
         raise ConfigError(f"{refusal} {'; '.join(said)}.")
     tied = {n: t for n, t in state.items() if n in held and given[id(held[n])] > 1}
-    if lost := _lost(model, tied):
+    if lost := _mismatched(model, tied):
         raise ConfigError(
             f"{refusal} its values for {some(lost)} are overwritten by those for another name "
             "of the same weight."
@@ -84,7 +84,9 @@ def write_weights(model: nn.Module, folded: CapturedModule, path: Path) -> None:
     """
     with whole_file(path, ExportError) as temporary:
         try:
-            save_file(_unshared(folded.state_dict()), temporary, metadata={"format": "pt"})
+            save_file(
+                _without_shared_storage(folded.state_dict()), temporary, metadata={"format": "pt"}
+            )
         except SafetensorError as error:  # raised when the disk is full
             raise ExportError(f"cannot write {path}: {error}.") from error
         _check_loads(model, load_file(temporary))
@@ -99,7 +101,7 @@ def _check_loads(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         raise ExportError(
             f"{type(model).__name__} does not load the folded weights: {error} {advice}"
         ) from error
-    if lost := _lost(model, state):
+    if lost := _mismatched(model, state):
         raise ExportError(
             f"{type(model).__name__} shares memory between {some(lost)} and other weights, "
             "which fold to different values: a tie that the adapter splits. Adapt all names of it "
@@ -107,7 +109,7 @@ def _check_loads(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _lost(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+def _mismatched(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
     """Return the names for which a model, after loading a state dict, holds other values."""
     held = model.state_dict()
     return [n for n, t in state.items() if n in held and not _equal(t.to(held[n].dtype), held[n])]
@@ -118,7 +120,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_shared_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copy tied tensors: safetensors refuses ties, and `load_state_dict` needs all their names."""
     taken: set[int] = set()
     result: dict[str, torch.Tensor] = {}

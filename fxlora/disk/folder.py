@@ -23,7 +23,7 @@ from .keys import CONFIG, INFORMATION, OURS, VERSION, WEIGHTS, WHY
 from .peft import configuration, is_bare
 
 # Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
-_BESIDE = (*FILLS, "eva", "mica")
+_INITS_KEEPING_BASE = (*FILLS, "eva", "mica")
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init in STARTS:
         return init
-    if not isinstance(init, bool | str) or init not in _BESIDE:
+    if not isinstance(init, bool | str) or init not in _INITS_KEEPING_BASE:
         raise AdapterError(
             f"{path / CONFIG} has init_lora_weights={shown(init)}, which changes the weights "
             "that the adapter is added to. Convert it with PEFT's save_pretrained(…, "

@@ -40,7 +40,7 @@ LAYERS = {
 }
 VARIANTS = ((), ("from_weight",), ("dora",), ("from_weight", "dora"))
 # Its fused kernel in eval mode reads the weights without calling the forwards of their modules.
-BESIDE_THE_FORWARD = "torch.nn.modules.transformer.TransformerEncoderLayer"
+FUSED_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
 Tensors = Mapping[str, torch.Tensor]
 Group = tuple[Entry, ...]  # the entries of one weight: a single one, or one per adapted part
@@ -131,7 +131,7 @@ def _why_not_layer(entry: Entry, reader: Reader) -> str | None:
     classes = module_classes(reader.node)
     if reader.through or not classes or classes[-1] != LAYERS[entry.op]:
         return f"read by {classes[-1] if classes else 'a module of unknown class'}"
-    if BESIDE_THE_FORWARD in classes:
+    if FUSED_LAYER in classes:
         return "in a torch.nn.TransformerEncoderLayer, whose fused kernel may bypass its layers"
     if entry.layout.kernel(entry.shape):
         padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]

@@ -42,7 +42,7 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     the dynamic batch, an example batch of 1 is widened to 2, because torch.export fixes
     dimensions of size 1.
     """
-    args, kwargs = _told_apart(args, kwargs)
+    args, kwargs = _with_distinct_tensors(args, kwargs)
     if shapes is not None:
         return [Example(args, kwargs, shapes, asked=True)]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)]
@@ -63,7 +63,7 @@ def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, An
     return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 
-def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _with_distinct_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Clone repeated tensors and inference tensors among the inputs.
 
     torch.export would treat a tensor that is given twice (labels=ids) as one input in every later
@@ -83,7 +83,7 @@ def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any
 
 def example_for(spec: InputSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
     """Return an example for exporting a captured graph again, dynamic where its contract is."""
-    args, kwargs = _told_apart(args, kwargs)
+    args, kwargs = _with_distinct_tensors(args, kwargs)
     wide: dict[int, torch.Tensor] = {}
     shapes = ShapesCollection()
     for leaf, value in spec.pairs(args, kwargs):

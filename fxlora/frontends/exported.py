@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
-from ..fx.compare import alike, alike_but_for_sizes
+from ..fx.compare import alike, same_graph_except_sizes
 from ..fx.targets import refuse_unwritable_names
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
@@ -146,7 +146,7 @@ def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphMod
     spec = contract_of(program, module, model, example)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
-    return module, _proved_for_one(model, module, spec, example)
+    return module, _allow_batch_of_one(model, module, spec, example)
 
 
 def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
@@ -203,7 +203,7 @@ def _refuse_assigned_state(
             )
 
 
-def proved_for(
+def widened_if_proved(
     model: nn.Module, module: fx.GraphModule, spec: InputSpec, single: Example
 ) -> InputSpec | None:
     """Widen a graph's contract to sizes of 0 and 1, if the graph is right for them.
@@ -233,7 +233,7 @@ def proved_for(
     except Exception:  # noqa: BLE001 - the source may raise anything for these inputs
         return None
     sizes = spec.symbols(single.args, single.kwargs)
-    return wider if alike_but_for_sizes(module.graph, static.graph, sizes) else None
+    return wider if same_graph_except_sizes(module.graph, static.graph, sizes) else None
 
 
 def _squeezes(graph: fx.Graph) -> bool:
@@ -260,7 +260,7 @@ def _refuse_unknown_squeezes(model: nn.Module, graph: fx.Graph) -> None:
             )
 
 
-def _proved_for_one(
+def _allow_batch_of_one(
     model: nn.Module, module: fx.GraphModule, spec: InputSpec, example: Example
 ) -> InputSpec:
     """Allow batches of 1 in a contract if the graph is proved right for them, else exclude them.
@@ -273,7 +273,7 @@ def _proved_for_one(
         singles.append(_cut_to_one(spec, example, set(spec.batches())))
     wider: InputSpec | None = spec
     for single in singles:
-        wider = wider and proved_for(model, module, wider, single)
+        wider = wider and widened_if_proved(model, module, wider, single)
     if wider is not None:
         return wider
     for single in singles:

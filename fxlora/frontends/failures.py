@@ -57,7 +57,7 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
             "caches)."
         )
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if kinds := {*map(_odd, (*tensors, *model.parameters(), *model.buffers()))} - {""}:
+    if kinds := {*map(_unsupported_kind, (*tensors, *model.parameters(), *model.buffers()))} - {""}:
         return (
             "A graph can hold dense tensors only; among the inputs and weights are "
             f"{', '.join(sorted(kinds))} ones. Convert those (to_dense, to_padded_tensor, "
@@ -71,7 +71,7 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
     return ""
 
 
-def _odd(tensor: torch.Tensor) -> str:
+def _unsupported_kind(tensor: torch.Tensor) -> str:
     """Return "nested", "quantized" or a layout for a tensor that a trace may not support, or ""."""
     if tensor.is_nested:
         return "nested"

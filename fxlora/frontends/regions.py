@@ -19,7 +19,7 @@ from ..module import CapturedModule
 from ..module.parent import ParentModule
 from ..module.program import MODES
 from .examples import Example, in_signature_order
-from .exported import Source, depends_on_data, export_modes, proved_for
+from .exported import Source, depends_on_data, export_modes, widened_if_proved
 from .failures import unable
 from .kept.undisturbed import mode_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
@@ -29,7 +29,7 @@ from .tree import separate_copy, working_copy
 # there are more, the submodule's children are tried.
 MOST_GRAPHS = 16
 # Time limit, in seconds, for an export that a less dynamic attempt can replace.
-PATIENCE = 60.0
+EXPORT_TIMEOUT = 60.0
 
 
 class Regions:
@@ -105,13 +105,13 @@ def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
     """
     parent = module.parent_module
     assert parent is not None
-    if _gives(module, seen):
+    if _reproduces(module, seen):
         return []
-    faulty = [path for path in module.regions if not _gives(module, seen, only=path)]
+    faulty = [path for path in module.regions if not _reproduces(module, seen, only=path)]
     return faulty or list(module.regions)
 
 
-def _gives(module: CapturedModule, seen: Observation, only: str | None = None) -> bool:
+def _reproduces(module: CapturedModule, seen: Observation, only: str | None = None) -> bool:
     for mode in MODES:
         copied = module.derive().train(mode == "train")
         assert copied.parent_module is not None
@@ -159,12 +159,12 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     examples = list(_examples(calls))
     for example in examples:
         kwargs = in_signature_order(module, example.kwargs)
-        patience = math.inf if example is examples[-1] else PATIENCE
+        patience = math.inf if example is examples[-1] else EXPORT_TIMEOUT
         ordered = replace(example, kwargs=kwargs, patience=patience)
         try:
             source = export_modes(module, [ordered], root=root, path=path)
             for call in calls:
-                _serve(root, source, call)
+                _require_holds(root, source, call)
             return source
         except CaptureError as error:
             failure = error
@@ -174,7 +174,7 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     raise failure
 
 
-def _serve(root: nn.Module, source: Source, call: Call) -> None:
+def _require_holds(root: nn.Module, source: Source, call: Call) -> None:
     """Raise CaptureError unless the graph holds for a call.
 
     If its contract excludes the call, the contract is first widened to the call's sizes of 0 and
@@ -188,7 +188,7 @@ def _serve(root: nn.Module, source: Source, call: Call) -> None:
     except InputError as error:
         single = Example(args, kwargs, None)
         with mode_of(root, call.mode == "train"):
-            wider = proved_for(root.get_submodule(source.path), module, spec, single)
+            wider = widened_if_proved(root.get_submodule(source.path), module, spec, single)
         if wider is None:
             raise CaptureError(f"'{source.path}': {error}") from error
         alike = [mode for mode, other in source.modules.items() if other is module]

@@ -46,7 +46,7 @@ def flat_inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def is_torchs(node: fx.Node) -> bool:
+def is_torch_call(node: fx.Node) -> bool:
     """Whether a call's target is an op, function or method of torch, or a Python operator.
 
     A user's function, op, module or autograd.Function of the same name may do something else. A
@@ -64,8 +64,8 @@ def is_torchs(node: fx.Node) -> bool:
 
 
 def torch_kind(node: fx.Node) -> str:
-    """Return the kind of a call whose target is torch's (see `is_torchs`), else ""."""
-    return kind_of(node) if is_torchs(node) else ""
+    """Return the kind of a call whose target is torch's (see `is_torch_call`), else ""."""
+    return kind_of(node) if is_torch_call(node) else ""
 
 
 def qualified_kind(node: fx.Node) -> str:

@@ -55,7 +55,9 @@ def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule
     return (first, second) if first and second else None
 
 
-def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[str, int]) -> bool:
+def same_graph_except_sizes(
+    dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[str, int]
+) -> bool:
     """Whether two exported graphs have the same ops on the same inputs, and equal sizes.
 
     A size that the dynamic graph computes is a literal in the static one. The two must be equal
@@ -72,7 +74,7 @@ def alike_but_for_sizes(dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[st
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         numbers[a] = numbers[b] = index
         if inner := _nested_pair(a, b):
-            if not alike_but_for_sizes(inner[0].graph, inner[1].graph, symbols):
+            if not same_graph_except_sizes(inner[0].graph, inner[1].graph, symbols):
                 return False
         elif a.op != b.op or (a.op != "placeholder" and a.target != b.target):
             return False

@@ -99,7 +99,7 @@ def _olora(weight: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, 
     return upper[..., :r, :], q[..., :r]
 
 
-def step_of(init: bool | str) -> int:
+def rank_multiple(init: bool | str) -> int:
     """Return the number that the rank must be a multiple of."""
     return 2 if init == "orthogonal" else 1
 

@@ -219,7 +219,7 @@ def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
     return {(packet.default, 1): row, (packet.padding, 1): row, (overload, 1): turned}
 
 
-_LINEAR = Op("linear", 0, _times_weight, bias=2, all_linear=True, turned="matmul")
+_LINEAR = Op("linear", 0, _times_weight, bias=2, all_linear=True, transposed_kind="matmul")
 _ADDMM = Op(
     "addmm",
     1,
@@ -228,7 +228,7 @@ _ADDMM = Op(
     obstacle=_own_alpha,
     bias=0,
     all_linear=True,
-    turned="linear",
+    transposed_kind="linear",
 )
 _MATMUL = Op(
     "matmul",
@@ -237,7 +237,7 @@ _MATMUL = Op(
     in_first=True,
     obstacle=_perhaps_vector(0),
     all_linear=True,
-    turned="linear",
+    transposed_kind="linear",
 )
 _MATMUL_LEFT = Op(
     "matmul",
@@ -246,12 +246,16 @@ _MATMUL_LEFT = Op(
     obstacle=_perhaps_vector(1),
     output=None,
     all_linear=True,
-    turned="matmul",
+    transposed_kind="matmul",
 )
-_BMM = Op("bmm", 0, _times_weight, in_first=True, turned="bmm")
-_BMM_LEFT = Op("bmm", 1, _weight_times, output=None, turned="bmm")
-_BADDBMM = Op("baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, turned="baddbmm")
-_BADDBMM_LEFT = Op("baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha, turned="baddbmm")
+_BMM = Op("bmm", 0, _times_weight, in_first=True, transposed_kind="bmm")
+_BMM_LEFT = Op("bmm", 1, _weight_times, output=None, transposed_kind="bmm")
+_BADDBMM = Op(
+    "baddbmm", 1, _times_weight, in_first=True, obstacle=_own_alpha, transposed_kind="baddbmm"
+)
+_BADDBMM_LEFT = Op(
+    "baddbmm", 2, _weight_times, output=None, obstacle=_own_alpha, transposed_kind="baddbmm"
+)
 _GROUPED_MM = Op(
     "grouped_mm",
     0,
@@ -259,7 +263,7 @@ _GROUPED_MM = Op(
     in_first=True,
     obstacle=_grouped_mm_obstacle,
     layout=lambda node, weight: Layout("eio"),
-    turned="grouped_mm",
+    transposed_kind="grouped_mm",
 )
 
 # (overload, position of the weight among its arguments) → row

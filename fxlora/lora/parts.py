@@ -78,7 +78,7 @@ def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]
             )
         parts = {str(number): outputs // parts for number in range(parts)}
     if all(isinstance(value, int) for value in parts.values()):
-        found = _beside_each_other(parts, outputs, site)
+        found = _consecutive(parts, outputs, site)
     else:
         found = {name: _range(name, value) for name, value in parts.items()}
     _check_names(list(found))
@@ -87,7 +87,7 @@ def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]
     return {name: rows for name, rows in found.items() if name in wanted}
 
 
-def _beside_each_other(sizes: Mapping[str, int], outputs: int, site: str) -> dict[str, Rows]:
+def _consecutive(sizes: Mapping[str, int], outputs: int, site: str) -> dict[str, Rows]:
     if sum(sizes.values()) != outputs:
         raise ConfigError(
             f"'{site}' has {outputs} outputs, and its parts add up to {sum(sizes.values())}. List "

@@ -84,8 +84,8 @@ class Op:
         layout: function (node, weight) → the weight's layout, for ops where `in_first` and
             `kernel` do not determine it.
         all_linear: whether "all-linear" in a rule includes the op.
-        turned: kind in rules for a call that gets the transpose of the weight (x @ W.T counts as
-            linear); None if the branch does not support that.
+        transposed_kind: kind in rules for a call that gets the transpose of the weight (x @ W.T
+            counts as linear); None if the branch does not support that.
     """
 
     kind: str
@@ -101,7 +101,7 @@ class Op:
     result: int | None = None
     layout: Callable[[fx.Node, fx.Node], Layout | None] | None = None
     all_linear: bool = False
-    turned: str | None = None
+    transposed_kind: str | None = None
 
     def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout | None:
         """Return the layout of the operand `weight`, with `dims` dimensions; None if unknown."""

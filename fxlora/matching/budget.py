@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from ..lora.inits import step_of
+from ..lora.inits import rank_multiple
 from ..plan import Entry
 
 
@@ -32,7 +32,7 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
     limit = limit_of(budget, sum(p.numel() for p in model.parameters()))
     if not entries:
         return []
-    least = _cost(entries, [step_of(entry.init) for entry in entries])
+    least = _cost(entries, [rank_multiple(entry.init) for entry in entries])
     if least > limit:
         raise ConfigError(
             f"budget={budget!r} is {limit:,} parameters, and the least rank at all {len(entries)} "
@@ -75,7 +75,7 @@ def _cost(entries: Sequence[Entry], ranks: Sequence[int]) -> int:
 
 
 def _largest(entry: Entry) -> int:
-    return entry.layout.max_rank(entry.covered)
+    return entry.layout.max_rank(entry.adapted_shape)
 
 
 def _scaled(entries: Sequence[Entry], factor: float) -> list[int]:
@@ -84,7 +84,7 @@ def _scaled(entries: Sequence[Entry], factor: float) -> list[int]:
 
 def _stepped(entry: Entry, r: int) -> int:
     """Round a rank down to a multiple that the entry's init allows, but not to 0."""
-    step = step_of(entry.init)
+    step = rank_multiple(entry.init)
     return max(step, r // step * step)
 
 
@@ -107,7 +107,7 @@ def _filled(entries: Sequence[Entry], ranks: list[int], limit: int) -> list[int]
     left = limit - _cost(entries, ranks)
     for index in sorted(range(len(ranks)), key=lambda i: ranks[i] / entries[i].r):
         entry, r = entries[index], ranks[index]
-        higher = r + step_of(entry.init)
+        higher = r + rank_multiple(entry.init)
         more = _cost([entry], [higher]) - _cost([entry], [r])
         if more <= left and higher <= _largest(entry):
             ranks[index] = higher

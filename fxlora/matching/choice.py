@@ -50,7 +50,7 @@ class Choice:
         )
 
     def targeted(self, config: LoraConfig, site: Site) -> bool:
-        if config.targets_anything:
+        if config.has_targets:
             by_module = self.in_targets(config.target_modules, site)
             by_parameter = any(
                 is_suffix(t, n) for t in config.target_parameters or () for n in site.names

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import LoraConfig, Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
-from ..lora.inits import STARTS, step_of
+from ..lora.inits import STARTS, rank_multiple
 from ..lora.parts import rows_of
 from ..lora.variants import VARIANTS, variants_of
 from ..plan import Entry, scales_outputs
@@ -127,17 +127,17 @@ def check_rank(entry: Entry) -> None:
         ConfigError: the init needs an even rank, or starts from the weight and the rank is too
             large. A rank that is too large only warns with other inits.
     """
-    if entry.r % step_of(entry.init):
+    if entry.r % rank_multiple(entry.init):
         raise ConfigError(
             f"init_lora_weights={entry.init!r} halves the rank: r={entry.r} for '{entry.site}' "
             "must be even."
         )
-    largest = entry.layout.max_rank(entry.covered)
+    largest = entry.layout.max_rank(entry.adapted_shape)
     if entry.r <= largest:
         return
     said = (
         f"r={entry.r} for '{entry.site}' is more than the rank {largest} that its weight "
-        f"{entry.covered} can have."
+        f"{entry.adapted_shape} can have."
     )
     if entry.init in STARTS:
         raise ConfigError(f"{said} {entry.init!r} starts from it: give a smaller r.")

@@ -68,7 +68,7 @@ def choose_form(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _BranchRequest:
     """A request for a branch at one read: for a site, or for some rows of it, with variants."""
 
     site: Site
@@ -103,7 +103,7 @@ class _Asked:
 
 
 # (reason why no branch can be added to a read, condition); the first condition that holds counts.
-_OBSTACLES: tuple[tuple[str, Callable[[_Asked], bool]], ...] = (
+_OBSTACLES: tuple[tuple[str, Callable[[_BranchRequest], bool]], ...] = (
     ("read by {0.reader.kind} through {0.reader.through}", lambda a: bool(a.reader.through)),
     ("read by {0.reader.kind}", lambda a: a.reader.op is None),
     ("in a graph that several calls share", lambda a: a.reader.shared),
@@ -138,11 +138,11 @@ def branch_obstacle(
     site: Site, rows: tuple[int, int] | None, variants: tuple[str, ...]
 ) -> str | None:
     """Return why a site, or a part of it, cannot take a branch at one of its reads, or None."""
-    found = (_obstacle(_Asked(site, reader, rows, variants)) for reader in site.readers)
+    found = (_obstacle(_BranchRequest(site, reader, rows, variants)) for reader in site.readers)
     return next(filter(None, found), None)
 
 
-def _obstacle(asked: _Asked) -> str | None:
+def _obstacle(asked: _BranchRequest) -> str | None:
     """Return why no branch can be added to a read, or None."""
     reason = next((text for text, holds in _OBSTACLES if holds(asked)), None)
     if reason is not None:

@@ -34,14 +34,14 @@ def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[s
         found += [(path, number) for path in without_sites(choice, rule)]
     for site, number in chosen:
         if (rule := choice.rule(number)) and rule.train:
-            found.append((_trained_with(site, rule), number))
+            found.append((_trained_path(site, rule), number))
     saved: dict[str, int] = {}
     for path, number in found:
         saved.setdefault(path, number)
     return saved
 
 
-def _trained_with(site: Site, rule: Rule) -> str:
+def _trained_path(site: Site, rule: Rule) -> str:
     """Return the path that trains for a site: its layer, or only the parameter.
 
     It is the layer if the parameter is the layer's `weight` or the rule names the layer.

@@ -52,12 +52,13 @@ def _kept_whole(site: Site) -> str:
 
 def _pads_a_part(site: Site) -> bool:
     return any(
-        reader.way and padding_row(reader.node, 1 << 62) is not None for reader in site.readers
+        reader.ops_between and padding_row(reader.node, 1 << 62) is not None
+        for reader in site.readers
     )
 
 
 def _padded(site: Site) -> str:
-    reader = next(reader for reader in site.readers if reader.way)
+    reader = next(reader for reader in site.readers if reader.ops_between)
     return (
         f"is looked up through {reader.through} with a padding_idx, which is a row of the "
         f"computed table, not of the weight. {LEAVE_OUT}, or look up in the weight itself."

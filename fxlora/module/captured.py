@@ -60,7 +60,7 @@ class CapturedModule(ProgramModule):
         self.runners: list[ProgramModule] = []
         if parent_module:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
-            self._bind_shell()
+            self._bind_parent()
         self.train(training)
 
     # ---- state ------------------------------------------------------------------------------
@@ -127,9 +127,9 @@ class CapturedModule(ProgramModule):
         super().refresh()
         for runner in self.runners:
             runner.refresh()
-        self._bind_shell()
+        self._bind_parent()
 
-    def _bind_shell(self) -> None:
+    def _bind_parent(self) -> None:
         """Bind the parent module to this module's tensors; those that regions adapt raise there."""
         if self.parent_module:
             adapted = {name for entry in self.plan or () for name in entry.names}
@@ -220,7 +220,7 @@ class CapturedModule(ProgramModule):
     ) -> Any:
         """Load as nn.Module does, without writing into the source model's storage."""
         if not assign:
-            self._leave_the_source(state_dict)
+            self._unshare_storage(state_dict)
         changed = self._changed()
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self.take_fingerprints()  # the loaded weights are the new base
@@ -236,7 +236,7 @@ class CapturedModule(ProgramModule):
         )
         return outcome
 
-    def _leave_the_source(self, names: Container[str]) -> None:
+    def _unshare_storage(self, names: Container[str]) -> None:
         """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
         written = {_memory(parameter) for name, parameter in held if name in names}

@@ -71,7 +71,7 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
         for path, part in host.named_modules():
             if path:
                 part.__dict__["forward"] = functools.partial(_refuse, path)
-    host.__dict__["_held"] = list(_graft(host, module))
+    host.__dict__["_held"] = list(_share_tensors(host, module))
     return host.train(module.training)
 
 
@@ -182,7 +182,7 @@ def _tensors_of(model: nn.Module, module: CapturedModule) -> dict[int, Any]:
     return memo
 
 
-def _graft(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _share_tensors(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Make the host share the tree's dicts of tensors, and add submodules that it does not have.
 
     Yields:
@@ -196,7 +196,7 @@ def _graft(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, n
         if mine is None:
             host._modules[name] = mine = child
         else:
-            yield from _graft(mine, child)
+            yield from _share_tensors(mine, child)
         yield host, name, mine
 
 
@@ -237,12 +237,12 @@ def _align(
     given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
     defaults = {p.name: p.default for p in parameters}
     for name, value in given.items():
-        if name not in spec.names and not _says_nothing(value, defaults.get(name)):
+        if name not in spec.names and not _is_default(value, defaults.get(name)):
             raise InputError(
                 f"{name}: not among the captured arguments ({', '.join(spec.names)}), and "
                 f"{_word(value)} may change the result. Capture again with it."
             )
-    left_out = {n: v for n, v in _constants(spec).items() if _says_nothing(v, defaults.get(n))}
+    left_out = {n: v for n, v in _constants(spec).items() if _is_default(v, defaults.get(n))}
     given = left_out | given
     return (), {name: given[name] for name in spec.names if name in given}
 
@@ -256,7 +256,7 @@ def _constants(spec: InputSpec) -> dict[str, Any]:
     return found
 
 
-def _says_nothing(value: object, default: object) -> bool:
+def _is_default(value: object, default: object) -> bool:
     """Whether passing a value is the same as leaving the argument out."""
     return value is default or (type(value) in (bool, int, float, str) and value == default)
 

@@ -70,7 +70,7 @@ class ParentModule:
         """
         tensors: dict[str, Any] = dict(tree.named_buffers(remove_duplicate=False))
         for name, parameter in tree.named_parameters(remove_duplicate=False):
-            tensors[name] = _OutOfReach(name, parameter) if name in adapted else parameter
+            tensors[name] = _AdaptedParameter(name, parameter) if name in adapted else parameter
         memo = {id(old): tensors[name] for name, old in self._tensors.items() if name in tensors}
         self.module = copied_module(self.module, memo)
         self._tensors, self._tree = tensors, tree
@@ -101,7 +101,7 @@ class ParentModule:
     def _seen(self, name: str, parameter: nn.Parameter | None) -> Any:
         """Return a parameter as Python gets it: a stand-in that raises, if regions adapt it."""
         held = self._tensors.get(name)
-        return held if isinstance(held, _OutOfReach) else parameter
+        return held if isinstance(held, _AdaptedParameter) else parameter
 
     @contextmanager
     def recorded(self) -> Generator[list[RegionCall]]:
@@ -211,7 +211,7 @@ _UNCHANGED = frozenset(
 )
 
 
-class _OutOfReach:
+class _AdaptedParameter:
     """Replaces an adapted parameter in Python outside of the regions; computing with it raises.
 
     Python would read the parameter without its adapter. Properties that an adapter does not change
@@ -232,7 +232,7 @@ class _OutOfReach:
             raise self.refuse()
         return getattr(self.__dict__["parameter"], attribute)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OutOfReach:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _AdaptedParameter:
         return self
 
     @classmethod

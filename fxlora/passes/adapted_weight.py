@@ -25,7 +25,7 @@ def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
     Inits that start from the weight (PiSSA, OLoRA) have effective factors of rank 2r.
     """
     a, b = values[entry.name_a], values[entry.name_b]
-    for variant, held in entry.extras.items():
+    for variant, held in entry.variant_tensors.items():
         a, b = VARIANTS[variant].factors(entry.layout, a, b, *(values[name] for name in held))
     return a, b
 
@@ -52,7 +52,7 @@ def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
     """Return the factors (…, out) by which variants scale the outputs, one per scaling variant."""
     matrix = sum_matrix(entry, weight, values)
     gains: list[Any] = []
-    for variant, held in entry.extras.items():
+    for variant, held in entry.variant_tensors.items():
         if gain := VARIANTS[variant].gain:
             gains.append(gain(_constant(entry, matrix), *(values[name] for name in held)))
     return gains
@@ -65,21 +65,21 @@ def sum_matrix(entry: Entry, weight: Any, values: Values) -> Any:
         weight: W0, or the slice of it that the entry adapts.
     """
     a, b = factors(entry, values)
-    matrix = entry.layout.matrix(weight, entry.covered)
+    matrix = entry.layout.matrix(weight, entry.adapted_shape)
     # (…, d0, d1) + s · (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
-    return entry.layout.product(matrix, a, b, entry.scaling, entry.covered)
+    return entry.layout.product(matrix, a, b, entry.scaling, entry.adapted_shape)
 
 
 def _constant(entry: Entry, matrix: Any) -> Any:
     """Return V as (…, out, in), detached: variants treat it as a constant for gradients."""
-    return entry.layout.by_output(aten.detach.default(matrix), entry.covered)
+    return entry.layout.by_output(aten.detach.default(matrix), entry.adapted_shape)
 
 
 def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
     """Return the adapted weight, or the adapted slice, in the shape of `weight`."""
     matrix = sum_matrix(entry, weight, values)
-    for variant, held in entry.extras.items():
+    for variant, held in entry.variant_tensors.items():
         if gain := VARIANTS[variant].gain:
             found = gain(_constant(entry, matrix), *(values[name] for name in held))
-            matrix = aten.mul.Tensor(matrix, entry.layout.per_output(found, entry.covered))
-    return entry.layout.unmatrix(matrix, entry.covered)
+            matrix = aten.mul.Tensor(matrix, entry.layout.per_output(found, entry.adapted_shape))
+    return entry.layout.unmatrix(matrix, entry.adapted_shape)

@@ -15,7 +15,7 @@ from ..plan import Entry, scales_outputs
 from ..tables import some
 from .base import Pass
 from .remove import drop_adapters
-from .structure import Insertion, insertions, take_out
+from .structure import Insertion, insertions, remove_insertion
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FoldConstants(Pass):
                 if entry.parameter not in folded:
                     folded |= dict.fromkeys(entry.names, _evaluated(module, chain))
             for insertion in reversed(standing):
-                take_out(insertion)
+                remove_insertion(insertion)
         for name, parameter in folded.items():
             module.set_parameter(name, parameter)
         state = drop_adapters(module)

@@ -37,15 +37,17 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
             f"be initialized: {error} The weight must have a dtype that torch can compute in and, "
             "if the init uses its values, be finite. Convert it, or use another init."
         ) from error
-    a, b = entry.layout.packed(*started, entry.covered)
+    a, b = entry.layout.packed(*started, entry.adapted_shape)
     if entry.padding_idx is not None:
         # No gradient reaches this column: it stays zero, and W0's padding row stays unchanged.
         a.select(-1, entry.padding_idx).zero_()
     tensors = {entry.name_a: a, entry.name_b: b}
-    for variant, held in entry.extras.items():
-        before = entry.upto(variant)  # a variant starts from V with those before it applied
+    for variant, held in entry.variant_tensors.items():
+        before = entry.before_variant(
+            variant
+        )  # a variant starts from V with those before it applied
         adapted = sum_matrix(before, weight, tensors)  # (…, d0, d1)
-        by_output = entry.layout.by_output(adapted, entry.covered)
+        by_output = entry.layout.by_output(adapted, entry.adapted_shape)
         try:
             values = VARIANTS[variant].start(by_output, a, b)
         except ConfigError as error:
@@ -59,10 +61,10 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
 
 def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the initial A (…, r, in) and B (…, out, r), with kernel dimensions flattened."""
-    stack, d0, d1 = entry.layout.sizes(entry.covered)
+    stack, d0, d1 = entry.layout.sizes(entry.adapted_shape)
     size_i, size_o = (d0, d1) if entry.layout.in_first else (d1, d0)
     if start := STARTS.get(entry.init):
-        matrix = entry.layout.matrix(weight, entry.covered)
+        matrix = entry.layout.matrix(weight, entry.adapted_shape)
         by_output = matrix.mT if entry.layout.in_first else matrix  # (…, out, in)
         wide = by_output.to(torch.promote_types(weight.dtype, torch.float32))
         down, up = start(wide, entry.r, entry.scaling)

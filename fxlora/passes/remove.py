@@ -13,7 +13,7 @@ from ..fx.nested import nested_graph
 from ..module import CapturedModule
 from ..module.state import State
 from .base import Pass
-from .structure import insertions, take_out
+from .structure import insertions, remove_insertion
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Remove(Pass):
     def rewrite(self, module: CapturedModule) -> State:
         for graph in module.distinct_graphs():
             for insertion in reversed(insertions(module, graph)):
-                take_out(insertion)
+                remove_insertion(insertion)
         if self.restore:
             _restore(module)
         return drop_adapters(module)

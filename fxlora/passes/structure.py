@@ -73,7 +73,7 @@ def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
         branch = _Branch(entry, reader, reader.op, values, proxied).emitted(dropout)
         output = aten.add.Tensor(proxied(base), branch).node
     output.meta = dict(base.meta)  # loop ops check their outputs' example values for aliases
-    _stand_for(entry, "branch", base, output, readers)
+    _replace_by_adapter(entry, "branch", base, output, readers)
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,10 @@ def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
         proxied = _proxies(graph)
         values = _values(entry, graph, (), proxied)
         output = adapted_weight(entry, proxied(weight), values).node
-    _stand_for(entry, "weight", weight, output, readers)
+    _replace_by_adapter(entry, "weight", weight, output, readers)
 
 
-def _stand_for(
+def _replace_by_adapter(
     entry: Entry, form: str, base: fx.Node, output: fx.Node, readers: set[fx.Node]
 ) -> None:
     """Mark an adapter's last node, and replace the base by it in the base's earlier users."""
@@ -263,7 +263,7 @@ def _base(output: fx.Node, form: str, entry: Entry) -> fx.Node:
 # ---- taking out ---------------------------------------------------------------------------------
 
 
-def take_out(insertion: Insertion) -> None:
+def remove_insertion(insertion: Insertion) -> None:
     """Restore the graphs to their form before the insertion."""
     insertion.output.replace_all_uses_with(insertion.base)
     _erase_unused(insertion.output, insertion.base, insertion.path)
@@ -277,12 +277,12 @@ def _erase_unused(node: fx.Node, keep: fx.Node, path: Path) -> None:
         if source is keep or source.users:
             continue
         if source.op == "placeholder":
-            _withdraw(source, path)
+            _drop_operand(source, path)
         else:
             _erase_unused(source, keep, path)
 
 
-def _withdraw(given: fx.Node, path: Path) -> None:
+def _drop_operand(given: fx.Node, path: Path) -> None:
     """Stop passing an adapter's tensor into a nested graph where it is unused.
 
     It stays an operand if another graph of the same call uses it.
@@ -296,6 +296,6 @@ def _withdraw(given: fx.Node, path: Path) -> None:
     if operand.users:
         return
     if operand.op == "placeholder":
-        _withdraw(operand, path[:-1])
+        _drop_operand(operand, path[:-1])
     else:
         operand.graph.erase_node(operand)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..module import CapturedModule
 from ..module.state import State
 from .base import Pass
-from .structure import WeightNodes, insert_weight, insertions, take_out
+from .structure import WeightNodes, insert_weight, insertions, remove_insertion
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ToWeightForm(Pass):
         for graph in module.distinct_graphs():
             branches = [i for i in insertions(module, graph) if i.form == "branch"]
             for branch in reversed(branches):
-                take_out(branch)
+                remove_insertion(branch)
             weights = WeightNodes(graph)
             for entry in {b.entry.name_a: b.entry for b in branches}.values():
                 for node in weights.read(entry.names):

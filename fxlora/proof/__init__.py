@@ -22,8 +22,8 @@ from .weight_checks import (
     check_base,
     check_finite,
     check_shared_memory,
-    check_the_rest,
     check_ties,
+    check_unadapted,
     folded_weights,
 )
 
@@ -122,7 +122,7 @@ def _verified(
     check_shared_memory(module, folded)
     check_ties(module, folded)
     weights = folded_weights(module, folded)
-    check_the_rest(module, folded)
+    check_unadapted(module, folded)
     _check_identity(copied, base, args, kwargs)
     _copy_adapters(module, copied)
     error, tolerance = _output_error(copied, folded, args, kwargs)

@@ -68,9 +68,9 @@ def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor])
     size = (2 * entry.r + 2) * adapted_weight(unscaled, weight.abs(), largest)
     if not scaled:
         return size
-    stack = entry.layout.sizes(entry.covered)[0]
-    outputs = math.prod(stack) * entry.layout.features(entry.covered)[1]
-    features = math.prod(entry.covered) // outputs
+    stack = entry.layout.sizes(entry.adapted_shape)[0]
+    outputs = math.prod(stack) * entry.layout.features(entry.adapted_shape)[1]
+    features = math.prod(entry.adapted_shape) // outputs
     adapted = adapted_weight(entry, weight, tensors)
     gain = (adapted / adapted_weight(unscaled, weight, tensors)).nan_to_num().abs()
     return size * gain + (features + 4) * adapted.abs()

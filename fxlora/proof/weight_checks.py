@@ -125,7 +125,7 @@ def _weight_error(
     return error, bound
 
 
-def check_the_rest(module: CapturedModule, folded: CapturedModule) -> None:
+def check_unadapted(module: CapturedModule, folded: CapturedModule) -> None:
     """Raise unless parameters and buffers without adapters are equal after the fold."""
     adapted = {name for names in adapted_names(module).values() for name in names}
     ours, theirs = _tensors(module), _tensors(folded)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from ..fx.calls import is_torchs
+from ..fx.calls import is_torch_call
 from ..fx.effects import written_nodes
 from ..fx.nested import Call, call_of
 from .gradient_trials import passes_gradient
@@ -148,4 +148,4 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    return not (is_torchs(node) or isinstance(node.target, torch._ops.OperatorBase))
+    return not (is_torch_call(node) or isinstance(node.target, torch._ops.OperatorBase))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from ..fx.calls import example_value, frozen, is_torchs
+from ..fx.calls import example_value, frozen, is_torch_call
 
 # Exceptions that torch's ops raise for inputs that they do not support.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
@@ -24,7 +24,7 @@ def passes_gradient(node: fx.Node, source: fx.Node) -> bool:
     value = example_value(node)
     if value is not None and not (value.is_floating_point() or value.is_complex()):
         return False
-    if not (is_torchs(node) and _can_be_tried(node)):
+    if not (is_torch_call(node) and _can_be_tried(node)):
         return True
     try:
         key = node.op, node.target, frozen(node, lambda given: given is source)

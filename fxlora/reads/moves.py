@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from ..fx.calls import frozen, is_torchs
+from ..fx.calls import frozen, is_torch_call
 from ..fx.effects import written_nodes
 from ..fx.nested import Path, graph_around, operand_of
 from ..lora.layout import Layout, Shape
@@ -102,7 +102,7 @@ def moved(
         owner: the module that the outermost graph belongs to.
         path: the calls of nested graphs around the node, outermost first.
     """
-    way = _Way(weight, names, owner)
+    way = _OpChain(weight, names, owner)
     try:
         way.add(value, path)
         return way.viewed() or way.replayed()
@@ -149,7 +149,7 @@ class _Step:
         return function(*args, **kwargs)
 
 
-class _Way:
+class _OpChain:
     """The chain of ops from a weight to a read, as steps to run on stand-ins for the weight."""
 
     def __init__(self, weight: Tensor, names: frozenset[str], owner: nn.Module) -> None:
@@ -174,7 +174,7 @@ class _Way:
         outside = operand_of(path[-1], node) if path and node.op == "placeholder" else None
         if outside is not None:
             return self.add(outside, path[:-1])
-        if not is_torchs(node) or written_nodes(node, owner):
+        if not is_torch_call(node) or written_nodes(node, owner):
             raise _UnknownError
         given = {source: self.add(source, path) for source in node.all_input_nodes}
         self.steps.append(_Step(node, given))
@@ -235,7 +235,7 @@ class _Way:
             for step in self.steps:
                 values.append(replay.after(step, [*values, *constants]))
         last = values[-1]
-        if not isinstance(last, _Stand):
+        if not isinstance(last, _StandIn):
             return None
         entries = torch.where(last.entry, last.names, 0.0).long() - 1
         return _outcome(entries, self.shape, last.verbatim and self._keeps_dtype(), last.intact)
@@ -259,7 +259,7 @@ _KNOWN: dict[Hashable, Moved | None] = {}
 
 
 @dataclass(frozen=True, eq=False)
-class _Stand:
+class _StandIn:
     """Stand-ins for a tensor that depends on the weight, in both runs.
 
     Attributes:
@@ -287,13 +287,13 @@ class _Replay:
         sizes = torch.rand(entries + 1, generator=generator, dtype=torch.float64)
         self.table *= 10 ** (60 * sizes - 30)
 
-    def start(self, weight: Tensor) -> _Stand:
+    def start(self, weight: Tensor) -> _StandIn:
         """Return the stand-in for the weight itself, with the weight's strides."""
         shape, numbers = weight.shape, torch.arange(1, weight.numel() + 1, dtype=torch.float64)
         names = torch.empty_strided(shape, weight.stride(), dtype=torch.float64)
         names.copy_(numbers.reshape(shape))
         everywhere = torch.ones(shape, dtype=torch.bool)
-        return _Stand(names, self._values(names), everywhere, True, True)
+        return _StandIn(names, self._values(names), everywhere, True, True)
 
     def after(self, step: _Step, values: Sequence[Any]) -> Any:
         """Return the stand-in for a step's result, or the result if no input is a stand-in.
@@ -302,7 +302,7 @@ class _Replay:
             _UnknownError: the step neither moves data nor is pointwise, or draws random numbers.
         """
         given = [values[number] for number in step.given.values()]
-        stands = [v for value in given for v in _items(value) if isinstance(v, _Stand)]
+        stands = [v for value in given for v in _items(value) if isinstance(v, _StandIn)]
         if not stands:
             return _constant(step, values)
         verbatim = step.inert and len(stands) == len(given) and all(s.verbatim for s in stands)
@@ -328,9 +328,9 @@ class _Replay:
         entry = inside & (self._values(torch.where(inside, names, 0.0)) == values)
         if not bool((entry | (names == values)).all()):
             raise _UnknownError
-        return _Stand(names, values, entry, verbatim, intact)
+        return _StandIn(names, values, entry, verbatim, intact)
 
-    def _pointwise(self, step: _Step, given: Sequence[Any]) -> _Stand:
+    def _pointwise(self, step: _Step, given: Sequence[Any]) -> _StandIn:
         """Return the stand-in for a pointwise op, which leaves the entries in their positions.
 
         Raises:
@@ -342,12 +342,14 @@ class _Replay:
         tensors = (_side(value, "names") for value in given)
         shape = torch.broadcast_shapes(*(t.shape for t in tensors if isinstance(t, Tensor)))
         first, *others = (
-            torch.where(v.entry, v.names, 0.0).expand(shape) for v in given if isinstance(v, _Stand)
+            torch.where(v.entry, v.names, 0.0).expand(shape)
+            for v in given
+            if isinstance(v, _StandIn)
         )
         if not all(torch.equal(first, other) for other in others):
             raise _UnknownError
         entry = first > 0
-        return _Stand(first, torch.where(entry, self._values(first), 0.0), entry, False, False)
+        return _StandIn(first, torch.where(entry, self._values(first), 0.0), entry, False, False)
 
     def _values(self, names: Tensor) -> Tensor:
         return self.table[names.long()]
@@ -374,7 +376,7 @@ def _side(value: Any, side: str) -> Any:
     """Replace stand-ins by their tensors in one run: `names` or `values`."""
     if isinstance(value, list):
         return [_side(item, side) for item in value]  # pyright: ignore[reportUnknownVariableType]
-    return getattr(value, side) if isinstance(value, _Stand) else value
+    return getattr(value, side) if isinstance(value, _StandIn) else value
 
 
 def _wide(leaf: Any) -> Any:

@@ -33,13 +33,13 @@ class Reader:
         weight: the node of its operand: the weight, or a function of it.
         op: the row of its op in the table of ops, or None if it reads the weight in another way.
         kind: the op's name.
-        way: the kinds of the ops between the weight and the node; () if the node takes the weight
-            unchanged or, if the row allows that, transposed.
+        ops_between: the kinds of the ops between the weight and the node; () if the node takes the
+            weight unchanged or, if the row allows that, transposed.
         layout: the layout of the weight in this read, or None if unknown.
         moved: where the entries of the weight are in the operand, or None if unknown.
         call_site: path of the module whose forward made the call, as far as capture knows.
         line: `file:line` of the call, or "".
-        alone: whether the node depends on parameters and buffers only.
+        weights_only: whether the node depends on parameters and buffers only.
         other_weight: whether the op's other operand is computed from parameters, not from inputs.
         untrained: why this read passes no gradient to the weight, or "".
         path: the calls of nested graphs around the node, outermost first.
@@ -52,10 +52,10 @@ class Reader:
     kind: str
     call_site: str
     line: str
-    way: tuple[str, ...] = ()
+    ops_between: tuple[str, ...] = ()
     layout: Layout | None = None
     moved: Moved | None = None
-    alone: bool = False
+    weights_only: bool = False
     other_weight: bool = False
     untrained: str = ""
     path: Path = ()
@@ -69,7 +69,7 @@ class Reader:
     @property
     def through(self) -> str:
         """The kind of the first op between the weight and the node, or ""."""
-        return self.way[0] if self.way else ""
+        return self.ops_between[0] if self.ops_between else ""
 
     @property
     def branch(self) -> Op | None:
@@ -147,7 +147,7 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class _Way:
+class _OpChain:
     """The chain of ops by which a value is computed from a weight.
 
     Attributes:
@@ -160,14 +160,14 @@ class _Way:
     ops: tuple[str, ...] = ()
     cut: str = ""
 
-    def into(self, call: Call) -> _Way:
+    def into(self, call: Call) -> _OpChain:
         """Return the chain as seen in the nested graphs of a call."""
         return dataclasses.replace(self, path=(*self.path, call))
 
-    def over(self, op: fx.Node, value: fx.Node) -> _Way:
+    def over(self, op: fx.Node, value: fx.Node) -> _OpChain:
         """Return the chain extended by `op`, which takes `value`."""
         cut = self.cut or ("" if passes_gradient(op, value) else kind_of(op))
-        return _Way(self.path, (*self.ops, kind_of(op)), cut)
+        return _OpChain(self.path, (*self.ops, kind_of(op)), cut)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,9 @@ class _Walk:
     weight: torch.Tensor
     done: set[tuple[fx.Node, str]] = field(default_factory=set[tuple[fx.Node, str]])
 
-    def follow(self, value: fx.Node, owner: nn.Module, way: _Way = _Way()) -> Iterator[Reader]:
+    def follow(
+        self, value: fx.Node, owner: nn.Module, way: _OpChain = _OpChain()
+    ) -> Iterator[Reader]:
         for user in sorted(value.users):
             if reads_no_values(user, value) or user not in self.seen.flow.live:
                 continue
@@ -200,7 +202,7 @@ class _Walk:
             else:
                 yield self._reader(user, value, way)
 
-    def _goes_on(self, node: fx.Node, value: fx.Node, way: _Way) -> bool:
+    def _goes_on(self, node: fx.Node, value: fx.Node, way: _OpChain) -> bool:
         """Whether the search goes on at the users of a call.
 
         It does if the call computes a function of weights only. It ends at a product that a branch
@@ -217,18 +219,20 @@ class _Walk:
         constants = node in self.seen.constants(node.graph)
         return constants or (node.op != "output" and node.all_input_nodes == [value])
 
-    def _moved(self, node: fx.Node, way: _Way) -> Moved | None:
+    def _moved(self, node: fx.Node, way: _OpChain) -> Moved | None:
         names = frozenset((self.name,))
         return moved(node, self.weight, names, self.seen.module, way.path)
 
     @staticmethod
-    def _is_plain(row: Op | None, given: Moved | None, way: _Way) -> bool:
+    def _is_plain(row: Op | None, given: Moved | None, way: _OpChain) -> bool:
         """Whether the op takes the weight in a form that a branch may be added for."""
         if given is None or way.cut:
             return False
-        return given.same or (given.transposed and row is not None and row.turned is not None)
+        return given.same or (
+            given.transposed and row is not None and row.transposed_kind is not None
+        )
 
-    def _reader(self, node: fx.Node, value: fx.Node, way: _Way) -> Reader:
+    def _reader(self, node: fx.Node, value: fx.Node, way: _OpChain) -> Reader:
         row, given = row_of(node, value), self._moved(value, way)
         read = given and layout_given(node, value, row, given.dims)
         layout = given.layout(read) if given and read else None
@@ -238,15 +242,15 @@ class _Walk:
         ops = () if self._is_plain(row, given, way) else way.ops
         if ops and _grows(value, self.weight):
             row = None  # a magnitude or mask, broadcast over a weight: not a layer's weight
-        turned = row.turned if row and given and given.transposed and not ops else None
+        turned = row.transposed_kind if row and given and given.transposed and not ops else None
         found = _reader(node, value, row, way.path)
         return dataclasses.replace(
             found,
             kind=turned or found.kind,
-            way=ops,
+            ops_between=ops,
             layout=layout,
             moved=given,
-            alone=alone,
+            weights_only=alone,
             other_weight=row is not None and self._other_weight(row, node, value, way.path),
             untrained=self._untrained(node, value, way, given),
         )
@@ -263,7 +267,7 @@ class _Walk:
             ahead += [user for user in value.users if user in constants and user not in met]
         return False
 
-    def _untrained(self, node: fx.Node, value: fx.Node, way: _Way, given: Moved | None) -> str:
+    def _untrained(self, node: fx.Node, value: fx.Node, way: _OpChain, given: Moved | None) -> str:
         """Return why a read passes no gradient to the weight, or ""."""
         flow = self.seen.flow
         if given and not all(len(coordinates) for coordinates in given.reached):
@@ -305,7 +309,7 @@ def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
         key = (reader.node, reader.weight, reader.path)
         before = found.setdefault(key, reader)
         # If no gradient passes one of two chains, only the weight form has the right gradients.
-        through = next((r for r in (before, reader) if r.way), before)
+        through = next((r for r in (before, reader) if r.ops_between), before)
         found[key] = dataclasses.replace(through, untrained=before.untrained and reader.untrained)
     yield from found.values()
 

@@ -49,7 +49,7 @@ class Site:
         dtype: dtype of the weight.
         readers: the nodes that read it, in all graphs.
         writer: a node that writes to it, or None.
-        taken_together: whether it was merged from several sites, which one rule adapts.
+        merged: whether it was merged from several sites, which one rule adapts.
         overlaps: names of other parameters, buffers and constants that share its memory.
         outside: where Python reads it outside of every captured region ("" if nothing was seen
             to read it), or None if only graphs read it.
@@ -69,14 +69,14 @@ class Site:
     dtype: torch.dtype
     readers: tuple[Reader, ...] = field(repr=False)
     writer: Reader | None = field(repr=False)
-    taken_together: bool = False
+    merged: bool = False
     overlaps: tuple[str, ...] = ()
     outside: str | None = None
 
     @property
     def inseparable(self) -> bool:
         """Whether the reads of a tied weight cannot be assigned to its names by their modules."""
-        return len(self.names) > 1 and not self.tied and not self.taken_together
+        return len(self.names) > 1 and not self.tied and not self.merged
 
     @property
     def parameters(self) -> int:
@@ -196,7 +196,7 @@ def merged(sites: Sequence[Site]) -> Site:
         tied=tuple(name for name in first.tied if name not in names),
         aliases=aliases,
         readers=readers,
-        taken_together=True,
+        merged=True,
         **described,
     )
 
@@ -269,7 +269,7 @@ def _padding_idx(readers: tuple[Reader, ...], rows: int) -> int | None:
 def _main_reader(readers: tuple[Reader, ...]) -> Reader | None:
     """Return the read that determines the site's op: a product with data if there is one."""
     known = [reader for reader in readers if reader.op]
-    with_data = [reader for reader in known if not reader.alone]
+    with_data = [reader for reader in known if not reader.weights_only]
     return next(iter((*with_data, *known, *readers)), None)
 
 

@@ -86,9 +86,9 @@ def gather_checkpoints(
     if buffers is None:
         buffers = [node for node in module.graph.nodes if node.op == "get_attr"]
     cut = [
-        _cut_out(module, nodes, buffers, f"checkpoint_{'_'.join(map(str, mark))}")
+        _extract_region(module, nodes, buffers, f"checkpoint_{'_'.join(map(str, mark))}")
         for mark, marked in regions.items()
-        if _stands_alone(nodes := _closed(marked))
+        if _can_be_one_call(nodes := _closed(marked))
     ]
     for call in filter(None, (call_of(node, module) for node in module.graph.nodes)):
         for nested in call.graphs:
@@ -125,7 +125,7 @@ def _closed(marked: list[fx.Node]) -> list[fx.Node]:
     return sorted(nodes)
 
 
-def _stands_alone(nodes: list[fx.Node]) -> bool:
+def _can_be_one_call(nodes: list[fx.Node]) -> bool:
     """Whether the nodes can become one call, placed where the last of them is."""
     inside, last = set(nodes), nodes[-1]
     if last.op in ("placeholder", "output"):
@@ -133,7 +133,7 @@ def _stands_alone(nodes: list[fx.Node]) -> bool:
     return all(user in inside or last < user for node in nodes for user in node.users)
 
 
-def _cut_out(
+def _extract_region(
     module: fx.GraphModule, nodes: list[fx.Node], buffers: Collection[fx.Node], name: str
 ) -> fx.GraphModule:
     """Replace nodes of a graph by a checkpointed call of a nested graph, and return that graph."""

@@ -89,7 +89,7 @@ class Functions:
         call = self.calls[number]
         self.inside = True
         try:
-            with torch.no_grad(), _Own(call, values):
+            with torch.no_grad(), _RefuseOutsideTensors(call, values):
                 result = call(*values)
         finally:
             self.inside = False
@@ -180,7 +180,7 @@ def _is_open(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor | torch.SymInt | fx.Proxy)
 
 
-class _Own(TorchDispatchMode):
+class _RefuseOutsideTensors(TorchDispatchMode):
     """Refuse a Function's forward that reads tensors other than its arguments, or writes to those.
 
     The graph would not show that the Function reads a weight which it reaches through a closure.
