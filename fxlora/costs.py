@@ -68,13 +68,13 @@ class _Totals:
 def report(x: Plan | CapturedModule, format: str = "table") -> str:
     r"""Report how many parameters and how much training memory a plan saves.
 
-    Only shapes are needed, so it works on the meta device. With the number of parameters |W| of a
-    site's weight and |A| + |B| of its adapter, the report gives for each site
+    Only shapes are needed, so it works on the meta device. With the numbers of parameters w of a
+    site's weight, and a of its adapter, the report gives for each site::
 
-        fewer = 100 · (1 - (|A| + |B|) / |W|), in percent
-        factor = |W| / (|A| + |B|)
+        fewer = 100 · (1 - a / w), in percent
+        factor = w / a
 
-    and for the whole model, where the adapters and the parameters trained in full are trainable,
+    and for the whole model, where the adapters and the parameters trained in full are trainable::
 
         trainable % = 100 · trainable / (model + A and B)
         gradients + Adam state = 3 · itemsize · trainable, in bytes

@@ -132,6 +132,12 @@ class Entry:
         _check(shape, f"shape of '{self.site}' must be a tuple of sizes, not {shown(self.shape)}")
 
     def _check_tables(self) -> None:
+        unknown = set(self.variants) - set(VARIANTS) if isinstance(self.variants, tuple) else set()
+        _check(
+            not unknown,
+            f"'{self.site}' has the variant {some(map(str, unknown))}, which this process does not "
+            "know: register it first (fxlora.register_variant)",
+        )
         variants = isinstance(self.variants, tuple) and list(self.variants) == [
             name for name in VARIANTS if name in self.variants
         ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# pytest attaches its handlers to loggers that do not propagate. With a handler, torch's trace
+# writes a record for each symbol and each tensor of a capture.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

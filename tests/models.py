@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import fxlora
 
 
 class Mlp(nn.Module):
@@ -121,3 +126,23 @@ class Several(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [part(x) for part in self.parts]
+
+
+@functools.cache
+def gpt2() -> tuple[nn.Module, dict[str, Any], fxlora.CapturedModule]:
+    """Return a GPT-2 of one layer in float64, its keyword arguments, and its capture.
+
+    All tests of GPT-2 share them, because no verb changes its argument.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers is optional")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 24, "n_head": 3, "n_positions": 8, "n_inner": 40}
+    tokens = {"vocab_size": 53, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.GPT2Config(**sizes, **tokens, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.ndim > 1 else None
+    ids = torch.randint(3, 53, (2, 7))
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return model, kwargs, fxlora.capture(model, (), kwargs)

@@ -764,3 +764,45 @@ def test_files_of_any_bytes_are_typed(tmp_path: Path, file: str, content: bytes)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(AdapterError, match="damaged"):
         fxlora.load_adapter(captured(model, args), tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_peft_starts_embeddings_at_zero_whatever_the_init(init: str, tmp_path: Path) -> None:
+    """PEFT's PiSSA and OLoRA change the weights of linear layers only."""
+    peft = pytest.importorskip("peft", reason="peft is optional")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.lin = nn.Embedding(11, 6), nn.Linear(6, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.lin(self.emb(ids))
+
+    model, ids = Model(), torch.randint(11, (3, 5))
+    config = peft.LoraConfig(r=2, target_modules=["emb", "lin"], init_lora_weights=init)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(str(tmp_path))
+    expected = theirs(ids)
+    assert not torch.allclose(expected, model(ids), atol=1e-2)
+    lora = fxlora.load_adapter(fxlora.capture(model, ids), tmp_path)
+    assert torch.allclose(lora(ids), expected, atol=1e-5)
+
+
+def test_a_folder_that_peft_reads_in_another_way_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    """PEFT pads a reflecting convolution's branch with zeros."""
+    peft = pytest.importorskip("peft", reason="peft is optional")
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"))
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(str(tmp_path))
+    gm = fxlora.capture(model, torch.randn(2, 3, 6, 7))
+    with pytest.warns(fxlora.FxLoraWarning, match="PEFT computes another result .*padding"):
+        lora = fxlora.load_adapter(gm, tmp_path)
+    x = torch.randn(2, 3, 6, 7)
+    assert torch.allclose(fxlora.fold(lora).eval()(x), lora.eval()(x), atol=1e-5)
+    assert not torch.allclose(lora(x), theirs.eval()(x), atol=1e-3)

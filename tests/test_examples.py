@@ -1,25 +1,61 @@
 """Every example runs as a user would run it, and prints the results that it is meant to show."""
 
+from __future__ import annotations
+
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICK = ("--quick", "--batch", "8", "--pretrain-steps", "2", "--steps", "3", "--rounds", "1")
+SMALL = "resnet_of_four_blocks"
 
 
-def test_demo(tmp_path):
+@pytest.fixture(autouse=True)
+def _no_fused_attention() -> None:
+    """Override the fixture of conftest.py: as for users, fused kernels are on."""
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run an example as the main module of this process, and return its output."""
+
+    def call(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the demo sets what it sees unset
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ResNet with half of the blocks stands for the demo's own."""
     for package in ("torchvision", "sklearn", "tqdm"):
         pytest.importorskip(package)
-    said = run("demo.py", "--quick", "--out", str(tmp_path))
+    from torchvision.models import _api, resnet
+
+    def small(weights: None = None) -> torch.nn.Module:
+        return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+
+    monkeypatch.setitem(_api.BUILTIN_MODELS, SMALL, small)
+    said = run("demo.py", *QUICK, "--model", SMALL, "--out", str(tmp_path))
     for graph in ("base", "unfolded", "folded"):
         assert re.search(rf"^{graph} +[\d.]+ +[\d.]+$", said, re.M)
     for row in ("before: new head, untrained", "new head only", "LoRA, new head"):
         assert re.search(rf"^{row} +[\d.]+%$", said, re.M)
-    assert "all 20 adapters change the output" in said
+    assert "all 12 adapters change the output" in said
     assert re.search(r"checked: a process without fxlora loaded .*/model\.pt2: 224 held-out", said)
     assert re.search(r"checked: base \+ .*/adapter is the trained module: .* bit for bit", said)
     assert "has kept every tensor, bit for bit" in said
@@ -28,7 +64,7 @@ def test_demo(tmp_path):
     assert written == {"model.pt2"} | adapter
 
 
-def test_quickstart():
+def test_quickstart(run: Run) -> None:
     assert len((EXAMPLES / "quickstart.py").read_text(encoding="utf-8").splitlines()) < 40
     said = run("quickstart.py")
     assert_loss_goes_down(said)
@@ -36,7 +72,7 @@ def test_quickstart():
     assert "folded graphs are the captured ones, node for node" in said
 
 
-def test_rules_by_shape():
+def test_rules_by_shape(run: Run) -> None:
     said = run("rules_by_shape.py")
     taken = re.findall(r"^(\S+) .* branch +(\d+) +\d+ +[\d,]+ +(\d+)$", said, re.M)
     assert taken == [  # site, r, the first rule that matches
@@ -50,7 +86,7 @@ def test_rules_by_shape():
     assert "the plan read back from TOML is the same: True" in said
 
 
-def test_from_peft():
+def test_from_peft(run: Run) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     said = run("from_peft.py")
@@ -59,7 +95,7 @@ def test_from_peft():
     assert float(error.group(1)) < 1e-5
 
 
-def test_transformer():
+def test_transformer(run: Run) -> None:
     pytest.importorskip("transformers")
     said = run("transformer.py")
     assert_loss_goes_down(said)
@@ -68,18 +104,22 @@ def test_transformer():
     assert "the same logits bit for bit: True" in said
 
 
-def run(name: str, *arguments: str) -> str:
-    """Run an example and return its output; on one thread, as other tests run in parallel."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_as_a_process_of_its_own(name: str, tmp_path: Path) -> None:
+    """Run an example as a user does; on one thread, as other tests run in parallel."""
+    for package in ("torchvision", "sklearn", "tqdm", "transformers", "peft"):
+        pytest.importorskip(package)
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(EXAMPLES / name), *(["--quick"] if name == "demo.py" else [])],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def assert_loss_goes_down(said: str) -> None:

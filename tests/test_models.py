@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +14,11 @@ import fxlora
 from fxlora import LoraConfig, Rule
 
 from .laws import check_laws, run
+from .models import gpt2
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is optional")
 
 LAYERS = [Rule(op=["conv*", "linear"], lora=LoraConfig(r=2, lora_alpha=3))]
-SIZES = {"vit_b_16": {"image_size": 48}}
-
-
 def seen(model: nn.Module) -> nn.Module:
     """Draw vectors and layer scales from [0.5, 1), so that no gate near zero hides an effect."""
     with torch.no_grad():
@@ -28,17 +28,88 @@ def seen(model: nn.Module) -> nn.Module:
     return model
 
 
+# torchvision's own classes, with few and narrow layers; each has every kind of block of its family.
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.resnet.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=7
+    )
+
+
+def vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=32,
+        patch_size=16,
+        num_layers=1,
+        num_heads=3,
+        hidden_dim=36,
+        mlp_dim=60,
+        num_classes=7,
+    )
+
+
+def swin() -> nn.Module:
+    return torchvision.models.swin_transformer.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=12,
+        depths=[2],  # the second block shifts its windows
+        num_heads=[2],
+        window_size=[3, 3],
+        num_classes=7,
+    )
+
+
+def convnext() -> nn.Module:
+    block = torchvision.models.convnext.CNBlockConfig
+    return torchvision.models.ConvNeXt([block(12, 20, 1), block(20, None, 1)], num_classes=7)
+
+
+def mobilenet() -> nn.Module:
+    v3 = torchvision.models.mobilenetv3
+    block = functools.partial(v3.InvertedResidualConfig, width_mult=1.0)
+    settings = [
+        block(16, 3, 16, 24, True, "RE", 2, 1),
+        block(24, 5, 40, 24, False, "HS", 1, 2),  # with a residual
+    ]
+    return v3.MobileNetV3(settings, last_channel=40, num_classes=7)
+
+
+def efficientnet() -> nn.Module:
+    net = torchvision.models.efficientnet
+    settings = [
+        net.FusedMBConvConfig(2, 3, 2, 8, 16, 1),
+        net.MBConvConfig(4, 5, 1, 16, 16, 1),  # with a residual
+    ]
+    return net.EfficientNet(settings, dropout=0.2, last_channel=40, num_classes=7)
+
+
+SMALL = (resnet, vit, swin, convnext, mobilenet, efficientnet)
+
+
+@pytest.mark.parametrize("make", SMALL)
+def test_torchvision(make: Callable[[], nn.Module]) -> None:
+    height = 32 if make is vit else 40
+    check_vision(make(), torch.randn(2, 3, height, 32, dtype=torch.float64))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "mobilenet_v3_small", "convnext_tiny", "efficientnet_b0", "vit_b_16", "swin_t"],
 )
-def test_torchvision(name: str) -> None:
-    model = torchvision.models.get_model(name, num_classes=7, **SIZES.get(name, {}))
-    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+def test_torchvisions_own_sizes(name: str) -> None:
+    sizes = {"image_size": 48} if name == "vit_b_16" else {}
+    model = torchvision.models.get_model(name, num_classes=7, **sizes)
+    check_vision(model, torch.randn(2, 3, 48, 48, dtype=torch.float64))
+
+
+def check_vision(model: nn.Module, x: torch.Tensor) -> None:
     gm, lora = check_laws(seen(model), (x,), rules=LAYERS)
-    assert len(lora.plan) == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in model.modules()) or (
-        name == "vit_b_16"  # its attention's packed weight belongs to no Linear
-    )
+    layers = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in model.modules())
+    vit = isinstance(model, torchvision.models.VisionTransformer)
+    # The packed weight of a ViT's attention belongs to no Linear.
+    assert vit or len(lora.plan) == layers
     check_batch_is_dynamic(gm, model, x)
 
 
@@ -49,49 +120,43 @@ def check_batch_is_dynamic(gm: Any, model: nn.Module, x: torch.Tensor) -> None:
         assert torch.equal(found[0], expected[0])
 
 
-def language_model(kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is optional")
-    common = {"vocab_size": 53, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_layer=2, n_embd=24, n_head=3, n_positions=32, n_inner=40, **common
-        )
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        config = transformers.LlamaConfig(
-            num_hidden_layers=2,
-            hidden_size=24,
-            intermediate_size=40,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            **common,
-        )
-        model = transformers.LlamaForCausalLM(config)
-    model.config.use_cache = False
-    return model
-
-
-@pytest.mark.parametrize(
-    ("kind", "targets", "sites"),
-    [
-        ("gpt2", ["c_attn", "c_proj", "c_fc"], 8),
-        ("gpt2", ["wte"], 1),
-        ("llama", ["q_proj", "v_proj", "embed_tokens"], 5),
-        ("llama", "all-linear", 14),
-    ],
-)
-def test_transformers(kind: str, targets: Any, sites: int) -> None:
-    ids = torch.randint(3, 53, (2, 7))
-    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    rules = LoraConfig(r=2, lora_alpha=3, target_modules=targets)
-    gm, lora = check_laws(language_model(kind), (), kwargs, rules=rules)
-    assert len(lora.plan) == sites
-    assert {entry.form for entry in lora.plan} == {"branch"}
+def check_targets(
+    model: nn.Module, kwargs: dict[str, Any], gm: Any, targets: list[tuple[Any, int]]
+) -> None:
+    for names, sites in targets:
+        rules = LoraConfig(r=2, lora_alpha=3, target_modules=names)
+        _, lora = check_laws(model, (), kwargs, rules=rules, capture=lambda _: gm)
+        assert len(lora.plan) == sites
+        assert {entry.form for entry in lora.plan} == {"branch"}
     assert gm(**kwargs).loss.ndim == 0
 
 
+def test_gpt2() -> None:
+    check_targets(*gpt2(), [(["c_attn", "c_proj", "c_fc"], 4), (["wte"], 1)])
+
+
+def test_llama() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is optional")
+    config = transformers.LlamaConfig(
+        num_hidden_layers=1,
+        hidden_size=24,
+        intermediate_size=40,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        vocab_size=53,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config).double()
+    ids = torch.randint(3, 53, (2, 7))
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    gm = fxlora.capture(model, (), kwargs)
+    every = [(["q_proj", "v_proj", "embed_tokens"], 3), ("all-linear", 7)]
+    check_targets(model, kwargs, gm, every)
+
+
 def test_trained_batch_norm_and_head_survive_the_fold() -> None:
-    model = torchvision.models.resnet18(num_classes=3)
+    model = resnet()
     x = torch.randn(4, 3, 32, 32)
     config = LoraConfig(r=2, target_modules=["conv1", "conv2"], modules_to_save=["fc"])
     lora = fxlora.adapt(model, x, rules=config).train()

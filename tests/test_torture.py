@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import pytest
 import torch
 
 import fxlora
 
 from .patterns import PATTERNS
-from .torture import judge_fxlora, judge_peft
+from .torture import CHECKS, judge_fxlora, judge_peft
 
 MEASURED = [name for name, pattern in PATTERNS.items() if pattern.measured]
 
@@ -18,24 +21,50 @@ def _no_fused_attention() -> None:
     """Override the fixture of conftest.py: as for users, fused kernels are on, and bypass PEFT."""
 
 
+HEAVY = (  # seconds each; the quick run has smaller patterns of attention
+    "F.multi_head_attention_forward",
+    "MultiheadAttention with kdim and vdim",
+    "Swin: functional attention",
+    "TransformerDecoder: attention to memory",
+    "ViT: out_proj of nn.MultiheadAttention",
+)
+# The quick run exports every fifth pattern, and all those that must refuse it.
+EXPORTED = {*[*PATTERNS][::5], *(p.name for p in PATTERNS.values() if not p.exportable)} - {*HEAVY}
+
+
+def some(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
+
+
 @pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", some(PATTERNS, HEAVY))
 def test_right_or_a_typed_error(name: str) -> None:
+    judge(name, CHECKS if name in EXPORTED else [check for check in CHECKS if check != "exports"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name not in EXPORTED])
+def test_exports(name: str) -> None:
+    judge(name, ["exports"])
+
+
+def judge(name: str, checks: Collection[str]) -> None:
     pattern = PATTERNS[name]
     if torch.__version__ < pattern.since:
         pytest.skip("this torch cannot run it, or not save it")
-    judgement = judge_fxlora(pattern)
+    judgement = judge_fxlora(pattern, checks)
     if pattern.expects:
         assert judgement.verdict == "refused", judgement
         assert isinstance(judgement.error, pattern.expects), judgement.note
         return
     wrong = {check: outcome for check, outcome in judgement.cells.items() if outcome.note}
-    if not pattern.exportable:
+    if not pattern.exportable and "exports" in checks:
         assert isinstance(wrong.pop("exports").error, fxlora.ExportError)
     assert not wrong
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", some(MEASURED, HEAVY))
 def test_what_is_said_of_peft(name: str) -> None:
     """With target_modules. If a newer PEFT fixes a case, our claim about it is out of date."""
     pytest.importorskip("peft", reason="peft is optional")

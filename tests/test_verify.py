@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -16,22 +17,30 @@ from torch import nn
 
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
+from fxlora.lora.ops import OPS
 from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
 from .laws import randomise
-from .models import Convolutions, Normed, Readers, Tied
+from .models import Convolutions, Mlp, Normed, Readers, Tied
 from .patterns import PATTERNS
 
 R = LoraConfig(r=2, lora_alpha=3)
 
 
-@pytest.fixture
-def lora() -> fxlora.CapturedModule:
+@functools.cache
+def _sound() -> fxlora.CapturedModule:
+    torch.manual_seed(0)
     rules = Rule(["conv", "twice", "first", "second"], lora=R)
     result = fxlora.adapt(Normed(), torch.randn(2, 3, 9, 7), rules=rules)
     randomise(result)
     return result
+
+
+@pytest.fixture
+def lora() -> fxlora.CapturedModule:
+    """Return a copy of one adapted module for each test, which may damage it."""
+    return copy.deepcopy(_sound())
 
 
 X = torch.randn(3, 3, 9, 7)
@@ -149,7 +158,14 @@ def prove(lora: fxlora.CapturedModule) -> None:
 
 
 def readers_lora() -> tuple[fxlora.CapturedModule, tuple[torch.Tensor, torch.Tensor]]:
-    """Return an adapted module with both forms, and with dropout, so that the modes differ."""
+    """Return a copy of an adapted module with both forms, whose modes differ by dropout."""
+    lora, args = _readers_lora()
+    return copy.deepcopy(lora), args
+
+
+@functools.cache
+def _readers_lora() -> tuple[fxlora.CapturedModule, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
     args = (torch.randn(3, 5, dtype=torch.float64), torch.randint(13, (3, 4)))
     dropped = LoraConfig(r=2, lora_alpha=3, lora_dropout=0.2)
     rules = [Rule("functional", lora=dropped), Rule(lora=R)]
@@ -516,28 +532,50 @@ def trained(model: nn.Module, x: torch.Tensor, std: float, **config: Any) -> fxl
     return lora
 
 
-@pytest.mark.parametrize("alpha", [1, 256])
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+# Each with the adapters' alpha, and whether the first layer's gradient underflows to zero.
+DEEP = [
+    (F32, 3, nn.Tanh, False, 1, False),
+    (F32, 3, nn.Tanh, False, 256, False),
+    (F32, 65, nn.Sigmoid, False, 1, True),
+    (F32, 20, nn.Identity, False, 256, False),
+    (F32, 6, nn.Softsign, True, 256, False),
+    (BF16, 8, nn.Tanh, False, 256, False),
+    (BF16, 12, nn.GELU, True, 256, False),
+    (F16, 12, nn.Sigmoid, False, 1, True),
+    (F16, 12, nn.ReLU, True, 256, False),
+    (F64, 6, nn.Softmax, False, 256, False),
+]
+DEEPER = [
+    (F32, 12, nn.Sigmoid, False, 256, False),
+    (F32, 60, nn.Identity, False, 1, False),
+    (F32, 60, nn.Identity, False, 256, False),
+    (F32, 200, nn.ReLU, False, 1, True),
+    (F32, 200, nn.ReLU, False, 256, True),
+    (F32, 12, nn.Softsign, True, 1, False),
+    (BF16, 12, nn.Tanh, False, 1, False),
+    (BF16, 40, nn.GELU, True, 1, False),
+    (BF16, 40, nn.GELU, True, 256, False),
+    (F16, 12, nn.Sigmoid, False, 256, True),
+    (F16, 40, nn.ReLU, True, 1, False),
+    (F16, 40, nn.ReLU, True, 256, False),
+    (F64, 6, nn.Softmax, False, 1, False),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "depth", "act", "norm"),
-    [
-        (torch.float32, 3, nn.Tanh, False),
-        (torch.float32, 12, nn.Sigmoid, False),
-        (torch.float32, 60, nn.Identity, False),
-        (torch.float32, 200, nn.ReLU, False),  # the gradients of the first layers underflow
-        (torch.float32, 12, nn.Softsign, True),
-        (torch.bfloat16, 12, nn.Tanh, False),
-        (torch.bfloat16, 40, nn.GELU, True),
-        (torch.float16, 12, nn.Sigmoid, False),
-        (torch.float16, 40, nn.ReLU, True),
-        (torch.float64, 6, nn.Softmax, False),
-    ],
+    ("dtype", "depth", "act", "norm", "alpha", "underflows"),
+    [*DEEP, *(pytest.param(*case, marks=pytest.mark.slow) for case in DEEPER)],
 )
 def test_what_saturates_or_underflows_is_no_dead_adapter(
-    dtype: torch.dtype, depth: int, act: Any, norm: bool, alpha: int
+    dtype: torch.dtype, depth: int, act: Any, norm: bool, alpha: int, underflows: bool
 ) -> None:
     x = torch.randn(4, 16).to(dtype)
     kind = (lambda: nn.Softmax(-1)) if act is nn.Softmax else act
     model = deep(depth, kind, norm=norm).to(dtype)
+    model(x).float().square().sum().backward()
+    assert underflows is not bool(model[0].weight.grad.any())
+    model.zero_grad()
     found = fxlora.verify(trained(model, x, 0.02, r=2, lora_alpha=alpha), x)
     assert len(found.sites) == depth
     assert all(check.effect > 0 and check.gradient_a > 0 for check in found.sites)
@@ -548,7 +586,7 @@ def test_a_dead_adapter_in_a_deep_stack_is_still_found(act: type[nn.Module]) -> 
     class Blocked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.live, self.dead, self.last = deep(30, act), deep(2, act), nn.Linear(16, 3)
+            self.live, self.dead, self.last = deep(12, act), deep(2, act), nn.Linear(16, 3)
             self.register_buffer("nothing", torch.zeros(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -604,3 +642,20 @@ def test_inputs_that_the_model_writes_to_stay_as_they_are() -> None:
     before = x.clone()
     fxlora.verify(lora, x)
     assert torch.equal(x, before)
+
+
+def test_a_registered_branch_that_is_wrong_is_noticed_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overload = torch.ops.aten.linear.default
+    row = OPS[overload, 1]
+    x = torch.randn(4, 5)
+    lora = fxlora.adapt(Mlp(), x, rules=Rule("up", lora=R))
+    fxlora.verify(lora, x)
+    doubled = dataclasses.replace(
+        row, branch=lambda read, a, b: torch.ops.aten.mul.Tensor(row.branch(read, a, b), 2)
+    )
+    monkeypatch.setitem(OPS, (overload, 1), doubled)
+    lora = fxlora.adapt(Mlp(), x, rules=Rule("up", lora=R))
+    with pytest.raises(VerificationError, match="folded and unfolded outputs differ"):
+        fxlora.verify(lora, x)

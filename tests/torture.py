@@ -29,7 +29,7 @@ import operator
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ class Judgement:
         return counts["right"], -counts["silent"], -counts["crash"]
 
 
-def judge_fxlora(pattern: Pattern) -> Judgement:
-    return _judge(lambda: FxLora(pattern))
+def judge_fxlora(pattern: Pattern, checks: Collection[str] = CHECKS) -> Judgement:
+    return _judge(lambda: FxLora(pattern), checks)
 
 
 def judge_peft(pattern: Pattern) -> list[Judgement]:
@@ -103,24 +103,25 @@ def best(judgements: list[Judgement]) -> Judgement:
     return max(judgements, key=Judgement.score)
 
 
-def _judge(make: Callable[[], Side]) -> Judgement:
+def _judge(make: Callable[[], Side], checks: Collection[str] = CHECKS) -> Judgement:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cells = _cells(make)
+        cells = _cells(make, checks)
     said = [str(w.message) for w in caught if {"peft", "checkpoint.py"} & {*Path(w.filename).parts}]
     return Judgement(cells, next((text for text in said if "fan_in_fan_out" not in text), ""))
 
 
-def _cells(make: Callable[[], Side]) -> dict[str, Outcome]:
+def _cells(make: Callable[[], Side], checks: Collection[str]) -> dict[str, Outcome]:
     try:
         side = make()
     except Exception as error:  # noqa: BLE001 - any error is an outcome
         # PEFT raises the latter two on purpose; any other error is a crash.
         meant = isinstance(error, fxlora.FxLoraError | ValueError | NotImplementedError)
         outcome = Outcome("refused" if meant else "crash", _line(error), error)
-        return dict.fromkeys(CHECKS, outcome)
-    checks = (_effect_train, _effect_eval, _gradient, _folded, _exports)
-    return {name: _attempt(check, side) for name, check in zip(CHECKS, checks, strict=True)}
+        return dict.fromkeys(checks, outcome)
+    every = (_effect_train, _effect_eval, _gradient, _folded, _exports)
+    named = zip(CHECKS, every, strict=True)
+    return {name: _attempt(check, side) for name, check in named if name in checks}
 
 
 def _attempt(check: Callable[[Side], None], side: Side) -> Outcome:

@@ -20,7 +20,7 @@ from ..names import shown
 from ..plan import Entry, Plan
 from ..tables import some
 from .keys import CONFIG, INFORMATION, OURS, VERSION, WEIGHTS, WHY
-from .peft import configuration, is_bare
+from .peft import configuration, has_embedding_keys, is_bare
 
 # Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
 _INITS_KEEPING_BASE = (*FILLS, "eva", "mica")
@@ -152,7 +152,15 @@ def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -
                 f"{content.path / CONFIG}: target_parameters has '{entry.parameter}', a layer's "
                 "weight (in, out), which PEFT takes for (out, in). Target the module instead."
             )
-    return plan
+    return dataclasses.replace(plan, entries=tuple(map(_as_peft_starts, plan)))
+
+
+def _as_peft_starts(entry: Entry) -> Entry:
+    """Return an entry with PEFT's init: it starts embeddings at zero whatever is asked for."""
+    if not has_embedding_keys(entry) or entry.init not in STARTS:
+        return entry
+    variants = tuple(name for name in entry.variants if name != "from_weight")
+    return dataclasses.replace(entry, init=True, variants=variants)
 
 
 def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:

@@ -9,7 +9,7 @@ import torch
 
 from ..api import inject
 from ..data import as_path
-from ..errors import AdapterError, ConfigError, InjectError, MisfitError
+from ..errors import AdapterError, ConfigError, InjectError, MisfitError, warn
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..tables import some
 from .folder import Folder, check_config, plan_from_header, plan_from_peft, read_folder
 from .keys import FileLayout, layout_of
-from .peft import ROOT
+from .peft import ROOT, why_not
 from .values import same, tensor_of, values_of
 
 
@@ -36,6 +36,9 @@ def load_adapter(
 
     Returns:
         The adapted module, with the values of the file.
+
+    Warns:
+        FxLoraWarning: the folder is PEFT's, and PEFT computes another result from it; says why.
 
     Raises:
         NotCapturedError: the module is not a captured one.
@@ -84,6 +87,11 @@ def load_adapter(
     with torch.no_grad():
         for name, value in stored.items():
             tensor_of(result, name).copy_(value)
+    if content.header is None and (why := why_not(result, plan)):
+        warn(
+            f"PEFT computes another result from {content.path}: {why}. Here every read of the "
+            "weight is adapted."
+        )
     return result
 
 

@@ -61,6 +61,11 @@ def is_bare(entry: Entry) -> bool:
     )
 
 
+def has_embedding_keys(entry: Entry) -> bool:
+    """Whether PEFT adapts the weight as that of an nn.Embedding."""
+    return entry.op == "embedding" and not is_bare(entry)
+
+
 def owner_of(entry: Entry) -> str:
     """Return the path of the module that holds the weight."""
     return entry.parameter.rpartition(".")[0]
@@ -298,7 +303,7 @@ def _ranks(group: Group) -> list[tuple[int, int]]:
 
 def _ends(entry: Entry) -> tuple[str, str]:
     """Return the ends of PEFT's keys for A and B."""
-    if entry.op == "embedding" and not is_bare(entry):
+    if has_embedding_keys(entry):
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
 

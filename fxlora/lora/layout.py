@@ -30,17 +30,11 @@ class Layout:
     """The roles of a weight's dimensions, one letter per dimension.
 
     Attributes:
-        roles: a string of these letters:
-
-            e: index of a matrix in a stack.
-            i: input features.
-            o: output features.
-            k: kernel. In matrix form it is flattened into the feature dimension before it; A and
-                B keep a separate dimension for it.
-
-            For example, "oi" is a linear layer, "io" an embedding, "oikk" a conv2d, "iok" a
-            conv_transpose1d, "eio" experts in a bmm, and "ioo" a projection (in, heads, features)
-            in an einsum.
+        roles: a string of the letters e (index of a matrix in a stack), i (input features), o
+            (output features) and k (kernel; in matrix form it is flattened into the feature
+            dimension before it, while A and B keep a separate dimension for it). For example,
+            "oi" is a linear layer, "io" an embedding, "oikk" a conv2d, "iok" a conv_transpose1d,
+            "eio" experts in a bmm, and "ioo" a projection (in, heads, features) in an einsum.
     """
 
     roles: str
@@ -110,8 +104,8 @@ class Layout:
 
         Returns:
             (r, in) and (out, r) for a matrix; (e, r, in) and (e, out, r) for a stack;
-            (r, in/groups, *kernel) and (out, r, 1, …) for a convolution; (r, in, 1, …) and
-            (out/groups, r, *kernel) for a transposed convolution.
+            `(r, in/groups, *kernel)` and (out, r, 1, …) for a convolution; (r, in, 1, …) and
+            `(out/groups, r, *kernel)` for a transposed convolution.
         """
         stack = self._of(shape, STACK)
         size_i, size_o = self.features(shape)

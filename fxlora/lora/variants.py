@@ -37,9 +37,9 @@ class Variant:
         tensors: function (layout, shape, r) → names and shapes of the tensors besides A and B.
         trains: whether these tensors are trainable.
         start: function (V before training (…, out, in), A, B) → their initial values.
-        factors: function (layout, A, B, *tensors) → the factors used instead of A and B, which
+        factors: function `(layout, A, B, *tensors)` → the factors used instead of A and B, which
             may have a higher rank.
-        gain: function (V (…, out, in), *tensors) → a factor (…, out) that V's outputs are
+        gain: function `(V, *tensors)`, V (…, out, in) → a factor (…, out) that V's outputs are
             multiplied with; None if the variant does not scale V. V is detached.
     """
 

@@ -72,6 +72,7 @@ def insert_branch(entry: Entry, reader: Reader, dropout: float) -> None:
         values = _values(entry, base.graph, reader.path, proxied)
         branch = _Branch(entry, reader, reader.op, values, proxied).emitted(dropout)
         output = aten.add.Tensor(proxied(base), branch).node
+    _erase_dead(base, output)
     output.meta = dict(base.meta)  # loop ops check their outputs' example values for aliases
     _replace_by_adapter(entry, "branch", base, output, readers)
 
@@ -164,7 +165,17 @@ def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
         proxied = _proxies(graph)
         values = _values(entry, graph, (), proxied)
         output = adapted_weight(entry, proxied(weight), values).node
+    _erase_dead(weight, output)
     _replace_by_adapter(entry, "weight", weight, output, readers)
+
+
+def _erase_dead(first: fx.Node, last: fx.Node) -> None:
+    """Erase nodes between two that nothing takes: of a V that a variant's gain does not read."""
+    node = last.prev
+    while node is not first:
+        node, dead = node.prev, node
+        if not dead.users:
+            dead.graph.erase_node(dead)
 
 
 def _replace_by_adapter(

@@ -13,7 +13,7 @@ from ..errors import InjectError, VerificationError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from .coverage import AdaptedRead, adapted_names, prove_coverage
-from .effects import effects
+from .effects import draw_adapters, effects
 from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
 from .result import SiteCheck, Verification
 from .runs import again, calls, floats, output, same
@@ -61,7 +61,7 @@ def verify(
     - Effect and gradient: every adapter changes the outputs, and gradients reach its A and its B.
     - Fold: the folded graphs are the captured ones node for node, ties are kept, each folded
       weight is W0 + s·BA up to one rounding, everything else is unchanged, and the outputs equal
-      the unfolded ones up to rounding.
+      the unfolded ones up to rounding (for an untrained adapter also with A and B drawn at random).
 
     Modes of the caller, such as autocast, do not affect the result.
 
@@ -127,6 +127,9 @@ def _verified(
     _copy_adapters(module, copied)
     error, tolerance = _output_error(copied, folded, args, kwargs)
     moved = effects(copied, module, args, kwargs)
+    if not any(module.get_parameter(entry.name_b).any() for entry in module.plan):
+        draw_adapters(copied, module)  # before training, outputs say nothing about the branches
+        _output_error(copied, fold(copied), args, kwargs)
     checks = [
         SiteCheck(
             site=entry.site,

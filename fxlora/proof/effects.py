@@ -116,6 +116,11 @@ def effects(
 # ---- values -------------------------------------------------------------------------------------
 
 
+def draw_adapters(module: CapturedModule, trained: CapturedModule) -> None:
+    """Draw small A and B at random for a module; `trained` has the values of its other tensors."""
+    _fill(module, trained, _DRAWS[1])
+
+
 @torch.no_grad()
 def _fill(module: CapturedModule, trained: CapturedModule, draw: _Draw) -> None:
     """Write A and B into the module as a draw says, with a fixed seed for each tensor."""
