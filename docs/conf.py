@@ -9,6 +9,7 @@ release = version = fxlora.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
+default_role = "code"
 html_theme = "furo"
 html_title = f"fxlora {version}"
 

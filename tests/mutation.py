@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -143,6 +144,11 @@ class Mutant:
     folded: CapturedModule
     folder: Path
     args: tuple[Any, ...]
+
+    @functools.cached_property
+    def look(self) -> list[Any]:
+        """Everything that a damage may change; of a sound mutant, computed once."""
+        return _look(self)
 
     def copied(self) -> Mutant:
         lora, folded = copy.deepcopy(self.lora), copy.deepcopy(self.folded)
@@ -1083,7 +1089,7 @@ def judge(base: Mutant, name: str, index: int) -> Outcome | None:
             broken.lora = _loaded(broken)
     except fxlora.FxLoraError as error:
         return Outcome("caught", f"{type(error).__name__}: {error}")
-    if _look(broken) == _look(base):
+    if broken.look == base.look:
         return Outcome("equivalent")
     try:
         folded = None if found.of == "adapted" else broken.folded

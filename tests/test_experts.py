@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxlora
 from fxlora import FxLoraWarning, LoraConfig, Rule, UnsupportedOpError
 
-from .laws import called_with, check_laws, merged_weights, randomise, run
+from .laws import called_with, check_laws, floats, merged_weights, randomise, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
 pytest.importorskip(
@@ -50,7 +52,7 @@ MODELS = {
     "DeepseekV3": DEEPSEEK,
     "GptOss": {"num_local_experts": 4, "head_dim": 6},  # (experts, in, out), with biases
 }
-EXPERTS = Rule("re:.*mlp.experts.(gate_up|down)_proj", lora=LoraConfig(r=3, lora_alpha=4))
+EXPERTS = Rule("re:(.*mlp.)?experts.(gate_up|down)_proj", lora=LoraConfig(r=3, lora_alpha=4))
 
 
 def build(name: str, implementation: str) -> Any:
@@ -63,25 +65,55 @@ def build(name: str, implementation: str) -> Any:
     return model.eval()
 
 
+class Block(nn.Module):
+    """The router and the experts of a model's layer, without the rest of the model."""
+
+    def __init__(self, name: str, implementation: str) -> None:
+        super().__init__()
+        self.mlp = build(name, implementation).model.layers[0].mlp
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = self.mlp(hidden)
+        return found[0] if isinstance(found, tuple) else found
+
+
+HIDDEN = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(5))
+Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def block(name: str, implementation: str, dtype: torch.dtype) -> Made:
+    return Block(name, implementation).to(dtype), (HIDDEN.to(dtype),), {}
+
+
+def whole(name: str, implementation: str, dtype: torch.dtype) -> Made:
+    return build(name, implementation).to(dtype), (), {"input_ids": IDS}
+
+
+MAKERS = [block, pytest.param(whole, marks=pytest.mark.slow)]
+Make = Callable[[str, str, torch.dtype], Made]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_experts_gathered_for_each_token(name: str) -> None:
-    model = build(name, "batched_mm")
-    _, lora = check_laws(model, (), {"input_ids": IDS}, rules=EXPERTS)
+def test_experts_gathered_for_each_token(name: str, make: Make) -> None:
+    model, args, kwargs = make(name, "batched_mm", torch.float64)
+    _, lora = check_laws(model, args, kwargs, rules=EXPERTS)
     assert len(lora.plan) == 2
     for entry in lora.plan:
         assert entry.shapes[0][0] == entry.shapes[1][0] == 4  # an A and a B per expert
 
 
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products(name: str, dtype: torch.dtype) -> None:
+def test_grouped_products(name: str, dtype: torch.dtype, make: Make) -> None:
     """torch's grouped kernel takes the branch form: two products of width r, no merged experts.
 
     The kernel does not support float64, and in float32 transformers exports its own fallback,
     which takes the weight form.
     """
-    model, kwargs = build(name, "grouped_mm").to(dtype), {"input_ids": IDS}
-    gm = fxlora.capture(model, (), kwargs)
+    model, args, kwargs = make(name, "grouped_mm", dtype)
+    gm = fxlora.capture(model, args, kwargs)
     lora = fxlora.inject(gm, fxlora.match(gm, EXPERTS))
     form = "branch" if dtype == torch.bfloat16 else "weight"
     assert [entry.form for entry in lora.plan] == [form, form]
@@ -89,14 +121,14 @@ def test_grouped_products(name: str, dtype: torch.dtype) -> None:
     factors = {n: lora.get_parameter(n).detach() for e in lora.plan for n in e.tensors}
     weights = merged_weights(model, lora, factors)
     with torch.no_grad():
-        (expected,) = called_with(model, weights, (), kwargs)
-    (base,) = run(gm.eval(), (), kwargs)
+        (expected,) = called_with(model, weights, args, kwargs)
+    (base,) = run(gm.eval(), args, kwargs)
     scale = float(expected.abs().max())
     assert float((base - expected).abs().max()) > 0.1 * scale
     tolerance = 6 * torch.finfo(dtype).eps * scale
     for module in (lora.eval(), fxlora.fold(lora).eval()):
-        assert float((run(module, (), kwargs)[0] - expected).abs().max()) < tolerance
-    lora(**kwargs).logits.float().square().sum().backward()
+        assert float((run(module, args, kwargs)[0] - expected).abs().max()) < tolerance
+    floats(lora(*args, **kwargs))[0].float().square().sum().backward()
     for parameter in fxlora.lora_parameters(lora):
         assert float(parameter.grad.abs().max()) > 0 and parameter.grad.isfinite().all()
 
@@ -104,6 +136,6 @@ def test_grouped_products(name: str, dtype: torch.dtype) -> None:
 def test_a_loop_over_the_experts_that_are_hit_is_refused() -> None:
     """Python chooses the experts to call by the data, which no graph can hold."""
     with pytest.warns(FxLoraWarning, match="Its submodules are captured instead"):
-        gm = fxlora.capture(build("Mixtral", "eager"), (), {"input_ids": IDS})
+        gm = fxlora.capture(Block("Mixtral", "eager"), HIDDEN)
     with pytest.raises(UnsupportedOpError, match="outside of captured regions"):
         fxlora.match(gm, EXPERTS)

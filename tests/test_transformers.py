@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -45,7 +43,8 @@ SMALL: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-T5 = {"vocab_size": 97, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+T5 = {"vocab_size": 97, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_heads": 4}
+ONE = {"num_hidden_layers": 1, "use_cache": False}
 
 
 def build(kind: str, config: str, **options: Any) -> Any:
@@ -63,7 +62,8 @@ def llama(**options: Any) -> Any:
 
 
 def mistral() -> Any:
-    return build("MistralForCausalLM", "MistralConfig", **SMALL, sliding_window=4)
+    one = SMALL | {"num_hidden_layers": 1}
+    return build("MistralForCausalLM", "MistralConfig", **one, sliding_window=4)
 
 
 def t5() -> Any:
@@ -71,7 +71,7 @@ def t5() -> Any:
 
 
 def mamba() -> Any:
-    config = {"vocab_size": 97, "hidden_size": 24, "state_size": 5, "num_hidden_layers": 2}
+    config = {"vocab_size": 97, "hidden_size": 24, "state_size": 5, "num_hidden_layers": 1}
     return build("MambaForCausalLM", "MambaConfig", **config)
 
 
@@ -218,14 +218,6 @@ def test_unregistered_containers_come_with_advice() -> None:
 
     with pytest.warns(FxLoraWarning, match="use_cache=False"):
         fxlora.capture(Boxing(), torch.randn(4, 5))
-
-
-def test_nothing_is_imported_that_the_model_has_not() -> None:
-    code = (
-        "import sys, torch, fxlora; fxlora.capture(torch.nn.Linear(3, 2), torch.ones(2, 3)); "
-        "assert 'transformers' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 # ---- hosts --------------------------------------------------------------------------------------
@@ -379,8 +371,7 @@ def test_a_host_trains_its_adapters() -> None:
 # ---- other features of transformers' models -----------------------------------------------------
 
 LABELS = IDS.flip(1).contiguous()
-MOE = {"num_experts_per_tok": 2, "num_hidden_layers": 1, "use_cache": False}
-ONE = {"num_hidden_layers": 1, "use_cache": False}
+MOE = {"num_experts_per_tok": 2, **ONE}
 
 
 def mixtral() -> Any:
@@ -393,7 +384,7 @@ def qwen2_moe() -> Any:
 
 
 def t5_for_labels() -> Any:
-    config = {**T5, "num_layers": 1, "decoder_start_token_id": 0, "pad_token_id": 0}
+    config = {**T5, "decoder_start_token_id": 0, "pad_token_id": 0}
     return build("T5ForConditionalGeneration", "T5Config", **config)
 
 
@@ -405,15 +396,21 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda: llama(**ONE, tie_word_embeddings=True),
         {"input_ids": IDS, "return_dict": False, "labels": LABELS},
     ),
-    "eager": (
+    "eager, embeds": (
         lambda: llama(**ONE, attn_implementation="eager", attention_dropout=0.2),
-        {"input_ids": IDS, "output_attentions": True, "output_hidden_states": True},
+        {
+            "inputs_embeds": torch.linspace(-1, 1, 648).view(3, 9, 24),
+            "output_attentions": True,
+            "output_hidden_states": True,
+        },
     ),
-    "embeds": (lambda: llama(**ONE), {"inputs_embeds": torch.linspace(-1, 1, 648).view(3, 9, 24)}),
 }
+SLOW = ("encoder-decoder", "qwen2_moe")
 
 
-@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in CALLS]
+)
 def test_calls(kind: str) -> None:
     model_of, kwargs = CALLS[kind]
     model = model_of()
@@ -436,7 +433,7 @@ def test_calls(kind: str) -> None:
 
 def test_gradient_checkpointing() -> None:
     kwargs = {"input_ids": IDS, "labels": LABELS}
-    model = llama(use_cache=False, attention_dropout=0.2).double().train()
+    model = llama(**ONE, attention_dropout=0.2).double().train()
     plain = copy.deepcopy(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     gm = fxlora.capture(model, (), kwargs)
