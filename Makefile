@@ -38,7 +38,7 @@ docs: $(VENV)/docs ## the pages in docs/ as HTML in build/docs; warnings are err
 wheel: $(VENV)/test ## build the wheel, install it into an empty environment, and run the quickstart
 	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv --clear build/wheel/env
-	build/wheel/env/bin/python -m pip install --quiet build/wheel/fxlora-*.whl torchvision
+	build/wheel/env/bin/python -m pip install --quiet build/wheel/fxlora-*.whl
 	cd build/wheel && env/bin/python ../../examples/quickstart.py
 
 format: $(VENV)/lint ## fix and format the code with ruff
