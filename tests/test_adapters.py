@@ -258,17 +258,20 @@ MIXTURES: dict[str, list[Rule]] = {
 }
 
 
-captured = functools.cache(fxlora.capture)  # safe, because no verb changes its argument
+@functools.cache
+def captured(model: nn.Module, args: Any) -> fxlora.CapturedModule:
+    """Capture a model of one input once: no verb changes its argument. The size is fixed."""
+    return fxlora.capture(model, args, dynamic_shapes=(None,))
 
 
 @functools.cache
-def mixture() -> tuple[nn.Module, Any]:
-    return Mixture().double(), (torch.randn(4, 7).double(),)
+def mixture(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
+    return Mixture().to(dtype), (torch.randn(4, 7).to(dtype),)
 
 
 @functools.cache
 def odd() -> tuple[nn.Module, Any]:
-    return Odd().double().eval(), (torch.randn(2, 3, 8, 8).double(),)
+    return Odd().double().eval(), (torch.randn(2, 3, 4, 4).double(),)
 
 
 def saved(model: nn.Module, args: Any, rules: Any, folder: Path) -> fxlora.CapturedModule:
@@ -280,7 +283,7 @@ def saved(model: nn.Module, args: Any, rules: Any, folder: Path) -> fxlora.Captu
         for name in lora.trained:
             lora.get_parameter(name).normal_()
     found, base = run(lora, args, {}), run(gm.eval(), args, {})
-    assert (found[0] - base[0]).abs().max() > 1e-3
+    assert (found[0] - base[0]).abs().max() > 1e-4
     fxlora.save_adapter(lora, folder)
     return lora
 
@@ -315,7 +318,7 @@ def test_peft_reads_every_variant(tmp_path: Path, what: str) -> None:
 
 
 class Odd(nn.Module):
-    """Layers that PEFT would compute wrongly or cannot express; takes (N, 3, 8, 8)."""
+    """Layers that PEFT would compute wrongly or cannot express; takes (N, 3, 4, 4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,7 +420,7 @@ THEIRS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", THEIRS)
 def test_every_variant_of_pefts_is_read(tmp_path: Path, what: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is optional")
-    model, args = Mixture(), (torch.randn(4, 7),)
+    model, args = mixture(torch.float32)
     theirs = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(r=2, lora_alpha=3, **THEIRS[what])
     ).eval()
@@ -426,7 +429,7 @@ def test_every_variant_of_pefts_is_read(tmp_path: Path, what: str) -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     theirs.save_pretrained(tmp_path)
-    gm = fxlora.capture(model, args).eval()
+    gm = captured(model, args).eval()
     lora = fxlora.load_adapter(gm, tmp_path).eval()
     assert (theirs(*args) - gm(*args)).abs().max() > 1e-3
     assert_close(run(lora, args, {}), [theirs(*args)], 1e-5)

@@ -83,7 +83,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5))
     with pytest.raises(ConfigError, match="format must be one of"):
         fxlora.export(gm, tmp_path / "m", torch.randn(2, 5), format="onxx")
-    with pytest.raises(ConfigError, match="a path is"):
+    with pytest.raises(ConfigError, match="a path must be"):
         fxlora.export(gm, torch.randn(2, 5), tmp_path / "m.pt2")  # pyright: ignore
     with pytest.raises(ExportError, match="cannot write"):
         fxlora.export(gm, tmp_path / "none" / "m.pt2", torch.randn(2, 5))

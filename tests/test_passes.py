@@ -260,7 +260,7 @@ def test_inject_refuses_what_does_not_fit() -> None:
     lora = fxlora.inject(gm, plan)
     with pytest.raises(InjectError, match="has adapters already"):
         fxlora.inject(lora, plan)
-    with pytest.raises(InjectError, match="captured module"):
+    with pytest.raises(fxlora.NotCapturedError, match="captured module"):
         fxlora.inject(Mlp(), plan)
     with pytest.raises(InjectError, match="takes a Plan"):
         fxlora.inject(gm, R)
@@ -294,7 +294,7 @@ def test_nothing_to_fold_or_remove() -> None:
         fxlora.fold(gm)
     with pytest.raises(InjectError, match="nothing to remove"):
         fxlora.remove(gm)
-    with pytest.raises(InjectError, match="expected a captured module"):
+    with pytest.raises(fxlora.NotCapturedError, match="takes a captured module"):
         fxlora.fold(Mlp())
 
 

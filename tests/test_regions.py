@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,18 @@ def detector() -> Detector:
 SIZES = ((8, 9), (10, 7))
 
 
+@functools.cache
+def _captured() -> fxlora.CapturedModule:
+    torch.manual_seed(0)
+    return fxlora.capture(Detector().double(), (images(*SIZES),))
+
+
+@pytest.fixture
+def gm() -> fxlora.CapturedModule:
+    """Return a capture of the detector with the weights of the other fixture's."""
+    return copy.deepcopy(_captured())
+
+
 def test_all_laws_hold_by_regions(detector: Detector) -> None:
     gm, lora = check_laws(detector, (images(*SIZES),), rules=ALL)
     assert gm.regions == ("trunk", "side", "head")
@@ -132,17 +145,19 @@ def test_all_laws_hold_by_regions(detector: Detector) -> None:
     assert {entry.form for entry in lora.plan} == {"branch"}
 
 
-def test_one_graph_serves_a_region_unless_constants_differ(detector: Detector) -> None:
-    gm = fxlora.capture(detector, (images(*SIZES),))
+def test_one_graph_serves_a_region_unless_constants_differ(gm: fxlora.CapturedModule) -> None:
     assert [p.path for p in gm.programs] == ["trunk", "side", "head", "head"]
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sizes", [((12, 5),), ((4, 4), (6, 11), (9, 9))])
 def test_images_of_other_sizes(
-    detector: Detector, sizes: tuple[tuple[int, int], ...], training: bool
+    detector: Detector,
+    gm: fxlora.CapturedModule,
+    sizes: tuple[tuple[int, int], ...],
+    training: bool,
 ) -> None:
-    gm = fxlora.capture(detector, (images(*SIZES),)).train(training)
+    gm.train(training)
     source = copy.deepcopy(detector).train(training)
     args = (images(*sizes),)
     assert_same(run(gm, args, {}), run(source, args, {}))
@@ -150,8 +165,8 @@ def test_images_of_other_sizes(
     assert gm.get_buffer("calls") == source.calls == 1 != detector.calls
 
 
-def test_no_box_at_all(detector: Detector) -> None:
-    gm = fxlora.capture(detector, (images(*SIZES),)).eval()
+def test_no_box_at_all(detector: Detector, gm: fxlora.CapturedModule) -> None:
+    gm.eval()
     args = (images(*SIZES), 1e9)
     expected = copy.deepcopy(detector).eval()(*args)
     found = gm(*args)
@@ -165,8 +180,7 @@ def test_an_example_with_no_box_serves_calls_with_some(detector: Detector) -> No
     assert_same(run(gm, args, {}), run(copy.deepcopy(detector).eval(), args, {}))
 
 
-def test_print_says_the_regions_and_what_none_covers(detector: Detector) -> None:
-    gm = fxlora.capture(detector, (images(*SIZES),))
+def test_print_says_the_regions_and_what_none_covers(gm: fxlora.CapturedModule) -> None:
     text = str(gm)
     for word in ("trunk", "head", "side", "by regions", "scale", Path(__file__).name):
         assert word in text
@@ -174,14 +188,8 @@ def test_print_says_the_regions_and_what_none_covers(detector: Detector) -> None
     gm.graph.lint()
 
 
-def test_capture_says_that_it_is_by_regions(detector: Detector) -> None:
-    with pytest.warns(FxLoraWarning, match="Detector could not be captured.*trunk"):
-        fxlora.capture(detector, (images(*SIZES),))
-
-
 @pytest.mark.parametrize("rule", ["scale", "*"])
-def test_targeting_what_no_region_covers_raises(detector: Detector, rule: str) -> None:
-    gm = fxlora.capture(detector, (images(*SIZES),))
+def test_targeting_what_no_region_covers_raises(gm: fxlora.CapturedModule, rule: str) -> None:
     line = rf"'scale' .*{Path(__file__).name}:\d+"
     with pytest.raises(UnsupportedOpError, match=line):
         fxlora.match(gm, Rule(rule, lora=LoraConfig(r=1)))
@@ -189,17 +197,18 @@ def test_targeting_what_no_region_covers_raises(detector: Detector, rule: str) -
 
 def test_the_shell_keeps_the_source_as_it_was(detector: Detector) -> None:
     before = snapshot(detector)
-    gm = fxlora.capture(detector, (images(*SIZES),))
-    lora = fxlora.adapt(detector, (images(*SIZES),), rules=ALL).train()
+    with pytest.warns(FxLoraWarning, match="Detector could not be captured.*trunk"):
+        gm = fxlora.capture(detector, (images(*SIZES),))
+    lora = fxlora.inject(gm, fxlora.match(gm, ALL)).train()
     randomise(lora)
     lora(images(*SIZES))["scores"].sum().backward()
     assert_untouched(detector, before)
     assert gm.trunk.first.weight.data_ptr() == detector.trunk.first.weight.data_ptr()
 
 
-def test_derived_modules_do_not_disturb_each_other(detector: Detector) -> None:
+def test_derived_modules_do_not_disturb_each_other(gm: fxlora.CapturedModule) -> None:
     args = (images(*SIZES),)
-    gm = fxlora.capture(detector, args).eval()
+    gm.eval()
     expected = run(gm, args, {})
     lora = fxlora.inject(gm, fxlora.match(gm, ALL)).eval()
     randomise(lora)
@@ -214,9 +223,8 @@ def test_derived_modules_do_not_disturb_each_other(detector: Detector) -> None:
     assert_same(run(gm, args, {}), expected)
 
 
-def test_adapters_report_and_verify(detector: Detector, tmp_path: Path) -> None:
+def test_adapters_report_and_verify(gm: fxlora.CapturedModule, tmp_path: Path) -> None:
     args = (images(*SIZES),)
-    gm = fxlora.capture(detector, args)
     lora = fxlora.inject(gm, fxlora.match(gm, ALL))
     randomise(lora)
     fxlora.save_adapter(lora, tmp_path / "adapter")
@@ -227,9 +235,9 @@ def test_adapters_report_and_verify(detector: Detector, tmp_path: Path) -> None:
     assert len(fxlora.lora_parameters(lora)) == 10
 
 
-def test_verify_finds_a_region_that_was_folded_wrong(detector: Detector) -> None:
+def test_verify_finds_a_region_that_was_folded_wrong(gm: fxlora.CapturedModule) -> None:
     args = (images(*SIZES),)
-    lora = fxlora.adapt(detector, args, rules=ALL)
+    lora = fxlora.inject(gm, fxlora.match(gm, ALL))
     randomise(lora)
     folded = fxlora.fold(lora)
     bias = folded.get_parameter("head.inner.bias")
@@ -238,15 +246,15 @@ def test_verify_finds_a_region_that_was_folded_wrong(detector: Detector) -> None
         fxlora.verify(lora, args, folded=folded)
 
 
-def test_there_is_no_whole_graph_to_export(detector: Detector, tmp_path: Path) -> None:
-    folded = fxlora.fold(fxlora.adapt(detector, (images(*SIZES),), rules=ALL))
+def test_there_is_no_whole_graph_to_export(gm: fxlora.CapturedModule, tmp_path: Path) -> None:
+    folded = fxlora.fold(fxlora.inject(gm, fxlora.match(gm, ALL)))
     with pytest.raises(ExportError, match=r"regions \(trunk, side, head\)"):
         fxlora.export(folded, tmp_path / "model.pt2", (images(*SIZES),))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_call_that_no_graph_of_a_region_holds_for(detector: Detector) -> None:
-    gm = fxlora.capture(detector, (images(*SIZES),)).eval()
+def test_a_call_that_no_graph_of_a_region_holds_for(gm: fxlora.CapturedModule) -> None:
+    gm.eval()
     with pytest.raises(InputError, match="region 'trunk'"):
         gm([image.float() for image in images(*SIZES)])
 

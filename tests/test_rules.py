@@ -317,7 +317,7 @@ def test_a_function_is_not_written(gm: fxlora.CapturedModule) -> None:
 
 
 def test_match_needs_a_captured_module() -> None:
-    with pytest.raises(ConfigError, match="capture first"):
+    with pytest.raises(fxlora.NotCapturedError, match="match takes a captured module"):
         match(Model(), R)
     gm = fxlora.capture(Model())
     with pytest.raises(ConfigError, match="adapter_name"):

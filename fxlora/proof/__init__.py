@@ -129,7 +129,7 @@ def _verified(
     moved = effects(copied, module, args, kwargs)
     if not any(module.get_parameter(entry.name_b).any() for entry in module.plan):
         draw_adapters(copied, module)  # before training, outputs say nothing about the branches
-        _output_error(copied, fold(copied), args, kwargs)
+        _output_error(copied.eval(), fold(copied), args, kwargs)
     checks = [
         SiteCheck(
             site=entry.site,
