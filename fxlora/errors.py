@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Each message says what, where and what to do next."""
+"""The exceptions and the warning. A message names the problem, its place and the next step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .names import printable
 class FxLoraError(Exception):
     """Base of every error that fxlora raises on purpose.
 
-    What a message quotes may come from a file: control characters in it are escaped.
+    Control characters in a message are escaped, because it may quote a file.
     """
 
     def __str__(self) -> str:
@@ -21,35 +21,35 @@ class FxLoraError(Exception):
 
 
 class ConfigError(FxLoraError, ValueError):
-    """A rule, a configuration or a rules file that cannot be meant."""
+    """A rule, a configuration or a rules file is invalid."""
 
 
 class CaptureError(FxLoraError):
-    """A model whose graph could not be captured."""
+    """The graph of a model could not be captured."""
 
 
 class InputError(FxLoraError, ValueError):
-    """A call with inputs that the captured graph does not hold for."""
+    """A captured graph does not hold for the inputs of a call."""
 
 
 class NoMatchError(FxLoraError, LookupError):
-    """A rule or a name that matches nothing."""
+    """A rule, or a name in one, matches nothing."""
 
 
 class UnsupportedOpError(FxLoraError):
-    """A targeted weight that is read in a way no form can adapt."""
+    """A targeted weight is read in a way that no form can adapt."""
 
 
 class InjectError(FxLoraError):
-    """A plan that does not fit the module it is applied to."""
+    """A plan does not fit the module, or the module is in the wrong state for a function."""
 
 
 class NotCapturedError(FxLoraError, TypeError):
-    """A verb was given something else than a captured module."""
+    """A function needs a captured module, and got something else."""
 
 
 class MisfitError(InjectError):
-    """A plan that was made for another module.
+    """A plan was made for another module.
 
     Attributes:
         reason: where the two differ.
@@ -61,23 +61,23 @@ class MisfitError(InjectError):
 
 
 class AdapterError(FxLoraError):
-    """An adapter folder that is missing, damaged, foreign or does not fit."""
+    """An adapter folder is missing, damaged, of another kind, or does not fit the module."""
 
 
 class VerificationError(FxLoraError):
-    """A law of fxlora that does not hold on the given inputs."""
+    """A law of fxlora does not hold on the given inputs."""
 
 
 class ExportError(FxLoraError):
-    """A module that could not be exported, or a target that could not be written."""
+    """A module could not be exported, or a file could not be written."""
 
 
 class FxLoraWarning(UserWarning):
-    """Something that works and is probably not what was meant."""
+    """Something works, but probably not as intended."""
 
 
 def warn(message: str) -> None:
-    """Warn where the user's code called fxlora, however deep in it this is."""
+    """Warn with the line of the user's code that called fxlora, however deep this is."""
     inside = str(Path(__file__).parent)
     frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
     while frame.f_back and frame.f_code.co_filename.startswith((inside, contextlib.__file__)):
