@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,13 +154,15 @@ class Side:
     def _check_effect(self, lora: fxlora.CapturedModule) -> list[str]:
         """Check that each adapter, with all others at zero, has an effect if its weight has."""
         still: list[str] = []
+        every = {entry.name_b: lora.get_parameter(entry.name_b).data for entry in lora.plan or ()}
+        values = {name: b.clone() for name, b in every.items()}
         for entry in lora.plan or ():
-            alone = copy.deepcopy(lora)
-            for other in lora.plan or ():
-                if other.name_b != entry.name_b:
-                    alone.get_parameter(other.name_b).data.zero_()
-            if distance(self.outputs(alone), self.base) <= EFFECT:
+            for name, b in every.items():
+                b.copy_(values[name]) if name == entry.name_b else b.zero_()
+            if distance(self.outputs(lora), self.base) <= EFFECT:
                 still += entry.names
+        for name, b in every.items():
+            b.copy_(values[name])
         return self._check_still(still)
 
     def _check_still(self, names: list[str]) -> list[str]:
@@ -228,9 +230,15 @@ class Side:
 
     # ---- runs -------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def outputs(self, module: nn.Module) -> Tensors:
-        with torch.no_grad():
-            return self._outputs(copy.deepcopy(module))
+        """Return the outputs of a module, whose mode and buffers are left as they are."""
+        training, buffers = module.training, [(b, b.clone()) for b in module.buffers()]
+        found = self._outputs(module)
+        module.train(training)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return found
 
     def source(self, weights: Weights, grad: bool = False) -> Tensors:
         """Return the source's outputs with these weights in place of its own."""
@@ -363,7 +371,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:110]}"
 
 
-def judge_all(seeds: range, frontends: tuple[str, ...] = FRONTENDS) -> Tally:
+def judge_all(seeds: Iterable[int], frontends: tuple[str, ...] = FRONTENDS) -> Tally:
     tally = Tally()
     for seed in seeds:
         tally.judgements += [judge(draw(seed), frontend) for frontend in frontends]
