@@ -88,10 +88,9 @@ def only(name: str) -> Rule:
 
 def check_refused(gm: fxlora.CapturedModule, names: list[str]) -> None:
     """Check that in `Several` models, each layer `a` is refused and each layer `b` is accepted."""
-    for number, name in enumerate(names):
+    for number in range(len(names)):
         with pytest.raises(UnsupportedOpError, match=REFUSED.format(number)):
             fxlora.match(gm, only(f"parts.{number}.a"))
-            pytest.fail(f"{name} was accepted")
     assert len(fxlora.match(gm, only("parts.*.b"))) == len(names)
 
 

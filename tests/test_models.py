@@ -19,6 +19,8 @@ from .models import gpt2
 torchvision = pytest.importorskip("torchvision", reason="torchvision is optional")
 
 LAYERS = [Rule(op=["conv*", "linear"], lora=LoraConfig(r=2, lora_alpha=3))]
+
+
 def seen(model: nn.Module) -> nn.Module:
     """Draw vectors and layer scales from [0.5, 1), so that no gate near zero hides an effect."""
     with torch.no_grad():
