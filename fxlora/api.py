@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import Rules, is_finite
-from .errors import ConfigError, InjectError
+from .errors import ConfigError, InjectError, warn
 from .frontends import capture
 from .matching import match
 from .module import CapturedModule, check_captured
@@ -18,6 +18,7 @@ from .module.ambient import no_ambient_modes
 from .names import shown
 from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
 from .plan import Plan
+from .tables import some
 
 # Every branch as a term of its weight first; each weight is then one constant expression.
 FOLD = Chain((ToWeightForm(), FoldConstants()))
@@ -114,6 +115,9 @@ def fold(module: CapturedModule) -> CapturedModule:
     Returns:
         The folded module.
 
+    Warns:
+        FxLoraWarning: the fold splits a tie, because its names were adapted differently.
+
     Raises:
         NotCapturedError: the module is not a captured one.
         InjectError: the module never had adapters.
@@ -128,6 +132,13 @@ def fold(module: CapturedModule) -> CapturedModule:
     check_captured(module, "fold")
     if module.plan is None and not module.folded:
         raise InjectError("nothing to fold: the module has no adapters.")
+    for groups in module.plan.split_ties if module.plan else ():
+        names = " from ".join(some(group) for group in groups[::-1])
+        warn(
+            f"fold splits a tie: {names}. They are separate parameters of the folded module, so "
+            "load_state_dict into the model's own class would tie them again, wrongly. To keep "
+            'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
+        )
     return FOLD(module)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -429,3 +430,16 @@ def test_a_tie_that_is_broken_later_is_not_folded_into_one() -> None:
     lora.load_state_dict(state, assign=True)
     with pytest.raises(fxlora.InjectError, match="one tensor when the adapter was injected"):
         fxlora.fold(lora)
+
+
+def test_a_fold_that_splits_a_tie_says_so() -> None:
+    """Loading the result into the model's own class would tie the two weights again."""
+    gm = fxlora.capture(Tied(), IDS)
+    split = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=LoraConfig(r=2))))
+    with pytest.warns(fxlora.FxLoraWarning, match=r"fold splits a tie: .*tied=\"share\""):
+        fxlora.fold(split)
+    shared = LoraConfig(r=2, tied="share", target_modules=["head"])
+    kept = fxlora.inject(gm, fxlora.match(gm, shared))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxlora.fold(kept)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..data import as_path
-from ..errors import ConfigError, ExportError
+from ..errors import ConfigError, ExportError, InputError
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
 from ..module import CapturedModule, check_captured
@@ -66,7 +66,12 @@ def export(
     check_captured(module, "export")
     path = as_path(path, ConfigError)
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
-    program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
+    try:
+        program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
+    except InputError as error:
+        if args is not None or kwargs:
+            raise
+        raise InputError(f"{error} export needs inputs: export(module, path, args).") from error
     # Saved to memory first, because torch's own writer aborts the process if the disk is full.
     content = io.BytesIO()
     try:

@@ -110,6 +110,8 @@ class Unmatched:
         message = f"{what} matched none of {len(self.choice.sites)} sites."
         if near := nearest(name, candidates):
             message += f" Nearest: {', '.join(near)}."
+        else:
+            message += f" The sites: {some(site.name for site in self.choice.sites)}."
         held = [n for n, _ in self.choice.module.named_parameters(remove_duplicate=False)]
         if any(is_suffix(name, n) or is_suffix(name, n.rpartition(".")[0]) for n in held):
             message += (

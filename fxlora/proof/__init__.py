@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..api import fold
+from ..api import FOLD
 from ..errors import InjectError, VerificationError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
@@ -114,7 +114,7 @@ def _verified(
     check_base(module)
     check_finite(module)
     if folded is None:
-        folded = fold(module)
+        folded = FOLD(module)
     else:
         check_code(folded, "the folded module")
         folded = folded.derive()
@@ -129,7 +129,7 @@ def _verified(
     moved = effects(copied, module, args, kwargs)
     if not any(module.get_parameter(entry.name_b).any() for entry in module.plan):
         draw_adapters(copied, module)  # before training, outputs say nothing about the branches
-        _output_error(copied.eval(), fold(copied), args, kwargs)
+        _output_error(copied.eval(), FOLD(copied), args, kwargs)
     checks = [
         SiteCheck(
             site=entry.site,
