@@ -88,7 +88,7 @@ class Attention(nn.Module):
         super().__init__()
         self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
         layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.encoder = nn.TransformerEncoder(layer, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attended, _ = self.mha(x, x, x)

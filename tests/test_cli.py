@@ -380,19 +380,23 @@ def test_plan_prints_the_plan(done: Callable[..., str]) -> None:
         assert done("plan", "house:Mixed", "--rules", name) == f"{plan}\n"
 
 
-@pytest.mark.parametrize("style", ["table", "github", "json", "csv", "html"])
-def test_report_is_the_same_from_names_rules_and_adapter(
-    done: Callable[..., str], style: str
-) -> None:
+def test_report_is_the_same_from_names_rules_and_adapter(done: Callable[..., str]) -> None:
     Path("lora.toml").write_text('[[rule]]\nname = "head"\n[rule.lora]\nr = 3\n')
     config = fxlora.LoraConfig(r=3, target_modules=["head"])
     lora = fxlora.adapt(house("Tied"), torch.zeros(2, 4, dtype=torch.int64), rules=config)
     fxlora.save_adapter(lora, "adapter")
-    expected = fxlora.report(lora, style).removesuffix("\n") + "\n"
-    words = ("report", "house:Tied", *IDS, "--format", style)
-    assert done(*words, "--target", "head", "-r", 3) == expected
-    assert done(*words, "--rules", "lora.toml", "--meta") == expected
-    assert done(*words, "--adapter", "adapter", "--meta") == expected
+    sources = [
+        ("--target", "head", "-r", 3),
+        ("--rules", "lora.toml", "--meta"),
+        ("--adapter", "adapter", "--meta"),
+    ]
+    styles = ["table", "github", "json", "csv", "html"]
+    # All sources in one style, and another source in each other style.
+    pairs = [(source, "table") for source in sources]
+    pairs += [(sources[n % 3], style) for n, style in enumerate(styles[1:])]
+    for source, style in pairs:
+        expected = fxlora.report(lora, style).removesuffix("\n") + "\n"
+        assert done("report", "house:Tied", *IDS, "--format", style, *source) == expected
 
 
 def test_report_as_data(done: Callable[..., str]) -> None:
@@ -482,8 +486,8 @@ def test_torchvision_models_by_name(
 ) -> None:
     pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)  # no download
-    words = ("--meta", "--target", "fc", "-r", 4, "--input", "1x3x32x32")
-    assert "1 site adapted" in done("plan", "torchvision:resnet18", *words)
+    words = ("--meta", "--target", "classifier.6", "-r", 4, "--input", "1x3x64x64")
+    assert "1 site adapted" in done("plan", "torchvision:alexnet", *words)
     words = ("--meta", "--target", "high_classifier", "-r", 4)
     assert "1 site adapted" in done("plan", "torchvision:lraspp_mobilenet_v3_large", *words)
 

@@ -101,9 +101,23 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["Adds", "Branches", "Numbers", "Through", "InTrain"])
 @pytest.mark.parametrize(
-    "dim", [Dim.AUTO, Dim.DYNAMIC, Dim("seq"), Dim("seq", min=3, max=9)], ids=str
+    ("name", "dim"),
+    [
+        ("Adds", Dim.AUTO),
+        ("Adds", Dim.DYNAMIC),
+        ("Adds", Dim("seq")),
+        ("Adds", Dim("seq", min=3, max=9)),
+        ("Branches", Dim.AUTO),
+        ("Branches", Dim("seq")),
+        ("Numbers", Dim.AUTO),
+        ("Numbers", Dim("seq", min=3, max=9)),
+        ("Through", Dim.DYNAMIC),
+        ("Through", Dim("seq")),
+        ("InTrain", Dim.DYNAMIC),
+        ("InTrain", Dim("seq")),
+    ],
+    ids=str,
 )
 def test_a_dimension_that_the_model_fixes_is_named_with_its_line(
     source: ModuleType, name: str, dim: Any
@@ -270,7 +284,7 @@ def test_sequence_lengths_of_a_transformer() -> None:
     config = BertConfig(
         vocab_size=37,
         hidden_size=12,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=3,
         intermediate_size=20,
         max_position_embeddings=16,

@@ -17,6 +17,7 @@ from .models import Mlp, Normed, Tied
 R = LoraConfig(r=2, lora_alpha=3)
 
 
+@pytest.mark.slow  # in the quick run, the demo does the same (test_examples.py)
 def test_a_fresh_process_needs_no_fxlora(tmp_path: Path) -> None:
     lora = fxlora.adapt(Normed(), torch.randn(2, 3, 9, 7), rules=Rule(op="linear", lora=R))
     randomise(lora)

@@ -1,4 +1,4 @@
-"""A few hundred seeded mutants of the files that fxlora reads (`benchmarks/fuzz.py` makes more)."""
+"""Seeded mutants of the files that fxlora reads (`benchmarks/fuzz.py` makes more)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_mutants_are_refused_by_type_or_are_what_they_say(fuzz: ModuleType) -> None:
     found = fuzz.Fuzz(seed=1)
-    found.run(350)
+    found.run(150)
     assert not found.failures
     assert {outcome for _, outcome in found.counts} == {"accepted", "typed"}
-    assert sum(found.counts.values()) == 350
+    assert sum(found.counts.values()) == 150
     for road in {road for road, _ in found.counts}:  # each has both kinds of outcome
         assert found.counts[road, "accepted"] and found.counts[road, "typed"], road
 

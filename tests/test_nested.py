@@ -180,7 +180,13 @@ KINDS = [Autocast, EnableGrad, OneBranch, BothBranches, Twice, Scan, While, Map]
 KINDS += [Checkpoint, Reentrant, CheckpointInAutocast, Deep]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in (OneBranch, Map) else ())
+        for kind in KINDS
+    ],
+)
 def test_the_laws(kind: type[Pair]) -> None:
     gm, lora = check_laws(kind(), (positive(),), rules=EVERY, reference=plain(kind()))
     assert any(True for _ in every_call(gm.graphs["eval"], gm))
@@ -414,7 +420,7 @@ def test_checkpoints_keep_the_batch_dynamic() -> None:
 # ---- export and compile -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Deep, OneBranch])
+@pytest.mark.parametrize("kind", [pytest.param(Deep, marks=pytest.mark.slow), OneBranch])
 def test_delivery(kind: type[Pair], tmp_path: Path) -> None:
     """Adapted and folded modules with nested graphs export and compile."""
     x = positive(4).float()

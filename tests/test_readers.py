@@ -11,6 +11,7 @@ import fxlora
 from fxlora import LoraConfig, Rule
 
 from .laws import check_laws, delta, randomise
+from .models import Several
 
 SPELLINGS = {
     "x @ W.T": lambda x, w: x @ w.T,
@@ -43,23 +44,16 @@ class Spelled(nn.Module):
         return torch.tanh(self.spelling(torch.tanh(self.before(x)), self.matrix))
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_out_first(spelling) -> None:
-    _check(Spelled(spelling, (7, 5)), in_first=False)
-
-
-@pytest.mark.parametrize("spelling", IN_FIRST.values(), ids=IN_FIRST)
-def test_in_first(spelling) -> None:
-    _check(Spelled(spelling, (5, 7)), in_first=True)
-
-
-def _check(model: nn.Module, in_first: bool) -> None:
+def test_every_spelling() -> None:
+    out = [Spelled(spelling, (7, 5)) for spelling in SPELLINGS.values()]
+    model = Several([*out, *(Spelled(spelling, (5, 7)) for spelling in IN_FIRST.values())])
     x = torch.randn(4, 5, dtype=torch.float64)
-    rule = Rule("matrix", lora=LoraConfig(r=2, lora_alpha=3))
+    rule = Rule("parts.*.matrix", lora=LoraConfig(r=2, lora_alpha=3))
     _, lora = check_laws(model, (x,), rules=rule)
-    (entry,) = lora.plan
-    assert (entry.form, entry.layout.in_first) == ("branch", in_first)
-    assert entry.shapes == ((2, 5), (7, 2))  # (r, in), (out, r)
+    for number, (name, entry) in enumerate(zip([*SPELLINGS, *IN_FIRST], lora.plan, strict=True)):
+        in_first = number >= len(SPELLINGS)
+        assert (entry.form, entry.layout.in_first) == ("branch", in_first), name
+        assert entry.shapes == ((2, 5), (7, 2)), name  # (r, in), (out, r)
 
 
 def test_all_linear_takes_a_linear_that_is_spelled_out() -> None:

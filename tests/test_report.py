@@ -47,11 +47,11 @@ def test_a_shape_that_no_laptop_holds() -> None:
             return x + self.down(torch.relu(self.up(x)))
 
     with torch.device("meta"):
-        model = nn.Sequential(*(Block() for _ in range(150)))
+        model = nn.Sequential(*(Block() for _ in range(60)))
     plan = fxlora.match(fxlora.capture(model), LoraConfig(r=16, target_modules="all-linear"))
     data = json.loads(fxlora.report(plan, "json"))
-    assert data["model_parameters"] == 150 * 2 * 8192 * 28672 > 70e9
-    assert data["adapter_parameters"] == 150 * 2 * 16 * (8192 + 28672)
+    assert data["model_parameters"] == 60 * 2 * 8192 * 28672 > 28e9
+    assert data["adapter_parameters"] == 60 * 2 * 16 * (8192 + 28672)
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def test_shapes_of_convolutions() -> None:
 
 
 def test_one_weight_of_several_in_a_module() -> None:
-    gm = fxlora.capture(Attention(), torch.randn(2, 3, 8))
+    gm = fxlora.capture(Attention(), torch.randn(2, 3, 8), dynamic_shapes=(None,))
     assert names(match(gm, Rule("mha", lora=R))) == ["mha.in_proj_weight", "mha.out_proj"]
     assert names(match(gm, Rule("mha.in_proj_weight", lora=R))) == ["mha.in_proj_weight"]
     assert names(match(gm, LoraConfig(r=2, target_modules=["mha.out_proj"]))) == ["mha.out_proj"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,12 @@ class Shared(nn.Module):
         return self.other(torch.tanh(nn.functional.linear(x, kept)) * self.lin(x) + self.twin(x))
 
 
+@functools.cache
+def captured(mirrored: bool) -> CapturedModule:
+    """Capture once, for tests that do not change the captured module."""
+    return fxlora.capture(Shared(mirrored), X)
+
+
 def adapted(module: CapturedModule) -> CapturedModule:
     lora = fxlora.inject(module, fxlora.match(module, Rule("other", lora=R)))
     randomise(lora)
@@ -66,14 +73,14 @@ every_copy = pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("mirrored", [True, False])
 @every_copy
 def test_shared_memory_is_refused_on_every_copy(how: str, mirrored: bool) -> None:
-    module = COPIES[how](fxlora.capture(Shared(mirrored), X))
+    module = COPIES[how](captured(mirrored))
     with pytest.raises(UnsupportedOpError, match=r"'lin' .* shares memory"):
         fxlora.match(module, Rule("lin", lora=R))
 
 
 @every_copy
 def test_the_contract_holds_on_every_copy_and_in_its_forward(how: str) -> None:
-    module = COPIES[how](fxlora.capture(Shared(False), X))
+    module = COPIES[how](captured(False))
     assert module(X).shape == (4, 3)
     for call in (module, module.forward):
         with pytest.raises(InputError, match="captured as 5, called with 6"):
@@ -82,7 +89,7 @@ def test_the_contract_holds_on_every_copy_and_in_its_forward(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["itself", "deepcopy", "copy.copy", "derive", "to"])
 def test_unplanned_gradients_are_refused_on_every_copy(how: str) -> None:
-    lora = adapted(fxlora.capture(Shared(False), X))
+    lora = adapted(copy.deepcopy(captured(False)))
     lora.get_parameter("lin.bias").requires_grad_(True)
     with pytest.raises(InjectError, match=r"'lin\.bias' requires gradients but is not"):
         fxlora.lora_parameters(COPIES[how](lora))
@@ -90,7 +97,7 @@ def test_unplanned_gradients_are_refused_on_every_copy(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "copy.copy", "derive", "to", "load_state_dict"])
 def test_no_copy_forgets_a_field(how: str) -> None:
-    once = fxlora.fold(adapted(fxlora.capture(Shared(True), X)))
+    once = fxlora.fold(adapted(captured(True)))
     config = LoraConfig(r=2, target_modules=["other"], modules_to_save=["twin"])
     lora = fxlora.inject(once, fxlora.match(once, config))
     lora.update_state(grads=frozenset(["lin.bias"]), outputs=frozenset(["other.weight"]))
@@ -107,7 +114,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
 
 
 def test_what_a_removal_keeps_and_drops() -> None:
-    module = fxlora.capture(Shared(True), X)
+    module = captured(True)
     assert fxlora.remove(adapted(module)).known == module.known
     folded = fxlora.fold(adapted(module)).known
     assert len(folded.folded) == 1
@@ -115,7 +122,7 @@ def test_what_a_removal_keeps_and_drops() -> None:
 
 
 def test_a_plain_copy_has_graphs_of_its_own_over_the_same_tensors() -> None:
-    lora = adapted(fxlora.capture(Shared(False), X)).eval()
+    lora = adapted(captured(False)).eval()
     copied = copy.copy(lora)
     assert torch.equal(copied(X), lora(X))
     assert copied.get_parameter("lin.weight") is lora.get_parameter("lin.weight")
@@ -123,7 +130,7 @@ def test_a_plain_copy_has_graphs_of_its_own_over_the_same_tensors() -> None:
 
 
 def test_a_state_cannot_be_changed_in_place() -> None:
-    module = fxlora.capture(Shared(False), X)
+    module = captured(False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         module.known.plan = None  # pyright: ignore
     with pytest.raises(AttributeError):

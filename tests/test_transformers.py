@@ -431,6 +431,7 @@ def test_calls(kind: str) -> None:
         assert_close(floats(call(module, kwargs)), expected, 1e-4)
 
 
+@pytest.mark.slow  # the quick run has checkpoints that are not reentrant, in test_nested.py
 def test_gradient_checkpointing() -> None:
     kwargs = {"input_ids": IDS, "labels": LABELS}
     model = llama(**ONE, attention_dropout=0.2).double().train()
