@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
+from ..tables import did_you_mean
 
 # The value of each symbol at a call, with the size that gave it and that size's place.
 Bound = dict[str, tuple[int, int, str]]
@@ -322,8 +323,8 @@ class InputSpec:
         for name in given:
             if name not in self.names:
                 raise InputError(
-                    f"{name}: not among the captured arguments ({', '.join(self.names)}). "
-                    "Capture again with it."
+                    f"{name}: not among the captured arguments ({', '.join(self.names)})."
+                    f"{did_you_mean(name, self.names)} Capture again with it."
                 )
         for name in self.names:
             if name not in given:
