@@ -404,6 +404,11 @@ def rules_from_data(data: Any, where: str) -> tuple[Rule, ...]:
         raise ConfigError(f"{where}: expected a table, found {type(data).__name__}.")
     # A written plan also has "site" and "version". They are ignored: match finds the sites again.
     _check_keys(data, {"rule", "lora", "site", "version"}, where)
+    if "site" in data and not {"rule", "lora"} & set(data):
+        raise ConfigError(
+            f"{where}: a plan without rules, that of an adapter that was loaded. Load the adapter "
+            "again (load_adapter), or write [[rule]] tables."
+        )
     if ("rule" in data) == ("lora" in data):
         raise ConfigError(f"{where}: give either [[rule]] tables or one [lora] table.")
     if "lora" in data:

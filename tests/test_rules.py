@@ -338,6 +338,36 @@ def test_a_plan_is_written_and_read_back(
     assert names(again) == names(plan)
 
 
+def test_the_head_of_a_plan_says_which_half_to_edit(
+    gm: fxlora.CapturedModule, tmp_path: Path
+) -> None:
+    plan = match(gm, Rule("q_proj", lora=R))
+    head, rules, _ = re.split(r"^\[\[(?:rule|site)\]\]\n", plan.to_toml(), maxsplit=2, flags=re.M)
+    assert head.startswith("# A plan of fxlora. Edit the rules: ")
+    assert "sites below them" in head
+    path = tmp_path / "plan.toml"
+    path.write_text(plan.to_toml().replace("r = 2", "r = 3", 1))  # in the rule
+    assert "r = 2" in rules
+    assert [entry.r for entry in match(gm, path)] == [3, 3, 3]
+    path.write_text(
+        re.sub(r"^r = 2$", "r = 3", plan.to_toml(), flags=re.M).replace("r = 3", "r = 2", 1)
+    )
+    assert [entry.r for entry in match(gm, path)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_the_plan_of_a_loaded_adapter_has_no_rules(
+    gm: fxlora.CapturedModule, suffix: str, tmp_path: Path
+) -> None:
+    fxlora.save_adapter(fxlora.inject(gm, match(gm, Rule("q_proj", lora=R))), tmp_path / "adapter")
+    plan = fxlora.load_adapter(gm, tmp_path / "adapter").plan
+    assert plan is not None and "rule" not in plan.to_data()
+    path = tmp_path / f"plan.{suffix}"
+    path.write_text(plan.to_toml() if suffix == "toml" else plan.to_json())
+    with pytest.raises(ConfigError, match=r"plan without rules.*load_adapter"):
+        match(gm, path)
+
+
 def test_a_function_is_not_written(gm: fxlora.CapturedModule) -> None:
     plan = match(gm, Rule(where=lambda site: site.name == "emb", lora=R))
     with pytest.raises(ConfigError, match="where="):
