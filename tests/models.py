@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -47,6 +47,11 @@ class Convolutions(nn.Module):
 
 class Readers(nn.Module):
     """Weights read by functions and operators; takes (N, 5) and indices (N, 4)."""
+
+    subscripts: ClassVar = {
+        "w_left": "oi",
+        **dict.fromkeys(("w_matmul", "w_addmm", "w_einsum", "w_sliced"), "io"),
+    }
 
     def __init__(self) -> None:
         super().__init__()

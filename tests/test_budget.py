@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from .laws import check_laws
 
 class Model(nn.Module):
     """Two linear layers, 40 → 30 → 20, and three stacked experts, 20 → 10."""
+
+    subscripts: ClassVar = {"experts": "eio"}
 
     def __init__(self) -> None:
         super().__init__()

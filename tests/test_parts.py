@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,6 +37,8 @@ class Packed(nn.Module):
 
 class Transposed(Packed):
     """The same with the weight stored as (in, out), as in GPT-2."""
+
+    subscripts: ClassVar = {"qkv.weight": "io"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,6 +233,8 @@ def test_features_of_an_embedding() -> None:
 
 def test_outputs_of_experts() -> None:
     class Experts(nn.Module):
+        subscripts: ClassVar = {"w": "eio"}
+
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(3, 5, 8))
@@ -371,6 +375,8 @@ def test_a_name_that_is_free(name: str) -> None:
 
 def test_parts_of_a_weight_that_is_read_through_a_view() -> None:
     class Viewed(nn.Module):
+        subscripts: ClassVar = {"w": "ooi"}
+
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(2, 3, 5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import fx, nn
 import fxlora
 from fxlora import LoraConfig, Rule
 
-from .laws import check_laws, delta, randomise
+from .laws import check_laws, merged_weights, randomise
 from .models import Several
 
 SPELLINGS = {
@@ -38,6 +40,7 @@ class Spelled(nn.Module):
         super().__init__()
         self.before = nn.Linear(5, 5)
         self.matrix = nn.Parameter(torch.randn(shape))
+        self.subscripts = {"matrix": "oi" if shape == (7, 5) else "io"}
         self.spelling = spelling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,6 +81,8 @@ def test_a_weight_read_both_ways_has_one_adapter() -> None:
 
 def test_a_use_of_the_transpose_that_is_no_product_takes_the_weight_form() -> None:
     class Sliced(nn.Module):
+        subscripts: ClassVar = {"matrix": "oi"}
+
         def __init__(self) -> None:
             super().__init__()
             self.matrix = nn.Parameter(torch.randn(7, 5))
@@ -92,7 +97,7 @@ def test_a_use_of_the_transpose_that_is_no_product_takes_the_weight_form() -> No
     (entry,) = lora.plan
     assert entry.form == "weight"
     randomise(lora)
-    total = model.matrix + delta(entry, *map(lora.get_parameter, (entry.name_a, entry.name_b)))
+    total = merged_weights(model, lora, dict(lora.named_parameters()))["matrix"]
     assert torch.allclose(lora(x), x @ total.T + x @ total.T[:, :1])
 
 
@@ -162,6 +167,8 @@ def test_a_function_of_a_weight_takes_the_weight_form(layer, shape, expected) ->
 
 def test_a_stack_of_kernels() -> None:
     class Stack(nn.Module):
+        subscripts: ClassVar = {"kernels": "eoik"}
+
         def __init__(self) -> None:
             super().__init__()
             self.kernels = nn.Parameter(torch.randn(4, 6, 3, 2))
@@ -178,6 +185,8 @@ def test_a_stack_of_kernels() -> None:
 
 def test_a_weight_times_its_own_transpose() -> None:
     class Gram(nn.Module):
+        subscripts: ClassVar = {"matrix": "io"}
+
         def __init__(self) -> None:
             super().__init__()
             self.matrix = nn.Parameter(torch.randn(7, 5))
@@ -213,6 +222,8 @@ def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
 
 class Looks(nn.Module):
     """Reads `used`; the function `look` may use `other`."""
+
+    subscripts: ClassVar = {"used": "io", "other": "oi"}
 
     def __init__(self, look) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ X = torch.randn(4, 6, dtype=torch.float64)
 
 class Reads(nn.Module):
     """Reads a weight (7, 6) with large entries by a given function."""
+
+    subscripts: ClassVar = {"w": "oi"}
 
     def __init__(self, read: Read) -> None:
         super().__init__()
@@ -104,6 +106,9 @@ class Product(nn.Module):
         super().__init__()
         self.u, self.v = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5))
         self.region = region
+        # Neither is multiplied with x alone: which of its dimensions A takes is a convention.
+        pieces = region == "pieces"
+        self.subscripts = {"u": "oi", "v": "io"} if pieces else {"u": "io", "v": "oi"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.region == "pieces":
