@@ -151,3 +151,12 @@ def gpt2() -> tuple[nn.Module, dict[str, Any], fxlora.CapturedModule]:
     ids = torch.randint(3, 53, (2, 7))
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     return model, kwargs, fxlora.capture(model, (), kwargs)
+
+
+def skip_unless_grouped(dtype: torch.dtype) -> None:
+    """Skip a test where this torch has no grouped products of a dtype."""
+    x, w = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((10, 16), (3, 16, 24)))
+    try:
+        F.grouped_mm(x, w, offs=torch.empty(3, dtype=torch.int32, device="meta"))
+    except RuntimeError:
+        pytest.skip(f"this torch cannot export grouped products of {dtype}")

@@ -20,7 +20,7 @@ from fxlora.lora.ops import OPS
 from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, merged_weights, randomise
-from .models import Several
+from .models import Several, skip_unless_grouped
 
 W = Rule("w", lora=LoraConfig(r=2, lora_alpha=3))
 
@@ -696,7 +696,7 @@ def test_grouped_products(dtype: torch.dtype, transposed: bool) -> None:
             w = self.w.transpose(-2, -1) if transposed else self.w
             return torch.nn.functional.grouped_mm(x, w, offs=ends)
 
-    _skip_unless_grouped(dtype)
+    skip_unless_grouped(dtype)
     model = Grouped().to(dtype)
     given = (torch.randn(10, 16, dtype=dtype), torch.tensor([2, 7, 10], dtype=torch.int32))
     gm = fxlora.capture(model, given)
@@ -717,14 +717,6 @@ def test_grouped_products(dtype: torch.dtype, transposed: bool) -> None:
     lora(*given).float().square().sum().backward()
     for parameter in fxlora.lora_parameters(lora):
         assert parameter.grad.flatten(1).abs().amax(1).min() > 0  # of every expert
-
-
-def _skip_unless_grouped(dtype: torch.dtype) -> None:
-    x, w = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((10, 16), (3, 16, 24)))
-    try:
-        F.grouped_mm(x, w, offs=torch.empty(3, dtype=torch.int32, device="meta"))
-    except RuntimeError:
-        pytest.skip(f"this torch cannot export grouped products of {dtype}")
 
 
 def test_a_row_that_is_added_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
