@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import pytest
@@ -120,6 +120,24 @@ class Normed(nn.Module):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         x = self.first(x) + self.second(x)
         return {"logits": self.fc(x) + self.offset, "features": x}
+
+
+class Reads(nn.Module):
+    """Reads one weight `w`, of the given shape and subscripts (see `oracle.py`), by a function."""
+
+    def __init__(
+        self,
+        read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        subscripts: str,
+        *shape: int,
+    ) -> None:
+        super().__init__()
+        self.subscripts = {"w": subscripts}
+        self.w = nn.Parameter(torch.randn(shape))
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x, self.w)
 
 
 class Several(nn.Module):

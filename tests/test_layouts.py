@@ -20,25 +20,22 @@ from fxlora.lora.ops import OPS
 from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, merged_weights, randomise
-from .models import Several, skip_unless_grouped
+from .models import Reads, Several, skip_unless_grouped
 
 W = Rule("w", lora=LoraConfig(r=2, lora_alpha=3))
 
 
-class Reads(nn.Module):
-    """Reads one weight of any shape by a function, after a scaling of x and before a tanh."""
+class Scaled(Reads):
+    """Reads one weight after a scaling of x and before a tanh."""
 
     def __init__(
         self, function: Any, shape: tuple[int, ...], x: tuple[int, ...], roles: str
     ) -> None:
-        super().__init__()
-        self.subscripts = {"w": roles}
+        super().__init__(function, roles, *shape)
         self.scale = nn.Parameter(torch.rand(x[-1]) + 0.5)
-        self.w = nn.Parameter(torch.randn(shape))
-        self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.function(x * self.scale, self.w))
+        return torch.tanh(super().forward(x * self.scale))
 
 
 class Looks(nn.Module):
@@ -67,7 +64,7 @@ def together(
         groups.setdefault(group(case), []).append(name)
     for names in groups.values():
         given = cases[names[0]][2]
-        model = Several(Reads(*cases[name]) for name in names)
+        model = Several(Scaled(*cases[name]) for name in names)
         x = (torch.randn(given).double(),)
         _, lora = check_laws(model, x, rules=dataclasses.replace(W, name="parts.*.w"), **how)
         for name, entry in zip(names, lora.plan, strict=True):
@@ -89,7 +86,7 @@ def adapted(
     **how: Any,
 ) -> fxlora.Entry:
     """Check the laws, the form and the weight's roles on one read; return the plan's entry."""
-    model = Reads(function, shape, x, roles)
+    model = Scaled(function, shape, x, roles)
     _, lora = check_laws(model, (torch.randn(x).double(),), rules=W, **how)
     (entry,) = lora.plan
     assert (entry.form, entry.layout.roles) == (form, roles), entry.reason
@@ -592,16 +589,9 @@ def test_the_padding_row_of_bags_counts_from_the_end() -> None:
 
 @pytest.mark.parametrize("exported", [True, False])
 def test_the_padding_row_of_a_function_counts_from_the_end(exported: bool) -> None:
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(9, 5))
-
-        def forward(self, index: torch.Tensor) -> torch.Tensor:
-            return F.embedding(index, self.w, padding_idx=-2)
-
+    model = Reads(lambda index, w: F.embedding(index, w, padding_idx=-2), "io", 9, 5)
     index = torch.tensor([[1, 7, 8], [7, 0, 3]])
-    gm = fxlora.capture(One().double(), *([index] if exported else []))
+    gm = fxlora.capture(model.double(), *([index] if exported else []))
     lora = fxlora.inject(gm, fxlora.match(gm, W))
     folded = fxlora.fold(trained(lora, index) if exported else _stepped(lora, index))
     assert torch.equal(folded.get_parameter("w")[7], gm.get_parameter("w")[7])
