@@ -143,11 +143,23 @@ def test_every_row_has_a_model() -> None:
     assert called(turned) == {*TRANSPOSED_ROWS, *grouped}
 
 
+def pefts_shapes(roles: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return PEFT's shapes of A (e, 2, in) and B (e, out, 2).
+
+    A kernel belongs to A, or to B if the inputs come first; the other factor has one of ones.
+    """
+    size = dict(zip(roles, shape, strict=True))
+    stack, kernel = shape[: roles.count("e")], shape[2:] if "k" in roles else ()
+    ones = (1,) * len(kernel)
+    of_a, of_b = (ones, kernel) if roles.startswith("io") else (kernel, ones)
+    return (*stack, 2, size["i"], *of_a), (*stack, size["o"], 2, *of_b)
+
+
 @pytest.mark.parametrize("rows", [ROWS, TRANSPOSED_ROWS], ids=["as it is", "transposed"])
 def test_rows(rows: Any) -> None:
     for row, (_, shape, _, roles), entry in together(rows, inputs_and_stack):
         assert (entry.form, entry.layout.roles) == ("branch", roles), row
-        assert entry.shapes == entry.layout.factor_shapes(shape, 2), row
+        assert entry.shapes == pefts_shapes(roles, shape), row
 
 
 @pytest.mark.parametrize("row", LOOK_UPS)
