@@ -84,19 +84,7 @@ class CapturedModule(ProgramModule):
         """Record the effect of an in-place rewrite; `changes` are fields of `State`."""
         self.known = dataclasses.replace(self.known, **changes)
 
-    # ---- modes ------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> CapturedModule:
-        """Choose the train graph (or the eval graph); frozen parameters stay frozen.
-
-        The mode belongs to the whole graph: calling `train()` on a submodule has no effect.
-        """
-        super().train(mode)
-        for module in (self, *self.runners):
-            module.choose(mode)
-        if self.parent_module:
-            self.parent_module.choose(mode)
-        return self
+    # ---- graphs -----------------------------------------------------------------------------
 
     @property
     def graphs(self) -> dict[str, fx.Graph]:
@@ -134,7 +122,6 @@ class CapturedModule(ProgramModule):
         if self.parent_module:
             adapted = {name for entry in self.plan or () for name in entry.names}
             self.parent_module.bind(self, self.runners, adapted)
-            self.parent_module.choose(self.training)
 
     def stale_graphs(self) -> list[str]:
         """Return the paths of graphs that were edited after their running code was generated."""

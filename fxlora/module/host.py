@@ -109,13 +109,8 @@ class Host(nn.Module):
     """The methods that `hosted` adds to the model's own class."""
 
     _captured: CapturedModule
+    _source_class: type[nn.Module]
     _held: list[tuple[nn.Module, str, nn.Module]]
-
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode as nn.Module does, and choose the captured module's graph."""
-        super().train(mode)
-        self._captured.train(mode)
-        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._captured._apply(fn, recurse)  # the host shares its dicts of tensors
@@ -137,7 +132,7 @@ class Host(nn.Module):
         return parent.save_pretrained(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        plain = nn.Module.__new__(type(self).__mro__[2])  # the model's own class
+        plain = nn.Module.__new__(self._source_class)
         plain.__dict__.update(self.__dict__)
         for name in ("_captured", "_held"):
             del plain.__dict__[name]
@@ -151,11 +146,14 @@ def _host_class(kind: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         _check_held(self)
+        if self._captured.training is not self.training:  # set without train(), perhaps
+            self._captured.train(self.training)
         args, kwargs = _align(self._captured, inspect.signature(kind.forward), args, kwargs)
         return self._captured(*args, **kwargs)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (Host, kind), {**names, "__doc__": kind.__doc__, "forward": forward})
+    own = {"__doc__": kind.__doc__, "forward": forward, "_source_class": kind}
+    return type(kind.__name__, (Host, kind), {**names, **own})
 
 
 # ---- weights ------------------------------------------------------------------------------------

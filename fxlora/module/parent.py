@@ -45,6 +45,8 @@ class ParentModule:
     why: str
     _tensors: Mapping[str, Any] = field(default_factory=dict[str, Any])
     _tree: nn.Module = field(default_factory=nn.Module, init=False)
+    _runners: tuple[ProgramModule, ...] = field(default=(), init=False)
+    _mode: bool | None = field(default=None, init=False)
     _recorded: list[RegionCall] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class ParentModule:
         memo = {id(old): tensors[name] for name, old in self._tensors.items() if name in tensors}
         self.module = copied_module(self.module, memo)
         self._tensors, self._tree = tensors, tree
+        self._runners, self._mode = tuple(runners), None
         for path in {runner.program.path for runner in runners}:
             own = [runner for runner in runners if runner.program.path == path]
             region = self.module.get_submodule(path)
@@ -124,18 +127,26 @@ class ParentModule:
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the region at a path."""
+        self._follow()
         region: Any = self.module.get_submodule(path).forward
         return region(*args, **kwargs)
 
-    def choose(self, training: bool) -> None:
-        """Set the mode; in the mode of the capture, restore the source's training flags."""
+    def _follow(self) -> None:
+        """Take on the tree's mode; in the mode of the capture, restore the source's flags."""
+        training = self._tree.training
+        if self._mode is training:
+            return
+        self._mode = training
         self.module.train(training)
+        for runner in self._runners:
+            runner.training = training
         if training == self.training:
             for path, flag in self.flags.items():
                 self.module.get_submodule(path).training = flag
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._sync()
+        self._follow()
         return self.module(*args, **kwargs)
 
 
