@@ -18,6 +18,7 @@ from .errors import (
     MisfitError,
     NoMatchError,
     NotCapturedError,
+    SubmoduleError,
     UnsupportedOpError,
     VerificationError,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Rule",
     "Site",
     "SiteCheck",
+    "SubmoduleError",
     "UnsupportedOpError",
     "Variant",
     "Verification",

@@ -48,6 +48,10 @@ class NotCapturedError(FxLoraError, TypeError):
     """A function needs a captured module, and got something else."""
 
 
+class SubmoduleError(FxLoraError):
+    """A submodule of a captured module was used in a way that would have no effect."""
+
+
 class MisfitError(InjectError):
     """A plan was made for another module.
 

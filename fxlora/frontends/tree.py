@@ -16,6 +16,7 @@ from ..errors import CaptureError
 from ..fx.calls import call_site
 from ..module import CapturedModule
 from ..module.parent import copied_module
+from ..module.submodules import container as empty_container
 from .kept.undisturbed import plain_tensors
 
 
@@ -54,14 +55,14 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
             return copy.deepcopy(module, memo)
         if id(module) in containers:
             return containers[id(module)]
-        result = containers[id(module)] = nn.Module()
+        result = containers[id(module)] = empty_container(type(module))
         result.training = module.training
         result._parameters = held(module._parameters)
         result._buffers = held(module._buffers)
         result._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         for name, child in module._modules.items():
             inner_path = f"{path}.{name}" if path else name
-            if child is not None and (inner_path in leaves or _holds_anything(child)):
+            if child is not None:
                 result._modules[name] = container(child, inner_path)
         return result
 
@@ -130,7 +131,7 @@ def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
     container = tree
     for part in owner.split(".") if owner else []:
         if part not in container._modules:
-            container.add_module(part, nn.Module())
+            container.add_module(part, empty_container())
         container = container.get_submodule(part)
     if isinstance(value, nn.Module):
         container.add_module(name, value)
@@ -148,10 +149,6 @@ def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
     for _, buffer in model.named_buffers(remove_duplicate=False):
         memo.setdefault(id(buffer), buffer.detach().clone())
     return memo
-
-
-def _holds_anything(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def read_by_own_names(module: CapturedModule) -> None:

@@ -110,6 +110,27 @@ def call_site(node: fx.Node) -> str:
     return str(stack[-1][0]).partition("@")[0] if stack else ""
 
 
+def part_of(graph: fx.Graph, path: str) -> list[Hashable]:
+    """Return the calls of a graph that are in the forward of the module at a path, as data.
+
+    A call of which that is unknown is included.
+    """
+    return [
+        (node.op, str(node.target), repr(fx.map_arg((node.args, dict(node.kwargs)), lambda n: None)))
+        for node in graph.nodes
+        if node.op not in ("placeholder", "get_attr", "output") and _may_be_in(node, path)
+    ]
+
+
+def _may_be_in(node: fx.Node, path: str) -> bool:
+    stack = [str(place).partition("@")[0] for place, _ in _stack(node)]
+    return not stack or any(place == path or place.startswith(f"{path}.") for place in stack)
+
+
+def _stack(node: fx.Node) -> list[tuple[Any, Any]]:
+    return list(node.meta.get("nn_module_stack", {}).values())
+
+
 def source_line(node: fx.Node) -> str:
     """Return the last `file:line` of the call's stack trace, or ""; generated code is skipped."""
     places = re.findall(r'File "([^"<]+)", line (\d+)', node.stack_trace or "")

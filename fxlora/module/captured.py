@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..errors import FxLoraError, NotCapturedError
+from ..errors import FxLoraError, NotCapturedError, SubmoduleError
+from ..fx.calls import part_of
 from ..plan import Plan
+from .adapted_weight import adapted_weight
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
 from .parent import ParentModule, parent_program
-from .program import Program, ProgramModule, code_of, tensors_of
+from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .state import State
+from .submodules import Container, Seal, children_of, container, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -38,6 +43,7 @@ class CapturedModule(ProgramModule):
     """
 
     known: State
+    _seal: Seal
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class CapturedModule(ProgramModule):
         state: State | None = None,
     ) -> None:
         whole = parent_program() if parent_module else programs[0]
+        self.__dict__["_seal"] = Seal(self)
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
@@ -62,6 +69,92 @@ class CapturedModule(ProgramModule):
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
             self._bind_parent()
         self.train(training)
+        self._seal_submodules()
+
+    # ---- submodules -------------------------------------------------------------------------
+
+    def _seal_submodules(self) -> None:
+        """Have all submodules refuse what has no effect on the graphs (see submodules.py)."""
+        seal = self._seal
+        entries = self.known.plan or ()
+        names = dict.fromkeys(name for entry in entries for name in entry.names)
+        seal.adapted = {name: functools.partial(self.adapted_weight, name) for name in names}
+        seal.owners = {}
+        for path, part in self.named_modules():
+            if path and isinstance(part, Container):
+                seal_part(part, path, seal)
+                seal.owners[path] = self
+        self.__dict__["_modules"] = children_of(self._modules, "", seal)
+        seal.owner_set(self)
+        seal.open = False
+
+    @contextmanager
+    def editing(self) -> Generator[None]:
+        """Allow submodules to be added, replaced and deleted in a `with` block, as a pass does."""
+        with self._seal.opened():
+            yield
+
+    def adapted_weight(self, name: str) -> torch.Tensor:
+        """Return W0 + s·BA of a weight, with gradients to A and B; W0 if it is not adapted."""
+        value: torch.Tensor = self.get_parameter(name)
+        dtype = value.dtype
+        for entry in self.known.plan or ():
+            if name in entry.names:
+                tensors = {n: self.get_parameter(n).to(dtype) for n in entry.tensors}
+                value = adapted_weight(entry, value, tensors)
+        return value
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter itself; reading an adapted weight as an attribute computes it."""
+        owner, _, name = target.rpartition(".")
+        found = self.get_submodule(owner)._parameters.get(name)
+        return super().get_parameter(target) if found is None else found
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        seal: Seal | None = self.__dict__.get("_seal")
+        return value if seal is None else seal.outside("", name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and "_seal" in self.__dict__:
+            self._seal.owner_set(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> CapturedModule:
+        """Set `requires_grad` of all parameters; those that would train are copied first."""
+        if requires_grad:
+            self.unshare(self)
+        super().requires_grad_(requires_grad)
+        return self
+
+    def unshare(self, part: nn.Module) -> None:
+        """Copy the storage of a part's parameters, so that training them leaves the source alone."""
+        held = {id(parameter) for parameter in part.parameters()}
+        named = self.named_parameters(remove_duplicate=False)
+        self._unshare_storage({name for name, p in named if id(p) in held})
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._seal.apart:
+            self._refuse_modes_apart()
+        super()._check(args, kwargs)
+
+    def _refuse_modes_apart(self) -> None:
+        """Raise if the mode of a submodule is not its owner's, and its part has a graph per mode."""
+        for path in sorted(self._seal.apart):
+            if self._mode_matters(path):
+                mode = "eval" if self.training else "train"
+                raise SubmoduleError(
+                    f"'{path}' was set to {mode} mode apart from the module, and one graph computes "
+                    "the whole model in one mode. Make it a module of its own: capture(model, …, "
+                    f"modules={path!r}), or set the mode of the whole module (train(), eval())."
+                )
+
+    def _mode_matters(self, path: str) -> bool:
+        """Whether the two modes' graphs differ in a submodule's part."""
+        if self.parent_module:
+            return True
+        train, evaluation = (part_of(self.graphs[mode], path) for mode in MODES)
+        return train != evaluation
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -116,6 +209,7 @@ class CapturedModule(ProgramModule):
         for runner in self.runners:
             runner.refresh()
         self._bind_parent()
+        self._seal_submodules()
 
     def _bind_parent(self) -> None:
         """Bind the parent module to this module's tensors; those that regions adapt raise there."""
@@ -223,7 +317,7 @@ class CapturedModule(ProgramModule):
         )
         return outcome
 
-    def _unshare_storage(self, names: Container[str]) -> None:
+    def _unshare_storage(self, names: Collection[str]) -> None:
         """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
         written = {_memory(parameter) for name, parameter in held if name in names}
@@ -300,20 +394,22 @@ class CapturedModule(ProgramModule):
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Register a parameter under a dotted name, creating containers as needed."""
         owner, _, attribute = name.rpartition(".")
-        container: nn.Module = self
-        for part in owner.split(".") if owner else []:
-            if part not in container._modules:
-                container.add_module(part, nn.Module())
-            container = container.get_submodule(part)
-        container.register_parameter(attribute, parameter)
+        parent: nn.Module = self
+        with self.editing():
+            for part in owner.split(".") if owner else []:
+                if part not in parent._modules:
+                    parent.add_module(part, container())
+                parent = parent.get_submodule(part)
+            parent.register_parameter(attribute, parameter)
 
     def remove_parameter(self, name: str) -> None:
         """Remove a parameter, and the containers that this leaves empty."""
         owner, _, attribute = name.rpartition(".")
         del self.get_submodule(owner)._parameters[attribute]
-        while owner and next(_contents(self.get_submodule(owner)), None) is None:
-            owner, _, attribute = owner.rpartition(".")
-            del self.get_submodule(owner)._modules[attribute]
+        with self.editing():
+            while owner and next(_contents(self.get_submodule(owner)), None) is None:
+                owner, _, attribute = owner.rpartition(".")
+                del self.get_submodule(owner)._modules[attribute]
 
     # ---- device and dtype -------------------------------------------------------------------
 

@@ -112,6 +112,12 @@ class Host(nn.Module):
     _source_class: type[nn.Module]
     _held: list[tuple[nn.Module, str, nn.Module]]
 
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode as nn.Module does, also of the captured module."""
+        super().train(mode)
+        self._captured.train(mode)
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._captured._apply(fn, recurse)  # the host shares its dicts of tensors
         return self

@@ -16,6 +16,7 @@ from torch.fx.graph_module import _forward_from_src
 from ..errors import InputError
 from ..fx.targets import refuse_unwritable
 from .contract import InputSpec
+from .submodules import plain_view
 
 MODES = ("train", "eval")
 
@@ -70,6 +71,7 @@ class ProgramModule(fx.GraphModule):
 
     _generated: dict[int, _Generated]
     _forwards: dict[bool, Callable[..., Any]]
+    _view: nn.Module
 
     def __init__(self, tree: nn.Module, program: Program, class_name: str, training: bool) -> None:
         self.__dict__.update(_generated={}, _forwards={})
@@ -77,8 +79,7 @@ class ProgramModule(fx.GraphModule):
         for name, held in tensors_of(tree).items():
             self.__dict__[name] = held
         self.program = program
-        if any(spec and spec.updates for spec in program.inputs.values()):
-            self.register_forward_hook(_update_inputs, with_kwargs=True)
+        self.look()
         type(self).forward = _own_forward()  # fx.GraphModule gives every instance a class
         self.training = training
 
@@ -140,6 +141,7 @@ class ProgramModule(fx.GraphModule):
             made = self._generated[id(graph)] = _generated(graph)
             type(self).forward.__signature__ = inspect.signature(made.forward)
         self.__dict__.update(made.state)
+        self._view.__dict__.update(made.state)  # the code reads its pytree specs there
         self._forwards[self.training] = made.forward
 
     def recompile(self) -> PythonCode:
@@ -150,6 +152,10 @@ class ProgramModule(fx.GraphModule):
             self._prepare()
         return self._graph.python_code("self")
 
+    def look(self) -> None:
+        """Have the graphs' code run on the tensors and nested graphs that the module holds now."""
+        self.__dict__["_view"] = plain_view(self)
+
     def is_stale(self) -> bool:
         """Whether a graph was edited after its code was generated."""
         known = self._generated.values()
@@ -159,6 +165,7 @@ class ProgramModule(fx.GraphModule):
         """Lint the graphs after a rewrite, and discard the code generated before it."""
         for graph in self.program.distinct_graphs():
             graph.lint()
+        self.look()
         self._generated.clear()
         self._forwards.clear()
         self._prepare()
@@ -201,16 +208,13 @@ def _own_forward() -> Any:
 
 
 def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
-    if not _traced(args, kwargs):
-        self._check(args, kwargs)
-    return self._forwards[self.training](self, *args, **kwargs)
-
-
-def _update_inputs(
-    module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    if module.contract is not None:
-        module.contract.update(args, kwargs, output)
+    if _traced(args, kwargs):
+        return self._forwards[self.training](self._view, *args, **kwargs)
+    self._check(args, kwargs)
+    output = self._forwards[self.training](self._view, *args, **kwargs)
+    if self.contract is not None and self.contract.updates:
+        self.contract.update(args, kwargs, output)
+    return output
 
 
 def _traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

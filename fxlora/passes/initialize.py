@@ -10,7 +10,7 @@ from ..lora.inits import FILLS, STARTS, embedding
 from ..lora.ops import is_lookup
 from ..lora.variants import VARIANTS
 from ..plan import Entry
-from .adapted_weight import sum_matrix
+from ..module.adapted_weight import sum_matrix
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from ..names import shown
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
-from .adapted_weight import adapted_weight, factors, output_gains, rank
+from ..module.adapted_weight import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten
 

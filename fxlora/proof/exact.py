@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..module import CapturedModule
-from ..passes.adapted_weight import adapted_weight
+from ..module.adapted_weight import adapted_weight
 from ..plan import Entry, scales_outputs
 
 

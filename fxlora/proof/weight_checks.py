@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
-from ..passes.adapted_weight import factors
+from ..module.adapted_weight import factors
 from ..plan import Entry
 from ..tables import some
 from .coverage import adapted_names
