@@ -30,6 +30,7 @@ from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
+from ..module.parts import Modules, chosen_modules
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
@@ -40,6 +41,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    modules: Modules | None = None,
 ) -> CapturedModule:
     """Capture a model as a `torch.fx.GraphModule`, leaving the model itself unchanged.
 
@@ -64,6 +66,10 @@ def capture(
             is dynamic, and all other dimensions are fixed to their sizes in the example. A
             dimension that is asked to be dynamic and that the model fixes is an error, also
             with `Dim.AUTO`.
+        modules: submodules that are to be modules of their own, which the graph calls: glob
+            patterns for their paths ("layers.*"), classes, or a list of both. Hooks, `eval()` of
+            a part, wrappers (`fully_shard`, `checkpoint_wrapper`, `torch.compile`) and
+            replacement work on these.
 
     Returns:
         The captured module: call it like the model; its state_dict keys are the model's.
@@ -81,7 +87,7 @@ def capture(
     """
     _check_model(model)
     try:
-        return _capture(model, args, kwargs, dynamic_shapes)
+        return _capture(model, args, kwargs, dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
@@ -92,7 +98,10 @@ def capture(
 _REPORT = "fxlora did not expect this error: please report it, with the model."
 
 
-def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> CapturedModule:
+def _capture(
+    model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, modules: Modules | None
+) -> CapturedModule:
+    parts = () if modules is None else chosen_modules(model, modules)
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is not None or kwargs is not None:
@@ -105,7 +114,11 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> C
                 f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
                 "Give several positional inputs as one tuple: capture(model, (a, b))."
             )
-        return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+        return _capture_exported(
+            model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes, parts
+        )
+    if parts:
+        raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
     if dynamic_shapes is not None:
         raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
     return _capture_traced(model)
@@ -157,17 +170,22 @@ def _hidden_name(model: nn.Module) -> str | None:
 
 
 def _capture_exported(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    parts: tuple[str, ...],
 ) -> CapturedModule:
     register_containers(model)
     kwargs = in_signature_order(model, kwargs)
     try:
-        source = export_modes(working_copy(model), examples_for(args, kwargs, dynamic_shapes))
+        examples = examples_for(args, kwargs, dynamic_shapes)
+        source = export_modes(working_copy(model), examples, parts=parts)
     except CaptureError as failure:
-        if dynamic_shapes is not None:  # the user asked for one whole graph
+        if dynamic_shapes is not None or parts:  # the user asked for one whole graph
             raise
         return _capture_by_regions(model, args, kwargs, failure)
-    return _assemble(model, [source])
+    return _assemble(model, [source], parts=parts)
 
 
 def _capture_by_regions(
@@ -200,7 +218,10 @@ def _capture_traced(model: nn.Module) -> CapturedModule:
 
 
 def _assemble(
-    model: nn.Module, sources: Sequence[Source], parent: ParentModule | None = None
+    model: nn.Module,
+    sources: Sequence[Source],
+    parent: ParentModule | None = None,
+    parts: tuple[str, ...] = (),
 ) -> CapturedModule:
     """Build the captured module: the sources' graphs of both modes over one parameter tree."""
     written: set[str] = set(parent.reads) if parent else set()  # the parent may write to these
@@ -219,12 +240,15 @@ def _assemble(
         for mode, module in source.distinct().items():
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, known, memory, mirrors)
-    programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
+    programs = [
+        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.calls) for s in sources
+    ]
     if parent or any(spec is None for program in programs for spec in program.inputs.values()):
         _add_mirrors(mirrors, model, memory)
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
         outputs=_output_embeddings(model),
+        outlined=parts,
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )
     result = CapturedModule(

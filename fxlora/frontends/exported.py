@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from ..errors import CaptureError, InputError
 from ..fx.compare import alike, same_graph_except_sizes
 from ..fx.targets import refuse_unwritable_names
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
+from ..module.outline import ModuleCall
 from ..module.program import MODES
 from .assumptions import contract_of
 from .examples import Example
 from .failures import capture_error
+from .kept.boundaries import recorded_calls_of
 from .kept.checkpoints import marked_checkpoints, marks_of
 from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
@@ -40,6 +42,9 @@ from .kept.undisturbed import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
 
 
+RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
+
+
 @dataclass(eq=False)
 class Source:
     """The graphs that a frontend made of a model or a submodule, one per mode.
@@ -48,11 +53,13 @@ class Source:
         modules: the graph module of each mode; one object under both keys if they are equal.
         inputs: the input contract of each mode's graph, or None if the tracer made it.
         path: the submodule that names in the graphs are relative to; "" is the whole model.
+        calls: the recorded calls of submodules in each mode's graph.
     """
 
     modules: dict[str, fx.GraphModule]
     inputs: dict[str, InputSpec | None]
     path: str = ""
+    calls: dict[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
 
     def copied(self) -> Source:
         """Copy the graphs; the copies share the tensors."""
@@ -60,7 +67,7 @@ class Source:
         memo = {id(tensor): tensor for tensors in held for tensor in tensors}
         copies = {id(m): copy.deepcopy(m, dict(memo)) for m in self.modules.values()}
         modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
-        return Source(modules, dict(self.inputs), self.path)
+        return Source(modules, dict(self.inputs), self.path, dict(self.calls))
 
     def distinct(self) -> dict[str, fx.GraphModule]:
         """Return each distinct graph module once, under the first mode that uses it."""
@@ -69,7 +76,12 @@ class Source:
 
 
 def export_modes(
-    model: nn.Module, examples: list[Example], *, root: nn.Module | None = None, path: str = ""
+    model: nn.Module,
+    examples: list[Example],
+    *,
+    root: nn.Module | None = None,
+    path: str = "",
+    parts: Sequence[str] = (),
 ) -> Source:
     """Export a model in train and in eval mode.
 
@@ -78,25 +90,28 @@ def export_modes(
         examples: the examples to try, in order; eval mode starts with the one that train used.
         root: the module whose mode is set for each export; by default `model`.
         path: path of `model` in `root`.
+        parts: paths of submodules whose calls to record.
 
     Raises:
         CaptureError: none of the examples exports.
     """
     modules: dict[str, fx.GraphModule] = {}
+    calls: dict[str, tuple[ModuleCall, ...]] = {}
     inputs: dict[str, InputSpec | None] = {}
     for mode in MODES:
         with mode_of(root or model, mode == "train"):
-            modules[mode], inputs[mode], used = _export_mode(model, examples, mode)
+            modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
+        calls[mode] = modules[mode].meta.pop(RECORDED, ())
         examples = examples[examples.index(used) :]
     train, evaluation = modules["train"], modules["eval"]
-    same_inputs = inputs["train"] == inputs["eval"]
+    same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
     if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
         modules["train"] = evaluation
-    return Source(modules, inputs, path)
+    return Source(modules, inputs, path, calls)
 
 
 def _export_mode(
-    model: nn.Module, examples: list[Example], mode: str
+    model: nn.Module, examples: list[Example], mode: str, parts: Sequence[str]
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
     """Export the current mode with the first example that works.
 
@@ -116,7 +131,7 @@ def _export_mode(
     for example in examples:
         try:
             with recorded_outputs(model) as outputs:
-                module, spec = _attempt(model, example, mode)
+                module, spec = _attempt(model, example, mode, parts)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -138,10 +153,13 @@ def depends_on_data(error: BaseException | None) -> bool:
     return isinstance(error, GuardOnDataDependentSymNode)
 
 
-def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphModule, InputSpec]:
+def _attempt(
+    model: nn.Module, example: Example, mode: str, parts: Sequence[str]
+) -> tuple[fx.GraphModule, InputSpec]:
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
-    with fixed, watch_updates(model) as updates:
+    with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
         program, module = _exported(model, example)
+    module.meta[RECORDED] = calls.taken(module.graph)
     _refuse_unknown_squeezes(model, module.graph)
     spec = contract_of(program, module, model, example)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}

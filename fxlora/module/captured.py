@@ -16,15 +16,17 @@ from ..errors import FxLoraError, NotCapturedError, SubmoduleError
 from ..fx.calls import part_of
 from ..plan import Plan
 from .adapted_weight import adapted_weight
+from .block import Block
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
+from .outline import OutlinedGraph, outlined
 from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .state import State
-from .submodules import Container, Seal, children_of, container, seal_part
+from .submodules import HOOKS, Container, Seal, children_of, container, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -43,7 +45,9 @@ class CapturedModule(ProgramModule):
     """
 
     known: State
+    blocks: dict[str, Block]
     _seal: Seal
+    _running: dict[int, fx.Graph]
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class CapturedModule(ProgramModule):
         state: State | None = None,
     ) -> None:
         whole = parent_program() if parent_module else programs[0]
-        self.__dict__["_seal"] = Seal(self)
+        self.__dict__.update(_seal=Seal(self), _running={}, blocks={})
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
@@ -68,25 +72,94 @@ class CapturedModule(ProgramModule):
         if parent_module:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
             self._bind_parent()
+        self._outline()
         self.train(training)
         self._seal_submodules()
 
     # ---- submodules -------------------------------------------------------------------------
 
+    def _outline(self) -> None:
+        """Put the outlined submodules into the tree, over the containers that hold their tensors."""
+        self._running = {}
+        paths = self.known.outlined
+        if not paths:
+            return
+        made: dict[str, dict[str, OutlinedGraph]] = {path: {} for path in paths}
+        for mode in MODES:
+            graph = self.graphs[mode]
+            rest, parts = outlined(graph, self.program.calls[mode], paths)
+            self._running[id(graph)] = rest
+            for path, part in parts.items():
+                made[path][mode] = part
+        with self.editing():
+            for path in sorted(paths, key=lambda path: path.count(".")):
+                self.blocks[path] = Block(self.get_submodule(path), path, made[path])
+                self.set_submodule(path, self.blocks[path])
+        self.look()
+        for block in self.blocks.values():
+            block.look_from(self._view)
+        self._generated.clear()
+        self._prepare()
+
+    def look(self) -> None:
+        super().look()
+        self._view.__dict__["facade"] = self
+
+    def running(self, graph: fx.Graph) -> fx.Graph:
+        return self._running.get(id(graph), graph)
+
     def _seal_submodules(self) -> None:
         """Have all submodules refuse what has no effect on the graphs (see submodules.py)."""
         seal = self._seal
+        seal.replaceable = frozenset(self.known.outlined)
         entries = self.known.plan or ()
         names = dict.fromkeys(name for entry in entries for name in entry.names)
         seal.adapted = {name: functools.partial(self.adapted_weight, name) for name in names}
         seal.owners = {}
         for path, part in self.named_modules():
-            if path and isinstance(part, Container):
+            if path and isinstance(part, Container | Block):
                 seal_part(part, path, seal)
-                seal.owners[path] = self
+            if isinstance(part, Container):
+                seal.owners[path] = self._block_around(path)
         self.__dict__["_modules"] = children_of(self._modules, "", seal)
-        seal.owner_set(self)
+        for owner in (self, *self.blocks.values()):
+            seal.owner_set(owner)
         seal.open = False
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Return the modules by the source's names: a wrapper around a block counts as the block."""
+        wrappers = {id(self._standing(path)): block for path, block in self.blocks.items()}
+        if all(id(block) in wrappers for block in self.blocks.values()):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        yield from _named(self, prefix, wrappers, set() if memo is None else memo, remove_duplicate)
+
+    def _standing(self, path: str) -> nn.Module | None:
+        """Return the module that is at the path of a block: the block, unless somebody changed it.
+
+        A block inside a wrapper's block is found through the wrapper.
+        """
+        owner, _, name = path.rpartition(".")
+        around = self.blocks.get(owner) or self.get_submodule(owner)
+        return around._modules.get(name)
+
+    def check_blocks(self, verb: str) -> None:
+        """Raise SubmoduleError if a block was replaced, and not only wrapped."""
+        for path, block in self.blocks.items():
+            standing = self._standing(path)
+            if standing is None or not any(part is block for part in standing.modules()):
+                raise SubmoduleError(
+                    f"{verb}: '{path}' was replaced by a {type(standing).__name__}, which has no "
+                    "graph. Put the captured one back (a copy of this module still has none): "
+                    f"module.set_submodule({path!r}, module.blocks[{path!r}])."
+                )
+
+    def _block_around(self, path: str) -> ProgramModule:
+        """Return the innermost module that is called and has this submodule in it."""
+        around = [outer for outer in self.blocks if path.startswith(f"{outer}.")]
+        return self.blocks[max(around, key=len)] if around else self
 
     @contextmanager
     def editing(self) -> Generator[None]:
@@ -209,6 +282,7 @@ class CapturedModule(ProgramModule):
         for runner in self.runners:
             runner.refresh()
         self._bind_parent()
+        self._outline()
         self._seal_submodules()
 
     def _bind_parent(self) -> None:
@@ -228,13 +302,14 @@ class CapturedModule(ProgramModule):
         nested = (
             (name, m)
             for name, m in self.named_modules()
-            if isinstance(m, fx.GraphModule) and m is not self
+            if isinstance(m, fx.GraphModule) and not isinstance(m, ProgramModule)
         )
         return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
 
     def nested_graphs(self) -> list[fx.GraphModule]:
         """Return the nested graphs, at every depth."""
-        return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
+        found = (m for m in self.modules() if isinstance(m, fx.GraphModule))
+        return [m for m in found if not isinstance(m, ProgramModule)]
 
     # ---- copies -----------------------------------------------------------------------------
 
@@ -253,9 +328,11 @@ class CapturedModule(ProgramModule):
         return self._rebuilt(memo, self.known.with_originals(torch.clone))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        self.check_blocks("deepcopy")
         originals = copy.deepcopy(dict(self.known.originals), memo)
         result = self._rebuilt(memo, dataclasses.replace(self.known, originals=originals))
         memo[id(self)] = result
+        _copy_hooks(self, result, memo)
         return result
 
     def __copy__(self) -> CapturedModule:
@@ -267,6 +344,10 @@ class CapturedModule(ProgramModule):
         return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
+        for path, block in self.blocks.items():
+            standing = self._standing(path)
+            if standing is not block:  # a wrapper: the copy is the block itself
+                memo[id(standing)] = copy.deepcopy(block, memo)
         # A buffer that a call wrote to may be part of an autograd graph, which deepcopy refuses.
         for buffer in self.buffers():
             if not buffer.is_leaf:
@@ -449,10 +530,43 @@ def _contents(module: nn.Module) -> Iterator[object]:
     yield from module._buffers.values()
 
 
+def _named(
+    module: nn.Module,
+    prefix: str,
+    wrappers: Mapping[int, Block],
+    seen: set[nn.Module],
+    remove_duplicate: bool,
+) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    if remove_duplicate:
+        seen.add(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            path = f"{prefix}.{name}" if prefix else name
+            inner = wrappers.get(id(child), child)
+            yield from _named(inner, path, wrappers, seen, remove_duplicate)
+
+
+def _copy_hooks(module: CapturedModule, copied: CapturedModule, memo: dict[int, Any]) -> None:
+    """Give a deep copy the hooks of a module and of its blocks, as nn.Module's deepcopy does."""
+    pairs = [(module, copied), *((block, copied.blocks[p]) for p, block in module.blocks.items())]
+    for old, new in pairs:
+        for name in HOOKS:
+            new.__dict__[name] = copy.deepcopy(old.__dict__[name], memo)
+
+
 def check_captured(module: object, verb: str) -> None:
-    """Raise NotCapturedError unless a verb was given a captured module."""
+    """Raise unless a verb was given a captured module whose graph is what it runs.
+
+    Raises:
+        NotCapturedError: it is no captured module.
+        SubmoduleError: a submodule was replaced.
+    """
     if not isinstance(module, CapturedModule):
         raise NotCapturedError(
             f"{verb} takes a captured module, not {type(module).__name__}: "
             "fxlora.capture(model, args) makes one."
         )
+    module.check_blocks(verb)

@@ -53,11 +53,14 @@ class Dimension:
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor input: its dimensions and its dtype (any integer dtype matches an integer dtype)."""
+    """A tensor input: its dimensions, and its dtype, or None for any.
+
+    Any integer dtype matches an integer dtype.
+    """
 
     name: str
     dims: tuple[int | Dimension, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
         if not isinstance(value, torch.Tensor):
@@ -65,12 +68,7 @@ class TensorInput:
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
-        integers = category_of(self.dtype) == category_of(value.dtype) == "integer"
-        if value.dtype != self.dtype and not integers:
-            raise InputError(
-                f"{self.name}: captured as {self.dtype}, called with {value.dtype}. "
-                "Convert it, or capture again."
-            )
+        self._check_dtype(value.dtype)
         if value.ndim != len(self.dims):
             raise InputError(
                 f"{self.name}: captured with {len(self.dims)} dimensions, "
@@ -78,6 +76,15 @@ class TensorInput:
             )
         for axis, dim in enumerate(self.dims):
             self._check_dimension(axis, dim, value.shape[axis], bound)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if self.dtype in (None, dtype):
+            return
+        if not category_of(self.dtype) == category_of(dtype) == "integer":
+            raise InputError(
+                f"{self.name}: captured as {self.dtype}, called with {dtype}. "
+                "Convert it, or capture again."
+            )
 
     def _check_dimension(
         self, axis: int, dim: int | Dimension, size: int, bound: dict[str, tuple[int, str]]

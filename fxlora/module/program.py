@@ -6,7 +6,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -16,6 +16,7 @@ from torch.fx.graph_module import _forward_from_src
 from ..errors import InputError
 from ..fx.targets import refuse_unwritable
 from .contract import InputSpec
+from .outline import ModuleCall
 from .submodules import plain_view
 
 MODES = ("train", "eval")
@@ -29,11 +30,13 @@ class Program:
             They name parameters as the whole model does.
         inputs: the input contract of each mode, or None where capture had no example inputs.
         path: the submodule's path; "" for the whole model.
+        calls: the calls of submodules that capture recorded, in each mode's graph.
     """
 
     graphs: dict[str, fx.Graph]
     inputs: dict[str, InputSpec | None]
     path: str = ""
+    calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """Return the graphs without duplicates."""
@@ -138,11 +141,19 @@ class ProgramModule(fx.GraphModule):
         graph.owning_module = self
         made = self._generated.get(id(graph))
         if made is None:
-            made = self._generated[id(graph)] = _generated(graph)
+            made = self._generated[id(graph)] = _generated(graph, self.running(graph))
             type(self).forward.__signature__ = inspect.signature(made.forward)
         self.__dict__.update(made.state)
         self._view.__dict__.update(made.state)  # the code reads its pytree specs there
         self._forwards[self.training] = made.forward
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the code of the mode's graph on arguments that were checked."""
+        return self._forwards[self.training](self._view, *args, **kwargs)
+
+    def running(self, graph: fx.Graph) -> fx.Graph:
+        """Return the graph that runs in place of one of the program's graphs."""
+        return graph
 
     def recompile(self) -> PythonCode:
         """Regenerate the code of the current graph, after it was edited in place."""
@@ -182,10 +193,11 @@ def tensors_of(tree: nn.Module) -> Mapping[str, Any]:
     return {name: tree.__dict__[name] for name in names}
 
 
-def _generated(graph: fx.Graph) -> _Generated:
+def _generated(graph: fx.Graph, running: fx.Graph) -> _Generated:
     """Generate the code of a graph, as fx.GraphModule does, without setting it on a class."""
     refuse_unwritable(graph)
     made = graph.python_code("self")
+    code = made if running is graph else running.python_code("self")
     state: dict[str, Any] = {
         "_code": made.src,
         "_lineno_map": made._lineno_map,
@@ -194,7 +206,21 @@ def _generated(graph: fx.Graph) -> _Generated:
     if isinstance(graph._codegen, _PyTreeCodeGen):  # the code reads these
         specs = graph._codegen.pytree_info
         state |= {"_in_spec": specs.in_spec, "_out_spec": specs.out_spec}
-    return _Generated(graph, _forward_from_src(made.src, made.globals), state)
+    return _Generated(graph, _function(code.src, code.globals), state)
+
+
+_FUNCTIONS: dict[str, list[tuple[dict[str, Any], Callable[..., Any]]]] = {}
+
+
+def _function(source: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function of generated code; equal code has one function (repeated blocks)."""
+    known = _FUNCTIONS.setdefault(source, [])
+    for others, function in known:
+        if others == names:
+            return function
+    function = _forward_from_src(source, dict(names))
+    known.append((names, function))
+    return function
 
 
 def _own_forward() -> Any:
@@ -211,7 +237,7 @@ def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
     if _traced(args, kwargs):
         return self._forwards[self.training](self._view, *args, **kwargs)
     self._check(args, kwargs)
-    output = self._forwards[self.training](self._view, *args, **kwargs)
+    output = self.run(args, kwargs)
     if self.contract is not None and self.contract.updates:
         self.contract.update(args, kwargs, output)
     return output

@@ -22,6 +22,7 @@ class State:
             by all names of the weight.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings, which "all-linear" leaves out.
+        outlined: paths of the submodules that are modules of their own, which the graph calls.
         mirrors: by a parameter's name, the names of buffers, constants and other parameters in its
             memory, through which the graphs may read it too.
     """
@@ -32,6 +33,7 @@ class State:
     fingerprints: Mapping[tuple[str, ...], int] = field(default_factory=dict[tuple[str, ...], int])
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
+    outlined: tuple[str, ...] = ()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     @property

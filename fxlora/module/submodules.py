@@ -168,6 +168,8 @@ for _name, _value in vars(nn.Module).items():
 class Container(Part, _Pinned):
     """A submodule that only holds tensors. `container` makes one with the source's class."""
 
+    source_class: type[nn.Module] = nn.Module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise SubmoduleError(
             f"'{self._path}' of a captured module cannot be called: the graph computes the whole "
@@ -192,7 +194,7 @@ class Container(Part, _Pinned):
 
 # The attributes of every nn.Module; its dicts of hooks, other than those for state_dict.
 _MACHINERY = frozenset(vars(nn.Module()))
-_HOOKS = [name for name in _MACHINERY if "hooks" in name and "state_dict" not in name]
+HOOKS = [name for name in _MACHINERY if "hooks" in name and "state_dict" not in name]
 
 
 def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
@@ -211,6 +213,7 @@ def _container_class(kind: type[nn.Module]) -> type[Container]:
     except Exception:  # noqa: BLE001 - a user's class may refuse to be subclassed in any way
         return Container
     made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
+    made.source_class = kind
     return made
 
 
@@ -256,7 +259,7 @@ def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
     part.__dict__.update(_path=path, _seal=seal)
     part.__dict__["_modules"] = children_of(part._modules, path, seal)
     if isinstance(part, Container):
-        part.__dict__.update({name: _NoHooks(path) for name in _HOOKS if name in part.__dict__})
+        part.__dict__.update({name: _NoHooks(path) for name in HOOKS if name in part.__dict__})
 
 
 def children_of(children: Mapping[str, Any], path: str, seal: Seal) -> dict[str, Any]:
@@ -280,6 +283,8 @@ def plain_view(module: nn.Module) -> nn.Module:
     view = nn.Module()
     view.__dict__["_parameters"], view.__dict__["_buffers"] = module._parameters, module._buffers
     for name, child in module._modules.items():
+        if child is None:
+            continue
         inner = plain_view(child) if isinstance(child, Container) else child
         view._modules[name] = inner
     return view
