@@ -266,18 +266,18 @@ class _Outliner:
 
     def _contract(self) -> InputSpec:
         """Return the contract: names, structure, constants and shapes; any dtype (autocast)."""
-        leaves = [
-            self._leaf(index, constant)
-            for index, constant in enumerate(self.call.inputs.constants)
-        ]
         groups: list[tuple[Input, ...]] = []
-        for structure in self.call.structures:
-            groups.append(tuple(leaves[: structure.num_leaves]))
-            leaves = leaves[structure.num_leaves :]
+        begin = 0
+        for name, structure in zip(self.call.names, self.call.structures, strict=True):
+            end = begin + structure.num_leaves
+            indices = range(begin, end)
+            named = [name] if len(indices) == 1 else [f"{name}[{i - begin}]" for i in indices]
+            groups.append(tuple(map(self._leaf, indices, named)))
+            begin = end
         return InputSpec(self.call.names, self.call.structures, tuple(groups))
 
-    def _leaf(self, index: int, constant: Any) -> Input:
-        name = f"input {index} of '{self.call.path}'"
+    def _leaf(self, index: int, name: str) -> Input:
+        constant = self.call.inputs.constants[index]
         if index not in self.call.inputs.computed:
             return ConstantInput(name, constant)
         value = example_value(self.given[index])

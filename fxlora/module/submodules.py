@@ -206,15 +206,24 @@ def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
 
 @functools.cache
 def _container_class(kind: type[nn.Module]) -> type[Container]:
+    names = {"__module__": kind.__module__, "source_class": kind}
+    return subclass(kind, (Container,), names)
+
+
+def subclass(kind: type[nn.Module], bases: tuple[type[Any], ...], names: dict[str, Any]) -> Any:
+    """Return a class with these bases that is also a subclass of the source's class, if it can be.
+
+    All that nn.Module defines is nn.Module's own, not the source class's version of it.
+    """
+    own = {**names, "__qualname__": kind.__qualname__}
+    alone = types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(own))
     if kind is nn.Module or issubclass(kind, (fx.GraphModule, torch.jit.ScriptModule)):
-        return Container
+        return alone
     try:
-        made = types.new_class(kind.__name__, (Container, kind))
+        both = (*bases, _Pinned, kind)
+        return types.new_class(kind.__name__, both, exec_body=lambda ns: ns.update(own))
     except Exception:  # noqa: BLE001 - a user's class may refuse to be subclassed in any way
-        return Container
-    made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
-    made.source_class = kind
-    return made
+        return alone
 
 
 class _NoHooks(OrderedDict[Any, Any]):
