@@ -116,7 +116,11 @@ def part_of(graph: fx.Graph, path: str) -> list[Hashable]:
     A call of which that is unknown is included.
     """
     return [
-        (node.op, str(node.target), repr(fx.map_arg((node.args, dict(node.kwargs)), lambda n: None)))
+        (
+            node.op,
+            str(node.target),
+            repr(fx.map_arg((node.args, dict(node.kwargs)), lambda n: None)),
+        )
         for node in graph.nodes
         if node.op not in ("placeholder", "get_attr", "output") and _may_be_in(node, path)
     ]

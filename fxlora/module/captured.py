@@ -112,9 +112,7 @@ class CapturedModule(ProgramModule):
         """Have all submodules refuse what has no effect on the graphs (see submodules.py)."""
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
-        entries = self.known.plan or ()
-        names = dict.fromkeys(name for entry in entries for name in entry.names)
-        seal.adapted = {name: functools.partial(self.adapted_weight, name) for name in names}
+        seal.adapted = self.adapted
         seal.owners = {}
         for path, part in self.named_modules():
             if path and isinstance(part, Container | Block):
@@ -160,6 +158,12 @@ class CapturedModule(ProgramModule):
         """Return the innermost module that is called and has this submodule in it."""
         around = [outer for outer in self.blocks if path.startswith(f"{outer}.")]
         return self.blocks[max(around, key=len)] if around else self
+
+    @property
+    def adapted(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """Functions that compute the adapted weights, by each name that an adapter adapts."""
+        names = dict.fromkeys(name for entry in self.known.plan or () for name in entry.names)
+        return {name: functools.partial(self.adapted_weight, name) for name in names}
 
     @contextmanager
     def editing(self) -> Generator[None]:
@@ -208,12 +212,12 @@ class CapturedModule(ProgramModule):
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._seal.apart:
-            self._refuse_modes_apart()
+            self.refuse_apart(self._seal.apart)
         super()._check(args, kwargs)
 
-    def _refuse_modes_apart(self) -> None:
-        """Raise if the mode of a submodule is not its owner's, and its part has a graph per mode."""
-        for path in sorted(self._seal.apart):
+    def refuse_apart(self, paths: Collection[str]) -> None:
+        """Raise if submodules in another mode than the module have a part that differs by mode."""
+        for path in sorted(paths):
             if self._mode_matters(path):
                 mode = "eval" if self.training else "train"
                 raise SubmoduleError(

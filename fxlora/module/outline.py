@@ -252,9 +252,7 @@ class _Outliner:
         for index in self.call.inputs.computed:
             given = self.given[index]
             if (axis := _axis(given, node.meta["val"])) is not None:
-                size = self.graph.call_function(
-                    aten.sym_size.int, (self.copies[given], axis)
-                )
+                size = self.graph.call_function(aten.sym_size.int, (self.copies[given], axis))
                 size.meta["val"] = node.meta["val"]
                 self.copies[node] = size
                 return size
@@ -357,9 +355,7 @@ class _Outliner:
             return {0: node}
         flat = self.rest.call_function(pytree.tree_leaves, (node,))
         flat.meta[CALLS] = around
-        return {
-            index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results
-        }
+        return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
 
     def _check_plain(self, given: Any) -> None:
         """Raise SubmoduleError for an argument that a graph's node cannot hold, as a cache."""

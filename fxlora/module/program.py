@@ -21,6 +21,7 @@ from .submodules import plain_view
 
 MODES = ("train", "eval")
 
+
 @dataclass(eq=False)
 class Program:
     """The graphs for one way of calling a model, or a submodule of it.

@@ -152,6 +152,25 @@ class Part(nn.Module):
         return super().requires_grad_(requires_grad)
 
 
+class HostPart(Part):
+    """A submodule of a host: the source's own, with its code and attributes.
+
+    Its code may set its attributes while it runs; from outside, that would have no effect.
+    """
+
+    source_class: type[nn.Module] = nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seal: Seal = self.__dict__["_seal"]
+        if seal.adapted:
+            raise SubmoduleError(
+                f"'{self._path}' of a host with adapters cannot be called on its own: only the "
+                "whole graph applies them. Fold the adapters (fxlora.fold) and host that."
+            )
+        with seal.opened():
+            return super().__call__(*args, **kwargs)
+
+
 class NoAttributeError(SubmoduleError, AttributeError):
     """A container does not have an attribute that its source may have."""
 
@@ -204,6 +223,20 @@ def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
     return made
 
 
+def host_part(part: nn.Module, path: str, seal: Seal) -> None:
+    """Make a submodule of a host, in place, refuse what has no effect on the host's graph."""
+    kind = part.source_class if isinstance(part, HostPart) else type(part)
+    object.__setattr__(part, "__class__", _host_part_class(kind))
+    seal_part(part, path, seal)
+
+
+@functools.cache
+def _host_part_class(kind: type[nn.Module]) -> type[HostPart]:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "source_class": kind}
+    bases = (HostPart, kind)
+    return types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(names))
+
+
 @functools.cache
 def _container_class(kind: type[nn.Module]) -> type[Container]:
     names = {"__module__": kind.__module__, "source_class": kind}
@@ -243,7 +276,9 @@ class _NoHooks(OrderedDict[Any, Any]):
 class _Children(dict[str, Any]):
     """The children of a submodule: adding or replacing one raises unless the seal allows it."""
 
-    def __init__(self, children: Mapping[str, Any], path: str = "", seal: Seal | None = None) -> None:
+    def __init__(
+        self, children: Mapping[str, Any], path: str = "", seal: Seal | None = None
+    ) -> None:
         super().__init__(children)
         self.path, self.seal = path, seal
 
@@ -267,7 +302,7 @@ def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
     """Make a submodule refuse what has no effect."""
     part.__dict__.update(_path=path, _seal=seal)
     part.__dict__["_modules"] = children_of(part._modules, path, seal)
-    if isinstance(part, Container):
+    if not isinstance(part, fx.GraphModule):  # a block is called
         part.__dict__.update({name: _NoHooks(path) for name in HOOKS if name in part.__dict__})
 
 

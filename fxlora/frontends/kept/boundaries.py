@@ -125,7 +125,9 @@ def _marked(values: Any, key: CallKey, end: bool) -> Leaves:
 def _names(module: nn.Module, positional: int, kwargs: Collection[str]) -> tuple[str, ...]:
     """Return names for a call's positional arguments, as its forward declares them, and kwargs."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    declared: Sequence[inspect.Parameter] = list(inspect.signature(module.forward).parameters.values())
+    declared: Sequence[inspect.Parameter] = list(
+        inspect.signature(module.forward).parameters.values()
+    )
     names = [parameter.name for parameter in declared if parameter.kind in kinds][:positional]
     names += [f"args_{index}" for index in range(len(names), positional)]
     return (*names, *kwargs)
