@@ -17,6 +17,7 @@ from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.parent import ParentModule
+from ..module.parts import Modules, chosen_modules
 from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
@@ -30,7 +31,6 @@ from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
-from ..module.parts import Modules, chosen_modules
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 

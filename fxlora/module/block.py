@@ -85,7 +85,7 @@ class Block(ProgramModule):
         if name == "training" and (seal := self.__dict__.get("_seal")):
             seal.owner_set(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a container: the module that a copy belongs to outlines it again."""
         made = memo[id(self)] = container(self._kind)
         made.training = self.training

@@ -79,7 +79,7 @@ class CapturedModule(ProgramModule):
     # ---- submodules -------------------------------------------------------------------------
 
     def _outline(self) -> None:
-        """Put the outlined submodules into the tree, over the containers that hold their tensors."""
+        """Put the outlined submodules into the tree, over the containers of their tensors."""
         self._running = {}
         paths = self.known.outlined
         if not paths:
@@ -126,8 +126,8 @@ class CapturedModule(ProgramModule):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Return the modules by the source's names: a wrapper around a block counts as the block."""
+    ) -> Generator[tuple[str, nn.Module]]:
+        """Yield the modules by the source's names: a wrapper around a block counts as the block."""
         wrappers = {id(self._standing(path)): block for path, block in self.blocks.items()}
         if all(id(block) in wrappers for block in self.blocks.values()):
             yield from super().named_modules(memo, prefix, remove_duplicate)
@@ -205,7 +205,7 @@ class CapturedModule(ProgramModule):
         return self
 
     def unshare(self, part: nn.Module) -> None:
-        """Copy the storage of a part's parameters, so that training them leaves the source alone."""
+        """Copy the storage of a part's parameters: training them must not change the source's."""
         held = {id(parameter) for parameter in part.parameters()}
         named = self.named_parameters(remove_duplicate=False)
         self._unshare_storage({name for name, p in named if id(p) in held})
@@ -221,8 +221,8 @@ class CapturedModule(ProgramModule):
             if self._mode_matters(path):
                 mode = "eval" if self.training else "train"
                 raise SubmoduleError(
-                    f"'{path}' was set to {mode} mode apart from the module, and one graph computes "
-                    "the whole model in one mode. Make it a module of its own: capture(model, …, "
+                    f"'{path}' was set to {mode} mode apart from the module, and one graph "
+                    "computes the whole model in one mode. Make it a module of its own: capture(model, …, "
                     f"modules={path!r}), or set the mode of the whole module (train(), eval())."
                 )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
@@ -144,7 +145,7 @@ def outlined(
 
 
 def _annotate(graph: fx.Graph) -> None:
-    """Give each node without a record, as passes insert them, the calls that all its users are in."""
+    """Give each node without a record (passes insert them) the calls that all its users are in."""
     for node in reversed(list(graph.nodes)):
         if CALLS not in node.meta and node.op not in ("placeholder", "output"):
             around = [user.meta.get(CALLS, ()) for user in node.users]
@@ -366,13 +367,13 @@ class _Outliner:
                 ahead += value
             elif type(value) is dict:
                 ahead += value.values()
-            elif not isinstance(value, (*fx.node.base_types, fx.Node, type(None))):
+            elif not isinstance(value, (*base_types, fx.Node, type(None))):
                 raise self._refusal(f"takes a {type(value).__name__} as an argument")
 
     def _refusal(self, why: str) -> SubmoduleError:
         return SubmoduleError(
-            f"'{self.call.path}' cannot be a module of its own: it {why}. Outline the module around "
-            "it, or those inside."
+            f"'{self.call.path}' cannot be a module of its own: it {why}. Outline the module "
+            "around it, or those inside."
         )
 
 

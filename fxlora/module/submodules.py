@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
 
@@ -98,17 +99,18 @@ class AdaptedTensor(torch.Tensor):
     ) -> Any:
         if isinstance(func, OpOverload):
             raise SubmoduleError(
-                f"{func} takes an adapted weight that was read off a captured module. A node of the "
-                "graph would apply the adapters twice: call the module itself, or run the graph "
+                f"{func} takes an adapted weight that was read off a captured module. A node of "
+                "the graph would apply the adapters twice: call the module itself, or run the graph "
                 "with torch.fx.Interpreter. Python of your own: call the function in torch or "
                 "torch.nn.functional instead of the overload."
             )
         with torch._C.DisableTorchFunctionSubclass():
-            plain = torch.Tensor
-            args, kwargs = torch.utils._pytree.tree_map_only(
-                cls, lambda tensor: tensor.as_subclass(plain), (args, kwargs or {})
-            )
+            args, kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
             return func(*args, **kwargs)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, AdaptedTensor) else value
 
 
 class Part(nn.Module):

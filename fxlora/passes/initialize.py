@@ -9,8 +9,8 @@ from ..errors import ConfigError, InjectError
 from ..lora.inits import FILLS, STARTS, embedding
 from ..lora.ops import is_lookup
 from ..lora.variants import VARIANTS
-from ..plan import Entry
 from ..module.adapted_weight import sum_matrix
+from ..plan import Entry
 
 
 @torch.no_grad()

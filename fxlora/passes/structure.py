@@ -21,11 +21,11 @@ from ..fx.calls import argument
 from ..fx.nested import Path, call_of, inside
 from ..lora.row import Op, Read
 from ..module import CapturedModule
+from ..module.adapted_weight import adapted_weight, factors, output_gains, rank
 from ..names import shown
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
-from ..module.adapted_weight import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten
 
