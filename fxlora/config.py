@@ -20,7 +20,7 @@ from .lora.inits import INITS
 from .lora.parts import Parts, check_parts
 from .lora.variants import VARIANTS
 from .names import shown
-from .tables import some
+from .tables import did_you_mean, some
 
 MAX_RANK = 2**20
 MAX_SIZE = 2**48  # limit for sizes of dimensions, numbers of parameters, layer numbers, …
@@ -404,6 +404,11 @@ def rules_from_data(data: Any, where: str) -> tuple[Rule, ...]:
         raise ConfigError(f"{where}: expected a table, found {type(data).__name__}.")
     # A written plan also has "site" and "version". They are ignored: match finds the sites again.
     _check_keys(data, {"rule", "lora", "site", "version"}, where)
+    if "site" in data and not {"rule", "lora"} & set(data):
+        raise ConfigError(
+            f"{where}: a plan without rules, that of an adapter that was loaded. Load the adapter "
+            "again (load_adapter), or write [[rule]] tables."
+        )
     if ("rule" in data) == ("lora" in data):
         raise ConfigError(f"{where}: give either [[rule]] tables or one [lora] table.")
     if "lora" in data:
@@ -561,9 +566,18 @@ def _names(name: str, value: Any) -> tuple[str, ...] | None:
     return tuple(sorted(items) if isinstance(value, set | frozenset) else items)
 
 
+_OTHER_NAMES = {"rank": "r", "lora_r": "r", "lora_rank": "r"}  # of keys, in other libraries
+
+
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(shown(key) for key in set(table) - known)
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown key {some(unknown)}. Known: {', '.join(sorted(known))}."
-        )
+    unknown = sorted(set(table) - known, key=str)
+    if not unknown:
+        return
+    first, *others = unknown
+    fields = (f.name for f in dataclasses.fields(LoraConfig) if "lora" in known)
+    candidates = [*sorted(known), *(f"lora.{name}" for name in fields)]
+    near = did_you_mean(_OTHER_NAMES.get(first, str(first)), candidates, limit=1)
+    also = f" Also unknown: {some(map(shown, others))}." if others else ""
+    raise ConfigError(
+        f"{where}: unknown key {shown(first)}.{near}{also} Known: {', '.join(sorted(known))}."
+    )

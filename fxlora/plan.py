@@ -27,6 +27,14 @@ def scales_outputs(entry: Entry) -> bool:
     return any(VARIANTS[variant].gain for variant in entry.variants)
 
 
+_HEAD = """\
+# A plan of fxlora. Edit the rules: they are matched again when the file is read.
+# The sites below them only show what the rules chose; they are not read.
+"""
+_HEAD_WITHOUT_RULES = """\
+# The plan of an adapter that was loaded. It has no rules to edit: load the adapter again instead.
+"""
+
 FORMS = ("branch", "weight")
 IN_FULL = "trained in full"
 
@@ -425,16 +433,14 @@ class Plan:
         return "\n".join(lines)
 
     def to_data(self) -> dict[str, Any]:
-        """Return the rules and the sites as plain data.
+        """Return the rules (unless the plan has none) and the sites as plain data.
 
         Raises:
             ConfigError: a rule has a `where=` function, which cannot be written to a file.
         """
-        return {
-            "version": 1,
-            "rule": [rule_to_data(rule) for rule in self.rules],
-            "site": [entry.to_data() for entry in self],
-        }
+        rules = [rule_to_data(rule) for rule in self.rules]
+        sites = [entry.to_data() for entry in self]
+        return {"version": 1, **({"rule": rules} if rules else {}), "site": sites}
 
     def to_json(self) -> str:
         """Return the plan as JSON, as content for a rules file (see `load_rules`).
@@ -447,10 +453,12 @@ class Plan:
     def to_toml(self) -> str:
         """Return the plan as TOML, as content for a rules file (see `load_rules`).
 
+        Its first lines say which half to edit.
+
         Raises:
             ConfigError: a rule has a `where=` function, which cannot be written to a file.
         """
-        text = tomli_w.dumps(self.to_data())
+        text = (_HEAD if self.rules else _HEAD_WITHOUT_RULES) + tomli_w.dumps(self.to_data())
         # tomli_w leaves some unprintable characters as they are. It writes basic strings only, in
         # which a \U escape is valid.
         return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)

@@ -59,7 +59,7 @@ def test_the_weight_form_reaches_the_op_that_reads(mode: str) -> None:
 
 def test_what_cannot_be_drawn() -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5))
-    with pytest.raises(NoMatchError, match=r"no site 'upp'\. Nearest: up"):
+    with pytest.raises(NoMatchError, match=r"no site 'upp'\. Did you mean 'up'\?"):
         fxlora.draw(gm, "upp")
     with pytest.raises(ConfigError, match="mode must be one of"):
         fxlora.draw(gm, "up", mode="test")

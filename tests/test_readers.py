@@ -139,7 +139,11 @@ class Squeezed(nn.Module):
     ("layer", "shape", "expected"),
     [
         (Standardised(3, 6, (3, 2)), (2, 3, 7, 8), "read by conv2d through reshape"),
-        (Squeezed(), (2, 6, 9), "6 groups: the weight"),
+        (
+            Squeezed(),
+            (2, 6, 9),
+            "6 groups: a branch costs 8 times as much as the weight's gradient",
+        ),
         (
             nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 6, 4)),
             (2, 3, 9),
@@ -158,6 +162,20 @@ def test_a_function_of_a_weight_takes_the_weight_form(layer, shape, expected) ->
     assert entry.form == "weight"
     assert entry.reason.startswith(expected)
     assert ("k" in entry.layout.roles) == (entry.op != "linear")
+
+
+@pytest.mark.parametrize(
+    ("r", "reason"),
+    [
+        (2, ""),
+        (3, "2 groups: a branch costs 50% more than the weight's gradient"),
+        (5, "2 groups: a branch costs 2 times as much as the weight's gradient"),
+    ],
+)
+def test_the_cost_of_a_grouped_convolution(r: int, reason: str) -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Conv1d(16, 16, 3, groups=2)), torch.randn(2, 16, 9))
+    (entry,) = fxlora.match(gm, Rule("0", lora=LoraConfig(r=r)))
+    assert (entry.form, entry.reason) == ("weight" if reason else "branch", reason)
 
 
 def test_a_stack_of_kernels() -> None:
