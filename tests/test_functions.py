@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -66,6 +66,8 @@ sign = Sign.apply  # bound at import, as in many modules: later calls do not go 
 
 
 class Model(nn.Module):
+    subscripts: ClassVar = {"mixing": "oi"}
+
     def __init__(self, middle: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 3)

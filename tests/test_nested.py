@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -153,6 +153,7 @@ class Mixed(Checkpoint):
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
         self.emb = nn.Embedding(11, 4)
+        self.subscripts = {"w": "io", "v": "io"}
         self.w = nn.Parameter(torch.randn(4, 6))
         self.bias = nn.Parameter(torch.randn(6))
         self.v = nn.Parameter(torch.randn(6, 2))
@@ -297,6 +298,8 @@ def test_a_graph_that_several_calls_share_keeps_its_weights_outside() -> None:
 
 def test_two_weights_that_are_multiplied_inside() -> None:
     class Factored(Pair):
+        subscripts: ClassVar = {"up.weight": "io"}  # as the right operand of a product
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return F.linear(x, self.down.weight @ self.up.weight)

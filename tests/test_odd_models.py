@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ def weight(*shape: int) -> nn.Parameter:
 
 class Odd(nn.Module):
     """A layer 5 → 3, a case's other parts, and the case's forward."""
+
+    subscripts: ClassVar = {"[qw]": "oi", "v": "io", "p.*": "io", "projection": "io"}
 
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ COMPUTED = {
         None,
     ),
     "chunked": (lambda m, x: sum(F.linear(x, c) for c in m.q.chunk(3)), {"q": weight(12, 5)}, "q"),
-    "multiplied": (lambda m, x: x @ (m.q @ m.w), {"q": weight(5, 4), "w": weight(4, 6)}, None),
+    "multiplied": (lambda m, x: x @ (m.q @ m.v), {"q": weight(5, 4), "v": weight(4, 6)}, None),
     "scaled": (
         lambda m, x: m.layer(x) * m.a + m.b,
         {"a": nn.Parameter(torch.tensor(2.0)), "b": weight(3)},

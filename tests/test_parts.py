@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from fxlora import ConfigError, InjectError, LoraConfig, Rule, UnsupportedOpErro
 from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
-from .models import Several, gpt2
+from .models import Reads, Several, gpt2
 
 LORA = LoraConfig(r=2, lora_alpha=3)
 
@@ -37,6 +37,8 @@ class Packed(nn.Module):
 
 class Transposed(Packed):
     """The same with the weight stored as (in, out), as in GPT-2."""
+
+    subscripts: ClassVar = {"qkv.weight": "io"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,17 +232,9 @@ def test_features_of_an_embedding() -> None:
 
 
 def test_outputs_of_experts() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(3, 5, 8))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.bmm(x, self.w)
-
     x = (torch.randn(3, 2, 5).double(),)
     rule = Rule("w", lora=LORA, parts=2, enable=[False, True])
-    _, lora = check_laws(Experts(), x, rules=rule)
+    _, lora = check_laws(Reads(torch.bmm, "eio", 3, 5, 8), x, rules=rule)
     assert lora.plan.entries[0].shapes == ((3, 2, 5), (3, 4, 2))
 
 
@@ -370,17 +364,10 @@ def test_a_name_that_is_free(name: str) -> None:
 
 
 def test_parts_of_a_weight_that_is_read_through_a_view() -> None:
-    class Viewed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(2, 3, 5))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.linear(x, self.w.view(6, 5))
-
+    model = Reads(lambda x, w: F.linear(x, w.view(6, 5)), "ooi", 2, 3, 5)
     x = torch.randn(4, 5, dtype=torch.float64)
     rule = Rule("w", parts=2, enable=[True, False], lora=LoraConfig(r=1))
-    check_laws(Viewed(), (x,), rules=rule)
+    check_laws(model, (x,), rules=rule)
 
 
 UNKNOWN = {
@@ -398,7 +385,8 @@ UNKNOWN = {
 
 
 def test_outputs_that_cannot_be_told_are_refused() -> None:
-    gm = fxlora.capture(Several(map(Guessed, UNKNOWN.values())), torch.randn(3, 5))
+    model = Several(Reads(read, "", 2, 5, 6) for read in UNKNOWN.values())
+    gm = fxlora.capture(model, torch.randn(3, 5))
     plain = LoraConfig(r=1)
     asked = [
         {"lora": plain, "parts": {"a": (0, 1)}},
@@ -425,7 +413,8 @@ TOLD = {
 
 def test_a_part_changes_its_own_outputs_and_no_others() -> None:
     """Measured on the outputs; fxlora's layout is compared only at the end."""
-    model, x = Several(Guessed(read) for _, read in TOLD.values()), torch.randn(3, 5)
+    model = Several(Reads(read, roles, 2, 5, 6) for roles, read in TOLD.values())
+    x = torch.randn(3, 5)
     gm = fxlora.capture(model, x)
     rules = Rule("parts.*.w", lora=LoraConfig(r=1), parts=2, enable=[True, False])
     lora = fxlora.inject(gm, fxlora.match(gm, rules)).eval()
@@ -437,13 +426,3 @@ def test_a_part_changes_its_own_outputs_and_no_others() -> None:
         assert bool((changed[: size // 2] > 0).all()), name
         assert not changed[size // 2 :].any(), name
         assert site.layout.roles == roles and site.layout_known, name
-
-
-class Guessed(nn.Module):
-    def __init__(self, read) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(2, 5, 6))
-        self.read = read
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.read(x, self.w)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -317,6 +318,8 @@ def test_a_folded_module_can_be_adapted_again() -> None:
 
 def test_two_adapted_weights_multiplied_with_each_other() -> None:
     class Factored(nn.Module):
+        subscripts: ClassVar = {"u": "oi", "v": "io"}
+
         def __init__(self) -> None:
             super().__init__()
             self.u, self.v = nn.Parameter(torch.randn(7, 4)), nn.Parameter(torch.randn(4, 5))

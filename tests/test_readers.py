@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,8 @@ from torch import fx, nn
 import fxlora
 from fxlora import LoraConfig, Rule
 
-from .laws import check_laws, delta, randomise
-from .models import Several
+from .laws import check_laws, merged_weights, randomise
+from .models import Reads, Several
 
 SPELLINGS = {
     "x @ W.T": lambda x, w: x @ w.T,
@@ -38,6 +40,7 @@ class Spelled(nn.Module):
         super().__init__()
         self.before = nn.Linear(5, 5)
         self.matrix = nn.Parameter(torch.randn(shape))
+        self.subscripts = {"matrix": "oi" if shape == (7, 5) else "io"}
         self.spelling = spelling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,36 +80,24 @@ def test_a_weight_read_both_ways_has_one_adapter() -> None:
 
 
 def test_a_use_of_the_transpose_that_is_no_product_takes_the_weight_form() -> None:
-    class Sliced(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.randn(7, 5))
+    def sliced(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        turned = w.t()
+        return x @ turned + (x @ turned[:, :1])
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            turned = self.matrix.t()
-            return x @ turned + (x @ turned[:, :1])
-
-    model = Sliced().double()
+    model = Reads(sliced, "oi", 7, 5).double()
     x = torch.randn(4, 5, dtype=torch.float64)
-    _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["matrix"]))
+    _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
     (entry,) = lora.plan
     assert entry.form == "weight"
     randomise(lora)
-    total = model.matrix + delta(entry, *map(lora.get_parameter, (entry.name_a, entry.name_b)))
+    total = merged_weights(model, lora, dict(lora.named_parameters()))["w"]
     assert torch.allclose(lora(x), x @ total.T + x @ total.T[:, :1])
 
 
 def test_an_assertion_on_a_weight_is_no_read() -> None:
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.randn(7, 5))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(x.float(), self.matrix.float())
-
-    gm = fxlora.capture(Cast(), torch.randn(4, 5))
-    plan = fxlora.match(gm, LoraConfig(r=2, target_parameters=["matrix"]))
+    model = Reads(lambda x, w: F.linear(x.float(), w.float()), "oi", 7, 5)
+    gm = fxlora.capture(model, torch.randn(4, 5))
+    plan = fxlora.match(gm, LoraConfig(r=2, target_parameters=["w"]))
     assert [(entry.form, entry.reason) for entry in plan] == [
         ("weight", "read by linear through to")
     ]
@@ -179,32 +170,17 @@ def test_the_cost_of_a_grouped_convolution(r: int, reason: str) -> None:
 
 
 def test_a_stack_of_kernels() -> None:
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernels = nn.Parameter(torch.randn(4, 6, 3, 2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.conv1d(x, self.kernels[1]) + F.conv1d(x, self.kernels[3])
-
+    model = Reads(lambda x, w: F.conv1d(x, w[1]) + F.conv1d(x, w[3]), "eoik", 4, 6, 3, 2)
     x = torch.randn(2, 3, 9, dtype=torch.float64)
-    config = LoraConfig(r=2, target_parameters=["kernels"])
-    _, lora = check_laws(Stack(), (x,), rules=config)
+    _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
     (entry,) = lora.plan
     assert entry.shapes == ((4, 2, 3, 2), (4, 6, 2, 1))
 
 
 def test_a_weight_times_its_own_transpose() -> None:
-    class Gram(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.randn(7, 5))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ (self.matrix @ self.matrix.T)
-
+    model = Reads(lambda x, w: x @ (w @ w.T), "io", 7, 5)
     x = torch.randn(4, 7, dtype=torch.float64)
-    _, lora = check_laws(Gram(), (x,), rules=LoraConfig(r=2, target_parameters=["matrix"]))
+    _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
     (entry,) = lora.plan
     assert (entry.form, entry.reason) == ("weight", "multiplied with another weight")
 
@@ -231,6 +207,8 @@ def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
 
 class Looks(nn.Module):
     """Reads `used`; the function `look` may use `other`."""
+
+    subscripts: ClassVar = {"used": "io", "other": "oi"}
 
     def __init__(self, look) -> None:
         super().__init__()
@@ -300,17 +278,12 @@ def test_users_functions_are_not_torchs_of_the_same_name() -> None:
 
 
 def test_a_straight_through_estimator_trains() -> None:
-    class Quantised(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matrix = nn.Parameter(torch.randn(7, 5))
+    def quantised(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w + (torch.round(w * 8) / 8 - w).detach())
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            rounded = self.matrix + (torch.round(self.matrix * 8) / 8 - self.matrix).detach()
-            return F.linear(x, rounded)
-
-    gm = fxlora.capture(Quantised().double(), torch.randn(4, 5, dtype=torch.float64))
-    lora = fxlora.inject(gm, fxlora.match(gm, Rule("matrix", lora=LoraConfig(r=2))))
+    model = Reads(quantised, "oi", 7, 5).double()
+    gm = fxlora.capture(model, torch.randn(4, 5, dtype=torch.float64))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("w", lora=LoraConfig(r=2))))
     randomise(lora)
     lora(torch.randn(4, 5, dtype=torch.float64)).square().sum().backward()
     assert all(parameter.grad.any() for parameter in fxlora.lora_parameters(lora))

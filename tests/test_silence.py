@@ -14,23 +14,19 @@ import fxlora
 from fxlora import InjectError, LoraConfig, Rule, UnsupportedOpError, VerificationError
 
 from .laws import check_laws, randomise
-from .models import Several
+from .models import Reads, Several
 
 Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 R = LoraConfig(r=2)
 X = torch.randn(4, 6, dtype=torch.float64)
 
 
-class Reads(nn.Module):
-    """Reads a weight (7, 6) with large entries by a given function."""
-
-    def __init__(self, read: Read) -> None:
-        super().__init__()
-        self.w = nn.Parameter(8 * torch.randn(7, 6))
-        self.read = read
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.read(x, self.w)
+def large(read: Read) -> Reads:
+    """Return a model that reads a weight (7, 6) with large entries."""
+    model = Reads(read, "oi", 7, 6)
+    with torch.no_grad():
+        model.w.mul_(8)
+    return model
 
 
 READS: dict[str, Read] = {
@@ -50,21 +46,16 @@ READS: dict[str, Read] = {
 @pytest.mark.parametrize("exported", [True, False])
 def test_outputs_and_gradients_are_those_of_the_merged_weight(exported: bool) -> None:
     capture = None if exported else fxlora.capture
-    model = Several(map(Reads, READS.values()))
+    model = Several(map(large, READS.values()))
     check_laws(model, (X,), rules=Rule("parts.*.w", lora=R), capture=capture)
 
 
 def test_a_weight_that_fills_is_read() -> None:
-    class Fills(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(7, 6))
+    def fills(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, w)
+        return y + torch.full_like(y, w.detach().mean())
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = F.linear(x, self.w)
-            return y + torch.full_like(y, self.w.detach().mean())
-
-    gm = fxlora.capture(Fills().double(), X)
+    gm = fxlora.capture(Reads(fills, "oi", 7, 6).double(), X)
     (entry,) = fxlora.match(gm, Rule("w", lora=R))
     assert entry.form == "weight"
 
@@ -104,6 +95,9 @@ class Product(nn.Module):
         super().__init__()
         self.u, self.v = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5))
         self.region = region
+        # Neither is multiplied with x alone: which of its dimensions A takes is a convention.
+        pieces = region == "pieces"
+        self.subscripts = {"u": "oi", "v": "io"} if pieces else {"u": "io", "v": "oi"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.region == "pieces":
@@ -140,12 +134,12 @@ def _written(x: torch.Tensor, write: Callable[[torch.Tensor], Any], w: torch.Ten
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_whose_result_is_dropped_is_no_dead_code(name: str) -> None:
-    assert_as_merged(Reads(WRITES[name]).double(), fxlora.capture)
+    assert_as_merged(large(WRITES[name]).double(), fxlora.capture)
 
 
 def test_a_plan_of_another_module_is_held_against_this_one() -> None:
     def made(alpha: float) -> nn.Module:
-        return Reads(lambda x, w: torch.addmm(x[:, :1], x[:, :7], w, alpha=alpha))
+        return large(lambda x, w: torch.addmm(x[:, :1], x[:, :7], w, alpha=alpha))
 
     x = torch.randn(4, 7)
     one, two = (fxlora.capture(made(alpha), x) for alpha in (1.0, 2.0))
@@ -157,15 +151,8 @@ def test_a_plan_of_another_module_is_held_against_this_one() -> None:
 
 
 def test_a_padding_row_of_a_part_of_the_table_is_refused() -> None:
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(9, 5))
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return F.embedding(ids, self.w[2:], padding_idx=0)
-
-    gm = fxlora.capture(Padded(), torch.tensor([[0, 1, 4]]))
+    model = Reads(lambda ids, w: F.embedding(ids, w[2:], padding_idx=0), "io", 9, 5)
+    gm = fxlora.capture(model, torch.tensor([[0, 1, 4]]))
     with pytest.raises(UnsupportedOpError, match="padding_idx"):
         fxlora.match(gm, Rule("w", lora=R))
 
@@ -315,16 +302,7 @@ def test_memory_shared_with_a_parameter_further_on_is_seen() -> None:
 )
 def test_a_cast_that_names_no_dtype_is_a_cast(cast: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """A branch would mix A of the weight's dtype with inputs of the cast one."""
-
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(7, 6))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ cast(self.w)
-
-    model = Cast()
+    model = Reads(lambda x, w: x @ cast(w), "io", 7, 6)
     gm = fxlora.capture(model)
     plan = fxlora.match(gm, Rule("w", lora=R))
     assert [entry.form for entry in plan] == ["weight"]

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import fxlora
 from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
 from fxlora.lora.variants import VARIANTS
 
-from . import laws
+from . import oracle
 from .laws import assert_close, assert_same, check_laws, merged_weights, randomise, run
 from .models import Mlp, Tied
 
@@ -220,6 +220,8 @@ class Convs(nn.Module):
 class Products(nn.Module):
     """Matrix products, and stacks of them; takes (N, 5)."""
 
+    subscripts: ClassVar = {"w_addmm": "io", "experts": "eio", "turned": "eoi", "heads": "ioo"}
+
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(5, 7)
@@ -250,6 +252,8 @@ class Recurrent(nn.Module):
 class Words(nn.Module):
     """Look-ups in embeddings; takes indices (N, T)."""
 
+    subscripts: ClassVar = {"table": "io"}
+
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(13, 6, padding_idx=2)
@@ -272,6 +276,8 @@ class Bags(nn.Module):
 
 class Packed(nn.Module):
     """Three projections in one weight; takes (N, 5)."""
+
+    subscripts: ClassVar = {"back": "io"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,18 +405,13 @@ def _size(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Add CONTRIBUTING.md's example variant by running its text, and its formula to the laws."""
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = text.partition("## To add a variant")[2].partition("```python\n")[2]
-    plain = laws.adapted
+    plain = oracle.formula
 
-    def adapted(entry: Any, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-        size = factors[entry.name_of("lora_size")]
-        dim = entry.layout.part_dim
-        start, stop = entry.rows or (0, weight.shape[dim])
-        scales = torch.ones(weight.shape[dim]).to(weight)
-        scales = torch.cat([scales[:start], size.expand(stop - start), scales[stop:]])
-        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-        return scales.reshape(shape) * plain(entry, weight, factors)
+    def sized(*given: Any) -> torch.Tensor:
+        *_, tensor = given
+        return tensor("lora_size") * plain(*given)
 
-    monkeypatch.setattr(laws, "adapted", adapted)
+    monkeypatch.setattr(oracle, "formula", sized)
     try:
         exec(block.partition("```")[0], {})
         yield

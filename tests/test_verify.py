@@ -22,7 +22,7 @@ from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
 from .laws import randomise
-from .models import Convolutions, Mlp, Normed, Readers, Tied
+from .models import Convolutions, Mlp, Normed, Readers, Reads, Tied
 from .patterns import PATTERNS
 
 R = LoraConfig(r=2, lora_alpha=3)
@@ -229,15 +229,8 @@ def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
 def test_a_missing_read_before_one_that_is_adapted() -> None:
     """The unadapted read feeds the adapted one, which must not hide it."""
 
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(6, 6))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(torch.tanh(x @ self.w), self.w)
-
-    lora = fxlora.adapt(Twice(), torch.randn(2, 6), rules=Rule("w", lora=R))
+    model = Reads(lambda x, w: F.linear(torch.tanh(x @ w), w), "io", 6, 6)
+    lora = fxlora.adapt(model, torch.randn(2, 6), rules=Rule("w", lora=R))
     prove(lora)
     remove_insertion(standing(lora, "eval", "w")[0])
     with pytest.raises(VerificationError, match="'w' is read without its adapter by matmul"):

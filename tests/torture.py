@@ -41,6 +41,7 @@ import fxlora
 
 from . import laws
 from .laws import Wrong, called_with, distance
+from .oracle import adapted
 from .patterns import Pattern
 
 CHECKS = ("effect train", "effect eval", "gradient", "folded == unfolded", "exports")
@@ -204,7 +205,8 @@ class FxLora(Side):
             values = {name: self.module.get_parameter(name) for name in entry.tensors}
             if entry.parameter in weights:
                 zero = torch.zeros_like(weights[entry.parameter])
-                yield entry.site, entry.parameter, laws.adapted(entry, zero, values)
+                delta = adapted(self.source, self.module, entry, zero, values)
+                yield entry.site, entry.parameter, delta
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
         """Return one reading: the delta of a tied weight applies to the names in the pattern."""
