@@ -222,8 +222,8 @@ class CapturedModule(ProgramModule):
                 mode = "eval" if self.training else "train"
                 raise SubmoduleError(
                     f"'{path}' was set to {mode} mode apart from the module, and one graph "
-                    "computes the whole model in one mode. Make it a module of its own: capture(model, …, "
-                    f"modules={path!r}), or set the mode of the whole module (train(), eval())."
+                    "computes the whole model in one mode. Make it a module of its own: "
+                    f"capture(model, …, modules={path!r}), or set the mode of the whole module."
                 )
 
     def _mode_matters(self, path: str) -> bool:

@@ -100,8 +100,8 @@ class AdaptedTensor(torch.Tensor):
         if isinstance(func, OpOverload):
             raise SubmoduleError(
                 f"{func} takes an adapted weight that was read off a captured module. A node of "
-                "the graph would apply the adapters twice: call the module itself, or run the graph "
-                "with torch.fx.Interpreter. Python of your own: call the function in torch or "
+                "the graph would apply the adapters twice: call the module itself, or run the "
+                "graph with torch.fx.Interpreter. Python of your own: call the function in torch or "
                 "torch.nn.functional instead of the overload."
             )
         with torch._C.DisableTorchFunctionSubclass():
