@@ -68,6 +68,7 @@ class CapturedModule(ProgramModule):
         # A copied parameter no longer shares memory, so overlaps found earlier are kept too.
         self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
+        self.look()
         self.runners: list[ProgramModule] = []
         if parent_module:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
@@ -103,7 +104,8 @@ class CapturedModule(ProgramModule):
 
     def look(self) -> None:
         super().look()
-        self._view.__dict__["facade"] = self
+        parent = self.__dict__.get("parent_module")
+        self._view.__dict__.update(facade=self, parent_module=parent)
 
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._running.get(id(graph), graph)

@@ -77,10 +77,8 @@ class TensorInput:
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
-        if self.dtype not in (
-            None,
-            value.dtype,
-        ):  # the source may decide by any dtype, of integers too
+        # The source may decide by any dtype, of integers too.
+        if self.dtype not in (None, value.dtype):
             raise InputError(
                 f"{self.name}: captured as {self.dtype}, called with {value.dtype}. Convert it "
                 f"with .to({self.dtype}), or capture again with an example of {value.dtype}."

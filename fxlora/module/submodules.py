@@ -101,8 +101,8 @@ class AdaptedTensor(torch.Tensor):
             raise SubmoduleError(
                 f"{func} takes an adapted weight that was read off a captured module. A node of "
                 "the graph would apply the adapters twice: call the module itself, or run the "
-                "graph with torch.fx.Interpreter. Python of your own: call the function in torch or "
-                "torch.nn.functional instead of the overload."
+                "graph with torch.fx.Interpreter. In Python of your own, call the function in "
+                "torch or torch.nn.functional instead of the overload."
             )
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
