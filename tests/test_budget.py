@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule
 from fxlora.cli import main
 
 from .laws import check_laws
+from .typed import examples
 
 
 class Model(nn.Module):
@@ -50,7 +51,7 @@ def rules(**r: int) -> list[Rule]:
     return [Rule(name, lora=LoraConfig(r=n, lora_alpha=6)) for name, n in r.items()]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(60)
 @given(
     budget=st.integers(1, 3000),
     a=st.integers(1, 40),
