@@ -54,7 +54,7 @@ def inject(
         >>> [tuple(p.shape) for p in fxlora.lora_parameters(lora)]
         [(2, 6), (4, 2)]
     """
-    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(plan, Plan):
         raise InjectError(f"inject takes a Plan, not {type(plan).__name__}: match makes one.")
     check_captured(module, "inject")
     return Inject(plan, starts or {})(module)

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import fxlora
 from fxlora import LoraConfig, Rule
 
+from .typed import Function, OpenModule, doubled
+
 Built = tuple[nn.Module, tuple[Any, ...]]
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -115,7 +117,7 @@ def _floating(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-class Net(nn.Module):
+class Net(OpenModule):
     """A module of named parts (modules, parameters, tensors as buffers) with a given forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
@@ -246,6 +248,8 @@ def decoder() -> Built:
 class Stale(nn.Module):
     """Calls its layer through a reference that still holds the old layer after a swap."""
 
+    held: Any
+
     def __init__(self, held: Callable[[nn.Linear], Any]) -> None:
         super().__init__()
         self.lin = nn.Linear(5, 7)
@@ -281,6 +285,8 @@ def two_names_called() -> Built:
 
 class Aliased(nn.Module):
     """Calls its Linear, and also reads the Linear's weight through an object that it keeps."""
+
+    kept: Any
 
     def __init__(self, keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> None:
         super().__init__()
@@ -524,7 +530,7 @@ def hooked(post: bool) -> Callable[[], nn.Linear]:
     def make() -> nn.Linear:
         made = nn.Linear(5, 7)
         if post:
-            made.register_forward_hook(lambda module, args, output: output * 2)
+            made.register_forward_hook(doubled)
         else:
             made.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
         return made
@@ -535,14 +541,14 @@ def hooked(post: bool) -> Callable[[], nn.Linear]:
 class Patched(nn.Linear):
     def __init__(self) -> None:
         super().__init__(5, 7)
-        self.forward = self.other  # pyright: ignore
+        self.forward = self.other  # pyright: ignore[reportAttributeAccessIssue]
 
     def other(self, a: torch.Tensor) -> torch.Tensor:
         return 2 * F.linear(a, self.weight, self.bias)
 
 
 def pruned() -> nn.Linear:
-    return prune.l1_unstructured(nn.Linear(5, 7), "weight", 0.4)  # pyright: ignore
+    return prune.l1_unstructured(nn.Linear(5, 7), "weight", 0.4)
 
 
 class Bounded(nn.Module):
@@ -623,7 +629,7 @@ def conv(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Built]:
     return net(lambda m, a: torch.tanh(m.conv(a)), x(*shape), conv=make)
 
 
-def padded(mode: str) -> Callable[[], Built]:
+def padded(mode: Literal["reflect", "replicate", "circular"]) -> Callable[[], Built]:
     return conv(lambda: nn.Conv2d(3, 6, (3, 2), padding=(2, 1), padding_mode=mode), 2, 3, 8, 7)
 
 
@@ -693,7 +699,7 @@ def bag(mode: str) -> Callable[[], Built]:
     )
 
 
-def tied(ways: int) -> Built:
+def tied(ways: int) -> tuple[Net, tuple[torch.Tensor]]:
     """A language model with its embedding as head: by assignment (1) or by F.linear (2)."""
     model = Net(_language_model, emb=nn.Embedding(13, 6), mix=nn.Linear(6, 6))
     model.head = nn.Linear(6, 13, bias=False)
@@ -825,7 +831,7 @@ SHARED = [
 # ---- raw parameters -----------------------------------------------------------------------------
 
 
-class MatMul(torch.autograd.Function):
+class MatMul(Function):
     """x @ W.T with a custom backward."""
 
     @staticmethod
@@ -834,7 +840,7 @@ class MatMul(torch.autograd.Function):
         return a @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, weight = ctx.saved_tensors
         return grad @ weight, grad.T @ a
 
@@ -1076,7 +1082,7 @@ PACKED = [
 
 def _checkpointed(reentrant: bool) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     def forward(m: Any, a: torch.Tensor) -> torch.Tensor:
-        return checkpoint(lambda b: torch.tanh(m.lin(b)), a, use_reentrant=reentrant)  # pyright: ignore
+        return checkpoint(lambda b: torch.tanh(m.lin(b)), a, use_reentrant=reentrant)
 
     return forward
 
@@ -1101,9 +1107,7 @@ def inferred(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 def by_hand(m: Any, a: torch.Tensor) -> torch.Tensor:
     """The weight is an argument of the checkpointed function."""
-    return checkpoint(  # pyright: ignore
-        lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False
-    )
+    return checkpoint(lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False)
 
 
 def sparse(m: Any, a: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -53,7 +53,7 @@ def rules(**r: int) -> list[Rule]:
     return [Rule(name, lora=LoraConfig(r=n, lora_alpha=6)) for name, n in r.items()]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(60)
 @given(
     budget=st.integers(1, 3000),
     a=st.integers(1, 40),

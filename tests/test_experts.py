@@ -13,6 +13,7 @@ import fxlora
 from fxlora import FxLoraWarning, LoraConfig, Rule, UnsupportedOpError
 
 from .laws import called_with, check_laws, floats, merged_weights, randomise, run
+from .typed import plan_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
 pytest.importorskip(
@@ -100,8 +101,8 @@ def test_experts_gathered_for_each_token(name: str, make: Make) -> None:
     model, args, kwargs = make(name, "batched_mm", torch.float64)
     model.subscripts = IN_TORCHS_ORDER
     _, lora = check_laws(model, args, kwargs, rules=EXPERTS)
-    assert len(lora.plan) == 2
-    for entry in lora.plan:
+    assert len(plan_of(lora)) == 2
+    for entry in plan_of(lora):
         assert entry.shapes[0][0] == entry.shapes[1][0] == 4  # an A and a B per expert
 
 
@@ -121,7 +122,7 @@ def test_grouped_products(name: str, dtype: torch.dtype, make: Make) -> None:
     model.subscripts = {} if form == "branch" else IN_TORCHS_ORDER
     assert [entry.form for entry in lora.plan] == [form, form]
     randomise(lora, 3)
-    factors = {n: lora.get_parameter(n).detach() for e in lora.plan for n in e.tensors}
+    factors = {n: lora.get_parameter(n).detach() for e in plan_of(lora) for n in e.tensors}
     weights = merged_weights(model, lora, factors)
     with torch.no_grad():
         (expected,) = called_with(model, weights, args, kwargs)

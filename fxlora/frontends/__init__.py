@@ -126,7 +126,7 @@ def _capture(
 
 def _check_model(model: nn.Module) -> None:
     """Raise CaptureError for a model that neither torch.export nor the tracer can capture."""
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(model, nn.Module):
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
