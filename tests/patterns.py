@@ -629,7 +629,7 @@ def conv(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Built]:
     return net(lambda m, a: torch.tanh(m.conv(a)), x(*shape), conv=make)
 
 
-def padded(mode: Literal["reflect", "replicate", "circular"]) -> Callable[[], Built]:
+def padded(mode: Literal[reflect, replicate, circular]) -> Callable[[], Built]:
     return conv(lambda: nn.Conv2d(3, 6, (3, 2), padding=(2, 1), padding_mode=mode), 2, 3, 8, 7)
 
 
