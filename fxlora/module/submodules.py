@@ -79,7 +79,7 @@ class Seal:
         GraphModule, runs the graph's own nodes, which take the weight itself.
         """
         compute = self.adapted.get(_joined(path, name)) if self.adapted else None
-        if compute is None or sys._getframe(2).f_code is fx.Interpreter.fetch_attr.__code__:
+        if compute is None or _reads_for_a_graph(sys._getframe(1)):
             return value
         adapted = compute()
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
@@ -107,6 +107,13 @@ class AdaptedTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
             return func(*args, **kwargs)
+
+
+def _reads_for_a_graph(frame: types.FrameType | None) -> bool:
+    """Whether torch.fx's Interpreter is what reads an attribute, in this frame's `__getattr__`."""
+    while frame is not None and frame.f_code.co_name == "__getattr__":
+        frame = frame.f_back
+    return frame is not None and frame.f_code is fx.Interpreter.fetch_attr.__code__
 
 
 def _plain(value: Any) -> Any:
