@@ -25,7 +25,7 @@ from ..names import shown
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
-from .adapted_weight import adapted_weight, factors, output_gains, rank
+from .adapted_weight import adapted_weight, factors, output_gains, rank, to_weights
 
 aten = torch.ops.aten
 
@@ -125,17 +125,18 @@ class _Branch:
         return aten.constant_pad_nd.default(branch, [0, 0] * self._behind + [rows[0], behind])
 
     def _with_gains(self, branch: Any) -> Any:
-        """Emit (g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g.
+        """Emit branch + (g - 1)·(op(x, W) - bias + branch), for variants that scale outputs by g.
 
-        Added to op(x, W), it gives g·(op(x, W) - bias + branch) + bias.
+        Added to op(x, W), it gives g·(op(x, W) - bias + branch) + bias. Near 1, g - 1 has more
+        digits than g in the weight's dtype.
         """
         weight = self.reader.weight
         while weight.op != "get_attr":  # the op may take the weight's transpose
             (weight,) = weight.all_input_nodes
         for gain in output_gains(self.entry, self.proxied(weight), self.values):
-            shaped = self._along_outputs(gain)
-            change = aten.mul.Tensor(aten.sub.Tensor(shaped, 1), self._product())
-            branch = aten.add.Tensor(change, aten.mul.Tensor(shaped, branch))
+            more = to_weights(self.entry, aten.sub.Tensor(self._along_outputs(gain), 1))
+            outputs = aten.add.Tensor(self._product(), branch)
+            branch = aten.add.Tensor(branch, aten.mul.Tensor(more, outputs))
         return branch
 
     def _product(self) -> Any:
