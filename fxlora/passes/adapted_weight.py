@@ -22,7 +22,9 @@ aten = torch.ops.aten
 
 Values = Mapping[str, Any]  # an entry's tensors, or proxies for them, by name
 
-_BLOCK = 2**20  # entries of a weight that are summed at a time: few enough to stay in the cache
+# Entries of a weight that a fold sums at a time, in float64.
+_BLOCK = {"cpu": 2**18}  # few enough to stay in the cache
+_LARGE_BLOCK = 2**24  # on other devices, where a kernel launch costs more
 
 
 def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
@@ -131,7 +133,7 @@ def folded_weight(entries: Sequence[Entry], weight: torch.Tensor, values: Values
 def _blocks(entries: Sequence[Entry], weight: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Yield ranges (start, stop) of the output dimension, each inside or outside of an entry."""
     size = weight.shape[entries[0].layout.part_dim]
-    step = max(1, _BLOCK // (weight.numel() // size))
+    step = max(1, _BLOCK.get(weight.device.type, _LARGE_BLOCK) // (weight.numel() // size))
     edges = {0, size, *(row for entry in entries for row in entry.rows or ())}
     for first, last in itertools.pairwise(sorted(edges)):
         for start in range(first, last, step):

@@ -90,7 +90,8 @@ def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:
 
 def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
     """Return the value of an adapted weight, rounded once to its dtype."""
-    entries = [insertion.entry for insertion in chain]
+    # once each: a tied weight is fetched under several names
+    entries = list({insertion.entry.name_a: insertion.entry for insertion in chain}.values())
     weight = module.get_parameter(entries[0].parameter).detach()
     names = [name for entry in entries for name in entry.tensors]
     with torch.no_grad():

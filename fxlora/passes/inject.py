@@ -165,7 +165,7 @@ def with_dtypes(module: CapturedModule, plan: Plan) -> Plan:
 
 
 def _bare_names(module: CapturedModule) -> set[str]:
-    """Return the names of parameters that not only `get_attr` nodes read, or that a graph writes to."""
+    """Return the names of parameters that Python or a module reads, or that a graph writes to."""
     found = set(module.uncovered)
     for graph in module.distinct_graphs():
         for node in graph.nodes:

@@ -283,15 +283,17 @@ def remove_insertion(insertion: Insertion) -> None:
 
 def _erase_unused(node: fx.Node, keep: fx.Node, path: Path) -> None:
     """Erase a node and, recursively, its inputs that have no other users, except `keep`."""
-    inputs = node.all_input_nodes
-    node.graph.erase_node(node)
-    for source in inputs:
-        if source is keep or source.users:
+    ahead, erased = [node], set[fx.Node]()
+    while ahead:
+        unused = ahead.pop()
+        if unused is keep or unused.users or unused in erased:
             continue
-        if source.op == "placeholder":
-            _drop_operand(source, path)
+        erased.add(unused)
+        if unused.op == "placeholder":
+            _drop_operand(unused, path)
         else:
-            _erase_unused(source, keep, path)
+            ahead += unused.all_input_nodes
+            unused.graph.erase_node(unused)
 
 
 def _drop_operand(given: fx.Node, path: Path) -> None:

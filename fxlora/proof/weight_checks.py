@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
+from ..module.casts import base_dtype
 from ..passes.adapted_weight import factors
 from ..plan import Entry
 from ..tables import some
@@ -25,11 +29,17 @@ def check_adapters(module: CapturedModule) -> None:
                     f"{'missing' if tensor is None else tuple(tensor.shape)}, where the plan has "
                     f"{shape}."
                 )
+        weight = _parameter(module, entry.parameter)
+        if weight is not None:
+            _check_dtypes(module, entry.tensors, entry.dtype_over(weight.dtype))
         if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
             raise VerificationError(
                 f"adapter: '{entry.name_a}' changes row {entry.padding_idx} of '{entry.site}', its "
                 f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
             )
+    for name in module.trained if module.plan else ():
+        dtype = module.plan.trained_dtype(name, base_dtype(module, name))
+        _check_dtypes(module, [name], dtype)
     trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
     frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
     if frozen and len(frozen) < len(trains):  # if all are frozen, the module is for inference
@@ -37,6 +47,18 @@ def check_adapters(module: CapturedModule) -> None:
             f"adapter: the plan trains {some(frozen)}, which does not require gradients: an "
             "optimizer would not change it. Call requires_grad_(True) on it."
         )
+
+
+def _check_dtypes(module: CapturedModule, names: Iterable[str], expected: torch.dtype) -> None:
+    """Raise if a tensor that trains is not in the dtype of the plan."""
+    for name in names:
+        found = module.get_parameter(name).dtype
+        if found != expected:
+            raise VerificationError(
+                f"adapter: '{name}' is {found}, where the plan has {expected}: it was converted by "
+                f"hand. Make the adapter with inject(…, adapter_dtype={found}) instead, which also "
+                "casts it in the graph."
+            )
 
 
 def _parameter(module: CapturedModule, name: str) -> Tensor | None:
@@ -129,6 +151,10 @@ def check_unadapted(module: CapturedModule, folded: CapturedModule) -> None:
     """Raise unless parameters and buffers without adapters are equal after the fold."""
     adapted = {name for names in adapted_names(module).values() for name in names}
     ours, theirs = _tensors(module), _tensors(folded)
+    for names in module.aliases().values():
+        for trained in module.trained.intersection(names):  # a fold rounds it, as its casts do
+            rounded = ours[trained].detach().to(base_dtype(module, trained))
+            ours |= dict.fromkeys(names, rounded)
     for name in sorted((ours.keys() | theirs.keys()) - adapted - _names_of_adapters(module)):
         if name not in ours or name not in theirs or not same(ours[name], theirs[name]):
             raise VerificationError(
