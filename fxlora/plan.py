@@ -425,8 +425,13 @@ class Plan:
         return dataclasses.replace(self, entries=entries)
 
     def trained_dtype(self, name: str, weight: torch.dtype) -> torch.dtype:
-        """Return the dtype in which a parameter of this dtype in the model trains in full."""
-        return held_dtype(self.trained_dtypes.get(name, True), weight)
+        """Return the dtype in which a parameter of this dtype in the model trains in full.
+
+        It holds the model's values exactly: a narrower one would change the outputs.
+        """
+        held = held_dtype(self.trained_dtypes.get(name, True), weight)
+        exact = held == weight or torch.promote_types(held, weight) == held
+        return held if exact else weight
 
     @property
     def adapter_parameters(self) -> int:
