@@ -17,9 +17,7 @@ Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 _WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
 
 
-def moves_of(
-    tensors: Iterable[torch.Tensor], fn: Callable[[torch.Tensor], torch.Tensor]
-) -> Moves:
+def moves_of(tensors: Iterable[torch.Tensor], fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
     """Return the devices and dtypes of a module's tensors that `fn` changes."""
     moves: Moves = {}
     kinds = {(t.device, t.dtype) for t in tensors}
