@@ -79,7 +79,11 @@ def set_casts(module: CapturedModule) -> None:
                 with graph.inserting_before(min(node.users)):
                     cast = graph.call_function(aten.to.dtype, (node, dtype))
                 cast.meta[_CAST] = True
-                node.replace_all_uses_with(cast, delete_user_cb=lambda user, c=cast: user is not c)
+                node.replace_all_uses_with(cast, delete_user_cb=_is_no_cast)
+
+
+def _is_no_cast(user: fx.Node) -> bool:
+    return not is_cast(user)
 
 
 def unmark(module: CapturedModule) -> None:

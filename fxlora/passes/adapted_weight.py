@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..lora.dtypes import correctly_rounded
 from ..lora.variants import VARIANTS
@@ -114,6 +115,12 @@ def folded_weight(entries: Sequence[Entry], weight: torch.Tensor, values: Values
         weight: W0.
         values: the entries' tensors, in any floating dtypes.
     """
+    if is_traceable_wrapper_subclass(weight):  # DTensor has no views as integers
+        whole_weight: Any = weight.to(torch.float64)
+        for entry in entries:
+            wide = {name: values[name].to(torch.float64) for name in entry.tensors}
+            whole_weight = adapted_weight(entry, whole_weight, wide)
+        return whole_weight.to(weight.dtype)
     device = weight.device if _has_float64(weight.device) else torch.device("cpu")
     wide = {name: values[name].to(device, torch.float64) for e in entries for name in e.tensors}
     whole = any(map(scales_outputs, entries))  # the scales depend on all of W0

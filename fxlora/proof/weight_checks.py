@@ -37,8 +37,8 @@ def check_adapters(module: CapturedModule) -> None:
                 f"adapter: '{entry.name_a}' changes row {entry.padding_idx} of '{entry.site}', its "
                 f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
             )
-    for name in module.trained if module.plan else ():
-        dtype = module.plan.trained_dtype(name, base_dtype(module, name))
+    for name in module.plan.trained if module.plan else ():
+        dtype = module.plan.trained_dtype(name, base_dtype(module, name)) if module.plan else None
         _check_dtypes(module, [name], dtype)
     trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
     frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
@@ -49,7 +49,7 @@ def check_adapters(module: CapturedModule) -> None:
         )
 
 
-def _check_dtypes(module: CapturedModule, names: Iterable[str], expected: torch.dtype) -> None:
+def _check_dtypes(module: CapturedModule, names: Iterable[str], expected: torch.dtype | None) -> None:
     """Raise if a tensor that trains is not in the dtype of the plan."""
     for name in names:
         found = module.get_parameter(name).dtype
