@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -31,15 +29,16 @@ def check_adapters(module: CapturedModule) -> None:
                 )
         weight = _parameter(module, entry.parameter)
         if weight is not None:
-            _check_dtypes(module, entry.tensors, entry.dtype_over(weight.dtype))
+            for name in entry.tensors:
+                _check_dtype(module, name, entry.dtype_over(weight.dtype))
         if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
             raise VerificationError(
                 f"adapter: '{entry.name_a}' changes row {entry.padding_idx} of '{entry.site}', its "
                 f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
             )
-    for name in module.plan.trained if module.plan else ():
-        dtype = module.plan.trained_dtype(name, base_dtype(module, name)) if module.plan else None
-        _check_dtypes(module, [name], dtype)
+    if (plan := module.plan) is not None:
+        for name in plan.trained:
+            _check_dtype(module, name, plan.trained_dtype(name, base_dtype(module, name)))
     trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
     frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
     if frozen and len(frozen) < len(trains):  # if all are frozen, the module is for inference
@@ -49,16 +48,15 @@ def check_adapters(module: CapturedModule) -> None:
         )
 
 
-def _check_dtypes(module: CapturedModule, names: Iterable[str], expected: torch.dtype | None) -> None:
+def _check_dtype(module: CapturedModule, name: str, expected: torch.dtype) -> None:
     """Raise if a tensor that trains is not in the dtype of the plan."""
-    for name in names:
-        found = module.get_parameter(name).dtype
-        if found != expected:
-            raise VerificationError(
-                f"adapter: '{name}' is {found}, where the plan has {expected}: it was converted by "
-                f"hand. Make the adapter with inject(…, adapter_dtype={found}) instead, which also "
-                "casts it in the graph."
-            )
+    found = module.get_parameter(name).dtype
+    if found != expected:
+        raise VerificationError(
+            f"adapter: '{name}' is {found}, where the plan has {expected}: it was converted by "
+            f"hand. Make the adapter with inject(…, adapter_dtype={found}) instead, which also "
+            "casts it in the graph."
+        )
 
 
 def _parameter(module: CapturedModule, name: str) -> Tensor | None:
