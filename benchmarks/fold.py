@@ -94,13 +94,17 @@ Pefts = dict[str, Any]  # dtype of the adapters → PEFT's model
 def adapted(model: Linear | Block) -> tuple[fxlora.CapturedModule, Pefts]:
     """Return fxlora's module and PEFT's models with equal A and B.
 
-    By default PEFT keeps the adapters of a bfloat16 model in float32; both dtypes are compared.
+    By default both libraries keep the adapters of a bfloat16 model in float32. PEFT's merge is
+    compared in both dtypes, so A and B have values that both can hold.
     """
     names = [name for name, _ in model.named_children()]
     example = torch.randn(2, model.width).to(next(model.parameters()))
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=names)
     lora = fxlora.adapt(model, example, rules=rules)
     randomise_b(lora)
+    with torch.no_grad():
+        for parameter in fxlora.lora_parameters(lora):
+            parameter.copy_(parameter.to(example.dtype))
     pefts: Pefts = {}
     for upcast in (False, True):
         config = PeftConfig(r=R, lora_alpha=ALPHA, target_modules=names)
@@ -157,7 +161,7 @@ def fxlora_sides(lora: fxlora.CapturedModule) -> Sides:
     meta = copy.deepcopy(lora).to("meta")
 
     def triples() -> list[tuple[torch.Tensor, ...]]:
-        return [(w.clone(), a, b) for w, a, b in factors(lora)]
+        return [(w.clone(), a.to(w.dtype), b.to(w.dtype)) for w, a, b in factors(lora)]
 
     def in_place(given: Any) -> object:
         return [w.addmm_(b, a, alpha=S) for w, a, b in given]

@@ -166,7 +166,7 @@ def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
         return torch.compile(loss, dynamic=False) if compiled else loss
 
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=task.targets)
-    lora = fxlora.adapt(task.model, (), task.example, rules=rules).train()
+    lora = fxlora.adapt(task.model, (), task.example, rules=rules, adapter_dtype=False).train()
     randomise_b(lora)
     peft = with_peft(task)
     copy_adapters(lora, peft)

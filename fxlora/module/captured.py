@@ -17,6 +17,7 @@ from ..fx.calls import part_of
 from ..plan import Plan
 from .adapted_weight import adapted_weight
 from .block import Block
+from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
@@ -501,14 +502,17 @@ class CapturedModule(ProgramModule):
     # ---- device and dtype -------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move the weights, and update the devices and dtypes that the graphs name."""
-        moves = moves_of(self, fn)
+        """Move the weights, and update the devices and dtypes that the graphs name.
+
+        A, B and what trains in full keep the dtypes that the plan asks for.
+        """
+        moves = moves_of(base_tensors(self), fn)
         nested = self.nested_graphs()
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
         changed = self._changed()
-        result = super()._apply(fn, recurse)
+        result = super()._apply(keeping_dtypes(self, fn), recurse)
         self.take_fingerprints()
         # Keep the fingerprints of weights written to before: a move must not hide that.
         self.update_state(fingerprints={**self.known.fingerprints, **changed})
@@ -519,6 +523,10 @@ class CapturedModule(ProgramModule):
             for program in self.programs:
                 specs = program.inputs.items()
                 program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
+            if self.plan is not None:
+                weights = dict(self.named_parameters(remove_duplicate=False))
+                self.update_state(plan=self.plan.over(weights))
+                set_casts(self)
             for module in nested:
                 module.recompile()
             self.refresh()
