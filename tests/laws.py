@@ -14,6 +14,7 @@ from fxlora.fx.compare import difference
 from fxlora.plan import Entry
 
 from .oracle import called_with, floats, merged_weights
+from .typed import grad_of
 
 TOLERANCE = 1e-10
 
@@ -22,7 +23,9 @@ class Wrong(Exception):
     """A wrong result without an error from fxlora."""
 
 
-def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1) -> list:
+def run(
+    module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1
+) -> list[torch.Tensor]:
     torch.manual_seed(seed)
     with torch.no_grad():
         return floats(module(*args, **kwargs))
