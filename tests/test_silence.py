@@ -368,3 +368,62 @@ def test_complex_outputs_are_compared() -> None:
     lora = fxlora.adapt(Spectrum(), X.float(), rules=Rule("lin", lora=R))
     randomise(lora)
     assert fxlora.verify(lora, X.float()).sites[0].effect > 0
+
+
+# ---- modes whose graphs differ by a literal -----------------------------------------------------
+
+
+class Scaled(torch.autograd.Function):
+    """Scales by 1 for an integer, and by 7 for any other number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, by: float) -> torch.Tensor:
+        return x * (1 if type(by) is int else 7)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore
+        return grad, None
+
+
+LITERALS: dict[str, tuple[Callable[[torch.Tensor, Any], Any], Any, Any]] = {
+    "an int or a float": (lambda y, k: (y.detach() * 9).long() * k, 3, 3.0),
+    "an int or a bool": (lambda y, k: torch.full((3,), k), 1, True),
+    "a sign of zero": (lambda y, k: 1 / y.new_full((4, 7), k) + 0 * y, 0.0, -0.0),
+    "an argument of a Function": (Scaled.apply, 1, 1.0),
+    "an output": (lambda y, k: (y, k), 1, True),
+    "the structure of the outputs": (lambda y, k: k(y), lambda y: {"y": y}, lambda y: [y]),
+}
+
+
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("name", LITERALS)
+def test_modes_that_differ_by_a_literal_only(name: str, exported: bool) -> None:
+    read, train, evaluation = LITERALS[name]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 7)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return read(self.lin(x), train if self.training else evaluation)
+
+    model = Model().double()
+    gm = fxlora.capture(model, *([X] if exported else []))
+    found: list[str] = []
+    for mode in (True, False):
+        expected, got = (repr(module.train(mode)(X)) for module in (model, gm))
+        assert got.partition(" grad_fn")[0] == expected.partition(" grad_fn")[0]
+        found.append(expected)
+    assert found[0] != found[1]
+
+
+def test_a_constant_of_another_sign_is_refused() -> None:
+    class Divided(nn.Module):
+        def forward(self, x: torch.Tensor, by: float) -> torch.Tensor:
+            return x / by
+
+    gm = fxlora.capture(Divided(), (X, 0.0))
+    assert torch.equal(gm(X, 0.0), X / 0.0)
+    with pytest.raises(fxlora.InputError, match=r"-0\.0"):
+        gm(X, -0.0)

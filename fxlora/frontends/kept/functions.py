@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ...errors import CaptureError
 from ...fx.effects import arguments_of
+from ...fx.literals import literal
 from ..memory import storage_of
 from .patches import patched
 
@@ -58,7 +59,7 @@ class FunctionCall:
         return hash(self.function)
 
     def _key(self) -> tuple[Any, ...]:
-        return self.function, self.structure, self.leaves
+        return self.function, self.structure, literal(self.leaves)
 
 
 class Functions:
