@@ -204,6 +204,44 @@ def test_training_in_full_what_no_gradient_reaches_is_refused() -> None:
         fxlora.match(gm, LoraConfig(r=2, target_modules=["head"], modules_to_save=["frozen"]))
 
 
+class Overlap(nn.Module):
+    """Two Parameters over one memory, in the weights and in the biases."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+        if not apart:
+            self.b.weight = nn.Parameter(self.a.weight.data[:4])
+            self.b.bias = nn.Parameter(self.a.bias.data[:4])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "first"),
+    [
+        ([Rule("a", train=True), Rule("c", lora=R)], "a.bias"),
+        ([Rule("b.bias", train=True), Rule("c", lora=R)], "b.bias"),
+        (LoraConfig(r=2, target_modules=["c"], modules_to_save=["b"]), "b.bias"),
+        (Rule("c", lora=LoraConfig(r=2, bias="all")), "a.bias"),
+    ],
+)
+def test_training_in_full_what_shares_memory_is_refused(rules: Any, first: str) -> None:
+    gm = fxlora.capture(Overlap(), X.float())
+    with pytest.raises(UnsupportedOpError, match=f"'{first}' is to train in full, and shares"):
+        fxlora.match(gm, rules)
+    plan = fxlora.match(fxlora.capture(Overlap(apart=True), X.float()), rules)
+    with pytest.raises(UnsupportedOpError, match="shares memory"):
+        fxlora.inject(gm, plan)
+
+
+def test_a_plan_of_a_module_without_shared_memory_is_refused() -> None:
+    plan = fxlora.match(fxlora.capture(Overlap(apart=True), X.float()), Rule("a", lora=R))
+    with pytest.raises(UnsupportedOpError, match=r"'a' shares memory with 'b\.weight'"):
+        fxlora.inject(fxlora.capture(Overlap(), X.float()), plan)
+
+
 def adapted() -> fxlora.CapturedModule:
     model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
     lora = fxlora.adapt(model, X.float(), rules=Rule("0", lora=R))

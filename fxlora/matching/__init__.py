@@ -13,7 +13,7 @@ from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
-from .full import biases, check_trained, check_trains, modules_to_save, trained
+from .full import biases, check_own_memory, check_trained, check_trains, modules_to_save, trained
 from .unmatched import Unmatched, warn_of_large
 
 __all__ = ["match"]
@@ -95,6 +95,7 @@ def _plan(choice: Choice, making: Entries, misses: Unmatched, budget: int | str 
     warn_of_large(entries)
     misses.warn_of_uncovered(skipped)
     in_full |= biases(choice, entries)
+    check_own_memory(choice.module, sorted(in_full))
     if not entries and not in_full:
         raise NoMatchError(f"the rules adapt none of {len(choice.sites)} sites.")
     sizes = {name: p.numel() for name, p in choice.module.named_parameters()}

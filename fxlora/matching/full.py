@@ -145,5 +145,23 @@ def check_trains(site: Site) -> None:
         )
 
 
+def check_own_memory(module: CapturedModule, names: Iterable[str]) -> None:
+    """Raise if a parameter that is to train in full shares memory with another tensor.
+
+    It trains as a copy, and the other tensor would not change with it.
+
+    Raises:
+        UnsupportedOpError: names both.
+    """
+    for name in names:
+        if others := module.known.mirrors.get(name):
+            raise UnsupportedOpError(
+                f"'{name}' is to train in full, and shares memory with '{others[0]}', which is "
+                "another tensor: training one would not change the other. Make them one Parameter "
+                f"(b.weight = a.weight), or leave '{name}' out of train=, modules_to_save and "
+                "bias=."
+            )
+
+
 def is_below(parameter: str, path: str) -> bool:
     return parameter == path or parameter.startswith(f"{path}.")

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..errors import InjectError, MisfitError
+from ..errors import InjectError, MisfitError, UnsupportedOpError
 from ..fx.nested import nested_graph
 from ..matching.forms import branch_obstacle
+from ..matching.full import check_own_memory
+from ..matching.refusals import why_unsupported
 from ..module import CapturedModule
 from ..module.program import Program
 from ..module.state import State
@@ -61,12 +63,14 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
 
     Raises:
         MisfitError: the plan does not describe this module.
+        UnsupportedOpError: the module has a weight of the plan, but not one that can be adapted.
         InjectError: the model already has a module or attribute where an adapter would go.
     """
     sites = _sites(module, plan)
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if missing := [name for name in plan.trained if name not in held]:
         raise MisfitError(f"the plan trains {some(missing)}, which this module does not have.")
+    check_own_memory(module, plan.trained)
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
@@ -114,6 +118,8 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
                 f"'{entry.site}' is {what} {shown(planned)} in the plan, and {shown(held)} in this "
                 "module."
             )
+    if why := why_unsupported(site):
+        raise UnsupportedOpError(f"'{entry.site}' {why}")
     obstacle = branch_obstacle(site, entry.rows, entry.variants)
     if entry.form == "branch" and obstacle:
         raise MisfitError(
