@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +284,32 @@ def test_warnings_name_the_users_line() -> None:
     with pytest.warns(fxlora.FxLoraWarning, match="more parameters") as caught:
         fxlora.match(gm, LoraConfig(r=6, target_modules=["0"]))
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "match"),
+    [
+        ("0.lora_A.defualt.weight", torch.zeros(2, 6), "'0.lora_A.defualt.weight', which"),
+        ("0.lora_B", torch.zeros(7, 2), "'0.lora_B', which the plan does not add"),
+        ("0.lora_B.default.weight", torch.zeros(1, 2), r"\(1, 2\); the plan has \(7, 2\)"),
+        ("0.lora_A.default.weight", torch.zeros(6), r"\(6,\); the plan has \(2, 6\)"),
+        ("0.lora_A.default.weight", torch.zeros(2, 6).long(), "int64"),
+    ],
+)
+def test_initial_values_that_do_not_fit_are_refused(
+    name: str, start: torch.Tensor, match: str
+) -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+    plan = fxlora.match(gm, Rule("0", lora=R))
+    with pytest.raises(InjectError, match=match):
+        fxlora.inject(gm, plan, starts={name: start})
+
+
+def test_two_adapters_on_one_weight_are_no_plan() -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+    one, two = (fxlora.match(gm, Rule("0", lora=R), adapter_name=name) for name in ("one", "two"))
+    with pytest.raises(fxlora.ConfigError, match="one adapter at a time"):
+        dataclasses.replace(one, entries=(*one.entries, *two.entries))
 
 
 # ---- writes and casts that are not where one looks for them -------------------------------------

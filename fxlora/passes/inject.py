@@ -45,6 +45,7 @@ class Inject(Pass):
 
     def rewrite(self, module: CapturedModule) -> State:
         sites = check_fits(module, self.plan)
+        _check_starts(self.plan, self.starts)
         originals = _originals(module, self.plan)
         _freeze(module, self.plan)
         if any(entry.dropout for entry in self.plan):
@@ -74,6 +75,28 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
+
+
+def _check_starts(plan: Plan, starts: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless each initial value is one for a tensor of the plan, in its shape.
+
+    Raises:
+        InjectError: names the tensor.
+    """
+    shapes = {name: shape for entry in plan for name, shape in entry.tensors.items()}
+    if unknown := [name for name in starts if name not in shapes]:
+        raise InjectError(
+            f"starts has {some(map(shown, unknown))}, which the plan does not add. It adds "
+            f"{some(shapes)}."
+        )
+    for name, start in starts.items():
+        if tuple(start.shape) != shapes[name]:
+            raise InjectError(
+                f"starts has '{name}' in the shape {tuple(start.shape)}; the plan has "
+                f"{shapes[name]}."
+            )
+        if not start.is_floating_point():
+            raise InjectError(f"starts has '{name}' in {start.dtype}: give a floating-point one.")
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
