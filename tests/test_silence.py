@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -492,3 +493,87 @@ def test_a_constant_of_another_sign_is_refused() -> None:
     assert torch.equal(gm(X, 0.0), X / 0.0)
     with pytest.raises(fxlora.InputError, match=r"-0\.0"):
         gm(X, -0.0)
+
+
+# ---- what a call writes to ----------------------------------------------------------------------
+
+
+class Counts(nn.Module):
+    """Writes to a frozen parameter in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 7)
+        self.n = nn.Parameter(torch.ones(7), requires_grad=False)
+        self.alias = self.n
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.alias.mul_(0.5)
+        return self.lin(x) * self.n
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_parameter_that_calls_write_to_is_each_modules_own(exported: bool) -> None:
+    model = Counts()
+    gm = fxlora.capture(model, *([X.float()] if exported else []))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("lin", lora=R)))
+    randomise(lora)
+    modules = (model, gm, lora, fxlora.fold(lora), copy.deepcopy(lora), fxlora.remove(lora))
+    for number, module in enumerate(modules):
+        module(X.float())
+        written = [float(m.get_parameter("n")[0]) for m in modules]
+        assert written == [0.5] * (number + 1) + [1.0] * (len(modules) - number - 1)
+
+
+def test_verify_leaves_a_parameter_that_calls_write_to() -> None:
+    lora = fxlora.adapt(Counts(), X.float(), rules=Rule("lin", lora=R))
+    randomise(lora)
+    lora(X.float())  # not a write to the base
+    before = lora.get_parameter("n").detach().clone()
+    fxlora.verify(lora, X.float())
+    assert torch.equal(lora.get_parameter("n"), before)
+    assert torch.equal(fxlora.remove(lora).get_parameter("n"), torch.ones(7))
+    state = {"n": torch.full((7,), 3.0)}
+    lora.load_state_dict(state, strict=False)
+    assert torch.equal(fxlora.remove(lora).get_parameter("n"), state["n"])
+
+
+class SharedState(nn.Module):
+    """Tensors over one memory, of which one is written to in every call, and another one read."""
+
+    def __init__(self, written: str, read: str) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 7)
+        memory = torch.ones(8, 7)
+        self.register_buffer("whole", memory)
+        self.register_buffer("last", memory[5:])
+        self.whole_parameter = nn.Parameter(memory, requires_grad=False)
+        self.first = nn.Parameter(memory[:4], requires_grad=False)
+        if read == "plain":
+            self.plain = memory[2:6]
+        self.written, self.read = written, read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        getattr(self, self.written).mul_(0.5)
+        return self.lin(x)[:1] + getattr(self, self.read)
+
+
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("read", ["whole", "last", "whole_parameter", "first", "plain"])
+@pytest.mark.parametrize("written", ["whole", "whole_parameter"])
+def test_tensors_that_share_memory_with_what_is_written_still_do(
+    written: str, read: str, exported: bool
+) -> None:
+    model = SharedState(written, read)
+    if not exported and (written == "whole" or read == "plain"):
+        with pytest.raises(fxlora.CaptureError, match=r"example\s+inputs"):
+            fxlora.capture(model)
+        return
+    gm = fxlora.capture(model, *([X.float()] if exported else []))
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("lin", lora=R)))
+    for module in (copy.deepcopy(gm), fxlora.fold(lora), gm):
+        source = SharedState(written, read)
+        source.lin = model.lin
+        for _ in range(3):
+            assert torch.equal(module(X.float()), source(X.float()))
+        assert torch.equal(model.whole, torch.ones(8, 7))

@@ -1,4 +1,4 @@
-"""Equality of the values in a graph: Python's `==` takes 2, 2.0 and True, or 0.0 and -0.0, as one."""
+"""Equality of values in a graph: Python's `==` takes 2, 2.0 and True, or 0.0 and -0.0, as equal."""
 
 from __future__ import annotations
 

@@ -176,12 +176,11 @@ def _occupied(module: CapturedModule, name: str) -> str | None:
 
 
 def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the buffers and the parameters trained in full at their present values.
+    """Return what calls change, and the parameters trained in full, at their present values.
 
     Training may change them besides the adapters; `remove` restores them.
     """
-    buffers = module.named_buffers(remove_duplicate=False)
-    kept = {name: buffer.detach().clone() for name, buffer in buffers}
+    kept = {name: tensor.detach().clone() for name, tensor in module.state_tensors().items()}
     return kept | {name: module.get_parameter(name).detach() for name in plan.trained}
 
 

@@ -75,14 +75,14 @@ def fixed_seed(module: CapturedModule) -> Generator[None]:
 
 @contextmanager
 def _buffers_kept(module: CapturedModule) -> Generator[None]:
-    """Restore the values of the module's buffers after a block."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """Restore what a call of the module may change, its buffers above all, after a block."""
+    before = [(tensor, tensor.detach().clone()) for tensor in module.state_tensors().values()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.data.copy_(value)
+            for tensor, value in before:
+                tensor.data.copy_(value)
 
 
 def _copied(tensor: Tensor) -> Tensor:
