@@ -577,3 +577,83 @@ def test_tensors_that_share_memory_with_what_is_written_still_do(
         for _ in range(3):
             assert torch.equal(module(X.float()), source(X.float()))
         assert torch.equal(model.whole, torch.ones(8, 7))
+
+
+ALIASES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "type_as": lambda t, x: t.type_as(x).add_(1),
+    "dropout": lambda t, x: F.dropout(t, 0.1, False).add_(1),
+    "broadcast": lambda t, x: torch.broadcast_tensors(t, t)[1].add_(1),
+    "einsum": lambda t, x: torch.einsum("ij->ji", t).add_(1),
+    "swapaxes": lambda t, x: torch.swapaxes(t, 0, 1).add_(1),
+    "relu_": lambda t, x: torch.relu_(t),
+    "inplace": lambda t, x: F.relu(t, inplace=True),
+    "init": lambda t, x: nn.init.constant_(t, 0.5),
+    "foreach": lambda t, x: torch._foreach_add_([t], 1.0),
+    "an operator": lambda t, x: t.__imul__(2),
+    "threshold": lambda t, x: F.threshold_(t, 0.1, 0.0),
+}
+
+
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_write_that_no_schema_declares_is_seen(name: str, exported: bool) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(7, 6), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ALIASES[name](self.w, x)
+            return F.linear(x, self.w)
+
+    model = Writes().double().eval()
+    before = model.w.detach().clone()
+    gm = fxlora.capture(model, *([X] if exported else []))
+    found = gm(X)
+    assert torch.equal(model.w, before)
+    assert torch.equal(found, model(X))
+    assert not torch.equal(model.w, before)
+    with pytest.raises(UnsupportedOpError, match="written to in every call"):
+        fxlora.match(gm, Rule("w", lora=R))
+
+
+STORES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "foreach": lambda z, y: torch._foreach_add_([z], [y]),
+    "index_put_": lambda z, y: torch.index_put_(z, (torch.tensor([0, 2]),), y[:2]),
+    "swapaxes": lambda z, y: torch.swapaxes(z, 0, 1).add_(y.t()),
+    "broadcast": lambda z, y: torch.broadcast_tensors(z, z)[0].add_(y),
+    "dropout": lambda z, y: F.dropout(z, 0.1, False).add_(y),
+    "type_as": lambda z, y: z.type_as(y).add_(y),
+}
+
+
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("name", STORES)
+def test_a_read_that_a_function_stores_is_no_dead_code(name: str, exported: bool) -> None:
+    def read(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, w)
+        z = y * 0.0
+        STORES[name](z, F.linear(x * 2, w))
+        return y + z
+
+    args = (X,) if exported else ()
+    assert_as_merged(Reads(read).double(), lambda model: fxlora.capture(model, *args))
+
+
+def test_functions_that_only_read_a_weight_can_be_adapted() -> None:
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.u = nn.Parameter(torch.randn(7, 6)), nn.Parameter(torch.randn(6, 7))
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.layer_norm(x, (6,), self.scale)
+            y = F.linear(x, F.normalize(self.w)).add_(1)
+            return F.relu(y, inplace=True) + torch.einsum(
+                "bi,io,po->bp", x, self.u, self.u.t() @ self.u
+            )
+
+    gm = fxlora.capture(Functions())
+    assert gm.known.written == frozenset()
+    assert len(fxlora.match(gm, Rule(["w", "u"], lora=R))) == 2

@@ -37,6 +37,8 @@ class FunctionCall:
     The node's arguments are the tensors and symbolic sizes; this object holds the other arguments.
     """
 
+    writes_nothing = True  # see _RefuseOutsideTensors
+
     def __init__(self, function: type[Function], args: tuple[Any, ...]) -> None:
         leaves, self.structure = pytree.tree_flatten(args)
         self.function = function
