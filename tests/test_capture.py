@@ -428,6 +428,30 @@ def test_the_dtype_is_part_of_the_capture() -> None:
     assert gm.double()(torch.randn(2, 5).double()).dtype == torch.float64
 
 
+def test_every_integer_dtype_is_its_own() -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(9, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            y = self.emb(ids)
+            return y + 1 if ids.dtype == torch.int32 else y
+
+    model, long = Decides().eval(), torch.tensor([[1, 7, 3]])
+    for example, other in ((long, long.int()), (long.int(), long)):
+        gm = fxlora.capture(model, example).eval()
+        assert not torch.equal(model(example), model(other))
+        with pytest.raises(InputError) as error:
+            gm(other)
+        assert str(error.value).startswith(
+            f"ids: captured as {example.dtype}, called with {other.dtype}. "
+            f"Convert it with .to({example.dtype}), or capture again"
+        )
+        assert torch.equal(gm(other.to(example.dtype)), model(example))  # the advice
+        assert torch.equal(fxlora.capture(model, other).eval()(other), model(other))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_graphs_take_other_batches(dynamic: bool | None) -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5)).eval()

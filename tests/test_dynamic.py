@@ -204,6 +204,72 @@ def test_dimensions_that_are_related_are_fine() -> None:
         gm(x, torch.randn(3, 1, 3))
 
 
+class Related(nn.Module):
+    """A second input that has twice the first one's size, less one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        return torch.cat([x, x[1:]]) + y
+
+
+SEQ = Dim("seq", min=3, max=9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((12, 23), "x, dimension 0: captured for sizes from 3 to 9, called with 12."),
+        ((4, 19), "y, dimension 0: captured for sizes from 5 to 17 in steps of 2, called with 19."),
+        ((4, 6), "y, dimension 0: captured for sizes from 5 to 17 in steps of 2, called with 6."),
+        ((4, 9), "y, dimension 0: is 9, but must be 7 where x, dimension 0 is 4: "),
+    ],
+    ids=str,
+)
+def test_a_dimension_is_named_in_the_users_terms(sizes: tuple[int, int], message: str) -> None:
+    def inputs(first: int, second: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(first, 5), torch.randn(second, 3)
+
+    shapes = {"x": {0: SEQ}, "y": {0: 2 * SEQ - 1}}
+    gm = fxlora.capture(Related(), inputs(7, 13), dynamic_shapes=shapes)
+    gm(*inputs(4, 7))
+    with pytest.raises(InputError) as error:
+        gm(*inputs(*sizes))
+    assert str(error.value).startswith(message)
+
+
+def test_the_advice_on_a_size_out_of_bounds_works() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh())
+    for bounds, size in (({"max": 9}, 12), ({"min": 3}, 2)):
+        dim, x = Dim("seq", **bounds), torch.randn(2, size, 5)
+        gm = fxlora.capture(model, torch.randn(2, 7, 5), dynamic_shapes={"input": {1: dim}})
+        with pytest.raises(InputError, match="with an example of this size, and without bounds"):
+            gm(x)
+        gm = fxlora.capture(model, x, dynamic_shapes={"input": {1: Dim("seq")}})
+        assert torch.equal(gm(x), model(x))
+
+
+def test_an_integer_out_of_bounds_is_named() -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:
+            return self.fc(x) * n
+
+    model, x = Takes(), torch.randn(2, 5)
+    gm = fxlora.capture(model, (x, 3), dynamic_shapes={"x": None, "n": Dim.DYNAMIC})
+    assert torch.equal(gm(x, 5), model(x, 5))
+    with pytest.raises(
+        InputError, match=r"^n: captured for integers \d or more, called with 2\.5\."
+    ):
+        gm(x, 2.5)
+
+
 def test_names_that_must_be_equal_are_refused_with_torchs_reason() -> None:
     class Sums(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from ..fx.literals import same_literal
 
+# The value of each symbol at a call, with the size that gave it and that size's place.
+Bound = dict[str, tuple[int, int, str]]
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -31,9 +34,9 @@ class Dimension:
 
     def assume(self, size: torch.SymInt) -> None:
         """Have torch.export assume the bounds for a size, so that a re-export keeps them."""
-        torch._check(size >= self.scale * self.min + self.offset)
+        torch._check(size >= self.at(self.min))
         if self.max is not None:
-            torch._check(size <= self.scale * self.max + self.offset)
+            torch._check(size <= self.at(self.max))
 
     def solve(self, size: int) -> int | None:
         """Return the symbol's value for a dimension of this size, or None if it has none."""
@@ -46,50 +49,52 @@ class Dimension:
             return None
         return value
 
+    def at(self, value: int) -> int:
+        """Return the size of this dimension for a value of the symbol."""
+        return self.scale * value + self.offset
+
     def describe(self) -> str:
-        form = self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
-        form += f"{self.offset:+d}" if self.offset else ""
-        return f"{form} with {self.symbol} in [{self.min}, {'∞' if self.max is None else self.max}]"
+        """Say which sizes there are, as in "from 5 to 21 in steps of 2"."""
+        first = self.at(self.min)
+        steps = f" in steps of {abs(self.scale)}" if abs(self.scale) != 1 else ""
+        if self.max is None:
+            return f"{first} or {'more' if self.scale > 0 else 'less'}{steps}"
+        low, high = sorted((first, self.at(self.max)))
+        return f"from {low} to {high}{steps}"
 
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor input: its dimensions, and its dtype, or None for any.
-
-    Any integer dtype matches an integer dtype.
-    """
+    """A tensor input: its dimensions, and its dtype, or None for any."""
 
     name: str
     dims: tuple[int | Dimension, ...]
     dtype: torch.dtype | None
 
-    def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
+    def check(self, value: object, bound: Bound) -> None:
         if not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
-        self._check_dtype(value.dtype)
+        if self.dtype not in (
+            None,
+            value.dtype,
+        ):  # the source may decide by any dtype, of integers too
+            raise InputError(
+                f"{self.name}: captured as {self.dtype}, called with {value.dtype}. Convert it "
+                f"with .to({self.dtype}), or capture again with an example of {value.dtype}."
+            )
         if value.ndim != len(self.dims):
             raise InputError(
-                f"{self.name}: captured with {len(self.dims)} dimensions, "
-                f"called with shape {tuple(value.shape)}."
+                f"{self.name}: captured with {len(self.dims)} dimensions, called with shape "
+                f"{tuple(value.shape)}. Give it the same number of dimensions, or capture again "
+                "with an example of this shape."
             )
         for axis, dim in enumerate(self.dims):
             self._check_dimension(axis, dim, value.shape[axis], bound)
 
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        if self.dtype in (None, dtype):
-            return
-        if not category_of(self.dtype) == category_of(dtype) == "integer":
-            raise InputError(
-                f"{self.name}: captured as {self.dtype}, called with {dtype}. "
-                "Convert it, or capture again."
-            )
-
-    def _check_dimension(
-        self, axis: int, dim: int | Dimension, size: int, bound: dict[str, tuple[int, str]]
-    ) -> None:
+    def _check_dimension(self, axis: int, dim: int | Dimension, size: int, bound: Bound) -> None:
         where = f"{self.name}, dimension {axis}"
         if isinstance(dim, int):
             if size != dim:
@@ -104,12 +109,17 @@ class TensorInput:
             return
         value = dim.solve(size)
         if value is None:
-            raise InputError(f"{where}: captured as {dim.describe()}, called with {size}.")
-        first, place = bound.setdefault(dim.symbol, (value, where))
+            raise InputError(
+                f"{where}: captured for sizes {dim.describe()}, called with {size}. Capture again "
+                "with an example of this size, and without bounds in dynamic_shapes that exclude "
+                "it."
+            )
+        first, size_there, place = bound.setdefault(dim.symbol, (value, size, where))
         if value != first:
             raise InputError(
-                f"{where}: is {size}, but {place} (captured as the same dimension "
-                f"{dim.symbol}) requires {dim.scale * first + dim.offset}."
+                f"{where}: is {size}, but must be {dim.at(first)} where {place} is {size_there}: "
+                "in the captured graph one follows from the other. Give sizes that fit, or "
+                "capture again with an example like this call."
             )
 
 
@@ -120,7 +130,7 @@ class ConstantInput:
     name: str
     value: Any
 
-    def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
+    def check(self, value: object, bound: Bound) -> None:
         if not same_literal(value, self.value):
             raise InputError(
                 f"{self.name}: captured as the constant {self.value!r}, called with "
@@ -135,12 +145,14 @@ class IntegerInput:
     name: str
     dim: Dimension
 
-    def check(self, value: object, bound: dict[str, tuple[int, str]]) -> None:
+    def check(self, value: object, bound: Bound) -> None:
         if isinstance(value, torch.SymInt):
             self.dim.assume(value)
         elif type(value) is not int or self.dim.solve(value) is None:
             raise InputError(
-                f"{self.name}: captured as an integer {self.dim.describe()}, called with {value!r}."
+                f"{self.name}: captured for integers {self.dim.describe()}, called with "
+                f"{value!r}. Capture again with this value as the example, and without bounds in "
+                "dynamic_shapes that exclude it."
             )
 
 
@@ -209,7 +221,7 @@ class InputSpec:
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise InputError unless these arguments satisfy the contract."""
-        bound: dict[str, tuple[int, str]] = {}
+        bound: Bound = {}
         pairs = self.pairs(args, kwargs)
         for leaf, item in pairs:
             leaf.check(item, bound)
@@ -307,7 +319,8 @@ class InputSpec:
         if len(args) > len(self.names):
             raise InputError(
                 f"called with {len(args)} positional arguments, captured with "
-                f"{len(self.names)}: {', '.join(self.names)}."
+                f"{len(self.names)}: {', '.join(self.names)}. Leave out the others, or capture "
+                "again with them."
             )
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         for name in given:
@@ -318,7 +331,10 @@ class InputSpec:
                 )
         for name in self.names:
             if name not in given:
-                raise InputError(f"{name}: missing; it was given when the model was captured.")
+                raise InputError(
+                    f"{name}: missing; it was given when the model was captured. Give it, or "
+                    "capture again without it."
+                )
         return [given[name] for name in self.names]
 
     def _flatten(self, value: Any, structure: Any, leaves: tuple[Input, ...]) -> list[Any]:
@@ -331,18 +347,10 @@ class InputSpec:
             names = ", ".join(leaf.name for leaf in leaves)
             raise InputError(
                 f"captured with the structure {names}; called with another one: "
-                f"{first_difference(found, structure)}"
+                f"{first_difference(found, structure)} Give the captured structure, or capture "
+                "again with an example like this."
             )
         return items
-
-
-def category_of(dtype: torch.dtype) -> str:
-    """Return "floating", "complex", "boolean" or "integer" for a dtype."""
-    if dtype.is_floating_point:
-        return "floating"
-    if dtype.is_complex:
-        return "complex"
-    return "boolean" if dtype == torch.bool else "integer"
 
 
 def first_difference(found: object, expected: object) -> str:
