@@ -657,3 +657,36 @@ def test_functions_that_only_read_a_weight_can_be_adapted() -> None:
     gm = fxlora.capture(Functions())
     assert gm.known.written == frozenset()
     assert len(fxlora.match(gm, Rule(["w", "u"], lora=R))) == 2
+
+
+NAMED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a cast": lambda y: y.float().softmax(-1),
+    "softmax": lambda y: F.softmax(y, -1, dtype=torch.float32),
+    "sum": lambda y: y.sum(-1, dtype=torch.float32),
+    "arange": lambda y: torch.sin(torch.arange(1000, 1007, dtype=torch.float32)) * y,
+    "full": lambda y: y * torch.full((7,), 1.001, dtype=torch.float32),
+    "cumsum": lambda y: y.cumsum(-1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_dtype_that_a_call_names_is_not_narrowed(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return NAMED[name](self.lin(x))
+
+    model, x = Named().eval(), X.float()
+    gm = fxlora.capture(model, x).eval()
+    with pytest.raises(fxlora.CaptureError, match=r"computes in torch\.float32 at node"):
+        gm.bfloat16()
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_module_that_names_no_dtype_can_be_narrowed() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 7), nn.Softmax(-1)), X.bfloat16()
+    gm = fxlora.capture(model, X.float()).bfloat16()
+    assert torch.equal(gm(x), model.bfloat16()(x))
