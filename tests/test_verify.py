@@ -18,6 +18,7 @@ from torch import nn
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
 from fxlora.lora.ops import OPS
+from fxlora.module.memory import copied_values
 from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
@@ -704,3 +705,15 @@ def test_a_wrong_branch_is_noticed_beside_others_and_in_either_mode(
     monkeypatch.setitem(OPS, key, doubled)
     with pytest.raises(VerificationError, match=r"outputs differ by .* in (train|eval) mode"):
         fxlora.verify(adapted(), ids)
+
+
+def test_a_tensor_that_is_passed_twice_stays_one_and_views_stay_views() -> None:
+    x, views = torch.randn(3, 5), torch.randn(6, 5)
+    for given in ((x, x), (views[:4], views[2:])):
+        copied = copied_values(given)
+        before = [tensor.clone() for tensor in given]
+        copied[0].mul_(2)
+        assert not torch.equal(copied[1], before[1])
+        assert all(map(torch.equal, given, before))
+        given[0].mul_(2)
+        assert all(map(torch.equal, given, copied))

@@ -15,7 +15,7 @@ from .choice import Choice, Chosen, is_suffix, matches
 from .unmatched import Unmatched
 
 
-def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[str, int]:
+def modules_to_save(choice: Choice, chosen: Chosen, unmatched: Unmatched) -> dict[str, int]:
     """Return the paths of modules and bare parameters that train in full.
 
     Each has the number of the first rule that trains it.
@@ -29,7 +29,7 @@ def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[s
         for name in (rule.lora.modules_to_save if rule.lora else None) or ():
             paths = [path for path in holders if is_suffix(name, path)]
             if not paths:
-                misses.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+                unmatched.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
             found += [(path, number) for path in paths]
         found += [(path, number) for path in without_sites(choice, rule)]
     for site, number in chosen:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 
@@ -84,6 +86,22 @@ def copied_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         place = offset // tensor.element_size()
         copies.append(view.set_(memory.untyped_storage(), place, tensor.shape, tensor.stride()))
     return copies
+
+
+def copied_values(values: Any) -> Any:
+    """Copy all tensors in some values, as leaves with the same requires_grad.
+
+    A tensor that occurs twice stays one, and views of one memory stay views of one.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    copies: dict[int, torch.Tensor] = {}
+    for group in overlapping(tensors):
+        copies |= zip(map(id, group), copied_together(group), strict=True)
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return copies[id(tensor)].requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(torch.Tensor, copied, values)
 
 
 _ALIGNED = 16  # bytes: a multiple of every dtype's size
