@@ -151,7 +151,9 @@ def add_reasons(report: Report, title: str, sites: list[Weight]) -> None:
 
 
 def alike(why: str) -> str:
-    return re.sub(r"\d+( groups|x less)", r"n\1", why)
+    return re.sub(
+        r"\d+ groups: a branch costs .* the", "n groups: a branch costs more than the", why
+    )
 
 
 def line(record: Record) -> str:

@@ -30,6 +30,7 @@ from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
 from .module.host import hosted, recorded_calls
+from .module.merged import merged
 from .passes.eva import Initialized, initialize_from
 from .pictures import draw
 from .plan import Entry, Plan
@@ -81,6 +82,7 @@ __all__ = [
     "load_rules",
     "lora_parameters",
     "match",
+    "merged",
     "recorded_calls",
     "register_op",
     "register_variant",

@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .data import as_path, parsed, read_text
 from .errors import ConfigError, warn
+from .lora.dtypes import DtypeRule, dtype_rule
 from .lora.inits import INITS
 from .lora.parts import Parts, check_parts
 from .lora.variants import VARIANTS
 from .names import shown
-from .tables import some
+from .tables import did_you_mean, some
 
 MAX_RANK = 2**20
 MAX_SIZE = 2**48  # limit for sizes of dimensions, numbers of parameters, layer numbers, …
@@ -78,6 +81,11 @@ class LoraConfig:
             "olora" select it by themselves.
         tied: how a rule adapts a weight that has several names: only where it is read under a name
             that the rule matches ("rule"), or wherever it is read ("share").
+        autocast_adapter_dtype: the dtype of A, B, a variant's tensors, and what `bias` and
+            `modules_to_save` train in full. True: float32, or the weight's dtype if that is wider.
+            False: the weight's dtype. Or a dtype, as a torch.dtype or a name ("float32"), which
+            the field then holds as its name. The graph casts them to the weight's dtype where they
+            are used. (PEFT has this as an argument of `get_peft_model`.)
         task_type: accepted so that scripts written for PEFT run; it has no effect.
         fan_in_fan_out: the same; the layout of a weight is taken from the graph.
 
@@ -113,6 +121,7 @@ class LoraConfig:
     target_parameters: Sequence[str] | None = None
     variant: str | None = None
     tied: Literal["rule", "share"] = "rule"
+    autocast_adapter_dtype: bool | str | torch.dtype = True
     task_type: str | None = None
     fan_in_fan_out: bool = False
 
@@ -131,6 +140,8 @@ class LoraConfig:
             raise ConfigError(f"task_type must be a text, not {shown(self.task_type)}.")
         if self.use_dora and self.variant not in (None, "dora"):
             raise ConfigError(f"use_dora=True and variant={self.variant!r} contradict each other.")
+        rule = dtype_rule(self.autocast_adapter_dtype, "autocast_adapter_dtype")
+        object.__setattr__(self, "autocast_adapter_dtype", rule)
         self._normalise_names()
         self._normalise_layers()
         self._normalise_patterns()
@@ -178,6 +189,11 @@ class LoraConfig:
     def row(self) -> str | None:
         """The row of `VARIANTS` that `variant` or `use_dora` selects, or None for plain LoRA."""
         return "dora" if self.use_dora else self.variant
+
+    @property
+    def dtype_rule(self) -> DtypeRule:
+        """`autocast_adapter_dtype` as plain data: True, False or the name of a dtype."""
+        return dtype_rule(self.autocast_adapter_dtype, "autocast_adapter_dtype")
 
     @property
     def has_targets(self) -> bool:
@@ -404,6 +420,11 @@ def rules_from_data(data: Any, where: str) -> tuple[Rule, ...]:
         raise ConfigError(f"{where}: expected a table, found {type(data).__name__}.")
     # A written plan also has "site" and "version". They are ignored: match finds the sites again.
     _check_keys(data, {"rule", "lora", "site", "version"}, where)
+    if "site" in data and not {"rule", "lora"} & set(data):
+        raise ConfigError(
+            f"{where}: a plan without rules, that of an adapter that was loaded. Load the adapter "
+            "again (load_adapter), or write [[rule]] tables."
+        )
     if ("rule" in data) == ("lora" in data):
         raise ConfigError(f"{where}: give either [[rule]] tables or one [lora] table.")
     if "lora" in data:
@@ -561,9 +582,18 @@ def _names(name: str, value: Any) -> tuple[str, ...] | None:
     return tuple(sorted(items) if isinstance(value, set | frozenset) else items)
 
 
+_OTHER_NAMES = {"rank": "r", "lora_r": "r", "lora_rank": "r"}  # of keys, in other libraries
+
+
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(shown(key) for key in set(table) - known)
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown key {some(unknown)}. Known: {', '.join(sorted(known))}."
-        )
+    unknown = sorted(set(table) - known, key=str)
+    if not unknown:
+        return
+    first, *others = unknown
+    fields = (f.name for f in dataclasses.fields(LoraConfig) if "lora" in known)
+    candidates = [*sorted(known), *(f"lora.{name}" for name in fields)]
+    near = did_you_mean(_OTHER_NAMES.get(first, str(first)), candidates, limit=1)
+    also = f" Also unknown: {some(map(shown, others))}." if others else ""
+    raise ConfigError(
+        f"{where}: unknown key {shown(first)}.{near}{also} Known: {', '.join(sorted(known))}."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +30,22 @@ class _Totals:
     Attributes:
         model: parameters of the model without adapters.
         adapter: trainable parameters of the adapters (A, B, and DoRA's magnitudes).
+        frozen: frozen parameters of the adapters (the A and B that PiSSA starts from).
         full: parameters of the model that train in full.
-        folded: parameters of the folded module, which has more than the model if the fold split a
-            tie; None if the report is not about a folded module.
+        split: parameters that the fold added by splitting ties; None if the report is not about
+            a folded module.
     """
 
     model: int
     adapter: int
+    frozen: int
     full: int
-    folded: int | None
+    split: int | None
+
+    @property
+    def folded(self) -> bool:
+        """Whether the report is about a folded module."""
+        return self.split is not None
 
     @property
     def trainable(self) -> int:
@@ -46,13 +54,18 @@ class _Totals:
 
     @property
     def total(self) -> int:
-        """Parameters of the folded module, or those of the model and its adapters (trainable)."""
-        return self.model + self.adapter if self.folded is None else self.folded
+        """Number of parameters of the module: of the folded one, or with its adapters."""
+        return self.adapted if self.split is None else self.model + self.split
+
+    @property
+    def adapted(self) -> int:
+        """Number of parameters of the model and its adapters together."""
+        return self.model + self.adapter + self.frozen
 
     @property
     def percent(self) -> float:
         """Trainable parameters as a percentage of those of the model and its adapters together."""
-        return 100 * self.trainable / (self.model + self.adapter)
+        return 100 * self.trainable / self.adapted
 
     def training_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Return the bytes of gradients and Adam state for full fine-tuning and for the plan.
@@ -76,12 +89,14 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
 
     and for the whole model, where the adapters and the parameters trained in full are trainable::
 
-        trainable % = 100 · trainable / (model + A and B)
+        trainable % = 100 · trainable / parameters of the model and its adapters
         gradients + Adam state = 3 · itemsize · trainable, in bytes
 
     The memory is that of one gradient and Adam's two moments (Kingma and Ba 2015, algorithm 1) per
     trainable parameter, all in the parameters' dtype, for float32 and bfloat16. It does not include
-    weights and activations. DoRA's magnitudes count as parameters of the adapter.
+    weights and activations. DoRA's magnitudes count as parameters of the adapter. The rows above
+    the total add up to it: the model, its adapters with what is frozen in them (PiSSA's start), or,
+    of a folded module, the model and the copies that split ties.
 
     Args:
         x: a plan, an adapted module, or a folded module (for its last folded plan).
@@ -112,8 +127,9 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
     totals = _Totals(
         plan.model_parameters,
         plan.adapter_parameters,
+        _held(plan) - plan.adapter_parameters,
         plan.trained_parameters,
-        holds if folded else None,
+        holds - plan.model_parameters if folded else None,
     )
     if format == "json":
         return json.dumps(_data(plan, totals), indent=2)
@@ -134,6 +150,11 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
 def site_rows(plan: Plan) -> list[list[str]]:
     """Return the report's rows, one per entry, with the columns of HEADER."""
     return [_row(entry) for entry in plan]
+
+
+def _held(plan: Plan) -> int:
+    """Return the number of parameters that all adapters hold, trainable and frozen."""
+    return sum(math.prod(shape) for entry in plan for shape in entry.tensors.values())
 
 
 def _plan_of(x: Plan | CapturedModule) -> tuple[Plan, bool]:
@@ -171,18 +192,24 @@ def _row(entry: Entry) -> list[str]:
 
 
 def _sum_rows(totals: _Totals) -> list[list[str]]:
-    rows = [
-        ["model", f"{totals.model:,}"],
-        ["A and B, folded into the weights" if totals.folded else "A and B", f"{totals.adapter:,}"],
-    ]
-    if totals.full:
-        rows.append(["trained in full", f"{totals.full:,}"])
-    rows += [
-        ["trained" if totals.folded else "trainable", f"{totals.trainable:,}"],
-        ["total", f"{totals.total:,}"],
-        ["trained %" if totals.folded else "trainable %", f"{totals.percent:.2f}%"],
-    ]
-    return rows
+    """Return the rows whose sum is the total, the total, and the rows about what trains."""
+    rows: list[tuple[str, int | None]] = [("model", totals.model)]
+    if totals.folded:
+        rows += [
+            ("ties split by the fold", totals.split or None),
+            ("total", totals.total),
+            ("A and B, folded into the weights", totals.adapter),
+        ]
+    else:
+        rows += [
+            ("A and B", totals.adapter),
+            ("the start of A and B, frozen", totals.frozen or None),
+            ("total", totals.total),
+        ]
+    word = "trained" if totals.folded else "trainable"
+    rows += [("trained in full", totals.full or None), (word, totals.trainable)]
+    shown = [[what, f"{number:,}"] for what, number in rows if number is not None]
+    return [*shown, [f"{word} %", f"{totals.percent:.2f}%"]]
 
 
 def _memory_row(totals: _Totals, dtype: torch.dtype) -> list[str]:
@@ -245,11 +272,13 @@ def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
         "sites": sites,
         "model_parameters": totals.model,
         "adapter_parameters": totals.adapter,
+        "frozen_adapter_parameters": totals.frozen,
         "full_parameters": totals.full,
         "trainable_parameters": totals.trainable,
         "total_parameters": totals.total,
         "trainable_percent": totals.percent,
-        "folded": totals.folded is not None,
+        "folded": totals.folded,
+        "split_tie_parameters": totals.split or 0,
         "split_ties": plan.split_ties,
         "training_state_bytes": memory,
     }

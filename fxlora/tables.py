@@ -1,7 +1,8 @@
-"""Text for output: tables (by tabulate), shortened lists of names, and errors on one line."""
+"""Text for output: tables (by tabulate), lists of names, near names, and errors on one line."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,24 @@ def some(names: Iterable[str], limit: int = 8) -> str:
     listed = [printable(name) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
+
+
+def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
+    """Return a question with the names most similar to an unknown one, or "" if none is.
+
+    Names are compared whole and by their last part. The question begins with a space, so that it
+    can follow a sentence.
+    """
+    tail = name.rpartition(".")[2]
+
+    def likeness(candidate: str) -> float:
+        pairs = ((name, candidate), (tail, candidate.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+
+    ranked = sorted(dict.fromkeys(candidates), key=likeness, reverse=True)
+    *more, last = ["", *(f"'{printable(n)}'" for n in ranked[:limit] if likeness(n) > 0.5)]
+    listed = " or ".join(filter(None, (", ".join(more[1:]), last)))
+    return f" Did you mean {listed}?" if listed else ""
 
 
 def count(number: int, noun: str) -> str:

@@ -1,8 +1,4 @@
-"""The laws of the design as one check, against an oracle that uses no graph of fxlora.
-
-The oracle is the source model itself, called through torch.func.functional_call with W0 + s·BA in
-place of each weight. From fxlora it takes only the plan's entries (names, layouts, scaling).
-"""
+"""The laws of the design as one check, against the source model with W0 + s·BA (`oracle.py`)."""
 
 from __future__ import annotations
 
@@ -12,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import fxlora
 from fxlora.fx.compare import difference
 from fxlora.plan import Entry
+
+from .oracle import called_with, floats, merged_weights
+from .typed import grad_of
 
 TOLERANCE = 1e-10
 
@@ -25,26 +23,10 @@ class Wrong(Exception):
     """A wrong result without an error from fxlora."""
 
 
-def floats(outputs: Any) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(outputs)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
 def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1) -> list:
     torch.manual_seed(seed)
     with torch.no_grad():
         return floats(module(*args, **kwargs))
-
-
-def called_with(
-    model: nn.Module,
-    weights: dict[str, torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None = None,
-) -> list[torch.Tensor]:
-    """Return the source's outputs with other weights, given under all of their names."""
-    given = dict(weights)  # torch writes to it: the old weight, for a module with two names
-    return floats(torch.func.functional_call(model, given, args, kwargs, tie_weights=False))
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -87,73 +69,6 @@ def randomise(lora: fxlora.CapturedModule, std: float = 0.3) -> None:
                 parameter.normal_(std=std / size**0.5)
             if entry.padding_idx is not None:  # zero at the start, and training leaves it so
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
-
-
-def delta(entry: Entry, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return s·BA in the weight's shape: the papers' formula, as an einsum over dimensions."""
-    letters = dict(zip(range(len(entry.shape)), "abcdefgh", strict=False))
-    sizes = entry.adapted_shape
-    of_a, of_b = "", ""
-    before = ""
-    for dim, role in enumerate(entry.layout.roles):
-        before = before if role == "k" else role
-        of_a += letters[dim] if before == "i" else ""
-        of_b += letters[dim] if before == "o" else ""
-    stack = "".join(letters[d] for d, role in enumerate(entry.layout.roles) if role == "e")
-    size = {letters[d]: n for d, n in enumerate(sizes)}
-    kernel = entry.layout.roles.count("k")
-    rank, of_b = f"{stack}r{of_a}", stack + of_b
-    a = a.reshape([size.get(n, entry.r) for n in rank])
-    # B is (…, out, r), or (out, r, *kernel) for a convolution: move r to the end.
-    b = b.movedim(-1 - kernel, -1) if kernel else b
-    b = b.reshape([*(size[n] for n in of_b), entry.r])
-    whole = "".join(letters.values())[: len(sizes)]
-    return entry.scaling * torch.einsum(f"{rank},{of_b}r->{whole}", a, b)
-
-
-def adapted(entry: Entry, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the weight with V = W0 + s·BA, or DoRA's m·V/‖V‖, in the rows of the entry."""
-    dim = entry.layout.roles.index("o")
-    start, stop = entry.rows or (0, weight.shape[dim])
-    part = weight.narrow(dim, start, stop - start)
-    part = part + delta(entry, factors[entry.name_a], factors[entry.name_b])
-    if "from_weight" in entry.variants:
-        names = [entry.name_of(kind) for kind in ("lora_start_A", "lora_start_B")]
-        part = part + delta(entry, *(factors[name] for name in names))
-    if "dora" in entry.variants:
-        kept = [d for d, role in enumerate(entry.layout.roles) if role in "eo"]
-        others = [d for d in range(part.ndim) if d not in kept]
-        norm = part.detach().square().sum(others, keepdim=True).sqrt()
-        magnitude = factors[entry.name_of("lora_magnitude_vector")]
-        part = magnitude.reshape([n if d in kept else 1 for d, n in enumerate(part.shape)]) * (
-            part / norm
-        )
-    behind = weight.shape[dim] - stop
-    pieces = [weight.narrow(dim, 0, start), part, weight.narrow(dim, stop, behind)]
-    return torch.cat(pieces, dim)
-
-
-def merged_weights(
-    model: nn.Module, lora: fxlora.CapturedModule, factors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the source's adapted weights, merged, under each name that an entry adapts."""
-    source = dict(model.named_parameters(remove_duplicate=False))
-    weights: dict[str, torch.Tensor] = {}
-    for entry in lora.plan or ():
-        before = weights.get(entry.parameter, source[entry.parameter].detach())
-        after = adapted(entry, before, factors)
-        weights |= dict.fromkeys(entry.names, after)
-    return weights
-
-
-def oracle(
-    model: nn.Module,
-    lora: fxlora.CapturedModule,
-    factors: dict[str, torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> list[torch.Tensor]:
-    return called_with(model, merged_weights(model, lora, factors), args, kwargs)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -255,16 +170,16 @@ def _check_outputs_and_gradients(model: Any, gm: Any, lora: Any, args: Any, kwar
     held = [name for entry in lora.plan for name in entry.tensors if name not in names]
     factors = {n: lora.get_parameter(n).detach().clone().requires_grad_() for n in names}
     factors |= {n: lora.get_parameter(n).detach() for n in held}
-    expected = oracle(source, lora, factors, args, kwargs)
+    expected = called_with(source, merged_weights(source, lora, factors), args, kwargs)
     found = floats(lora(*args, **kwargs))
     assert_close(found, expected)
     wanted = torch.autograd.grad(
         [o.square().sum() for o in expected if o.requires_grad], [factors[n] for n in names]
     )
-    sum(o.square().sum() for o in found).backward()
+    sum((o.square().sum() for o in found), torch.zeros(())).backward()
     for name, gradient in zip(names, wanted, strict=True):
         assert float(gradient.abs().max()) > 0, name
-        assert_close([lora.get_parameter(name).grad], [gradient], 1e-8)
+        assert_close([grad_of(lora.get_parameter(name))], [gradient], 1e-8)
     trained = {n for n, p in lora.named_parameters() if p.grad is not None}
     assert trained == set(names) | {n for n in lora.trained if n in trained}
     assert {n for n, p in lora.named_parameters() if p.requires_grad} == set(names) | lora.trained

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -47,6 +47,11 @@ class Convolutions(nn.Module):
 
 class Readers(nn.Module):
     """Weights read by functions and operators; takes (N, 5) and indices (N, 4)."""
+
+    subscripts: ClassVar = {
+        "w_left": "oi",
+        **dict.fromkeys(("w_matmul", "w_addmm", "w_einsum", "w_sliced"), "io"),
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,6 +122,24 @@ class Normed(nn.Module):
         return {"logits": self.fc(x) + self.offset, "features": x}
 
 
+class Reads(nn.Module):
+    """Reads one weight `w`, of the given shape and subscripts (see `oracle.py`), by a function."""
+
+    def __init__(
+        self,
+        read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        subscripts: str,
+        *shape: int,
+    ) -> None:
+        super().__init__()
+        self.subscripts = {"w": subscripts}
+        self.w = nn.Parameter(torch.randn(shape))
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x, self.w)
+
+
 class Several(nn.Module):
     """Calls each of its parts with the same inputs: one capture serves all of them."""
 
@@ -146,3 +169,12 @@ def gpt2() -> tuple[nn.Module, dict[str, Any], fxlora.CapturedModule]:
     ids = torch.randint(3, 53, (2, 7))
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     return model, kwargs, fxlora.capture(model, (), kwargs)
+
+
+def skip_unless_grouped(dtype: torch.dtype) -> None:
+    """Skip a test where this torch has no grouped products of a dtype."""
+    x, w = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((10, 16), (3, 16, 24)))
+    try:
+        F.grouped_mm(x, w, offs=torch.empty(3, dtype=torch.int32, device="meta"))
+    except RuntimeError:
+        pytest.skip(f"this torch cannot export grouped products of {dtype}")

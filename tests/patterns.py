@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import LoraConfig, Rule
+
+from .typed import Function, OpenModule, doubled
 
 Built = tuple[nn.Module, tuple[Any, ...]]
 R = LoraConfig(r=2, lora_alpha=3)
@@ -49,6 +51,8 @@ class Pattern:
         plain: whether the adapter adds s·BA and nothing else (DoRA scales, PiSSA subtracts).
         exportable: whether there is a whole graph to export; if not, export must raise a typed
             error.
+        subscripts: what the dimensions of weights are (see `oracle.py`), where A and B do not take
+            what the weights' modules say: of a read that fxlora cannot follow, or of another op.
         hidden: whether torch.func does not reach some reads (those through a list); the oracle
             then only writes into the source's own memory.
         since: the first torch that can run and save it, where some supported ones cannot.
@@ -70,6 +74,7 @@ class Pattern:
     dtype: torch.dtype = torch.float64
     plain: bool = True
     exportable: bool = True
+    subscripts: Mapping[str, str] = field(default_factory=dict[str, str])
     hidden: bool = False
     since: tuple[int, int] = (2, 11)
     measured: str = ""
@@ -78,6 +83,8 @@ class Pattern:
         """Return the model and its inputs, the same at every call."""
         torch.manual_seed(0)
         model, args = self.build()
+        if self.subscripts:
+            model.subscripts = dict(self.subscripts)
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():  # a gate or head of zeros would hide other weights
@@ -110,11 +117,14 @@ def _floating(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-class Net(nn.Module):
+class Net(OpenModule):
     """A module of named parts (modules, parameters, tensors as buffers) with a given forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
+        weights = {n: part for n, part in parts.items() if isinstance(part, nn.Parameter)}
+        self.subscripts = {n: getattr(weight, "subscripts", "") for n, weight in weights.items()}
+        self.subscripts |= {"ws.*": "io"}  # lists of weights
         for name, part in parts.items():
             if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
                 self.register_buffer(name, part)
@@ -161,8 +171,23 @@ def _inputs(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(make() if callable(make) else make for make in args)
 
 
-def w(*shape: int) -> Callable[[], nn.Parameter]:
-    return lambda: nn.Parameter(torch.randn(shape))
+def w(*shape: int, dims: str = "eeoi") -> Callable[[], nn.Parameter]:
+    """Return a maker of a weight (…, out, in), or of one without inputs and outputs.
+
+    The last letters of `dims` say what its dimensions are (see `oracle.py`).
+    """
+
+    def made() -> nn.Parameter:
+        weight = nn.Parameter(torch.randn(shape))
+        weight.subscripts = dims[-len(shape) :]  # pyright: ignore[reportAttributeAccessIssue]
+        return weight
+
+    return made
+
+
+def wt(*shape: int) -> Callable[[], nn.Parameter]:
+    """Return a maker of a weight (…, in, out)."""
+    return w(*shape, dims="eeio")
 
 
 def x(*shape: int) -> Callable[[], torch.Tensor]:
@@ -223,6 +248,8 @@ def decoder() -> Built:
 class Stale(nn.Module):
     """Calls its layer through a reference that still holds the old layer after a swap."""
 
+    held: Any
+
     def __init__(self, held: Callable[[nn.Linear], Any]) -> None:
         super().__init__()
         self.lin = nn.Linear(5, 7)
@@ -258,6 +285,8 @@ def two_names_called() -> Built:
 
 class Aliased(nn.Module):
     """Calls its Linear, and also reads the Linear's weight through an object that it keeps."""
+
+    kept: Any
 
     def __init__(self, keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> None:
         super().__init__()
@@ -501,7 +530,7 @@ def hooked(post: bool) -> Callable[[], nn.Linear]:
     def make() -> nn.Linear:
         made = nn.Linear(5, 7)
         if post:
-            made.register_forward_hook(lambda module, args, output: output * 2)
+            made.register_forward_hook(doubled)
         else:
             made.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
         return made
@@ -512,14 +541,14 @@ def hooked(post: bool) -> Callable[[], nn.Linear]:
 class Patched(nn.Linear):
     def __init__(self) -> None:
         super().__init__(5, 7)
-        self.forward = self.other  # pyright: ignore
+        self.forward = self.other  # pyright: ignore[reportAttributeAccessIssue]
 
     def other(self, a: torch.Tensor) -> torch.Tensor:
         return 2 * F.linear(a, self.weight, self.bias)
 
 
 def pruned() -> nn.Linear:
-    return prune.l1_unstructured(nn.Linear(5, 7), "weight", 0.4)  # pyright: ignore
+    return prune.l1_unstructured(nn.Linear(5, 7), "weight", 0.4)
 
 
 class Bounded(nn.Module):
@@ -600,7 +629,7 @@ def conv(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Built]:
     return net(lambda m, a: torch.tanh(m.conv(a)), x(*shape), conv=make)
 
 
-def padded(mode: str) -> Callable[[], Built]:
+def padded(mode: Literal[reflect, replicate, circular]) -> Callable[[], Built]:
     return conv(lambda: nn.Conv2d(3, 6, (3, 2), padding=(2, 1), padding_mode=mode), 2, 3, 8, 7)
 
 
@@ -670,7 +699,7 @@ def bag(mode: str) -> Callable[[], Built]:
     )
 
 
-def tied(ways: int) -> Built:
+def tied(ways: int) -> tuple[Net, tuple[torch.Tensor]]:
     """A language model with its embedding as head: by assignment (1) or by F.linear (2)."""
     model = Net(_language_model, emb=nn.Embedding(13, 6), mix=nn.Linear(6, 6))
     model.head = nn.Linear(6, 13, bias=False)
@@ -755,15 +784,15 @@ SHARED = [
             LIN),
     Pattern("embedding by a Linear's weight",
             net(lambda m, i: m.lin(F.embedding(i, m.lin.weight)), ids(7, 3, 4), lin=linear()),
-            LIN),
+            LIN, subscripts={"lin.weight": "io"}),
     Pattern("emb.weight[ids]",
             net(lambda m, i: torch.tanh(m.emb.weight[i]), ids(13, 3, 4),
                 emb=lambda: nn.Embedding(13, 6)),
-            EMB),
+            EMB, subscripts={"emb.weight": "oi"}),
     Pattern("embedding extended by new tokens, cat",
             net(lambda m, i: torch.tanh(F.embedding(i, torch.cat([m.emb.weight, m.new]))),
                 ids(15, 3, 4), emb=lambda: nn.Embedding(13, 6), new=w(2, 6)),
-            EMB),
+            EMB, subscripts={"emb.weight": "oi"}),
     Pattern("head is the embedding times a projection",
             net(lambda m, i: F.linear(m.p(m.emb(i)), m.emb.weight @ m.p.weight.T), ids(13, 3, 4),
                 emb=lambda: nn.Embedding(13, 6), p=linear(6, 5)),
@@ -792,7 +821,7 @@ SHARED = [
     Pattern("EmbeddingBag, mean", bag("mean"), EMB),
     Pattern("F.embedding_bag, per_sample_weights",
             layer(lambda m, i, s: F.embedding_bag(i, m.w, mode="sum", per_sample_weights=s),
-                  ids(13, 4, 3), x(4, 3), w=w(13, 6)),
+                  ids(13, 4, 3), x(4, 3), w=wt(13, 6)),
             ("layer.w",)),
     Pattern("a table of biases by index (Swin, T5)",
             layer(lambda m, i: m.w[i].permute(2, 0, 1), ids(13, 4, 5), w=w(13, 3)), ("layer.w",)),
@@ -802,7 +831,7 @@ SHARED = [
 # ---- raw parameters -----------------------------------------------------------------------------
 
 
-class MatMul(torch.autograd.Function):
+class MatMul(Function):
     """x @ W.T with a custom backward."""
 
     @staticmethod
@@ -811,13 +840,15 @@ class MatMul(torch.autograd.Function):
         return a @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, weight = ctx.saved_tensors
         return grad @ weight, grad.T @ a
 
 
 class Dense(nn.Module):
     """A linear layer that is not an nn.Linear."""
+
+    subscripts: ClassVar = {"weight": "io"}
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -853,44 +884,45 @@ def changed(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 
 RAW = [
-    Pattern("x @ W", layer(lambda m, a: a @ m.w, X, w=w(5, 7)), W),
+    Pattern("x @ W", layer(lambda m, a: a @ m.w, X, w=wt(5, 7)), W),
     Pattern("W @ x", layer(lambda m, a: m.w @ a, X, w=w(7, 4)), W),
     Pattern("x @ W.t()", layer(lambda m, a: a @ m.w.t(), X, w=w(7, 5)), W),
     Pattern("x @ W.mT", layer(lambda m, a: a @ m.w.mT, x(3, 4, 5), w=w(7, 5)), W),
     Pattern("a parameter of the model itself (CLIP)",
-            net(lambda m, a: torch.tanh(a @ m.projection), X, projection=w(5, 7)),
+            net(lambda m, a: torch.tanh(a @ m.projection), X, projection=wt(5, 7)),
             ("projection",)),
     Pattern("W.to(dtype)",
             layer(lambda m, a: F.linear(a.float(), m.w.float()).double(), X, w=w(7, 5)), W,
             tolerance=1e-5),
-    Pattern("W.view", layer(lambda m, a: a @ m.w.view(5, 7), X, w=w(35, 1)), W,
+    Pattern("W.view", layer(lambda m, a: a @ m.w.view(5, 7), X, w=wt(35, 1)), W,
             peft=(), rules=rule("layer.w")),
-    Pattern("a slice of W", layer(lambda m, a: a @ m.w[1:6], X, w=w(8, 7)), W),
+    Pattern("a slice of W", layer(lambda m, a: a @ m.w[1:6], X, w=wt(8, 7)), W),
     Pattern("W.chunk", layer(lambda m, a: (a @ m.w.chunk(2)[0]) * (a @ m.w.chunk(2)[1]), X,
-                             w=w(10, 7)), W),
+                             w=wt(10, 7)), W),
     Pattern("W.unbind", layer(lambda m, a: (a @ m.w.unbind(0)[0]) * (a @ m.w.unbind(0)[2]), X,
-                              w=w(3, 5, 7)), W),
-    Pattern("einsum, a matrix", layer(lambda m, a: torch.einsum("bi,io->bo", a, m.w), X, w=w(5, 7)),
-            W),
+                              w=wt(3, 5, 7)), W),
+    Pattern("einsum, a matrix",
+            layer(lambda m, a: torch.einsum("bi,io->bo", a, m.w), X, w=wt(5, 7)), W),
     Pattern("einsum ibh,hnd->ibnd (XLNet)",
-            layer(lambda m, a: torch.einsum("ibh,hnd->ibnd", a, m.w), x(3, 4, 5), w=w(5, 2, 7)), W),
+            layer(lambda m, a: torch.einsum("ibh,hnd->ibnd", a, m.w), x(3, 4, 5),
+                  w=w(5, 2, 7, dims="ioo")), W),
     Pattern("einsum ebi,eio->ebo (experts)",
-            layer(lambda m, a: torch.einsum("ebi,eio->ebo", a, m.w), x(3, 4, 5), w=w(3, 5, 7)), W),
+            layer(lambda m, a: torch.einsum("ebi,eio->ebo", a, m.w), x(3, 4, 5), w=wt(3, 5, 7)), W),
     Pattern("tensordot", layer(lambda m, a: torch.tensordot(a, m.w, dims=2), x(4, 5, 3),
                                w=w(5, 3, 7)), W),
     Pattern("stacked experts, bmm", layer(lambda m, a: torch.bmm(a, m.w), x(3, 4, 5),
-                                          w=w(3, 5, 7)), W),
+                                          w=wt(3, 5, 7)), W),
     Pattern("stacked experts (E, out, in), bmm",
             layer(lambda m, a: torch.bmm(a, m.w.mT), x(3, 4, 5), w=w(3, 7, 5)), W),
     Pattern("stacked experts, baddbmm",
-            layer(lambda m, a: torch.baddbmm(m.bias, a, m.w), x(3, 4, 5), w=w(3, 5, 7),
+            layer(lambda m, a: torch.baddbmm(m.bias, a, m.w), x(3, 4, 5), w=wt(3, 5, 7),
                   bias=w(3, 1, 7)), W),
     Pattern("stacked experts, matmul",
-            layer(lambda m, a: torch.matmul(a[:, None], m.w), x(2, 4, 5), w=w(3, 5, 7)), W),
+            layer(lambda m, a: torch.matmul(a[:, None], m.w), x(2, 4, 5), w=wt(3, 5, 7)), W),
     Pattern("stacked experts, gate_up and down",
             layer(lambda m, a: torch.bmm(
                       torch.prod(torch.stack(torch.bmm(a, m.up).chunk(2, -1)), 0), m.w),
-                  x(3, 4, 5), up=w(3, 5, 12), w=w(3, 6, 7)),
+                  x(3, 4, 5), up=wt(3, 5, 12), w=wt(3, 6, 7)),
             ("layer.up", "layer.w")),
     Pattern("experts by index, W[idx]",
             layer(lambda m, a, i: torch.bmm(a[:, None], m.w[i])[:, 0], X, ids(3, 4), w=w(3, 5, 7)),
@@ -902,16 +934,16 @@ RAW = [
                   X, w=w(3, 7, 5), skeleton=linear(5, 7, False)), W, since=(2, 12)),
     Pattern("experts by torch._grouped_mm",
             layer(lambda m, a, ends: torch._grouped_mm(a, m.w, offs=ends), x(6, 16),
-                  lambda: torch.tensor([2, 4, 6], dtype=torch.int32), w=w(3, 16, 24)), W,
+                  lambda: torch.tensor([2, 4, 6], dtype=torch.int32), w=wt(3, 16, 24)), W,
             dtype=torch.float32, tolerance=1e-4, since=(2, 15)),
-    Pattern("a clone of W, changed in place", layer(changed, X, w=w(5, 7)), W),
+    Pattern("a clone of W, changed in place", layer(changed, X, w=wt(5, 7)), W),
     Pattern("linalg.multi_dot", layer(lambda m, a: torch.linalg.multi_dot([a, m.u, m.v]), X,
                                       u=w(5, 3), v=w(3, 7)), ("layer.u", "layer.v")),
     Pattern("W.index_select", layer(lambda m, a, i: a @ m.w.index_select(0, i), x(4, 3),
                                     lambda: torch.tensor([1, 0, 5]), w=w(6, 7)), W),
     Pattern("W.gather", layer(lambda m, i: m.w.gather(0, i), ids(6, 3, 7), w=w(6, 7)), W),
     Pattern("one_hot @ W", layer(lambda m, i: F.one_hot(i, 6).to(m.w.dtype) @ m.w, ids(6, 4),
-                                 w=w(6, 7)), W),
+                                 w=wt(6, 7)), W),
     Pattern("prompt tokens, cat",
             layer(lambda m, a: torch.cat([m.w.expand(3, -1, -1), a], 1), x(3, 4, 5), w=w(1, 6, 5)),
             W),
@@ -964,15 +996,15 @@ RAW = [
                   ws=lambda: nn.ParameterDict({"q": torch.randn(5, 7), "v": torch.randn(5, 7)})),
             ("layer.ws.q",)),
     Pattern("a mask times the weight",
-            layer(lambda m, a: a @ (m.w * m.mask), X, w=w(5, 7),
+            layer(lambda m, a: a @ (m.w * m.mask), X, w=wt(5, 7),
                   mask=lambda: (torch.rand(5, 7) > 0.4).double()), W),
-    Pattern("a weight times a weight", layer(lambda m, a: a @ (m.u @ m.v), X, u=w(5, 3), v=w(3, 7)),
-            ("layer.u", "layer.v")),
+    Pattern("a weight times a weight",
+            layer(lambda m, a: a @ (m.u @ m.v), X, u=w(5, 3), v=wt(3, 7)), ("layer.u", "layer.v")),
     Pattern("a factorised layer, x @ U @ V",
-            layer(lambda m, a: a @ m.u @ m.v, X, u=w(5, 3), v=w(3, 7)), ("layer.u", "layer.v")),
+            layer(lambda m, a: a @ m.u @ m.v, X, u=wt(5, 3), v=wt(3, 7)), ("layer.u", "layer.v")),
     Pattern("a gate: two reads of one weight",
-            layer(lambda m, a: (a @ m.w) * torch.sigmoid((a + 1) @ m.w), X, w=w(5, 7)), W),
-    Pattern("a weight to a power", layer(lambda m, a: a @ torch.matrix_exp(m.w), X, w=w(5, 5)), W),
+            layer(lambda m, a: (a @ m.w) * torch.sigmoid((a + 1) @ m.w), X, w=wt(5, 7)), W),
+    Pattern("a weight to a power", layer(lambda m, a: a @ torch.matrix_exp(m.w), X, w=wt(5, 5)), W),
     Pattern("learned keys and values of attention",
             layer(attention, x(2, 4, 5), keys=w(6, 5), values=w(6, 7)),
             ("layer.keys", "layer.values")),
@@ -1021,7 +1053,7 @@ PACKED = [
             PROJ, peft=None, rules=rule("in_proj", parts=Q_V), parts=Q_V),
     Pattern("experts' gate_up: the gate alone",
             layer(lambda m, a: torch.prod(torch.stack(torch.bmm(a, m.w).chunk(2, -1)), 0),
-                  x(3, 4, 5), w=w(3, 5, 14)),
+                  x(3, 4, 5), w=wt(3, 5, 14)),
             W, peft=None, rules=rule("layer.w", parts={"gate": (0, 7)}), parts={"gate": (0, 7)}),
     Pattern("LSTM: two of its gates", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)),
             ("layer.weight_ih_l0",), peft=None, parts={"1": (6, 12), "3": (18, 24)},
@@ -1050,7 +1082,7 @@ PACKED = [
 
 def _checkpointed(reentrant: bool) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     def forward(m: Any, a: torch.Tensor) -> torch.Tensor:
-        return checkpoint(lambda b: torch.tanh(m.lin(b)), a, use_reentrant=reentrant)  # pyright: ignore
+        return checkpoint(lambda b: torch.tanh(m.lin(b)), a, use_reentrant=reentrant)
 
     return forward
 
@@ -1075,9 +1107,7 @@ def inferred(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 def by_hand(m: Any, a: torch.Tensor) -> torch.Tensor:
     """The weight is an argument of the checkpointed function."""
-    return checkpoint(  # pyright: ignore
-        lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False
-    )
+    return checkpoint(lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False)
 
 
 def sparse(m: Any, a: torch.Tensor) -> torch.Tensor:
@@ -1227,7 +1257,7 @@ VARIANTS = [
     variant("DoRA: transposed convolution",
             conv(lambda: nn.ConvTranspose2d(3, 6, (4, 2)), 2, 3, 5, 7), CONV, use_dora=True),
     variant("DoRA: stacked experts", layer(lambda m, a: torch.bmm(a, m.w), x(3, 4, 5),
-                                           w=w(3, 5, 7)), W, use_dora=True),
+                                           w=wt(3, 5, 7)), W, use_dora=True),
     variant("DoRA: LSTM", wrapped(lambda: nn.LSTM(5, 6), x(4, 3, 5)), ("layer.weight_ih_l0",),
             use_dora=True),
     variant("PiSSA: embedding", embedded(padding_idx=2), EMB, init_lora_weights="pissa"),

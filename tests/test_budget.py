@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,10 +16,13 @@ from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule
 from fxlora.cli import main
 
 from .laws import check_laws
+from .models import Tied
 
 
 class Model(nn.Module):
     """Two linear layers, 40 → 30 → 20, and three stacked experts, 20 → 10."""
+
+    subscripts: ClassVar = {"experts": "eio"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ def rules(**r: int) -> list[Rule]:
     return [Rule(name, lora=LoraConfig(r=n, lora_alpha=6)) for name, n in r.items()]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(60)
 @given(
     budget=st.integers(1, 3000),
     a=st.integers(1, 40),
@@ -156,15 +159,6 @@ def test_forms_are_those_of_the_budgets_ranks() -> None:
 
 
 def test_tied_weights_count_once() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.emb, self.head = nn.Embedding(17, 6), nn.Linear(6, 17, bias=False)
-            self.head.weight = self.emb.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.tanh(self.emb(ids)))
-
     ids = torch.tensor([[1, 2, 3]])
     gm = fxlora.capture(Tied(), ids)
     plan = fxlora.match(gm, Rule(["emb", "head"], lora=LoraConfig(r=2)), budget=80)

@@ -45,13 +45,13 @@ from fxlora.config import config_to_data
         ({"layers_pattern": "layers"}, "needs layers_to_transform"),
     ],
 )
-def test_a_configuration_that_cannot_be_meant(values: dict, message: str) -> None:
+def test_a_configuration_that_cannot_be_meant(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**values)
 
 
 HUGE = 10**400
-DEEP: list = []
+DEEP: list[Any] = []
 for _ in range(900):
     DEEP = [DEEP]
 
@@ -115,7 +115,7 @@ def test_replacing_use_dora_takes_the_variant_away() -> None:
         ({"name": "a", "lora": LoraConfig(target_modules=["b"])}, "twice"),
     ],
 )
-def test_a_rule_that_cannot_be_meant(values: dict, message: str) -> None:
+def test_a_rule_that_cannot_be_meant(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Rule(**values)
 
@@ -135,13 +135,22 @@ def test_scaling() -> None:
     ("text", "message"),
     [
         ("rule = 3", "'rule' must be a list of tables"),
-        ("[[rule]]\nnaem = 'x'", "rule 1: unknown key 'naem'. Known: .*name"),
-        ("[[rule]]\nname = 'x'\n[rule.lora]\nrank = 3", "rule 1, lora: unknown key 'rank'"),
+        (
+            "[[rule]]\nnaem = 'x'",
+            r"rule 1: unknown key 'naem'. Did you mean 'name'\? Known: .*name",
+        ),
+        ("[[rule]]\nnaem = 'x'\noop = 'y'", "Did you mean 'name'.* Also unknown: 'oop'. Known"),
+        ("[[rule]]\nname = 'x'\n[rule.lora]\nrank = 3", "lora: unknown key 'rank'.*mean 'r'"),
+        ("[[rule]]\nname = 'x'\nr = 3", "rule 1: unknown key 'r'.*mean 'lora.r'"),
+        ("[[rule]]\ntarget_modules = 3", "unknown key .*mean 'lora.target_modules'"),
+        ("[lora]\nalpha = 3", "unknown key 'alpha'.*mean 'lora_alpha'"),
+        ("[[rules]]\nname = 'x'", "unknown key 'rules'.*mean 'rule'"),
         ("[[rule]]\nname = 'x'\n[rule.lora]\nr = '3'", "rule 1, lora: r must be a whole number"),
         ("[[rule]]\nname = 3", "rule 1: name must be"),
         ("[lora]\nr = 3", "needs target_modules"),
         ("[lora]\nr = 3\n[[rule]]", "give either"),
         ("", "give either"),
+        ("zzz = 3", "unknown key 'zzz'. Known:"),
         ("r = [", "is not valid"),
         ("[[rule]]\nlora = true", "expected a table"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 import shlex
@@ -121,6 +122,11 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_public_name_is_in_the_api_pages() -> None:
+    """With the first sentences of its docstring for GitHub, and a directive for Sphinx."""
     text = "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
-    missing = [name for name in fxlora.__all__ if f"fxlora.{name}" not in text]
-    assert not missing
+    for name in fxlora.__all__:
+        summary = (inspect.getdoc(getattr(fxlora, name)) or "").partition("\n\n")[0]
+        assert f"| `fxlora.{name}` | {' '.join(summary.split())} |\n" in text
+    comments = "".join(re.findall(r"^<!-- autodoc\n(.*?)^-->$", text, re.DOTALL | re.MULTILINE))
+    directives = re.findall(r"^\.\. auto\w+:: fxlora\.(\w+)$", comments, re.MULTILINE)
+    assert sorted(directives) == sorted(fxlora.__all__)

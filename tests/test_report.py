@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -106,5 +107,30 @@ def test_the_total_of_a_folded_module_is_what_it_holds() -> None:
     gm = fxlora.capture(Tied(), torch.tensor([[1, 2, 5]]))
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=LoraConfig(r=2))))
     for module in (lora, fxlora.fold(lora)):
-        found = json.loads(fxlora.report(module, format="json"))["total_parameters"]
-        assert found == sum(parameter.numel() for parameter in module.parameters())
+        assert_adds_up(module)
+    data = json.loads(fxlora.report(fxlora.fold(lora), format="json"))
+    assert data["split_tie_parameters"] == gm.get_parameter("head.weight").numel()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_frozen_start_counts(init: str) -> None:
+    config = LoraConfig(
+        r=2, target_modules=["up"], init_lora_weights=init, modules_to_save=["down"]
+    )
+    lora = fxlora.adapt(Mlp(), torch.randn(2, 5), rules=config)
+    frozen = json.loads(fxlora.report(lora, format="json"))["frozen_adapter_parameters"]
+    assert frozen == 2 * (5 + 7)
+    for module in (lora, fxlora.fold(lora)):
+        assert_adds_up(module)
+
+
+def assert_adds_up(module: fxlora.CapturedModule) -> None:
+    """Check that the total is what the module holds, and the sum of the rows above it."""
+    table = fxlora.report(module).split("\n\n")[1]
+    found = re.findall(r"^(.+?)  +([\d,]+)%?$", table, re.MULTILINE)
+    rows = [(what, int(number.replace(",", ""))) for what, number in found]
+    at = [what for what, _ in rows].index("total")
+    total = rows[at][1]
+    assert total == sum(parameter.numel() for parameter in module.parameters())
+    assert total == sum(number for _, number in rows[:at])
+    assert total == json.loads(fxlora.report(module, format="json"))["total_parameters"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 import fxlora
 from fxlora import ConfigError, LoraConfig, NoMatchError, Rule, UnsupportedOpError, match
+from fxlora.config import Rules
 
-from .models import Attention, Convolutions, Readers, Tied
+from .models import Attention, Convolutions, Normed, Readers, Tied
 
 
 class Block(nn.Module):
@@ -95,7 +97,7 @@ R = LoraConfig(r=2)
         ),
     ],
 )
-def test_matching(gm: fxlora.CapturedModule, rules: object, expected: list[str]) -> None:
+def test_matching(gm: fxlora.CapturedModule, rules: Rules, expected: list[str]) -> None:
     short = {"q": "q_proj", "v": "v_proj", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
     wanted = [
         name
@@ -150,18 +152,43 @@ def test_patterns(gm: fxlora.CapturedModule) -> None:
     assert rslora.entries[0].scaling == 3.0
 
 
+@pytest.mark.parametrize("name", ["norm", "*norm", "norm.bias", r"re:norm\..*"])
+def test_vectors_take_no_adapter_but_train(gm: fxlora.CapturedModule, name: str) -> None:
+    with pytest.raises(NoMatchError, match=r"less than two dimensions \(.*norm\.bias") as error:
+        match(gm, [Rule("q_proj", lora=R), Rule(name, lora=R)])
+    advice = f"Rule({name!r}, train=True)"
+    assert f"{advice} trains them in full" in str(error.value)
+    plan = match(gm, [Rule("q_proj", lora=R), eval(advice)])
+    assert "norm.bias" in plan.trained
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("running_mean", "bn.running_mean is a buffer"), ("angles", "angles.* are buffers")],
+)
+def test_a_buffer_of_any_shape_is_named_as_such(name: str, said: str) -> None:
+    model = Normed()
+    model.angles = nn.Module()
+    model.angles.register_buffer("sin", torch.ones(3, 4))
+    model.angles.register_buffer("cos", torch.ones(3, 4))
+    gm = fxlora.capture(model, torch.randn(2, 3, 9, 7))
+    for rule in (Rule(name, lora=R), Rule(name, train=True)):
+        with pytest.raises(NoMatchError, match=f"{said}: only parameters can be adapted"):
+            match(gm, rule)
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
         (
             Rule("q_prj", lora=R),
-            r"rule 1 \('q_prj'\) matched none of 14 sites. Nearest: layers.0.q_proj",
+            r"rule 1 \('q_prj'\) matched none of 14 sites. Did you mean 'layers.0.q_proj',",
         ),
-        (LoraConfig(r=2, target_modules=["q_proj", "v_prj"]), "'v_prj'.*Nearest: layers.0.v_proj"),
+        (LoraConfig(r=2, target_modules=["q_proj", "v_prj"]), "'v_prj'.*mean 'layers.0.v_proj'"),
         (LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["k_proj"]), "exclude_modules"),
         (
             LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"k_proj": 3}),
-            "rank_pattern.*k_proj",
+            r"rank_pattern of rule 1 \('k_proj'\) matched none of the 3 sites that .*q_proj",
         ),
         (
             LoraConfig(r=2, target_modules=["q_proj"], alpha_pattern={"emb": 3}),
@@ -171,8 +198,11 @@ def test_patterns(gm: fxlora.CapturedModule) -> None:
             LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]),
             "modules_to_save.*lm_head",
         ),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head.weight"]),
+            "modules_to_save.* sites. Did you mean 'lm_head'",
+        ),
         (LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["w9"]), "'w9'"),
-        (Rule("norm", lora=R), "'norm' is in the model, but no graph reads"),
         (Rule("spare", lora=R), "'spare' is in the model, but no graph reads"),
         (Rule(op="conv2d", lora=R), "Kinds of op here: embedding, linear"),
         (
@@ -182,9 +212,7 @@ def test_patterns(gm: fxlora.CapturedModule) -> None:
         ([Rule("q_proj", lora=None)], "adapt none"),
     ],
 )
-def test_what_matches_nothing_raises(
-    gm: fxlora.CapturedModule, rules: object, message: str
-) -> None:
+def test_what_matches_nothing_raises(gm: fxlora.CapturedModule, rules: Rules, message: str) -> None:
     with pytest.raises(NoMatchError) as error:
         match(gm, rules)
     assert re.search(message, str(error.value)), str(error.value)
@@ -259,7 +287,7 @@ def test_modules_to_save(gm: fxlora.CapturedModule) -> None:
     ("bias", "expected"),
     [("none", 0), ("lora_only", 3), ("all", 14)],
 )
-def test_bias(gm: fxlora.CapturedModule, bias: str, expected: int) -> None:
+def test_bias(gm: fxlora.CapturedModule, bias: Any, expected: int) -> None:
     plan = match(gm, LoraConfig(r=2, target_modules=["q_proj"], bias=bias))
     assert len([n for n in plan.trained if n.endswith("bias")]) == expected
 
@@ -310,6 +338,36 @@ def test_a_plan_is_written_and_read_back(
     assert names(again) == names(plan)
 
 
+def test_the_head_of_a_plan_says_which_half_to_edit(
+    gm: fxlora.CapturedModule, tmp_path: Path
+) -> None:
+    plan = match(gm, Rule("q_proj", lora=R))
+    head, rules, _ = re.split(r"^\[\[(?:rule|site)\]\]\n", plan.to_toml(), maxsplit=2, flags=re.M)
+    assert head.startswith("# A plan of fxlora. Edit the rules: ")
+    assert "sites below them" in head
+    path = tmp_path / "plan.toml"
+    path.write_text(plan.to_toml().replace("r = 2", "r = 3", 1))  # in the rule
+    assert "r = 2" in rules
+    assert [entry.r for entry in match(gm, path)] == [3, 3, 3]
+    path.write_text(
+        re.sub(r"^r = 2$", "r = 3", plan.to_toml(), flags=re.M).replace("r = 3", "r = 2", 1)
+    )
+    assert [entry.r for entry in match(gm, path)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_the_plan_of_a_loaded_adapter_has_no_rules(
+    gm: fxlora.CapturedModule, suffix: str, tmp_path: Path
+) -> None:
+    fxlora.save_adapter(fxlora.inject(gm, match(gm, Rule("q_proj", lora=R))), tmp_path / "adapter")
+    plan = fxlora.load_adapter(gm, tmp_path / "adapter").plan
+    assert plan is not None and "rule" not in plan.to_data()
+    path = tmp_path / f"plan.{suffix}"
+    path.write_text(plan.to_toml() if suffix == "toml" else plan.to_json())
+    with pytest.raises(ConfigError, match=r"plan without rules.*load_adapter"):
+        match(gm, path)
+
+
 def test_a_function_is_not_written(gm: fxlora.CapturedModule) -> None:
     plan = match(gm, Rule(where=lambda site: site.name == "emb", lora=R))
     with pytest.raises(ConfigError, match="where="):
@@ -318,7 +376,7 @@ def test_a_function_is_not_written(gm: fxlora.CapturedModule) -> None:
 
 def test_match_needs_a_captured_module() -> None:
     with pytest.raises(fxlora.NotCapturedError, match="match takes a captured module"):
-        match(Model(), R)
+        match(untyped(Model()), R)
     gm = fxlora.capture(Model())
     with pytest.raises(ConfigError, match="adapter_name"):
         match(gm, Rule("emb", lora=R), adapter_name="a.b")
@@ -334,7 +392,8 @@ def test_norms_and_biases_train_in_full_by_name(gm: fxlora.CapturedModule) -> No
     assert len(plan.trained) > 2
     with pytest.raises(NoMatchError, match="'nrm'"):
         match(gm, Rule("nrm", train=True))
-    for more in ({"lora": LoraConfig(r=2)}, {"parts": 2}):
+    both: tuple[dict[str, Any], ...] = ({"lora": LoraConfig(r=2)}, {"parts": 2})
+    for more in both:
         with pytest.raises(ConfigError, match="trains in full"):
             Rule("norm", train=True, **more)
 

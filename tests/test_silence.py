@@ -16,23 +16,20 @@ import fxlora
 from fxlora import InjectError, LoraConfig, Rule, UnsupportedOpError, VerificationError
 
 from .laws import check_laws, randomise
-from .models import Several
+from .models import Reads, Several
+from .typed import Function
 
 Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 R = LoraConfig(r=2)
 X = torch.randn(4, 6, dtype=torch.float64)
 
 
-class Reads(nn.Module):
-    """Reads a weight (7, 6) with large entries by a given function."""
-
-    def __init__(self, read: Read) -> None:
-        super().__init__()
-        self.w = nn.Parameter(8 * torch.randn(7, 6))
-        self.read = read
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.read(x, self.w)
+def large(read: Read) -> Reads:
+    """Return a model that reads a weight (7, 6) with large entries."""
+    model = Reads(read, "oi", 7, 6)
+    with torch.no_grad():
+        model.w.mul_(8)
+    return model
 
 
 READS: dict[str, Read] = {
@@ -52,21 +49,16 @@ READS: dict[str, Read] = {
 @pytest.mark.parametrize("exported", [True, False])
 def test_outputs_and_gradients_are_those_of_the_merged_weight(exported: bool) -> None:
     capture = None if exported else fxlora.capture
-    model = Several(map(Reads, READS.values()))
+    model = Several(map(large, READS.values()))
     check_laws(model, (X,), rules=Rule("parts.*.w", lora=R), capture=capture)
 
 
 def test_a_weight_that_fills_is_read() -> None:
-    class Fills(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(7, 6))
+    def fills(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, w)
+        return y + torch.full_like(y, w.detach().mean())
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = F.linear(x, self.w)
-            return y + torch.full_like(y, self.w.detach().mean())
-
-    gm = fxlora.capture(Fills().double(), X)
+    gm = fxlora.capture(Reads(fills, "oi", 7, 6).double(), X)
     (entry,) = fxlora.match(gm, Rule("w", lora=R))
     assert entry.form == "weight"
 
@@ -94,7 +86,7 @@ def assert_as_merged(model: nn.Module, capture: Callable[[Any], fxlora.CapturedM
     randomise(lora)
     with torch.no_grad():
         found, base, folded = lora(X), model(X), fxlora.fold(lora)  # lora shares model's memory
-        model.w.copy_(folded.get_parameter("w"))
+        model.get_parameter("w").copy_(folded.get_parameter("w"))
         assert float((found - base).abs().max()) > 0
         assert torch.allclose(found, model(X), rtol=1e-10)
 
@@ -106,6 +98,9 @@ class Product(nn.Module):
         super().__init__()
         self.u, self.v = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5))
         self.region = region
+        # Neither is multiplied with x alone: which of its dimensions A takes is a convention.
+        pieces = region == "pieces"
+        self.subscripts = {"u": "oi", "v": "io"} if pieces else {"u": "io", "v": "oi"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.region == "pieces":
@@ -142,12 +137,12 @@ def _written(x: torch.Tensor, write: Callable[[torch.Tensor], Any], w: torch.Ten
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_whose_result_is_dropped_is_no_dead_code(name: str) -> None:
-    assert_as_merged(Reads(WRITES[name]).double(), fxlora.capture)
+    assert_as_merged(large(WRITES[name]).double(), fxlora.capture)
 
 
 def test_a_plan_of_another_module_is_held_against_this_one() -> None:
     def made(alpha: float) -> nn.Module:
-        return Reads(lambda x, w: torch.addmm(x[:, :1], x[:, :7], w, alpha=alpha))
+        return large(lambda x, w: torch.addmm(x[:, :1], x[:, :7], w, alpha=alpha))
 
     x = torch.randn(4, 7)
     one, two = (fxlora.capture(made(alpha), x) for alpha in (1.0, 2.0))
@@ -159,15 +154,8 @@ def test_a_plan_of_another_module_is_held_against_this_one() -> None:
 
 
 def test_a_padding_row_of_a_part_of_the_table_is_refused() -> None:
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(9, 5))
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return F.embedding(ids, self.w[2:], padding_idx=0)
-
-    gm = fxlora.capture(Padded(), torch.tensor([[0, 1, 4]]))
+    model = Reads(lambda ids, w: F.embedding(ids, w[2:], padding_idx=0), "io", 9, 5)
+    gm = fxlora.capture(model, torch.tensor([[0, 1, 4]]))
     with pytest.raises(UnsupportedOpError, match="padding_idx"):
         fxlora.match(gm, Rule("w", lora=R))
 
@@ -175,6 +163,8 @@ def test_a_padding_row_of_a_part_of_the_table_is_refused() -> None:
 @pytest.mark.parametrize("exported", [True, False])
 def test_memory_that_a_buffer_shares_is_refused_on_either_road(exported: bool) -> None:
     class Shares(nn.Module):
+        kept: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.lin = nn.Linear(6, 7)
@@ -183,7 +173,7 @@ def test_memory_that_a_buffer_shares_is_refused_on_either_road(exported: bool) -
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.lin(x) + F.linear(x, self.kept)
 
-    gm = fxlora.capture(Shares(), *([X.float()] if exported else []))
+    gm = fxlora.capture(Shares(), X.float() if exported else None)
     with pytest.raises(UnsupportedOpError, match="shares memory with 'kept'"):
         fxlora.match(gm, Rule("lin", lora=R))
 
@@ -336,14 +326,14 @@ def test_a_write_by_an_op_on_a_list_of_tensors_is_seen() -> None:
 
 
 def test_a_function_that_writes_to_a_list_of_its_arguments_is_left_to_python() -> None:
-    class Halved(torch.autograd.Function):
+    class Halved(Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             torch._foreach_mul_([x], 0.5)
             return x + 1
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
             return grad
 
     class Model(nn.Module):
@@ -381,16 +371,7 @@ def test_memory_shared_with_a_parameter_further_on_is_seen() -> None:
 )
 def test_a_cast_that_names_no_dtype_is_a_cast(cast: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """A branch would mix A of the weight's dtype with inputs of the cast one."""
-
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(7, 6))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ cast(self.w)
-
-    model = Cast()
+    model = Reads(lambda x, w: x @ cast(w), "io", 7, 6)
     gm = fxlora.capture(model)
     plan = fxlora.match(gm, Rule("w", lora=R))
     assert [entry.form for entry in plan] == ["weight"]
@@ -637,7 +618,8 @@ def test_a_read_that_a_function_stores_is_no_dead_code(name: str, exported: bool
         return y + z
 
     args = (X,) if exported else ()
-    assert_as_merged(Reads(read).double(), lambda model: fxlora.capture(model, *args))
+    model = Reads(read, "oi", 7, 6)
+    assert_as_merged(model.double(), lambda model: fxlora.capture(model, *args))
 
 
 def test_functions_that_only_read_a_weight_can_be_adapted() -> None:

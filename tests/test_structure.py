@@ -81,6 +81,7 @@ GRAPH_WRITERS = {
     "frontends/spellings.py": "aten overloads for Python's spellings, in a graph just traced",
     "frontends/tree.py": "tied weights under each module's name, in a capture that is being made",
     "fx/nested.py": "operands of calls of nested graphs: the helper that passes write with",
+    "module/casts.py": "casts of A and B, after the user's .to(); passes mark their places",
     "module/captured.py": "the meta of a module's copy, no node's",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
     "module/parent.py": "the one call that a module of regions consists of",

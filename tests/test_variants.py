@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,9 +17,10 @@ import fxlora
 from fxlora import ConfigError, LoraConfig, Rule, UnsupportedOpError
 from fxlora.lora.variants import VARIANTS
 
-from . import laws
+from . import oracle
 from .laws import assert_close, assert_same, check_laws, merged_weights, randomise, run
 from .models import Mlp, Tied
+from .typed import plan_of
 
 # ---- against PEFT -------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def test_dora_is_pefts(targets: list[str], bias: bool) -> None:
         for parameter in trainable(theirs).values():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     copy_over(theirs, ours)
-    assert {entry.form for entry in ours.plan} == {"branch"}
+    assert {entry.form for entry in plan_of(ours)} == {"branch"}
     assert_same_training(theirs, ours, copy.deepcopy(model).double())
     folded = fxlora.fold(ours)
     assert_close([folded(IDS)], [theirs(IDS)])
@@ -220,6 +221,8 @@ class Convs(nn.Module):
 class Products(nn.Module):
     """Matrix products, and stacks of them; takes (N, 5)."""
 
+    subscripts: ClassVar = {"w_addmm": "io", "experts": "eio", "turned": "eoi", "heads": "ioo"}
+
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(5, 7)
@@ -250,6 +253,8 @@ class Recurrent(nn.Module):
 class Words(nn.Module):
     """Look-ups in embeddings; takes indices (N, T)."""
 
+    subscripts: ClassVar = {"table": "io"}
+
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(13, 6, padding_idx=2)
@@ -273,6 +278,8 @@ class Bags(nn.Module):
 class Packed(nn.Module):
     """Three projections in one weight; takes (N, 5)."""
 
+    subscripts: ClassVar = {"back": "io"}
+
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(5, 16)
@@ -284,7 +291,7 @@ class Packed(nn.Module):
 
 
 PACKED = {"q": 8, "k": 4, "v": 4}
-SHARE = {"tied": "share"}
+SHARE: dict[str, Any] = {"tied": "share"}
 
 
 def rules_for(what: str, **keys: Any) -> list[Rule]:
@@ -326,7 +333,7 @@ def captured(what: str, road: str, dtype: torch.dtype) -> tuple[nn.Module, Any, 
     make, args = PLACES[what]
     args = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
     model = make().to(dtype)
-    return model, args, fxlora.capture(model, *([args] if road == "exported" else []))
+    return model, args, fxlora.capture(model, args if road == "exported" else None)
 
 
 WHOLE = [("recurrent", "traced"), ("bags", "traced")]  # the tracer does not see inside
@@ -351,7 +358,7 @@ def check_kinds(kinds: list[str], what: str, road: str) -> None:
     for kind in kinds:
         rules = rules_for(what, **KINDS[kind])
         _, lora = check_laws(model, args, rules=rules, capture=lambda _: gm)
-        assert len(lora.plan) > 0
+        assert len(plan_of(lora)) > 0
 
 
 # DoRA+PiSSA everywhere, and everywhere another one of the other kinds.
@@ -373,13 +380,13 @@ def test_a_fold_in_bfloat16_is_rounded_once(what: str, kind: str) -> None:
     with torch.no_grad():  # a small step from the init, as in training
         for parameter in fxlora.lora_parameters(lora):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        for entry in lora.plan:
+        for entry in plan_of(lora):
             if entry.padding_idx is not None:
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
     folded = fxlora.fold(lora)
     fxlora.verify(lora, args, folded=folded)
     # The papers' formula in float64, independent of the graphs and of verify's reference.
-    factors = {name: lora.get_parameter(name).double() for e in lora.plan for name in e.tensors}
+    factors = {name: lora.get_parameter(name).double() for e in plan_of(lora) for name in e.tensors}
     exact = merged_weights(copy.deepcopy(model).double(), lora, factors)
     assert exact
     for name, weight in exact.items():
@@ -399,18 +406,13 @@ def _size(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Add CONTRIBUTING.md's example variant by running its text, and its formula to the laws."""
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = text.partition("## To add a variant")[2].partition("```python\n")[2]
-    plain = laws.adapted
+    plain = oracle.formula
 
-    def adapted(entry: Any, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-        size = factors[entry.name_of("lora_size")]
-        dim = entry.layout.part_dim
-        start, stop = entry.rows or (0, weight.shape[dim])
-        scales = torch.ones(weight.shape[dim]).to(weight)
-        scales = torch.cat([scales[:start], size.expand(stop - start), scales[stop:]])
-        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-        return scales.reshape(shape) * plain(entry, weight, factors)
+    def sized(*given: Any) -> torch.Tensor:
+        *_, tensor = given
+        return tensor("lora_size") * plain(*given)
 
-    monkeypatch.setattr(laws, "adapted", adapted)
+    monkeypatch.setattr(oracle, "formula", sized)
     try:
         exec(block.partition("```")[0], {})
         yield
@@ -432,7 +434,7 @@ def test_a_new_variant_is_one_row(what: str, tmp_path: Path) -> None:
     model, args, gm = captured(what, "exported", torch.float64)
     rules = rules_for(what, variant="size")
     _, lora = check_laws(model, args, rules=rules, capture=lambda _: gm)
-    assert all(len(entry.tensors) == 3 for entry in lora.plan)
+    assert all(len(entry.tensors) == 3 for entry in plan_of(lora))
     fxlora.verify(lora, args, folded=fxlora.fold(lora))
     fxlora.save_adapter(lora, tmp_path)
     again = fxlora.load_adapter(gm, tmp_path)
@@ -469,6 +471,9 @@ def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
     """The head trains the padding row, but look-ups of that row must not; both are branches."""
 
     class Padded(nn.Module):
+        head: nn.Linear
+        emb: nn.Embedding
+
         def __init__(self) -> None:
             super().__init__()
             layers = {
@@ -484,4 +489,4 @@ def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
 
     rules = Rule("head", lora=LoraConfig(r=2, tied="share"))
     _, lora = check_laws(Padded(), (torch.tensor([[1, 2, 11], [5, 0, 16]]),), rules=rules)
-    assert [entry.form for entry in lora.plan] == ["branch"]
+    assert [entry.form for entry in plan_of(lora)] == ["branch"]

@@ -23,8 +23,9 @@ from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
 from .laws import randomise
-from .models import Convolutions, Mlp, Normed, Readers, Tied
+from .models import Convolutions, Mlp, Normed, Readers, Reads, Tied
 from .patterns import PATTERNS
+from .typed import grad_of, plan_of, untyped
 
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -217,10 +218,11 @@ def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
     lora, args = readers_lora()
     (insertion,) = standing(lora, "train", site)
     graph, last = lora.graphs["train"], lora.graphs["train"].output_node()
+    first, *others = untyped(last.args[0])
     with graph.inserting_before(last):
         past = graph.call_function(aten.sum.default, (insertion.base,))
-        result = graph.call_function(aten.add.Tensor, (last.args[0][0], past))
-    last.args = ((result, *last.args[0][1:]),)
+        result = graph.call_function(aten.add.Tensor, (first, past))
+    last.args = ((result, *others),)
     lora.refresh()
     law = f"coverage: '{site}': sum bypasses its adapter in the train graph"
     with pytest.raises(VerificationError, match=law):
@@ -230,15 +232,8 @@ def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
 def test_a_missing_read_before_one_that_is_adapted() -> None:
     """The unadapted read feeds the adapted one, which must not hide it."""
 
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(6, 6))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(torch.tanh(x @ self.w), self.w)
-
-    lora = fxlora.adapt(Twice(), torch.randn(2, 6), rules=Rule("w", lora=R))
+    model = Reads(lambda x, w: F.linear(torch.tanh(x @ w), w), "io", 6, 6)
+    lora = fxlora.adapt(model, torch.randn(2, 6), rules=Rule("w", lora=R))
     prove(lora)
     remove_insertion(standing(lora, "eval", "w")[0])
     with pytest.raises(VerificationError, match="'w' is read without its adapter by matmul"):
@@ -509,7 +504,7 @@ def test_a_weight_that_a_symmetric_delta_leaves_alone() -> None:
 
 def test_a_training_that_diverged_is_called_so(lora: fxlora.CapturedModule) -> None:
     with torch.no_grad():
-        lora.get_parameter(lora.plan.entries[0].name_b)[0, 0] = float("nan")
+        lora.get_parameter(plan_of(lora).entries[0].name_b)[0, 0] = float("nan")
     with pytest.raises(VerificationError, match="diverged"):
         fxlora.verify(lora, X)
 
@@ -575,7 +570,7 @@ def test_what_saturates_or_underflows_is_no_dead_adapter(
     kind = (lambda: nn.Softmax(-1)) if act is nn.Softmax else act
     model = deep(depth, kind, norm=norm).to(dtype)
     model(x).float().square().sum().backward()
-    assert underflows is not bool(model[0].weight.grad.any())
+    assert underflows is not bool(grad_of(model.get_parameter("0.weight")).any())
     model.zero_grad()
     found = fxlora.verify(trained(model, x, 0.02, r=2, lora_alpha=alpha), x)
     assert len(found.sites) == depth

@@ -19,6 +19,7 @@ from ..config import LoraConfig, Rules, load_rules
 from ..errors import ConfigError
 from ..frontends import capture
 from ..module import CapturedModule
+from ..tables import did_you_mean
 from .models import device
 
 INPUT_DTYPES = (
@@ -64,7 +65,10 @@ def parsed_input(text: str) -> Input:
         )
     name, shape, dtype, high = found.groups(default="")
     if dtype and dtype not in INPUT_DTYPES:
-        raise ArgumentTypeError(f"'{text}' has no known dtype. Known: {', '.join(INPUT_DTYPES)}")
+        near = did_you_mean(dtype, INPUT_DTYPES)
+        raise ArgumentTypeError(
+            f"'{text}' has no known dtype.{near} Known: {', '.join(INPUT_DTYPES)}"
+        )
     parsed: torch.dtype = getattr(torch, dtype or "float32")
     if high and _takes_fractions(parsed):
         raise ArgumentTypeError(f"'{text}': a bound is only for integers")

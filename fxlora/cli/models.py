@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..matching.choice import nearest
-from ..tables import said
+from ..tables import did_you_mean, said
 from .weights import load_checkpoint, read_checkpoint
 
 
@@ -97,10 +96,9 @@ def _named(module: ModuleType, name: str) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            near = nearest(part, (n for n in dir(found) if not n.startswith("_")))
+            public = (n for n in dir(found) if not n.startswith("_"))
             raise ConfigError(
-                f"module '{module.__name__}' has no '{name}'."
-                + (f" Nearest: {', '.join(near)}." if near else "")
+                f"module '{module.__name__}' has no '{name}'.{did_you_mean(part, public)}"
             )
         found = getattr(found, part)
     return found
@@ -115,12 +113,15 @@ def _torchvision_builder(name: str, weights: str | None) -> Callable[[], Any]:
             "pip install torchvision."
         ) from error
     if name not in models.list_models():
-        near = ", ".join(nearest(name, models.list_models()))
-        raise ConfigError(f"torchvision has no model '{name}'. Nearest: {near or 'none'}.")
+        near = did_you_mean(name, models.list_models())
+        raise ConfigError(
+            f"torchvision has no model '{name}'.{near} torchvision.models.list_models() has all."
+        )
     known = models.get_model_weights(name).__members__
     if weights is not None and weights not in known:
         raise ConfigError(
-            f"torchvision:{name} has no weights '{weights}'. Known: {', '.join(known)}."
+            f"torchvision:{name} has no weights '{weights}'."
+            f"{did_you_mean(weights, known)} Known: {', '.join(known)}."
         )
     keywords: dict[str, Any] = {"weights": weights}
     parameters = inspect.signature(models.get_model_builder(name)).parameters

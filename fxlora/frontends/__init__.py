@@ -18,6 +18,7 @@ from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
+from ..module.parts import Modules, chosen_modules
 from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
@@ -31,7 +32,6 @@ from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
-from ..module.parts import Modules, chosen_modules
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
@@ -127,7 +127,7 @@ def _capture(
 
 def _check_model(model: nn.Module) -> None:
     """Raise CaptureError for a model that neither torch.export nor the tracer can capture."""
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(model, nn.Module):
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(

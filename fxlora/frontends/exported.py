@@ -41,7 +41,6 @@ from .kept.patches import patched
 from .kept.undisturbed import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
 
-
 RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
 
 

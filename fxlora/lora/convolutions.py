@@ -79,8 +79,8 @@ def groups_cost_more(node: fx.Node, shape: Shape, r: int) -> str | None:
     groups = int(named_argument(node, "groups"))
     if groups == 1:
         return None
-    branch = 3 * r * (groups * math.prod(shape[1:]) + shape[0])
-    weight = math.prod(shape)
-    if branch <= weight:
+    ratio = 3 * r * (groups * math.prod(shape[1:]) + shape[0]) / math.prod(shape)
+    if ratio <= 1:
         return None
-    return f"{groups} groups: the weight's gradient costs {branch / weight:.0f}x less than a branch"
+    more = f"{ratio:.0f} times as much as" if ratio >= 2 else f"{ratio - 1:.0%} more than"
+    return f"{groups} groups: a branch costs {more} the weight's gradient"

@@ -57,10 +57,6 @@ def _grouped_mm(read: Read, down: Any, up: Any) -> Any:
     return aten._grouped_mm.default(read.scaled(hidden), turn(up), ends)
 
 
-def _grouped_mm_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
-    return None if len(shape) == 3 else "grouped_mm over the rows or columns of one matrix"
-
-
 def _own_alpha(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
     scaled = any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
     return f"{kind_of(node)} with alpha or beta other than 1" if scaled else None
@@ -141,11 +137,6 @@ class _Equation:
 def _einsum_layout(node: fx.Node, weight: fx.Node) -> Layout | None:
     equation = _Equation.of(node, weight)
     return equation and equation.layout
-
-
-def _einsum_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
-    found = _einsum_layout(node, weight)
-    return None if found else f"einsum '{node.args[0]}' is not a matrix product with the weight"
 
 
 def _einsum(read: Read, down: Any, up: Any) -> Any:
@@ -261,8 +252,7 @@ _GROUPED_MM = Op(
     0,
     _grouped_mm,
     in_first=True,
-    obstacle=_grouped_mm_obstacle,
-    layout=lambda node, weight: Layout("eio"),
+    layout=lambda node, weight: Layout("eio"),  # of three dimensions: None for a matrix
     transposed_kind="grouped_mm",
 )
 
@@ -279,9 +269,7 @@ OPS: dict[tuple[Any, int], Op] = {
     (aten.baddbmm.default, 2): _BADDBMM,
     (aten.baddbmm.default, 1): _BADDBMM_LEFT,
     (aten._grouped_mm.default, 1): _GROUPED_MM,
-    (aten.einsum.default, 1): Op(
-        "einsum", 1, _einsum, obstacle=_einsum_obstacle, output=None, layout=_einsum_layout
-    ),
+    (aten.einsum.default, 1): Op("einsum", 1, _einsum, output=None, layout=_einsum_layout),
     (aten.embedding.default, 0): Op(
         "embedding", 1, _embedding, in_first=True, obstacle=_frequencies, dropout=False
     ),
@@ -343,7 +331,7 @@ def register_op(target: OpOverload, weight: int, op: Op) -> None:
         >>> fxlora.match(gm, rule).entries[0].form
         'branch'
     """
-    if not isinstance(target, OpOverload):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(target, OpOverload):
         raise ConfigError(
             f"register_op takes an overload such as torch.ops.mine.product.default, "
             f"not {shown(target)}."

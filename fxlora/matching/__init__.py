@@ -13,7 +13,15 @@ from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
-from .full import biases, check_own_memory, check_trained, check_trains, modules_to_save, trained
+from .full import (
+    biases,
+    check_own_memory,
+    check_trained,
+    check_trains,
+    dtype_rules,
+    modules_to_save,
+    trained,
+)
 from .unmatched import Unmatched, warn_of_large
 
 __all__ = ["match"]
@@ -102,17 +110,20 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
         check_rank(entry)
     warn_of_large(entries)
     unmatched.warn_of_uncovered(skipped)
-    in_full |= biases(choice, entries)
+    biased = biases(choice, entries)
+    in_full |= biased.keys()
     check_own_memory(choice.module, sorted(in_full))
     if not entries and not in_full:
         raise NoMatchError(f"the rules adapt none of {len(choice.sites)} sites.")
     sizes = {name: p.numel() for name, p in choice.module.named_parameters()}
+    names = tuple(name for name in sizes if name in in_full)
     return Plan(
         entries=tuple(entries),
-        trained=tuple(name for name in sizes if name in in_full),
+        trained=names,
         skipped=tuple(skipped),
         modules_to_save=tuple(saved),
         model_parameters=sum(sizes.values()),
         trained_parameters=sum(size for name, size in sizes.items() if name in in_full),
         rules=choice.rules,
+        trained_dtypes=dtype_rules(choice, names, saved, biased),
     )

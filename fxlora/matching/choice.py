@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -167,20 +166,6 @@ def by_pattern(patterns: object, site: Site, default: float) -> float:
         if pattern_holds(pattern, site.name):
             return value
     return default
-
-
-def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """Return the candidates most similar to a name, compared whole and by their last part."""
-    names = list(dict.fromkeys(candidates))
-    tail = name.rpartition(".")[2]
-
-    def likeness(candidate: str) -> float:
-        last = candidate.rpartition(".")[2]
-        pairs = ((name, candidate), (tail, last))
-        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
-
-    ranked = sorted(names, key=likeness, reverse=True)
-    return [n for n in ranked[:limit] if likeness(n) > 0.5]
 
 
 def holds_where(function: Callable[[Site], bool], site: Site) -> bool:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..config import ALL_LINEAR, LoraConfig, Rule
 from ..errors import NoMatchError, warn
 from ..plan import Entry
-from ..tables import some
-from .choice import Choice, Chosen, is_suffix, matches, matches_name, nearest, pattern_holds
+from ..tables import count, did_you_mean, some
+from .choice import Choice, Chosen, matches, matches_name, pattern_holds
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,13 @@ class Unmatched:
     def _check_patterns(self, number: int, config: LoraConfig, entries: Sequence[Entry]) -> None:
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, key):
-                if not any(pattern_holds(pattern, entry.site) for entry in entries):
-                    names = [entry.site for entry in entries]
-                    self.no_match(f"{key} of rule {number} ('{pattern}')", pattern, names)
+                names = [entry.site for entry in entries]
+                if not any(pattern_holds(pattern, name) for name in names):
+                    near = did_you_mean(pattern, names) or f" They are: {some(names)}."
+                    raise NoMatchError(
+                        f"{key} of rule {number} ('{pattern}') matched none of the "
+                        f"{count(len(names), 'site')} that the rule adapts.{near}"
+                    )
 
     def _check_layers(self, number: int, config: LoraConfig) -> None:
         for layer in config.layers_to_transform or ():  # pyright: ignore[reportGeneralTypeIssues]
@@ -108,38 +112,49 @@ class Unmatched:
 
     def no_match(self, what: str, name: str, candidates: Iterable[str]) -> None:
         message = f"{what} matched none of {len(self.choice.sites)} sites."
-        if near := nearest(name, candidates):
-            message += f" Nearest: {', '.join(near)}."
-        else:
-            message += f" The sites: {some(site.name for site in self.choice.sites)}."
-        held = [n for n, _ in self.choice.module.named_parameters(remove_duplicate=False)]
-        if any(is_suffix(name, n) or is_suffix(name, n.rpartition(".")[0]) for n in held):
-            message += (
-                f" '{name}' is in the model, but no graph reads a weight of two or more "
-                "dimensions there"
-            )
-            message += (
-                "."
-                if self.choice.module.exported
-                else ": capture with example inputs to trace more of the model."
-            )
-        raise NoMatchError(message + self._no_site(name))
+        sites = f" The sites: {some(site.name for site in self.choice.sites)}."
+        why = self._no_site(name) or did_you_mean(name, candidates) or sites
+        raise NoMatchError(message + why)
 
     def _no_site(self, name: str) -> str:
-        """Return why a tensor of this name, though it looks like a weight, is no site, or ""."""
-        for full, buffer in self.choice.module.named_buffers(remove_duplicate=False):
-            if is_suffix(name, full) and buffer.ndim >= 2:
+        """Return why the tensors of this name, if there are any, are no site, and what to do."""
+        module = self.choice.module
+        if any(matches_name(name, site) for site in self.choice.sites):
+            return ""
+        buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if _calls(name, n)}
+        held = module.named_parameters(remove_duplicate=False)
+        parameters = {n: p for n, p in held if _calls(name, n)}
+        for full, buffer in buffers.items():
+            if buffer.ndim > 1 and matches(name, (full,)):
                 return (
                     f" '{full}' is a buffer: only parameters take adapters. Make it one before you "
                     "capture (del the buffer, then set nn.Parameter(tensor, requires_grad=False)); "
                     "it stays frozen."
                 )
-        for full, parameter in self.choice.module.named_parameters(remove_duplicate=False):
-            owner = full.rpartition(".")[0]
-            called = is_suffix(name, full) or is_suffix(name, owner)
-            if called and parameter.ndim >= 2 and not parameter.is_floating_point():
+        if parameters and all(p.ndim < 2 for p in parameters.values()):
+            return (
+                f" '{name}' has only parameters of less than two dimensions "
+                f"({some(parameters)}), which take no adapter. Rule({name!r}, train=True) trains "
+                "them in full."
+            )
+        if buffers and not parameters:
+            are = "is a buffer" if len(buffers) == 1 else "are buffers"
+            return f" {some(buffers)} {are}: only parameters can be adapted or trained."
+        for full, parameter in parameters.items():
+            if parameter.ndim > 1 and not parameter.is_floating_point():
                 return f" '{full}' holds {parameter.dtype}; adapters are for real numbers."
-        return ""
+        if not parameters:
+            return ""
+        return (
+            f" '{name}' is in the model, but no graph reads a weight of two or more dimensions "
+            "there"
+            + ("." if module.exported else ": capture with example inputs to trace more of it.")
+        )
+
+
+def _calls(name: str, full: str) -> bool:
+    """Whether a name in a rule is that of a tensor, or of the module that holds it."""
+    return matches(name, (full, full.rpartition(".")[0]))
 
 
 def _saves(rule: Rule, name: str, saved: Sequence[str]) -> bool:

@@ -135,10 +135,10 @@ _PRECISION = [
     *(
         _attribute(op, "fp32_precision", "ieee")
         for backend in (torch.backends.cudnn, torch.backends.mkldnn)
-        for op in (backend.conv, backend.rnn)  # pyright: ignore
+        for op in (backend.conv, backend.rnn)
     ),
     _attribute(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-    _attribute(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # pyright: ignore
+    _attribute(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # pyright: ignore[reportAttributeAccessIssue]
     _reduction("fp16"),
     _reduction("bf16"),
     _attribute(torch.backends.cuda.matmul, "allow_fp16_accumulation", False),

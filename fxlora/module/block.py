@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, SubmoduleError
 from .contract import ConstantInput
 from .outline import ModuleCall, OutlinedGraph
-from .program import Program, ProgramModule, tensors_of
-from .submodules import Container, Seal, container, plain_view
+from .program import Program, ProgramModule, code_of, forward_function, tensors_of
+from .submodules import Container, Seal, container, plain_view, subclass
 
 
 class Block(ProgramModule):
@@ -28,6 +29,10 @@ class Block(ProgramModule):
     """
 
     calls: Mapping[str, ModuleCall]
+
+    def __new__(cls, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph]) -> Block:
+        code = (code_of(made.graph) for made in graphs.values())
+        return object.__new__(_block_class(_source_class(held), *code))
 
     def __init__(self, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph]) -> None:
         self.__dict__["_kind"] = _source_class(held)
@@ -80,13 +85,23 @@ class Block(ProgramModule):
         if name == "training" and (seal := self.__dict__.get("_seal")):
             seal.owner_set(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a container: the module that a copy belongs to outlines it again."""
         made = memo[id(self)] = container(self._kind)
         made.training = self.training
         for name, held in tensors_of(self).items():
             made.__dict__[name] = copy.deepcopy(held, memo)
         return made
+
+
+@functools.cache
+def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
+    """Return the class of all blocks of a source class whose graphs have this code.
+
+    torch.compile compiles what such blocks share once, because they also share their forward.
+    """
+    names = {"__module__": kind.__module__, "forward": forward_function()}
+    return subclass(kind, (Block,), names)
 
 
 def _program(path: str, graphs: Mapping[str, OutlinedGraph]) -> Program:

@@ -17,6 +17,7 @@ from ..fx.calls import part_of
 from ..plan import Plan
 from .adapted_weight import adapted_weight
 from .block import Block
+from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
@@ -68,6 +69,7 @@ class CapturedModule(ProgramModule):
         # A copied parameter no longer shares memory, so overlaps found earlier are kept too.
         self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
+        self.look()
         self.runners: list[ProgramModule] = []
         if parent_module:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
@@ -79,7 +81,7 @@ class CapturedModule(ProgramModule):
     # ---- submodules -------------------------------------------------------------------------
 
     def _outline(self) -> None:
-        """Put the outlined submodules into the tree, over the containers that hold their tensors."""
+        """Put the outlined submodules into the tree, over the containers of their tensors."""
         self._running = {}
         paths = self.known.outlined
         if not paths:
@@ -103,7 +105,8 @@ class CapturedModule(ProgramModule):
 
     def look(self) -> None:
         super().look()
-        self._view.__dict__["facade"] = self
+        parent = self.__dict__.get("parent_module")
+        self._view.__dict__.update(facade=self, parent_module=parent)
 
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._running.get(id(graph), graph)
@@ -112,9 +115,7 @@ class CapturedModule(ProgramModule):
         """Have all submodules refuse what has no effect on the graphs (see submodules.py)."""
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
-        entries = self.known.plan or ()
-        names = dict.fromkeys(name for entry in entries for name in entry.names)
-        seal.adapted = {name: functools.partial(self.adapted_weight, name) for name in names}
+        seal.adapted = self.adapted
         seal.owners = {}
         for path, part in self.named_modules():
             if path and isinstance(part, Container | Block):
@@ -128,8 +129,8 @@ class CapturedModule(ProgramModule):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Return the modules by the source's names: a wrapper around a block counts as the block."""
+    ) -> Generator[tuple[str, nn.Module]]:
+        """Yield the modules by the source's names: a wrapper around a block counts as the block."""
         wrappers = {id(self._standing(path)): block for path, block in self.blocks.items()}
         if all(id(block) in wrappers for block in self.blocks.values()):
             yield from super().named_modules(memo, prefix, remove_duplicate)
@@ -160,6 +161,12 @@ class CapturedModule(ProgramModule):
         """Return the innermost module that is called and has this submodule in it."""
         around = [outer for outer in self.blocks if path.startswith(f"{outer}.")]
         return self.blocks[max(around, key=len)] if around else self
+
+    @property
+    def adapted(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """Functions that compute the adapted weights, by each name that an adapter adapts."""
+        names = dict.fromkeys(name for entry in self.known.plan or () for name in entry.names)
+        return {name: functools.partial(self.adapted_weight, name) for name in names}
 
     @contextmanager
     def editing(self) -> Generator[None]:
@@ -201,25 +208,25 @@ class CapturedModule(ProgramModule):
         return self
 
     def unshare(self, part: nn.Module) -> None:
-        """Copy the storage of a part's parameters, so that training them leaves the source alone."""
+        """Copy the storage of a part's parameters: training them must not change the source's."""
         held = {id(parameter) for parameter in part.parameters()}
         named = self.named_parameters(remove_duplicate=False)
         self._unshare_storage({name for name, p in named if id(p) in held})
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._seal.apart:
-            self._refuse_modes_apart()
+            self.refuse_apart(self._seal.apart)
         super()._check(args, kwargs)
 
-    def _refuse_modes_apart(self) -> None:
-        """Raise if the mode of a submodule is not its owner's, and its part has a graph per mode."""
-        for path in sorted(self._seal.apart):
+    def refuse_apart(self, paths: Collection[str]) -> None:
+        """Raise if submodules in another mode than the module have a part that differs by mode."""
+        for path in sorted(paths):
             if self._mode_matters(path):
                 mode = "eval" if self.training else "train"
                 raise SubmoduleError(
-                    f"'{path}' was set to {mode} mode apart from the module, and one graph computes "
-                    "the whole model in one mode. Make it a module of its own: capture(model, …, "
-                    f"modules={path!r}), or set the mode of the whole module (train(), eval())."
+                    f"'{path}' was set to {mode} mode apart from the module, and one graph "
+                    "computes the whole model in one mode. Make it a module of its own: "
+                    f"capture(model, …, modules={path!r}), or set the mode of the whole module."
                 )
 
     def _mode_matters(self, path: str) -> bool:
@@ -516,14 +523,17 @@ class CapturedModule(ProgramModule):
     # ---- device and dtype -------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move the weights, and update the devices and dtypes that the graphs name."""
-        moves = moves_of(self, fn)
+        """Move the weights, and update the devices and dtypes that the graphs name.
+
+        A, B and what trains in full keep the dtypes that the plan asks for.
+        """
+        moves = moves_of(base_tensors(self), fn)
         nested = self.nested_graphs()
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
         changed = self._changed()
-        result = super()._apply(fn, recurse)
+        result = super()._apply(keeping_dtypes(self, fn), recurse)
         self.take_fingerprints()
         # Keep the fingerprints of weights written to before: a move must not hide that.
         self.update_state(fingerprints={**self.known.fingerprints, **changed})
@@ -534,6 +544,10 @@ class CapturedModule(ProgramModule):
             for program in self.programs:
                 specs = program.inputs.items()
                 program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
+            if self.plan is not None:
+                weights = dict(self.named_parameters(remove_duplicate=False))
+                self.update_state(plan=self.plan.over(weights))
+                set_casts(self)
             for module in nested:
                 module.recompile()
             self.refresh()

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..fx.literals import same_literal
+from ..tables import did_you_mean
 
 # The value of each symbol at a call, with the size that gave it and that size's place.
 Bound = dict[str, tuple[int, int, str]]
@@ -77,10 +78,8 @@ class TensorInput:
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
-        if self.dtype not in (
-            None,
-            value.dtype,
-        ):  # the source may decide by any dtype, of integers too
+        # The source may decide by any dtype, of integers too.
+        if self.dtype not in (None, value.dtype):
             raise InputError(
                 f"{self.name}: captured as {self.dtype}, called with {value.dtype}. Convert it "
                 f"with .to({self.dtype}), or capture again with an example of {value.dtype}."
@@ -326,8 +325,8 @@ class InputSpec:
         for name in given:
             if name not in self.names:
                 raise InputError(
-                    f"{name}: not among the captured arguments ({', '.join(self.names)}). "
-                    "Capture again with it."
+                    f"{name}: not among the captured arguments ({', '.join(self.names)})."
+                    f"{did_you_mean(name, self.names)} Capture again with it."
                 )
         for name in self.names:
             if name not in given:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
@@ -154,7 +155,7 @@ def outlined(
 
 
 def _annotate(graph: fx.Graph) -> None:
-    """Give each node without a record, as passes insert them, the calls that all its users are in."""
+    """Give each node without a record (passes insert them) the calls that all its users are in."""
     for node in reversed(list(graph.nodes)):
         if CALLS not in node.meta and node.op not in ("placeholder", "output"):
             around = [user.meta.get(CALLS, ()) for user in node.users]
@@ -262,9 +263,7 @@ class _Outliner:
         for index in self.call.inputs.computed:
             given = self.given[index]
             if (axis := _axis(given, node.meta["val"])) is not None:
-                size = self.graph.call_function(
-                    aten.sym_size.int, (self.copies[given], axis)
-                )
+                size = self.graph.call_function(aten.sym_size.int, (self.copies[given], axis))
                 size.meta["val"] = node.meta["val"]
                 self.copies[node] = size
                 return size
@@ -276,18 +275,18 @@ class _Outliner:
 
     def _contract(self) -> InputSpec:
         """Return the contract: names, structure, constants and shapes; any dtype (autocast)."""
-        leaves = [
-            self._leaf(index, constant)
-            for index, constant in enumerate(self.call.inputs.constants)
-        ]
         groups: list[tuple[Input, ...]] = []
-        for structure in self.call.structures:
-            groups.append(tuple(leaves[: structure.num_leaves]))
-            leaves = leaves[structure.num_leaves :]
+        begin = 0
+        for name, structure in zip(self.call.names, self.call.structures, strict=True):
+            end = begin + structure.num_leaves
+            indices = range(begin, end)
+            named = [name] if len(indices) == 1 else [f"{name}[{i - begin}]" for i in indices]
+            groups.append(tuple(map(self._leaf, indices, named)))
+            begin = end
         return InputSpec(self.call.names, self.call.structures, tuple(groups))
 
-    def _leaf(self, index: int, constant: Any) -> Input:
-        name = f"input {index} of '{self.call.path}'"
+    def _leaf(self, index: int, name: str) -> Input:
+        constant = self.call.inputs.constants[index]
         if index not in self.call.inputs.computed:
             return ConstantInput(name, constant)
         value = example_value(self.given[index])
@@ -367,9 +366,7 @@ class _Outliner:
             return {0: node}
         flat = self.rest.call_function(pytree.tree_leaves, (node,))
         flat.meta[CALLS] = around
-        return {
-            index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results
-        }
+        return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
 
     def _check_plain(self, given: Any) -> None:
         """Raise SubmoduleError for an argument that a graph's node cannot hold, as a cache."""
@@ -380,13 +377,13 @@ class _Outliner:
                 ahead += value
             elif type(value) is dict:
                 ahead += value.values()
-            elif not isinstance(value, (*fx.node.base_types, fx.Node, type(None))):
+            elif not isinstance(value, (*base_types, fx.Node, type(None))):
                 raise self._refusal(f"takes a {type(value).__name__} as an argument")
 
     def _refusal(self, why: str) -> SubmoduleError:
         return SubmoduleError(
-            f"'{self.call.path}' cannot be a module of its own: it {why}. Outline the module around "
-            "it, or those inside."
+            f"'{self.call.path}' cannot be a module of its own: it {why}. Outline the module "
+            "around it, or those inside."
         )
 
 

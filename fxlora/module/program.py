@@ -21,6 +21,7 @@ from .submodules import plain_view
 
 MODES = ("train", "eval")
 
+
 @dataclass(eq=False)
 class Program:
     """The graphs for one way of calling a model, or a submodule of it.
@@ -83,7 +84,8 @@ class ProgramModule(fx.GraphModule):
             self.__dict__[name] = held
         self.program = program
         self.look()
-        type(self).forward = _own_forward()  # fx.GraphModule gives every instance a class
+        if "forward" not in vars(type(self)):  # fx.GraphModule gives every instance a class
+            type(self).forward = forward_function()
         self.training = training
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -223,14 +225,13 @@ def _function(source: str, names: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def _own_forward() -> Any:
+def forward_function() -> Any:
     """Return a copy of `_forward` with its own code object.
 
     torch.compile keeps what it compiled per code object, up to a limit that all captured modules
     of a process would otherwise share.
     """
-    code = _forward.__code__.replace()
-    return types.FunctionType(code, _forward.__globals__, "forward")
+    return types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "forward")
 
 
 def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:

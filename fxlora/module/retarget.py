@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.node import map_aggregate
 
 from ..errors import CaptureError
+from .casts import is_cast
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 
 _WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
 
 
-def moves_of(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
+def moves_of(tensors: Iterable[torch.Tensor], fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
     """Return the devices and dtypes of a module's tensors that `fn` changes."""
     moves: Moves = {}
-    kinds = {(t.device, t.dtype) for t in [*module.parameters(), *module.buffers()]}
+    kinds = {(t.device, t.dtype) for t in tensors}
     for device, dtype in kinds:
         old = torch.empty(0, device=device, dtype=dtype)
         new = fn(old)
@@ -50,7 +51,7 @@ def refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
     Raises:
         CaptureError: names the call.
     """
-    for node in graph.nodes:
+    for node in (node for node in graph.nodes if not is_cast(node)):
         for old in (*node.args, *node.kwargs.values()):
             new = moves.get(old) if isinstance(old, torch.dtype) else None
             if new in _WIDTH and _WIDTH[new] < _WIDTH.get(old, 0) and _computes(node):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
 
@@ -78,7 +79,7 @@ class Seal:
         GraphModule, runs the graph's own nodes, which take the weight itself.
         """
         compute = self.adapted.get(_joined(path, name)) if self.adapted else None
-        if compute is None or sys._getframe(2).f_code is fx.Interpreter.fetch_attr.__code__:
+        if compute is None or _reads_for_a_graph(sys._getframe(1)):
             return value
         adapted = compute()
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
@@ -98,17 +99,25 @@ class AdaptedTensor(torch.Tensor):
     ) -> Any:
         if isinstance(func, OpOverload):
             raise SubmoduleError(
-                f"{func} takes an adapted weight that was read off a captured module. A node of the "
-                "graph would apply the adapters twice: call the module itself, or run the graph "
-                "with torch.fx.Interpreter. Python of your own: call the function in torch or "
-                "torch.nn.functional instead of the overload."
+                f"{func} takes an adapted weight that was read off a captured module. A node of "
+                "the graph would apply the adapters twice: call the module itself, or run the "
+                "graph with torch.fx.Interpreter. In Python of your own, call the function in "
+                "torch or torch.nn.functional instead of the overload."
             )
         with torch._C.DisableTorchFunctionSubclass():
-            plain = torch.Tensor
-            args, kwargs = torch.utils._pytree.tree_map_only(
-                cls, lambda tensor: tensor.as_subclass(plain), (args, kwargs or {})
-            )
+            args, kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
             return func(*args, **kwargs)
+
+
+def _reads_for_a_graph(frame: types.FrameType | None) -> bool:
+    """Whether torch.fx's Interpreter is what reads an attribute, in this frame's `__getattr__`."""
+    while frame is not None and frame.f_code.co_name == "__getattr__":
+        frame = frame.f_back
+    return frame is not None and frame.f_code is fx.Interpreter.fetch_attr.__code__
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, AdaptedTensor) else value
 
 
 class Part(nn.Module):
@@ -150,6 +159,25 @@ class Part(nn.Module):
             own: Any = seal.owner
             own.unshare(self)
         return super().requires_grad_(requires_grad)
+
+
+class HostPart(Part):
+    """A submodule of a host: the source's own, with its code and attributes.
+
+    Its code may set its attributes while it runs; from outside, that would have no effect.
+    """
+
+    source_class: type[nn.Module] = nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seal: Seal = self.__dict__["_seal"]
+        if seal.adapted:
+            raise SubmoduleError(
+                f"'{self._path}' of a host with adapters cannot be called on its own: only the "
+                "whole graph applies them. Fold the adapters (fxlora.fold) and host that."
+            )
+        with seal.opened():
+            return super().__call__(*args, **kwargs)
 
 
 class NoAttributeError(SubmoduleError, AttributeError):
@@ -204,17 +232,40 @@ def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
     return made
 
 
+def host_part(part: nn.Module, path: str, seal: Seal) -> None:
+    """Make a submodule of a host, in place, refuse what has no effect on the host's graph."""
+    kind = part.source_class if isinstance(part, HostPart) else type(part)
+    object.__setattr__(part, "__class__", _host_part_class(kind))
+    seal_part(part, path, seal)
+
+
+@functools.cache
+def _host_part_class(kind: type[nn.Module]) -> type[HostPart]:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "source_class": kind}
+    bases = (HostPart, kind)
+    return types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(names))
+
+
 @functools.cache
 def _container_class(kind: type[nn.Module]) -> type[Container]:
+    names = {"__module__": kind.__module__, "source_class": kind}
+    return subclass(kind, (Container,), names)
+
+
+def subclass(kind: type[nn.Module], bases: tuple[type[Any], ...], names: dict[str, Any]) -> Any:
+    """Return a class with these bases that is also a subclass of the source's class, if it can be.
+
+    All that nn.Module defines is nn.Module's own, not the source class's version of it.
+    """
+    own = {**names, "__qualname__": kind.__qualname__}
+    alone = types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(own))
     if kind is nn.Module or issubclass(kind, (fx.GraphModule, torch.jit.ScriptModule)):
-        return Container
+        return alone
     try:
-        made = types.new_class(kind.__name__, (Container, kind))
+        both = (*bases, _Pinned, kind)
+        return types.new_class(kind.__name__, both, exec_body=lambda ns: ns.update(own))
     except Exception:  # noqa: BLE001 - a user's class may refuse to be subclassed in any way
-        return Container
-    made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
-    made.source_class = kind
-    return made
+        return alone
 
 
 class _NoHooks(OrderedDict[Any, Any]):
@@ -234,7 +285,9 @@ class _NoHooks(OrderedDict[Any, Any]):
 class _Children(dict[str, Any]):
     """The children of a submodule: adding or replacing one raises unless the seal allows it."""
 
-    def __init__(self, children: Mapping[str, Any], path: str = "", seal: Seal | None = None) -> None:
+    def __init__(
+        self, children: Mapping[str, Any], path: str = "", seal: Seal | None = None
+    ) -> None:
         super().__init__(children)
         self.path, self.seal = path, seal
 
@@ -258,7 +311,7 @@ def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
     """Make a submodule refuse what has no effect."""
     part.__dict__.update(_path=path, _seal=seal)
     part.__dict__["_modules"] = children_of(part._modules, path, seal)
-    if isinstance(part, Container):
+    if not isinstance(part, fx.GraphModule):  # a block is called
         part.__dict__.update({name: _NoHooks(path) for name in HOOKS if name in part.__dict__})
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..errors import ConfigError, NoMatchError
-from ..matching.choice import nearest
 from ..module import CapturedModule, check_captured
 from ..module.program import MODES
 from ..names import shown
 from ..reads.sites import find_sites
+from ..tables import did_you_mean, some
 from .neighborhood import around_adapter, around_site
 from .svg import Svg, drawn
 
@@ -48,8 +48,8 @@ def draw(module: CapturedModule, site: str, *, mode: str = "eval") -> Svg:
     else:
         sites = {found.name: found for found in find_sites(module)}
         if site not in sites:
-            near = ", ".join(nearest(str(site), [*entries, *sites])) or "none"
-            raise NoMatchError(f"there is no site {shown(site)}. Nearest: {near}.")
+            near = did_you_mean(str(site), [*entries, *sites]) or f" The sites: {some(sites)}."
+            raise NoMatchError(f"there is no site {shown(site)}.{near}")
         parts = around_site(module, sites[site], mode)
     if not parts:
         raise NoMatchError(f"no {mode} graph reads {shown(site)}.")

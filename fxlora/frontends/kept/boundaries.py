@@ -15,16 +15,22 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import has_side_effect
 from torch.library import Library
 from torch.utils import _pytree as pytree
 
 from ...module.outline import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
 
+
+def _nothing(*given: Any) -> None:
+    """Do nothing: the op only marks a place in a graph."""
+
+
 _LIBRARY = Library("fxlora", "FRAGMENT")
 _LIBRARY.define("boundary(Tensor[] tensors, SymInt[] sizes, str path, int number, bool end) -> ()")
-_LIBRARY.impl("boundary", lambda *given: None, "CompositeExplicitAutograd")
+_LIBRARY.impl("boundary", _nothing, "CompositeExplicitAutograd")
 _MARK = torch.ops.fxlora.boundary.default
-fx.node.has_side_effect(_MARK)
+has_side_effect(_MARK)
 
 
 class Calls:
@@ -125,7 +131,9 @@ def _marked(values: Any, key: CallKey, end: bool) -> Leaves:
 def _names(module: nn.Module, positional: int, kwargs: Collection[str]) -> tuple[str, ...]:
     """Return names for a call's positional arguments, as its forward declares them, and kwargs."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    declared: Sequence[inspect.Parameter] = list(inspect.signature(module.forward).parameters.values())
+    declared: Sequence[inspect.Parameter] = list(
+        inspect.signature(module.forward).parameters.values()
+    )
     names = [parameter.name for parameter in declared if parameter.kind in kinds][:positional]
     names += [f"args_{index}" for index in range(len(names), positional)]
     return (*names, *kwargs)
