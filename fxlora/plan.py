@@ -357,7 +357,7 @@ class Plan:
 
     Raises:
         ConfigError: an attribute has a wrong type or value, or two entries adapt the same rows of
-            a weight.
+            a weight, or one weight by different adapters.
 
     Example:
         >>> import torch, fxlora
@@ -404,11 +404,17 @@ class Plan:
         prefixes = Counter((entry.prefix, entry.adapter) for entry in self)
         twice = [prefix for (prefix, _), count in prefixes.items() if count > 1]
         _check(not twice, f"the plan has {some(twice)} more than once")
-        held: dict[tuple[str, str], list[Entry]] = {}
+        held: dict[str, list[Entry]] = {}
         for entry in self:
             for name in entry.names:
-                held.setdefault((name, entry.adapter), []).append(entry)
-        for (name, _), sharing in held.items():
+                held.setdefault(name, []).append(entry)
+        for name, sharing in held.items():
+            adapters = dict.fromkeys(entry.adapter for entry in sharing)
+            _check(
+                len(adapters) == 1,
+                f"the plan adapts '{name}' by {some(adapters)}: one adapter at a time, because a "
+                "file holds one; fold the first before the second",
+            )
             rows = sorted(entry.rows or (0, MAX_SIZE) for entry in sharing)
             apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(rows))
             _check(apart, f"the plan adapts the same rows of '{name}' more than once")

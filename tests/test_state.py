@@ -101,7 +101,11 @@ def test_no_copy_forgets_a_field(how: str) -> None:
     once = fxlora.fold(adapted(captured(True)))
     config = LoraConfig(r=2, target_modules=["other"], modules_to_save=["twin"])
     lora = fxlora.inject(once, fxlora.match(once, config))
-    lora.update_state(grads=frozenset(["lin.bias"]), outputs=frozenset(["other.weight"]))
+    lora.update_state(
+        grads=frozenset(["lin.bias"]),
+        outputs=frozenset(["other.weight"]),
+        written=frozenset(["a name"]),
+    )
     found = COPIES[how](lora).known
     for field in dataclasses.fields(State):
         before, after = getattr(lora.known, field.name), getattr(found, field.name)

@@ -18,6 +18,7 @@ from torch import nn
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
 from fxlora.lora.ops import OPS
+from fxlora.module.memory import copied_values
 from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
@@ -654,3 +655,60 @@ def test_a_registered_branch_that_is_wrong_is_noticed_before_training(
     lora = fxlora.adapt(Mlp(), x, rules=Rule("up", lora=R))
     with pytest.raises(VerificationError, match="folded and unfolded outputs differ"):
         fxlora.verify(lora, x)
+
+
+class BranchIsWrong(nn.Module):
+    """Reads a weight by an op whose registered branch is twice as large, in the chosen modes."""
+
+    def __init__(self, modes: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.table, self.w = nn.Embedding(9, 5), nn.Parameter(torch.randn(7, 5))
+        self.bias = nn.Parameter(torch.randn(7))
+        self.modes = modes
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.table(ids), 0.5, self.training)
+        y = torch.addmm(self.bias, x, self.w.t())
+        return torch.mm(x, self.w.t()) + y if self.training in self.modes else y
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("modes", [(True,), (True, False)])
+@pytest.mark.parametrize("start", [0.0, 1e-7, 1.0])
+def test_a_wrong_branch_is_noticed_beside_others_and_in_either_mode(
+    monkeypatch: pytest.MonkeyPatch, start: float, modes: tuple[bool, ...], dropout: float
+) -> None:
+    key = torch.ops.aten.mm.default, 1
+    row, ids = OPS[key], torch.randint(9, (4,))
+    gm = fxlora.capture(BranchIsWrong(modes), ids)
+    rules = [
+        Rule("w", lora=LoraConfig(r=2, lora_dropout=dropout)),
+        Rule("table", lora=LoraConfig(r=2)),  # its B does not start from zero
+    ]
+
+    def adapted() -> fxlora.CapturedModule:
+        lora = fxlora.inject(gm, fxlora.match(gm, rules))
+        with torch.no_grad():
+            b = lora.get_parameter(lora.plan.entries[1].name_b)  # pyright: ignore
+            b.normal_(std=start) if start else b.zero_()
+        return lora
+
+    fxlora.verify(adapted(), ids)
+    doubled = dataclasses.replace(
+        row, branch=lambda read, a, b: torch.ops.aten.mul.Tensor(row.branch(read, a, b), 2)
+    )
+    monkeypatch.setitem(OPS, key, doubled)
+    with pytest.raises(VerificationError, match=r"outputs differ by .* in (train|eval) mode"):
+        fxlora.verify(adapted(), ids)
+
+
+def test_a_tensor_that_is_passed_twice_stays_one_and_views_stay_views() -> None:
+    x, views = torch.randn(3, 5), torch.randn(6, 5)
+    for given in ((x, x), (views[:4], views[2:])):
+        copied = copied_values(given)
+        before = [tensor.clone() for tensor in given]
+        copied[0].mul_(2)
+        assert not torch.equal(copied[1], before[1])
+        assert all(map(torch.equal, given, before))
+        given[0].mul_(2)
+        assert all(map(torch.equal, given, copied))

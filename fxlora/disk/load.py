@@ -9,7 +9,7 @@ import torch
 
 from ..api import inject
 from ..data import as_path
-from ..errors import AdapterError, ConfigError, InjectError, MisfitError, warn
+from ..errors import AdapterError, ConfigError, InjectError, MisfitError, UnsupportedOpError, warn
 from ..lora.dtypes import dtype_rule
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
@@ -95,7 +95,7 @@ def load_adapter(
             f"{content.path} does not fit the module: {error.reason} Load it onto one captured "
             "from the model that it was trained on, with its ties."
         ) from error
-    except (ConfigError, InjectError) as error:
+    except (ConfigError, InjectError, UnsupportedOpError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
     with torch.no_grad():
         for name, value in stored.items():

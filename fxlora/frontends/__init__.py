@@ -6,7 +6,7 @@ Whichever frontend makes a graph, the ops in it that read weights are aten overl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
+from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.parts import Modules, chosen_modules
 from ..module.program import MODES, Program
@@ -28,7 +29,7 @@ from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
 from .kept.hooks import refuse_backward_hooks
 from .kept.undisturbed import plain_tensors
-from .memory import ParameterMemory
+from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
 from .traced import trace_mode
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
@@ -224,22 +225,18 @@ def _assemble(
     parts: tuple[str, ...] = (),
 ) -> CapturedModule:
     """Build the captured module: the sources' graphs of both modes over one parameter tree."""
-    written: set[str] = set(parent.reads) if parent else set()  # the parent may write to these
-    called: set[str] = set()
+    found = _Held(model)
     for source in sources:
         for module in source.distinct().values():
             gather_checkpoints(module)
-            for node in module.graph.nodes:
-                written |= {_full(source, name) for name in written_attributes(node, module)}
-                called |= {str(node.target)} if node.op == "call_module" else set()
-    tree = build_tree(model, called, written)
-    known = _tensor_names(model)
-    memory = ParameterMemory(model)
-    mirrors: dict[str, set[str]] = {}
+            found.look_into(source, module)
+    tensors = found.own_tensors(parent.reads if parent else ())
+    tree = build_tree(model, found.called, tensors)
+    memory, mirrors = found.memory, dict[str, set[str]]()
     for number, source in enumerate(sources):
         for mode, module in source.distinct().items():
             label = f"{mode}{number or ''}"
-            _adopt(tree, label, source, module, known, memory, mirrors)
+            _adopt(tree, label, source, module, found, tensors, mirrors)
     programs = [
         Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.calls) for s in sources
     ]
@@ -249,6 +246,7 @@ def _assemble(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
         outputs=_output_embeddings(model),
         outlined=parts,
+        written=_all_names(tree, found.written),
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )
     result = CapturedModule(
@@ -261,6 +259,84 @@ def _assemble(
     )
     read_by_own_names(result)
     return result
+
+
+class _Held:
+    """The tensors that graphs hold, and those that they write to.
+
+    Attributes:
+        named: the model's parameters and buffers, under all their names.
+        memory: the memory of its parameters.
+        called: paths of the submodules that graphs call.
+        written: names of the parameters and buffers that graphs write to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = model.named_parameters(remove_duplicate=False)
+        buffers = model.named_buffers(remove_duplicate=False)
+        self.model = model
+        self.named: dict[str, torch.Tensor] = {**dict(parameters), **dict(buffers)}
+        self.memory = ParameterMemory(model)
+        self.called: set[str] = set()
+        self.written: set[str] = set()
+        self._constants: list[torch.Tensor] = []
+        self._written_constants: list[torch.Tensor] = []
+
+    def look_into(self, source: Source, module: fx.GraphModule) -> None:
+        """Add what a graph module holds, calls and writes to."""
+        graph = module.graph
+        self.called |= {str(node.target) for node in graph.find_nodes(op="call_module")}
+        writes = {name for node in graph.nodes for name in written_attributes(node, module)}
+        for name in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")):
+            value, full = _attribute(module, name), _full(source, name)
+            if not isinstance(value, torch.Tensor):
+                continue
+            if full not in self.named:
+                full = self.memory.name_of(value)
+            if full is not None:
+                self.written |= {full} if name in writes else set()
+            else:
+                self._constants.append(value)
+                self._written_constants += [value] if name in writes else []
+        if None in source.inputs.values():
+            self._refuse_apart()
+
+    def _refuse_apart(self) -> None:
+        """Raise if a plain tensor shares memory with what a call writes to.
+
+        A traced graph holds a copy of the tensor, which would not change with it.
+        """
+        written = {id(self.named[name]) for name in self.written}
+        plain = {id(tensor): name for name, tensor in plain_tensors(self.model)}
+        apart = [t for _, t in plain_tensors(self.model)] if written else []
+        for group in overlapping([*self.named.values(), *apart]) if apart else ():
+            held = {id(tensor) for tensor in group}
+            if held & written and (names := [plain[key] for key in held & plain.keys()]):
+                raise CaptureError(
+                    f"{type(self.model).__name__}: '{names[0]}' shares memory with a tensor that "
+                    "the forward writes to, and is no buffer. Register it as one, or give example "
+                    "inputs: capture(model, args)."
+                )
+
+    def own_tensors(self, read: Iterable[str]) -> dict[int, torch.Tensor]:
+        """Return the captured module's tensor for each tensor, by id.
+
+        Args:
+            read: names of parameters that Python reads, and may write to.
+        """
+        names = self.written.union(read)
+        marked = [self.named[name] for name in names if name in self.named]
+        return own_tensors(self.model, self._constants, [*marked, *self._written_constants])
+
+
+def _all_names(tree: nn.Module, written: Collection[str]) -> frozenset[str]:
+    """Return the names of the parameters among these, and of those over the same memory."""
+    named = dict(tree.named_parameters(remove_duplicate=False))
+    tensors = dict(tree.named_buffers(remove_duplicate=False)) | named
+    marked = {id(tensors[name]) for name in written if name in tensors}
+    groups = overlapping(tensors.values()) if marked else []
+    met = {id(t) for group in groups if marked & set(map(id, group)) for t in group}
+    return frozenset(name for name, parameter in named.items() if id(parameter) in met)
 
 
 def _add_mirrors(mirrors: dict[str, set[str]], model: nn.Module, memory: ParameterMemory) -> None:
@@ -280,8 +356,8 @@ def _adopt(
     label: str,
     source: Source,
     module: fx.GraphModule,
-    known: set[str],
-    memory: ParameterMemory,
+    found: _Held,
+    tensors: Mapping[int, torch.Tensor],
     mirrors: dict[str, set[str]],
 ) -> None:
     """Rename a graph's attributes to their names in the whole model; attach all others to the tree.
@@ -291,6 +367,7 @@ def _adopt(
     parameter's name; a tensor that shares a parameter's memory is added to `mirrors`.
     """
     taken: set[str] = set()
+    known, memory = found.named, found.memory
     for node in module.graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
             named = {k: (_full(source, str(path)), kind) for k, (path, kind) in stack.items()}
@@ -310,7 +387,7 @@ def _adopt(
         node.target = f"_constants.{label}_{name.replace('.', '_')}"
         if node.target not in taken:
             taken.add(node.target)
-            attach(tree, node.target, value)
+            attach(tree, node.target, tensors.get(id(value), value))
 
 
 def _full(source: Source, name: str) -> str:
@@ -322,12 +399,6 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def _tensor_names(model: nn.Module) -> set[str]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {name for name, _ in [*parameters, *buffers]}
 
 
 def _output_embeddings(model: nn.Module) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,16 +34,18 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:
-    """Build a tree of modules with the model's names; parameters share storage, buffers are copies.
+def build_tree(
+    model: nn.Module, leaves: Collection[str], tensors: Mapping[int, torch.Tensor]
+) -> nn.Module:
+    """Build a tree of modules with the model's names over other tensors.
 
     Args:
         model: the source model.
         leaves: paths of submodules that a graph calls; each is copied whole, with its tensors
             treated in the same way.
-        written: names of parameters that a graph or the parent may write to; these are copied.
+        tensors: the tree's tensor for each of the model's, by its id (see `own_tensors`).
     """
-    memo = _own_tensors(model, written)
+    memo: dict[int, Any] = dict(tensors)
 
     def held(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: None if t is None else memo[id(t)] for name, t in tensors.items()}
@@ -136,19 +138,7 @@ def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
     if isinstance(value, nn.Module):
         container.add_module(name, value)
     else:
-        container.register_buffer(name, value.detach().clone(), persistent=False)
-
-
-def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = parameter.detach()
-        if name in written:
-            tensor = tensor.clone()
-        memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-    for _, buffer in model.named_buffers(remove_duplicate=False):
-        memo.setdefault(id(buffer), buffer.detach().clone())
-    return memo
+        container.register_buffer(name, value, persistent=False)
 
 
 def read_by_own_names(module: CapturedModule) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .literals import literal
+
 
 def argument(node: fx.Node, position: int, default: Any = None) -> Any:
     """Return the argument at a position of the op's schema, whether passed by position or name.
@@ -81,20 +83,9 @@ def frozen(node: fx.Node, name: Callable[[fx.Node], Hashable]) -> Hashable:
     Raises:
         TypeError: an argument cannot be hashed.
     """
-
-    def of(value: Any) -> Hashable:
-        if isinstance(value, fx.Node):
-            return "node", name(value)
-        if isinstance(value, list | tuple):
-            return "sequence", tuple(map(of, value))
-        if isinstance(value, dict):
-            return "mapping", tuple((key, of(item)) for key, item in value.items())
-        if isinstance(value, slice):
-            return "slice", of((value.start, value.stop, value.step))
-        hash(value)
-        return type(value), value
-
-    return of((node.args, dict(node.kwargs)))
+    key: Hashable = literal((node.args, dict(node.kwargs)), name)
+    hash(key)
+    return key
 
 
 def kind_of(node: fx.Node) -> str:

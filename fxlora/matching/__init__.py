@@ -15,6 +15,7 @@ from .choice import Choice
 from .entries import Entries, check_rank
 from .full import (
     biases,
+    check_own_memory,
     check_trained,
     check_trains,
     dtype_rules,
@@ -74,9 +75,17 @@ def match(
     return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget)
 
 
-def _plan(choice: Choice, making: Entries, misses: Unmatched, budget: int | str | None) -> Plan:
+def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | str | None) -> Plan:
+    """Make the plan of a choice: what each site gets, and what trains in full.
+
+    Args:
+        choice: the module, its sites and the rules.
+        planned: makes the entries of a site.
+        unmatched: raises for rules and names that match nothing.
+        budget: the most parameters that all A and B together may have.
+    """
     chosen = choice.made()
-    saved = modules_to_save(choice, chosen, misses)
+    saved = modules_to_save(choice, chosen, unmatched)
     in_full = trained(choice.module, saved)
     entries: list[Entry] = []
     skipped: list[tuple[str, str]] = []
@@ -93,16 +102,17 @@ def _plan(choice: Choice, making: Entries, misses: Unmatched, budget: int | str 
         elif rule.lora is None:
             skipped.append((site.name, f"rule {number} leaves it alone"))
         else:
-            entries += making.made(site, number, rule)
-    misses.check(chosen, entries, list(saved))
+            entries += planned.made(site, number, rule)
+    unmatched.check(chosen, entries, list(saved))
     if budget is not None:
-        entries = making.within_budget(entries, budget)
+        entries = planned.within_budget(entries, budget)
     for entry in entries:
         check_rank(entry)
     warn_of_large(entries)
-    misses.warn_of_uncovered(skipped)
+    unmatched.warn_of_uncovered(skipped)
     biased = biases(choice, entries)
     in_full |= biased.keys()
+    check_own_memory(choice.module, sorted(in_full))
     if not entries and not in_full:
         raise NoMatchError(f"the rules adapt none of {len(choice.sites)} sites.")
     sizes = {name: p.numel() for name, p in choice.module.named_parameters()}

@@ -16,7 +16,7 @@ from .choice import Choice, Chosen, is_suffix, matches
 from .unmatched import Unmatched
 
 
-def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[str, int]:
+def modules_to_save(choice: Choice, chosen: Chosen, unmatched: Unmatched) -> dict[str, int]:
     """Return the paths of modules and bare parameters that train in full.
 
     Each has the number of the first rule that trains it.
@@ -30,7 +30,7 @@ def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[s
         for name in (rule.lora.modules_to_save if rule.lora else None) or ():
             paths = [path for path in holders if is_suffix(name, path)]
             if not paths:
-                misses.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+                unmatched.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
             found += [(path, number) for path in paths]
         found += [(path, number) for path in without_sites(choice, rule)]
     for site, number in chosen:
@@ -166,6 +166,24 @@ def check_trains(site: Site) -> None:
             "gradient reaches it. Leave it out of train= and modules_to_save, or change the model "
             "so that the gradient reaches it."
         )
+
+
+def check_own_memory(module: CapturedModule, names: Iterable[str]) -> None:
+    """Raise if a parameter that is to train in full shares memory with another tensor.
+
+    It trains as a copy, and the other tensor would not change with it.
+
+    Raises:
+        UnsupportedOpError: names both.
+    """
+    for name in names:
+        if others := module.known.mirrors.get(name):
+            raise UnsupportedOpError(
+                f"'{name}' is to train in full, and shares memory with '{others[0]}', which is "
+                "another tensor: training one would not change the other. Make them one Parameter "
+                f"(b.weight = a.weight), or leave '{name}' out of train=, modules_to_save and "
+                "bias=."
+            )
 
 
 def is_below(parameter: str, path: str) -> bool:

@@ -323,12 +323,15 @@ class CapturedModule(ProgramModule):
     def derive(self) -> CapturedModule:
         """Return a copy to rewrite, with its own graphs and containers.
 
-        Frozen parameters share storage with this module. Buffers and trainable parameters are
-        copied, so that training one module leaves the other unchanged.
+        Frozen parameters share storage with this module. Buffers, trainable parameters and those
+        that a call may write to are copied, so that training or calling one module leaves the
+        other unchanged.
         """
-        trains = self.known.adapter_parameters | self.trained
+        trains, kept = self.known.adapter_parameters | self.trained, self.state_parameters()
         memo: dict[int, Any] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in kept:
+                continue
             tensor = parameter.detach()
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
@@ -357,8 +360,12 @@ class CapturedModule(ProgramModule):
                 memo[id(standing)] = copy.deepcopy(block, memo)
         # A buffer that a call wrote to may be part of an autograd graph, which deepcopy refuses.
         for buffer in self.buffers():
-            if not buffer.is_leaf:
-                memo.setdefault(id(buffer), buffer.detach().clone())
+            if not buffer.is_leaf and id(buffer) not in memo:
+                memo[id(buffer)] = copy.deepcopy(buffer.detach(), memo)
+        for parameter in self.state_parameters().values():  # views of a buffer stay views of it
+            if id(parameter) not in memo:
+                data = copy.deepcopy(parameter.detach(), memo)
+                memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
             [program.copied() for program in self.programs],
@@ -394,10 +401,12 @@ class CapturedModule(ProgramModule):
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self.take_fingerprints()  # the loaded weights are the new base
         left = {n: mark for n, mark in changed.items() if state_dict.keys().isdisjoint(n)}
+        held = self.state_tensors()
+        given = {id(held[name]) for name in state_dict if name in held}
         loaded = {
-            name: buffer.detach().clone()
-            for name, buffer in self.named_buffers(remove_duplicate=False)
-            if name in self.known.originals and name in state_dict
+            name: tensor.detach().clone()
+            for name, tensor in held.items()
+            if name in self.known.originals and id(tensor) in given
         }
         self.update_state(
             fingerprints={**self.known.fingerprints, **left},
@@ -408,7 +417,8 @@ class CapturedModule(ProgramModule):
     def _unshare_storage(self, names: Collection[str]) -> None:
         """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
-        written = {_memory(parameter) for name, parameter in held if name in names}
+        own = self.known.written  # no module shares these
+        written = {_memory(p) for name, p in held if name in names and name not in own}
         memo: dict[int, Any] = {}
         for parameter in {id(p): p for _, p in held if _memory(p) in written}.values():
             parameter.data = copy.deepcopy(parameter.data, memo)
@@ -425,6 +435,7 @@ class CapturedModule(ProgramModule):
             tuple(names): fingerprint(self.get_parameter(names[0]))
             for names in self.aliases().values()
             if state.plan is not None and trains.isdisjoint(names)
+            if self.known.written.isdisjoint(names)
         }
 
     def take_fingerprints(self) -> None:
@@ -465,6 +476,16 @@ class CapturedModule(ProgramModule):
     def adapter_parameters(self) -> frozenset[str]:
         """Return the names of the parameters that injection added: A, B, and a variant's own."""
         return self.known.adapter_parameters
+
+    def state_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that a call writes to, or may write to in Python, by name."""
+        names = self.known.written.union(self.parent_module.reads if self.parent_module else ())
+        held = self.named_parameters(remove_duplicate=False) if names else ()
+        return {name: parameter for name, parameter in held if name in names}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a call may change: the buffers, and the parameters that it writes to."""
+        return {**dict(self.named_buffers(remove_duplicate=False)), **self.state_parameters()}
 
     def unplanned(self) -> list[str]:
         """Return the names of parameters that require gradients although no plan trains them."""

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
+from ..fx.literals import same_literal
 from ..tables import did_you_mean
 
 # The value of each symbol at a call, with the size that gave it and that size's place.
@@ -129,7 +130,7 @@ class ConstantInput:
     value: Any
 
     def check(self, value: object, bound: Bound) -> None:
-        if type(value) is not type(self.value) or value != self.value:
+        if not same_literal(value, self.value):
             raise InputError(
                 f"{self.name}: captured as the constant {self.value!r}, called with "
                 f"{value!r}. Capture again with this value."

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
 from ..fx.calls import example_value
+from ..fx.literals import literal
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ class Value:
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaves:
     """The inputs or the output of a call: its structure, and its leaves.
 
@@ -58,6 +59,15 @@ class Leaves:
     constants: tuple[Any, ...]
     computed: tuple[int, ...]
     tensors: frozenset[int]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Leaves) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self.computed)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.structure, literal(self.constants), self.computed, self.tensors
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
+from .memory import copied_values
 from .program import MODES, Program, ProgramModule
 
 
@@ -118,7 +119,7 @@ class ParentModule:
 
     def kept(self, values: Any) -> Any:
         """Return a copy while recording: Python may write into a region's inputs and outputs."""
-        return values if self._recorded is None else pytree.tree_map(_copied, values)
+        return values if self._recorded is None else copied_values(values)
 
     def note(self, path: str, given: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> None:
         """Add a call of a region to the recorded calls, while recording."""
@@ -165,10 +166,6 @@ def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def parent_program() -> Program:

@@ -23,6 +23,8 @@ class State:
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings, which "all-linear" leaves out.
         outlined: paths of the submodules that are modules of their own, which the graph calls.
+        written: names of the parameters that the graphs write to, or whose memory they write to.
+            They are treated as buffers are: each copy of the module has its own.
         mirrors: by a parameter's name, the names of buffers, constants and other parameters in its
             memory, through which the graphs may read it too.
     """
@@ -34,6 +36,7 @@ class State:
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
     outlined: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     @property

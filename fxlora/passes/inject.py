@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..errors import InjectError, MisfitError
+from ..errors import InjectError, MisfitError, UnsupportedOpError
 from ..fx.effects import written_attributes
 from ..fx.nested import nested_graph
 from ..matching.forms import branch_obstacle
+from ..matching.full import check_own_memory
+from ..matching.refusals import why_unsupported
 from ..module import CapturedModule
 from ..module.casts import mark, set_casts
 from ..module.program import Program
@@ -45,6 +47,7 @@ class Inject(Pass):
 
     def rewrite(self, module: CapturedModule) -> State:
         sites = check_fits(module, self.plan)
+        _check_starts(self.plan, self.starts)
         plan = with_dtypes(module, self.plan)
         originals = _originals(module, plan)
         _freeze(module, plan)
@@ -66,15 +69,39 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
 
     Raises:
         MisfitError: the plan does not describe this module.
+        UnsupportedOpError: the module has a weight of the plan, but not one that can be adapted.
         InjectError: the model already has a module or attribute where an adapter would go.
     """
     sites = _sites(module, plan)
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if missing := [name for name in plan.trained if name not in held]:
         raise MisfitError(f"the plan trains {some(missing)}, which this module does not have.")
+    check_own_memory(module, plan.trained)
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
+
+
+def _check_starts(plan: Plan, starts: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless each initial value is one for a tensor of the plan, in its shape.
+
+    Raises:
+        InjectError: names the tensor.
+    """
+    shapes = {name: shape for entry in plan for name, shape in entry.tensors.items()}
+    if unknown := [name for name in starts if name not in shapes]:
+        raise InjectError(
+            f"starts has {some(map(shown, unknown))}, which the plan does not add. It adds "
+            f"{some(shapes)}."
+        )
+    for name, start in starts.items():
+        if tuple(start.shape) != shapes[name]:
+            raise InjectError(
+                f"starts has '{name}' in the shape {tuple(start.shape)}; the plan has "
+                f"{shapes[name]}."
+            )
+        if not start.is_floating_point():
+            raise InjectError(f"starts has '{name}' in {start.dtype}: give a floating-point one.")
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
@@ -119,6 +146,8 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
                 f"'{entry.site}' is {what} {shown(planned)} in the plan, and {shown(held)} in this "
                 "module."
             )
+    if why := why_unsupported(site):
+        raise UnsupportedOpError(f"'{entry.site}' {why}")
     obstacle = branch_obstacle(site, entry.rows, entry.variants)
     if entry.form == "branch" and obstacle:
         raise MisfitError(
@@ -193,12 +222,11 @@ def _set_dtypes(module: CapturedModule, plan: Plan) -> None:
 
 
 def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the buffers and the parameters trained in full at their present values.
+    """Return what calls change, and the parameters trained in full, at their present values.
 
     Training may change them besides the adapters; `remove` restores them.
     """
-    buffers = module.named_buffers(remove_duplicate=False)
-    kept = {name: buffer.detach().clone() for name, buffer in buffers}
+    kept = {name: tensor.detach().clone() for name, tensor in module.state_tensors().items()}
     return kept | {name: module.get_parameter(name).detach() for name in plan.trained}
 
 

@@ -43,7 +43,7 @@ class Remove(Pass):
 
 def _restore(module: CapturedModule) -> None:
     """Restore buffers and the parameters trained in full to their values before injection."""
-    aliases = module.aliases()
+    aliases, held = module.aliases(), module.state_tensors()
     for name, original in module.known.originals.items():
         if name in module.trained:
             restored = nn.Parameter(original)
@@ -51,7 +51,7 @@ def _restore(module: CapturedModule) -> None:
                 module.set_parameter(alias, restored)
         else:
             with torch.no_grad():
-                module.get_buffer(name).copy_(original)
+                held[name].copy_(original)
 
 
 def drop_adapters(module: CapturedModule) -> State:
