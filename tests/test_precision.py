@@ -20,7 +20,8 @@ from fxlora import LoraConfig, Rule
 from fxlora.fx.compare import difference
 from fxlora.lora.dtypes import correctly_rounded
 
-from .laws import adapted, randomise
+from .laws import randomise
+from .oracle import adapted
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 EPS = {F64: 1e-12, F32: 1e-5, F16: 1e-2, BF16: 6e-2}
@@ -79,7 +80,7 @@ def exact_weights(lora: fxlora.CapturedModule) -> dict[str, torch.Tensor]:
     for entry in lora.plan or ():
         weight = found.get(entry.parameter, lora.get_parameter(entry.parameter).detach().double())
         factors = {n: lora.get_parameter(n).detach().double() for n in entry.tensors}
-        found[entry.parameter] = adapted(entry, weight, factors)
+        found[entry.parameter] = adapted(lora, lora, entry, weight, factors)
     return found
 
 

@@ -456,7 +456,7 @@ def test_modes_that_differ_by_a_literal_only(name: str, exported: bool) -> None:
             return read(self.lin(x), train if self.training else evaluation)
 
     model = Model().double()
-    gm = fxlora.capture(model, *([X] if exported else []))
+    gm = fxlora.capture(model, X if exported else None)
     found: list[str] = []
     for mode in (True, False):
         expected, got = (repr(module.train(mode)(X)) for module in (model, gm))
@@ -496,7 +496,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("exported", [True, False])
 def test_a_parameter_that_calls_write_to_is_each_modules_own(exported: bool) -> None:
     model = Counts()
-    gm = fxlora.capture(model, *([X.float()] if exported else []))
+    gm = fxlora.capture(model, X.float() if exported else None)
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("lin", lora=R)))
     randomise(lora)
     modules = (model, gm, lora, fxlora.fold(lora), copy.deepcopy(lora), fxlora.remove(lora))
@@ -550,14 +550,14 @@ def test_tensors_that_share_memory_with_what_is_written_still_do(
         with pytest.raises(fxlora.CaptureError, match=r"example\s+inputs"):
             fxlora.capture(model)
         return
-    gm = fxlora.capture(model, *([X.float()] if exported else []))
+    gm = fxlora.capture(model, X.float() if exported else None)
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("lin", lora=R)))
     for module in (copy.deepcopy(gm), fxlora.fold(lora), gm):
         source = SharedState(written, read)
         source.lin = model.lin
         for _ in range(3):
             assert torch.equal(module(X.float()), source(X.float()))
-        assert torch.equal(model.whole, torch.ones(8, 7))
+        assert torch.equal(model.get_parameter("whole"), torch.ones(8, 7))
 
 
 ALIASES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
@@ -571,7 +571,7 @@ ALIASES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "init": lambda t, x: nn.init.constant_(t, 0.5),
     "foreach": lambda t, x: torch._foreach_add_([t], 1.0),
     "an operator": lambda t, x: t.__imul__(2),
-    "threshold": lambda t, x: F.threshold_(t, 0.1, 0.0),
+    "threshold": lambda t, x: torch.threshold_(t, 0.1, 0.0),
 }
 
 
@@ -589,7 +589,7 @@ def test_a_write_that_no_schema_declares_is_seen(name: str, exported: bool) -> N
 
     model = Writes().double().eval()
     before = model.w.detach().clone()
-    gm = fxlora.capture(model, *([X] if exported else []))
+    gm = fxlora.capture(model, X if exported else None)
     found = gm(X)
     assert torch.equal(model.w, before)
     assert torch.equal(found, model(X))

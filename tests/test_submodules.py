@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils import _pytree as pytree
 
 import fxlora
 from fxlora import LoraConfig, SubmoduleError
@@ -156,7 +157,7 @@ def test_hooks_get_what_the_source_gives(source: Model, captured: fxlora.Capture
 
     ours, theirs = seen(copy.deepcopy(captured)), seen(copy.deepcopy(source))
     assert len(ours) == len(theirs) == 2
-    flat = [torch.utils._pytree.tree_flatten(calls) for calls in (ours, theirs)]
+    flat = [pytree.tree_flatten(calls) for calls in (ours, theirs)]
     assert flat[0][1] == flat[1][1]
     for mine, other in zip(flat[0][0], flat[1][0], strict=True):
         assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
@@ -185,9 +186,9 @@ def test_a_replaced_submodule_is_called(lora: fxlora.CapturedModule) -> None:
     before, block = lora(x := ids()), lora.layers[1]
     lora.layers[1] = Twice()
     assert float((lora(x) - before).detach().abs().max()) > 1e-3
-    for verb in (fxlora.fold, fxlora.remove, fxlora.save_adapter, copy.deepcopy):
+    for verb in (fxlora.fold, fxlora.remove, fxlora.lora_parameters, copy.deepcopy):
         with pytest.raises(SubmoduleError, match="was replaced by a Twice"):
-            verb(lora) if verb is not fxlora.save_adapter else verb(lora, "nowhere")
+            verb(lora)
     lora.set_submodule("layers.1", lora.blocks["layers.1"])  # the advice
     assert lora.layers[1] is block
     assert_same([lora(x)], [before])
@@ -320,7 +321,8 @@ def test_an_adapted_weight_read_outside_the_graph(
     h = torch.randn(3, 6).double()
     entry = next(e for e in fxlora.match(fxlora.capture(source, ids()), CONFIG) if e.op == "linear")
     a, b = (flat.get_parameter(name) for name in (entry.name_a, entry.name_b))
-    module = flat.get_submodule(entry.parameter.removesuffix(".weight"))
+    path = entry.parameter.removesuffix(".weight")
+    module: Any = flat.get_submodule(path)
     weight = source.get_parameter(entry.parameter)
     expected = F.linear(h, weight + 4.0 * b @ a)
     found = F.linear(h, module.weight)
@@ -328,8 +330,8 @@ def test_an_adapted_weight_read_outside_the_graph(
     assert_close([found], [expected])
     wanted = torch.autograd.grad(expected.square().sum(), [a, b])
     assert_close(list(torch.autograd.grad(found.square().sum(), [a, b])), list(wanted))
-    host = fxlora.hosted(source, flat)
-    assert_close([host.get_submodule(module._path).weight.norm()], [module.weight.norm()])
+    same: Any = fxlora.hosted(source, flat).get_submodule(path)
+    assert_close([same.weight.norm()], [module.weight.norm()])
     assert_same([torch.fx.Interpreter(flat).run(x := ids())], [flat(x)])
 
 

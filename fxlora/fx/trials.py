@@ -156,7 +156,9 @@ def _like(tensor: Tensor, device: str) -> Tensor:
 def _sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
     """Return sizes as integers: for a dynamic one, its value in the example, or 2."""
     return tuple(
-        (int(s.node.hint) if s.node.has_hint() else 2) if isinstance(s, torch.SymInt) else int(s)
+        (int(str(s.node.hint)) if s.node.has_hint() else 2)
+        if isinstance(s, torch.SymInt)
+        else int(s)
         for s in sizes
     )
 

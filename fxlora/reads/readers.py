@@ -271,7 +271,9 @@ class _Walk:
         """Return why a read passes no gradient to the weight, or ""."""
         flow = self.seen.flow
         if given and not all(len(coordinates) for coordinates in given.reached):
-            return f"through {way.ops[0]}, which selects none of its entries"
+            return (
+                f"through {way.ops[0]}, which selects none of it" if way.ops else "as it is empty"
+            )
         if way.cut:
             return f"through {way.cut}"
         if node not in flow.recording:
