@@ -155,10 +155,12 @@ def _like(tensor: Tensor, device: str) -> Tensor:
 
 def _sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
     """Return sizes as integers: for a dynamic one, its value in the example, or 2."""
-    return tuple(
-        (int(s.node.hint) if s.node.has_hint() else 2) if isinstance(s, torch.SymInt) else int(s)
-        for s in sizes
-    )
+    return tuple(int(s) if not isinstance(s, torch.SymInt) else _hint(s) for s in sizes)
+
+
+def _hint(size: torch.SymInt) -> int:
+    hint: Any = size.node.hint if size.node.has_hint() else 2
+    return int(hint)
 
 
 def _run(
