@@ -41,6 +41,10 @@ def memory_use(node: fx.Node, owner: nn.Module) -> MemoryUse:
         owner: the module whose tensors the graph fetches.
     """
     inputs = node.all_input_nodes
+    if not inputs:  # torch's modes (autocast, vmap's levels), which must not be entered here
+        return MemoryUse((), ())
+    if "_functorch" in str(getattr(node.target, "__module__", "")):  # views at vmap's levels
+        return MemoryUse(tuple(inputs), ())
     found: tuple[tuple[int, ...], tuple[int, ...]] | None
     try:
         key = node.target, frozen(node, lambda given: (inputs.index(given), _kind(given, owner)))
