@@ -23,7 +23,9 @@ class Wrong(Exception):
     """A wrong result without an error from fxlora."""
 
 
-def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1) -> list:
+def run(
+    module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1
+) -> list[torch.Tensor]:
     torch.manual_seed(seed)
     with torch.no_grad():
         return floats(module(*args, **kwargs))

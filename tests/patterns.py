@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import fxlora
 from fxlora import LoraConfig, Rule
 
+from .oracle import declare
 from .typed import Function, OpenModule, doubled
 
 Built = tuple[nn.Module, tuple[Any, ...]]
@@ -84,7 +85,7 @@ class Pattern:
         torch.manual_seed(0)
         model, args = self.build()
         if self.subscripts:
-            model.subscripts = dict(self.subscripts)
+            declare(model, self.subscripts)
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():  # a gate or head of zeros would hide other weights
@@ -629,7 +630,7 @@ def conv(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Built]:
     return net(lambda m, a: torch.tanh(m.conv(a)), x(*shape), conv=make)
 
 
-def padded(mode: Literal[reflect, replicate, circular]) -> Callable[[], Built]:
+def padded(mode: Literal["reflect", "replicate", "circular"]) -> Callable[[], Built]:
     return conv(lambda: nn.Conv2d(3, 6, (3, 2), padding=(2, 1), padding_mode=mode), 2, 3, 8, 7)
 
 

@@ -17,6 +17,7 @@ from fxlora.cli import main
 
 from .laws import check_laws
 from .models import Tied
+from .typed import examples
 
 
 class Model(nn.Module):

@@ -21,6 +21,7 @@ from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, merged_weights, randomise
 from .models import Reads, Several, skip_unless_grouped
+from .typed import examples, plan_of
 
 W = Rule("w", lora=LoraConfig(r=2, lora_alpha=3))
 
@@ -88,7 +89,7 @@ def adapted(
     """Check the laws, the form and the weight's roles on one read; return the plan's entry."""
     model = Scaled(function, shape, x, roles)
     _, lora = check_laws(model, (torch.randn(x).double(),), rules=W, **how)
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert (entry.form, entry.layout.roles) == (form, roles), entry.reason
     return entry
 
@@ -603,7 +604,7 @@ def test_the_padding_row_of_bags_counts_from_the_end() -> None:
 def test_the_padding_row_of_a_function_counts_from_the_end(exported: bool) -> None:
     model = Reads(lambda index, w: F.embedding(index, w, padding_idx=-2), "io", 9, 5)
     index = torch.tensor([[1, 7, 8], [7, 0, 3]])
-    gm = fxlora.capture(model.double(), *([index] if exported else []))
+    gm = fxlora.capture(model.double(), index if exported else None)
     lora = fxlora.inject(gm, fxlora.match(gm, W))
     folded = fxlora.fold(trained(lora, index) if exported else _stepped(lora, index))
     assert torch.equal(folded.get_parameter("w")[7], gm.get_parameter("w")[7])

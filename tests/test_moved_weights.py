@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -268,7 +269,8 @@ def check(name: str, read: str, frontend: str, sizes: tuple[int, ...]) -> None:
     plain = move.known and read == "linear" and (frontend == "export" or name == "as it is")
     for features in sizes:
         model, x = Layer(move, read, features), X[:, :features]
-        fixed = {"dynamic_shapes": {"x": None}}  # twice as fast, and no layout depends on it
+        # Twice as fast, and no layout depends on it.
+        fixed: dict[str, Any] = {"dynamic_shapes": {"x": None}}
         try:
             gm = (
                 fxlora.capture(model, x, **fixed) if frontend == "export" else fxlora.capture(model)

@@ -19,6 +19,7 @@ from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
 from .models import Reads, Several, gpt2
+from .typed import plan_of, untyped
 
 LORA = LoraConfig(r=2, lora_alpha=3)
 
@@ -39,6 +40,7 @@ class Transposed(Packed):
     """The same with the weight stored as (in, out), as in GPT-2."""
 
     subscripts: ClassVar = {"qkv.weight": "io"}
+    qkv: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +240,7 @@ def test_outputs_of_experts() -> None:
     x = (torch.randn(3, 2, 5).double(),)
     rule = Rule("w", lora=LORA, parts=2, enable=[False, True])
     _, lora = check_laws(Reads(torch.bmm, "eio", 3, 5, 8), x, rules=rule)
-    assert lora.plan.entries[0].shapes == ((3, 2, 5), (3, 4, 2))
+    assert plan_of(lora).entries[0].shapes == ((3, 2, 5), (3, 4, 2))
 
 
 # ---- rules as text ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, merged_weights, randomise
 from .models import Reads, Several
+from .typed import Function, plan_of
 
 SPELLINGS = {
     "x @ W.T": lambda x, w: x @ w.T,
@@ -90,7 +91,7 @@ def test_a_use_of_the_transpose_that_is_no_product_takes_the_weight_form() -> No
     model = Reads(sliced, "oi", 7, 5).double()
     x = torch.randn(4, 5, dtype=torch.float64)
     _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.form == "weight"
     randomise(lora)
     total = merged_weights(model, lora, dict(lora.named_parameters()))["w"]
@@ -178,7 +179,7 @@ def test_a_stack_of_kernels() -> None:
     model = Reads(lambda x, w: F.conv1d(x, w[1]) + F.conv1d(x, w[3]), "eoik", 4, 6, 3, 2)
     x = torch.randn(2, 3, 9, dtype=torch.float64)
     _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.shapes == ((4, 2, 3, 2), (4, 6, 2, 1))
 
 
@@ -186,7 +187,7 @@ def test_a_weight_times_its_own_transpose() -> None:
     model = Reads(lambda x, w: x @ (w @ w.T), "io", 7, 5)
     x = torch.randn(4, 7, dtype=torch.float64)
     _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert (entry.form, entry.reason) == ("weight", "multiplied with another weight")
 
 
@@ -215,7 +216,7 @@ class Looks(nn.Module):
 
     subscripts: ClassVar = {"used": "io", "other": "oi"}
 
-    def __init__(self, look) -> None:
+    def __init__(self, look: Any) -> None:
         super().__init__()
         self.used, self.other = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
         self.look = look

@@ -14,6 +14,7 @@ from fxlora import ConfigError, LoraConfig, NoMatchError, Rule, UnsupportedOpErr
 from fxlora.config import Rules
 
 from .models import Attention, Convolutions, Normed, Readers, Tied
+from .typed import untyped
 
 
 class Block(nn.Module):

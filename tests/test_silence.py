@@ -17,7 +17,7 @@ from fxlora import InjectError, LoraConfig, Rule, UnsupportedOpError, Verificati
 
 from .laws import check_laws, randomise
 from .models import Reads, Several
-from .typed import Function
+from .typed import Function, untyped
 
 Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 R = LoraConfig(r=2)
@@ -56,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_the_merged_weight(exported: bool) ->
 def test_a_weight_that_fills_is_read() -> None:
     def fills(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, w)
-        return y + torch.full_like(y, w.detach().mean())
+        return y + torch.full_like(y, untyped(w.detach().mean()))
 
     gm = fxlora.capture(Reads(fills, "oi", 7, 6).double(), X)
     (entry,) = fxlora.match(gm, Rule("w", lora=R))

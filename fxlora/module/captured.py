@@ -123,6 +123,8 @@ class CapturedModule(ProgramModule):
             if isinstance(part, Container):
                 seal.owners[path] = self._block_around(path)
         self.__dict__["_modules"] = children_of(self._modules, "", seal)
+        for runner in self.runners:  # they run on this module's tensors
+            runner.__dict__["_modules"] = self._modules
         for owner in (self, *self.blocks.values()):
             seal.owner_set(owner)
         seal.open = False
