@@ -20,6 +20,7 @@ from ..module.parent import ParentModule
 from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
+from .autocast import callers_autocast
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
 from .failures import capture_error
@@ -81,7 +82,8 @@ def capture(
     """
     _check_model(model)
     try:
-        return _capture(model, args, kwargs, dynamic_shapes)
+        with callers_autocast():
+            return _capture(model, args, kwargs, dynamic_shapes)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
@@ -219,7 +221,10 @@ def _assemble(
         for mode, module in source.distinct().items():
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, known, memory, mirrors)
-    programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
+    programs = [
+        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.autocasts)
+        for s in sources
+    ]
     if parent or any(spec is None for program in programs for spec in program.inputs.values()):
         _add_mirrors(mirrors, model, memory)
     state = State(

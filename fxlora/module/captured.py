@@ -349,6 +349,8 @@ class CapturedModule(ProgramModule):
             for program in self.programs:
                 specs = program.inputs.items()
                 program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
+                known = program.autocasts.items()
+                program.autocasts = {mode: casts.moved(moves) for mode, casts in known}
             for module in nested:
                 module.recompile()
             self.refresh()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
 from ..errors import InputError
 from ..fx.targets import refuse_unwritable
+from .autocast import UNKNOWN, Autocasts
 from .contract import InputSpec
 
 MODES = ("train", "eval")
@@ -29,11 +30,13 @@ class Program:
             They name parameters as the whole model does.
         inputs: the input contract of each mode, or None where capture had no example inputs.
         path: the submodule's path; "" for the whole model.
+        autocasts: the callers' autocasts that the graph of each mode holds for.
     """
 
     graphs: dict[str, fx.Graph]
     inputs: dict[str, InputSpec | None]
     path: str = ""
+    autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """Return the graphs without duplicates."""
@@ -43,7 +46,7 @@ class Program:
         """Return the program over copies of the graphs."""
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
-        return replace(self, graphs=graphs, inputs=dict(self.inputs))
+        return replace(self, graphs=graphs, inputs=dict(self.inputs), autocasts=dict(self.autocasts))
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class ProgramModule(fx.GraphModule):
         try:
             if self.contract is not None:
                 self.contract.check(args, kwargs)
+            self.program.autocasts.get(self.mode, UNKNOWN).check()
         except InputError as error:
             raise self._refusal(error) from None
 
