@@ -30,7 +30,7 @@ from .kept.hooks import refuse_backward_hooks
 from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory
 from .regions import Regions, wrong_regions
-from .traced import trace_mode
+from .traced import trace_mode, traced_autocasts
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
@@ -196,9 +196,10 @@ def _capture_traced(model: nn.Module) -> CapturedModule:
             "tracer does not call. Give example inputs: capture(model, args)."
         )
     modules = {mode: trace_mode(model, mode) for mode in MODES}
+    autocasts = {mode: traced_autocasts(model, mode, module) for mode, module in modules.items()}
     if alike(modules["train"], modules["eval"]):
         modules["train"] = modules["eval"]
-    return _assemble(model, [Source(modules, dict.fromkeys(MODES))])
+    return _assemble(model, [Source(modules, dict.fromkeys(MODES), autocasts=autocasts)])
 
 
 def _assemble(
