@@ -19,9 +19,7 @@ from ..fx.calls import example_value
 from ..fx.nested import nested_graph
 
 
-def choose(
-    module: fx.GraphModule, other: fx.GraphModule, device: str, dtype: torch.dtype
-) -> None:
+def choose(module: fx.GraphModule, other: fx.GraphModule, device: str, dtype: torch.dtype) -> None:
     """Make a graph, in place, do what another does under the autocast that it was made under.
 
     Without autocast, the graph does what it did. It is left as it is from the first call on that
@@ -88,9 +86,7 @@ class _Merge:
         if _equal(mine, theirs):
             return mine
         with call.graph.inserting_before(call):
-            node = call.graph.call_function(
-                by_autocast, (self.device, mine, (self.dtype, theirs))
-            )
+            node = call.graph.call_function(by_autocast, (self.device, mine, (self.dtype, theirs)))
         node.meta = {**call.meta, "val": mine}
         return node
 

@@ -280,7 +280,7 @@ class _Outcome(NamedTuple):
 
 
 def _outcomes(result: Any, given: list[Any]) -> tuple[list[_Outcome], Any] | None:
-    """Describe the results of an op, and their structure; None if they depend on more than forms."""
+    """Describe the results of an op, and their structure; None if not only forms decide them."""
     leaves, structure = pytree.tree_flatten(result)
     if not all(isinstance(leaf, FakeTensor) and _is_plain(leaf) for leaf in leaves):
         return None

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 from ..errors import InputError
 from ..fx.autocast import Context, current_autocast, described
 

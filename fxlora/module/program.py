@@ -46,7 +46,9 @@ class Program:
         """Return the program over copies of the graphs."""
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
-        return replace(self, graphs=graphs, inputs=dict(self.inputs), autocasts=dict(self.autocasts))
+        return replace(
+            self, graphs=graphs, inputs=dict(self.inputs), autocasts=dict(self.autocasts)
+        )
 
 
 @dataclass(frozen=True)
