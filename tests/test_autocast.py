@@ -386,6 +386,7 @@ def test_transformers(kind: str) -> None:
     assert_follows(model_of(), **kwargs)
 
 
+@pytest.mark.slow
 def test_a_returned_container_with_a_dtype_is_refused() -> None:
     pytest.importorskip("transformers")
     from .test_transformers import OUTPUTS

@@ -136,7 +136,8 @@ class _Branch:
             shaped = self._along_outputs(gain)
             change = aten.mul.Tensor(aten.sub.Tensor(shaped, 1), self._product())
             branch = aten.add.Tensor(change, aten.mul.Tensor(shaped, branch))
-        return branch
+        # under autocast g is wider than the op's result, whose dtype the sum must keep
+        return aten.type_as.default(branch, self.proxied(self.reader.node))
 
     def _product(self) -> Any:
         """Emit the op's result without its bias."""
