@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,33 +119,39 @@ class Proof:
     export: Callable[[], fx.GraphModule]
     values: Values
     _expected: dict[Context, Any] = field(default_factory=dict[Context, Any])
+    _found: dict[Context, Any] = field(default_factory=dict[Context, Any])
 
     def autocasts(self) -> Autocasts:
         """Return the autocasts that the graph holds for, and why it does not for others."""
-        differs = {context: why for context in self._contexts() if (why := self._differs(context))}
-        if not all(isinstance(why, str) for why in differs.values()):
-            differs = self._after_repair(differs)
-        proved = tuple(context for context in self._contexts() if context not in differs)
-        return Autocasts(proved, tuple((c, self._told(c, why)) for c, why in differs.items()))
-
-    def _after_repair(self, differs: dict[Context, Any]) -> dict[Context, Any]:
-        """Merge the source's graphs under these autocasts into the module's; prove it again."""
-        for context in differs:
-            with suppress(Exception):  # then the graph is refused there
-                with under(context):
-                    other = self.export()
-                choose(self.module, other, *context[0])
-        return {context: why for context in self._contexts() if (why := self._differs(context))}
-
-    def _contexts(self) -> list[Context]:
-        held = (*self.model.parameters(), *self.model.buffers())
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
-        tensors = [value for value in (*held, *given) if isinstance(value, torch.Tensor)]
-        devices = dict.fromkeys(tensor.device.type for tensor in tensors)
-        return contexts(devices)
+        held = (*self.model.parameters(), *self.model.buffers(), *given)
+        tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        found = contexts(dict.fromkeys(tensor.device.type for tensor in tensors))
+        for context in found:
+            if isinstance(self._differs(context), tuple):
+                self._repair(context)
+        differs = {context: why for context in found if (why := self._differs(context))}
+        told = {context: self._told(context, why) for context, why in differs.items()}
+        return Autocasts(tuple(c for c in found if c not in differs), tuple(told.items()))
+
+    def _repair(self, context: Context) -> None:
+        """Merge the source's graph under an autocast into the module's, if it has one."""
+        try:
+            with under(context):
+                other = self.export()
+        except Exception:  # noqa: BLE001 - the source may raise anything; the graph is refused there
+            return
+        (device, dtype) = context[0]
+        choose(self.module, other, device, dtype, [half for half in _HALF if half != dtype])
+        self._found.clear()
 
     def _differs(self, context: Context) -> Any:
-        """Return None if graph and source compute the same, else why not: words, or the run."""
+        """Return None if graph and source compute the same, else why not: words, or both runs."""
+        if context not in self._found:
+            self._found[context] = self._compared(context)
+        return self._found[context]
+
+    def _compared(self, context: Context) -> Any:
         try:
             if context not in self._expected:
                 self._expected[context] = self._run(self.model, context)

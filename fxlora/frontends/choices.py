@@ -8,6 +8,7 @@ difference becomes a choice by the caller's autocast. Whether the result is righ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,20 +20,39 @@ from ..fx.calls import example_value
 from ..fx.nested import nested_graph
 
 
-def choose(module: fx.GraphModule, other: fx.GraphModule, device: str, dtype: torch.dtype) -> None:
+def choose(
+    module: fx.GraphModule,
+    other: fx.GraphModule,
+    device: str,
+    dtype: torch.dtype,
+    guesses: Sequence[torch.dtype],
+) -> None:
     """Make a graph, in place, do what another does under the autocast that it was made under.
 
     Without autocast, the graph does what it did. It is left as it is from the first call on that
     has no counterpart.
+
+    Args:
+        module: the graph without autocast.
+        other: the graph under autocast.
+        device: the device type of this autocast.
+        dtype: the dtype of this autocast.
+        guesses: other dtypes of autocast, for which to guess the constants from those for `dtype`.
     """
-    _Merge(module, other, device, dtype).run()
+    _Merge(module, other, device, dtype, guesses).run()
 
 
 class _Merge:
     def __init__(
-        self, module: fx.GraphModule, other: fx.GraphModule, device: str, dtype: torch.dtype
+        self,
+        module: fx.GraphModule,
+        other: fx.GraphModule,
+        device: str,
+        dtype: torch.dtype,
+        guesses: Sequence[torch.dtype],
     ) -> None:
-        self.module, self.other, self.device, self.dtype = module, other, device, dtype
+        self.module, self.other, self.device = module, other, device
+        self.dtype, self.guesses = dtype, guesses
         self.ours: dict[fx.Node, fx.Node] = {}  # of each node of the other graph
 
     def run(self) -> None:
@@ -80,14 +100,18 @@ class _Merge:
             chosen = isinstance(mine, fx.Node) and mine.target is by_autocast
             return mine if chosen and mine.args[1] is wanted else wanted
         if _is_choice(mine):
-            if not _equal(theirs, mine.args[1]):
-                mine.args = (*mine.args, (self.dtype, theirs))
+            _set(mine, self.dtype, theirs)
             return mine
         if _equal(mine, theirs):
             return mine
         with call.graph.inserting_before(call):
-            node = call.graph.call_function(by_autocast, (self.device, mine, (self.dtype, theirs)))
-        node.meta = {**call.meta, "val": mine}
+            return self._choice(call, mine, theirs)
+
+    def _choice(self, like: fx.Node, usual: Any, value: Any) -> fx.Node:
+        """Insert a choice, of a constant or a dtype."""
+        others = {self.dtype: value} | {g: _guess(value, self.dtype, g) for g in self.guesses}
+        node = like.graph.call_function(by_autocast, (self.device, usual, *others.items()))
+        node.meta = {**like.meta, "val": usual}
         return node
 
     def _add_cast(self, theirs: fx.Node, before: fx.Node) -> None:
@@ -97,11 +121,8 @@ class _Merge:
         assert usual is not None and value is not None
         graph = self.module.graph
         with graph.inserting_before(before):
-            dtype = graph.call_function(
-                by_autocast, (self.device, usual.dtype, (self.dtype, value.dtype))
-            )
+            dtype = self._choice(before, usual.dtype, value.dtype)
             cast = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
-        dtype.meta = {**theirs.meta, "val": usual.dtype}
         cast.meta = {**theirs.meta, "val": usual}
         self.ours[theirs] = cast
 
@@ -117,28 +138,52 @@ class _Merge:
     def _merge_constants(self, mine: fx.Node, theirs: fx.Node) -> None:
         first, second = nested_graph(mine, self.module), nested_graph(theirs, self.other)
         if first and second:
-            choose(first, second, self.device, self.dtype)
+            choose(first, second, self.device, self.dtype, self.guesses)
             return
         ours, other = _fetched(self.module, mine), _fetched(self.other, theirs)
         if isinstance(ours, nn.Parameter) or _equal(ours, other):
             return
-        name = f"{str(mine.target).replace('.', '_')}_{str(self.dtype).rpartition('.')[2]}"
-        self.module.register_buffer(name, other, persistent=False)
         choice = next((user for user in mine.users if _is_choice(user)), None)
-        with self.module.graph.inserting_after(mine):
-            constant = self.module.graph.get_attr(name)
-        constant.meta = {**mine.meta, "val": theirs.meta.get("val")}
         if choice is not None:
-            choice.args = (*choice.args, (self.dtype, constant))
+            _set(choice, self.dtype, self._constant(mine, self.dtype, other))
             return
         users = list(mine.users)
-        with self.module.graph.inserting_after(constant):
-            choice = self.module.graph.call_function(
-                by_autocast, (self.device, mine, (self.dtype, constant))
-            )
+        others = {self.dtype: other} | {g: _guess(other, self.dtype, g) for g in self.guesses}
+        held = [(dtype, self._constant(mine, dtype, value)) for dtype, value in others.items()]
+        with self.module.graph.inserting_after(held[0][1]):  # the others are before it
+            choice = self.module.graph.call_function(by_autocast, (self.device, mine, *held))
         choice.meta = dict(mine.meta)
         for user in users:
             user.replace_input_with(mine, choice)
+
+    def _constant(self, like: fx.Node, dtype: torch.dtype, value: torch.Tensor) -> fx.Node:
+        """Fetch a constant for one dtype of autocast, right after the usual one."""
+        name = f"{str(like.target).replace('.', '_')}_{str(dtype).rpartition('.')[2]}"
+        self.module.register_buffer(name, value, persistent=False)
+        with like.graph.inserting_after(like):
+            node = like.graph.get_attr(name)
+        node.meta = {**like.meta, "val": value}
+        return node
+
+
+def _set(choice: fx.Node, dtype: torch.dtype, value: Any) -> None:
+    """Set the value that a choice has for one dtype of autocast."""
+    device, usual, *others = choice.args
+    values: dict[Any, Any] = {**dict(others), dtype: value}  # pyright: ignore
+    choice.args = (device, usual, *values.items())
+
+
+def _guess(value: Any, known: torch.dtype, wanted: torch.dtype) -> Any:
+    """Return what a constant under one autocast may be under another; a proof follows."""
+    if value is known:
+        return wanted
+    if isinstance(value, torch.Tensor) and value.dtype == known:
+        return value.to(wanted)
+    limits = ("min", "max", "eps", "tiny")
+    if isinstance(value, float):
+        names = [name for name in limits if getattr(torch.finfo(known), name) == value]
+        return getattr(torch.finfo(wanted), names[0]) if names else value
+    return value
 
 
 def _leaves(node: fx.Node) -> list[Any]:
