@@ -169,6 +169,18 @@ def test_in_a_region() -> None:
     assert_follows(Reads(cast_to_read_dtype, "no_grad"), X)
 
 
+def test_a_source_that_keeps_what_it_computed() -> None:
+    class Keeps(Reads):
+        kept: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> Any:
+            if self.kept is None or self.kept.dtype != x.dtype:
+                self.kept = torch.arange(5, dtype=x.dtype)
+            return super().forward(x + self.kept)
+
+    assert_follows(Keeps(cast_to_read_dtype), X)
+
+
 def test_other_ops_under_autocast_are_refused() -> None:
     assert_follows(Reads(clamped_in_half), X, refused=(torch.float16,))
     gm = assert_follows(Reads(asks_for_autocast), X, refused=HALF)

@@ -26,6 +26,7 @@ from ..module.autocast import Autocasts
 from ..module.contract import first_difference
 from .choices import choose
 from .examples import Example
+from .kept.undisturbed import undisturbed
 from .values import Run, Unknown, Values
 
 _HALF = (torch.bfloat16, torch.float16)  # any other dtype of autocast is refused at the call
@@ -169,7 +170,7 @@ class Proof:
 
     def _run(self, call: Callable[..., Any], context: Context, locate: int = -1) -> Any:
         run = Run(self.values, locate)
-        with under(context), _compiling_state_context():
+        with undisturbed(self.model), under(context), _compiling_state_context():
             return run.of(call, self.example.args, self.example.kwargs), run
 
     def _told(self, context: Context, why: Any) -> str:

@@ -114,11 +114,11 @@ class Run(TorchDispatchMode):
             given, shape = _flat(args, kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.draws += drawn
-        what = (func, shape, tuple(map(self._described, given)), self.draws if drawn else 0)
-        made = self.values.of(what)
+        what = tuple(map(self._described, given))
+        made = self.values.of((func, shape, what, self.draws if drawn else 0))
         if len(self.ops) == self.locate:
             self.place = called_at()
-        result = self._result(func, args, kwargs, given, shape)
+        result = self._result(func, args, kwargs, given, (func, shape, what))
         self._note_all(func, given, result, made)
         if func._schema.is_mutable:
             self._write(func, args, kwargs, made)
@@ -223,23 +223,26 @@ class Run(TorchDispatchMode):
     # ---- fake tensors -----------------------------------------------------------------------
 
     def _result(
-        self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Any], shape: Any
+        self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Any], op: Any
     ) -> Any:
         """Return what torch's fake tensors do for an op; for the same sizes again, from memory."""
         if not all(map(_is_plain, given)):
             return func(*args, **kwargs)
-        forms = [_form(g) if isinstance(g, torch.Tensor) else (type(g), g) for g in given]
-        key = (func, shape, tuple(forms), torch.get_default_dtype())
-        if key not in self.values.outcomes:
+        forms = tuple(told if told[0].__class__ is not Value else told[1] for told in op[2])
+        key = (func, op[1], forms, torch.get_default_dtype())
+        known = self.values.outcomes.get(key, _NEW)
+        if known is _NEW:
             result = func(*args, **kwargs)
             self.values.outcomes[key] = _outcomes(result, given)
             return result
-        known = self.values.outcomes[key]
         if known is None:
             return func(*args, **kwargs)
         with no_dispatch():
             made = [outcome.make(self.fakes, given) for outcome in known[0]]
         return made[0] if known[1] is None else pytree.tree_unflatten(made, known[1])
+
+
+_NEW: Any = object()
 
 
 class _Widened(NamedTuple):
@@ -270,7 +273,7 @@ class _Outcome(NamedTuple):
     def make(self, fakes: FakeTensorMode, given: list[Any]) -> torch.Tensor:
         if self.same:
             return given[self.view]
-        dtype, device, size, (stride, offset), _ = self.form
+        dtype, device, size, (stride, offset), *_ = self.form
         if self.view < 0:
             meta = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         else:
@@ -301,13 +304,12 @@ def _is_plain(value: Any) -> bool:
     """Whether a value is known by its form: a constant, or a fake tensor without symbolic sizes."""
     if not isinstance(value, torch.Tensor):
         return isinstance(value, _PLAIN)
-    return (
-        type(value) is FakeTensor
-        and value.constant is None
-        and not (value.is_sparse or value.is_nested or value.is_quantized or value.is_mkldnn)
-        and not (value.is_conj() or value.is_neg())
-        and all(type(size) is int for size in (*value.shape, *value.stride()))
-    )
+    if type(value) is not FakeTensor or value.constant is not None:
+        return False
+    odd = value.is_sparse or value.is_nested or value.is_quantized or value.is_mkldnn
+    if odd or value.is_conj() or value.is_neg():
+        return False
+    return all(type(size) is int for size in (*value.shape, *value.stride()))
 
 
 _PLAIN = (
@@ -334,11 +336,15 @@ def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any
 def _form(tensor: torch.Tensor) -> Any:
     device = tensor.fake_device if type(tensor) is FakeTensor else tensor.device
     try:
-        place: Any = (tuple(map(_number, tensor.stride())), tensor.storage_offset())
+        place: Any = (tensor.stride(), tensor.storage_offset())
+        if any(type(n) is not int for n in place[0]) or type(place[1]) is not int:
+            place = (tuple(map(_number, place[0])), _number(place[1]))
     except RuntimeError:  # not strided
         place = tensor.layout
-    flags = (tensor.is_conj(), tensor.is_neg())
-    return tensor.dtype, device, tuple(map(_number, tensor.shape)), place, flags
+    size = tuple(tensor.shape)
+    if any(type(n) is not int for n in size):
+        size = tuple(map(_number, size))
+    return tensor.dtype, device, size, place, tensor.is_conj(), tensor.is_neg()
 
 
 def _number(size: Any) -> Any:
