@@ -234,7 +234,8 @@ class _Outliner:
         kwargs = fx.map_arg(node.kwargs, self._inside)
         target = node.target
         if node.op == "call_module":
-            target = self._relative(str(target).removeprefix("facade."), "facade.")
+            prefix = "facade." if str(target).startswith("facade.") else ""
+            target = self._relative(str(target).removeprefix(prefix), prefix)
         copied = self.graph.create_node(node.op, target, args, kwargs, type_expr=node.type)
         copied.meta = dict(node.meta)
         self.copies[node] = copied

@@ -86,7 +86,8 @@ def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initializ
     if module.plan is None:
         raise ConfigError("initialize_from takes an adapted module: inject a plan first.")
     watched = module.derive().eval()
-    taps = {entry.name_a: tap for entry in module.plan if (tap := _tapped(watched, entry))}
+    with watched.editing():
+        taps = {entry.name_a: tap for entry in module.plan if (tap := _tapped(watched, entry))}
     watched.refresh()
     for batch in batches:
         if isinstance(batch, Mapping):
