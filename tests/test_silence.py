@@ -672,3 +672,12 @@ def test_a_module_that_names_no_dtype_can_be_narrowed() -> None:
     model, x = nn.Sequential(nn.Linear(6, 7), nn.Softmax(-1)), X.bfloat16()
     gm = fxlora.capture(model, X.float()).bfloat16()
     assert torch.equal(gm(x), model.bfloat16()(x))
+
+
+def test_the_levels_of_a_vmap_are_not_entered() -> None:
+    def read(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, torch.vmap(lambda row: row, out_dims=1)(w).t())
+
+    gm = fxlora.capture(Reads(read, "oi", 7, 6).double(), X)
+    assert len(fxlora.match(gm, Rule("w", lora=R))) == 1
+    assert torch._C._functorch.peek_interpreter_stack() is None

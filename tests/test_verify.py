@@ -270,17 +270,23 @@ def test_each_adapter_of_a_pattern_that_is_taken_out_is_missed(name: str) -> Non
 
 
 @pytest.mark.parametrize("site", ["functional", "w_einsum"])
-def test_several_adapters_on_one_weight_are_proved_one_by_one(site: str) -> None:
+def test_adapters_on_parts_of_one_weight_are_proved_one_by_one(site: str) -> None:
     args = (torch.randn(3, 5), torch.randint(13, (3, 4)))
     gm = fxlora.capture(Readers(), args)
     plan = fxlora.match(gm, Rule(site, lora=R))
-    more = tuple(dataclasses.replace(plan.entries[0], adapter=name) for name in ("one", "two"))
+    entry = plan.entries[0]
+    rows = entry.shape[entry.layout.part_dim]
+    parts = {"one": (0, 2), "two": (2, rows)}
+    more = tuple(
+        dataclasses.replace(entry, site=f"{site}.{part}", part=part, rows=span, form="weight")
+        for part, span in parts.items()
+    )
     lora = fxlora.inject(gm, dataclasses.replace(plan, entries=more))
     prove(lora)
-    for index in (0, 1):
+    for part in parts:
         broken = copy.deepcopy(lora)
-        remove_insertion(standing(broken, "train", site)[index])
-        with pytest.raises(VerificationError, match=f"coverage: '{site}'"):
+        remove_insertion(standing(broken, "train", f"{site}.{part}")[0])
+        with pytest.raises(VerificationError, match=rf"coverage: '{site}\.(one|two)'"):
             prove(broken)
 
 

@@ -41,6 +41,10 @@ def memory_use(node: fx.Node, owner: nn.Module) -> MemoryUse:
         owner: the module whose tensors the graph fetches.
     """
     inputs = node.all_input_nodes
+    if not inputs:  # torch's modes (autocast, vmap's levels), which must not be entered here
+        return MemoryUse((), ())
+    if "_functorch" in str(getattr(node.target, "__module__", "")):  # views at vmap's levels
+        return MemoryUse(tuple(inputs), ())
     found: tuple[tuple[int, ...], tuple[int, ...]] | None
     try:
         key = node.target, frozen(node, lambda given: (inputs.index(given), _kind(given, owner)))
@@ -155,12 +159,12 @@ def _like(tensor: Tensor, device: str) -> Tensor:
 
 def _sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
     """Return sizes as integers: for a dynamic one, its value in the example, or 2."""
-    return tuple(
-        (int(str(s.node.hint)) if s.node.has_hint() else 2)
-        if isinstance(s, torch.SymInt)
-        else int(s)
-        for s in sizes
-    )
+    return tuple(int(s) if not isinstance(s, torch.SymInt) else _hint(s) for s in sizes)
+
+
+def _hint(size: torch.SymInt) -> int:
+    hint: Any = size.node.hint if size.node.has_hint() else 2
+    return int(hint)
 
 
 def _run(

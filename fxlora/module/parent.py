@@ -13,7 +13,6 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
-from .memory import copied_values
 from .program import MODES, Program, ProgramModule
 
 
@@ -119,7 +118,11 @@ class ParentModule:
 
     def kept(self, values: Any) -> Any:
         """Return a copy while recording: Python may write into a region's inputs and outputs."""
-        return values if self._recorded is None else copied_values(values)
+        if self._recorded is None:
+            return values
+        tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+        clones = {id(tensor): tensor.clone() for tensor in tensors}  # with their gradients
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: clones[id(tensor)], values)
 
     def note(self, path: str, given: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> None:
         """Add a call of a region to the recorded calls, while recording."""
