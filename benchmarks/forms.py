@@ -63,7 +63,7 @@ def forms(captured: fxlora.CapturedModule, r: int) -> list[Weight]:
 
 def form_of(entry: fxlora.Entry) -> str:
     """Return the plan's form, or "by choice" if the plan says that a branch would cost more."""
-    chosen = entry.form == "weight" and entry.reason.endswith("less than a branch")
+    chosen = "a branch costs" in entry.reason
     return "by choice" if chosen else entry.form
 
 
