@@ -536,3 +536,23 @@ def test_a_batch_of_one_is_right_or_refused(forward: Any) -> None:
             assert batch == 1
             continue
         assert torch.equal(found, model(x))
+
+
+class NoTokens(nn.Module):
+    """A model with a parameter that has no entries, such as its 0 register tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, 0, 5))
+        self.lin = nn.Linear(5, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(torch.cat([self.tokens.expand(len(x), -1, -1), x], 1))
+
+
+def test_a_parameter_without_entries() -> None:
+    rule = Rule("lin", lora=LoraConfig(r=2))
+    gm, lora = check_laws(NoTokens(), (torch.randn(3, 4, 5).double(),), rules=rule)
+    assert lora.plan and [entry.site for entry in lora.plan] == ["lin"]
+    with pytest.raises(fxlora.FxLoraError, match="tokens"):
+        fxlora.match(gm, Rule("tokens"))
