@@ -37,8 +37,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, nn.Linear(width, width, bias=False))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
         self.up_proj = nn.Linear(width, 4 * width)
         self.down_proj = nn.Linear(4 * width, width)
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -55,6 +55,7 @@ def rules(**r: int) -> list[Rule]:
 
 
 @examples(60)
+@example(budget=1360, a=15, b=9, experts=30)  # two steps of one entry fit
 @given(
     budget=st.integers(1, 3000),
     a=st.integers(1, 40),

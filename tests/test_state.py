@@ -98,7 +98,7 @@ def test_unplanned_gradients_are_refused_on_every_copy(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "copy.copy", "derive", "to", "load_state_dict"])
 def test_no_copy_forgets_a_field(how: str) -> None:
-    once = fxlora.fold(adapted(captured(True)))
+    once = fxlora.fold(adapted(fxlora.capture(Shared(True), X, modules="other")))
     config = LoraConfig(r=2, target_modules=["other"], modules_to_save=["twin"])
     lora = fxlora.inject(once, fxlora.match(once, config))
     lora.update_state(

@@ -56,7 +56,7 @@ def held_dtype(rule: DtypeRule, weight: torch.dtype) -> torch.dtype:
         return DTYPES[rule]
     if not rule or weight not in DTYPES.values():
         return weight
-    return torch.promote_types(weight, torch.float32)
+    return max(weight, torch.float32, key=lambda dtype: dtype.itemsize)
 
 
 def rounds(value: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -33,7 +33,8 @@ class Seal:
     Attributes:
         owner: the captured or hosted module.
         owners: the module whose mode decides about a submodule's nodes, by the submodule's path.
-        open: whether the module is being rewritten, so that its submodules may change.
+        open: whether the module is being rewritten: its submodules may change, and its weights
+            are read as they are.
         apart: paths of submodules whose `training` flag is not their owner's.
         replaceable: paths of children that may be replaced, because they are called.
         adapted: functions that compute the adapted weights, by name.
@@ -79,7 +80,7 @@ class Seal:
         GraphModule, runs the graph's own nodes, which take the weight itself.
         """
         compute = self.adapted.get(_joined(path, name)) if self.adapted else None
-        if compute is None or _reads_for_a_graph(sys._getframe(1)):
+        if compute is None or self.open or _reads_for_a_graph(sys._getframe(1)):
             return value
         adapted = compute()
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
