@@ -76,6 +76,8 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
 GRAPH_WRITERS = {
     "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
     "frontends/assumptions.py": "a graph of its own for each guard",
+    "frontends/autocast.py": "assertions of torch.export, in a graph just exported",
+    "frontends/choices.py": "constants that depend on autocast, in a graph just exported",
     "frontends/exported.py": "calls recorded during an export, in the meta of its module",
     "frontends/kept/boundaries.py": "marks of the calls to outline, in a graph just exported",
     "frontends/kept/checkpoints.py": "checkpoints become nested graphs while a capture is made",

@@ -22,6 +22,7 @@ from ..module.parts import Modules, chosen_modules
 from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
+from .autocast import callers_autocast
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
 from .failures import capture_error
@@ -31,7 +32,7 @@ from .kept.hooks import refuse_backward_hooks
 from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
-from .traced import trace_mode
+from .traced import trace_mode, traced_autocasts
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
@@ -88,7 +89,8 @@ def capture(
     """
     _check_model(model)
     try:
-        return _capture(model, args, kwargs, dynamic_shapes, modules)
+        with callers_autocast():
+            return _capture(model, args, kwargs, dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
@@ -213,9 +215,10 @@ def _capture_traced(model: nn.Module) -> CapturedModule:
             "tracer does not call. Give example inputs: capture(model, args)."
         )
     modules = {mode: trace_mode(model, mode) for mode in MODES}
+    autocasts = {mode: traced_autocasts(model, mode, module) for mode, module in modules.items()}
     if alike(modules["train"], modules["eval"]):
         modules["train"] = modules["eval"]
-    return _assemble(model, [Source(modules, dict.fromkeys(MODES))])
+    return _assemble(model, [Source(modules, dict.fromkeys(MODES), autocasts=autocasts)])
 
 
 def _assemble(
@@ -238,7 +241,8 @@ def _assemble(
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, found, tensors, mirrors)
     programs = [
-        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.calls) for s in sources
+        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.calls, s.autocasts)
+        for s in sources
     ]
     if parent or any(spec is None for program in programs for spec in program.inputs.values()):
         _add_mirrors(mirrors, model, memory)

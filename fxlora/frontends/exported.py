@@ -22,13 +22,16 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, InputError
+from ..errors import CaptureError, InputError, warn
+from ..fx.autocast import described
 from ..fx.compare import alike, same_graph_except_sizes
 from ..fx.targets import refuse_unwritable_names
+from ..module.autocast import Autocasts
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.outline import ModuleCall
 from ..module.program import MODES
 from .assumptions import contract_of
+from .autocast import Proof, inside_autocast, remove_metadata_assertions, wanted
 from .examples import Example
 from .failures import capture_error
 from .kept.boundaries import recorded_calls_of
@@ -40,6 +43,7 @@ from .kept.hooks import no_tensor_hooks
 from .kept.patches import patched
 from .kept.undisturbed import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
+from .values import Values
 
 RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
 
@@ -53,12 +57,14 @@ class Source:
         inputs: the input contract of each mode's graph, or None if the tracer made it.
         path: the submodule that names in the graphs are relative to; "" is the whole model.
         calls: the recorded calls of submodules in each mode's graph.
+        autocasts: the callers' autocasts that each mode's graph holds for.
     """
 
     modules: dict[str, fx.GraphModule]
     inputs: dict[str, InputSpec | None]
     path: str = ""
     calls: dict[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
+    autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
 
     def copied(self) -> Source:
         """Copy the graphs; the copies share the tensors."""
@@ -66,7 +72,7 @@ class Source:
         memo = {id(tensor): tensor for tensors in held for tensor in tensors}
         copies = {id(m): copy.deepcopy(m, dict(memo)) for m in self.modules.values()}
         modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
-        return Source(modules, dict(self.inputs), self.path, dict(self.calls))
+        return Source(modules, dict(self.inputs), self.path, dict(self.calls), dict(self.autocasts))
 
     def distinct(self) -> dict[str, fx.GraphModule]:
         """Return each distinct graph module once, under the first mode that uses it."""
@@ -97,16 +103,45 @@ def export_modes(
     modules: dict[str, fx.GraphModule] = {}
     calls: dict[str, tuple[ModuleCall, ...]] = {}
     inputs: dict[str, InputSpec | None] = {}
+    autocasts: dict[str, Autocasts] = {}
+    values = Values()
     for mode in MODES:
         with mode_of(root or model, mode == "train"):
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
-        calls[mode] = modules[mode].meta.pop(RECORDED, ())
+            calls[mode] = modules[mode].meta.pop(RECORDED, ())
+            modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values)
         examples = examples[examples.index(used) :]
     train, evaluation = modules["train"], modules["eval"]
     same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
     if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
         modules["train"] = evaluation
-    return Source(modules, inputs, path, calls)
+    return Source(modules, inputs, path, calls, autocasts)
+
+
+def _proved(
+    model: nn.Module, module: fx.GraphModule, example: Example, values: Values
+) -> tuple[fx.GraphModule, Autocasts]:
+    """Return a mode's graph with the autocasts that it holds for; the caller's is one of them.
+
+    If the graph cannot follow the caller's autocast, it is exported again with this autocast as a
+    region inside it.
+    """
+
+    def export() -> fx.GraphModule:
+        return _exported(model, example)[1]
+
+    found = Proof(model, module, example, export, values).autocasts()
+    context = wanted()
+    if not context or context in found.proved:
+        return module, found
+    with inside_autocast(model, context):
+        module = export()
+    warn(
+        f"{type(model).__name__}: its graph does not follow the caller's autocast "
+        f"({dict(found.differs).get(context, found.otherwise)}). It was captured with "
+        f"{described(context)} inside, which every call of it runs under."
+    )
+    return module, Autocasts((context,), otherwise="the graph was captured for another autocast")
 
 
 def _export_mode(
@@ -180,6 +215,7 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
     assert isinstance(module, fx.GraphModule)
     _refuse_assigned_state(model, module, assigned)
     functions.restore(module)
+    remove_metadata_assertions(module)
     return program, module
 
 

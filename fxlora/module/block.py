@@ -30,13 +30,17 @@ class Block(ProgramModule):
 
     calls: Mapping[str, ModuleCall]
 
-    def __new__(cls, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph]) -> Block:
+    def __new__(
+        cls, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
+    ) -> Block:
         code = (code_of(made.graph) for made in graphs.values())
         return object.__new__(_block_class(_source_class(held), *code))
 
-    def __init__(self, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph]) -> None:
+    def __init__(
+        self, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
+    ) -> None:
         self.__dict__["_kind"] = _source_class(held)
-        program = _program(path, graphs)
+        program = _program(path, graphs, whole)
         super().__init__(held, program, _source_class(held).__name__, held.training)
         self.calls = {mode: made.call for mode, made in graphs.items()}
         self.path = path
@@ -104,9 +108,10 @@ def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
     return subclass(kind, (Block,), names)
 
 
-def _program(path: str, graphs: Mapping[str, OutlinedGraph]) -> Program:
+def _program(path: str, graphs: Mapping[str, OutlinedGraph], whole: Program) -> Program:
     made = {mode: found.graph for mode, found in graphs.items()}
-    return Program(made, {mode: found.inputs for mode, found in graphs.items()}, path)
+    inputs = {mode: found.inputs for mode, found in graphs.items()}
+    return Program(made, inputs, path, autocasts=whole.autocasts)
 
 
 def _source_class(held: nn.Module) -> type[nn.Module]:

@@ -95,7 +95,8 @@ class CapturedModule(ProgramModule):
                 made[path][mode] = part
         with self.editing():
             for path in sorted(paths, key=lambda path: path.count(".")):
-                self.blocks[path] = Block(self.get_submodule(path), path, made[path])
+                held = self.get_submodule(path)
+                self.blocks[path] = Block(held, path, made[path], self.program)
                 self.set_submodule(path, self.blocks[path])
         self.look()
         for block in self.blocks.values():
@@ -546,6 +547,8 @@ class CapturedModule(ProgramModule):
             for program in self.programs:
                 specs = program.inputs.items()
                 program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
+                known = program.autocasts.items()
+                program.autocasts = {mode: casts.moved(moves) for mode, casts in known}
             if self.plan is not None:
                 weights = dict(self.named_parameters(remove_duplicate=False))
                 self.update_state(plan=self.plan.over(weights))

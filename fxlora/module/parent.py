@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
+from .autocast import EVERY
 from .program import MODES, Program, ProgramModule
 
 
@@ -177,7 +178,9 @@ def parent_program() -> Program:
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     parent_module = graph.get_attr("parent_module")
     graph.output(graph.call_function(run_parent, (parent_module, args, kwargs)))
-    return Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))
+    return Program(
+        dict.fromkeys(MODES, graph), dict.fromkeys(MODES), autocasts=dict.fromkeys(MODES, EVERY)
+    )
 
 
 def run_parent(parent_module: ParentModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

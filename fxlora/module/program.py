@@ -15,6 +15,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from ..errors import InputError
 from ..fx.targets import refuse_unwritable
+from .autocast import UNKNOWN, Autocasts
 from .contract import InputSpec
 from .outline import ModuleCall
 from .submodules import plain_view
@@ -32,12 +33,14 @@ class Program:
         inputs: the input contract of each mode, or None where capture had no example inputs.
         path: the submodule's path; "" for the whole model.
         calls: the calls of submodules that capture recorded, in each mode's graph.
+        autocasts: the callers' autocasts that the graph of each mode holds for.
     """
 
     graphs: dict[str, fx.Graph]
     inputs: dict[str, InputSpec | None]
     path: str = ""
     calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
+    autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """Return the graphs without duplicates."""
@@ -47,7 +50,9 @@ class Program:
         """Return the program over copies of the graphs."""
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
-        return replace(self, graphs=graphs, inputs=dict(self.inputs))
+        return replace(
+            self, graphs=graphs, inputs=dict(self.inputs), autocasts=dict(self.autocasts)
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class ProgramModule(fx.GraphModule):
         try:
             if self.contract is not None:
                 self.contract.check(args, kwargs)
+            self.program.autocasts.get(self.mode, UNKNOWN).check()
         except InputError as error:
             raise self._refusal(error) from None
 

@@ -137,7 +137,8 @@ class _Branch:
             more = to_weights(self.entry, aten.sub.Tensor(self._along_outputs(gain), 1))
             outputs = aten.add.Tensor(self._product(), branch)
             branch = aten.add.Tensor(branch, aten.mul.Tensor(more, outputs))
-        return branch
+        # Under autocast g is wider than the op's result, whose dtype the sum must keep.
+        return aten.type_as.default(branch, self.proxied(self.reader.node))
 
     def _product(self) -> Any:
         """Emit the op's result without its bias."""
