@@ -138,7 +138,7 @@ class Proof:
     def _repair(self, context: Context) -> None:
         """Merge the source's graph under an autocast into the module's, if it has one."""
         try:
-            with under(context):
+            with undisturbed(self.model), under(context):
                 other = self.export()
         except Exception:  # noqa: BLE001 - the source may raise anything; the graph is refused there
             return
@@ -185,4 +185,4 @@ class Proof:
             return "they return different results"
         _, again = self._run(self.model, context, number)
         func = run.ops[number][0].made[0]
-        return f"{again.place or type(self.model).__name__}: {func} differs"
+        return f"at {again.place or type(self.model).__name__}, the source's {func} differs"

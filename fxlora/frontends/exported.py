@@ -109,6 +109,7 @@ def export_modes(
         with mode_of(root or model, mode == "train"):
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
+        with mode_of(root or model, mode == "train"):  # without what the export left in attributes
             modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values)
         examples = examples[examples.index(used) :]
     train, evaluation = modules["train"], modules["eval"]
