@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -110,7 +111,9 @@ def export_modes(
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
         with mode_of(root or model, mode == "train"):  # without what the export left in attributes
-            modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values)
+            again = functools.partial(_attempt, model, used, mode, parts)
+            modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values, again)
+        calls[mode] = modules[mode].meta.pop(RECORDED, calls[mode])
         examples = examples[examples.index(used) :]
     train, evaluation = modules["train"], modules["eval"]
     same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
@@ -120,11 +123,15 @@ def export_modes(
 
 
 def _proved(
-    model: nn.Module, module: fx.GraphModule, example: Example, values: Values
+    model: nn.Module,
+    module: fx.GraphModule,
+    example: Example,
+    values: Values,
+    again: Callable[[], tuple[fx.GraphModule, InputSpec]],
 ) -> tuple[fx.GraphModule, Autocasts]:
     """Return a mode's graph with the autocasts that it holds for; the caller's is one of them.
 
-    If the graph cannot follow the caller's autocast, it is exported again with this autocast as a
+    If the graph cannot follow the caller's autocast, it is made `again` with this autocast as a
     region inside it.
     """
 
@@ -136,7 +143,7 @@ def _proved(
     if not context or context in found.proved:
         return module, found
     with inside_autocast(model, context):
-        module = export()
+        module, _ = again()
     warn(
         f"{type(model).__name__}: its graph does not follow the caller's autocast "
         f"({dict(found.differs).get(context, found.otherwise)}). It was captured with "
