@@ -133,10 +133,9 @@ class CapturedModule(ProgramModule):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
         """Yield the modules by the source's names: a wrapper around a block counts as the block."""
-        wrappers = {
-            id(self._standing(path)): block for path, block in self.outlined_modules.items()
-        }
-        if all(id(block) in wrappers for block in self.outlined_modules.values()):
+        blocks = self.outlined_modules
+        wrappers = {id(self._standing(path)): block for path, block in blocks.items()}
+        if all(id(block) in wrappers for block in blocks.values()):
             yield from super().named_modules(memo, prefix, remove_duplicate)
             return
         yield from _named(self, prefix, wrappers, set() if memo is None else memo, remove_duplicate)
