@@ -861,7 +861,7 @@ def _(broken: Mutant, index: int) -> bool:
     if entry.layout.in_first:
         a, b = b.mT, a.mT
     with torch.no_grad():
-        delta = (b @ a) * entry.scaling  # in the weight's own dtype
+        delta = ((b @ a) * entry.scaling).to(weight.dtype)
         weight.copy_(broken.lora.get_parameter(entry.parameter) + delta)
     return weight.dtype == torch.bfloat16
 

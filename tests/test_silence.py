@@ -379,7 +379,7 @@ def test_a_cast_that_names_no_dtype_is_a_cast(cast: Callable[[torch.Tensor], tor
     randomise(lora)
     found = lora(X)
     assert not torch.equal(found, model(X))
-    assert torch.allclose(fxlora.fold(lora).eval()(X), found, rtol=1e-6)
+    assert torch.allclose(fxlora.fold(lora).eval()(X), found, atol=1e-5)
 
 
 def test_a_write_in_one_mode_is_not_forgotten_by_regions() -> None:
@@ -557,7 +557,7 @@ def test_tensors_that_share_memory_with_what_is_written_still_do(
         source.lin = model.lin
         for _ in range(3):
             assert torch.equal(module(X.float()), source(X.float()))
-        assert torch.equal(model.get_parameter("whole"), torch.ones(8, 7))
+        assert torch.equal(model.state_dict()["whole"], torch.ones(8, 7))
 
 
 ALIASES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 import fxlora
@@ -133,7 +137,7 @@ def test_the_same_as_a_flat_module(
     assert_close([fxlora.fold(adapted)(x)], [found])
     assert_same([fxlora.remove(adapted)(x)], [captured(x)])
     assert fxlora.verify(adapted, x)
-    assert fxlora.fold(adapted).blocks.keys() == captured.blocks.keys()
+    assert fxlora.fold(adapted).outlined_modules.keys() == captured.outlined_modules.keys()
 
 
 def test_saved_and_loaded(
@@ -179,17 +183,13 @@ def test_a_part_in_eval_mode(lora: fxlora.CapturedModule) -> None:
 
 
 def test_a_replaced_submodule_is_called(lora: fxlora.CapturedModule) -> None:
-    class Twice(nn.Module):
-        def forward(self, h: torch.Tensor, mask: Any = None, scale: float = 1.0) -> Any:
-            return {"h": 2 * h, "mask": mask}
-
     before, block = lora(x := ids()), lora.layers[1]
     lora.layers[1] = Twice()
     assert float((lora(x) - before).detach().abs().max()) > 1e-3
     for verb in (fxlora.fold, fxlora.remove, fxlora.lora_parameters, copy.deepcopy):
         with pytest.raises(SubmoduleError, match="was replaced by a Twice"):
             verb(lora)
-    lora.set_submodule("layers.1", lora.blocks["layers.1"])  # the advice
+    lora.set_submodule("layers.1", lora.outlined_modules["layers.1"])  # the advice
     assert lora.layers[1] is block
     assert_same([lora(x)], [before])
     assert fxlora.fold(lora) is not None
@@ -232,7 +232,11 @@ def test_unknown_modules_are_refused_with_a_suggestion(source: Model) -> None:
     with pytest.raises(fxlora.NoMatchError, match="layers"):
         fxlora.capture(source, ids(), modules="layer.*")
     gm = fxlora.capture(source, ids(), modules=Attention)
-    assert list(gm.blocks) == ["layers.0.attention", "layers.1.attention", "layers.2.attention"]
+    assert list(gm.outlined_modules) == [
+        "layers.0.attention",
+        "layers.1.attention",
+        "layers.2.attention",
+    ]
 
 
 class Side(nn.Module):
@@ -262,38 +266,182 @@ def test_values_that_go_around_the_call_are_refused() -> None:
         fxlora.capture(ReadsSide(), torch.randn(3, 6), modules="side")
 
 
-# ---- everything else refuses ----------------------------------------------------------------
+# ---- everything that a user can do to a submodule ---------------------------------------------
 
-ACTIONS: dict[str, Callable[[Any], object]] = {
-    "forward hook": lambda m: m.layers[0].up.register_forward_hook(print),
-    "pre-hook": lambda m: m.layers[0].up.register_forward_pre_hook(print),
-    "backward hook": lambda m: m.layers[0].up.register_full_backward_hook(print),
-    "replace": lambda m: setattr(m.layers[0], "up", nn.Linear(6, 8)),
-    "replace in a list": lambda m: m.layers.__setitem__(0, Layer()),
-    "replace by set_submodule": lambda m: m.set_submodule("layers.0.up", nn.Linear(6, 8)),
-    "replace at the root": lambda m: setattr(m, "head", nn.Linear(6, 11)),
-    "add": lambda m: m.layers.append(Layer()),
-    "delete": lambda m: m.layers.__delitem__(1),
-    "attribute": lambda m: setattr(m.layers[0].attention.drop, "p", 0.0),
-    "checkpointing": lambda m: setattr(m.layers[0], "gradient_checkpointing", True),
-    "forward": lambda m: setattr(m.layers[0], "forward", print),
-    "call": lambda m: m.layers[0].up(torch.randn(2, 6)),
-    "wrapped forward": lambda m: nn.utils.parametrizations.weight_norm(m.layers[0].up),
-    "quantize": lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}),
-    "synchronized batch norm": lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m),
-    "update_bn": lambda m: torch.optim.swa_utils.update_bn([ids()], m),
+
+class Twice(nn.Module):
+    def forward(self, h: torch.Tensor, mask: Any = None, scale: float = 1.0) -> Any:
+        return {"h": 2 * h, "mask": mask}
+
+
+def doubled(h: Any) -> Any:
+    return {**h, "h": h["h"] * 2}
+
+
+def assign_forward(m: Any) -> None:
+    forward = m.layers[0].forward
+    m.layers[0].forward = lambda *args, **kwargs: doubled(forward(*args, **kwargs))
+
+
+def call(m: Any) -> None:
+    h, mask = torch.ones(2, 4, 6).double(), torch.ones(2, 4, 1).double()
+    assert m.layers[0](h, mask=mask, scale=2.0)["h"].shape == h.shape
+
+
+def load(m: Any) -> None:
+    zeros = {name: torch.zeros_like(value) for name, value in m.layers[0].state_dict().items()}
+    m.layers[0].load_state_dict(zeros)
+
+
+def look(m: Any) -> None:
+    layer = m.layers[0]
+    assert isinstance(layer, Layer) and isinstance(layer.up, nn.Linear) and len(m.layers) == 3
+    assert [name for name, _ in layer.named_children()] == ["bn", "attention", "up", "down"]
+    assert len(list(layer.parameters())) == len(list(layer.named_parameters())) == 10
+
+
+def shard(m: Any) -> None:
+    fully_shard(m.layers[0])
+
+
+def checkpoint(m: Any) -> None:
+    m.layers[0] = checkpoint_wrapper(m.layers[0])
+
+
+def compile_it(m: Any) -> None:
+    m.layers[0] = torch.compile(m.layers[0], backend="eager")
+
+
+# What is done: what does it, and whether it works on an outlined submodule, and on another one.
+ACTIONS: dict[str, tuple[Callable[[Any], object], str, str]] = {
+    "read it: its class, children, parameters, `state_dict()`": (look, "works", "works"),
+    "write to it: `load_state_dict`": (load, "works", "works"),
+    "set its parameter: `layer.up.weight = nn.Parameter(…)`": (
+        lambda m: setattr(m.layers[0].up, "weight", nn.Parameter(torch.ones(8, 6).double())),
+        *("works", "works"),
+    ),
+    "freeze it: `requires_grad_(False)`": (
+        lambda m: m.layers[0].requires_grad_(False),
+        *("works", "works"),
+    ),
+    "call it": (call, "works", "raises"),
+    "`register_forward_hook`": (
+        lambda m: m.layers[0].register_forward_hook(lambda part, args, output: doubled(output)),
+        *("works", "raises"),
+    ),
+    "`register_forward_pre_hook`": (
+        lambda m: m.layers[0].register_forward_pre_hook(lambda part, args: (args[0] * 2,)),
+        *("works", "raises"),
+    ),
+    "`register_full_backward_hook`": (
+        lambda m: m.layers[0].register_full_backward_hook(lambda part, before, after: None),
+        *("works", "raises"),
+    ),
+    "`eval()` of it in a training model": (
+        lambda m: (m.train(), m.layers[0].eval()),
+        *("works", "raises"),
+    ),
+    "`train()` of it in a model in eval mode": (
+        lambda m: m.layers[0].train(),
+        *("works", "raises"),
+    ),
+    "replace it: `model.layers[0] = other`": (
+        lambda m: m.layers.__setitem__(0, Twice()),
+        *("works", "raises"),
+    ),
+    "replace it: `model.set_submodule(…)`": (
+        lambda m: m.set_submodule("layers.0", Twice()),
+        *("works", "raises"),
+    ),
+    "assign its `forward`": (assign_forward, "works", "raises"),
+    "set its `__class__`": (
+        lambda m: setattr(m.layers[0], "__class__", type("Other", (Twice, type(m.layers[0])), {})),
+        *("works", "raises"),
+    ),
+    "`checkpoint_wrapper`": (checkpoint, "works", "raises"),
+    "`torch.compile` it, and put it back": (compile_it, "works", "raises"),
+    "`compile()` it in place": (
+        lambda m: m.layers[0].compile(backend="eager"),
+        *("works", "raises"),
+    ),
+    "`fully_shard`": (shard, "works", "raises"),
+    "add another: `model.layers.append(…)`": (
+        lambda m: m.layers.append(Layer().double()),
+        *("raises", "raises"),
+    ),
+    "delete it: `del model.layers[1]`": (
+        lambda m: m.layers.__delitem__(1),
+        *("raises", "raises"),
+    ),
+    "set an attribute: `layer.gradient_checkpointing = True`": (
+        lambda m: setattr(m.layers[0], "gradient_checkpointing", True),
+        *("raises", "raises"),
+    ),
+    "anything of these to a submodule inside it": (
+        lambda m: m.layers[0].up.register_forward_hook(print),
+        *("raises", "raises"),
+    ),
+    "`torch.nn.utils.parametrizations`": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.layers[0].up),
+        *("raises", "raises"),
+    ),
+    "`torch.nn.utils.prune`": (
+        lambda m: prune.l1_unstructured(m.layers[0].up, "weight", 0.5),
+        *("raises", "raises"),
+    ),
+    "`quantize_dynamic`": (
+        lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, inplace=True),
+        *("raises", "raises"),
+    ),
+    "`SyncBatchNorm.convert_sync_batchnorm`": (
+        lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m),
+        *("raises", "raises"),
+    ),
+    "`swa_utils.update_bn`": (
+        lambda m: torch.optim.swa_utils.update_bn([ids()], m),
+        *("raises", "raises"),
+    ),
 }
 
 
-@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
+@pytest.fixture(scope="module")
+def outlined(source: Model) -> fxlora.CapturedModule:
+    return fxlora.capture(source, ids(), modules="layers.*")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["outlined", "flat"])
+@pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.filterwarnings("ignore:torch.ao")
-def test_what_has_no_effect_raises(
-    flat: fxlora.CapturedModule, action: Callable[[Any], object]
+@pytest.mark.usefixtures("one_process")
+def test_a_submodule_does_what_the_sources_does_or_raises(
+    source: Model, outlined: fxlora.CapturedModule, name: str, kind: str
 ) -> None:
-    before = flat(x := ids())
-    with pytest.raises(SubmoduleError):
-        action(flat)
-    assert_same([flat.eval()(x)], [before])
+    action, *expected = ACTIONS[name]
+    plain = fxlora.capture(source, ids()) if kind == "flat" else outlined
+    gm, before = copy.deepcopy(plain), plain(x := ids())
+    if expected[kind == "flat"] == "raises":
+        with pytest.raises(SubmoduleError):
+            _ = action(gm), gm(x)
+        assert_same([gm.eval()(x)], [before])
+        return
+    model = copy.deepcopy(source)
+    for module in (gm, model):
+        action(module)
+    assert_same(run(gm, (x,), {}), run(model, (x,), {}))
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "submodules.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    assert rows[1:] == [[name, *cells] for name, (_, *cells) in ACTIONS.items()]
 
 
 def test_a_part_in_another_mode_raises_where_it_matters(flat: fxlora.CapturedModule) -> None:

@@ -102,15 +102,17 @@ def _stand_ins(node: fx.Node, owner: nn.Module) -> Iterator[list[Any]]:
         return
     weights = [tensor for tensor in known if tensor is not None]
     small = all(tensor.numel() <= _SMALL for tensor in weights)
-    for device in ("meta", "cpu") if small else ("meta",):
-        for shapes in _combined(_guesses(node, weights), sum(t is None for t in known)):
-            guessed = iter(shapes)
-            yield [
-                torch.ones(next(guessed), device=device)
-                if tensor is None
-                else _like(tensor, device)
-                for tensor in known
-            ]
+    devices = ("meta", "cpu") if small else ("meta",)
+    dtypes = dict.fromkeys([*(w.dtype for w in weights), torch.get_default_dtype(), torch.int64])
+    unknown = _combined(_guesses(node, weights), sum(t is None for t in known))
+    for device, shapes, dtype in itertools.product(devices, unknown, dtypes):
+        guessed = iter(shapes)
+        yield [
+            torch.ones(next(guessed), device=device, dtype=dtype)
+            if tensor is None
+            else _like(tensor, device)
+            for tensor in known
+        ]
 
 
 _SMALL = 1 << 20  # entries of weights for which calls run on the CPU, too

@@ -85,9 +85,21 @@ class Block(ProgramModule):
         return value if seal is None else seal.outside(self.path, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal is not None and not (seal.open or self._may_set(name, value)):
+            raise SubmoduleError(
+                f"setting '{name}' of '{self.path}' would have no effect: its graph was captured "
+                "with the value that the source had. Set it on the source model, and capture that."
+            )
         super().__setattr__(name, value)
-        if name == "training" and (seal := self.__dict__.get("_seal")):
+        if name == "training" and seal is not None:
             seal.owner_set(self)
+
+    def _may_set(self, name: str, value: Any) -> bool:
+        """Whether an attribute has an effect, or is a note of a framework, which is private."""
+        if name.startswith("_") or hasattr(ProgramModule, name) or name == "training":
+            return True
+        return isinstance(value, nn.Module) or name in (*self._parameters, *self._buffers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a container: the module that a copy belongs to outlines it again."""

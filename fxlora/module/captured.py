@@ -46,7 +46,7 @@ class CapturedModule(ProgramModule):
     """
 
     known: State
-    blocks: dict[str, Block]
+    outlined_modules: dict[str, Block]
     _seal: Seal
     _running: dict[int, fx.Graph]
 
@@ -61,7 +61,7 @@ class CapturedModule(ProgramModule):
         state: State | None = None,
     ) -> None:
         whole = parent_program() if parent_module else programs[0]
-        self.__dict__.update(_seal=Seal(self), _running={}, blocks={})
+        self.__dict__.update(_seal=Seal(self), _running={}, outlined_modules={})
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
@@ -96,10 +96,10 @@ class CapturedModule(ProgramModule):
         with self.editing():
             for path in sorted(paths, key=lambda path: path.count(".")):
                 held = self.get_submodule(path)
-                self.blocks[path] = Block(held, path, made[path], self.program)
-                self.set_submodule(path, self.blocks[path])
+                self.outlined_modules[path] = Block(held, path, made[path], self.program)
+                self.set_submodule(path, self.outlined_modules[path])
         self.look()
-        for block in self.blocks.values():
+        for block in self.outlined_modules.values():
             block.look_from(self._view)
         self._generated.clear()
         self._prepare()
@@ -126,7 +126,7 @@ class CapturedModule(ProgramModule):
         self.__dict__["_modules"] = children_of(self._modules, "", seal)
         for runner in self.runners:  # they run on this module's tensors
             runner.__dict__["_modules"] = self._modules
-        for owner in (self, *self.blocks.values()):
+        for owner in (self, *self.outlined_modules.values()):
             seal.owner_set(owner)
         seal.open = False
 
@@ -134,8 +134,9 @@ class CapturedModule(ProgramModule):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
         """Yield the modules by the source's names: a wrapper around a block counts as the block."""
-        wrappers = {id(self._standing(path)): block for path, block in self.blocks.items()}
-        if all(id(block) in wrappers for block in self.blocks.values()):
+        blocks = self.outlined_modules
+        wrappers = {id(self._standing(path)): block for path, block in blocks.items()}
+        if all(id(block) in wrappers for block in blocks.values()):
             yield from super().named_modules(memo, prefix, remove_duplicate)
             return
         yield from _named(self, prefix, wrappers, set() if memo is None else memo, remove_duplicate)
@@ -146,24 +147,24 @@ class CapturedModule(ProgramModule):
         A block inside a wrapper's block is found through the wrapper.
         """
         owner, _, name = path.rpartition(".")
-        around = self.blocks.get(owner) or self.get_submodule(owner)
+        around = self.outlined_modules.get(owner) or self.get_submodule(owner)
         return around._modules.get(name)
 
     def check_blocks(self, verb: str) -> None:
         """Raise SubmoduleError if a block was replaced, and not only wrapped."""
-        for path, block in self.blocks.items():
+        for path, block in self.outlined_modules.items():
             standing = self._standing(path)
             if standing is None or not any(part is block for part in standing.modules()):
                 raise SubmoduleError(
                     f"{verb}: '{path}' was replaced by a {type(standing).__name__}, which has no "
                     "graph. Put the captured one back (a copy of this module still has none): "
-                    f"module.set_submodule({path!r}, module.blocks[{path!r}])."
+                    f"module.set_submodule({path!r}, module.outlined_modules[{path!r}])."
                 )
 
     def _block_around(self, path: str) -> ProgramModule:
         """Return the innermost module that is called and has this submodule in it."""
-        around = [outer for outer in self.blocks if path.startswith(f"{outer}.")]
-        return self.blocks[max(around, key=len)] if around else self
+        around = [outer for outer in self.outlined_modules if path.startswith(f"{outer}.")]
+        return self.outlined_modules[max(around, key=len)] if around else self
 
     @property
     def adapted(self) -> Mapping[str, Callable[[], torch.Tensor]]:
@@ -357,7 +358,7 @@ class CapturedModule(ProgramModule):
         return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
-        for path, block in self.blocks.items():
+        for path, block in self.outlined_modules.items():
             standing = self._standing(path)
             if standing is not block:  # a wrapper: the copy is the block itself
                 memo[id(standing)] = copy.deepcopy(block, memo)
@@ -591,7 +592,10 @@ def _named(
 
 def _copy_hooks(module: CapturedModule, copied: CapturedModule, memo: dict[int, Any]) -> None:
     """Give a deep copy the hooks of a module and of its blocks, as nn.Module's deepcopy does."""
-    pairs = [(module, copied), *((block, copied.blocks[p]) for p, block in module.blocks.items())]
+    pairs = [
+        (module, copied),
+        *((block, copied.outlined_modules[p]) for p, block in module.outlined_modules.items()),
+    ]
     for old, new in pairs:
         for name in HOOKS:
             new.__dict__[name] = copy.deepcopy(old.__dict__[name], memo)

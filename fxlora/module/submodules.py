@@ -153,6 +153,9 @@ class Part(nn.Module):
         seal: Seal | None = self.__dict__.get("_seal")
         return value if seal is None else seal.outside(self._path, name, value)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        raise refusal(self._path, "compiling it")
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Set `requires_grad` of all parameters; those that would train are copied first."""
         seal: Seal | None = self.__dict__.get("_seal")
