@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,7 +170,8 @@ class Proof:
 
     def _run(self, call: Callable[..., Any], context: Context, locate: int = -1) -> Any:
         run = Run(self.values, locate)
-        with undisturbed(self.model), under(context), _compiling_state_context():
+        kept = undisturbed(self.model) if call is self.model else nullcontext()
+        with kept, under(context), _compiling_state_context():
             return run.of(call, self.example.args, self.example.kwargs), run
 
     def _told(self, context: Context, why: Any) -> str:

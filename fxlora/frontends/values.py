@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +37,25 @@ class Value:
 
 
 class Values:
-    """The values of all runs that are to be compared; and the results of ops, by sizes."""
+    """The values of all runs that are to be compared; and the results of ops, by sizes.
+
+    Attributes:
+        fakes: the mode of all runs, so that a real tensor has one fake tensor.
+        outcomes: what ops return, by the forms of their arguments.
+    """
+
+    fakes: FakeTensorMode
 
     def __init__(self) -> None:
+        self.renew()
         self._known: dict[Any, Value] = {}
         self.outcomes: dict[Any, tuple[list[_Outcome], Any] | None] = {}
+
+    def renew(self) -> None:
+        """Make fake tensors anew: a run changed one of them in place."""
+        self.fakes = FakeTensorMode(
+            allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
+        )
 
     def of(self, made: Any) -> Value:
         """Return the value that was made in this way."""
@@ -74,10 +87,8 @@ class Run(TorchDispatchMode):
     def __init__(self, values: Values, locate: int = -1) -> None:
         super().__init__()
         self.values, self.locate = values, locate
-        environment = ShapeEnv()
-        self.fakes = FakeTensorMode(
-            allow_non_fake_inputs=True, shape_env=environment, static_shapes=True
-        )
+        self.fakes = values.fakes
+        self.fakes.shape_env = ShapeEnv()  # so that each run counts its unknown sizes from 0
         self.ops: list[tuple[Value, bool]] = []
         self.place = ""
         self.draws = 0
@@ -85,7 +96,9 @@ class Run(TorchDispatchMode):
         self._symbols: dict[str, Value] = {}
         self._origins: dict[int, Value] = {}  # of the storages that were there before the run
         self._written: dict[Value, Value] = {}
+        self._touched: set[int] = set()  # storages that were written to
         self._kept: list[Any] = []  # so that no storage's key is used again
+        self._faked: list[tuple[torch.Tensor, torch.Tensor]] = []  # real tensors and their fakes
 
     def of(self, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Return what a call computes: its results, and its writes to tensors that were there.
@@ -94,13 +107,21 @@ class Run(TorchDispatchMode):
             Unknown: a part of it cannot be compared.
         """
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
-        with ExitStack() as stack:
-            stack.enter_context(self.fakes)
-            stack.enter_context(self)
-            results = call(*args, **kwargs)
+        try:
+            with self.fakes, self:
+                results = call(*args, **kwargs)
+        finally:
+            if any(self._changed(real, fake) for real, fake in self._faked):
+                self.values.renew()
         leaves, structure = pytree.tree_flatten((results, args, kwargs))
         described = tuple((self._described(leaf), _gradient(leaf)) for leaf in leaves)
         return described, str(structure), frozenset(self._written.items()), self.draws
+
+    def _changed(self, real: torch.Tensor, fake: torch.Tensor) -> bool:
+        """Whether the run left a fake tensor unlike its real one: in its graph, or in its form."""
+        if (real.requires_grad, real.is_leaf) != (fake.requires_grad, fake.is_leaf):
+            return True
+        return storage_of(fake) in self._touched and _form(real) != _form(fake)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,6 +179,7 @@ class Run(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor):
                     after = self.values.of((made, "writes", number, place))
                     self._states[storage_of(leaf)] = after
+                    self._touched.add(storage_of(leaf))
                     if origin := self._origins.get(storage_of(leaf)):
                         self._written[origin] = after
 
@@ -184,6 +206,7 @@ class Run(TorchDispatchMode):
         fake = self.fakes.from_tensor(tensor, static_shapes=True)
         if storage_of(fake) not in self._states:
             self._kept.append(fake)
+            self._faked.append((tensor, fake))
             value = self._real(tensor)
             self._states[storage_of(fake)] = self._origins[storage_of(fake)] = value
         return fake
