@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
 
-from ..errors import FxLoraError, NotCapturedError, SubmoduleError
+from ..errors import FxLoraError, InjectError, NotCapturedError, SubmoduleError
 from ..fx.calls import part_of
 from ..plan import Plan
 from .adapted_weight import adapted_weight
@@ -358,6 +358,7 @@ class CapturedModule(ProgramModule):
         return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
+        self._refuse_sharded()
         for path, block in self.outlined_modules.items():
             standing = self._standing(path)
             if standing is not block:  # a wrapper: the copy is the block itself
@@ -380,6 +381,22 @@ class CapturedModule(ProgramModule):
         )
         result.meta = copy.copy(self.meta)
         return result
+
+    def _refuse_sharded(self) -> None:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        from torch.distributed.tensor import DTensor  # exists only where torch.distributed does
+
+        sharded = (name for name, p in self.named_parameters() if isinstance(p, DTensor))
+        if name := next(sharded, None):
+            raise InjectError(
+                f"'{name}' is sharded over processes, and torch cannot copy such a module, which "
+                "fold, remove, save_adapter and verify do. Load its state into a module that is "
+                "made in the same way without sharding (capture, inject): "
+                "plain.load_state_dict(get_model_state_dict(sharded, "
+                "options=StateDictOptions(full_state_dict=True))), both from "
+                "torch.distributed.checkpoint.state_dict."
+            )
 
     def tree(self) -> nn.Module:
         """Return the containers, parameters and buffers, without this module's own graphs."""

@@ -76,11 +76,10 @@ class Seal:
     def outside(self, path: str, name: str, value: Any) -> Any:
         """Return an attribute as Python outside of the graph is to see it.
 
-        Called by `__getattr__` only. torch.fx's Interpreter, with which torch.export runs a
-        GraphModule, runs the graph's own nodes, which take the weight itself.
+        Called by `__getattr__` only.
         """
         compute = self.adapted.get(_joined(path, name)) if self.adapted else None
-        if compute is None or self.open or _reads_for_a_graph(sys._getframe(1)):
+        if compute is None or self.open or _reads_as_it_is(sys._getframe(1)):
             return value
         adapted = compute()
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
@@ -110,11 +109,21 @@ class AdaptedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
 
-def _reads_for_a_graph(frame: types.FrameType | None) -> bool:
-    """Whether torch.fx's Interpreter is what reads an attribute, in this frame's `__getattr__`."""
+def _reads_as_it_is(frame: types.FrameType | None) -> bool:
+    """Whether torch itself reads an attribute, in this frame's `__getattr__`, to get or set W0."""
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back
-    return frame is not None and frame.f_code is fx.Interpreter.fetch_attr.__code__
+    name: str = frame.f_globals.get("__name__", "") if frame else ""
+    return name.startswith(_RAW_READERS)
+
+
+# Code of torch that moves parameters, or runs the graph's own nodes, which add the adapters.
+_RAW_READERS = (
+    "torch.distributed.",
+    "torch.fx.",
+    "torch.nn.modules.module",
+    "torch.nn.utils._named_member_accessor",  # torch.func.functional_call
+)
 
 
 def _plain(value: Any) -> Any:
