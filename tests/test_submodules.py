@@ -100,11 +100,16 @@ def lora(adapted: fxlora.CapturedModule) -> fxlora.CapturedModule:
     return copy.deepcopy(adapted)
 
 
-@pytest.fixture
-def flat(source: Model) -> fxlora.CapturedModule:
+@pytest.fixture(scope="module")
+def adapted_flat(source: Model) -> fxlora.CapturedModule:
     lora = fxlora.adapt(source, ids(), rules=CONFIG)
     randomise(lora)
     return lora
+
+
+@pytest.fixture
+def flat(adapted_flat: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    return copy.deepcopy(adapted_flat)
 
 
 # ---- outlined submodules --------------------------------------------------------------------
@@ -405,8 +410,9 @@ ACTIONS: dict[str, tuple[Callable[[Any], object], str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def outlined(source: Model) -> fxlora.CapturedModule:
-    return fxlora.capture(source, ids(), modules="layers.*")
+def plain(source: Model) -> dict[str, fxlora.CapturedModule]:
+    modules = {"outlined": "layers.*", "flat": None}
+    return {kind: fxlora.capture(source, ids(), modules=m) for kind, m in modules.items()}
 
 
 @pytest.fixture(scope="module")
@@ -422,11 +428,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:torch.ao")
 @pytest.mark.usefixtures("one_process")
 def test_a_submodule_does_what_the_sources_does_or_raises(
-    source: Model, outlined: fxlora.CapturedModule, name: str, kind: str
+    source: Model, plain: dict[str, fxlora.CapturedModule], name: str, kind: str
 ) -> None:
     action, *expected = ACTIONS[name]
-    plain = fxlora.capture(source, ids()) if kind == "flat" else outlined
-    gm, before = copy.deepcopy(plain), plain(x := ids())
+    gm = copy.deepcopy(plain[kind])
+    before = gm(x := ids())
     if expected[kind == "flat"] == "raises":
         with pytest.raises(SubmoduleError):
             _ = action(gm), gm(x)
@@ -458,6 +464,35 @@ def test_a_part_in_another_mode_raises_where_it_matters(flat: fxlora.CapturedMod
         module.training = False
     assert not flat.training
     assert_same([flat(x := ids())], [flat(x)])
+
+
+def test_flags_follow_the_module_unless_they_were_set_on_their_own(flat: Any) -> None:
+    def raises(module: fxlora.CapturedModule) -> bool:
+        try:
+            return module(ids()) is None
+        except SubmoduleError:
+            return True
+
+    bn = flat.layers[0].bn
+    flat.eval()
+    flat.training = True  # as Lightning does
+    assert bn.training and not raises(flat)
+    assert not torch.equal(flat(x := ids()), flat(x))  # dropout
+    bn.training = False
+    for module in (flat, copy.deepcopy(flat), fxlora.fold(flat)):
+        assert raises(module)
+    flat.training = False
+    assert not raises(flat)
+    flat.training = True
+    assert raises(flat)
+    flags = [(module, module.training) for module in flat.modules()]
+    for order in (flags, flags[::-1]):  # saved and restored one by one
+        flat.eval()
+        for module, training in order:
+            module.training = training
+        assert raises(flat)
+    flat.train()
+    assert not raises(flat)
 
 
 # ---- readers outside the graph --------------------------------------------------------------

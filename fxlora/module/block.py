@@ -95,6 +95,12 @@ class Block(ProgramModule):
         if name == "training" and seal is not None:
             seal.owner_set(self)
 
+    def train(self, mode: bool = True) -> Block:
+        super().train(mode)
+        if seal := self.__dict__.get("_seal"):
+            seal.all_set(self)
+        return self
+
     def _may_set(self, name: str, value: Any) -> bool:
         """Whether an attribute has an effect, or is a note of a framework, which is private."""
         if name.startswith("_") or hasattr(ProgramModule, name) or name == "training":

@@ -59,9 +59,11 @@ class CapturedModule(ProgramModule):
         class_name: str,
         training: bool,
         state: State | None = None,
+        own_modes: Collection[str] = (),
     ) -> None:
         whole = parent_program() if parent_module else programs[0]
         self.__dict__.update(_seal=Seal(self), _running={}, outlined_modules={})
+        self._seal.own.update(own_modes)
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
@@ -75,7 +77,7 @@ class CapturedModule(ProgramModule):
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
             self._bind_parent()
         self._outline()
-        self.train(training)
+        self._prepare()
         self._seal_submodules()
 
     # ---- submodules -------------------------------------------------------------------------
@@ -117,6 +119,7 @@ class CapturedModule(ProgramModule):
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
         seal.adapted = self.adapted
+        seal.matters = functools.cache(self.mode_matters)
         seal.owners = {}
         for path, part in self.named_modules():
             if path and isinstance(part, Container | Block):
@@ -204,6 +207,11 @@ class CapturedModule(ProgramModule):
         if name == "training" and "_seal" in self.__dict__:
             self._seal.owner_set(self)
 
+    def train(self, mode: bool = True) -> CapturedModule:
+        super().train(mode)
+        self._seal.all_set(self)
+        return self
+
     def requires_grad_(self, requires_grad: bool = True) -> CapturedModule:
         """Set `requires_grad` of all parameters; those that would train are copied first."""
         if requires_grad:
@@ -218,22 +226,10 @@ class CapturedModule(ProgramModule):
         self._unshare_storage({name for name, p in named if id(p) in held})
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._seal.apart:
-            self.refuse_apart(self._seal.apart)
+        self._seal.refuse_apart()
         super()._check(args, kwargs)
 
-    def refuse_apart(self, paths: Collection[str]) -> None:
-        """Raise if submodules in another mode than the module have a part that differs by mode."""
-        for path in sorted(paths):
-            if self._mode_matters(path):
-                mode = "eval" if self.training else "train"
-                raise SubmoduleError(
-                    f"'{path}' was set to {mode} mode apart from the module, and one graph "
-                    "computes the whole model in one mode. Make it a module of its own: "
-                    f"capture(model, …, modules={path!r}), or set the mode of the whole module."
-                )
-
-    def _mode_matters(self, path: str) -> bool:
+    def mode_matters(self, path: str) -> bool:
         """Whether the two modes' graphs differ in a submodule's part."""
         if self.parent_module:
             return True
@@ -378,6 +374,7 @@ class CapturedModule(ProgramModule):
             class_name=type(self).__name__,
             training=self.training,
             state=state,
+            own_modes=self._seal.own,
         )
         result.meta = copy.copy(self.meta)
         return result

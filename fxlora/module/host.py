@@ -76,7 +76,7 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
 def _seal(host: Any, module: CapturedModule) -> None:
     """Have the host's own submodules refuse what has no effect on the graph."""
     seal = Seal(host)
-    seal.adapted = module.adapted
+    seal.adapted, seal.matters = module.adapted, module.mode_matters
     containers = {id(part) for part in module.modules()}
     for path, part in host.named_modules():
         if path and id(part) not in containers:
@@ -128,7 +128,7 @@ class Host(nn.Module):
         """Set the mode as nn.Module does, also of the captured module."""
         super().train(mode)
         self._captured.train(mode)
-        self._seal.owner_set(self)
+        self._seal.all_set(self)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -177,8 +177,7 @@ def _host_class(kind: type[nn.Module]) -> type[nn.Module]:
         _check_held(self)
         if self._captured.training is not self.training:  # set without train(), perhaps
             self._captured.train(self.training)
-        if self._seal.apart:
-            self._captured.refuse_apart(self._seal.apart)
+        self._seal.refuse_apart()
         args, kwargs = _align(self._captured, inspect.signature(kind.forward), args, kwargs)
         return self._captured(*args, **kwargs)
 

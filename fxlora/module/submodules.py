@@ -35,7 +35,10 @@ class Seal:
         owners: the module whose mode decides about a submodule's nodes, by the submodule's path.
         open: whether the module is being rewritten: its submodules may change, and its weights
             are read as they are.
-        apart: paths of submodules whose `training` flag is not their owner's.
+        own: paths of submodules whose `training` flag was set on its own. The other flags follow
+            their owner's.
+        apart: those of them whose flag is not their owner's, where that makes a difference.
+        matters: whether a submodule's part of the graph differs by mode.
         replaceable: paths of children that may be replaced, because they are called.
         adapted: functions that compute the adapted weights, by name.
     """
@@ -44,7 +47,9 @@ class Seal:
         self.owner = owner
         self.owners: dict[str, nn.Module] = {}
         self.open = True
+        self.own: set[str] = set()
         self.apart: set[str] = set()
+        self.matters: Callable[[str], bool] = lambda path: True
         self.replaceable: frozenset[str] = frozenset()
         self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
 
@@ -61,17 +66,44 @@ class Seal:
             self.open = before
 
     def mode_set(self, path: str, training: bool) -> None:
-        """Note that a submodule's flag was set."""
-        if training is self.owners[path].training:
-            self.apart.discard(path)
-        else:
+        """Note that a submodule's flag was set on its own."""
+        self.own.add(path)
+        if training is not self.owners[path].training and self.matters(path):
             self.apart.add(path)
+        else:
+            self.apart.discard(path)
 
     def owner_set(self, owner: nn.Module) -> None:
-        """Note that the flag of a module that other flags are compared with was set."""
-        for path, part in self.owner.named_modules():
-            if self.owners.get(path) is owner:
+        """Note that the flag of a module that other flags follow was set."""
+        for path, part in self._owned(owner):
+            if path in self.own:
                 self.mode_set(path, part.training)
+            else:
+                part.__dict__["training"] = owner.training
+
+    def all_set(self, owner: nn.Module) -> None:
+        """Note that `train()` set the flags of a module and of all its submodules."""
+        owned = {path for path, _ in self._owned(owner)}
+        self.own -= owned
+        self.apart -= owned
+
+    def refuse_apart(self) -> None:
+        """Raise if a submodule is in another mode than the module, and its part differs by mode."""
+        if self.apart:
+            path = min(self.apart)
+            mode = "eval" if self.owners[path].training else "train"
+            raise SubmoduleError(
+                f"'{path}' was set to {mode} mode apart from the module, and one graph "
+                "computes the whole model in one mode. Make it a module of its own: "
+                f"capture(model, …, modules={path!r}), or set the mode of the whole module."
+            )
+
+    def _owned(self, owner: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [
+            (path, part)
+            for path, part in self.owner.named_modules()
+            if self.owners.get(path) is owner
+        ]
 
     def outside(self, path: str, name: str, value: Any) -> Any:
         """Return an attribute as Python outside of the graph is to see it.
