@@ -95,7 +95,8 @@ def llama(layers: int, place: str, vocabulary: int) -> nn.Module:
         dtype=torch.bfloat16,
     )
     with torch.device(place):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        model: Any = LlamaForCausalLM(config)
+        return model.to(torch.bfloat16).eval()
 
 
 def add(report: Report, title: str, rows: list[Measured]) -> None:

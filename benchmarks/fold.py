@@ -91,16 +91,20 @@ def main() -> None:
 Pefts = dict[str, Any]  # dtype of the adapters → PEFT's model
 
 
-def adapted(model: nn.Module) -> tuple[fxlora.CapturedModule, Pefts]:
+def adapted(model: Linear | Block) -> tuple[fxlora.CapturedModule, Pefts]:
     """Return fxlora's module and PEFT's models with equal A and B.
 
-    By default PEFT keeps the adapters of a bfloat16 model in float32; both dtypes are compared.
+    By default both libraries keep the adapters of a bfloat16 model in float32. PEFT's merge is
+    compared in both dtypes, so A and B have values that both can hold.
     """
     names = [name for name, _ in model.named_children()]
     example = torch.randn(2, model.width).to(next(model.parameters()))
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=names)
     lora = fxlora.adapt(model, example, rules=rules)
     randomise_b(lora)
+    with torch.no_grad():
+        for parameter in fxlora.lora_parameters(lora):
+            parameter.copy_(parameter.to(example.dtype))
     pefts: Pefts = {}
     for upcast in (False, True):
         config = PeftConfig(r=R, lora_alpha=ALPHA, target_modules=names)
@@ -157,7 +161,7 @@ def fxlora_sides(lora: fxlora.CapturedModule) -> Sides:
     meta = copy.deepcopy(lora).to("meta")
 
     def triples() -> list[tuple[torch.Tensor, ...]]:
-        return [(w.clone(), a, b) for w, a, b in factors(lora)]
+        return [(w.clone(), a.to(w.dtype), b.to(w.dtype)) for w, a, b in factors(lora)]
 
     def in_place(given: Any) -> object:
         return [w.addmm_(b, a, alpha=S) for w, a, b in given]
@@ -191,6 +195,11 @@ def peft_sides(pefts: Pefts) -> Sides:
     } | {f"{MERGE}, float32 adapters": ("in place", merge(peft)) for peft in upcast}
 
 
+def entries_of(lora: fxlora.CapturedModule) -> tuple[fxlora.Entry, ...]:
+    assert lora.plan is not None
+    return lora.plan.entries
+
+
 def factors(lora: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Return W, A and B of every site."""
     return [
@@ -199,7 +208,7 @@ def factors(lora: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tenso
             lora.get_parameter(entry.name_a).detach(),
             lora.get_parameter(entry.name_b).detach(),
         )
-        for entry in lora.plan
+        for entry in entries_of(lora)
     ]
 
 
@@ -214,7 +223,7 @@ def rounding(case: str, lora: fxlora.CapturedModule, pefts: Pefts) -> list[dict[
         folded[f"PEFT merge, {dtype} adapters"] = merged
     wrong = dict.fromkeys(folded, 0)
     entries, change, size = 0, 0.0, 0.0
-    for entry, (weight, a, b) in zip(lora.plan, factors(lora), strict=True):
+    for entry, (weight, a, b) in zip(entries_of(lora), factors(lora), strict=True):
         delta = S * (b.double() @ a.double())
         exact = weight.double() + delta
         nearest = rounded(exact, weight.dtype)

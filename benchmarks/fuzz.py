@@ -37,6 +37,7 @@ from torch.func import functional_call
 import fxlora
 from fxlora import FxLoraError, LoraConfig, Plan, Rule
 from fxlora.plan import Entry
+from fxlora.tables import render
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROOT = "base_model.model."
@@ -456,7 +457,7 @@ OUTCOMES = ("accepted", "typed", "untyped", "wrong", "executed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=4200, help="mutants")
     parser.add_argument("--quick", action="store_true", help="a tenth of them")
     parser.add_argument("--seed", type=int, default=0)
@@ -467,7 +468,7 @@ def main() -> None:
     rows = [[road, *(fuzz.counts[road, o] for o in OUTCOMES)] for road in roads]
     rows = [[road, sum(numbers), *numbers] for road, *numbers in rows]
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, 7))])
-    print(fxlora.tables.render(["file", "inputs", *OUTCOMES], rows))
+    print(render(["file", "inputs", *OUTCOMES], rows))
     print(*fuzz.failures[:40], sep="\n")
     raise SystemExit(1 if fuzz.failures else 0)
 

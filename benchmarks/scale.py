@@ -85,8 +85,8 @@ def measure(kind: str, layers: int) -> dict[str, float]:
     model, x, steps = KINDS[kind](layers), torch.randn(2, WIDTH), Steps()
     config = LoraConfig(r=2)
     rules = [Rule("ws.*" if kind in ("bare", "weight") else "*", lora=config)]
-    args = () if kind == "traced" else (x,)
-    gm = steps("capture", lambda: fxlora.capture(model, *args))
+    args = None if kind == "traced" else (x,)
+    gm = steps("capture", lambda: fxlora.capture(model, args))
     plan = steps("match", lambda: fxlora.match(gm, rules))
     steps("match with a budget", lambda: fxlora.match(gm, rules, budget="40%"))
     lora = steps("inject", lambda: fxlora.inject(gm, plan)).eval()

@@ -166,7 +166,7 @@ def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
         return torch.compile(loss, dynamic=False) if compiled else loss
 
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=task.targets)
-    lora = fxlora.adapt(task.model, (), task.example, rules=rules).train()
+    lora = fxlora.adapt(task.model, (), task.example, rules=rules, adapter_dtype=False).train()
     randomise_b(lora)
     peft = with_peft(task)
     copy_adapters(lora, peft)
@@ -197,6 +197,11 @@ def with_peft(task: Task) -> nn.Module:
     return peft.get_base_model().train()
 
 
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.flatten()
+
+
 def check(trainees: dict[str, Trainee], tolerance: float) -> str:
     """Assert that fxlora and PEFT agree in loss and gradients, and that adapters have an effect.
 
@@ -211,8 +216,8 @@ def check(trainees: dict[str, Trainee], tolerance: float) -> str:
     gap = error(losses[FXLORA], losses[PEFT])
     effect = error(losses[FXLORA], losses[FROZEN])
     gradient = error(
-        torch.cat([p.grad.flatten() for p in mine.values()]),
-        torch.cat([theirs[name].grad.flatten() for name in mine]),
+        torch.cat([gradient_of(p) for p in mine.values()]),
+        torch.cat([gradient_of(theirs[name]) for name in mine]),
     )
     assert effect > 10 * gap, f"the adapters change the loss by {effect:.1e} only"
     assert gap < tolerance, f"the losses differ by {gap:.1e}"
@@ -255,7 +260,7 @@ def vision(options: argparse.Namespace) -> Task:
     model = build().to(options.device, DTYPES[options.dtype]).train()
     images = torch.randn(batch, 3, size, size).to(next(model.parameters()))
     labels = torch.randint(0, 1000, (batch,), device=options.device)
-    rest = copy.deepcopy(model)
+    rest: Any = copy.deepcopy(model)
     rest.conv1 = nn.Identity()
     kinds = (nn.Conv2d, nn.Linear)
     return Task(

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,7 @@ class Phases:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Generator[None]:
         print(f"\n== {name} ==", flush=True)
         start = time.perf_counter()
         yield
@@ -212,7 +212,7 @@ class Half:
 
 def load_halves(options: argparse.Namespace) -> tuple[Half, Half]:
     """Return the digits 0-4 and the digits 5-9."""
-    data = load_digits()
+    data: Any = load_digits()
     grey = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # levels are 0 to 16
     digits = torch.tensor(data.target)
     grey, digits = grey.to(options.device), digits.to(options.device)
@@ -276,8 +276,10 @@ def renew_head(model: nn.Module) -> None:
     name = head_of(model)
     old = model.get_submodule(name)
     if isinstance(old, nn.Conv2d):
-        new: nn.Module = nn.Conv2d(old.in_channels, CLASSES, old.kernel_size)
+        height, width = old.kernel_size
+        new = nn.Conv2d(old.in_channels, CLASSES, (height, width))
     else:
+        assert isinstance(old, nn.Linear)
         new = nn.Linear(old.in_features, CLASSES)
     model.set_submodule(name, new.to(old.weight.device))
 
@@ -357,6 +359,7 @@ def print_accuracies(
 
     In both trainings the batch norms' statistics adapt to the new digits.
     """
+    assert adapted.plan is not None
     plan = fxlora.match(base, fxlora.Rule(adapted.plan.modules_to_save[0], train=True))
     head = adapt(base, plan, high, options)
     modules = {
@@ -383,7 +386,7 @@ def print_verification(verification: fxlora.Verification) -> None:
     )
 
 
-def print_latencies(graphs: dict[str, nn.Module], inputs: Tensor, rounds: int) -> None:
+def print_latencies(graphs: Mapping[str, nn.Module], inputs: Tensor, rounds: int) -> None:
     with threads(1):  # on a busy machine several threads would wait for each other
         seconds = interleaved(graphs, inputs, rounds)
     print(f"eval graphs, {len(inputs)} images per call, one thread, {rounds} interleaved rounds")
@@ -401,7 +404,7 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     yield
@@ -410,7 +413,7 @@ def threads(count: int) -> Iterator[None]:
 
 @torch.no_grad()
 def interleaved(
-    graphs: dict[str, nn.Module], inputs: Tensor, rounds: int
+    graphs: Mapping[str, nn.Module], inputs: Tensor, rounds: int
 ) -> dict[str, list[float]]:
     """Return the seconds of each call; the graphs take turns, so that load affects all alike."""
     names = list(graphs)

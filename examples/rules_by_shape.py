@@ -27,7 +27,7 @@ class Network(nn.Module):
         self.mix = nn.Sequential(nn.Linear(80, 64), nn.ReLU(), nn.Linear(64, 72))
         self.head = nn.Linear(72, 10)
 
-    def forward(self, image, caption):
+    def forward(self, image: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
         seen = self.blocks(self.stem(image)).mean((2, 3))
         read = self.embed(caption).mean(1)
         return self.head(self.mix(torch.cat([seen, read], 1)))

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim
@@ -36,7 +37,8 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     """Return a GPT-2 of two layers with initial weights; lm_head is tied to the embedding wte."""
     sizes = {"vocab_size": 48, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens, use_cache=False, loss_type="ForCausalLM"))
+    loss: dict[str, Any] = {"loss_type": "ForCausalLM"}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens, **loss, use_cache=False))
 
 
 def padded_batch(rows: int, length: int) -> Batch:

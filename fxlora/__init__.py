@@ -18,6 +18,7 @@ from .errors import (
     MisfitError,
     NoMatchError,
     NotCapturedError,
+    SubmoduleError,
     UnsupportedOpError,
     VerificationError,
 )
@@ -29,6 +30,7 @@ from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
 from .module.host import hosted, recorded_calls
+from .module.merged import merged
 from .passes.eva import Initialized, initialize_from
 from .pictures import draw
 from .plan import Entry, Plan
@@ -63,6 +65,7 @@ __all__ = [
     "Rule",
     "Site",
     "SiteCheck",
+    "SubmoduleError",
     "UnsupportedOpError",
     "Variant",
     "Verification",
@@ -79,6 +82,7 @@ __all__ = [
     "load_rules",
     "lora_parameters",
     "match",
+    "merged",
     "recorded_calls",
     "register_op",
     "register_variant",

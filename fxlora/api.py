@@ -12,6 +12,7 @@ from torch import nn
 from .config import Rules, is_finite
 from .errors import ConfigError, InjectError, warn
 from .frontends import capture
+from .lora.dtypes import dtype_rule
 from .matching import match
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
@@ -26,7 +27,11 @@ FOLD = Chain((ToWeightForm(), FoldConstants()))
 
 @no_ambient_modes()
 def inject(
-    module: CapturedModule, plan: Plan, *, starts: Mapping[str, torch.Tensor] | None = None
+    module: CapturedModule,
+    plan: Plan,
+    *,
+    starts: Mapping[str, torch.Tensor] | None = None,
+    adapter_dtype: bool | str | torch.dtype | None = None,
 ) -> CapturedModule:
     """Return a new module with the plan's adapters as graph nodes.
 
@@ -38,6 +43,8 @@ def inject(
         plan: from `match` on this module.
         starts: initial values of adapter tensors by name, of the shapes `(r, in_features)` for A
             and `(out_features, r)` for B; the others are initialised as the plan says.
+        adapter_dtype: the dtype of all adapters and of what trains in full, instead of the plan's:
+            True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
 
     Returns:
         The adapted module. It shares the frozen weights' storage with the given one.
@@ -45,6 +52,7 @@ def inject(
     Raises:
         NotCapturedError: the module is not a captured one.
         InjectError: the plan does not fit the module, or the module has adapters already.
+        ConfigError: adapter_dtype is no dtype in which an adapter can be trained.
 
     Example:
         >>> import torch, fxlora
@@ -54,9 +62,11 @@ def inject(
         >>> [tuple(p.shape) for p in fxlora.lora_parameters(lora)]
         [(2, 6), (4, 2)]
     """
-    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(plan, Plan):
         raise InjectError(f"inject takes a Plan, not {type(plan).__name__}: match makes one.")
     check_captured(module, "inject")
+    if adapter_dtype is not None:
+        plan = plan.with_adapter_dtype(dtype_rule(adapter_dtype, "adapter_dtype"))
     return Inject(plan, starts or {})(module)
 
 
@@ -69,6 +79,7 @@ def adapt(
     budget: int | str | None = None,
     dynamic_shapes: Any = None,
     adapter_name: str = "default",
+    adapter_dtype: bool | str | torch.dtype | None = None,
 ) -> CapturedModule:
     """Capture a model, match rules against it and inject the adapters, in one call.
 
@@ -79,6 +90,7 @@ def adapt(
         budget: the most parameters of all A and B together, as for `match`.
         dynamic_shapes: as for `capture`.
         adapter_name: the adapter's name.
+        adapter_dtype: the dtype of all adapters, as for `inject`.
 
     Returns:
         The adapted module.
@@ -98,7 +110,8 @@ def adapt(
     if rules is None:
         raise ConfigError("adapt needs rules: a LoraConfig, Rules, or the path of a rules file.")
     module = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return inject(module, match(module, rules, adapter_name=adapter_name, budget=budget))
+    plan = match(module, rules, adapter_name=adapter_name, budget=budget)
+    return inject(module, plan, adapter_dtype=adapter_dtype)
 
 
 @no_ambient_modes()
@@ -106,7 +119,7 @@ def fold(module: CapturedModule) -> CapturedModule:
     """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
     Its graphs are the captured ones, node for node, and none of its parameters requires gradients.
-    Each folded weight is summed in float32 (float64 for a float64 weight) and rounded once.
+    Each folded weight is summed in float64, from A and B in their own dtypes, and rounded once.
     Weights that were not adapted share storage with the source. Folding twice changes nothing.
 
     Args:

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .data import as_path, parsed, read_text
 from .errors import ConfigError, warn
+from .lora.dtypes import DtypeRule, dtype_rule
 from .lora.inits import INITS
 from .lora.parts import Parts, check_parts
 from .lora.variants import VARIANTS
@@ -78,6 +81,11 @@ class LoraConfig:
             "olora" select it by themselves.
         tied: how a rule adapts a weight that has several names: only where it is read under a name
             that the rule matches ("rule"), or wherever it is read ("share").
+        autocast_adapter_dtype: the dtype of A, B, a variant's tensors, and what `bias` and
+            `modules_to_save` train in full. True: float32, or the weight's dtype if that is wider.
+            False: the weight's dtype. Or a dtype, as a torch.dtype or a name ("float32"), which
+            the field then holds as its name. The graph casts them to the weight's dtype where they
+            are used. (PEFT has this as an argument of `get_peft_model`.)
         task_type: accepted so that scripts written for PEFT run; it has no effect.
         fan_in_fan_out: the same; the layout of a weight is taken from the graph.
 
@@ -113,6 +121,7 @@ class LoraConfig:
     target_parameters: Sequence[str] | None = None
     variant: str | None = None
     tied: Literal["rule", "share"] = "rule"
+    autocast_adapter_dtype: bool | str | torch.dtype = True
     task_type: str | None = None
     fan_in_fan_out: bool = False
 
@@ -131,6 +140,8 @@ class LoraConfig:
             raise ConfigError(f"task_type must be a text, not {shown(self.task_type)}.")
         if self.use_dora and self.variant not in (None, "dora"):
             raise ConfigError(f"use_dora=True and variant={self.variant!r} contradict each other.")
+        rule = dtype_rule(self.autocast_adapter_dtype, "autocast_adapter_dtype")
+        object.__setattr__(self, "autocast_adapter_dtype", rule)
         self._normalise_names()
         self._normalise_layers()
         self._normalise_patterns()
@@ -178,6 +189,11 @@ class LoraConfig:
     def row(self) -> str | None:
         """The row of `VARIANTS` that `variant` or `use_dora` selects, or None for plain LoRA."""
         return "dora" if self.use_dora else self.variant
+
+    @property
+    def dtype_rule(self) -> DtypeRule:
+        """`autocast_adapter_dtype` as plain data: True, False or the name of a dtype."""
+        return dtype_rule(self.autocast_adapter_dtype, "autocast_adapter_dtype")
 
     @property
     def has_targets(self) -> bool:

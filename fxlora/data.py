@@ -12,10 +12,13 @@ from typing import Any
 from .errors import FxLoraError
 from .names import shown
 
+# Only Python 3.10 has tomli: there, an ignore at the import would be unnecessary, an error.
+# pyright: reportMissingImports=false
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover - tomllib under its name on PyPI
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    import tomli as tomllib
 
 MAX_DEPTH = 32  # of nested lists and tables; valid files are far below it
 

@@ -48,6 +48,10 @@ class NotCapturedError(FxLoraError, TypeError):
     """A function needs a captured module, and got something else."""
 
 
+class SubmoduleError(FxLoraError):
+    """A submodule of a captured module was used in a way that would have no effect."""
+
+
 class MisfitError(InjectError):
     """A plan was made for another module.
 
@@ -79,7 +83,7 @@ class FxLoraWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn with the line of the user's code that called fxlora, however deep this is."""
     inside = str(Path(__file__).parent)
-    frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
+    frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_code.co_filename.startswith((inside, contextlib.__file__)):
         frame, level = frame.f_back, level + 1
     warnings.warn(printable(message, "\n\t"), FxLoraWarning, stacklevel=level)

@@ -7,14 +7,16 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import tomli_w
+import torch
 
 from .config import MAX_RANK, MAX_SIZE, Rule, is_finite, is_whole, rule_to_data
 from .errors import ConfigError
+from .lora.dtypes import DTYPES, DtypeRule, held_dtype, name_of
 from .lora.inits import INITS
 from .lora.layout import Layout, Shape
 from .lora.variants import VARIANTS
@@ -69,6 +71,10 @@ class Entry:
         part: name of the part of a packed weight, or None.
         rows: range (start, stop) of the part in the weight's output dimension, or None.
         padding_idx: row of an embedding that never trains, or None.
+        autocast_adapter_dtype: the dtype of the adapter's tensors, as in LoraConfig: True, False
+            or the name of a dtype.
+        weight_dtype: name of the weight's dtype in the module that the plan was made for or
+            injected into; "" if the plan is from an older file.
 
     Raises:
         ConfigError: an attribute has a wrong type or value, or is not a valid name in a graph.
@@ -94,6 +100,8 @@ class Entry:
     rows: tuple[int, int] | None = None
     padding_idx: int | None = None
     tied: tuple[str, ...] = ()
+    autocast_adapter_dtype: DtypeRule = True
+    weight_dtype: str = ""
 
     def __post_init__(self) -> None:
         """Check all attributes: they may come from a file, and the names go into generated code."""
@@ -155,6 +163,9 @@ class Entry:
         _check(self.form in FORMS, f"'{self.site}' has an unknown form: {shown(self.form)}")
         init = isinstance(self.init, bool | str) and self.init in INITS
         _check(init, f"'{self.site}' has an unknown init: {shown(self.init)}")
+        _check_dtype_rule(self.autocast_adapter_dtype, self.site)
+        known = isinstance(self.weight_dtype, str) and is_word(self.weight_dtype or "unknown")
+        _check(known, f"'{self.site}' has an unknown dtype: {shown(self.weight_dtype)}")
         layout = isinstance(self.layout, Layout) and len(self.layout.roles) == len(self.shape)
         _check(layout, f"the layout of '{self.site}' does not fit its shape")
 
@@ -204,6 +215,20 @@ class Entry:
     def adapter_parameters(self) -> int:
         """Number of trainable parameters that the adapter adds: A, B and a variant's."""
         return sum(math.prod(self.tensors[name]) for name in self.trainable)
+
+    # ---- dtypes -----------------------------------------------------------------------------
+
+    def dtype_over(self, weight: torch.dtype) -> torch.dtype:
+        """Return the dtype of the adapter's tensors over a weight of this dtype."""
+        return held_dtype(self.autocast_adapter_dtype, weight)
+
+    @property
+    def notes(self) -> str:
+        """The notes of the printed plan: `reason`, and a dtype other than the weight's."""
+        weight = DTYPES.get(self.weight_dtype)
+        held = weight and self.dtype_over(weight)
+        other = f"A and B in {name_of(held)}" if held and held != weight else ""
+        return "; ".join(filter(None, (self.reason, other)))
 
     # ---- names ------------------------------------------------------------------------------
 
@@ -306,6 +331,11 @@ def _check(holds: object, otherwise: str) -> None:
         raise ConfigError(f"{otherwise}.")
 
 
+def _check_dtype_rule(rule: object, name: str) -> None:
+    known = isinstance(rule, bool) or (isinstance(rule, str) and rule in DTYPES)
+    _check(known, f"the dtype for '{name}' must be True, False or a dtype's name: {shown(rule)}")
+
+
 @dataclass(frozen=True)
 class Plan:
     """The adapters that `inject` will add, and the parameters that train in full.
@@ -320,12 +350,14 @@ class Plan:
         modules_to_save: paths of the modules and bare parameters that rules train in full.
         model_parameters: number of parameters of the model.
         trained_parameters: number of those that train in full.
+        trained_dtypes: the dtypes of parameters trained in full, by name, as in
+            `LoraConfig.autocast_adapter_dtype`; True for those that it leaves out.
         rules: the rules from which `match` made the plan; empty if it was read from an adapter
             folder that fxlora wrote.
 
     Raises:
         ConfigError: an attribute has a wrong type or value, or two entries adapt the same rows of
-            a weight.
+            a weight, or one weight by different adapters.
 
     Example:
         >>> import torch, fxlora
@@ -347,6 +379,7 @@ class Plan:
     model_parameters: int = 0
     trained_parameters: int = 0
     rules: tuple[Rule, ...] = ()
+    trained_dtypes: Mapping[str, DtypeRule] = field(default_factory=dict[str, DtypeRule])
 
     def __post_init__(self) -> None:
         counts = (self.model_parameters, self.trained_parameters)
@@ -360,6 +393,10 @@ class Plan:
             names = getattr(self, what)
             paths = isinstance(names, tuple) and all(map(is_path, names))
             _check(paths, f"{what} must be a tuple of valid names in a graph, not {shown(names)}")
+        _check(isinstance(self.trained_dtypes, Mapping), "trained_dtypes must be a mapping")
+        for name, rule in self.trained_dtypes.items():
+            _check(name in self.trained, f"trained_dtypes has {shown(name)}, which does not train")
+            _check_dtype_rule(rule, name)
         self._check_apart()
 
     def _check_apart(self) -> None:
@@ -367,11 +404,17 @@ class Plan:
         prefixes = Counter((entry.prefix, entry.adapter) for entry in self)
         twice = [prefix for (prefix, _), count in prefixes.items() if count > 1]
         _check(not twice, f"the plan has {some(twice)} more than once")
-        held: dict[tuple[str, str], list[Entry]] = {}
+        held: dict[str, list[Entry]] = {}
         for entry in self:
             for name in entry.names:
-                held.setdefault((name, entry.adapter), []).append(entry)
-        for (name, _), sharing in held.items():
+                held.setdefault(name, []).append(entry)
+        for name, sharing in held.items():
+            adapters = dict.fromkeys(entry.adapter for entry in sharing)
+            _check(
+                len(adapters) == 1,
+                f"the plan adapts '{name}' by {some(adapters)}: one adapter at a time, because a "
+                "file holds one; fold the first before the second",
+            )
             rows = sorted(entry.rows or (0, MAX_SIZE) for entry in sharing)
             apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(rows))
             _check(apart, f"the plan adapts the same rows of '{name}' more than once")
@@ -381,6 +424,28 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def with_adapter_dtype(self, rule: DtypeRule) -> Plan:
+        """Return the plan with one dtype for all adapters and all that trains in full."""
+        entries = tuple(dataclasses.replace(e, autocast_adapter_dtype=rule) for e in self)
+        trained = dict.fromkeys(self.trained, rule)
+        return dataclasses.replace(self, entries=entries, trained_dtypes=trained)
+
+    def over(self, weights: Mapping[str, torch.Tensor]) -> Plan:
+        """Return the plan with the dtypes of a module's weights, for its notes."""
+        entries = tuple(
+            dataclasses.replace(e, weight_dtype=name_of(weights[e.parameter].dtype)) for e in self
+        )
+        return dataclasses.replace(self, entries=entries)
+
+    def trained_dtype(self, name: str, weight: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a parameter of this dtype in the model trains in full.
+
+        It holds the model's values exactly: a narrower one would change the outputs.
+        """
+        held = held_dtype(self.trained_dtypes.get(name, True), weight)
+        exact = held == weight or torch.promote_types(held, weight) == held
+        return held if exact else weight
 
     @property
     def adapter_parameters(self) -> int:
@@ -415,7 +480,7 @@ class Plan:
                 f"{e.alpha:g}",
                 f"{e.adapter_parameters:,}",
                 e.rule,
-                e.reason,
+                e.notes,
             ]
             for e in self
         ]

@@ -45,6 +45,13 @@ def _no_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def _one_autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prove captures for one dtype of autocast only, to save time, outside of autocast's tests."""
+    if request.path.name not in ("test_autocast.py", "test_docs.py", "test_examples.py"):
+        monkeypatch.setattr("fxlora.frontends.autocast._HALF", (torch.bfloat16,))
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare a text with tests/golden/NAME, which `--update-golden` writes first."""

@@ -14,6 +14,7 @@ from fxlora.fx.compare import difference
 from fxlora.plan import Entry
 
 from .oracle import called_with, floats, merged_weights
+from .typed import grad_of
 
 TOLERANCE = 1e-10
 
@@ -22,7 +23,9 @@ class Wrong(Exception):
     """A wrong result without an error from fxlora."""
 
 
-def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1) -> list:
+def run(
+    module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 1
+) -> list[torch.Tensor]:
     torch.manual_seed(seed)
     with torch.no_grad():
         return floats(module(*args, **kwargs))
@@ -175,10 +178,10 @@ def _check_outputs_and_gradients(model: Any, gm: Any, lora: Any, args: Any, kwar
     wanted = torch.autograd.grad(
         [o.square().sum() for o in expected if o.requires_grad], [factors[n] for n in names]
     )
-    sum(o.square().sum() for o in found).backward()
+    sum((o.square().sum() for o in found), torch.zeros(())).backward()
     for name, gradient in zip(names, wanted, strict=True):
         assert float(gradient.abs().max()) > 0, name
-        assert_close([lora.get_parameter(name).grad], [gradient], 1e-8)
+        assert_close([grad_of(lora.get_parameter(name))], [gradient], 1e-8)
     trained = {n for n, p in lora.named_parameters() if p.grad is not None}
     assert trained == set(names) | {n for n in lora.trained if n in trained}
     assert {n for n, p in lora.named_parameters() if p.requires_grad} == set(names) | lora.trained

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import CapturedModule, LoraConfig, Rule
@@ -32,6 +33,7 @@ from fxlora.plan import Entry
 from .laws import floats, randomise
 from .models import Attention, Convolutions, Mlp, Normed, Readers, Tied
 from .patterns import PATTERNS
+from .typed import plan_of, untyped
 
 aten = torch.ops.aten
 MODES = ("train", "eval")
@@ -44,6 +46,8 @@ PLACES = 2  # mutants per kind of damage and model, each broken in another place
 class Regions(nn.Module):
     """A model with an autocast region, a checkpoint, a cast, and a buffer that the graph reads."""
 
+    offset: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down, self.last = nn.Linear(5, 7), nn.Linear(7, 6), nn.Linear(6, 4)
@@ -55,7 +59,7 @@ class Regions(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = self.block(x)
-        y = torch.utils.checkpoint.checkpoint(self.last, y.to(x.dtype), use_reentrant=False)
+        y = checkpoint(self.last, y.to(x.dtype), use_reentrant=False)
         return torch.tanh(y.to(torch.float64)) + self.offset
 
 
@@ -611,7 +615,7 @@ def _planned(broken: Mutant, index: int, change: Callable[[Entry], list[Entry]])
     if index >= len(before):
         return False
     after = (*before[:index], *change(before[index]), *before[index + 1 :])
-    broken.lora.update_state(plan=dataclasses.replace(broken.lora.plan, entries=after))
+    broken.lora.update_state(plan=dataclasses.replace(plan_of(broken.lora), entries=after))
     return True
 
 
@@ -857,7 +861,7 @@ def _(broken: Mutant, index: int) -> bool:
     if entry.layout.in_first:
         a, b = b.mT, a.mT
     with torch.no_grad():
-        delta = (b @ a) * entry.scaling  # in the weight's own dtype
+        delta = ((b @ a) * entry.scaling).to(weight.dtype)
         weight.copy_(broken.lora.get_parameter(entry.parameter) + delta)
     return weight.dtype == torch.bfloat16
 
@@ -1028,7 +1032,7 @@ def _(saved: Saved, index: int) -> bool:
 @_saved
 def _(saved: Saved, index: int) -> bool:
     key = nth(_factors(saved), index)
-    return key is not None and saved.tensors.pop(key) is not None
+    return key is not None and saved.tensors.pop(key, None) is not None
 
 
 @kind("another scale in the file's header", "saved")
@@ -1143,7 +1147,7 @@ def _run(module: CapturedModule, mutant: Mutant, mode: str) -> Any:
         outputs = floats(module(*pytree.tree_map(copy.copy, mutant.args)))
         trains = [p for p in module.parameters() if p.requires_grad]
         wanted = [o for o in outputs if o.requires_grad]
-        gradients = (
+        gradients = untyped(  # torch declares that none is None
             torch.autograd.grad(
                 wanted, trains, [torch.ones_like(o) for o in wanted], allow_unused=True
             )

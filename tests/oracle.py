@@ -65,6 +65,11 @@ def subscripts(model: nn.Module, name: str) -> str:
     raise LookupError(f"{name}: no module says what its dimensions are (`subscripts`)")
 
 
+def declare(model: nn.Module, table: Mapping[str, str]) -> None:
+    """Say what the dimensions of a model's parameters are, if its class does not."""
+    vars(model)["subscripts"] = dict(table)
+
+
 def product(dims: str, shape: torch.Size, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return BA in a weight's shape, from A (e, r, i, k) and B (e, o, r, k).
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import LoraConfig, Rule
+
+from .oracle import declare
+from .typed import Function, OpenModule, doubled
 
 Built = tuple[nn.Module, tuple[Any, ...]]
 R = LoraConfig(r=2, lora_alpha=3)
@@ -82,7 +85,7 @@ class Pattern:
         torch.manual_seed(0)
         model, args = self.build()
         if self.subscripts:
-            model.subscripts = dict(self.subscripts)
+            declare(model, self.subscripts)
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():  # a gate or head of zeros would hide other weights
@@ -115,7 +118,7 @@ def _floating(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-class Net(nn.Module):
+class Net(OpenModule):
     """A module of named parts (modules, parameters, tensors as buffers) with a given forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
@@ -246,6 +249,8 @@ def decoder() -> Built:
 class Stale(nn.Module):
     """Calls its layer through a reference that still holds the old layer after a swap."""
 
+    held: Any
+
     def __init__(self, held: Callable[[nn.Linear], Any]) -> None:
         super().__init__()
         self.lin = nn.Linear(5, 7)
@@ -281,6 +286,8 @@ def two_names_called() -> Built:
 
 class Aliased(nn.Module):
     """Calls its Linear, and also reads the Linear's weight through an object that it keeps."""
+
+    kept: Any
 
     def __init__(self, keep: Callable[[torch.Tensor], Any], buffer: bool = False) -> None:
         super().__init__()
@@ -524,7 +531,7 @@ def hooked(post: bool) -> Callable[[], nn.Linear]:
     def make() -> nn.Linear:
         made = nn.Linear(5, 7)
         if post:
-            made.register_forward_hook(lambda module, args, output: output * 2)
+            made.register_forward_hook(doubled)
         else:
             made.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
         return made
@@ -535,14 +542,14 @@ def hooked(post: bool) -> Callable[[], nn.Linear]:
 class Patched(nn.Linear):
     def __init__(self) -> None:
         super().__init__(5, 7)
-        self.forward = self.other  # pyright: ignore
+        self.forward = self.other  # pyright: ignore[reportAttributeAccessIssue]
 
     def other(self, a: torch.Tensor) -> torch.Tensor:
         return 2 * F.linear(a, self.weight, self.bias)
 
 
 def pruned() -> nn.Linear:
-    return prune.l1_unstructured(nn.Linear(5, 7), "weight", 0.4)  # pyright: ignore
+    return prune.l1_unstructured(nn.Linear(5, 7), "weight", 0.4)
 
 
 class Bounded(nn.Module):
@@ -623,7 +630,7 @@ def conv(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Built]:
     return net(lambda m, a: torch.tanh(m.conv(a)), x(*shape), conv=make)
 
 
-def padded(mode: str) -> Callable[[], Built]:
+def padded(mode: Literal["reflect", "replicate", "circular"]) -> Callable[[], Built]:
     return conv(lambda: nn.Conv2d(3, 6, (3, 2), padding=(2, 1), padding_mode=mode), 2, 3, 8, 7)
 
 
@@ -693,7 +700,7 @@ def bag(mode: str) -> Callable[[], Built]:
     )
 
 
-def tied(ways: int) -> Built:
+def tied(ways: int) -> tuple[Net, tuple[torch.Tensor]]:
     """A language model with its embedding as head: by assignment (1) or by F.linear (2)."""
     model = Net(_language_model, emb=nn.Embedding(13, 6), mix=nn.Linear(6, 6))
     model.head = nn.Linear(6, 13, bias=False)
@@ -825,7 +832,7 @@ SHARED = [
 # ---- raw parameters -----------------------------------------------------------------------------
 
 
-class MatMul(torch.autograd.Function):
+class MatMul(Function):
     """x @ W.T with a custom backward."""
 
     @staticmethod
@@ -834,7 +841,7 @@ class MatMul(torch.autograd.Function):
         return a @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, weight = ctx.saved_tensors
         return grad @ weight, grad.T @ a
 
@@ -1076,7 +1083,7 @@ PACKED = [
 
 def _checkpointed(reentrant: bool) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     def forward(m: Any, a: torch.Tensor) -> torch.Tensor:
-        return checkpoint(lambda b: torch.tanh(m.lin(b)), a, use_reentrant=reentrant)  # pyright: ignore
+        return checkpoint(lambda b: torch.tanh(m.lin(b)), a, use_reentrant=reentrant)
 
     return forward
 
@@ -1101,9 +1108,7 @@ def inferred(m: Any, a: torch.Tensor) -> torch.Tensor:
 
 def by_hand(m: Any, a: torch.Tensor) -> torch.Tensor:
     """The weight is an argument of the checkpointed function."""
-    return checkpoint(  # pyright: ignore
-        lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False
-    )
+    return checkpoint(lambda b, v: torch.tanh(F.linear(b, v)), a, m.lin.weight, use_reentrant=False)
 
 
 def sparse(m: Any, a: torch.Tensor) -> torch.Tensor:

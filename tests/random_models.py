@@ -174,11 +174,11 @@ class Writer:
 
     def weight(self, shape: Shape, depth: int | None = None) -> str:
         """Return an expression of this shape: up to `depth` random ops on parameters."""
-        depth = self.choice((0, 0, 1, 1, 1, 2, 3)) if depth is None else depth
-        if depth == 0:
+        left: int = self.choice((0, 0, 1, 1, 1, 2, 3)) if depth is None else depth
+        if left == 0:
             return self.stored(shape)
         while True:
-            found = self.choice(WAYS)(self, shape, depth - 1)
+            found = self.choice(WAYS)(self, shape, left - 1)
             if found is not None:
                 return found
 

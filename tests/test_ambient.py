@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxlora
@@ -20,6 +21,7 @@ from fxlora import LoraConfig, Rule
 from fxlora.module.ambient import no_ambient_modes
 
 from .laws import randomise
+from .typed import untyped
 
 
 class Intercepting(TorchFunctionMode):
@@ -84,7 +86,7 @@ MODES: dict[str, Mode] = {
 
 def state() -> tuple[object, ...]:
     """Return the current value of every setting that the modes change."""
-    matmul = torch.backends.cuda.matmul
+    matmul, mkldnn = torch.backends.cuda.matmul, untyped(torch.backends.mkldnn)
     return (
         torch.is_autocast_enabled("cpu"),
         torch.is_grad_enabled(),
@@ -95,11 +97,11 @@ def state() -> tuple[object, ...]:
         torch.get_deterministic_debug_mode(),
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
-        torch.backends.mkldnn.matmul.fp32_precision,
+        mkldnn.matmul.fp32_precision,
         matmul.allow_tf32,
         matmul.allow_bf16_reduced_precision_reduction,
         torch.overrides._get_current_function_mode_stack(),
-        torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+        _python_dispatch._get_current_dispatch_mode_stack(),
     )
 
 
@@ -114,7 +116,7 @@ def test_the_guard_turns_a_mode_off_and_on_again(name: str) -> None:
         before = state()
         with no_ambient_modes():
             assert state() == neutral
-            torch.ones(2) @ torch.ones(2)
+            torch.matmul(torch.ones(2), torch.ones(2))
         assert state() == before
         with pytest.raises(KeyError), no_ambient_modes():
             raise KeyError

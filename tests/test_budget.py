@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +17,7 @@ from fxlora.cli import main
 
 from .laws import check_laws
 from .models import Tied
+from .typed import examples
 
 
 class Model(nn.Module):
@@ -53,7 +54,8 @@ def rules(**r: int) -> list[Rule]:
     return [Rule(name, lora=LoraConfig(r=n, lora_alpha=6)) for name, n in r.items()]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(60)
+@example(budget=1360, a=15, b=9, experts=30)  # two steps of one entry fit
 @given(
     budget=st.integers(1, 3000),
     a=st.integers(1, 40),

@@ -45,13 +45,13 @@ from fxlora.config import config_to_data
         ({"layers_pattern": "layers"}, "needs layers_to_transform"),
     ],
 )
-def test_a_configuration_that_cannot_be_meant(values: dict, message: str) -> None:
+def test_a_configuration_that_cannot_be_meant(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**values)
 
 
 HUGE = 10**400
-DEEP: list = []
+DEEP: list[Any] = []
 for _ in range(900):
     DEEP = [DEEP]
 
@@ -115,7 +115,7 @@ def test_replacing_use_dora_takes_the_variant_away() -> None:
         ({"name": "a", "lora": LoraConfig(target_modules=["b"])}, "twice"),
     ],
 )
-def test_a_rule_that_cannot_be_meant(values: dict, message: str) -> None:
+def test_a_rule_that_cannot_be_meant(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Rule(**values)
 

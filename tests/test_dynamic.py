@@ -337,7 +337,8 @@ def adapted_at(
     folded = fxlora.fold(lora).eval()
     for args, kwargs in calls:
         for training in (False, True):
-            gm.train(training), model.train(training)
+            gm.train(training)
+            model.train(training)
             for a, b in zip(run(gm, args, kwargs), run(model, args, kwargs), strict=True):
                 assert torch.equal(a, b)
         assert_close(run(folded, args, kwargs), run(lora.eval(), args, kwargs))

@@ -13,6 +13,8 @@ import fxlora
 from fxlora import FxLoraWarning, LoraConfig, Rule, UnsupportedOpError
 
 from .laws import called_with, check_laws, floats, merged_weights, randomise, run
+from .oracle import declare
+from .typed import plan_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
 pytest.importorskip(
@@ -98,10 +100,10 @@ Make = Callable[[str, str, torch.dtype], Made]
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_gathered_for_each_token(name: str, make: Make) -> None:
     model, args, kwargs = make(name, "batched_mm", torch.float64)
-    model.subscripts = IN_TORCHS_ORDER
+    declare(model, IN_TORCHS_ORDER)
     _, lora = check_laws(model, args, kwargs, rules=EXPERTS)
-    assert len(lora.plan) == 2
-    for entry in lora.plan:
+    assert len(plan_of(lora)) == 2
+    for entry in plan_of(lora):
         assert entry.shapes[0][0] == entry.shapes[1][0] == 4  # an A and a B per expert
 
 
@@ -118,10 +120,10 @@ def test_grouped_products(name: str, dtype: torch.dtype, make: Make) -> None:
     gm = fxlora.capture(model, args, kwargs)
     lora = fxlora.inject(gm, fxlora.match(gm, EXPERTS))
     form = "branch" if dtype == torch.bfloat16 else "weight"
-    model.subscripts = {} if form == "branch" else IN_TORCHS_ORDER
-    assert [entry.form for entry in lora.plan] == [form, form]
+    declare(model, {} if form == "branch" else IN_TORCHS_ORDER)
+    assert [entry.form for entry in plan_of(lora)] == [form, form]
     randomise(lora, 3)
-    factors = {n: lora.get_parameter(n).detach() for e in lora.plan for n in e.tensors}
+    factors = {n: lora.get_parameter(n).detach() for e in plan_of(lora) for n in e.tensors}
     weights = merged_weights(model, lora, factors)
     with torch.no_grad():
         (expected,) = called_with(model, weights, args, kwargs)

@@ -13,6 +13,7 @@ from fxlora import ConfigError, ExportError, InputError, LoraConfig, NotCaptured
 
 from .laws import randomise, run
 from .models import Mlp, Normed, Tied
+from .typed import untyped
 
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -85,13 +86,13 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format must be one of"):
         fxlora.export(gm, tmp_path / "m", torch.randn(2, 5), format="onxx")
     with pytest.raises(ConfigError, match="a path must be"):
-        fxlora.export(gm, torch.randn(2, 5), tmp_path / "m.pt2")  # pyright: ignore
+        fxlora.export(gm, untyped(torch.randn(2, 5)), untyped(tmp_path / "m.pt2"))
     with pytest.raises(ExportError, match="cannot write"):
         fxlora.export(gm, tmp_path / "none" / "m.pt2", torch.randn(2, 5))
     with pytest.raises(InputError, match="dimension 1"):
         fxlora.export(gm, tmp_path / "m.pt2", torch.randn(2, 4))
     with pytest.raises(NotCapturedError, match="captured module, not Mlp"):
-        fxlora.export(Mlp(), tmp_path / "m.pt2", torch.randn(2, 5))  # pyright: ignore
+        fxlora.export(untyped(Mlp()), tmp_path / "m.pt2", torch.randn(2, 5))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fxlora import LoraConfig, Rule, UnsupportedOpError
 
 from .laws import check_laws, randomise
 from .models import Several
+from .typed import grad_of, plan_of
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 X = torch.randn(4, 5, dtype=torch.float64)
@@ -25,7 +27,7 @@ X = torch.randn(4, 5, dtype=torch.float64)
 class Two(nn.Module):
     """Two layers; `stop` is applied to the first one's output, inside or outside of a region."""
 
-    def __init__(self, stop: Op, region=contextlib.nullcontext, inside: bool = True) -> None:
+    def __init__(self, stop: Op, region: Any = contextlib.nullcontext, inside: bool = True) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(5, 7), nn.Linear(5, 7)
         self.stop, self.region, self.inside = stop, region, inside
@@ -138,10 +140,10 @@ def test_what_a_gradient_reaches_trains(region: str, names: list[str]) -> None:
     model = Several(Two(PASSES[name], REGIONS[region]) for name in names).double()
     lora = fxlora.adapt(model, X, rules=only("parts.*.a"))
     randomise(lora)
-    sum(y.square().sum() for y in lora.train()(X)).backward()
-    for entry, name in zip(lora.plan, names, strict=True):
+    sum((y.square().sum() for y in lora.train()(X)), torch.zeros(())).backward()
+    for entry, name in zip(plan_of(lora), names, strict=True):
         for parameter in map(lora.get_parameter, entry.trainable):
-            assert float(parameter.grad.abs().max()) > 0, name
+            assert float(grad_of(parameter).abs().max()) > 0, name
 
 
 def test_a_weight_whose_way_is_cut_is_refused() -> None:
@@ -207,7 +209,7 @@ class Carried(nn.Module):
         self.a = nn.Linear(5, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        def step(carry, item):
+        def step(carry: Any, item: torch.Tensor) -> Any:
             first, second = carry
             return (first + second, torch.tanh(self.a(item))), first.clone()
 
@@ -228,7 +230,7 @@ class LoopTest(nn.Module):
         self.a, self.b = nn.Linear(5, 1), nn.Linear(5, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        def goes_on(n, y):
+        def goes_on(n: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return (n < 3) & (self.a(y).sum() < 100)
 
         return while_loop(goes_on, lambda n, y: (n + 1, self.b(y)), (torch.tensor(0), x))[1]

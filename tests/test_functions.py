@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
 
 import fxlora
 from fxlora import FxLoraWarning, LoraConfig, Rule
 
 from .laws import check_laws
+from .typed import Function, grad_of, plan_of
 
 
 class Sign(Function):
@@ -50,7 +50,9 @@ class Linear(Function):
     """Reads a weight, saves tensors, and has several outputs, one of which is not a tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, size: int, words: list) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, size: int, words: list[Any]
+    ) -> Any:
         ctx.save_for_backward(x, weight)
         assert words == ["a", None]
         return "word", F.linear(x, weight) * size, x.sum()
@@ -114,14 +116,15 @@ def test_gradients_are_the_functions_own(name: str) -> None:
     model, x = Model(MIDDLES[name]), torch.randn(4, 5).double()
     gm, _ = check_laws(model, (x,), rules=Rule("up", lora=LoraConfig(r=2)))
     for training in (False, True):
-        gm.train(training), model.train(training)
+        gm.train(training)
+        model.train(training)
         for module in (gm, model):
             module.zero_grad()
             module(x).square().sum().backward()
-        assert model.up.weight.grad.abs().max() > 0
+        assert grad_of(model.up.weight).abs().max() > 0
         for parameter, source in zip(gm.parameters(), model.parameters(), strict=True):
             assert (parameter.grad is None) == (source.grad is None)
-            assert source.grad is None or torch.equal(parameter.grad, source.grad)
+            assert source.grad is None or torch.equal(grad_of(parameter), source.grad)
 
 
 def test_through_the_tracer() -> None:
@@ -137,7 +140,7 @@ def test_through_the_tracer() -> None:
 def test_a_weight_that_a_function_reads_is_a_site() -> None:
     model, x = Model(several), torch.randn(4, 5).double()
     _, lora = check_laws(model, (x,), rules=Rule("mixing", lora=LoraConfig(r=2)))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.form == "weight" and "Linear" in entry.reason
 
 
@@ -157,7 +160,7 @@ def test_copies_compiled_and_exported(tmp_path: Any) -> None:
     compiled(x).sum().backward()
     torch.compiler.reset()  # code that once ran uncompiled would stay so, in other tests too
     model(x).sum().backward()
-    assert torch.equal(gm.get_parameter("up.weight").grad, model.up.weight.grad)
+    assert torch.equal(grad_of(gm.get_parameter("up.weight")), grad_of(model.up.weight))
     fxlora.export(gm, tmp_path / "m.pt2", x)
     assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(x), model(x))
     assert torch.equal(gm.double()(x.double()), model.double()(x.double()))
@@ -175,7 +178,7 @@ def test_functions_are_as_before_after_a_capture() -> None:
 # ---- functions that cannot be kept --------------------------------------------------------------
 
 
-def closure(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def closure(model: Any, x: torch.Tensor) -> torch.Tensor:
     class Closure(Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from fxlora import LoraConfig, Rule
 
 from .laws import check_laws
 from .models import Attention, Convolutions, Mlp, Normed, Readers, Tied
+from .typed import examples, plan_of
 
 EVERY = [Rule(lora=LoraConfig(r=2, lora_alpha=3))]
 
@@ -47,7 +48,7 @@ def test_a_model_that_is_one_layer(layer: nn.Module) -> None:
         nn.Embedding: torch.tensor([[0, 4, 2]]),
     }[type(layer)]
     _, lora = check_laws(layer, (x,), rules=Rule("weight", lora=LoraConfig(r=2)))
-    assert [entry.site for entry in lora.plan] == ["weight"]
+    assert [entry.site for entry in plan_of(lora)] == ["weight"]
 
 
 def test_a_name_with_no_dot() -> None:
@@ -58,7 +59,7 @@ def test_a_name_with_no_dot() -> None:
     assert lora.get_parameter("2.lora_B.default.weight").shape == (4, 2)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(25)
 @given(
     groups=st.integers(1, 4),
     in_each=st.integers(1, 3),
@@ -93,7 +94,7 @@ def test_convolution_geometry(
     gm = fxlora.capture(layer.double())
     lora = fxlora.inject(gm, fxlora.match(gm, Rule(lora=config)))
     if dropout:
-        assert lora.plan.entries[0].form == "branch"
+        assert plan_of(lora).entries[0].form == "branch"
         # With dropout the modes differ, so the laws are checked on the eval graph only.
         lora.graphs["train"] = lora.graphs["eval"]
     with torch.no_grad():

@@ -15,6 +15,7 @@ from fxlora import LoraConfig, Rule
 
 from .laws import check_laws, run
 from .models import gpt2
+from .typed import plan_of
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is optional")
 
@@ -111,7 +112,7 @@ def check_vision(model: nn.Module, x: torch.Tensor) -> None:
     layers = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in model.modules())
     vit = isinstance(model, torchvision.models.VisionTransformer)
     # The packed weight of a ViT's attention belongs to no Linear.
-    assert vit or len(lora.plan) == layers
+    assert vit or len(plan_of(lora)) == layers
     check_batch_is_dynamic(gm, model, x)
 
 
@@ -128,8 +129,8 @@ def check_targets(
     for names, sites in targets:
         rules = LoraConfig(r=2, lora_alpha=3, target_modules=names)
         _, lora = check_laws(model, (), kwargs, rules=rules, capture=lambda _: gm)
-        assert len(lora.plan) == sites
-        assert {entry.form for entry in lora.plan} == {"branch"}
+        assert len(plan_of(lora)) == sites
+        assert {entry.form for entry in plan_of(lora)} == {"branch"}
     assert gm(**kwargs).loss.ndim == 0
 
 
@@ -169,9 +170,11 @@ def test_trained_batch_norm_and_head_survive_the_fold() -> None:
         lora(x).square().mean().backward()
         optimizer.step()
     moved = {n for n, p in lora.named_parameters() if not torch.equal(p, before[n])}
-    adapters = {n for e in lora.plan for n in (e.name_a, e.name_b)}
+    adapters = {n for e in plan_of(lora) for n in (e.name_a, e.name_b)}
     assert moved == adapters | {"fc.weight", "fc.bias"}
-    assert not torch.equal(lora.get_buffer("bn1.running_mean"), model.bn1.running_mean)
+    assert not torch.equal(
+        lora.get_buffer("bn1.running_mean"), model.get_buffer("bn1.running_mean")
+    )
     folded = fxlora.fold(lora).eval()
     assert torch.allclose(folded(x), lora.eval()(x), atol=1e-5)
     assert torch.equal(folded.get_buffer("bn1.running_mean"), lora.get_buffer("bn1.running_mean"))

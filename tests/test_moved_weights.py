@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fxlora import LoraConfig, Rule
 
 from .laws import called_with, distance, randomise
 from .random_laws import products
+from .typed import plan_of, untyped
 
 R, ALPHA = 2, 3
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -55,6 +57,7 @@ def _order(n: int) -> torch.Tensor:
     return (torch.arange(n) * 3 + 1) % n if n % 3 else (torch.arange(n) + 2) % n
 
 
+LAST = untyped(([1], [1]))  # the dimensions that tensordot sums over
 MOVES = {
     "as it is": Move(lambda w: w, known=True),
     "t": Move(lambda w: w.t(), _turned, known=True),
@@ -65,7 +68,7 @@ MOVES = {
     "swapaxes": Move(lambda w: torch.swapaxes(w, 0, 1), _turned),
     "einsum": Move(lambda w: torch.einsum("ij->ji", w), _turned),
     "einsum as it is": Move(lambda w: torch.einsum("ij->ij", w)),
-    "tensordot": Move(lambda w: torch.tensordot(torch.eye(8).to(w), w, ([1], [1])), _turned),
+    "tensordot": Move(lambda w: torch.tensordot(torch.eye(8).to(w), w, LAST), _turned),
     "tensordot of rows": Move(lambda w: torch.tensordot(_constant(8, 8).to(w), w, 1)),
     "matmul of rows": Move(lambda w: _constant(8, 8).to(w) @ w),
     "matmul of inputs": Move(lambda w: w @ _constant(w.shape[1], w.shape[1]).to(w)),
@@ -189,7 +192,7 @@ def check_part(model: Layer, lora: fxlora.CapturedModule, x: torch.Tensor, last:
     Returns "right" or a description of the error.
     """
     weight = model.w.detach()
-    touched = (fxlora.fold(lora).w.detach() - weight).abs() > 1e-12
+    touched = (fxlora.fold(lora).get_parameter("w").detach() - weight).abs() > 1e-12
     with torch.no_grad():
         found = features_of(lora(x) - model(x))
     dims = output_dims(model, x)
@@ -209,10 +212,10 @@ def check_dora(model: Layer, lora: fxlora.CapturedModule, x: torch.Tensor) -> st
 
     Returns "right" or a description of the error.
     """
-    (entry,) = lora.plan or ()
+    (entry,) = plan_of(lora)
     a, b = (lora.get_parameter(name).detach() for name in (entry.name_a, entry.name_b))
     magnitude = lora.get_parameter(entry.name_of("lora_magnitude_vector")).detach()
-    weight, folded = model.w.detach(), fxlora.fold(lora).w.detach()
+    weight, folded = model.w.detach(), fxlora.fold(lora).get_parameter("w").detach()
     with torch.no_grad():
         if distance([lora(x)], called_with(model, {"w": folded}, (x,))) > 1e-10:
             return "a read does not see the folded weight"
@@ -266,7 +269,8 @@ def check(name: str, read: str, frontend: str, sizes: tuple[int, ...]) -> None:
     plain = move.known and read == "linear" and (frontend == "export" or name == "as it is")
     for features in sizes:
         model, x = Layer(move, read, features), X[:, :features]
-        fixed = {"dynamic_shapes": {"x": None}}  # twice as fast, and no layout depends on it
+        # Twice as fast, and no layout depends on it.
+        fixed: dict[str, Any] = {"dynamic_shapes": {"x": None}}
         try:
             gm = (
                 fxlora.capture(model, x, **fixed) if frontend == "export" else fxlora.capture(model)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -15,10 +15,14 @@ from fxlora.lora.layout import Layout
 from fxlora.reads import moves
 from fxlora.reads.moves import Moved, moved
 
+from .typed import examples
+
 Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Moves(nn.Module):
+    mask: torch.Tensor
+
     def __init__(self, move: Move, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(shape))
@@ -68,7 +72,7 @@ def untraced(moves: list[str]) -> Move:
     return chain
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(80)
 @given(
     shape=st.sampled_from([(4, 6), (5, 3), (4, 2, 6), (2, 3, 5)]),
     names=st.lists(

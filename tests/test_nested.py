@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._higher_order_ops import scan, while_loop
-from torch._higher_order_ops.map import map as map_over
+from torch._higher_order_ops.map import map as _map
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +24,9 @@ from fxlora.fx.nested import OPERANDS, checkpointed, every_call
 from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
+from .typed import grad_of, plan_of, untyped
 
+map_over = untyped(_map)
 R = LoraConfig(r=2, lora_alpha=3)
 EVERY = [Rule(lora=R)]
 
@@ -158,16 +160,16 @@ class Mixed(Checkpoint):
         self.bias = nn.Parameter(torch.randn(6))
         self.v = nn.Parameter(torch.randn(6, 2))
 
-    def block(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def block(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x = self.norm(self.conv(x)).mean((2, 3)) + self.emb(ids)
         x = torch.addmm(self.bias, torch.tanh(x), self.w)
         return torch.einsum("ni,io->no", x, self.v)
 
-    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.checkpointed(self.block, x, ids)
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: Any) -> nn.Module:
     """Turn a model's checkpoints off, so that it keeps every activation."""
     model.reentrant = None
     return model
@@ -191,7 +193,7 @@ KINDS += [Checkpoint, Reentrant, CheckpointInAutocast, Deep]
 def test_the_laws(kind: type[Pair]) -> None:
     gm, lora = check_laws(kind(), (positive(),), rules=EVERY, reference=plain(kind()))
     assert any(True for _ in every_call(gm.graphs["eval"], gm))
-    assert [(e.site, e.op, e.form) for e in lora.plan] == [
+    assert [(e.site, e.op, e.form) for e in plan_of(lora)] == [
         ("up", "linear", "branch"),
         ("down", "linear", "branch"),
     ]
@@ -201,7 +203,7 @@ def test_the_laws(kind: type[Pair]) -> None:
 def test_every_kind_of_op() -> None:
     args = (torch.randn(3, 3, 5, 7).double(), torch.tensor([1, 2, 3]))
     gm, lora = check_laws(Mixed(), args, rules=EVERY, reference=plain(Mixed()))
-    assert {e.site: (e.op, e.form) for e in lora.plan} == {
+    assert {e.site: (e.op, e.form) for e in plan_of(lora)} == {
         "conv": ("conv2d", "branch"),
         "emb": ("embedding", "branch"),
         "w": ("addmm", "branch"),
@@ -305,7 +307,7 @@ def test_two_weights_that_are_multiplied_inside() -> None:
                 return F.linear(x, self.down.weight @ self.up.weight)
 
     _, lora = check_laws(Factored(), (positive(),), rules=EVERY)
-    assert {entry.form for entry in lora.plan} == {"weight"}
+    assert {entry.form for entry in plan_of(lora)} == {"weight"}
 
 
 def test_what_is_read_under_no_grad_alone_is_refused() -> None:
@@ -326,7 +328,9 @@ def test_an_unknown_higher_order_op_keeps_the_weight_outside(
 ) -> None:
     monkeypatch.delitem(OPERANDS, "cond")
     _, lora = check_laws(OneBranch(), (positive(),), rules=EVERY)
-    assert [(e.op, e.form, e.reason) for e in lora.plan] == [("cond", "weight", "read by cond")] * 2
+    assert [(e.op, e.form, e.reason) for e in plan_of(lora)] == [
+        ("cond", "weight", "read by cond")
+    ] * 2
 
 
 # ---- precision ----------------------------------------------------------------------------------
@@ -409,7 +413,7 @@ def test_buffers_are_written_as_in_the_source(autocast: bool) -> None:
             assert torch.equal(module.get_buffer(name), buffer), name
     for name, parameter in source.named_parameters():
         if parameter.grad is not None:
-            assert torch.equal(gm.get_parameter(name).grad, parameter.grad)
+            assert torch.equal(grad_of(gm.get_parameter(name)), parameter.grad)
 
 
 def test_checkpoints_keep_the_batch_dynamic() -> None:
@@ -462,8 +466,8 @@ def test_a_transformer_with_gradient_checkpointing() -> None:
     gm, lora = check_laws(model, (), {"input_ids": ids}, rules=rules)
     calls = every_call(gm.graphs["train"], gm)
     assert sum(call.node.target is checkpointed for call in calls) == 1
-    assert {(e.op, e.form) for e in lora.plan} == {("linear", "branch")}
-    assert len(lora.plan) == 7
+    assert {(e.op, e.form) for e in plan_of(lora)} == {("linear", "branch")}
+    assert len(plan_of(lora)) == 7
     q = next(s for s in find_sites(gm) if s.name == "model.layers.0.self_attn.q_proj")
     assert {r.call_site for r in q.readers} == {q.name}
     assert all(n.target is not checkpointed for n in gm.graphs["eval"].nodes)

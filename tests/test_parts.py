@@ -19,6 +19,7 @@ from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
 from .models import Reads, Several, gpt2
+from .typed import plan_of, untyped
 
 LORA = LoraConfig(r=2, lora_alpha=3)
 
@@ -39,10 +40,11 @@ class Transposed(Packed):
     """The same with the weight stored as (in, out), as in GPT-2."""
 
     subscripts: ClassVar = {"qkv.weight": "io"}
+    qkv: Any
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = nn.Module()  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.qkv = nn.Module()
         self.qkv.weight = nn.Parameter(torch.randn(5, 12))
         self.qkv.bias = nn.Parameter(torch.randn(12))
 
@@ -91,9 +93,10 @@ def test_parts(spec: str, kind: type[Packed]) -> None:
     model, gm = captured(kind)
     rule = Rule("qkv", lora=LORA, **given)
     _, lora = check_laws(model, (X,), rules=rule, capture=lambda _: gm)
-    assert {entry.part: entry.rows for entry in lora.plan} == rows
+    assert {entry.part: entry.rows for entry in plan_of(lora)} == rows
     form = "weight" if kind is Masked else "branch"
-    for entry in lora.plan:
+    for entry in plan_of(lora):
+        assert entry.rows
         size = entry.rows[1] - entry.rows[0]
         assert entry.form == form and entry.site == f"qkv.{entry.part}"
         assert entry.shapes == ((2, 5), (size, 2))
@@ -166,11 +169,13 @@ def test_multihead_attention(cross: bool) -> None:
     rule = Rule("*.in_proj", lora=LORA, parts={"q": 6, "k": 6, "v": 6}, enable=["q", "v"])
     model = Attends()
     gm, lora = check_laws(model, given, rules=rule)
-    assert [entry.part for entry in lora.plan] == ["q", "v"]
+    assert [entry.part for entry in plan_of(lora)] == ["q", "v"]
     folded = fxlora.fold(lora).get_parameter("mha.in_proj_weight")
     assert torch.equal(folded[6:12], model.mha.in_proj_weight[6:12])
     for name in ("*.in_proj_weight", "mha.in_proj_weight"):
-        assert fxlora.match(gm, dataclasses.replace(rule, name=name)).entries == lora.plan.entries
+        assert (
+            fxlora.match(gm, dataclasses.replace(rule, name=name)).entries == plan_of(lora).entries
+        )
 
 
 def test_swin() -> None:
@@ -181,15 +186,15 @@ def test_swin() -> None:
     x = (torch.randn(1, 4, 4, 6).double(),)
     rule = Rule("*.qkv", lora=LORA, parts=3, enable=[True, False, True])
     _, lora = check_laws(model, x, rules=rule)
-    assert [entry.form for entry in lora.plan] == ["branch", "branch"]
+    assert [entry.form for entry in plan_of(lora)] == ["branch", "branch"]
 
 
 def test_gpt2() -> None:
     model, kwargs, gm = gpt2()
     rule = Rule("*.c_attn", lora=LORA, parts=3, enable=[True, False, True])
     _, lora = check_laws(model, (), kwargs, rules=rule, capture=lambda _: gm)
-    assert [entry.shapes for entry in lora.plan] == [((2, 24), (24, 2))] * 2
-    assert not any(entry.layout.roles != "io" for entry in lora.plan)
+    assert [entry.shapes for entry in plan_of(lora)] == [((2, 24), (24, 2))] * 2
+    assert not any(entry.layout.roles != "io" for entry in plan_of(lora))
 
 
 def test_gate_and_up_in_one() -> None:
@@ -205,7 +210,7 @@ def test_gate_and_up_in_one() -> None:
 
     rule = Rule("gate_up", lora=LORA, parts={"gate": 7, "up": 7}, enable=["up"])
     _, lora = check_laws(Gated(), (X,), rules=rule)
-    assert lora.plan.entries[0].rows == (7, 14)
+    assert plan_of(lora).entries[0].rows == (7, 14)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -213,7 +218,7 @@ def test_channels_of_a_convolution(groups: int) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, (3, 2), groups=groups))
     x = (torch.randn(2, 4, 6, 5).double(),)
     _, lora = check_laws(model, x, rules=Rule("0", lora=LORA, parts={"a": (1, 4), "b": (4, 6)}))
-    assert {entry.form for entry in lora.plan} == {"branch" if groups == 1 else "weight"}
+    assert {entry.form for entry in plan_of(lora)} == {"branch" if groups == 1 else "weight"}
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -228,14 +233,14 @@ def test_features_of_an_embedding() -> None:
     model = nn.Sequential(nn.Embedding(9, 6, padding_idx=2))
     rule = Rule("0", lora=LORA, parts={"a": (0, 2), "b": (4, 6)})
     _, lora = check_laws(model, (torch.tensor([[1, 2, 8]]),), rules=rule)
-    assert [entry.shapes for entry in lora.plan] == [((2, 9), (2, 2))] * 2
+    assert [entry.shapes for entry in plan_of(lora)] == [((2, 9), (2, 2))] * 2
 
 
 def test_outputs_of_experts() -> None:
     x = (torch.randn(3, 2, 5).double(),)
     rule = Rule("w", lora=LORA, parts=2, enable=[False, True])
     _, lora = check_laws(Reads(torch.bmm, "eio", 3, 5, 8), x, rules=rule)
-    assert lora.plan.entries[0].shapes == ((3, 2, 5), (3, 4, 2))
+    assert plan_of(lora).entries[0].shapes == ((3, 2, 5), (3, 4, 2))
 
 
 # ---- rules as text ------------------------------------------------------------------------------
@@ -370,8 +375,9 @@ def test_parts_of_a_weight_that_is_read_through_a_view() -> None:
     check_laws(model, (x,), rules=rule)
 
 
+LAST = untyped(([1], [1]))  # the dimensions that tensordot sums over
 UNKNOWN = {
-    "an op without a row": lambda x, w: torch.tensordot(x, w, ([1], [1])),
+    "an op without a row": lambda x, w: torch.tensordot(x, w, LAST),
     "inverse": lambda x, w: F.linear(x, torch.linalg.inv(w[0, :, :5])),
     "flipped": lambda x, w: F.linear(x, w[0].t().flip(0)),
     "out of order": lambda x, w: F.linear(x, w[0].t()[torch.tensor([1, 0, 2, 3, 4, 5])]),
@@ -388,7 +394,7 @@ def test_outputs_that_cannot_be_told_are_refused() -> None:
     model = Several(Reads(read, "", 2, 5, 6) for read in UNKNOWN.values())
     gm = fxlora.capture(model, torch.randn(3, 5))
     plain = LoraConfig(r=1)
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"lora": plain, "parts": {"a": (0, 1)}},
         {"lora": LoraConfig(r=1, use_dora=True)},
     ]

@@ -17,6 +17,7 @@ from fxlora.passes import FoldConstants, Inject, Remove, ToWeightForm, as_pass
 
 from .laws import check_laws, randomise
 from .models import Mlp, Normed, Readers, Tied
+from .typed import plan_of, untyped
 
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -148,7 +149,9 @@ def test_a_tie_is_kept_by_the_fold() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", [nn.Linear(70, 50), nn.Conv2d(20, 30, 3), nn.Embedding(90, 40)])
-def test_folded_weights_are_correctly_rounded(layer: nn.Module, dtype: torch.dtype) -> None:
+def test_folded_weights_are_correctly_rounded(
+    layer: nn.Linear | nn.Conv2d | nn.Embedding, dtype: torch.dtype
+) -> None:
     layer = copy.deepcopy(layer).to(dtype)
     lora = fxlora.adapt(layer, rules=Rule("weight", lora=LoraConfig(r=16, lora_alpha=24)))
     randomise(lora, std=1.0)
@@ -168,7 +171,7 @@ def test_folded_weights_are_correctly_rounded(layer: nn.Module, dtype: torch.dty
 # ---- initialisation -----------------------------------------------------------------------------
 
 
-def initial(layer: nn.Module, init: object, r: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def initial(layer: nn.Module, init: bool | str, r: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     config = LoraConfig(r=r, init_lora_weights=init)
     a, b = fxlora.lora_parameters(fxlora.adapt(layer, rules=Rule("weight", lora=config)))
     return a.detach(), b.detach()
@@ -201,7 +204,7 @@ def test_an_embedding_starts_as_loralibs() -> None:
 
 
 @pytest.mark.parametrize("init", [True, "gaussian"])
-def test_training_leaves_the_padding_row_alone(init: object) -> None:
+def test_training_leaves_the_padding_row_alone(init: bool | str) -> None:
     layer = nn.Embedding(13, 6, padding_idx=2)
     config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=init)
     lora = fxlora.adapt(layer, rules=Rule("weight", lora=config)).train()
@@ -262,9 +265,9 @@ def test_inject_refuses_what_does_not_fit() -> None:
     with pytest.raises(InjectError, match="has adapters already"):
         fxlora.inject(lora, plan)
     with pytest.raises(fxlora.NotCapturedError, match="captured module"):
-        fxlora.inject(Mlp(), plan)
+        fxlora.inject(untyped(Mlp()), plan)
     with pytest.raises(InjectError, match="takes a Plan"):
-        fxlora.inject(gm, R)
+        fxlora.inject(gm, untyped(R))
     other = fxlora.capture(nn.Sequential(nn.Linear(5, 3)))
     with pytest.raises(
         InjectError, match=r"no graph of this module reads a parameter 'up\.weight'"
@@ -281,8 +284,8 @@ def test_a_layer_with_an_adapter_of_its_own_is_refused() -> None:
             super().__init__(5, 3)
             self.lora_A = nn.Parameter(torch.randn(2, 5))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + (x @ self.lora_A.T).sum()
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) + (input @ self.lora_A.T).sum()
 
     gm = fxlora.capture(nn.Sequential(Loralib()), torch.randn(2, 5))
     with pytest.raises(InjectError, match=r"has a '0\.lora_A' of its own"):
@@ -296,7 +299,7 @@ def test_nothing_to_fold_or_remove() -> None:
     with pytest.raises(InjectError, match="nothing to remove"):
         fxlora.remove(gm)
     with pytest.raises(fxlora.NotCapturedError, match="takes a captured module"):
-        fxlora.fold(Mlp())
+        fxlora.fold(untyped(Mlp()))
 
 
 def test_a_folded_module_can_be_adapted_again() -> None:
@@ -328,7 +331,7 @@ def test_two_adapted_weights_multiplied_with_each_other() -> None:
             return torch.nn.functional.linear(x, self.u @ self.v)
 
     _, lora = check_laws(Factored(), (torch.randn(3, 5).double(),), rules=Rule(["u", "v"], lora=R))
-    assert {entry.form for entry in lora.plan} == {"weight"}
+    assert {entry.form for entry in plan_of(lora)} == {"weight"}
 
 
 def test_a_tied_weight_that_a_whole_module_reads_is_refused() -> None:
@@ -350,7 +353,7 @@ def test_a_tied_weight_that_a_whole_module_reads_is_refused() -> None:
 
 def test_parameters_in_the_same_memory_are_refused() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 7))
-    model[2].weight = nn.Parameter(model[0].weight.data)
+    model[2].weight = nn.Parameter(model.get_parameter("0.weight").data)
     gm = fxlora.capture(model)
     with pytest.raises(fxlora.UnsupportedOpError, match=r"'0' .* shares memory with '2\.weight'"):
         fxlora.match(gm, Rule("0", lora=R))

@@ -17,6 +17,7 @@ from fxlora import ConfigError, LoraConfig, NoMatchError, Rule, cli
 from fxlora.pictures.page import plan_page
 
 from .models import Mlp
+from .typed import untyped
 
 R = LoraConfig(r=2, lora_alpha=3)
 FILLS = {"#dbe7ff": "weight", "#ffe3c2": "adapter", "#ffffff": "op", "#f3f4f6": "border"}
@@ -64,7 +65,7 @@ def test_what_cannot_be_drawn() -> None:
     with pytest.raises(ConfigError, match="mode must be one of"):
         fxlora.draw(gm, "up", mode="test")
     with pytest.raises(fxlora.NotCapturedError):
-        fxlora.draw(Mlp(), "up")  # pyright: ignore
+        fxlora.draw(untyped(Mlp()), "up")
 
 
 class Tags(HTMLParser):

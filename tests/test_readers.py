@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,9 +11,11 @@ from torch import fx, nn
 
 import fxlora
 from fxlora import LoraConfig, Rule
+from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, merged_weights, randomise
 from .models import Reads, Several
+from .typed import Function, plan_of
 
 SPELLINGS = {
     "x @ W.T": lambda x, w: x @ w.T,
@@ -36,7 +38,7 @@ IN_FIRST = {
 class Spelled(nn.Module):
     """One weight of 5 inputs and 7 outputs, in either layout; takes (N, 5)."""
 
-    def __init__(self, spelling, shape: tuple[int, int]) -> None:
+    def __init__(self, spelling: Any, shape: tuple[int, int]) -> None:
         super().__init__()
         self.before = nn.Linear(5, 5)
         self.matrix = nn.Parameter(torch.randn(shape))
@@ -53,7 +55,9 @@ def test_every_spelling() -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
     rule = Rule("parts.*.matrix", lora=LoraConfig(r=2, lora_alpha=3))
     _, lora = check_laws(model, (x,), rules=rule)
-    for number, (name, entry) in enumerate(zip([*SPELLINGS, *IN_FIRST], lora.plan, strict=True)):
+    for number, (name, entry) in enumerate(
+        zip([*SPELLINGS, *IN_FIRST], plan_of(lora), strict=True)
+    ):
         in_first = number >= len(SPELLINGS)
         assert (entry.form, entry.layout.in_first) == ("branch", in_first), name
         assert entry.shapes == ((2, 5), (7, 2)), name  # (r, in), (out, r)
@@ -87,7 +91,7 @@ def test_a_use_of_the_transpose_that_is_no_product_takes_the_weight_form() -> No
     model = Reads(sliced, "oi", 7, 5).double()
     x = torch.randn(4, 5, dtype=torch.float64)
     _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.form == "weight"
     randomise(lora)
     total = merged_weights(model, lora, dict(lora.named_parameters()))["w"]
@@ -109,10 +113,10 @@ def test_an_assertion_on_a_weight_is_no_read() -> None:
 class Standardised(nn.Conv2d):
     """A convolution whose weight is normalised at every call, as in BiT and in NFNets."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)
         weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6)
-        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
+        return F.conv2d(input, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
 
 
 class Squeezed(nn.Module):
@@ -144,12 +148,14 @@ class Squeezed(nn.Module):
     ],
     ids=["standardised", "squeezed", "weight norm", "linear"],
 )
-def test_a_function_of_a_weight_takes_the_weight_form(layer, shape, expected) -> None:
+def test_a_function_of_a_weight_takes_the_weight_form(
+    layer: nn.Module, shape: tuple[int, ...], expected: str
+) -> None:
     model = nn.Sequential(layer, nn.Tanh())
     x = torch.randn(shape, dtype=torch.float64)
     rule = Rule(op=["conv*", "linear"], where=lambda s: s.parameters > 7, lora=LoraConfig(r=2))
     _, lora = check_laws(model, (x,), rules=rule)
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.form == "weight"
     assert entry.reason.startswith(expected)
     assert ("k" in entry.layout.roles) == (entry.op != "linear")
@@ -173,7 +179,7 @@ def test_a_stack_of_kernels() -> None:
     model = Reads(lambda x, w: F.conv1d(x, w[1]) + F.conv1d(x, w[3]), "eoik", 4, 6, 3, 2)
     x = torch.randn(2, 3, 9, dtype=torch.float64)
     _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.shapes == ((4, 2, 3, 2), (4, 6, 2, 1))
 
 
@@ -181,7 +187,7 @@ def test_a_weight_times_its_own_transpose() -> None:
     model = Reads(lambda x, w: x @ (w @ w.T), "io", 7, 5)
     x = torch.randn(4, 7, dtype=torch.float64)
     _, lora = check_laws(model, (x,), rules=LoraConfig(r=2, target_parameters=["w"]))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert (entry.form, entry.reason) == ("weight", "multiplied with another weight")
 
 
@@ -196,7 +202,7 @@ def test_a_parameter_that_is_the_input_of_a_linear_is_none() -> None:
             return self.proj(self.queries) @ x
 
     gm = fxlora.capture(Queries(), torch.randn(3, 4))
-    kinds = {site.name: site.op for site in fxlora.reads.sites.find_sites(gm)}
+    kinds = {site.name: site.op for site in find_sites(gm)}
     assert kinds == {"queries": "operand of linear", "proj": "linear"}
     plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
     assert [entry.site for entry in plan] == ["proj"]
@@ -210,7 +216,7 @@ class Looks(nn.Module):
 
     subscripts: ClassVar = {"used": "io", "other": "oi"}
 
-    def __init__(self, look) -> None:
+    def __init__(self, look: Any) -> None:
         super().__init__()
         self.used, self.other = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
         self.look = look
@@ -232,16 +238,16 @@ UNTRAINED = {
 
 
 @pytest.mark.parametrize("look", NO_READS.values(), ids=NO_READS)
-def test_what_takes_no_values_is_no_read(look) -> None:
+def test_what_takes_no_values_is_no_read(look: Any) -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
     _, lora = check_laws(Looks(look), (x,), rules=Rule(lora=LoraConfig(r=2)))
-    assert [(entry.site, entry.form) for entry in lora.plan] == [("used", "branch")]
+    assert [(entry.site, entry.form) for entry in plan_of(lora)] == [("used", "branch")]
     with pytest.raises(fxlora.NoMatchError, match="'other'"):
         fxlora.match(fxlora.remove(lora), Rule("other", lora=LoraConfig(r=2)))
 
 
 @pytest.mark.parametrize("look", UNTRAINED.values(), ids=UNTRAINED)
-def test_where_no_gradient_passes_no_adapter_stands(look) -> None:
+def test_where_no_gradient_passes_no_adapter_stands(look: Any) -> None:
     gm = fxlora.capture(Looks(look), torch.randn(4, 5))
     with pytest.raises(fxlora.UnsupportedOpError, match="would never train"):
         fxlora.match(gm, Rule("other", lora=LoraConfig(r=2)))
@@ -252,22 +258,22 @@ def new_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight
 
 
-class round(torch.autograd.Function):
+class round(Function):
     """Has torch.round's name, but passes the gradient on."""
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
         return torch.round(weight * 8) / 8
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient
 
 
 def test_users_functions_are_not_torchs_of_the_same_name() -> None:
     model = Looks(lambda m, x, y: y + new_product(x, m.other))
     gm = fxlora.capture(model)  # the tracer keeps the function whole
-    assert {s.name: s.op for s in fxlora.reads.sites.find_sites(gm)}["other"] == "new_product"
+    assert {s.name: s.op for s in find_sites(gm)}["other"] == "new_product"
     x = torch.randn(4, 5, dtype=torch.float64)
     check_laws(model, (x,), rules=Rule(lora=LoraConfig(r=2)), capture=fxlora.capture)
     passed_on = Looks(lambda m, x, y: y + x @ round.apply(m.other)).double()
@@ -290,7 +296,7 @@ def test_a_straight_through_estimator_trains() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_the_tracer_refuses_contexts_that_it_does_not_see(context) -> None:
+def test_the_tracer_refuses_contexts_that_it_does_not_see(context: Any) -> None:
     class Inside(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 
 import fxlora
 from fxlora import ConfigError, LoraConfig, NoMatchError, Rule, UnsupportedOpError, match
+from fxlora.config import Rules
 
 from .models import Attention, Convolutions, Normed, Readers, Tied
+from .typed import untyped
 
 
 class Block(nn.Module):
@@ -95,7 +98,7 @@ R = LoraConfig(r=2)
         ),
     ],
 )
-def test_matching(gm: fxlora.CapturedModule, rules: object, expected: list[str]) -> None:
+def test_matching(gm: fxlora.CapturedModule, rules: Rules, expected: list[str]) -> None:
     short = {"q": "q_proj", "v": "v_proj", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
     wanted = [
         name
@@ -210,9 +213,7 @@ def test_a_buffer_of_any_shape_is_named_as_such(name: str, said: str) -> None:
         ([Rule("q_proj", lora=None)], "adapt none"),
     ],
 )
-def test_what_matches_nothing_raises(
-    gm: fxlora.CapturedModule, rules: object, message: str
-) -> None:
+def test_what_matches_nothing_raises(gm: fxlora.CapturedModule, rules: Rules, message: str) -> None:
     with pytest.raises(NoMatchError) as error:
         match(gm, rules)
     assert re.search(message, str(error.value)), str(error.value)
@@ -287,7 +288,7 @@ def test_modules_to_save(gm: fxlora.CapturedModule) -> None:
     ("bias", "expected"),
     [("none", 0), ("lora_only", 3), ("all", 14)],
 )
-def test_bias(gm: fxlora.CapturedModule, bias: str, expected: int) -> None:
+def test_bias(gm: fxlora.CapturedModule, bias: Any, expected: int) -> None:
     plan = match(gm, LoraConfig(r=2, target_modules=["q_proj"], bias=bias))
     assert len([n for n in plan.trained if n.endswith("bias")]) == expected
 
@@ -376,7 +377,7 @@ def test_a_function_is_not_written(gm: fxlora.CapturedModule) -> None:
 
 def test_match_needs_a_captured_module() -> None:
     with pytest.raises(fxlora.NotCapturedError, match="match takes a captured module"):
-        match(Model(), R)
+        match(untyped(Model()), R)
     gm = fxlora.capture(Model())
     with pytest.raises(ConfigError, match="adapter_name"):
         match(gm, Rule("emb", lora=R), adapter_name="a.b")
@@ -392,7 +393,8 @@ def test_norms_and_biases_train_in_full_by_name(gm: fxlora.CapturedModule) -> No
     assert len(plan.trained) > 2
     with pytest.raises(NoMatchError, match="'nrm'"):
         match(gm, Rule("nrm", train=True))
-    for more in ({"lora": LoraConfig(r=2)}, {"parts": 2}):
+    both: tuple[dict[str, Any], ...] = ({"lora": LoraConfig(r=2)}, {"parts": 2})
+    for more in both:
         with pytest.raises(ConfigError, match="trains in full"):
             Rule("norm", train=True, **more)
 

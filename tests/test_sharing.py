@@ -20,10 +20,11 @@ from fxlora import CaptureError, FxLoraWarning, LoraConfig, Rule
 
 from .laws import assert_untouched, randomise, run, snapshot
 from .models import Mlp, Normed
+from .typed import plan_of
 
 # ---- errors -------------------------------------------------------------------------------------
 
-SOURCE = """
+SOURCE: str = """
 import random
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_what_a_forward_sets_is_set_back() -> None:
     class Remembers(Mlp):
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[torch.Tensor] = []
+            self.seen: list[torch.Size] = []
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = super().forward(x)
@@ -161,6 +162,12 @@ def test_what_a_forward_sets_is_set_back() -> None:
 # ---- random state -------------------------------------------------------------------------------
 
 
+def numpys() -> list[int]:
+    """Return numpy's state, which it gives in one of two forms."""
+    state: Any = np.random.get_state()
+    return state[1].tolist()
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 @pytest.mark.parametrize("args", [(torch.randn(2, 5),), None])
 def test_random_numbers_of_python_are_no_constants(draw: Any, args: Any) -> None:
@@ -168,7 +175,7 @@ def test_random_numbers_of_python_are_no_constants(draw: Any, args: Any) -> None
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * float(draw())
 
-    states = random.getstate(), np.random.get_state()[1].tolist()
+    states = random.getstate(), numpys()
     said = r"draws numbers from .*random in its forward"
     if args is None:
         with pytest.raises(CaptureError, match=said):
@@ -177,20 +184,21 @@ def test_random_numbers_of_python_are_no_constants(draw: Any, args: Any) -> None
         with pytest.warns(FxLoraWarning, match=said):
             gm = fxlora.capture(Draws().eval(), args)
         assert not torch.equal(gm(*args), gm(*args))
-        random.setstate(states[0]), np.random.seed(0)
-        states = random.getstate(), np.random.get_state()[1].tolist()
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+        random.setstate(states[0])
+        np.random.seed(0)
+        states = random.getstate(), numpys()
+    assert (random.getstate(), numpys()) == states
 
 
 def test_generators_are_as_they_were() -> None:
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    states = random.getstate(), numpys(), torch.get_rng_state().tolist()
     fxlora.capture(Mlp(), torch.zeros(2, 5))
     assert torch.get_rng_state().tolist() != states[2]  # building the model draws
     states = (*states[:2], torch.get_rng_state().tolist())
     model = Mlp()
     states = (*states[:2], torch.get_rng_state().tolist())
     fxlora.capture(model, torch.zeros(2, 5))
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert (random.getstate(), numpys()) == states[:2]
     assert torch.get_rng_state().tolist() == states[2]
 
 
@@ -211,7 +219,7 @@ def test_training_one_capture_leaves_the_other_alone() -> None:
     optimizer = torch.optim.SGD(fxlora.lora_parameters(trained), 0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        sum(y.square().sum() for y in trained(x).values()).backward()
+        sum((y.square().sum() for y in trained(x).values()), torch.zeros(())).backward()
         optimizer.step()
     for module, outputs in zip((plain, *loras[1:]), expected, strict=True):
         for a, b in zip(run(module.eval(), (x,), {}), outputs, strict=True):
@@ -226,6 +234,8 @@ def test_training_one_capture_leaves_the_other_alone() -> None:
 
 class Computes(nn.Module):
     """Has an op for each mode to affect: a product, a new tensor, a buffer."""
+
+    scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,9 +363,9 @@ def test_a_training_step_in_every_dtype(dtype: torch.dtype, autocast: bool) -> N
     before = snapshot(model)
     gm = fxlora.capture(model, x)
     lora = fxlora.inject(gm, fxlora.match(gm, Rule(lora=LoraConfig(r=2))))
-    assert {entry.form for entry in lora.plan} == {"branch", "weight"}
+    assert {entry.form for entry in plan_of(lora)} == {"branch", "weight"}
     parameters = fxlora.lora_parameters(lora)
-    assert {p.dtype for p in parameters} == {dtype}
+    assert {p.dtype for p in parameters} == {torch.promote_types(dtype, torch.float32)}
     randomise(lora)
     start = [p.detach().clone() for p in parameters]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -19,12 +19,16 @@ from torch.utils.checkpoint import checkpoint
 import fxlora
 from fxlora.frontends.kept.patches import patched
 
+from .typed import Function, doubled, grad_of
+
 WAIT = 20.0
 EXAMPLE = (torch.ones(2, 5),)
 
 
 class Waits(nn.Module):
     """A model whose forward, once during its capture, waits until another thread is done."""
+
+    mark: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +99,7 @@ def test_tensor_hooks_elsewhere(args: Any, number: int) -> None:
         y = x * 3
         y.register_hook(lambda grad: grad * 5)
         y.sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [15, 15]
+    assert x.grad is not None and grad_of(x).tolist() == [15, 15]
 
 
 @ROADS
@@ -118,7 +122,7 @@ def test_the_model_elsewhere_is_as_the_user_left_it(args: Any, number: int) -> N
     with during_capture(model, args, number):
         assert not any(module.training for module in model.modules())
         assert torch.equal(model(x), expected)
-        model.fc.register_forward_hook(lambda module, given, output: output * 2)
+        model.fc.register_forward_hook(doubled)
         model.mark = "set meanwhile"
     assert torch.equal(model(x), expected.detach() * 2)  # exact: a factor of 2 does not round
     assert model.mark == "set meanwhile"
@@ -158,10 +162,10 @@ def test_checkpoints_elsewhere(args: Any, number: int, reentrant: bool) -> None:
         x = torch.ones(2, requires_grad=True)
         checkpoint(function, x, use_reentrant=reentrant).sum().backward()
     assert len(runs) == 2
-    assert torch.allclose(x.grad, x.detach().cos())
+    assert torch.allclose(grad_of(x), x.detach().cos())
 
 
-class Doubled(torch.autograd.Function):
+class Doubled(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -175,7 +179,7 @@ class Doubled(torch.autograd.Function):
 def test_autograd_functions_elsewhere(args: Any, number: int) -> None:
     with during_capture(Waits(), args, number):
 
-        class Tripled(torch.autograd.Function):
+        class Tripled(Function):
             @staticmethod
             def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
                 return x * 3
@@ -187,7 +191,7 @@ def test_autograd_functions_elsewhere(args: Any, number: int) -> None:
         x = torch.ones(2, requires_grad=True)
         y = Tripled.apply(Doubled.apply(x))
         y.sum().backward()
-    assert y.tolist() == [6, 6] and x.grad.tolist() == [77, 77]
+    assert y.tolist() == [6, 6] and grad_of(x).tolist() == [77, 77]
 
 
 @ROADS
@@ -205,7 +209,9 @@ def test_draws_elsewhere_are_neither_changed_nor_repeated(
     args: Any, number: int, draw: Callable[[], float]
 ) -> None:
     def seed() -> None:
-        torch.manual_seed(5), random.seed(5), np.random.seed(5)
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
 
     model = Waits()
     seed()
@@ -337,7 +343,7 @@ def test_patches_that_end_in_another_order() -> None:
 
 
 def test_a_model_that_cannot_be_copied_is_put_back() -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3)).eval()
+    model: Any = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3)).eval()
     model.lock = threading.Lock()
     x = torch.randn(7, 5)
     gm = fxlora.capture(model, x)

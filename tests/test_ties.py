@@ -20,6 +20,7 @@ from fxlora import ConfigError, FxLoraWarning, LoraConfig, Rule
 
 from .laws import assert_close, check_laws, randomise, run
 from .models import Tied, gpt2
+from .typed import plan_of
 
 IDS = torch.tensor([[1, 2, 5, 12], [3, 3, 0, 2], [7, 8, 9, 10]])
 
@@ -76,7 +77,7 @@ ROADS = {"exported": None, "traced": fxlora.capture}
 def captured(kind: type[Model], road: str) -> tuple[Model, fxlora.CapturedModule]:
     """Return a model and its capture, which serve all rules: no verb changes them."""
     model = kind().double()
-    return model, fxlora.capture(model, *([(IDS,)] if road == "exported" else []))
+    return model, fxlora.capture(model, (IDS,) if road == "exported" else None)
 
 
 def checked(
@@ -116,8 +117,8 @@ def test_who_is_adapted(kind: type[Model], road: str, which: str) -> None:
     assert (emb is out) is kept
     assert torch.equal(out, source) is (which == "emb")
     assert torch.equal(emb, source) is (which == "head")
-    assert len(lora.plan) == 1 + (which == "two rules")
-    covered = {name for entry in lora.plan for name in entry.names}
+    assert len(plan_of(lora)) == 1 + (which == "two rules")
+    covered = {name for entry in plan_of(lora) for name in entry.names}
     wanted = {"head": {path}, "emb": {"emb.weight"}}.get(which, {path, "emb.weight"})
     assert covered == wanted
     _check_report(lora, folded, () if kept else {path, "emb.weight"})
@@ -143,7 +144,7 @@ def test_the_report_of_a_split_tie() -> None:
 def test_parts_of_a_tied_weight() -> None:
     rule = Rule("head", lora=R2, parts={"a": (0, 5), "b": (9, 17)})
     lora, folded = checked(Model(), rule)
-    assert len(lora.plan) == 2 and len(lora.plan.split_ties) == 1
+    assert len(plan_of(lora)) == 2 and len(plan_of(lora).split_ties) == 1
     head, emb = (folded.get_parameter(f"{name}.weight") for name in ("head", "emb"))
     assert (head == emb).all(1).tolist() == [5 <= n < 9 for n in range(17)]
 
@@ -167,7 +168,7 @@ class Both(Model):
 @pytest.mark.parametrize("kind", [Functional, Both])
 def test_a_read_of_the_parents_is_every_names(kind: type[Model], road: str) -> None:
     lora, folded = checked(kind(), Rule("emb", lora=R2), road)
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert set(entry.names) == {"emb.weight", "head.weight"} and not entry.tied
     assert folded.get_parameter("emb.weight") is folded.get_parameter("head.weight")
 
@@ -216,7 +217,7 @@ def test_one_module_under_two_names(name: str, road: str) -> None:
             return self.again(torch.tanh(self.first(x)))
 
     lora, folded = checked(Names(), Rule(name, lora=R2), road, (X,))
-    assert [set(entry.names) for entry in lora.plan] == [{"first.weight", "again.weight"}]
+    assert [set(entry.names) for entry in plan_of(lora)] == [{"first.weight", "again.weight"}]
     assert folded.get_parameter("first.weight") is folded.get_parameter("again.weight")
 
 
@@ -232,7 +233,7 @@ def test_regions() -> None:
         gm = fxlora.capture(model, (IDS,))
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=R2)))
     randomise(lora)
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.names == ("head.weight",)
     folded = fxlora.fold(lora)
     a, b = (lora.get_parameter(name).detach() for name in (entry.name_a, entry.name_b))
@@ -277,7 +278,7 @@ def test_a_saved_adapter_of_one_name(tmp_path: Path) -> None:
     fxlora.save_adapter(lora, tmp_path)
     gm = fxlora.remove(lora)
     again = fxlora.load_adapter(gm, tmp_path)
-    assert again.plan.split_ties == lora.plan.split_ties
+    assert plan_of(again).split_ties == plan_of(lora).split_ties
     assert_close(run(again.eval(), (IDS,), {}), run(lora.eval(), (IDS,), {}))
 
 
@@ -285,7 +286,7 @@ def test_folded_and_adapted_again() -> None:
     """After a fold that splits a tie, the second adapter finds two weights."""
     _, folded = split()
     lora = fxlora.inject(folded, fxlora.match(folded, Rule("emb", lora=R2)))
-    assert not lora.plan.split_ties
+    assert not plan_of(lora).split_ties
     randomise(lora)
     again = fxlora.fold(lora)
     assert_close(run(again.eval(), (IDS,), {}), run(lora.eval(), (IDS,), {}))
@@ -299,7 +300,7 @@ def test_folded_and_adapted_again() -> None:
 @pytest.mark.parametrize("road", ROADS)
 def test_training_one_name_and_adapting_the_other_is_refused(trained: str, road: str) -> None:
     other = {"head": "emb", "emb": "head"}[trained]
-    gm = fxlora.capture(Model(), *([(IDS,)] if road == "exported" else []))
+    gm = fxlora.capture(Model(), (IDS,) if road == "exported" else None)
     for rules in (
         [Rule(trained, train=True), Rule(other, lora=R2)],
         [Rule(other, lora=LoraConfig(r=2, modules_to_save=[trained]))],
@@ -377,7 +378,7 @@ def check_names(model: nn.Module, kwargs: dict[str, Any], gm: Any, names: tuple[
     for which in (*names, list(names)):
         rule = Rule(which, lora=R2)
         _, lora = check_laws(model, (), kwargs, rules=rule, capture=lambda _: gm)
-        (entry,) = lora.plan
+        (entry,) = plan_of(lora)
         ties = next(n for n in lora.aliases().values() if "lm_head.weight" in n)
         assert set(entry.names) | set(entry.tied) == set(ties)
         folded = fxlora.fold(lora)
@@ -399,7 +400,7 @@ def test_reads_of_two_names_inside_one_nested_graph_are_not_told_apart() -> None
 
     x = torch.randn(3, 5, dtype=torch.float64)
     _, lora = check_laws(Nested(), (x,), rules=Rule("a", lora=LoraConfig(r=2)))
-    (entry,) = lora.plan
+    (entry,) = plan_of(lora)
     assert entry.names == ("a.weight", "b.weight")  # one delta for all, and the plan says why
     assert "all are adapted" in entry.reason
 

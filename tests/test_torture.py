@@ -12,6 +12,7 @@ import fxlora
 
 from .patterns import PATTERNS
 from .torture import CHECKS, judge_fxlora, judge_peft
+from .typed import untyped
 
 MEASURED = [name for name, pattern in PATTERNS.items() if pattern.measured]
 
@@ -57,7 +58,7 @@ def test_exports(name: str) -> None:
 
 def judge(name: str, checks: Collection[str]) -> None:
     pattern = PATTERNS[name]
-    if torch.__version__ < pattern.since:
+    if torch.__version__ < untyped(pattern.since):
         pytest.skip("this torch cannot run it, or not save it")
     judgement = judge_fxlora(pattern, checks)
     if pattern.expects:

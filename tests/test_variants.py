@@ -20,6 +20,7 @@ from fxlora.lora.variants import VARIANTS
 from . import oracle
 from .laws import assert_close, assert_same, check_laws, merged_weights, randomise, run
 from .models import Mlp, Tied
+from .typed import plan_of
 
 # ---- against PEFT -------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def test_dora_is_pefts(targets: list[str], bias: bool) -> None:
         for parameter in trainable(theirs).values():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     copy_over(theirs, ours)
-    assert {entry.form for entry in ours.plan} == {"branch"}
+    assert {entry.form for entry in plan_of(ours)} == {"branch"}
     assert_same_training(theirs, ours, copy.deepcopy(model).double())
     folded = fxlora.fold(ours)
     assert_close([folded(IDS)], [theirs(IDS)])
@@ -290,7 +291,7 @@ class Packed(nn.Module):
 
 
 PACKED = {"q": 8, "k": 4, "v": 4}
-SHARE = {"tied": "share"}
+SHARE: dict[str, Any] = {"tied": "share"}
 
 
 def rules_for(what: str, **keys: Any) -> list[Rule]:
@@ -332,7 +333,7 @@ def captured(what: str, road: str, dtype: torch.dtype) -> tuple[nn.Module, Any, 
     make, args = PLACES[what]
     args = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
     model = make().to(dtype)
-    return model, args, fxlora.capture(model, *([args] if road == "exported" else []))
+    return model, args, fxlora.capture(model, args if road == "exported" else None)
 
 
 WHOLE = [("recurrent", "traced"), ("bags", "traced")]  # the tracer does not see inside
@@ -357,7 +358,7 @@ def check_kinds(kinds: list[str], what: str, road: str) -> None:
     for kind in kinds:
         rules = rules_for(what, **KINDS[kind])
         _, lora = check_laws(model, args, rules=rules, capture=lambda _: gm)
-        assert len(lora.plan) > 0
+        assert len(plan_of(lora)) > 0
 
 
 # DoRA+PiSSA everywhere, and everywhere another one of the other kinds.
@@ -379,13 +380,13 @@ def test_a_fold_in_bfloat16_is_rounded_once(what: str, kind: str) -> None:
     with torch.no_grad():  # a small step from the init, as in training
         for parameter in fxlora.lora_parameters(lora):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        for entry in lora.plan:
+        for entry in plan_of(lora):
             if entry.padding_idx is not None:
                 lora.get_parameter(entry.name_a)[:, entry.padding_idx] = 0
     folded = fxlora.fold(lora)
     fxlora.verify(lora, args, folded=folded)
     # The papers' formula in float64, independent of the graphs and of verify's reference.
-    factors = {name: lora.get_parameter(name).double() for e in lora.plan for name in e.tensors}
+    factors = {name: lora.get_parameter(name).double() for e in plan_of(lora) for name in e.tensors}
     exact = merged_weights(copy.deepcopy(model).double(), lora, factors)
     assert exact
     for name, weight in exact.items():
@@ -433,7 +434,7 @@ def test_a_new_variant_is_one_row(what: str, tmp_path: Path) -> None:
     model, args, gm = captured(what, "exported", torch.float64)
     rules = rules_for(what, variant="size")
     _, lora = check_laws(model, args, rules=rules, capture=lambda _: gm)
-    assert all(len(entry.tensors) == 3 for entry in lora.plan)
+    assert all(len(entry.tensors) == 3 for entry in plan_of(lora))
     fxlora.verify(lora, args, folded=fxlora.fold(lora))
     fxlora.save_adapter(lora, tmp_path)
     again = fxlora.load_adapter(gm, tmp_path)
@@ -470,6 +471,9 @@ def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
     """The head trains the padding row, but look-ups of that row must not; both are branches."""
 
     class Padded(nn.Module):
+        head: nn.Linear
+        emb: nn.Embedding
+
         def __init__(self) -> None:
             super().__init__()
             layers = {
@@ -485,4 +489,4 @@ def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
 
     rules = Rule("head", lora=LoraConfig(r=2, tied="share"))
     _, lora = check_laws(Padded(), (torch.tensor([[1, 2, 11], [5, 0, 16]]),), rules=rules)
-    assert [entry.form for entry in lora.plan] == ["branch"]
+    assert [entry.form for entry in plan_of(lora)] == ["branch"]

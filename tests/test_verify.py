@@ -18,12 +18,14 @@ from torch import nn
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, VerificationError
 from fxlora.lora.ops import OPS
+from fxlora.module.memory import copied_values
 from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.proof.graph_checks import check_modes, without_adapters
 
 from .laws import randomise
 from .models import Convolutions, Mlp, Normed, Readers, Reads, Tied
 from .patterns import PATTERNS
+from .typed import grad_of, plan_of, untyped
 
 R = LoraConfig(r=2, lora_alpha=3)
 
@@ -216,10 +218,11 @@ def test_a_second_use_that_goes_past_the_adapter(site: str) -> None:
     lora, args = readers_lora()
     (insertion,) = standing(lora, "train", site)
     graph, last = lora.graphs["train"], lora.graphs["train"].output_node()
+    first, *others = untyped(last.args[0])
     with graph.inserting_before(last):
         past = graph.call_function(aten.sum.default, (insertion.base,))
-        result = graph.call_function(aten.add.Tensor, (last.args[0][0], past))
-    last.args = ((result, *last.args[0][1:]),)
+        result = graph.call_function(aten.add.Tensor, (first, past))
+    last.args = ((result, *others),)
     lora.refresh()
     law = f"coverage: '{site}': sum bypasses its adapter in the train graph"
     with pytest.raises(VerificationError, match=law):
@@ -267,17 +270,23 @@ def test_each_adapter_of_a_pattern_that_is_taken_out_is_missed(name: str) -> Non
 
 
 @pytest.mark.parametrize("site", ["functional", "w_einsum"])
-def test_several_adapters_on_one_weight_are_proved_one_by_one(site: str) -> None:
+def test_adapters_on_parts_of_one_weight_are_proved_one_by_one(site: str) -> None:
     args = (torch.randn(3, 5), torch.randint(13, (3, 4)))
     gm = fxlora.capture(Readers(), args)
     plan = fxlora.match(gm, Rule(site, lora=R))
-    more = tuple(dataclasses.replace(plan.entries[0], adapter=name) for name in ("one", "two"))
+    entry = plan.entries[0]
+    rows = entry.shape[entry.layout.part_dim]
+    parts = {"one": (0, 2), "two": (2, rows)}
+    more = tuple(
+        dataclasses.replace(entry, site=f"{site}.{part}", part=part, rows=span, form="weight")
+        for part, span in parts.items()
+    )
     lora = fxlora.inject(gm, dataclasses.replace(plan, entries=more))
     prove(lora)
-    for index in (0, 1):
+    for part in parts:
         broken = copy.deepcopy(lora)
-        remove_insertion(standing(broken, "train", site)[index])
-        with pytest.raises(VerificationError, match=f"coverage: '{site}'"):
+        remove_insertion(standing(broken, "train", f"{site}.{part}")[0])
+        with pytest.raises(VerificationError, match=rf"coverage: '{site}\.(one|two)'"):
             prove(broken)
 
 
@@ -501,7 +510,7 @@ def test_a_weight_that_a_symmetric_delta_leaves_alone() -> None:
 
 def test_a_training_that_diverged_is_called_so(lora: fxlora.CapturedModule) -> None:
     with torch.no_grad():
-        lora.get_parameter(lora.plan.entries[0].name_b)[0, 0] = float("nan")
+        lora.get_parameter(plan_of(lora).entries[0].name_b)[0, 0] = float("nan")
     with pytest.raises(VerificationError, match="diverged"):
         fxlora.verify(lora, X)
 
@@ -567,7 +576,7 @@ def test_what_saturates_or_underflows_is_no_dead_adapter(
     kind = (lambda: nn.Softmax(-1)) if act is nn.Softmax else act
     model = deep(depth, kind, norm=norm).to(dtype)
     model(x).float().square().sum().backward()
-    assert underflows is not bool(model[0].weight.grad.any())
+    assert underflows is not bool(grad_of(model.get_parameter("0.weight")).any())
     model.zero_grad()
     found = fxlora.verify(trained(model, x, 0.02, r=2, lora_alpha=alpha), x)
     assert len(found.sites) == depth
@@ -652,3 +661,60 @@ def test_a_registered_branch_that_is_wrong_is_noticed_before_training(
     lora = fxlora.adapt(Mlp(), x, rules=Rule("up", lora=R))
     with pytest.raises(VerificationError, match="folded and unfolded outputs differ"):
         fxlora.verify(lora, x)
+
+
+class BranchIsWrong(nn.Module):
+    """Reads a weight by an op whose registered branch is twice as large, in the chosen modes."""
+
+    def __init__(self, modes: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.table, self.w = nn.Embedding(9, 5), nn.Parameter(torch.randn(7, 5))
+        self.bias = nn.Parameter(torch.randn(7))
+        self.modes = modes
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.table(ids), 0.5, self.training)
+        y = torch.addmm(self.bias, x, self.w.t())
+        return torch.mm(x, self.w.t()) + y if self.training in self.modes else y
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("modes", [(True,), (True, False)])
+@pytest.mark.parametrize("start", [0.0, 1e-7, 1.0])
+def test_a_wrong_branch_is_noticed_beside_others_and_in_either_mode(
+    monkeypatch: pytest.MonkeyPatch, start: float, modes: tuple[bool, ...], dropout: float
+) -> None:
+    key = torch.ops.aten.mm.default, 1
+    row, ids = OPS[key], torch.randint(9, (4,))
+    gm = fxlora.capture(BranchIsWrong(modes), ids)
+    rules = [
+        Rule("w", lora=LoraConfig(r=2, lora_dropout=dropout)),
+        Rule("table", lora=LoraConfig(r=2)),  # its B does not start from zero
+    ]
+
+    def adapted() -> fxlora.CapturedModule:
+        lora = fxlora.inject(gm, fxlora.match(gm, rules))
+        with torch.no_grad():
+            b = lora.get_parameter(lora.plan.entries[1].name_b)  # pyright: ignore
+            b.normal_(std=start) if start else b.zero_()
+        return lora
+
+    fxlora.verify(adapted(), ids)
+    doubled = dataclasses.replace(
+        row, branch=lambda read, a, b: torch.ops.aten.mul.Tensor(row.branch(read, a, b), 2)
+    )
+    monkeypatch.setitem(OPS, key, doubled)
+    with pytest.raises(VerificationError, match=r"outputs differ by .* in (train|eval) mode"):
+        fxlora.verify(adapted(), ids)
+
+
+def test_a_tensor_that_is_passed_twice_stays_one_and_views_stay_views() -> None:
+    x, views = torch.randn(3, 5), torch.randn(6, 5)
+    for given in ((x, x), (views[:4], views[2:])):
+        copied = copied_values(given)
+        before = [tensor.clone() for tensor in given]
+        copied[0].mul_(2)
+        assert not torch.equal(copied[1], before[1])
+        assert all(map(torch.equal, given, before))
+        given[0].mul_(2)
+        assert all(map(torch.equal, given, copied))

@@ -29,7 +29,7 @@ import operator
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def judge_peft(pattern: Pattern) -> list[Judgement]:
     ]
 
 
-def best(judgements: list[Judgement]) -> Judgement:
+def best(judgements: Sequence[Judgement]) -> Judgement:
     return max(judgements, key=Judgement.score)
 
 
@@ -150,7 +150,7 @@ class Side:
     pattern: Pattern
     source: nn.Module
     args: tuple[Any, ...]
-    module: nn.Module
+    module: Any
 
     def copy(self) -> Side:
         return copy.deepcopy(self)
@@ -166,7 +166,7 @@ class Side:
     def merged(self) -> nn.Module:
         raise NotImplementedError
 
-    def exported(self, module: nn.Module) -> Callable[..., Any]:
+    def exported(self, module: Any) -> Callable[..., Any]:
         raise NotImplementedError
 
     def meanings(self) -> list[dict[str, torch.Tensor]]:
@@ -202,7 +202,9 @@ class FxLora(Side):
         for entry in self.module.plan or ():
             if entry.rows != self.pattern.parts.get(entry.part or ""):
                 raise Wrong(f"{entry.site} takes the rows {entry.rows}")
-            values = {name: self.module.get_parameter(name) for name in entry.tensors}
+            values: dict[str, torch.Tensor] = {
+                name: self.module.get_parameter(name) for name in entry.tensors
+            }
             if entry.parameter in weights:
                 zero = torch.zeros_like(weights[entry.parameter])
                 delta = adapted(self.source, self.module, entry, zero, values)
@@ -233,7 +235,7 @@ class FxLora(Side):
     def merged(self) -> nn.Module:
         return fxlora.fold(self.module)
 
-    def exported(self, module: nn.Module) -> Callable[..., Any]:
+    def exported(self, module: Any) -> Callable[..., Any]:
         with tempfile.TemporaryDirectory() as folder:
             path = fxlora.export(module, Path(folder) / "model.pt2", self.args)
             return torch.export.load(path).module()
@@ -302,7 +304,7 @@ class Peft(Side):
     def merged(self) -> nn.Module:
         return Peft(self.pattern, self.way).module.merge_and_unload()
 
-    def exported(self, module: nn.Module) -> Callable[..., Any]:
+    def exported(self, module: Any) -> Callable[..., Any]:
         return torch.export.export(copy.deepcopy(module).eval(), self.args).module()
 
 
@@ -437,7 +439,7 @@ def _written(side: Side, weights: dict[str, torch.Tensor], training: bool) -> Te
 @torch.no_grad()
 def _folded(side: Side) -> None:
     merged = side.merged()
-    weights = dict(merged.named_parameters(remove_duplicate=False))
+    weights: dict[str, torch.Tensor] = dict(merged.named_parameters(remove_duplicate=False))
     names = dict(side.source.named_parameters(remove_duplicate=False))
     known = {n: w for n, w in weights.items() if n in names and w.shape == names[n].shape}
     for training in (True, False):

@@ -129,7 +129,9 @@ def build(name: str) -> Case:
     given = OPTIONS.get(name, {})
     own = timm.get_pretrained_cfg(name, allow_unregistered=True)
     fixed = own is None or own.fixed_input_size
-    attempts = [({"img_size": SIDE}, SIDE)] if fixed else [({}, SIDE)]
+    attempts: list[tuple[dict[str, Any], int]] = (
+        [({"img_size": SIDE}, SIDE)] if fixed else [({}, SIDE)]
+    )
     for options, side in attempts:
         try:
             model = timm.create_model(name, num_classes=CLASSES, **given, **options)
@@ -139,7 +141,7 @@ def build(name: str) -> Case:
             return Case(model.train(), (images,))
         except (AssertionError, RuntimeError, TypeError, ValueError):
             continue  # it only runs on its default size
-    model = timm.create_model(name, num_classes=CLASSES, **given)
+    model: Any = timm.create_model(name, num_classes=CLASSES, **given)
     return Case(model, (torch.randn(2, *model.pretrained_cfg["input_size"]),))
 
 

@@ -26,7 +26,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 CACHED = {**TEXT, "use_cache": False}
-GROUPED = {**CACHED, "num_key_value_heads": 1, "head_dim": 8}
+GROUPED: dict[str, Any] = {**CACHED, "num_key_value_heads": 1, "head_dim": 8}
 TOKENS_ONLY = {
     key: CACHED[key]
     for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
@@ -292,9 +292,8 @@ def rows(head: str, config: dict[str, Any], inputs: Inputs) -> Callable[..., Any
 
 def image_to_text() -> Case:
     encoder = transformers.ViTConfig(**VISION)
-    decoder = transformers.GPT2Config(
-        **TOKENS_ONLY, n_layer=1, n_embd=16, n_head=2, add_cross_attention=True, is_decoder=True
-    )
+    reading: dict[str, Any] = {"add_cross_attention": True, "is_decoder": True}
+    decoder = transformers.GPT2Config(**TOKENS_ONLY, **reading, n_layer=1, n_embd=16, n_head=2)
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     config.use_cache = config.decoder.use_cache = False
@@ -304,12 +303,13 @@ def image_to_text() -> Case:
 
 def detr(architecture: str) -> Case:
     """Return a DETR with a new backbone configuration, because the model writes to it."""
+    outputs: dict[str, Any] = {"out_features": ["stage4"]}
     backbone = transformers.ResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 12, 16, 20],
         depths=[1, 1, 1, 1],
         layer_type="basic",
-        out_features=["stage4"],
+        **outputs,
     )
     return build(architecture, {**DETR, "backbone_config": backbone}, pixels(64))
 

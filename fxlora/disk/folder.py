@@ -114,7 +114,14 @@ def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> t
             {**data, "adapter": adapter_name} if isinstance(data, dict) else data
             for data in entries
         )
-        return Plan(tuple(map(Entry.from_data, named)), trained, modules_to_save=saved), pefts
+        dtypes = header.get("trained_dtypes", {})
+        plan = Plan(
+            tuple(map(Entry.from_data, named)),
+            trained,
+            modules_to_save=saved,
+            trained_dtypes=dtypes,
+        )
+        return plan, pefts
     except ConfigError as error:
         raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error}") from error
 

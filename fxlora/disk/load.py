@@ -9,10 +9,12 @@ import torch
 
 from ..api import inject
 from ..data import as_path
-from ..errors import AdapterError, ConfigError, InjectError, MisfitError, warn
+from ..errors import AdapterError, ConfigError, InjectError, MisfitError, UnsupportedOpError, warn
+from ..lora.dtypes import dtype_rule
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
+from ..passes.inject import with_dtypes
 from ..plan import Plan
 from ..tables import some
 from .folder import Folder, check_config, plan_from_header, plan_from_peft, read_folder
@@ -23,28 +25,37 @@ from .values import same, tensor_of, values_of
 
 @no_ambient_modes()
 def load_adapter(
-    module: CapturedModule, folder: str | Path, *, adapter_name: str = "default"
+    module: CapturedModule,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    adapter_dtype: bool | str | torch.dtype | None = None,
 ) -> CapturedModule:
     """Return a new module: the captured one with a saved adapter, from fxlora or PEFT.
 
-    With the same base weights, it equals the saved module bit for bit.
+    With the same base weights, it equals the saved module bit for bit. The adapter has the dtype
+    that it was saved for: by default float32, or the weight's dtype if that is wider.
 
     Args:
         module: a captured module without adapters; it is not changed.
         folder: the adapter folder.
         adapter_name: the adapter's name in the new module.
+        adapter_dtype: the dtype of all adapters and of what trains in full, instead of the
+            folder's: True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
 
     Returns:
         The adapted module, with the values of the file.
 
     Warns:
-        FxLoraWarning: the folder is PEFT's, and PEFT computes another result from it; says why.
+        FxLoraWarning: the folder is PEFT's, and PEFT computes another result from it; says why. Or
+            values of the file are rounded to the module's dtypes; says which.
 
     Raises:
         NotCapturedError: the module is not a captured one.
         AdapterError: the folder is missing, damaged, not for LoRA, or does not fit the module;
             names the keys.
-        ConfigError: adapter_name cannot be the name of an adapter.
+        ConfigError: adapter_name cannot be the name of an adapter, or adapter_dtype is no dtype in
+            which an adapter can be trained.
 
     Example:
         >>> import tempfile, torch, fxlora
@@ -61,6 +72,7 @@ def load_adapter(
         raise AdapterError("the module has adapters already: fold or remove them first.")
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
+    rule = None if adapter_dtype is None else dtype_rule(adapter_dtype, "adapter_dtype")
     content = read_folder(as_path(folder, AdapterError))
     if content.header is not None:
         plan, pefts = plan_from_header(content.header, content.path, adapter_name)
@@ -74,7 +86,8 @@ def load_adapter(
     if content.header is not None:
         plan = _counted(module, plan)
         check_config(module, plan, content)
-    starts, stored = values_of(module, layout, content)
+    plan = with_dtypes(module, plan if rule is None else plan.with_adapter_dtype(rule))
+    starts, stored = values_of(module, plan, layout, content)
     try:
         result = inject(module, plan, starts=starts)
     except MisfitError as error:
@@ -82,7 +95,7 @@ def load_adapter(
             f"{content.path} does not fit the module: {error.reason} Load it onto one captured "
             "from the model that it was trained on, with its ties."
         ) from error
-    except (ConfigError, InjectError) as error:
+    except (ConfigError, InjectError, UnsupportedOpError) as error:
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
     with torch.no_grad():
         for name, value in stored.items():

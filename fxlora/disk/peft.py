@@ -20,8 +20,8 @@ import torch
 
 from ..fx.calls import call_site, module_classes, named_argument
 from ..module import CapturedModule
+from ..module.adapted_weight import factors
 from ..passes import Remove
-from ..passes.adapted_weight import factors
 from ..plan import Entry, Plan
 from ..reads.readers import Reader
 from ..reads.sites import find_sites

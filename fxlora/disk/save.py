@@ -143,4 +143,5 @@ def _plan_data(plan: Plan, pefts: bool) -> dict[str, Any]:
         "modules_to_save": list(plan.modules_to_save),
         "model_parameters": plan.model_parameters,
         "trained_parameters": plan.trained_parameters,
+        "trained_dtypes": dict(plan.trained_dtypes),
     }

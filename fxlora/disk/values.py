@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import AdapterError
+from ..errors import AdapterError, warn
+from ..lora.dtypes import name_of, rounds
 from ..module import CapturedModule
+from ..plan import Plan
+from ..tables import count, some
 from .folder import Folder
 from .keys import FileLayout
 
@@ -33,30 +36,50 @@ def same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
 
 
 def values_of(
-    module: CapturedModule, layout: FileLayout, content: Folder
+    module: CapturedModule, plan: Plan, layout: FileLayout, content: Folder
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the file's values, by name: those of adapters, and those of the base model's tensors.
 
-    The latter are buffers and parameters trained in full.
+    The latter are buffers and parameters trained in full. All are in the dtypes of the plan.
+
+    Warns:
+        FxLoraWarning: values of the file are rounded to these dtypes.
 
     Raises:
         AdapterError: a value is NaN or infinite, or has a dtype that the module's cannot hold.
     """
     decoded = layout.values(content.tensors)
-    weights = {
-        name: module.get_parameter(entry.parameter)
-        for entry in layout.plan
+    dtypes = {
+        name: entry.dtype_over(module.get_parameter(entry.parameter).dtype)
+        for entry in plan
         for name in entry.tensors
     }
-    starts = {n: _held(content, n, t, weights[n].dtype, None) for n, t in decoded.items()}
+    starts = {n: _held(content, n, t, dtypes[n], None) for n, t in decoded.items()}
     own = [name for name, _ in module.named_buffers()] + list(layout.plan.trained)
-    stored = {name: layout.key(name) for name in own if layout.key(name) in content.tensors}
-    kept = {
-        name: _held(content, name, content.tensors[key], now.dtype, now)
-        for name, key in stored.items()
-        for now in (tensor_of(module, name),)
-    }
+    stored = {n: content.tensors[key] for n in own if (key := layout.key(n)) in content.tensors}
+    now = {name: tensor_of(module, name) for name in stored}
+    for name in stored:
+        held = plan.trained_dtype(name, now[name].dtype) if name in plan.trained else None
+        dtypes[name] = held or now[name].dtype
+    kept = {n: _held(content, n, t, dtypes[n], now[n]) for n, t in stored.items()}
+    _warn_of_rounding(content, decoded | stored, dtypes)
     return starts, kept
+
+
+def _warn_of_rounding(
+    content: Folder, values: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]
+) -> None:
+    """Warn if a value of the file is not the same number in its dtype here."""
+    found = {n: v.dtype for n, v in values.items() if n in dtypes and rounds(v, dtypes[n])}
+    if not found:
+        return
+    pairs = {f"{name_of(dtype)} to {name_of(dtypes[name])}" for name, dtype in found.items()}
+    wider = max(found.values(), key=lambda dtype: torch.finfo(dtype).bits)
+    warn(
+        f"{content.path}: {count(len(found), 'tensor')} rounded from {', '.join(sorted(pairs))}: "
+        f"{some(found)}. To keep the values of adapters and of what trains in full, load with "
+        f"adapter_dtype={wider}."
+    )
 
 
 def tensor_of(module: CapturedModule, name: str) -> torch.Tensor:

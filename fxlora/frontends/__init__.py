@@ -6,7 +6,7 @@ Whichever frontend makes a graph, the ops in it that read weights are aten overl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
+from ..module.memory import overlapping
 from ..module.parent import ParentModule
+from ..module.parts import Modules, chosen_modules
 from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
+from .autocast import callers_autocast
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
 from .failures import capture_error
@@ -27,9 +30,9 @@ from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
 from .kept.hooks import refuse_backward_hooks
 from .kept.undisturbed import plain_tensors
-from .memory import ParameterMemory
+from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
-from .traced import trace_mode
+from .traced import trace_mode, traced_autocasts
 from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
 
 
@@ -40,6 +43,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    modules: Modules | None = None,
 ) -> CapturedModule:
     """Capture a model as a `torch.fx.GraphModule`, leaving the model itself unchanged.
 
@@ -64,6 +68,10 @@ def capture(
             is dynamic, and all other dimensions are fixed to their sizes in the example. A
             dimension that is asked to be dynamic and that the model fixes is an error, also
             with `Dim.AUTO`.
+        modules: submodules that are to be modules of their own, which the graph calls: glob
+            patterns for their paths ("layers.*"), classes, or a list of both. Hooks, `eval()` of
+            a part, wrappers (`fully_shard`, `checkpoint_wrapper`, `torch.compile`) and
+            replacement work on these.
 
     Returns:
         The captured module: call it like the model; its state_dict keys are the model's.
@@ -81,7 +89,8 @@ def capture(
     """
     _check_model(model)
     try:
-        return _capture(model, args, kwargs, dynamic_shapes)
+        with callers_autocast():
+            return _capture(model, args, kwargs, dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
@@ -92,7 +101,10 @@ def capture(
 _REPORT = "fxlora did not expect this error: please report it, with the model."
 
 
-def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> CapturedModule:
+def _capture(
+    model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, modules: Modules | None
+) -> CapturedModule:
+    parts = () if modules is None else chosen_modules(model, modules)
     if isinstance(args, torch.Tensor):
         args = (args,)
     if args is not None or kwargs is not None:
@@ -105,7 +117,11 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> C
                 f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
                 "Give several positional inputs as one tuple: capture(model, (a, b))."
             )
-        return _capture_exported(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+        return _capture_exported(
+            model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes, parts
+        )
+    if parts:
+        raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
     if dynamic_shapes is not None:
         raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
     return _capture_traced(model)
@@ -113,7 +129,7 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> C
 
 def _check_model(model: nn.Module) -> None:
     """Raise CaptureError for a model that neither torch.export nor the tracer can capture."""
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(model, nn.Module):
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
@@ -157,17 +173,22 @@ def _hidden_name(model: nn.Module) -> str | None:
 
 
 def _capture_exported(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    parts: tuple[str, ...],
 ) -> CapturedModule:
     register_containers(model)
     kwargs = in_signature_order(model, kwargs)
     try:
-        source = export_modes(working_copy(model), examples_for(args, kwargs, dynamic_shapes))
+        examples = examples_for(args, kwargs, dynamic_shapes)
+        source = export_modes(working_copy(model), examples, parts=parts)
     except CaptureError as failure:
-        if dynamic_shapes is not None:  # the user asked for one whole graph
+        if dynamic_shapes is not None or parts:  # the user asked for one whole graph
             raise
         return _capture_by_regions(model, args, kwargs, failure)
-    return _assemble(model, [source])
+    return _assemble(model, [source], parts=parts)
 
 
 def _capture_by_regions(
@@ -194,37 +215,42 @@ def _capture_traced(model: nn.Module) -> CapturedModule:
             "tracer does not call. Give example inputs: capture(model, args)."
         )
     modules = {mode: trace_mode(model, mode) for mode in MODES}
+    autocasts = {mode: traced_autocasts(model, mode, module) for mode, module in modules.items()}
     if alike(modules["train"], modules["eval"]):
         modules["train"] = modules["eval"]
-    return _assemble(model, [Source(modules, dict.fromkeys(MODES))])
+    return _assemble(model, [Source(modules, dict.fromkeys(MODES), autocasts=autocasts)])
 
 
 def _assemble(
-    model: nn.Module, sources: Sequence[Source], parent: ParentModule | None = None
+    model: nn.Module,
+    sources: Sequence[Source],
+    parent: ParentModule | None = None,
+    parts: tuple[str, ...] = (),
 ) -> CapturedModule:
     """Build the captured module: the sources' graphs of both modes over one parameter tree."""
-    written: set[str] = set(parent.reads) if parent else set()  # the parent may write to these
-    called: set[str] = set()
+    found = _Held(model)
     for source in sources:
         for module in source.distinct().values():
             gather_checkpoints(module)
-            for node in module.graph.nodes:
-                written |= {_full(source, name) for name in written_attributes(node, module)}
-                called |= {str(node.target)} if node.op == "call_module" else set()
-    tree = build_tree(model, called, written)
-    known = _tensor_names(model)
-    memory = ParameterMemory(model)
-    mirrors: dict[str, set[str]] = {}
+            found.look_into(source, module)
+    tensors = found.own_tensors(parent.reads if parent else ())
+    tree = build_tree(model, found.called, tensors)
+    memory, mirrors = found.memory, dict[str, set[str]]()
     for number, source in enumerate(sources):
         for mode, module in source.distinct().items():
             label = f"{mode}{number or ''}"
-            _adopt(tree, label, source, module, known, memory, mirrors)
-    programs = [Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path) for s in sources]
+            _adopt(tree, label, source, module, found, tensors, mirrors)
+    programs = [
+        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.calls, s.autocasts)
+        for s in sources
+    ]
     if parent or any(spec is None for program in programs for spec in program.inputs.values()):
         _add_mirrors(mirrors, model, memory)
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
         outputs=_output_embeddings(model),
+        outlined=parts,
+        written=_all_names(tree, found.written),
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )
     result = CapturedModule(
@@ -237,6 +263,84 @@ def _assemble(
     )
     read_by_own_names(result)
     return result
+
+
+class _Held:
+    """The tensors that graphs hold, and those that they write to.
+
+    Attributes:
+        named: the model's parameters and buffers, under all their names.
+        memory: the memory of its parameters.
+        called: paths of the submodules that graphs call.
+        written: names of the parameters and buffers that graphs write to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = model.named_parameters(remove_duplicate=False)
+        buffers = model.named_buffers(remove_duplicate=False)
+        self.model = model
+        self.named: dict[str, torch.Tensor] = {**dict(parameters), **dict(buffers)}
+        self.memory = ParameterMemory(model)
+        self.called: set[str] = set()
+        self.written: set[str] = set()
+        self._constants: list[torch.Tensor] = []
+        self._written_constants: list[torch.Tensor] = []
+
+    def look_into(self, source: Source, module: fx.GraphModule) -> None:
+        """Add what a graph module holds, calls and writes to."""
+        graph = module.graph
+        self.called |= {str(node.target) for node in graph.find_nodes(op="call_module")}
+        writes = {name for node in graph.nodes for name in written_attributes(node, module)}
+        for name in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")):
+            value, full = _attribute(module, name), _full(source, name)
+            if not isinstance(value, torch.Tensor):
+                continue
+            if full not in self.named:
+                full = self.memory.name_of(value)
+            if full is not None:
+                self.written |= {full} if name in writes else set()
+            else:
+                self._constants.append(value)
+                self._written_constants += [value] if name in writes else []
+        if None in source.inputs.values():
+            self._refuse_apart()
+
+    def _refuse_apart(self) -> None:
+        """Raise if a plain tensor shares memory with what a call writes to.
+
+        A traced graph holds a copy of the tensor, which would not change with it.
+        """
+        written = {id(self.named[name]) for name in self.written}
+        plain = {id(tensor): name for name, tensor in plain_tensors(self.model)}
+        apart = [t for _, t in plain_tensors(self.model)] if written else []
+        for group in overlapping([*self.named.values(), *apart]) if apart else ():
+            held = {id(tensor) for tensor in group}
+            if held & written and (names := [plain[key] for key in held & plain.keys()]):
+                raise CaptureError(
+                    f"{type(self.model).__name__}: '{names[0]}' shares memory with a tensor that "
+                    "the forward writes to, and is no buffer. Register it as one, or give example "
+                    "inputs: capture(model, args)."
+                )
+
+    def own_tensors(self, read: Iterable[str]) -> dict[int, torch.Tensor]:
+        """Return the captured module's tensor for each tensor, by id.
+
+        Args:
+            read: names of parameters that Python reads, and may write to.
+        """
+        names = self.written.union(read)
+        marked = [self.named[name] for name in names if name in self.named]
+        return own_tensors(self.model, self._constants, [*marked, *self._written_constants])
+
+
+def _all_names(tree: nn.Module, written: Collection[str]) -> frozenset[str]:
+    """Return the names of the parameters among these, and of those over the same memory."""
+    named = dict(tree.named_parameters(remove_duplicate=False))
+    tensors = dict(tree.named_buffers(remove_duplicate=False)) | named
+    marked = {id(tensors[name]) for name in written if name in tensors}
+    groups = overlapping(tensors.values()) if marked else []
+    met = {id(t) for group in groups if marked & set(map(id, group)) for t in group}
+    return frozenset(name for name, parameter in named.items() if id(parameter) in met)
 
 
 def _add_mirrors(mirrors: dict[str, set[str]], model: nn.Module, memory: ParameterMemory) -> None:
@@ -256,8 +360,8 @@ def _adopt(
     label: str,
     source: Source,
     module: fx.GraphModule,
-    known: set[str],
-    memory: ParameterMemory,
+    found: _Held,
+    tensors: Mapping[int, torch.Tensor],
     mirrors: dict[str, set[str]],
 ) -> None:
     """Rename a graph's attributes to their names in the whole model; attach all others to the tree.
@@ -267,6 +371,7 @@ def _adopt(
     parameter's name; a tensor that shares a parameter's memory is added to `mirrors`.
     """
     taken: set[str] = set()
+    known, memory = found.named, found.memory
     for node in module.graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
             named = {k: (_full(source, str(path)), kind) for k, (path, kind) in stack.items()}
@@ -286,7 +391,7 @@ def _adopt(
         node.target = f"_constants.{label}_{name.replace('.', '_')}"
         if node.target not in taken:
             taken.add(node.target)
-            attach(tree, node.target, value)
+            attach(tree, node.target, tensors.get(id(value), value))
 
 
 def _full(source: Source, name: str) -> str:
@@ -298,12 +403,6 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def _tensor_names(model: nn.Module) -> set[str]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {name for name, _ in [*parameters, *buffers]}
 
 
 def _output_embeddings(model: nn.Module) -> frozenset[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,14 +23,19 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, InputError
+from ..errors import CaptureError, InputError, warn
+from ..fx.autocast import described
 from ..fx.compare import alike, same_graph_except_sizes
 from ..fx.targets import refuse_unwritable_names
+from ..module.autocast import Autocasts
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
+from ..module.outline import ModuleCall
 from ..module.program import MODES
 from .assumptions import contract_of
+from .autocast import Proof, inside_autocast, remove_metadata_assertions, wanted
 from .examples import Example
 from .failures import capture_error
+from .kept.boundaries import recorded_calls_of
 from .kept.checkpoints import marked_checkpoints, marks_of
 from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
@@ -38,6 +44,9 @@ from .kept.hooks import no_tensor_hooks
 from .kept.patches import patched
 from .kept.undisturbed import mode_of, refuse_state
 from .sizes import refuse_fixed_sizes
+from .values import Values
+
+RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
 
 
 @dataclass(eq=False)
@@ -48,11 +57,15 @@ class Source:
         modules: the graph module of each mode; one object under both keys if they are equal.
         inputs: the input contract of each mode's graph, or None if the tracer made it.
         path: the submodule that names in the graphs are relative to; "" is the whole model.
+        calls: the recorded calls of submodules in each mode's graph.
+        autocasts: the callers' autocasts that each mode's graph holds for.
     """
 
     modules: dict[str, fx.GraphModule]
     inputs: dict[str, InputSpec | None]
     path: str = ""
+    calls: dict[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
+    autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
 
     def copied(self) -> Source:
         """Copy the graphs; the copies share the tensors."""
@@ -60,7 +73,7 @@ class Source:
         memo = {id(tensor): tensor for tensors in held for tensor in tensors}
         copies = {id(m): copy.deepcopy(m, dict(memo)) for m in self.modules.values()}
         modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
-        return Source(modules, dict(self.inputs), self.path)
+        return Source(modules, dict(self.inputs), self.path, dict(self.calls), dict(self.autocasts))
 
     def distinct(self) -> dict[str, fx.GraphModule]:
         """Return each distinct graph module once, under the first mode that uses it."""
@@ -69,7 +82,12 @@ class Source:
 
 
 def export_modes(
-    model: nn.Module, examples: list[Example], *, root: nn.Module | None = None, path: str = ""
+    model: nn.Module,
+    examples: list[Example],
+    *,
+    root: nn.Module | None = None,
+    path: str = "",
+    parts: Sequence[str] = (),
 ) -> Source:
     """Export a model in train and in eval mode.
 
@@ -78,25 +96,64 @@ def export_modes(
         examples: the examples to try, in order; eval mode starts with the one that train used.
         root: the module whose mode is set for each export; by default `model`.
         path: path of `model` in `root`.
+        parts: paths of submodules whose calls to record.
 
     Raises:
         CaptureError: none of the examples exports.
     """
     modules: dict[str, fx.GraphModule] = {}
+    calls: dict[str, tuple[ModuleCall, ...]] = {}
     inputs: dict[str, InputSpec | None] = {}
+    autocasts: dict[str, Autocasts] = {}
+    values = Values()
     for mode in MODES:
         with mode_of(root or model, mode == "train"):
-            modules[mode], inputs[mode], used = _export_mode(model, examples, mode)
+            modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
+            calls[mode] = modules[mode].meta.pop(RECORDED, ())
+        with mode_of(root or model, mode == "train"):  # without what the export left in attributes
+            again = functools.partial(_attempt, model, used, mode, parts)
+            modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values, again)
+        calls[mode] = modules[mode].meta.pop(RECORDED, calls[mode])
         examples = examples[examples.index(used) :]
     train, evaluation = modules["train"], modules["eval"]
-    same_inputs = inputs["train"] == inputs["eval"]
+    same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
     if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
         modules["train"] = evaluation
-    return Source(modules, inputs, path)
+    return Source(modules, inputs, path, calls, autocasts)
+
+
+def _proved(
+    model: nn.Module,
+    module: fx.GraphModule,
+    example: Example,
+    values: Values,
+    again: Callable[[], tuple[fx.GraphModule, InputSpec]],
+) -> tuple[fx.GraphModule, Autocasts]:
+    """Return a mode's graph with the autocasts that it holds for; the caller's is one of them.
+
+    If the graph cannot follow the caller's autocast, it is made `again` with this autocast as a
+    region inside it.
+    """
+
+    def export() -> fx.GraphModule:
+        return _exported(model, example)[1]
+
+    found = Proof(model, module, example, export, values).autocasts()
+    context = wanted()
+    if not context or context in found.proved:
+        return module, found
+    with inside_autocast(model, context):
+        module, _ = again()
+    warn(
+        f"{type(model).__name__}: its graph does not follow the caller's autocast "
+        f"({dict(found.differs).get(context, found.otherwise)}). It was captured with "
+        f"{described(context)} inside, which every call of it runs under."
+    )
+    return module, Autocasts((context,), otherwise="the graph was captured for another autocast")
 
 
 def _export_mode(
-    model: nn.Module, examples: list[Example], mode: str
+    model: nn.Module, examples: list[Example], mode: str, parts: Sequence[str]
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
     """Export the current mode with the first example that works.
 
@@ -116,7 +173,7 @@ def _export_mode(
     for example in examples:
         try:
             with recorded_outputs(model) as outputs:
-                module, spec = _attempt(model, example, mode)
+                module, spec = _attempt(model, example, mode, parts)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -138,10 +195,13 @@ def depends_on_data(error: BaseException | None) -> bool:
     return isinstance(error, GuardOnDataDependentSymNode)
 
 
-def _attempt(model: nn.Module, example: Example, mode: str) -> tuple[fx.GraphModule, InputSpec]:
+def _attempt(
+    model: nn.Module, example: Example, mode: str, parts: Sequence[str]
+) -> tuple[fx.GraphModule, InputSpec]:
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
-    with fixed, watch_updates(model) as updates:
+    with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
         program, module = _exported(model, example)
+    module.meta[RECORDED] = calls.taken(module.graph)
     _refuse_unknown_squeezes(model, module.graph)
     spec = contract_of(program, module, model, example)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
@@ -163,6 +223,7 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
     assert isinstance(module, fx.GraphModule)
     _refuse_assigned_state(model, module, assigned)
     functions.restore(module)
+    remove_metadata_assertions(module)
     return program, module
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
 from ..fx.effects import arguments_of
+from ..fx.literals import same_literal
 from ..module.program import MODES
 from .kept.generators import Draws, current
 from .kept.undisturbed import mode_of, undisturbed
@@ -253,4 +254,4 @@ def _alike(first: Any, second: Any) -> bool:
     if isinstance(first, TensorLike) and isinstance(second, TensorLike):
         kinds = [(len(leaf.shape), leaf.dtype, leaf.device) for leaf in (first, second)]
         return kinds[0] == kinds[1]
-    return type(first) is type(second) and first == second
+    return same_literal(first, second)

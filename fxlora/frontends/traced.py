@@ -12,7 +12,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
+from ..fx.autocast import Context, current_autocast
+from ..fx.compare import alike
 from ..fx.targets import refuse_unwritable
+from ..module.autocast import Autocasts
+from .autocast import contexts, under
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
@@ -25,6 +29,10 @@ from .tree import separate_copy
 class WeightTracer(fx.Tracer):
     """A torch.fx tracer that goes inside modules whose forward is one op that reads a weight."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.around = current_autocast()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) not in WEIGHT_MODULES and super().is_leaf_module(m, module_qualified_name)
 
@@ -35,7 +43,7 @@ class WeightTracer(fx.Tracer):
         allowed, because the Function's forward runs under no_grad by itself.
         """
         hidden = not torch.is_grad_enabled() and not isinstance(target, FunctionCall)
-        if hidden or torch._C._is_any_autocast_enabled():
+        if hidden or current_autocast() != self.around:
             context = "autocast" if torch.is_grad_enabled() else "no_grad (or inference_mode)"
             raise RuntimeError(
                 f"the forward runs ops under torch.{context}, which the tracer does not record."
@@ -43,8 +51,13 @@ class WeightTracer(fx.Tracer):
         return super().create_proxy(kind, target, *args, **kwargs)
 
 
-def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
+def trace_mode(model: nn.Module, mode: str, context: Context = ()) -> fx.GraphModule:
     """Trace one mode to a lowered graph, over the model's parameters and the traced constants.
+
+    Args:
+        model: the source model.
+        mode: "train" or "eval".
+        context: the autocast to trace under; none by default.
 
     Raises:
         CaptureError: the model's forward cannot run on symbolic values, or it computes with its
@@ -57,6 +70,7 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
             stack.enter_context(opaque_functions())
             stack.enter_context(refuse_constant_draws(type(traced).__name__))
             stack.enter_context(_Watch(traced))
+            stack.enter_context(under(context))
             graph = WeightTracer().trace(traced, _defaults(traced))
             refuse_unwritable(graph)
             module = fx.GraphModule(traced, graph)  # copies the constants from `traced`, too
@@ -68,6 +82,24 @@ def trace_mode(model: nn.Module, mode: str) -> fx.GraphModule:
         ) from error
     lower(graph)
     return module
+
+
+def traced_autocasts(model: nn.Module, mode: str, module: fx.GraphModule) -> Autocasts:
+    """Return the autocasts in which a mode's trace is the same: a traced graph reads dtypes itself.
+
+    Only Python code that asks for the autocast itself makes a trace differ.
+    """
+    proved: list[Context] = []
+    differs: dict[Context, str] = {}
+    for context in contexts(("cpu", *(["cuda"] if torch.cuda.is_available() else []))):
+        try:
+            if alike(module, trace_mode(model, mode, context)):
+                proved.append(context)
+            else:
+                differs[context] = "the source's Python code asks which autocast is on"
+        except CaptureError as error:
+            differs[context] = str(error)
+    return Autocasts(tuple(proved), tuple(differs.items()))
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import CaptureError
 from ..fx.calls import call_site
 from ..module import CapturedModule
 from ..module.parent import copied_module
+from ..module.submodules import container as empty_container
 from .kept.undisturbed import plain_tensors
 
 
@@ -33,16 +34,18 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[str]) -> nn.Module:
-    """Build a tree of modules with the model's names; parameters share storage, buffers are copies.
+def build_tree(
+    model: nn.Module, leaves: Collection[str], tensors: Mapping[int, torch.Tensor]
+) -> nn.Module:
+    """Build a tree of modules with the model's names over other tensors.
 
     Args:
         model: the source model.
         leaves: paths of submodules that a graph calls; each is copied whole, with its tensors
             treated in the same way.
-        written: names of parameters that a graph or the parent may write to; these are copied.
+        tensors: the tree's tensor for each of the model's, by its id (see `own_tensors`).
     """
-    memo = _own_tensors(model, written)
+    memo: dict[int, Any] = dict(tensors)
 
     def held(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: None if t is None else memo[id(t)] for name, t in tensors.items()}
@@ -54,14 +57,14 @@ def build_tree(model: nn.Module, leaves: Collection[str], written: Collection[st
             return copy.deepcopy(module, memo)
         if id(module) in containers:
             return containers[id(module)]
-        result = containers[id(module)] = nn.Module()
+        result = containers[id(module)] = empty_container(type(module))
         result.training = module.training
         result._parameters = held(module._parameters)
         result._buffers = held(module._buffers)
         result._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         for name, child in module._modules.items():
             inner_path = f"{path}.{name}" if path else name
-            if child is not None and (inner_path in leaves or _holds_anything(child)):
+            if child is not None:
                 result._modules[name] = container(child, inner_path)
         return result
 
@@ -130,28 +133,12 @@ def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
     container = tree
     for part in owner.split(".") if owner else []:
         if part not in container._modules:
-            container.add_module(part, nn.Module())
+            container.add_module(part, empty_container())
         container = container.get_submodule(part)
     if isinstance(value, nn.Module):
         container.add_module(name, value)
     else:
-        container.register_buffer(name, value.detach().clone(), persistent=False)
-
-
-def _own_tensors(model: nn.Module, written: Collection[str]) -> dict[int, Any]:
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = parameter.detach()
-        if name in written:
-            tensor = tensor.clone()
-        memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-    for _, buffer in model.named_buffers(remove_duplicate=False):
-        memo.setdefault(id(buffer), buffer.detach().clone())
-    return memo
-
-
-def _holds_anything(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(), *module.buffers()))
+        container.register_buffer(name, value, persistent=False)
 
 
 def read_by_own_names(module: CapturedModule) -> None:

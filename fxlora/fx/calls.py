@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .literals import literal
+
 
 def argument(node: fx.Node, position: int, default: Any = None) -> Any:
     """Return the argument at a position of the op's schema, whether passed by position or name.
@@ -81,20 +83,9 @@ def frozen(node: fx.Node, name: Callable[[fx.Node], Hashable]) -> Hashable:
     Raises:
         TypeError: an argument cannot be hashed.
     """
-
-    def of(value: Any) -> Hashable:
-        if isinstance(value, fx.Node):
-            return "node", name(value)
-        if isinstance(value, list | tuple):
-            return "sequence", tuple(map(of, value))
-        if isinstance(value, dict):
-            return "mapping", tuple((key, of(item)) for key, item in value.items())
-        if isinstance(value, slice):
-            return "slice", of((value.start, value.stop, value.step))
-        hash(value)
-        return type(value), value
-
-    return of((node.args, dict(node.kwargs)))
+    key: Hashable = literal((node.args, dict(node.kwargs)), name)
+    hash(key)
+    return key
 
 
 def kind_of(node: fx.Node) -> str:
@@ -108,6 +99,31 @@ def call_site(node: fx.Node) -> str:
     """Return the path of the module whose forward made the call, or "" (the model, or unknown)."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]).partition("@")[0] if stack else ""
+
+
+def part_of(graph: fx.Graph, path: str) -> list[Hashable]:
+    """Return the calls of a graph that are in the forward of the module at a path, as data.
+
+    A call of which that is unknown is included.
+    """
+    return [
+        (
+            node.op,
+            str(node.target),
+            repr(fx.map_arg((node.args, dict(node.kwargs)), lambda n: None)),
+        )
+        for node in graph.nodes
+        if node.op not in ("placeholder", "get_attr", "output") and _may_be_in(node, path)
+    ]
+
+
+def _may_be_in(node: fx.Node, path: str) -> bool:
+    stack = [str(place).partition("@")[0] for place, _ in _stack(node)]
+    return not stack or any(place == path or place.startswith(f"{path}.") for place in stack)
+
+
+def _stack(node: fx.Node) -> list[tuple[Any, Any]]:
+    return list(node.meta.get("nn_module_stack", {}).values())
 
 
 def source_line(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .literals import literal, same_literal
 from .nested import nested_graph
 
 _END = torch.iinfo(torch.int64).max
@@ -22,7 +23,14 @@ def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
 
 def alike_graphs(first: fx.Graph, second: fx.Graph) -> bool:
     """As `alike`, for two graphs, each with an owning module."""
-    return difference(first, second) is None and _same_constants(first, second)
+    same = difference(first, second) is None and _structures(first) == _structures(second)
+    return same and _same_constants(first, second)
+
+
+def _structures(graph: fx.Graph) -> Any:
+    """Return the structures of a graph's inputs and outputs, where its code has them apart."""
+    info: Any = getattr(graph._codegen, "pytree_info", None)
+    return info and (info.in_spec, info.out_spec)
 
 
 def difference(first: fx.Graph, second: fx.Graph) -> str | None:
@@ -79,7 +87,7 @@ def same_graph_except_sizes(
         elif a.op != b.op or (a.op != "placeholder" and a.target != b.target):
             return False
         first, second = (_flat(node, numbers, symbols) for node in (a, b))
-        if len(first) != len(second) or not all(map(_same_argument, first, second)):
+        if len(first) != len(second) or not all(map(same_literal, first, second)):
             return False
     return True
 
@@ -127,22 +135,11 @@ def _size(node: fx.Node, symbols: Mapping[str, int]) -> Any:
     return int(number) if number.is_number else node
 
 
-def _same_argument(dynamic: Any, static: Any) -> bool:
-    return type(dynamic) is type(static) and bool(dynamic == static)
-
-
 def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:
     """Return a node's op, target and arguments, with the index of each node among these."""
 
-    def number(value: fx.Node) -> Any:
-        return ("node", numbers[value])
-
-    return (
-        node.op,
-        None if node.op == "placeholder" else node.target,
-        fx.map_arg(node.args, number),
-        fx.map_arg(node.kwargs, number),
-    )
+    target = None if node.op == "placeholder" else node.target
+    return node.op, target, literal((node.args, dict(node.kwargs)), numbers.__getitem__)
 
 
 def _same_constants(first: fx.Graph, second: fx.Graph) -> bool:

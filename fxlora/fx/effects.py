@@ -6,15 +6,17 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .nested import call_of
+from .trials import memory_use
 
 # ---- writes -------------------------------------------------------------------------------------
 
 
 def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
-    """Return the names of the parameters and buffers that a call writes to.
+    """Return the names of the parameters and buffers that a call writes to, or may write to.
 
     Writes through views, in nested graphs (whose graph modules `owner` holds) and in Python's
     forms count: `x.add_()`, `x += y`, `out=x`.
@@ -23,16 +25,19 @@ def written_attributes(node: fx.Node, owner: nn.Module) -> list[str]:
 
 
 def written_nodes(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
-    """Return the nodes whose tensors a call writes to, directly or through a view."""
-    return [_alias_root(value, owner) for value in _written(node, owner)]
+    """Return the nodes whose tensors a call may write to, directly or through a view."""
+    found: dict[fx.Node, None] = {}
+    for value in _written(node, owner):
+        found |= dict.fromkeys(_alias_roots(value, owner))
+    return list(found)
 
 
 def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
-    """Yield the arguments that a call writes to; they may be views of other nodes."""
+    """Yield the arguments that a call may write to; they may be views of other nodes."""
     if node.op == "call_method":
         name, target = str(node.target), node.args[0]
         in_place = name.endswith("_") and not name.endswith("__")
-        if (in_place or name == "__setitem__") and isinstance(target, fx.Node):
+        if (in_place or name in _IN_PLACE_METHODS) and isinstance(target, fx.Node):
             yield target
     if node.op != "call_function":
         return
@@ -42,7 +47,23 @@ def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
     for argument, value in _schema_arguments(node):
         if argument.alias_info and argument.alias_info.is_write:
             yield from _nodes(value)
+    if is_python_function(node) and not call_of(node, owner):
+        yield from memory_use(node, owner).written
     yield from _written_by_nested(node, owner)
+
+
+def is_python_function(node: fx.Node) -> bool:
+    """Whether a call is of a function that has no schema, so that it may have any effect.
+
+    Python's own operators have their effects by definition. A function may say that it writes to
+    none of its arguments, by an attribute `writes_nothing`.
+    """
+    registered = (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)
+    if node.op != "call_function" or isinstance(node.target, registered):
+        return False
+    if node.target is getattr or getattr(node.target, "writes_nothing", False):
+        return False
+    return getattr(node.target, "__module__", "") != "_operator"
 
 
 def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
@@ -52,23 +73,57 @@ def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
         given = dict(call.given(nested)) if call else {}
         for inner in nested.graph.nodes:
             for value in _written(inner, nested):
-                outside = given.get(_alias_root(value, nested))
-                if isinstance(outside, fx.Node):
-                    yield outside
+                for root in _alias_roots(value, nested):
+                    if isinstance(outside := given.get(root), fx.Node):
+                        yield outside
 
 
-def _alias_root(node: fx.Node, owner: nn.Module) -> fx.Node:
-    """Return the node whose tensor this one may alias, by the ops' schemas, or the node itself."""
+def _alias_roots(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
+    """Return the nodes whose tensors this one may alias, or the node itself."""
+    found: dict[fx.Node, None] = {}
+    ahead, met = [node], set[fx.Node]()
+    while ahead:
+        value = ahead.pop()
+        if value in met:
+            continue
+        met.add(value)
+        sources = _aliased(value, owner)
+        ahead += sources
+        if not sources:
+            found[value] = None
+    return list(found)
+
+
+def _aliased(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
+    """Return the inputs of a call that its result may share memory with."""
     if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
-        passed = _passed_through(source, node.args[1], owner) or source
-        return _alias_root(passed, owner)
+        return [_passed_through(source, node.args[1], owner) or source]
     if node.op == "call_method" or node.target is getattr:  # .t(), .view(), .data: may be views
-        source = node.args[0]
-        return _alias_root(source, owner) if isinstance(source, fx.Node) else node
-    for argument, value in _schema_arguments(node):
-        if argument.alias_info and isinstance(value, fx.Node):
-            return _alias_root(value, owner)
-    return node
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if node.op != "call_function" or call_of(node, owner):
+        return []
+    declared = [
+        given
+        for argument, value in _schema_arguments(node)
+        if argument.alias_info
+        for given in _nodes(value)
+    ]
+    if declared or not _may_return_input(node):
+        return declared
+    return list(memory_use(node, owner).returned)
+
+
+def _may_return_input(node: fx.Node) -> bool:
+    """Whether a call may return an input without a word in its schema: torch composes it."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.has_kernel_for_dispatch_key(_COMPOSED)
+    if target is operator.pos or isinstance(target, torch._ops.OpOverloadPacket):
+        return True
+    return is_python_function(node) or hasattr(target, "writes_nothing")
+
+
+_COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def _nodes(value: Any) -> Iterator[fx.Node]:
@@ -85,21 +140,26 @@ def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | No
         results: Any = nested.graph.output_node().args[0]
         if isinstance(results, list | tuple) and isinstance(results[index], fx.Node):
             given = dict(call.given(nested)) if call else {}
-            outside = given.get(_alias_root(results[index], nested))
-            if isinstance(outside, fx.Node):
-                return outside
+            for root in _alias_roots(results[index], nested):
+                if isinstance(outside := given.get(root), fx.Node):
+                    return outside
     return None
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, f"i{name}")
-    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or")
-) | {operator.setitem}
+_IN_PLACE = (
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"),
+    *("ixor", "ilshift", "irshift", "iconcat", "setitem", "delitem"),
+)
+_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE)
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE)
 
 
 def _schema_arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    if node.op == "call_function":
-        yield from arguments_of(node.target, node.args, node.kwargs)
+    target: Any = node.target
+    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
+    for overload in overloads if node.op == "call_function" else ():
+        yield from arguments_of(overload, node.args, node.kwargs)
 
 
 def arguments_of(

@@ -331,7 +331,7 @@ def register_op(target: OpOverload, weight: int, op: Op) -> None:
         >>> fxlora.match(gm, rule).entries[0].form
         'branch'
     """
-    if not isinstance(target, OpOverload):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(target, OpOverload):
         raise ConfigError(
             f"register_op takes an overload such as torch.ops.mine.product.default, "
             f"not {shown(target)}."

@@ -13,7 +13,15 @@ from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
 from .choice import Choice
 from .entries import Entries, check_rank
-from .full import biases, check_trained, check_trains, modules_to_save, trained
+from .full import (
+    biases,
+    check_own_memory,
+    check_trained,
+    check_trains,
+    dtype_rules,
+    modules_to_save,
+    trained,
+)
 from .unmatched import Unmatched, warn_of_large
 
 __all__ = ["match"]
@@ -67,9 +75,17 @@ def match(
     return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget)
 
 
-def _plan(choice: Choice, making: Entries, misses: Unmatched, budget: int | str | None) -> Plan:
+def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | str | None) -> Plan:
+    """Make the plan of a choice: what each site gets, and what trains in full.
+
+    Args:
+        choice: the module, its sites and the rules.
+        planned: makes the entries of a site.
+        unmatched: raises for rules and names that match nothing.
+        budget: the most parameters that all A and B together may have.
+    """
     chosen = choice.made()
-    saved = modules_to_save(choice, chosen, misses)
+    saved = modules_to_save(choice, chosen, unmatched)
     in_full = trained(choice.module, saved)
     entries: list[Entry] = []
     skipped: list[tuple[str, str]] = []
@@ -86,24 +102,28 @@ def _plan(choice: Choice, making: Entries, misses: Unmatched, budget: int | str 
         elif rule.lora is None:
             skipped.append((site.name, f"rule {number} leaves it alone"))
         else:
-            entries += making.made(site, number, rule)
-    misses.check(chosen, entries, list(saved))
+            entries += planned.made(site, number, rule)
+    unmatched.check(chosen, entries, list(saved))
     if budget is not None:
-        entries = making.within_budget(entries, budget)
+        entries = planned.within_budget(entries, budget)
     for entry in entries:
         check_rank(entry)
     warn_of_large(entries)
-    misses.warn_of_uncovered(skipped)
-    in_full |= biases(choice, entries)
+    unmatched.warn_of_uncovered(skipped)
+    biased = biases(choice, entries)
+    in_full |= biased.keys()
+    check_own_memory(choice.module, sorted(in_full))
     if not entries and not in_full:
         raise NoMatchError(f"the rules adapt none of {len(choice.sites)} sites.")
     sizes = {name: p.numel() for name, p in choice.module.named_parameters()}
+    names = tuple(name for name in sizes if name in in_full)
     return Plan(
         entries=tuple(entries),
-        trained=tuple(name for name in sizes if name in in_full),
+        trained=names,
         skipped=tuple(skipped),
         modules_to_save=tuple(saved),
         model_parameters=sum(sizes.values()),
         trained_parameters=sum(size for name, size in sizes.items() if name in in_full),
         rules=choice.rules,
+        trained_dtypes=dtype_rules(choice, names, saved, biased),
     )

@@ -103,13 +103,17 @@ def _proportional(entries: Sequence[Entry], limit: int) -> list[int]:
 
 
 def _filled(entries: Sequence[Entry], ranks: list[int], limit: int) -> list[int]:
-    """Increase ranks by one step where the limit allows, first those that rounding cut most."""
+    """Increase ranks step by step while the limit allows, first those that rounding cut most."""
     left = limit - _cost(entries, ranks)
-    for index in sorted(range(len(ranks)), key=lambda i: ranks[i] / entries[i].r):
+    growing = set(range(len(ranks)))
+    while growing:
+        index = min(growing, key=lambda i: (ranks[i] / entries[i].r, i))
         entry, r = entries[index], ranks[index]
         higher = r + rank_multiple(entry.init)
         more = _cost([entry], [higher]) - _cost([entry], [r])
         if more <= left and higher <= _largest(entry):
             ranks[index] = higher
             left -= more
+        else:
+            growing.remove(index)
     return ranks

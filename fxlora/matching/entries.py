@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import LoraConfig, Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
+from ..lora.dtypes import name_of
 from ..lora.inits import STARTS, rank_multiple
 from ..lora.parts import rows_of
 from ..lora.variants import VARIANTS, variants_of
@@ -90,6 +91,8 @@ class Entries:
             rows=rows,
             adapter=self.adapter_name,
             rule=number,
+            autocast_adapter_dtype=config.dtype_rule,
+            weight_dtype=name_of(site.dtype),
         )
         self._check_padding(entry)
         return entry

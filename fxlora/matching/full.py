@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
+from ..lora.dtypes import DtypeRule
 from ..module import CapturedModule
 from ..plan import Entry
 from ..reads.sites import Site
@@ -15,7 +16,7 @@ from .choice import Choice, Chosen, is_suffix, matches
 from .unmatched import Unmatched
 
 
-def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[str, int]:
+def modules_to_save(choice: Choice, chosen: Chosen, unmatched: Unmatched) -> dict[str, int]:
     """Return the paths of modules and bare parameters that train in full.
 
     Each has the number of the first rule that trains it.
@@ -29,7 +30,7 @@ def modules_to_save(choice: Choice, chosen: Chosen, misses: Unmatched) -> dict[s
         for name in (rule.lora.modules_to_save if rule.lora else None) or ():
             paths = [path for path in holders if is_suffix(name, path)]
             if not paths:
-                misses.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+                unmatched.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
             found += [(path, number) for path in paths]
         found += [(path, number) for path in without_sites(choice, rule)]
     for site, number in chosen:
@@ -93,18 +94,40 @@ def trained(module: CapturedModule, paths: Iterable[str]) -> set[str]:
     return found
 
 
-def biases(choice: Choice, entries: Iterable[Entry]) -> set[str]:
-    """Return the names of the biases that `bias=` trains."""
+def biases(choice: Choice, entries: Iterable[Entry]) -> dict[str, int]:
+    """Return the names of the biases that `bias=` trains, each with the first rule that does."""
     every = {n for n, _ in choice.module.named_parameters() if "bias" in n.rpartition(".")[2]}
-    found: set[str] = set()
+    found: dict[str, int] = {}
     for entry in entries:
         rule = choice.rule(entry.rule)
         lora = rule and rule.lora
-        if lora and lora.bias == "all":
-            found |= every
-        elif lora and lora.bias == "lora_only":
-            owner = entry.parameter.rpartition(".")[0]
-            found |= {n for n in every if n.rpartition(".")[0] == owner}
+        owner = entry.parameter.rpartition(".")[0]
+        mine = {n for n in every if n.rpartition(".")[0] == owner}
+        chosen = {"all": every, "lora_only": mine}.get(lora.bias if lora else "none", set[str]())
+        for name in chosen:
+            found.setdefault(name, entry.rule)
+    return found
+
+
+def dtype_rules(
+    choice: Choice, names: Iterable[str], saved: Mapping[str, int], biased: Mapping[str, int]
+) -> dict[str, DtypeRule]:
+    """Return the `autocast_adapter_dtype` of parameters trained in full, where it is not True.
+
+    Args:
+        choice: the rules and the module.
+        names: the parameters.
+        saved: the paths that train in full, each with the number of its rule.
+        biased: the biases that train, likewise.
+    """
+    tied = {name: names for names in choice.module.aliases().values() for name in names}
+    found: dict[str, DtypeRule] = {}
+    for name in names:
+        paths = (p for p in saved if any(is_below(other, p) for other in tied[name]))
+        number = next((saved[path] for path in paths), biased.get(name))
+        rule = None if number is None else choice.rule(number)
+        if rule and rule.lora and rule.lora.dtype_rule is not True:
+            found[name] = rule.lora.dtype_rule
     return found
 
 
@@ -143,6 +166,24 @@ def check_trains(site: Site) -> None:
             "gradient reaches it. Leave it out of train= and modules_to_save, or change the model "
             "so that the gradient reaches it."
         )
+
+
+def check_own_memory(module: CapturedModule, names: Iterable[str]) -> None:
+    """Raise if a parameter that is to train in full shares memory with another tensor.
+
+    It trains as a copy, and the other tensor would not change with it.
+
+    Raises:
+        UnsupportedOpError: names both.
+    """
+    for name in names:
+        if others := module.known.mirrors.get(name):
+            raise UnsupportedOpError(
+                f"'{name}' is to train in full, and shares memory with '{others[0]}', which is "
+                "another tensor: training one would not change the other. Make them one Parameter "
+                f"(b.weight = a.weight), or leave '{name}' out of train=, modules_to_save and "
+                "bias=."
+            )
 
 
 def is_below(parameter: str, path: str) -> bool:

@@ -85,6 +85,10 @@ def check_supported(site: Site, number: int) -> None:
     Raises:
         UnsupportedOpError: names the reason, with advice on what to do instead.
     """
-    for holds, why in _REFUSALS:
-        if holds(site):
-            raise UnsupportedOpError(f"'{site.name}' (rule {number}) {why(site)}")
+    if why := why_unsupported(site):
+        raise UnsupportedOpError(f"'{site.name}' (rule {number}) {why}")
+
+
+def why_unsupported(site: Site) -> str:
+    """Return why no form can adapt every read of a site, with advice, or ""."""
+    return next((why(site) for holds, why in _REFUSALS if holds(site)), "")

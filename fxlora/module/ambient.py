@@ -16,6 +16,8 @@ from torch import overrides
 from torch.utils import _python_dispatch as dispatch
 from torch.utils._device import DeviceContext
 
+from ..fx.autocast import current_autocast
+
 
 class _Setting(NamedTuple):
     """A global setting of torch: its getter, its setter, and its value while fxlora runs."""
@@ -53,7 +55,7 @@ def no_ambient_modes(*, defaults: bool = True) -> Generator[None]:
 
 def _autocast_devices() -> list[str]:
     """Return the device types for which autocast is enabled."""
-    return [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    return [device for device, _ in current_autocast()]
 
 
 @contextmanager
@@ -125,7 +127,6 @@ def _reduction(dtype: str) -> _Setting:
     return _Setting(get, put, (False, True))
 
 
-_AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "privateuseone")
 _DTYPE = _Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float32)
 # The order matters: a legacy name sets several newer settings, which are then restored one by one.
 _PRECISION = [
@@ -135,10 +136,10 @@ _PRECISION = [
     *(
         _attribute(op, "fp32_precision", "ieee")
         for backend in (torch.backends.cudnn, torch.backends.mkldnn)
-        for op in (backend.conv, backend.rnn)  # pyright: ignore
+        for op in (backend.conv, backend.rnn)
     ),
     _attribute(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-    _attribute(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # pyright: ignore
+    _attribute(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # pyright: ignore[reportAttributeAccessIssue]
     _reduction("fp16"),
     _reduction("bf16"),
     _attribute(torch.backends.cuda.matmul, "allow_fp16_accumulation", False),

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
 
-from ..errors import FxLoraError, NotCapturedError
+from ..errors import FxLoraError, InjectError, NotCapturedError, SubmoduleError
+from ..fx.calls import part_of
 from ..plan import Plan
+from .adapted_weight import adapted_weight
+from .block import Block
+from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
+from .outline import OutlinedGraph, outlined
 from .parent import ParentModule, parent_program
-from .program import Program, ProgramModule, code_of, tensors_of
+from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .state import State
+from .submodules import HOOKS, Container, Seal, children_of, container, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -38,6 +46,9 @@ class CapturedModule(ProgramModule):
     """
 
     known: State
+    outlined_modules: dict[str, Block]
+    _seal: Seal
+    _running: dict[int, fx.Graph]
 
     def __init__(
         self,
@@ -48,8 +59,11 @@ class CapturedModule(ProgramModule):
         class_name: str,
         training: bool,
         state: State | None = None,
+        own_modes: Collection[str] = (),
     ) -> None:
         whole = parent_program() if parent_module else programs[0]
+        self.__dict__.update(_seal=Seal(self), _running={}, outlined_modules={})
+        self._seal.own.update(own_modes)
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
@@ -57,11 +71,170 @@ class CapturedModule(ProgramModule):
         # A copied parameter no longer shares memory, so overlaps found earlier are kept too.
         self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
+        self.look()
         self.runners: list[ProgramModule] = []
         if parent_module:
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
             self._bind_parent()
-        self.train(training)
+        self._outline()
+        self._prepare()
+        self._seal_submodules()
+
+    # ---- submodules -------------------------------------------------------------------------
+
+    def _outline(self) -> None:
+        """Put the outlined submodules into the tree, over the containers of their tensors."""
+        self._running = {}
+        paths = self.known.outlined
+        if not paths:
+            return
+        made: dict[str, dict[str, OutlinedGraph]] = {path: {} for path in paths}
+        for mode in MODES:
+            graph = self.graphs[mode]
+            rest, parts = outlined(graph, self.program.calls[mode], paths)
+            self._running[id(graph)] = rest
+            for path, part in parts.items():
+                made[path][mode] = part
+        with self.editing():
+            for path in sorted(paths, key=lambda path: path.count(".")):
+                held = self.get_submodule(path)
+                self.outlined_modules[path] = Block(held, path, made[path], self.program)
+                self.set_submodule(path, self.outlined_modules[path])
+        self.look()
+        for block in self.outlined_modules.values():
+            block.look_from(self._view)
+        self._generated.clear()
+        self._prepare()
+
+    def look(self) -> None:
+        super().look()
+        parent = self.__dict__.get("parent_module")
+        self._view.__dict__.update(facade=self, parent_module=parent)
+
+    def running(self, graph: fx.Graph) -> fx.Graph:
+        return self._running.get(id(graph), graph)
+
+    def _seal_submodules(self) -> None:
+        """Have all submodules refuse what has no effect on the graphs (see submodules.py)."""
+        seal = self._seal
+        seal.replaceable = frozenset(self.known.outlined)
+        seal.adapted = self.adapted
+        seal.matters = functools.cache(self.mode_matters)
+        seal.owners = {}
+        for path, part in self.named_modules():
+            if path and isinstance(part, Container | Block):
+                seal_part(part, path, seal)
+            if isinstance(part, Container):
+                seal.owners[path] = self._block_around(path)
+        self.__dict__["_modules"] = children_of(self._modules, "", seal)
+        for runner in self.runners:  # they run on this module's tensors
+            runner.__dict__["_modules"] = self._modules
+        for owner in (self, *self.outlined_modules.values()):
+            seal.owner_set(owner)
+        seal.open = False
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Generator[tuple[str, nn.Module]]:
+        """Yield the modules by the source's names: a wrapper around a block counts as the block."""
+        blocks = self.outlined_modules
+        wrappers = {id(self._standing(path)): block for path, block in blocks.items()}
+        if all(id(block) in wrappers for block in blocks.values()):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        yield from _named(self, prefix, wrappers, set() if memo is None else memo, remove_duplicate)
+
+    def _standing(self, path: str) -> nn.Module | None:
+        """Return the module that is at the path of a block: the block, unless somebody changed it.
+
+        A block inside a wrapper's block is found through the wrapper.
+        """
+        owner, _, name = path.rpartition(".")
+        around = self.outlined_modules.get(owner) or self.get_submodule(owner)
+        return around._modules.get(name)
+
+    def check_blocks(self, verb: str) -> None:
+        """Raise SubmoduleError if a block was replaced, and not only wrapped."""
+        for path, block in self.outlined_modules.items():
+            standing = self._standing(path)
+            if standing is None or not any(part is block for part in standing.modules()):
+                raise SubmoduleError(
+                    f"{verb}: '{path}' was replaced by a {type(standing).__name__}, which has no "
+                    "graph. Put the captured one back (a copy of this module still has none): "
+                    f"module.set_submodule({path!r}, module.outlined_modules[{path!r}])."
+                )
+
+    def _block_around(self, path: str) -> ProgramModule:
+        """Return the innermost module that is called and has this submodule in it."""
+        around = [outer for outer in self.outlined_modules if path.startswith(f"{outer}.")]
+        return self.outlined_modules[max(around, key=len)] if around else self
+
+    @property
+    def adapted(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """Functions that compute the adapted weights, by each name that an adapter adapts."""
+        names = dict.fromkeys(name for entry in self.known.plan or () for name in entry.names)
+        return {name: functools.partial(self.adapted_weight, name) for name in names}
+
+    @contextmanager
+    def editing(self) -> Generator[None]:
+        """Allow submodules to be added, replaced and deleted in a `with` block, as a pass does."""
+        with self._seal.opened():
+            yield
+
+    def adapted_weight(self, name: str) -> torch.Tensor:
+        """Return W0 + s·BA of a weight, with gradients to A and B; W0 if it is not adapted."""
+        value: torch.Tensor = self.get_parameter(name)
+        dtype = value.dtype
+        for entry in self.known.plan or ():
+            if name in entry.names:
+                tensors = {n: self.get_parameter(n).to(dtype) for n in entry.tensors}
+                value = adapted_weight(entry, value, tensors)
+        return value
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter itself; reading an adapted weight as an attribute computes it."""
+        owner, _, name = target.rpartition(".")
+        found = self.get_submodule(owner)._parameters.get(name)
+        return super().get_parameter(target) if found is None else found
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        seal: Seal | None = self.__dict__.get("_seal")
+        return value if seal is None else seal.outside("", name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and "_seal" in self.__dict__:
+            self._seal.owner_set(self)
+
+    def train(self, mode: bool = True) -> CapturedModule:
+        super().train(mode)
+        self._seal.all_set(self)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> CapturedModule:
+        """Set `requires_grad` of all parameters; those that would train are copied first."""
+        if requires_grad:
+            self.unshare(self)
+        super().requires_grad_(requires_grad)
+        return self
+
+    def unshare(self, part: nn.Module) -> None:
+        """Copy the storage of a part's parameters: training them must not change the source's."""
+        held = {id(parameter) for parameter in part.parameters()}
+        named = self.named_parameters(remove_duplicate=False)
+        self._unshare_storage({name for name, p in named if id(p) in held})
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seal.refuse_apart()
+        super()._check(args, kwargs)
+
+    def mode_matters(self, path: str) -> bool:
+        """Whether the two modes' graphs differ in a submodule's part."""
+        if self.parent_module:
+            return True
+        train, evaluation = (part_of(self.graphs[mode], path) for mode in MODES)
+        return train != evaluation
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -84,19 +257,7 @@ class CapturedModule(ProgramModule):
         """Record the effect of an in-place rewrite; `changes` are fields of `State`."""
         self.known = dataclasses.replace(self.known, **changes)
 
-    # ---- modes ------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> CapturedModule:
-        """Choose the train graph (or the eval graph); frozen parameters stay frozen.
-
-        The mode belongs to the whole graph: calling `train()` on a submodule has no effect.
-        """
-        super().train(mode)
-        for module in (self, *self.runners):
-            module.choose(mode)
-        if self.parent_module:
-            self.parent_module.choose(mode)
-        return self
+    # ---- graphs -----------------------------------------------------------------------------
 
     @property
     def graphs(self) -> dict[str, fx.Graph]:
@@ -128,13 +289,14 @@ class CapturedModule(ProgramModule):
         for runner in self.runners:
             runner.refresh()
         self._bind_parent()
+        self._outline()
+        self._seal_submodules()
 
     def _bind_parent(self) -> None:
         """Bind the parent module to this module's tensors; those that regions adapt raise there."""
         if self.parent_module:
             adapted = {name for entry in self.plan or () for name in entry.names}
             self.parent_module.bind(self, self.runners, adapted)
-            self.parent_module.choose(self.training)
 
     def stale_graphs(self) -> list[str]:
         """Return the paths of graphs that were edited after their running code was generated."""
@@ -147,34 +309,40 @@ class CapturedModule(ProgramModule):
         nested = (
             (name, m)
             for name, m in self.named_modules()
-            if isinstance(m, fx.GraphModule) and m is not self
+            if isinstance(m, fx.GraphModule) and not isinstance(m, ProgramModule)
         )
         return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
 
     def nested_graphs(self) -> list[fx.GraphModule]:
         """Return the nested graphs, at every depth."""
-        return [m for m in self.modules() if isinstance(m, fx.GraphModule) and m is not self]
+        found = (m for m in self.modules() if isinstance(m, fx.GraphModule))
+        return [m for m in found if not isinstance(m, ProgramModule)]
 
     # ---- copies -----------------------------------------------------------------------------
 
     def derive(self) -> CapturedModule:
         """Return a copy to rewrite, with its own graphs and containers.
 
-        Frozen parameters share storage with this module. Buffers and trainable parameters are
-        copied, so that training one module leaves the other unchanged.
+        Frozen parameters share storage with this module. Buffers, trainable parameters and those
+        that a call may write to are copied, so that training or calling one module leaves the
+        other unchanged.
         """
-        trains = self.known.adapter_parameters | self.trained
+        trains, kept = self.known.adapter_parameters | self.trained, self.state_parameters()
         memo: dict[int, Any] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in kept:
+                continue
             tensor = parameter.detach()
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
         return self._rebuilt(memo, self.known.with_originals(torch.clone))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        self.check_blocks("deepcopy")
         originals = copy.deepcopy(dict(self.known.originals), memo)
         result = self._rebuilt(memo, dataclasses.replace(self.known, originals=originals))
         memo[id(self)] = result
+        _copy_hooks(self, result, memo)
         return result
 
     def __copy__(self) -> CapturedModule:
@@ -186,10 +354,19 @@ class CapturedModule(ProgramModule):
         return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
+        self._refuse_sharded()
+        for path, block in self.outlined_modules.items():
+            standing = self._standing(path)
+            if standing is not block:  # a wrapper: the copy is the block itself
+                memo[id(standing)] = copy.deepcopy(block, memo)
         # A buffer that a call wrote to may be part of an autograd graph, which deepcopy refuses.
         for buffer in self.buffers():
-            if not buffer.is_leaf:
-                memo.setdefault(id(buffer), buffer.detach().clone())
+            if not buffer.is_leaf and id(buffer) not in memo:
+                memo[id(buffer)] = copy.deepcopy(buffer.detach(), memo)
+        for parameter in self.state_parameters().values():  # views of a buffer stay views of it
+            if id(parameter) not in memo:
+                data = copy.deepcopy(parameter.detach(), memo)
+                memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
             [program.copied() for program in self.programs],
@@ -197,9 +374,26 @@ class CapturedModule(ProgramModule):
             class_name=type(self).__name__,
             training=self.training,
             state=state,
+            own_modes=self._seal.own,
         )
         result.meta = copy.copy(self.meta)
         return result
+
+    def _refuse_sharded(self) -> None:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        from torch.distributed.tensor import DTensor  # exists only where torch.distributed does
+
+        sharded = (name for name, p in self.named_parameters() if isinstance(p, DTensor))
+        if name := next(sharded, None):
+            raise InjectError(
+                f"'{name}' is sharded over processes, and torch cannot copy such a module, which "
+                "fold, remove, save_adapter and verify do. Load its state into a module that is "
+                "made in the same way without sharding (capture, inject): "
+                "plain.load_state_dict(get_model_state_dict(sharded, "
+                "options=StateDictOptions(full_state_dict=True))), both from "
+                "torch.distributed.checkpoint.state_dict."
+            )
 
     def tree(self) -> nn.Module:
         """Return the containers, parameters and buffers, without this module's own graphs."""
@@ -225,10 +419,12 @@ class CapturedModule(ProgramModule):
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self.take_fingerprints()  # the loaded weights are the new base
         left = {n: mark for n, mark in changed.items() if state_dict.keys().isdisjoint(n)}
+        held = self.state_tensors()
+        given = {id(held[name]) for name in state_dict if name in held}
         loaded = {
-            name: buffer.detach().clone()
-            for name, buffer in self.named_buffers(remove_duplicate=False)
-            if name in self.known.originals and name in state_dict
+            name: tensor.detach().clone()
+            for name, tensor in held.items()
+            if name in self.known.originals and id(tensor) in given
         }
         self.update_state(
             fingerprints={**self.known.fingerprints, **left},
@@ -236,10 +432,11 @@ class CapturedModule(ProgramModule):
         )
         return outcome
 
-    def _unshare_storage(self, names: Container[str]) -> None:
+    def _unshare_storage(self, names: Collection[str]) -> None:
         """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
-        written = {_memory(parameter) for name, parameter in held if name in names}
+        own = self.known.written  # no module shares these
+        written = {_memory(p) for name, p in held if name in names and name not in own}
         memo: dict[int, Any] = {}
         for parameter in {id(p): p for _, p in held if _memory(p) in written}.values():
             parameter.data = copy.deepcopy(parameter.data, memo)
@@ -256,6 +453,7 @@ class CapturedModule(ProgramModule):
             tuple(names): fingerprint(self.get_parameter(names[0]))
             for names in self.aliases().values()
             if state.plan is not None and trains.isdisjoint(names)
+            if self.known.written.isdisjoint(names)
         }
 
     def take_fingerprints(self) -> None:
@@ -297,6 +495,16 @@ class CapturedModule(ProgramModule):
         """Return the names of the parameters that injection added: A, B, and a variant's own."""
         return self.known.adapter_parameters
 
+    def state_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that a call writes to, or may write to in Python, by name."""
+        names = self.known.written.union(self.parent_module.reads if self.parent_module else ())
+        held = self.named_parameters(remove_duplicate=False) if names else ()
+        return {name: parameter for name, parameter in held if name in names}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a call may change: the buffers, and the parameters that it writes to."""
+        return {**dict(self.named_buffers(remove_duplicate=False)), **self.state_parameters()}
+
     def unplanned(self) -> list[str]:
         """Return the names of parameters that require gradients although no plan trains them."""
         planned = self.known.adapter_parameters | self.trained
@@ -313,32 +521,37 @@ class CapturedModule(ProgramModule):
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Register a parameter under a dotted name, creating containers as needed."""
         owner, _, attribute = name.rpartition(".")
-        container: nn.Module = self
-        for part in owner.split(".") if owner else []:
-            if part not in container._modules:
-                container.add_module(part, nn.Module())
-            container = container.get_submodule(part)
-        container.register_parameter(attribute, parameter)
+        parent: nn.Module = self
+        with self.editing():
+            for part in owner.split(".") if owner else []:
+                if part not in parent._modules:
+                    parent.add_module(part, container())
+                parent = parent.get_submodule(part)
+            parent.register_parameter(attribute, parameter)
 
     def remove_parameter(self, name: str) -> None:
         """Remove a parameter, and the containers that this leaves empty."""
         owner, _, attribute = name.rpartition(".")
         del self.get_submodule(owner)._parameters[attribute]
-        while owner and next(_contents(self.get_submodule(owner)), None) is None:
-            owner, _, attribute = owner.rpartition(".")
-            del self.get_submodule(owner)._modules[attribute]
+        with self.editing():
+            while owner and next(_contents(self.get_submodule(owner)), None) is None:
+                owner, _, attribute = owner.rpartition(".")
+                del self.get_submodule(owner)._modules[attribute]
 
     # ---- device and dtype -------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move the weights, and update the devices and dtypes that the graphs name."""
-        moves = moves_of(self, fn)
+        """Move the weights, and update the devices and dtypes that the graphs name.
+
+        A, B and what trains in full keep the dtypes that the plan asks for.
+        """
+        moves = moves_of(base_tensors(self), fn)
         nested = self.nested_graphs()
         graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
         changed = self._changed()
-        result = super()._apply(fn, recurse)
+        result = super()._apply(keeping_dtypes(self, fn), recurse)
         self.take_fingerprints()
         # Keep the fingerprints of weights written to before: a move must not hide that.
         self.update_state(fingerprints={**self.known.fingerprints, **changed})
@@ -349,6 +562,12 @@ class CapturedModule(ProgramModule):
             for program in self.programs:
                 specs = program.inputs.items()
                 program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
+                known = program.autocasts.items()
+                program.autocasts = {mode: casts.moved(moves) for mode, casts in known}
+            if self.plan is not None:
+                weights = dict(self.named_parameters(remove_duplicate=False))
+                self.update_state(plan=self.plan.over(weights))
+                set_casts(self)
             for module in nested:
                 module.recompile()
             self.refresh()
@@ -366,10 +585,46 @@ def _contents(module: nn.Module) -> Iterator[object]:
     yield from module._buffers.values()
 
 
+def _named(
+    module: nn.Module,
+    prefix: str,
+    wrappers: Mapping[int, Block],
+    seen: set[nn.Module],
+    remove_duplicate: bool,
+) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    if remove_duplicate:
+        seen.add(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            path = f"{prefix}.{name}" if prefix else name
+            inner = wrappers.get(id(child), child)
+            yield from _named(inner, path, wrappers, seen, remove_duplicate)
+
+
+def _copy_hooks(module: CapturedModule, copied: CapturedModule, memo: dict[int, Any]) -> None:
+    """Give a deep copy the hooks of a module and of its blocks, as nn.Module's deepcopy does."""
+    pairs = [
+        (module, copied),
+        *((block, copied.outlined_modules[p]) for p, block in module.outlined_modules.items()),
+    ]
+    for old, new in pairs:
+        for name in HOOKS:
+            new.__dict__[name] = copy.deepcopy(old.__dict__[name], memo)
+
+
 def check_captured(module: object, verb: str) -> None:
-    """Raise NotCapturedError unless a verb was given a captured module."""
+    """Raise unless a verb was given a captured module whose graph is what it runs.
+
+    Raises:
+        NotCapturedError: it is no captured module.
+        SubmoduleError: a submodule was replaced.
+    """
     if not isinstance(module, CapturedModule):
         raise NotCapturedError(
             f"{verb} takes a captured module, not {type(module).__name__}: "
             "fxlora.capture(model, args) makes one."
         )
+    module.check_blocks(verb)

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
+from ..fx.literals import same_literal
 from ..tables import did_you_mean
 
 # The value of each symbol at a call, with the size that gave it and that size's place.
@@ -65,11 +66,11 @@ class Dimension:
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor input: its dimensions and its dtype."""
+    """A tensor input: its dimensions, and its dtype, or None for any."""
 
     name: str
     dims: tuple[int | Dimension, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def check(self, value: object, bound: Bound) -> None:
         if not isinstance(value, torch.Tensor):
@@ -77,7 +78,8 @@ class TensorInput:
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
-        if value.dtype != self.dtype:  # the source may decide by any dtype, of integers too
+        # The source may decide by any dtype, of integers too.
+        if self.dtype not in (None, value.dtype):
             raise InputError(
                 f"{self.name}: captured as {self.dtype}, called with {value.dtype}. Convert it "
                 f"with .to({self.dtype}), or capture again with an example of {value.dtype}."
@@ -128,7 +130,7 @@ class ConstantInput:
     value: Any
 
     def check(self, value: object, bound: Bound) -> None:
-        if type(value) is not type(self.value) or value != self.value:
+        if not same_literal(value, self.value):
             raise InputError(
                 f"{self.name}: captured as the constant {self.value!r}, called with "
                 f"{value!r}. Capture again with this value."

@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import InjectError, InputError
 from .captured import CapturedModule, check_captured
 from .contract import ConstantInput, InputSpec
+from .submodules import Seal, host_part
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,12 +68,22 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     host.__dict__.pop("forward", None)
     host.__class__ = _host_class(type(model))
     host.__dict__["_captured"] = module
-    if module.plan is not None:
-        for path, part in host.named_modules():
-            if path:
-                part.__dict__["forward"] = functools.partial(_refuse, path)
     host.__dict__["_held"] = list(_share_tensors(host, module))
+    _seal(host, module)
     return host.train(module.training)
+
+
+def _seal(host: Any, module: CapturedModule) -> None:
+    """Have the host's own submodules refuse what has no effect on the graph."""
+    seal = Seal(host)
+    seal.adapted, seal.matters = module.adapted, module.mode_matters
+    containers = {id(part) for part in module.modules()}
+    for path, part in host.named_modules():
+        if path and id(part) not in containers:
+            host_part(part, path, seal)
+            seal.owners[path] = host
+    host.__dict__["_seal"] = seal
+    seal.open = False
 
 
 @contextmanager
@@ -109,13 +120,26 @@ class Host(nn.Module):
     """The methods that `hosted` adds to the model's own class."""
 
     _captured: CapturedModule
+    _source_class: type[nn.Module]
+    _seal: Seal
     _held: list[tuple[nn.Module, str, nn.Module]]
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as nn.Module does, and choose the captured module's graph."""
+        """Set the mode as nn.Module does, also of the captured module."""
         super().train(mode)
         self._captured.train(mode)
+        self._seal.all_set(self)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and "_seal" in self.__dict__:
+            self._seal.owner_set(self)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        seal: Seal | None = self.__dict__.get("_seal")
+        return value if seal is None else seal.outside("", name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._captured._apply(fn, recurse)  # the host shares its dicts of tensors
@@ -137,9 +161,9 @@ class Host(nn.Module):
         return parent.save_pretrained(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        plain = nn.Module.__new__(type(self).__mro__[2])  # the model's own class
+        plain = nn.Module.__new__(self._source_class)
         plain.__dict__.update(self.__dict__)
-        for name in ("_captured", "_held"):
+        for name in ("_captured", "_held", "_seal"):
             del plain.__dict__[name]
         return hosted(plain, copy.deepcopy(self._captured, memo))
 
@@ -151,11 +175,15 @@ def _host_class(kind: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         _check_held(self)
+        if self._captured.training is not self.training:  # set without train(), perhaps
+            self._captured.train(self.training)
+        self._seal.refuse_apart()
         args, kwargs = _align(self._captured, inspect.signature(kind.forward), args, kwargs)
         return self._captured(*args, **kwargs)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (Host, kind), {**names, "__doc__": kind.__doc__, "forward": forward})
+    own = {"__doc__": kind.__doc__, "forward": forward, "_source_class": kind}
+    return type(kind.__name__, (Host, kind), {**names, **own})
 
 
 # ---- weights ------------------------------------------------------------------------------------
@@ -210,13 +238,6 @@ def _check_held(host: Host) -> None:
                 f"module '{name}' of the host was replaced after it was captured (resized "
                 "embeddings?). Change the source model, and capture that."
             )
-
-
-def _refuse(path: str, *args: Any, **kwargs: Any) -> Any:
-    raise InjectError(
-        f"'{path}' of a host with adapters cannot be called on its own: only the whole graph "
-        "applies them. Fold the adapters (fxlora.fold) and host that."
-    )
 
 
 # ---- arguments ----------------------------------------------------------------------------------

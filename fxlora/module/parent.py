@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
+from .autocast import EVERY
 from .program import MODES, Program, ProgramModule
 
 
@@ -45,6 +46,8 @@ class ParentModule:
     why: str
     _tensors: Mapping[str, Any] = field(default_factory=dict[str, Any])
     _tree: nn.Module = field(default_factory=nn.Module, init=False)
+    _runners: tuple[ProgramModule, ...] = field(default=(), init=False)
+    _mode: bool | None = field(default=None, init=False)
     _recorded: list[RegionCall] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class ParentModule:
         memo = {id(old): tensors[name] for name, old in self._tensors.items() if name in tensors}
         self.module = copied_module(self.module, memo)
         self._tensors, self._tree = tensors, tree
+        self._runners, self._mode = tuple(runners), None
         for path in {runner.program.path for runner in runners}:
             own = [runner for runner in runners if runner.program.path == path]
             region = self.module.get_submodule(path)
@@ -115,7 +119,11 @@ class ParentModule:
 
     def kept(self, values: Any) -> Any:
         """Return a copy while recording: Python may write into a region's inputs and outputs."""
-        return values if self._recorded is None else pytree.tree_map(_copied, values)
+        if self._recorded is None:
+            return values
+        tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+        clones = {id(tensor): tensor.clone() for tensor in tensors}  # with their gradients
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: clones[id(tensor)], values)
 
     def note(self, path: str, given: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> None:
         """Add a call of a region to the recorded calls, while recording."""
@@ -124,18 +132,26 @@ class ParentModule:
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the region at a path."""
+        self._follow()
         region: Any = self.module.get_submodule(path).forward
         return region(*args, **kwargs)
 
-    def choose(self, training: bool) -> None:
-        """Set the mode; in the mode of the capture, restore the source's training flags."""
+    def _follow(self) -> None:
+        """Take on the tree's mode; in the mode of the capture, restore the source's flags."""
+        training = self._tree.training
+        if self._mode is training:
+            return
+        self._mode = training
         self.module.train(training)
+        for runner in self._runners:
+            runner.training = training
         if training == self.training:
             for path, flag in self.flags.items():
                 self.module.get_submodule(path).training = flag
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._sync()
+        self._follow()
         return self.module(*args, **kwargs)
 
 
@@ -156,17 +172,15 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
 def parent_program() -> Program:
     """Return the program of a module captured by regions: one call of its parent_module."""
     graph = fx.Graph()
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     parent_module = graph.get_attr("parent_module")
     graph.output(graph.call_function(run_parent, (parent_module, args, kwargs)))
-    return Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))
+    return Program(
+        dict.fromkeys(MODES, graph), dict.fromkeys(MODES), autocasts=dict.fromkeys(MODES, EVERY)
+    )
 
 
 def run_parent(parent_module: ParentModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

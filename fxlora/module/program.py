@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
+import inspect
+import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.graph import PythonCode, _PyTreeCodeGen
+from torch.fx.graph_module import _forward_from_src
 
 from ..errors import InputError
 from ..fx.targets import refuse_unwritable
+from .autocast import UNKNOWN, Autocasts
 from .contract import InputSpec
+from .outline import ModuleCall
+from .submodules import plain_view
 
 MODES = ("train", "eval")
-
-# Attributes, besides `forward`, that GraphModule.recompile sets on the module.
-_GENERATED = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")
 
 
 @dataclass(eq=False)
@@ -29,11 +32,15 @@ class Program:
             They name parameters as the whole model does.
         inputs: the input contract of each mode, or None where capture had no example inputs.
         path: the submodule's path; "" for the whole model.
+        calls: the calls of submodules that capture recorded, in each mode's graph.
+        autocasts: the callers' autocasts that the graph of each mode holds for.
     """
 
     graphs: dict[str, fx.Graph]
     inputs: dict[str, InputSpec | None]
     path: str = ""
+    calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
+    autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """Return the graphs without duplicates."""
@@ -43,12 +50,20 @@ class Program:
         """Return the program over copies of the graphs."""
         copies = {id(graph): copy.deepcopy(graph) for graph in self.distinct_graphs()}
         graphs = {mode: copies[id(graph)] for mode, graph in self.graphs.items()}
-        return replace(self, graphs=graphs, inputs=dict(self.inputs))
+        return replace(
+            self, graphs=graphs, inputs=dict(self.inputs), autocasts=dict(self.autocasts)
+        )
 
 
 @dataclass(frozen=True)
 class _Generated:
-    """The code generated for a graph; keeps the graph alive, because its id is the key."""
+    """The code generated for a graph.
+
+    Attributes:
+        graph: the graph; kept alive, because its id is the key.
+        forward: the function that runs it.
+        state: the attributes that a GraphModule has for this code.
+    """
 
     graph: fx.Graph
     forward: Callable[..., Any]
@@ -56,23 +71,32 @@ class _Generated:
 
 
 class ProgramModule(fx.GraphModule):
-    """Runs a program over a tree of parameters; its mode chooses the graph.
+    """Runs a program over a tree of parameters; `training` chooses the graph at every call.
 
-    Its forward is the only place where a call is checked against the input contract.
+    Its forward is the only place where a call is checked against the input contract. It belongs to
+    the class and never changes, so that whoever wraps it, sets `training` without `train()`, or
+    changes the instance's class still runs the graph of the module's mode.
     """
 
     _generated: dict[int, _Generated]
+    _forwards: dict[bool, Callable[..., Any]]
+    _view: nn.Module
 
     def __init__(self, tree: nn.Module, program: Program, class_name: str, training: bool) -> None:
-        self.__dict__["_generated"] = {}
+        self.__dict__.update(_generated={}, _forwards={})
         super().__init__(nn.Module(), fx.Graph(), class_name)
-        self._generated.clear()
         for name, held in tensors_of(tree).items():
             self.__dict__[name] = held
         self.program = program
-        if any(spec and spec.updates for spec in program.inputs.values()):
-            self.register_forward_hook(_update_inputs, with_kwargs=True)
-        self.choose(training)
+        self.look()
+        if "forward" not in vars(type(self)):  # fx.GraphModule gives every instance a class
+            type(self).forward = forward_function()
+        self.training = training
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and "program" in self.__dict__:
+            self._prepare()
 
     @property
     def mode(self) -> str:
@@ -92,6 +116,7 @@ class ProgramModule(fx.GraphModule):
         try:
             if self.contract is not None:
                 self.contract.check(args, kwargs)
+            self.program.autocasts.get(self.mode, UNKNOWN).check()
         except InputError as error:
             raise self._refusal(error) from None
 
@@ -103,12 +128,6 @@ class ProgramModule(fx.GraphModule):
             "is called like this."
         )
 
-    def choose(self, training: bool) -> None:
-        """Switch to the graph of a mode, without changing the training flags of submodules."""
-        self.training = training
-        if self._graph is not self.program.graphs[self.mode]:
-            self._activate(self.program.graphs[self.mode])
-
     @property
     def graph(self) -> fx.Graph:
         return self._graph
@@ -116,33 +135,45 @@ class ProgramModule(fx.GraphModule):
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
         """Replace the current graph, in every mode that uses it."""
-        current = self.__dict__.get("_graph")
         program: Program | None = self.__dict__.get("program")
-        if program:
-            replaced = {mode: g for mode, held in program.graphs.items() if held is current}
-            program.graphs.update(replaced)
-        self._activate(g)
-
-    def _activate(self, graph: fx.Graph) -> None:
-        """Make a graph the current one; its code is reused, so that torch.compile recognizes it."""
-        known = self._generated.get(id(graph))
-        if known is None:
-            setter: Any = fx.GraphModule.graph
-            setter.fset(self, graph)
+        if program is None:  # set by the constructor of fx.GraphModule
+            self.__dict__["_graph"] = g
             return
-        self._graph = graph
-        graph.owning_module = self
-        self.__dict__.update(known.state)
-        type(self).forward = known.forward
+        replaced = {mode: g for mode, held in program.graphs.items() if held is self._graph}
+        program.graphs.update(replaced)
+        self._prepare()
 
-    def recompile(self) -> Any:
+    def _prepare(self) -> None:
+        """Make the graph of the mode the current one, and generate its code unless there is one."""
+        graph = self.__dict__["_graph"] = self.program.graphs[self.mode]
+        graph.owning_module = self
+        made = self._generated.get(id(graph))
+        if made is None:
+            made = self._generated[id(graph)] = _generated(graph, self.running(graph))
+            type(self).forward.__signature__ = inspect.signature(made.forward)
+        self.__dict__.update(made.state)
+        self._view.__dict__.update(made.state)  # the code reads its pytree specs there
+        self._forwards[self.training] = made.forward
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the code of the mode's graph on arguments that were checked."""
+        return self._forwards[self.training](self._view, *args, **kwargs)
+
+    def running(self, graph: fx.Graph) -> fx.Graph:
+        """Return the graph that runs in place of one of the program's graphs."""
+        return graph
+
+    def recompile(self) -> PythonCode:
         """Regenerate the code of the current graph, after it was edited in place."""
-        refuse_unwritable(self._graph)
-        code = super().recompile()
-        type(self).forward = _guarded(type(self).forward)
-        state = {name: self.__dict__[name] for name in _GENERATED if name in self.__dict__}
-        self._generated[id(self._graph)] = _Generated(self._graph, type(self).forward, state)
-        return code
+        if "program" in self.__dict__:
+            self._generated.pop(id(self._graph), None)
+            self._forwards.clear()
+            self._prepare()
+        return self._graph.python_code("self")
+
+    def look(self) -> None:
+        """Have the graphs' code run on the tensors and nested graphs that the module holds now."""
+        self.__dict__["_view"] = plain_view(self)
 
     def is_stale(self) -> bool:
         """Whether a graph was edited after its code was generated."""
@@ -153,8 +184,10 @@ class ProgramModule(fx.GraphModule):
         """Lint the graphs after a rewrite, and discard the code generated before it."""
         for graph in self.program.distinct_graphs():
             graph.lint()
+        self.look()
         self._generated.clear()
-        self._activate(self.program.graphs[self.mode])
+        self._forwards.clear()
+        self._prepare()
 
 
 def code_of(graph: fx.Graph) -> str:
@@ -168,23 +201,53 @@ def tensors_of(tree: nn.Module) -> Mapping[str, Any]:
     return {name: tree.__dict__[name] for name in names}
 
 
-def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a graph's forward in the check of the input contract."""
+def _generated(graph: fx.Graph, running: fx.Graph) -> _Generated:
+    """Generate the code of a graph, as fx.GraphModule does, without setting it on a class."""
+    refuse_unwritable(graph)
+    made = graph.python_code("self")
+    code = made if running is graph else running.python_code("self")
+    state: dict[str, Any] = {
+        "_code": made.src,
+        "_lineno_map": made._lineno_map,
+        "_prologue_start": made._prologue_start,
+    }
+    if isinstance(graph._codegen, _PyTreeCodeGen):  # the code reads these
+        specs = graph._codegen.pytree_info
+        state |= {"_in_spec": specs.in_spec, "_out_spec": specs.out_spec}
+    return _Generated(graph, _function(code.src, code.globals), state)
 
-    @functools.wraps(forward)
-    def guarded(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
-        if not _traced(args, kwargs):
-            self._check(args, kwargs)
-        return forward(self, *args, **kwargs)
 
-    return guarded
+_FUNCTIONS: dict[str, list[tuple[dict[str, Any], Callable[..., Any]]]] = {}
 
 
-def _update_inputs(
-    module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    if module.contract is not None:
-        module.contract.update(args, kwargs, output)
+def _function(source: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function of generated code; equal code has one function (repeated blocks)."""
+    known = _FUNCTIONS.setdefault(source, [])
+    for others, function in known:
+        if others == names:
+            return function
+    function = _forward_from_src(source, dict(names))
+    known.append((names, function))
+    return function
+
+
+def forward_function() -> Any:
+    """Return a copy of `_forward` with its own code object.
+
+    torch.compile keeps what it compiled per code object, up to a limit that all captured modules
+    of a process would otherwise share.
+    """
+    return types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "forward")
+
+
+def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
+    if _traced(args, kwargs):
+        return self._forwards[self.training](self._view, *args, **kwargs)
+    self._check(args, kwargs)
+    output = self.run(args, kwargs)
+    if self.contract is not None and self.contract.updates:
+        self.contract.update(args, kwargs, output)
+    return output
 
 
 def _traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

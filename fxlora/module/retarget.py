@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.node import map_aggregate
 
 from ..errors import CaptureError
+from .casts import is_cast
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 
 _WIDTH = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
 
 
-def moves_of(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
+def moves_of(tensors: Iterable[torch.Tensor], fn: Callable[[torch.Tensor], torch.Tensor]) -> Moves:
     """Return the devices and dtypes of a module's tensors that `fn` changes."""
     moves: Moves = {}
-    kinds = {(t.device, t.dtype) for t in [*module.parameters(), *module.buffers()]}
+    kinds = {(t.device, t.dtype) for t in tensors}
     for device, dtype in kinds:
         old = torch.empty(0, device=device, dtype=dtype)
         new = fn(old)
@@ -42,27 +43,28 @@ def retarget(graph: fx.Graph, moves: Moves) -> None:
 
 
 def refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
-    """Raise if the move would change a cast in the graph to a narrower dtype.
+    """Raise if the move would change a dtype that a call in the graph names to a narrower one.
 
-    For `x.to(float32)`, the graph does not tell whether the source means float32 or the dtype of
-    its weights, and a wrong guess would lose precision silently.
+    For `x.to(float32)` or `softmax(x, dtype=float32)`, the graph does not tell whether the source
+    means float32 or the dtype of its weights, and a wrong guess would lose precision silently.
 
     Raises:
-        CaptureError: names the cast.
+        CaptureError: names the call.
     """
-    for node in graph.nodes:
+    for node in (node for node in graph.nodes if not is_cast(node)):
         for old in (*node.args, *node.kwargs.values()):
             new = moves.get(old) if isinstance(old, torch.dtype) else None
-            if new in _WIDTH and _WIDTH[new] < _WIDTH.get(old, 0) and _is_cast(node):
+            if new in _WIDTH and _WIDTH[new] < _WIDTH.get(old, 0) and _computes(node):
                 line = (node.stack_trace or "").strip().splitlines()[-2:]
                 raise CaptureError(
-                    f"the captured graph casts to {old} at node '{node.name}' "
+                    f"the captured graph computes in {old} at node '{node.name}' "
                     f"({' '.join(part.strip() for part in line)}); only the source model knows "
                     f"whether that should become {new}. Cast the source (model.to({new})) and "
                     "capture that."
                 )
 
 
-def _is_cast(node: fx.Node) -> bool:
-    aten = torch.ops.aten
-    return getattr(node.target, "overloadpacket", None) in (aten.to, aten._to_copy)
+def _computes(node: fx.Node) -> bool:
+    """Whether a call has a result, and does not only assert something about its inputs."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and (schema is None or bool(schema.returns))

@@ -22,6 +22,9 @@ class State:
             by all names of the weight.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings, which "all-linear" leaves out.
+        outlined: paths of the submodules that are modules of their own, which the graph calls.
+        written: names of the parameters that the graphs write to, or whose memory they write to.
+            They are treated as buffers are: each copy of the module has its own.
         mirrors: by a parameter's name, the names of buffers, constants and other parameters in its
             memory, through which the graphs may read it too.
     """
@@ -32,6 +35,8 @@ class State:
     fingerprints: Mapping[tuple[str, ...], int] = field(default_factory=dict[tuple[str, ...], int])
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
+    outlined: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     @property

@@ -30,7 +30,8 @@ class Pass(ABC):
     def apply(self, module: CapturedModule) -> None:
         """Check the preconditions, and rewrite the module in place."""
         self.check(module)
-        module.known = self.rewrite(module)
+        with module.editing():
+            module.known = self.rewrite(module)
         module.refresh()
 
     def __call__(self, module: CapturedModule) -> CapturedModule:

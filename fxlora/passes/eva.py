@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..lora.ops import row_of
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.casts import is_cast
 from ..plan import Entry
 
 
@@ -85,7 +86,8 @@ def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initializ
     if module.plan is None:
         raise ConfigError("initialize_from takes an adapted module: inject a plan first.")
     watched = module.derive().eval()
-    taps = {entry.name_a: tap for entry in module.plan if (tap := _tapped(watched, entry))}
+    with watched.editing():
+        taps = {entry.name_a: tap for entry in module.plan if (tap := _tapped(watched, entry))}
     watched.refresh()
     for batch in batches:
         if isinstance(batch, Mapping):
@@ -117,9 +119,10 @@ def _tapped(module: CapturedModule, entry: Entry) -> _Tap | None:
     for program in module.programs:
         graph = program.graphs["eval"]
         for a in graph.find_nodes(op="get_attr", target=entry.name_a):
-            for user in list(a.users):
-                row = row_of(user, a)
-                x = row.input_of(user, a) if row and row.kind == "linear" else None
+            read = next(filter(is_cast, a.users), a)
+            for user in list(read.users):
+                row = row_of(user, read)
+                x = row.input_of(user, read) if row and row.kind == "linear" else None
                 if isinstance(x, fx.Node):
                     module.add_module(name, tap)
                     with graph.inserting_before(user):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ..errors import InjectError
 from ..module import CapturedModule
+from ..module.adapted_weight import folded_weight
 from ..module.state import State
-from ..plan import Entry, scales_outputs
+from ..plan import Entry
 from ..tables import some
 from .base import Pass
 from .remove import drop_adapters
@@ -26,8 +26,7 @@ class FoldConstants(Pass):
     ToWeightForm first. All parameters of the result are frozen, because those that were not adapted
     share storage with the source model.
 
-    The sum is one addmm (baddbmm for a stack) in the weight's dtype, which accumulates in float32,
-    or in float64 for a float64 weight, and rounds once.
+    The sum is in float64, from A and B in their own dtypes, and is rounded once.
     """
 
     def rewrite(self, module: CapturedModule) -> State:
@@ -90,28 +89,17 @@ def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:
 
 
 def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
-    """Return the value of an adapted weight, rounded once to its dtype.
-
-    An addmm rounds once by itself. With variants that scale the outputs, there are more ops than
-    one addmm: all are computed in float32 or wider, and only the result is rounded.
-    """
-    wide = any(scales_outputs(insertion.entry) for insertion in chain)
-
-    def value(node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            tensor = module.get_parameter(str(node.target)).detach()
-            return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if wide else tensor
-        assert callable(node.target)
-        return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
-
-    weight = module.get_parameter(chain[0].entry.parameter)
+    """Return the value of an adapted weight, rounded once to its dtype."""
+    # once each: a tied weight is fetched under several names
+    entries = list({insertion.entry.name_a: insertion.entry for insertion in chain}.values())
+    weight = module.get_parameter(entries[0].parameter).detach()
+    names = [name for entry in entries for name in entry.tensors]
     with torch.no_grad():
-        folded = value(chain[-1].output).to(weight.dtype)
-        if folded.stride() != weight.stride():  # keep the memory format, e.g. channels_last
-            folded = torch.empty_like(weight).copy_(folded)
+        values = {name: module.get_parameter(name).detach() for name in names}
+        folded = folded_weight(entries, weight, values)
         if not weight.is_meta and bool((~folded.isfinite() & weight.isfinite()).any()):
             raise InjectError(
-                f"'{chain[0].entry.site}': W0 + s·BA is not finite in {weight.dtype}: A and B are "
+                f"'{entries[0].site}': W0 + s·BA is not finite in {weight.dtype}: A and B are "
                 "too large. Train again with a smaller learning rate, or take the adapter out "
                 "(fxlora.remove)."
             )

@@ -9,15 +9,16 @@ from ..errors import ConfigError, InjectError
 from ..lora.inits import FILLS, STARTS, embedding
 from ..lora.ops import is_lookup
 from ..lora.variants import VARIANTS
+from ..module.adapted_weight import sum_matrix
 from ..plan import Entry
-from .adapted_weight import sum_matrix
 
 
 @torch.no_grad()
 def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
     """Return new parameters for an entry, by name: A, B and the tensors of its variants.
 
-    They have the device and dtype of the weight. Those that the entry does not train are frozen.
+    They have the device of the weight, and the entry's dtype over it. Those that the entry does not
+    train are frozen.
 
     Args:
         weight: the whole weight, also for an entry that adapts a part of it.
@@ -46,21 +47,25 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
         before = entry.before_variant(
             variant
         )  # a variant starts from V with those before it applied
-        adapted = sum_matrix(before, weight, tensors)  # (…, d0, d1)
+        # V as the graph computes it, so that the variant starts as the identity: (…, d0, d1)
+        cast = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
+        adapted = sum_matrix(before, weight, cast)
         by_output = entry.layout.by_output(adapted, entry.adapted_shape)
+        wide = by_output.to(torch.promote_types(weight.dtype, a.dtype))
         try:
-            values = VARIANTS[variant].start(by_output, a, b)
+            values = VARIANTS[variant].start(wide, a, b)
         except ConfigError as error:
             raise ConfigError(f"'{entry.site}': {error}") from error
         tensors |= {n: v.reshape(held[n]) for n, v in zip(held, values, strict=True)}
     return {
-        name: nn.Parameter(tensor.to(weight.dtype).contiguous(), name in entry.trainable)
+        name: nn.Parameter(tensor.to(a.dtype).contiguous(), name in entry.trainable)
         for name, tensor in tensors.items()
     }
 
 
 def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the initial A (…, r, in) and B (…, out, r), with kernel dimensions flattened."""
+    dtype = entry.dtype_over(weight.dtype)
     stack, d0, d1 = entry.layout.sizes(entry.adapted_shape)
     size_i, size_o = (d0, d1) if entry.layout.in_first else (d1, d0)
     if start := STARTS.get(entry.init):
@@ -68,9 +73,9 @@ def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         by_output = matrix.mT if entry.layout.in_first else matrix  # (…, out, in)
         wide = by_output.to(torch.promote_types(weight.dtype, torch.float32))
         down, up = start(wide, entry.r, entry.scaling)
-        return down.to(weight.dtype), up.to(weight.dtype)
-    down = weight.new_empty(*stack, entry.r, size_i)
-    up = weight.new_empty(*stack, size_o, entry.r)
+        return down.to(dtype), up.to(dtype)
+    down = weight.new_empty(*stack, entry.r, size_i, dtype=dtype)
+    up = weight.new_empty(*stack, size_o, entry.r, dtype=dtype)
     fill = embedding if entry.init is True and is_lookup(entry.op) else FILLS[entry.init]
     fill(down, up)
     return down, up

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..errors import InjectError, MisfitError
+from ..errors import InjectError, MisfitError, UnsupportedOpError
+from ..fx.effects import written_attributes
 from ..fx.nested import nested_graph
 from ..matching.forms import branch_obstacle
+from ..matching.full import check_own_memory
+from ..matching.refusals import why_unsupported
 from ..module import CapturedModule
+from ..module.casts import mark, set_casts
 from ..module.program import Program
 from ..module.state import State
 from ..names import shown
@@ -43,17 +47,21 @@ class Inject(Pass):
 
     def rewrite(self, module: CapturedModule) -> State:
         sites = check_fits(module, self.plan)
-        originals = _originals(module, self.plan)
-        _freeze(module, self.plan)
-        if any(entry.dropout for entry in self.plan):
+        _check_starts(self.plan, self.starts)
+        plan = with_dtypes(module, self.plan)
+        originals = _originals(module, plan)
+        _freeze(module, plan)
+        if any(entry.dropout for entry in plan):
             _split_modes(module)
-            sites = _sites(module, self.plan)
-        for entry in self.plan:
+            sites = _sites(module, plan)
+        for entry in plan:
             _add_tensors(module, entry, self.starts)
         for program in module.programs:
-            _insert(program, self.plan, sites)
-        state = replace(module.known, plan=self.plan, originals=originals)
-        return replace(state, fingerprints=module.fingerprints_under(state))
+            _insert(program, plan, sites)
+        _set_dtypes(module, plan)
+        module.known = replace(module.known, plan=plan, originals=originals)
+        set_casts(module)
+        return replace(module.known, fingerprints=module.fingerprints_under(module.known))
 
 
 def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
@@ -61,15 +69,39 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
 
     Raises:
         MisfitError: the plan does not describe this module.
+        UnsupportedOpError: the module has a weight of the plan, but not one that can be adapted.
         InjectError: the model already has a module or attribute where an adapter would go.
     """
     sites = _sites(module, plan)
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if missing := [name for name in plan.trained if name not in held]:
         raise MisfitError(f"the plan trains {some(missing)}, which this module does not have.")
+    check_own_memory(module, plan.trained)
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
+
+
+def _check_starts(plan: Plan, starts: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless each initial value is one for a tensor of the plan, in its shape.
+
+    Raises:
+        InjectError: names the tensor.
+    """
+    shapes = {name: shape for entry in plan for name, shape in entry.tensors.items()}
+    if unknown := [name for name in starts if name not in shapes]:
+        raise InjectError(
+            f"starts has {some(map(shown, unknown))}, which the plan does not add. It adds "
+            f"{some(shapes)}."
+        )
+    for name, start in starts.items():
+        if tuple(start.shape) != shapes[name]:
+            raise InjectError(
+                f"starts has '{name}' in the shape {tuple(start.shape)}; the plan has "
+                f"{shapes[name]}."
+            )
+        if not start.is_floating_point():
+            raise InjectError(f"starts has '{name}' in {start.dtype}: give a floating-point one.")
 
 
 def _sites(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
@@ -114,6 +146,8 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
                 f"'{entry.site}' is {what} {shown(planned)} in the plan, and {shown(held)} in this "
                 "module."
             )
+    if why := why_unsupported(site):
+        raise UnsupportedOpError(f"'{entry.site}' {why}")
     obstacle = branch_obstacle(site, entry.rows, entry.variants)
     if entry.form == "branch" and obstacle:
         raise MisfitError(
@@ -146,13 +180,53 @@ def _occupied(module: CapturedModule, name: str) -> str | None:
     return f"{owner}.{kind}" if hasattr(container, kind) else None
 
 
+def with_dtypes(module: CapturedModule, plan: Plan) -> Plan:
+    """Return the plan with the dtypes of this module's weights.
+
+    A parameter that the plan trains in full keeps the model's dtype if Python reads it, or a graph
+    writes to it: no cast in a graph would help there.
+    """
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    kept = _bare_names(module) if plan.trained else set[str]()
+    names = {name: group for group in module.aliases().values() for name in group}
+    fixed = {name: False for name in plan.trained if not kept.isdisjoint(names[name])}
+    return replace(plan.over(weights), trained_dtypes={**plan.trained_dtypes, **fixed})
+
+
+def _bare_names(module: CapturedModule) -> set[str]:
+    """Return the names of parameters that Python or a module reads, or that a graph writes to."""
+    found = set(module.uncovered)
+    for graph in module.distinct_graphs():
+        for node in graph.nodes:
+            found.update(written_attributes(node, module))
+            if node.op == "call_module":
+                inside = module.get_submodule(str(node.target)).named_parameters()
+                found.update(f"{node.target}.{name}" for name, _ in inside)
+    return found
+
+
+def _set_dtypes(module: CapturedModule, plan: Plan) -> None:
+    """Convert the parameters that train in full, and mark their reads as places for casts."""
+    aliases = module.aliases() if plan.trained else {}
+    for name in plan.trained:
+        parameter = module.get_parameter(name)
+        dtype = plan.trained_dtype(name, parameter.dtype)
+        converted = nn.Parameter(parameter.detach().to(dtype)) if dtype != parameter.dtype else None
+        for alias in aliases[name]:
+            if converted is not None:
+                module.set_parameter(alias, converted)
+            for graph in module.distinct_graphs():
+                for node in graph.find_nodes(op="get_attr", target=alias):
+                    if plan.trained_dtypes.get(name, True) is not False:
+                        mark(node, name, name)
+
+
 def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the buffers and the parameters trained in full at their present values.
+    """Return what calls change, and the parameters trained in full, at their present values.
 
     Training may change them besides the adapters; `remove` restores them.
     """
-    buffers = module.named_buffers(remove_duplicate=False)
-    kept = {name: buffer.detach().clone() for name, buffer in buffers}
+    kept = {name: tensor.detach().clone() for name, tensor in module.state_tensors().items()}
     return kept | {name: module.get_parameter(name).detach() for name in plan.trained}
 
 
@@ -180,9 +254,10 @@ def _split_modes(module: CapturedModule) -> None:
 def _add_tensors(module: CapturedModule, entry: Entry, starts: Mapping[str, torch.Tensor]) -> None:
     """Add an entry's parameters to the module: from `starts`, or else newly initialized."""
     weight = module.get_parameter(entry.parameter)
+    dtype = entry.dtype_over(weight.dtype)
     given = {
         name: nn.Parameter(
-            starts[name].detach().to(weight.device, weight.dtype, copy=True).contiguous(),
+            starts[name].detach().to(weight.device, dtype, copy=True).contiguous(),
             name in entry.trainable,
         )
         for name in entry.tensors

@@ -11,6 +11,7 @@ from ..errors import InjectError
 from ..fx.compare import alike_graphs
 from ..fx.nested import nested_graph
 from ..module import CapturedModule
+from ..module.casts import base_dtype, unmark
 from ..module.state import State
 from .base import Pass
 from .structure import insertions, remove_insertion
@@ -42,7 +43,7 @@ class Remove(Pass):
 
 def _restore(module: CapturedModule) -> None:
     """Restore buffers and the parameters trained in full to their values before injection."""
-    aliases = module.aliases()
+    aliases, held = module.aliases(), module.state_tensors()
     for name, original in module.known.originals.items():
         if name in module.trained:
             restored = nn.Parameter(original)
@@ -50,7 +51,7 @@ def _restore(module: CapturedModule) -> None:
                 module.set_parameter(alias, restored)
         else:
             with torch.no_grad():
-                module.get_buffer(name).copy_(original)
+                held[name].copy_(original)
 
 
 def drop_adapters(module: CapturedModule) -> State:
@@ -61,10 +62,23 @@ def drop_adapters(module: CapturedModule) -> State:
     """
     for name in module.adapter_parameters():
         module.remove_parameter(name)
+    _round_trained(module)
+    unmark(module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in module.known.grads)
     _merge_modes(module)
     return module.known.without_adapters()
+
+
+def _round_trained(module: CapturedModule) -> None:
+    """Round what trained in full to the model's dtype, as its casts do."""
+    aliases = module.aliases() if module.trained else {}
+    for name in module.trained:
+        parameter, dtype = module.get_parameter(name), base_dtype(module, name)
+        if parameter.dtype != dtype:
+            rounded = nn.Parameter(parameter.detach().to(dtype))
+            for alias in aliases[name]:
+                module.set_parameter(alias, rounded)
 
 
 def _merge_modes(module: CapturedModule) -> None:

@@ -21,11 +21,11 @@ from ..fx.calls import argument
 from ..fx.nested import Path, call_of, inside
 from ..lora.row import Op, Read
 from ..module import CapturedModule
+from ..module.adapted_weight import adapted_weight, factors, output_gains, rank, to_weights
 from ..names import shown
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
-from .adapted_weight import adapted_weight, factors, output_gains, rank
 
 aten = torch.ops.aten
 
@@ -125,18 +125,20 @@ class _Branch:
         return aten.constant_pad_nd.default(branch, [0, 0] * self._behind + [rows[0], behind])
 
     def _with_gains(self, branch: Any) -> Any:
-        """Emit (g - 1)·(op(x, W) - bias) + g·branch, for variants that scale the outputs by g.
+        """Emit branch + (g - 1)·(op(x, W) - bias + branch), for variants that scale outputs by g.
 
-        Added to op(x, W), it gives g·(op(x, W) - bias + branch) + bias.
+        Added to op(x, W), it gives g·(op(x, W) - bias + branch) + bias. Near 1, g - 1 has more
+        digits than g in the weight's dtype.
         """
         weight = self.reader.weight
         while weight.op != "get_attr":  # the op may take the weight's transpose
             (weight,) = weight.all_input_nodes
         for gain in output_gains(self.entry, self.proxied(weight), self.values):
-            shaped = self._along_outputs(gain)
-            change = aten.mul.Tensor(aten.sub.Tensor(shaped, 1), self._product())
-            branch = aten.add.Tensor(change, aten.mul.Tensor(shaped, branch))
-        return branch
+            more = to_weights(self.entry, aten.sub.Tensor(self._along_outputs(gain), 1))
+            outputs = aten.add.Tensor(self._product(), branch)
+            branch = aten.add.Tensor(branch, aten.mul.Tensor(more, outputs))
+        # Under autocast g is wider than the op's result, whose dtype the sum must keep.
+        return aten.type_as.default(branch, self.proxied(self.reader.node))
 
     def _product(self) -> Any:
         """Emit the op's result without its bias."""
@@ -282,15 +284,17 @@ def remove_insertion(insertion: Insertion) -> None:
 
 def _erase_unused(node: fx.Node, keep: fx.Node, path: Path) -> None:
     """Erase a node and, recursively, its inputs that have no other users, except `keep`."""
-    inputs = node.all_input_nodes
-    node.graph.erase_node(node)
-    for source in inputs:
-        if source is keep or source.users:
+    ahead, erased = [node], set[fx.Node]()
+    while ahead:
+        unused = ahead.pop()
+        if unused is keep or unused.users or unused in erased:
             continue
-        if source.op == "placeholder":
-            _drop_operand(source, path)
+        erased.add(unused)
+        if unused.op == "placeholder":
+            _drop_operand(unused, path)
         else:
-            _erase_unused(source, keep, path)
+            ahead += unused.all_input_nodes
+            unused.graph.erase_node(unused)
 
 
 def _drop_operand(given: fx.Node, path: Path) -> None:

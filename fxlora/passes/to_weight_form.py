@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..module import CapturedModule
+from ..module.casts import set_casts
 from ..module.state import State
 from .base import Pass
 from .structure import WeightNodes, insert_weight, insertions, remove_insertion
@@ -29,6 +30,7 @@ class ToWeightForm(Pass):
             for entry in {b.entry.name_a: b.entry for b in branches}.values():
                 for node in weights.read(entry.names):
                     insert_weight(graph, entry, node)
+        set_casts(module)
         entries = tuple(dataclasses.replace(e, form="weight", dropout=0.0) for e in module.plan)
         return dataclasses.replace(
             module.known, plan=dataclasses.replace(module.plan, entries=entries)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ from ..api import FOLD
 from ..errors import InjectError, VerificationError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.parent import RegionCall
+from ..module.program import MODES
+from ..passes import Inject
 from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import draw_adapters, effects
 from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
@@ -61,7 +67,7 @@ def verify(
     - Effect and gradient: every adapter changes the outputs, and gradients reach its A and its B.
     - Fold: the folded graphs are the captured ones node for node, ties are kept, each folded
       weight is W0 + s·BA up to one rounding, everything else is unchanged, and the outputs equal
-      the unfolded ones up to rounding (for an untrained adapter also with A and B drawn at random).
+      the unfolded ones up to rounding, also with A and B drawn at random and in train mode.
 
     Modes of the caller, such as autocast, do not affect the result.
 
@@ -127,9 +133,7 @@ def _verified(
     _copy_adapters(module, copied)
     error, tolerance = _output_error(copied, folded, args, kwargs)
     moved = effects(copied, module, args, kwargs)
-    if not any(module.get_parameter(entry.name_b).any() for entry in module.plan):
-        draw_adapters(copied, module)  # before training, outputs say nothing about the branches
-        _output_error(copied.eval(), FOLD(copied), args, kwargs)
+    _check_drawn(module, copied, base, args, kwargs)
     checks = [
         SiteCheck(
             site=entry.site,
@@ -160,6 +164,38 @@ def _check_identity(
         )
 
 
+def _check_drawn(
+    module: CapturedModule,
+    copied: CapturedModule,
+    base: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Raise unless with random A and B the outputs are the folded ones, in each mode.
+
+    Where a module's own B is small, its outputs say nothing about its branches. Dropout of the
+    branches, which a fold does not have, is left out.
+
+    Args:
+        module: the adapted module.
+        copied: the same graphs over other tensors, which are overwritten.
+        base: the same module without adapters.
+    """
+    assert module.plan is not None
+    if any(entry.dropout for entry in module.plan):
+        entries = tuple(dataclasses.replace(e, init=True, dropout=0.0) for e in module.plan)
+        copied = Inject(dataclasses.replace(module.plan, entries=entries))(base)
+    draw_adapters(copied, module)
+    folded = FOLD(copied)
+    for mode in MODES if _modes_differ(base) else ("eval",):
+        _output_error(copied.train(mode == "train"), folded, args, kwargs)
+
+
+def _modes_differ(module: CapturedModule) -> bool:
+    programs = module.programs
+    return any(program.graphs["train"] is not program.graphs["eval"] for program in programs)
+
+
 @torch.no_grad()
 def _copy_adapters(source: CapturedModule, target: CapturedModule) -> None:
     for name in source.adapter_parameters():
@@ -171,29 +207,37 @@ def _output_error(
 ) -> tuple[float, float]:
     """Return the difference between folded and unfolded outputs, and its tolerance.
 
-    Both are relative to the largest entry of an output.
+    Both are relative to the largest entry of an output. Both modules run in the mode of the first.
 
     Raises:
         VerificationError: the difference exceeds the tolerance.
     """
-    folded = folded.eval().requires_grad_(False)
+    folded.train(module.training)
+    for each in (module, folded):  # torch selects attention kernels by requires_grad
+        each.requires_grad_(False)
     with torch.no_grad():
         made = calls(module, args, kwargs)
         expected = [out for call in made for out in floats(call.output)]
-        found = [out for call in made for out in floats(again(folded, call))]
+        if module.parent_module and module.training:  # each call under the same seed
+            expected = _outputs(module, made)
+        found = _outputs(folded, made)
         error = _largest_difference(expected, found)
         tolerance = _tolerance(module, expected)
         if not error <= tolerance:
             # A deep model may amplify one rounding: measure by how much, with another one.
-            _round_weights(module, folded)
-            rounded = [out for call in made for out in floats(again(folded, call))]
+            with _rounded_weights(module, folded):
+                rounded = _outputs(folded, made)
             tolerance = max(tolerance, _ROUNDINGS * _largest_difference(found, rounded))
     if not error <= tolerance:
         raise VerificationError(
-            f"fold: folded and unfolded outputs differ by {error:.3g} of the largest output, where "
-            f"rounding allows {tolerance:.1g}."
+            f"fold: folded and unfolded outputs differ by {error:.3g} of the largest output in "
+            f"{module.mode} mode, where rounding allows {tolerance:.1g}."
         )
     return error, tolerance
+
+
+def _outputs(module: CapturedModule, made: list[RegionCall]) -> list[Tensor]:
+    return [out for call in made for out in floats(again(module, call))]
 
 
 def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -219,13 +263,19 @@ def _tolerance(module: CapturedModule, outputs: list[Tensor]) -> float:
     return max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=1e-10)
 
 
-def _round_weights(module: CapturedModule, folded: CapturedModule) -> None:
-    """Move every entry of the folded weights by one rounding, up or down at random."""
+@contextmanager
+def _rounded_weights(module: CapturedModule, folded: CapturedModule) -> Generator[None]:
+    """Move every entry of the folded weights by one rounding, up or down at random, for a block."""
     names = [name for names in adapted_names(module).values() for name in names]
-    for weight in {folded.get_parameter(name) for name in names}:  # each tied weight once
+    weights = {folded.get_parameter(name) for name in names}  # each tied weight once
+    before = {weight: weight.data for weight in weights}
+    for weight in weights:
         generator = torch.Generator(weight.device).manual_seed(0)
         signs = torch.empty_like(weight).bernoulli_(generator=generator).mul_(2).sub_(1)
         weight.data = weight.data * (1 + signs * torch.finfo(weight.dtype).eps)
+    yield
+    for weight, data in before.items():
+        weight.data = data
 
 
 def _named(module: CapturedModule) -> set[torch.dtype]:

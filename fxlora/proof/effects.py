@@ -117,8 +117,11 @@ def effects(
 
 
 def draw_adapters(module: CapturedModule, trained: CapturedModule) -> None:
-    """Draw small A and B at random for a module; `trained` has the values of its other tensors."""
-    _fill(module, trained, _DRAWS[1])
+    """Write the values of `trained` into a module, and add random ones to B.
+
+    They are added because with PiSSA or OLoRA, W0 without the B that it starts with is almost zero.
+    """
+    _fill(module, trained, _DRAWS[0])
 
 
 @torch.no_grad()

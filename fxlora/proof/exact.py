@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..module import CapturedModule
-from ..passes.adapted_weight import adapted_weight
+from ..module.adapted_weight import adapted_weight
 from ..plan import Entry, scales_outputs
 
 
@@ -30,17 +30,15 @@ def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
     """Return W0 + s·BA of one weight in float64, for all its entries, with the variants applied.
 
     The error bound is half the spacing of the dtype's numbers around W, plus
-    (2r + 2)·ε'·(|W0| + s·|B||A|), with the machine epsilon ε' of the dtype that products accumulate
-    in: float32, or float64 for a float64 weight (Higham, Accuracy and Stability, §3.1). Where a
-    variant scales the outputs by g, the second term is scaled by g as well, and the error of g
-    itself is added.
+    (2r + 2)·ε'·(|W0| + s·|B||A|), with the machine epsilon ε' of float64, in which a fold sums
+    (Higham, Accuracy and Stability, §3.1). Where a variant scales the outputs by g, the second term
+    is scaled by g as well, and the error of g itself is added.
     """
     weight = module.get_parameter(entries[0].parameter).detach()
-    accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
     value, error = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for entry in entries:
         tensors = {n: module.get_parameter(n).detach().double() for n in entry.tensors}
-        error += torch.finfo(accumulator).eps * _terms(entry, value, tensors)
+        error += torch.finfo(torch.float64).eps * _terms(entry, value, tensors)
         value = adapted_weight(entry, value, tensors)
     return Exact(value, _half_a_step(value.abs() + error, weight.dtype) + error)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..module import CapturedModule
+from ..module.memory import copied_values
 from ..module.parent import RegionCall
 
 
@@ -33,7 +34,7 @@ def again(module: CapturedModule, call: RegionCall) -> Any:
     """Return the output of another module for the same call."""
     if not module.parent_module:
         return output(module, call.args, call.kwargs)
-    args, kwargs = pytree.tree_map_only(Tensor, _copied, (call.args, call.kwargs))
+    args, kwargs = copied_values((call.args, call.kwargs))
     with fixed_seed(module), _buffers_kept(module):
         return module.parent_module.call(call.path, args, kwargs)
 
@@ -43,7 +44,7 @@ def output(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     The inputs are copied and buffers are restored, because a graph may write to them.
     """
-    args, kwargs = pytree.tree_map_only(Tensor, _copied, (args, kwargs))
+    args, kwargs = copied_values((args, kwargs))
     with fixed_seed(module), _buffers_kept(module):
         return module(*args, **kwargs)
 
@@ -66,25 +67,39 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def fixed_seed(module: CapturedModule) -> Generator[None]:
-    """Seed torch with 0 for a block, and restore the user's random state after it."""
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    """Seed the generators of the module's devices with 0 for a block, and restore them after it."""
+    generators = _generators(module)
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(0)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators(module: CapturedModule) -> list[torch.Generator]:
+    """Return torch's default generators of the CPU and of the devices that hold the module."""
+    found = [torch.default_generator]
+    for device in {tensor.device for tensor in (*module.parameters(), *module.buffers())}:
+        if device.type in ("cpu", "meta"):
+            continue
+        held: Any = torch.get_device_module(device)
+        if device.type == "mps":
+            found.append(held._get_default_mps_generator())
+        else:
+            found.append(held.default_generators[device.index or 0])
+    return found
 
 
 @contextmanager
 def _buffers_kept(module: CapturedModule) -> Generator[None]:
-    """Restore the values of the module's buffers after a block."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """Restore what a call of the module may change, its buffers above all, after a block."""
+    before = [(tensor, tensor.detach().clone()) for tensor in module.state_tensors().values()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.data.copy_(value)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """Copy a tensor as a leaf with the same requires_grad."""
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for tensor, value in before:
+                tensor.data.copy_(value)

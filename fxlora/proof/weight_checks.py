@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
-from ..passes.adapted_weight import factors
+from ..module.adapted_weight import factors
+from ..module.casts import base_dtype
 from ..plan import Entry
 from ..tables import some
 from .coverage import adapted_names
@@ -25,17 +27,35 @@ def check_adapters(module: CapturedModule) -> None:
                     f"{'missing' if tensor is None else tuple(tensor.shape)}, where the plan has "
                     f"{shape}."
                 )
+        weight = _parameter(module, entry.parameter)
+        if weight is not None:
+            for name in entry.tensors:
+                _check_dtype(module, name, entry.dtype_over(weight.dtype))
         if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
             raise VerificationError(
                 f"adapter: '{entry.name_a}' changes row {entry.padding_idx} of '{entry.site}', its "
                 f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
             )
+    if (plan := module.plan) is not None:
+        for name in plan.trained:
+            _check_dtype(module, name, plan.trained_dtype(name, base_dtype(module, name)))
     trains = [*(name for entry in module.plan or () for name in entry.trainable), *module.trained]
     frozen = [name for name in trains if not module.get_parameter(name).requires_grad]
     if frozen and len(frozen) < len(trains):  # if all are frozen, the module is for inference
         raise VerificationError(
             f"adapter: the plan trains {some(frozen)}, which does not require gradients: an "
             "optimizer would not change it. Call requires_grad_(True) on it."
+        )
+
+
+def _check_dtype(module: CapturedModule, name: str, expected: torch.dtype) -> None:
+    """Raise if a tensor that trains is not in the dtype of the plan."""
+    found = module.get_parameter(name).dtype
+    if found != expected:
+        raise VerificationError(
+            f"adapter: '{name}' is {found}, where the plan has {expected}: it was converted by "
+            f"hand. Make the adapter with inject(…, adapter_dtype={found}) instead, which also "
+            "casts it in the graph."
         )
 
 
@@ -129,6 +149,10 @@ def check_unadapted(module: CapturedModule, folded: CapturedModule) -> None:
     """Raise unless parameters and buffers without adapters are equal after the fold."""
     adapted = {name for names in adapted_names(module).values() for name in names}
     ours, theirs = _tensors(module), _tensors(folded)
+    for names in module.aliases().values():
+        for trained in module.trained.intersection(names):  # a fold rounds it, as its casts do
+            rounded = ours[trained].detach().to(base_dtype(module, trained))
+            ours |= dict.fromkeys(names, rounded)
     for name in sorted((ours.keys() | theirs.keys()) - adapted - _names_of_adapters(module)):
         if name not in ours or name not in theirs or not same(ours[name], theirs[name]):
             raise VerificationError(

@@ -12,7 +12,7 @@ from ..fx.calls import flat_inputs, named_argument, torch_kind
 
 _DESCRIBING = frozenset(
     {
-        *("_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
+        *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
         *("size", "stride", "numel", "dim", "storage_offset", "is_floating_point"),
     }
 )

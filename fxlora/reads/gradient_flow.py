@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from ..fx.calls import is_torch_call
-from ..fx.effects import written_nodes
+from ..fx.effects import is_python_function, written_nodes
 from ..fx.nested import Call, call_of
 from .gradient_trials import passes_gradient
 
@@ -140,7 +140,7 @@ class Flow:
 def _has_effect(node: fx.Node) -> bool:
     """Whether a node is live even if no other node uses its result.
 
-    A module or a function that is not torch's may have side effects.
+    A module, or a function without a schema, may have side effects.
     """
     if node.op == "call_function" and node.is_impure():
         return True
@@ -148,4 +148,6 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    return not (is_torch_call(node) or isinstance(node.target, torch._ops.OperatorBase))
+    return is_python_function(node) or not (
+        is_torch_call(node) or isinstance(node.target, torch._ops.OperatorBase)
+    )

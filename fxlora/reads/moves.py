@@ -320,7 +320,7 @@ class _Replay:
             _UnknownError: they did not.
         """
         if isinstance(names, list | tuple):
-            pairs = zip(names, values, strict=True)  # pyright: ignore[reportUnknownArgumentType]
+            pairs = zip(names, values, strict=True)
             return [self._agreed(name, value, verbatim, intact) for name, value in pairs]
         if not isinstance(names, Tensor) or not names.is_floating_point():
             raise _UnknownError
@@ -375,7 +375,7 @@ def _items(value: Any) -> Iterator[Any]:
 def _side(value: Any, side: str) -> Any:
     """Replace stand-ins by their tensors in one run: `names` or `values`."""
     if isinstance(value, list):
-        return [_side(item, side) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_side(item, side) for item in value]
     return getattr(value, side) if isinstance(value, _StandIn) else value
 
 

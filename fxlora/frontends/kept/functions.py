@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ...errors import CaptureError
 from ...fx.effects import arguments_of
+from ...fx.literals import literal
 from ..memory import storage_of
 from .patches import patched
 
@@ -35,6 +36,8 @@ class FunctionCall:
 
     The node's arguments are the tensors and symbolic sizes; this object holds the other arguments.
     """
+
+    writes_nothing = True  # see _RefuseOutsideTensors
 
     def __init__(self, function: type[Function], args: tuple[Any, ...]) -> None:
         leaves, self.structure = pytree.tree_flatten(args)
@@ -58,7 +61,7 @@ class FunctionCall:
         return hash(self.function)
 
     def _key(self) -> tuple[Any, ...]:
-        return self.function, self.structure, self.leaves
+        return self.function, self.structure, literal(self.leaves)
 
 
 class Functions:

@@ -13,6 +13,7 @@ moment draws from our state.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import random
@@ -175,12 +176,20 @@ def _cuda_seeding(own: OwnGenerators) -> dict[str, Callable[..., Any]]:
 
 
 def _methods(module: ModuleType, own: Any) -> dict[str, Callable[..., Any]]:
-    """Return replacements, bound to `own`, for a module's functions that use its one generator."""
+    """Return replacements, bound to `own`, for a module's functions that use its one generator.
+
+    Functions that are patched already count: captures may nest.
+    """
     return {
         name: getattr(own, name)
         for name, function in vars(module).items()
-        if type(getattr(function, "__self__", None)) is type(own) and hasattr(own, name)
+        if _uses(inspect.unwrap(function) if callable(function) else function, type(own))
+        and hasattr(own, name)
     }
+
+
+def _uses(function: Any, kind: type) -> bool:
+    return type(getattr(function, "__self__", None)) is kind
 
 
 class Draws(TorchDispatchMode):

@@ -115,6 +115,7 @@ def _of_module(place: _Place) -> Callable[..., Any]:
             value = inherited.__get__(place.owner) if inherited else getattr(builtins, place.name)
         return value(*args, **kwargs)
 
+    call.__dict__["__wrapped__"] = place.before
     return call
 
 

@@ -154,7 +154,7 @@ def _without_assignments(warn: Callable[..., None]) -> Callable[..., None]:
     def chosen(
         message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **more: Any
     ) -> None:
-        if sys._getframe(2).f_code.co_name != "_detect_attribute_assignment":  # pyright: ignore[reportPrivateUsage]
+        if sys._getframe(2).f_code.co_name != "_detect_attribute_assignment":
             warn(message, category, max(stacklevel, 1) + 2, source, **more)
 
     return chosen
@@ -173,7 +173,7 @@ def _put_back(container: Any, before: Any) -> None:
 def _items(container: Any) -> list[Any]:
     """Return a container's items; of a dict, its keys and values."""
     if isinstance(container, dict):
-        return [item for pair in container.items() for item in pair]  # pyright: ignore[reportUnknownVariableType]
+        return [item for pair in container.items() for item in pair]
     return list(container)
 
 

@@ -1,0 +1,189 @@
+"""Autocast is the caller's: prove that a graph does under it what its source does.
+
+torch.export evaluates every dtype that the source reads from a tensor, and every branch on one,
+without autocast. So for each autocast that a caller may use, the source and its graph both run on
+fake tensors, and must compute the same values (`values.py`). Where they do not, the source is
+exported under that autocast too: a constant that differs between the two graphs becomes a choice by
+the caller's autocast. Then the proof is tried again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._export.utils import _compiling_state_context
+from torch.amp.autocast_mode import is_autocast_available
+from torch.utils import _pytree as pytree
+
+from ..fx.autocast import Context, current_autocast
+from ..module.autocast import Autocasts
+from ..module.contract import first_difference
+from .choices import choose
+from .examples import Example
+from .kept.undisturbed import undisturbed
+from .values import Run, Unknown, Values
+
+_HALF = (torch.bfloat16, torch.float16)  # any other dtype of autocast is refused at the call
+_caller: list[Context] = []  # a stack: the capture in progress is last
+
+
+@contextmanager
+def callers_autocast() -> Generator[None]:
+    """Within the context, remember the caller's autocast, which a capture suspends."""
+    _caller.append(current_autocast())
+    try:
+        yield
+    finally:
+        _caller.pop()
+
+
+def wanted() -> Context:
+    """Return the autocast that the caller of the capture is in, or ()."""
+    return _caller[-1] if _caller else ()
+
+
+def contexts(devices: Iterable[str]) -> list[Context]:
+    """Return the autocasts to prove for some types of device."""
+    usable = [device for device in devices if is_autocast_available(device)]
+    return [((device, dtype),) for device in usable for dtype in _HALF]
+
+
+@contextmanager
+def under(context: Context) -> Generator[None]:
+    """Enable the autocast of a context."""
+    with ExitStack() as stack:
+        for device, dtype in context:
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        yield
+
+
+@contextmanager
+def inside_autocast(model: nn.Module, context: Context) -> Generator[None]:
+    """Within the context, a model's forward runs under an autocast, as a region of its graph."""
+    forward = model.forward
+    own = model.__dict__.get("forward")
+
+    @functools.wraps(forward)
+    def region(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for device, dtype in context:
+                stack.enter_context(torch.autocast(device, dtype))
+            return forward(*args, **kwargs)
+
+    model.__dict__["forward"] = region
+    try:
+        with under(context):
+            yield
+    finally:
+        del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own
+
+
+def remove_metadata_assertions(module: fx.GraphModule) -> None:
+    """Remove torch.export's assertions that a tensor that is cast has the dtype of the capture.
+
+    They compute nothing, and under autocast the dtype may be another.
+    """
+    for inner in module.modules():
+        if isinstance(inner, fx.GraphModule):
+            target = torch.ops.aten._assert_tensor_metadata.default
+            for node in inner.graph.find_nodes(op="call_function", target=target):
+                inner.graph.erase_node(node)
+            inner.recompile()
+
+
+# ---- the proof ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Proof:
+    """The proof for one mode's graph.
+
+    Attributes:
+        model: the source, in that mode.
+        module: its graph, which a repair changes in place.
+        example: the inputs that it was exported with.
+        export: exports the source again, under the current autocast.
+        values: shared by all proofs of a capture.
+    """
+
+    model: nn.Module
+    module: fx.GraphModule
+    example: Example
+    export: Callable[[], fx.GraphModule]
+    values: Values
+    _expected: dict[Context, Any] = field(default_factory=dict[Context, Any])
+    _found: dict[Context, Any] = field(default_factory=dict[Context, Any])
+
+    def autocasts(self) -> Autocasts:
+        """Return the autocasts that the graph holds for, and why it does not for others."""
+        given = pytree.tree_leaves((self.example.args, self.example.kwargs))
+        held = (*self.model.parameters(), *self.model.buffers(), *given)
+        tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        found = contexts(dict.fromkeys(tensor.device.type for tensor in tensors))
+        for context in found:
+            if isinstance(self._differs(context), tuple):
+                self._repair(context)
+        differs = {context: why for context in found if (why := self._differs(context))}
+        told = {context: self._told(context, why) for context, why in differs.items()}
+        return Autocasts(tuple(c for c in found if c not in differs), tuple(told.items()))
+
+    def _repair(self, context: Context) -> None:
+        """Merge the source's graph under an autocast into the module's, if it has one."""
+        try:
+            with undisturbed(self.model), under(context):
+                other = self.export()
+        except Exception:  # noqa: BLE001 - the source may raise anything; the graph is refused there
+            return
+        (device, dtype) = context[0]
+        choose(self.module, other, device, dtype, [half for half in _HALF if half != dtype])
+        self._found.clear()
+
+    def _differs(self, context: Context) -> Any:
+        """Return None if graph and source compute the same, else why not: words, or both runs."""
+        if context not in self._found:
+            self._found[context] = self._compared(context)
+        return self._found[context]
+
+    def _compared(self, context: Context) -> Any:
+        try:
+            if context not in self._expected:
+                self._expected[context] = self._run(self.model, context)
+            expected, run = self._expected[context]
+            found, own = self._run(self.module, context)
+            if expected[0] == found[0] and (where := self._structures(expected, found)):
+                return f"what it returns has another attribute or structure: {where}"
+        except Exception as error:  # noqa: BLE001 - the source may raise anything
+            told = str(error) if isinstance(error, Unknown) else f"{type(error).__name__}: {error}"
+            return f"they cannot be compared ({told.strip().splitlines()[0] if told else told})"
+        return None if found == expected else (run, own)
+
+    def _structures(self, expected: Any, found: Any) -> str:
+        return "" if expected[1] == found[1] else first_difference(expected[1], found[1])
+
+    def _run(self, call: Callable[..., Any], context: Context, locate: int = -1) -> Any:
+        run = Run(self.values, locate)
+        kept = undisturbed(self.model) if call is self.model else nullcontext()
+        with kept, under(context), _compiling_state_context():
+            return run.of(call, self.example.args, self.example.kwargs), run
+
+    def _told(self, context: Context, why: Any) -> str:
+        """Return the first op of the source that the graph does not do, with its line."""
+        if isinstance(why, str):
+            return why
+        run, own = why
+        done = {made for made, _ in own.ops}
+        missing = (n for n, (made, real) in enumerate(run.ops) if real and made not in done)
+        number = next(missing, None)
+        if number is None:
+            return "they return different results"
+        _, again = self._run(self.model, context, number)
+        func = run.ops[number][0].made[0]
+        return f"at {again.place or type(self.model).__name__}, the source's {func} differs"

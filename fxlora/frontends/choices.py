@@ -1,0 +1,240 @@
+"""Merge the graph that a source has under autocast into its graph without autocast.
+
+The two have the same calls in the same order, but for casts that one of them lacks; they differ in
+dtypes and other constants, and in whether a call reads a tensor or a cast of it. (Without autocast,
+such a cast may return its very input, and torch.export then takes one for the other.) Each
+difference becomes a choice by the caller's autocast. Whether the result is right, a proof must say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..fx.autocast import by_autocast
+from ..fx.calls import example_value
+from ..fx.nested import nested_graph
+
+
+def choose(
+    module: fx.GraphModule,
+    other: fx.GraphModule,
+    device: str,
+    dtype: torch.dtype,
+    guesses: Sequence[torch.dtype],
+) -> None:
+    """Make a graph, in place, do what another does under the autocast that it was made under.
+
+    Without autocast, the graph does what it did. It is left as it is from the first call on that
+    has no counterpart.
+
+    Args:
+        module: the graph without autocast.
+        other: the graph under autocast.
+        device: the device type of this autocast.
+        dtype: the dtype of this autocast.
+        guesses: other dtypes of autocast, for which to guess the constants from those for `dtype`.
+    """
+    _Merge(module, other, device, dtype, guesses).run()
+
+
+class _Merge:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        other: fx.GraphModule,
+        device: str,
+        dtype: torch.dtype,
+        guesses: Sequence[torch.dtype],
+    ) -> None:
+        self.module, self.other, self.device = module, other, device
+        self.dtype, self.guesses = dtype, guesses
+        self.ours: dict[fx.Node, fx.Node] = {}  # of each node of the other graph
+
+    def run(self) -> None:
+        mine = [node for node in self.module.graph.nodes if not _is_added(node)]
+        theirs = list(self.other.graph.nodes)
+        while mine and theirs:
+            if self._same_call(mine[0], theirs[0]):
+                self._merge(mine.pop(0), theirs.pop(0))
+            elif _is_cast(theirs[0]) and theirs[0].args[0] in self.ours:
+                self._add_cast(theirs.pop(0), mine[0])
+            elif _is_cast(mine[0]):
+                self._undo_cast(mine.pop(0))
+            else:
+                break
+        self.module.recompile()
+
+    def _same_call(self, mine: fx.Node, theirs: fx.Node) -> bool:
+        named = mine.op in ("placeholder", "get_attr") and not nested_graph(mine, self.module)
+        if mine.op != theirs.op or (mine.op != "get_attr" and mine.target != theirs.target):
+            return False
+        if named and mine.op == "placeholder":
+            return mine.name == theirs.name
+        ours, others = _leaves(mine), _leaves(theirs)
+        return len(ours) == len(others) and all(map(self._same_leaf, ours, others))
+
+    def _same_leaf(self, mine: Any, theirs: Any) -> bool:
+        if isinstance(theirs, fx.Node) and isinstance(mine, fx.Node):
+            return theirs in self.ours and _root(mine) is _root(self.ours[theirs])
+        return isinstance(mine, fx.Node) == isinstance(theirs, fx.Node) or _is_choice(mine)
+
+    def _merge(self, mine: fx.Node, theirs: fx.Node) -> None:
+        """Make our call choose the constants and inputs of theirs under the autocast."""
+        self.ours[theirs] = mine
+        if mine.op == "get_attr":
+            self._merge_constants(mine, theirs)
+            return
+        leaves, structure = pytree.tree_flatten((mine.args, dict(mine.kwargs)), _is_leaf)
+        found = list(map(self._chosen, [mine] * len(leaves), leaves, _leaves(theirs)))
+        if any(a is not b for a, b in zip(leaves, found, strict=True)):
+            mine.args, mine.kwargs = pytree.tree_unflatten(found, structure)
+
+    def _chosen(self, call: fx.Node, mine: Any, theirs: Any) -> Any:
+        if isinstance(theirs, fx.Node):
+            wanted = self.ours[theirs]
+            chosen = isinstance(mine, fx.Node) and mine.target is by_autocast
+            return mine if chosen and mine.args[1] is wanted else wanted
+        if _is_choice(mine):
+            _set(mine, self.dtype, theirs)
+            return mine
+        if _equal(mine, theirs):
+            return mine
+        with call.graph.inserting_before(call):
+            return self._choice(call, mine, theirs)
+
+    def _choice(self, like: fx.Node, usual: Any, value: Any) -> fx.Node:
+        """Insert a choice, of a constant or a dtype."""
+        others = {self.dtype: value} | {g: _guess(value, self.dtype, g) for g in self.guesses}
+        node = like.graph.call_function(by_autocast, (self.device, usual, *others.items()))
+        node.meta = {**like.meta, "val": usual}
+        return node
+
+    def _add_cast(self, theirs: fx.Node, before: fx.Node) -> None:
+        """Add a cast that only the source under autocast does; without, it does nothing."""
+        source = self.ours[theirs.args[0]]  # pyright: ignore[reportArgumentType]
+        usual, value = example_value(source), example_value(theirs)
+        assert usual is not None and value is not None
+        graph = self.module.graph
+        with graph.inserting_before(before):
+            dtype = self._choice(before, usual.dtype, value.dtype)
+            cast = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
+        cast.meta = {**theirs.meta, "val": usual}
+        self.ours[theirs] = cast
+
+    def _undo_cast(self, mine: fx.Node) -> None:
+        """Have a cast that the source under autocast does not do keep the dtype of its input."""
+        source: Any = mine.args[0]
+        given = next((t for t, ours in reversed(self.ours.items()) if ours is source), None)
+        value = example_value(given)
+        if value is not None and len(mine.args) > 1:
+            dtype = self._chosen(mine, mine.args[1], value.dtype)
+            mine.args = (source, dtype, *mine.args[2:])
+
+    def _merge_constants(self, mine: fx.Node, theirs: fx.Node) -> None:
+        first, second = nested_graph(mine, self.module), nested_graph(theirs, self.other)
+        if first and second:
+            choose(first, second, self.device, self.dtype, self.guesses)
+            return
+        ours, other = _fetched(self.module, mine), _fetched(self.other, theirs)
+        if isinstance(ours, nn.Parameter) or _equal(ours, other):
+            return
+        choice = next((user for user in mine.users if _is_choice(user)), None)
+        if choice is not None:
+            _set(choice, self.dtype, self._constant(mine, self.dtype, other))
+            return
+        users = list(mine.users)
+        others = {self.dtype: other} | {g: _guess(other, self.dtype, g) for g in self.guesses}
+        held = [(dtype, self._constant(mine, dtype, value)) for dtype, value in others.items()]
+        with self.module.graph.inserting_after(held[0][1]):  # the others are before it
+            choice = self.module.graph.call_function(by_autocast, (self.device, mine, *held))
+        choice.meta = dict(mine.meta)
+        for user in users:
+            user.replace_input_with(mine, choice)
+
+    def _constant(self, like: fx.Node, dtype: torch.dtype, value: torch.Tensor) -> fx.Node:
+        """Fetch a constant for one dtype of autocast, right after the usual one."""
+        name = f"{str(like.target).replace('.', '_')}_{str(dtype).rpartition('.')[2]}"
+        self.module.register_buffer(name, value, persistent=False)
+        with like.graph.inserting_after(like):
+            node = like.graph.get_attr(name)
+        node.meta = {**like.meta, "val": value}
+        return node
+
+
+def _set(choice: fx.Node, dtype: torch.dtype, value: Any) -> None:
+    """Set the value that a choice has for one dtype of autocast."""
+    device, usual, *others = choice.args
+    values: dict[Any, Any] = {**dict(others), dtype: value}  # pyright: ignore
+    choice.args = (device, usual, *values.items())
+
+
+def _guess(value: Any, known: torch.dtype, wanted: torch.dtype) -> Any:
+    """Return what a constant under one autocast may be under another; a proof follows."""
+    if value is known:
+        return wanted
+    if isinstance(value, torch.Tensor) and value.dtype == known:
+        return value.to(wanted)
+    limits = ("min", "max", "eps", "tiny")
+    if isinstance(value, float):
+        names = [name for name in limits if getattr(torch.finfo(known), name) == value]
+        return getattr(torch.finfo(wanted), names[0]) if names else value
+    return value
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    return pytree.tree_leaves((node.args, dict(node.kwargs)), _is_leaf)
+
+
+def _is_leaf(value: Any) -> bool:
+    return not isinstance(value, list | tuple | dict)
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is by_autocast
+
+
+def _is_added(node: fx.Node) -> bool:
+    """Whether a node is a choice, or a constant that only choices under autocast are between."""
+    others = bool(node.users) and all(_is_choice(u) and u.args[1] is not node for u in node.users)
+    return _is_choice(node) or (node.op == "get_attr" and others)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a call casts its one input. Where one is not recognised, nothing is merged."""
+    return node.target is torch.ops.aten.to.dtype
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Return the node whose very tensor a node returns without autocast."""
+    while isinstance(source := node.args[1] if _is_choice(node) else _uncast(node), fx.Node):
+        node = source
+    return node
+
+
+def _uncast(node: fx.Node) -> Any:
+    """Return the input of a cast to the dtype that it has, else None."""
+    value = example_value(node)
+    source: Any = node.args[0] if _is_cast(node) else None
+    before = example_value(source)
+    if value is None or before is None or before.dtype != value.dtype:
+        return None
+    return source
+
+
+def _fetched(owner: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = owner
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+        return a is b or (same and (a.is_meta or bool(torch.equal(a, b))))
+    return type(a) is type(b) and bool(a == b)

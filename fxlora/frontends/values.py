@@ -1,0 +1,386 @@
+"""What a run on fake tensors computes, as values that can be compared between runs.
+
+Each op that a run dispatches makes values: its name with the values that it was given. A tensor is
+the value in its storage, with its dtype, sizes and strides. So two runs that make equal values do
+the same ops on the same numbers, whatever else they do in between: views, casts to the same dtype
+and computations without a use leave no trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ..fx.effects import arguments_of
+from .memory import storage_of
+from .places import called_at
+
+# A constant with more entries is known by its memory, not by its numbers.
+_FEW = 4096
+
+
+class Value:
+    """A value: what made it. Equal values are one object."""
+
+    __slots__ = ("made",)
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+
+class Values:
+    """The values of all runs that are to be compared; and the results of ops, by sizes.
+
+    Attributes:
+        fakes: the mode of all runs, so that a real tensor has one fake tensor.
+        outcomes: what ops return, by the forms of their arguments.
+    """
+
+    fakes: FakeTensorMode
+
+    def __init__(self) -> None:
+        self.renew()
+        self._known: dict[Any, Value] = {}
+        self.outcomes: dict[Any, tuple[list[_Outcome], Any] | None] = {}
+
+    def renew(self) -> None:
+        """Make fake tensors anew: a run changed one of them in place."""
+        self.fakes = FakeTensorMode(
+            allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
+        )
+
+    def of(self, made: Any) -> Value:
+        """Return the value that was made in this way."""
+        found = self._known.get(made)
+        if found is None:
+            found = self._known[made] = Value(made)
+        return found
+
+
+class Unknown(Exception):
+    """The value of something in a run is not known, so that runs cannot be compared."""
+
+
+class Run(TorchDispatchMode):
+    """One run on fake tensors.
+
+    Args:
+        values: shared by the runs that are to be compared.
+        locate: number of an op whose place in the model's code is wanted.
+
+    Attributes:
+        ops: for each op, in the order of the run: its value, and whether it has results of its own.
+        place: the `file:line` in the model's code of the op with the number `locate`.
+        draws: number of ops that drew random numbers.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, values: Values, locate: int = -1) -> None:
+        super().__init__()
+        self.values, self.locate = values, locate
+        self.fakes = values.fakes
+        self.fakes.shape_env = ShapeEnv()  # so that each run counts its unknown sizes from 0
+        self.ops: list[tuple[Value, bool]] = []
+        self.place = ""
+        self.draws = 0
+        self._states: dict[int, Value] = {}  # by storage
+        self._symbols: dict[str, Value] = {}
+        self._origins: dict[int, Value] = {}  # of the storages that were there before the run
+        self._written: dict[Value, Value] = {}
+        self._touched: set[int] = set()  # storages that were written to
+        self._kept: list[Any] = []  # so that no storage's key is used again
+        self._faked: list[tuple[torch.Tensor, torch.Tensor]] = []  # real tensors and their fakes
+
+    def of(self, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return what a call computes: its results, and its writes to tensors that were there.
+
+        Raises:
+            Unknown: a part of it cannot be compared.
+        """
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
+        try:
+            with self.fakes, self:
+                results = call(*args, **kwargs)
+        finally:
+            if any(self._changed(real, fake) for real, fake in self._faked):
+                self.values.renew()
+        leaves, structure = pytree.tree_flatten((results, args, kwargs))
+        described = tuple((self._described(leaf), _gradient(leaf)) for leaf in leaves)
+        return described, str(structure), frozenset(self._written.items()), self.draws
+
+    def _changed(self, real: torch.Tensor, fake: torch.Tensor) -> bool:
+        """Whether the run left a fake tensor unlike its real one: in its graph, or in its form."""
+        if (real.requires_grad, real.is_leaf) != (fake.requires_grad, fake.is_leaf):
+            return True
+        return storage_of(fake) in self._touched and _form(real) != _form(fake)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not isinstance(func, torch._ops.OpOverload):
+            raise Unknown(f"it calls {func}")
+        kwargs = kwargs or {}
+        given, shape = _flat(args, kwargs)
+        if func is not torch.ops.aten.lift_fresh.default and any(map(_is_real, given)):
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
+            given, shape = _flat(args, kwargs)
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        self.draws += drawn
+        what = tuple(map(self._described, given))
+        made = self.values.of((func, shape, what, self.draws if drawn else 0))
+        if len(self.ops) == self.locate:
+            self.place = called_at()
+        result = self._result(func, args, kwargs, given, (func, shape, what))
+        self._note_all(func, given, result, made)
+        if func._schema.is_mutable:
+            self._write(func, args, kwargs, made)
+        return result
+
+    # ---- values -----------------------------------------------------------------------------
+
+    def _note_all(self, func: Any, given: list[Any], result: Any, made: Value) -> None:
+        leaves = [result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result)
+        same = self._copied(func, given, result)
+        new = [self._note(leaf, same or made, n) for n, leaf in enumerate(leaves)]
+        self.ops.append((made, func._schema.is_mutable or (any(new) and same is None)))
+
+    def _note(self, leaf: Any, value: Value, number: int) -> bool:
+        """Give a result its value, unless it is a view of a tensor that has one already."""
+        if number:
+            value = self.values.of((value, number))
+        if isinstance(leaf, torch.Tensor):
+            new = storage_of(leaf) not in self._states
+            if new:
+                self._kept.append(leaf)
+                self._states[storage_of(leaf)] = value
+            for size in leaf.shape:
+                if type(size) is not int:
+                    self._note(size, value, 0)
+            return new
+        if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
+            for symbol in leaf.node.expr.free_symbols:
+                self._symbols.setdefault(str(symbol), value)
+        return False
+
+    def _write(self, func: Any, args: Any, kwargs: dict[str, Any], made: Value) -> None:
+        for number, (argument, given) in enumerate(arguments_of(func, args, kwargs)):
+            if not (argument.alias_info and argument.alias_info.is_write):
+                continue
+            for place, leaf in enumerate(pytree.tree_leaves(given)):
+                if isinstance(leaf, torch.Tensor):
+                    after = self.values.of((made, "writes", number, place))
+                    self._states[storage_of(leaf)] = after
+                    self._touched.add(storage_of(leaf))
+                    if origin := self._origins.get(storage_of(leaf)):
+                        self._written[origin] = after
+
+    def _copied(self, func: Any, given: list[Any], result: Any) -> Value | None:
+        """Return the value of a result that has the numbers of an argument, or None.
+
+        These are copies, and casts that only undo an exact one, as autocast's casts do.
+        """
+        if func not in _COPIES or not isinstance(result, torch.Tensor):
+            return None
+        (state, form), copied = self._tensor(given[0]), _form(result)
+        if form == copied:
+            return state
+        if isinstance(state.made, _Widened) and state.made.form == copied:
+            return state.made.source
+        if _is_exact(form[0], copied[0]):
+            return self.values.of(_Widened(state, form, copied))
+        return None
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the fake tensor for a real one, always the same."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        fake = self.fakes.from_tensor(tensor, static_shapes=True)
+        if storage_of(fake) not in self._states:
+            self._kept.append(fake)
+            self._faked.append((tensor, fake))
+            value = self._real(tensor)
+            self._states[storage_of(fake)] = self._origins[storage_of(fake)] = value
+        return fake
+
+    def _real(self, tensor: torch.Tensor) -> Value:
+        """Return the value of a real tensor: its memory, or its numbers if they are few."""
+        is_number = tensor.layout is torch.strided and not tensor.is_meta
+        if isinstance(tensor, torch.nn.Parameter) or not is_number or tensor.numel() > _FEW:
+            return self.values.of(("memory", storage_of(tensor)))
+        with _disable_current_modes():
+            numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest = hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+        return self.values.of(("numbers", digest))
+
+    def _tensor(self, tensor: torch.Tensor) -> Any:
+        key = storage_of(tensor)
+        if key not in self._states:  # a real tensor, or one that the run was not seen to make
+            if isinstance(tensor, FakeTensor):
+                raise Unknown("it computes with a tensor of another run")
+            self._kept.append(tensor)
+            self._states[key] = self._real(tensor)
+        return self._states[key], _form(tensor)
+
+    def _described(self, value: Any) -> Any:
+        """Return an argument of an op as a value that can be hashed."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            names = sorted(map(str, value.node.expr.free_symbols))
+            return str(value.node.expr), tuple(self._symbols.get(name, name) for name in names)
+        if isinstance(value, float):
+            return "float", value.hex()
+        if not isinstance(value, _PLAIN):
+            return type(value), repr(value)
+        return type(value), value
+
+    # ---- fake tensors -----------------------------------------------------------------------
+
+    def _result(
+        self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Any], op: Any
+    ) -> Any:
+        """Return what torch's fake tensors do for an op; for the same sizes again, from memory."""
+        if not all(map(_is_plain, given)):
+            return func(*args, **kwargs)
+        forms = tuple(told if told[0].__class__ is not Value else told[1] for told in op[2])
+        key = (func, op[1], forms, torch.get_default_dtype())
+        known = self.values.outcomes.get(key, _NEW)
+        if known is _NEW:
+            result = func(*args, **kwargs)
+            self.values.outcomes[key] = _outcomes(result, given)
+            return result
+        if known is None:
+            return func(*args, **kwargs)
+        with no_dispatch():
+            made = [outcome.make(self.fakes, given) for outcome in known[0]]
+        return made[0] if known[1] is None else pytree.tree_unflatten(made, known[1])
+
+
+_NEW: Any = object()
+
+
+class _Widened(NamedTuple):
+    """How the value of a cast to a wider dtype, which is exact, was made."""
+
+    source: Value
+    form: Any
+    wide: Any
+
+
+# Ops that copy their first argument, if its dtype and strides are also the result's. If one is
+# missing here, some runs that are equal are not known to be.
+_COPIES = (
+    torch.ops.aten.clone.default,
+    torch.ops.aten.lift_fresh.default,
+    torch.ops.aten.lift_fresh_copy.default,
+    torch.ops.aten._to_copy.default,
+)
+
+
+class _Outcome(NamedTuple):
+    """A result of an op: a new tensor, a view of the argument with a number, or that argument."""
+
+    form: Any
+    view: int = -1
+    same: bool = False
+
+    def make(self, fakes: FakeTensorMode, given: list[Any]) -> torch.Tensor:
+        if self.same:
+            return given[self.view]
+        dtype, device, size, (stride, offset), *_ = self.form
+        if self.view < 0:
+            meta = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        else:
+            storage = given[self.view].untyped_storage()
+            meta = torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, size, stride)
+        return FakeTensor(fakes, meta, device)
+
+
+def _outcomes(result: Any, given: list[Any]) -> tuple[list[_Outcome], Any] | None:
+    """Describe the results of an op, and their structure; None if not only forms decide them."""
+    leaves, structure = pytree.tree_flatten(result)
+    if not all(isinstance(leaf, FakeTensor) and _is_plain(leaf) for leaf in leaves):
+        return None
+    owners = {storage_of(g): n for n, g in enumerate(given) if isinstance(g, FakeTensor)}
+    made: list[_Outcome] = []
+    new: set[int] = set()
+    for leaf in leaves:
+        same = next((n for n, g in enumerate(given) if g is leaf), -1)
+        view = owners.get(storage_of(leaf), -1)
+        if view < 0 and (leaf.storage_offset() or storage_of(leaf) in new):
+            return None
+        new.add(storage_of(leaf))
+        made.append(_Outcome(_form(leaf), same if same >= 0 else view, same >= 0))
+    return made, None if isinstance(result, torch.Tensor) else structure
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is known by its form: a constant, or a fake tensor without symbolic sizes."""
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, _PLAIN)
+    if type(value) is not FakeTensor or value.constant is not None:
+        return False
+    odd = value.is_sparse or value.is_nested or value.is_quantized or value.is_mkldnn
+    if odd or value.is_conj() or value.is_neg():
+        return False
+    return all(type(size) is int for size in (*value.shape, *value.stride()))
+
+
+_PLAIN = (
+    *(int, float, bool, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Return the arguments of an op as one list, and where they were."""
+    leaves: list[Any] = []
+    shape: list[Any] = []
+    for name, value in (*enumerate(args), *kwargs.items()):
+        several = isinstance(value, list | tuple)
+        leaves += value if several else [value]
+        shape.append((name, len(value) if several else -1))
+    return leaves, tuple(shape)
+
+
+def _form(tensor: torch.Tensor) -> Any:
+    device = tensor.fake_device if type(tensor) is FakeTensor else tensor.device
+    try:
+        place: Any = (tensor.stride(), tensor.storage_offset())
+        if any(type(n) is not int for n in place[0]) or type(place[1]) is not int:
+            place = (tuple(map(_number, place[0])), _number(place[1]))
+    except RuntimeError:  # not strided
+        place = tensor.layout
+    size = tuple(tensor.shape)
+    if any(type(n) is not int for n in size):
+        size = tuple(map(_number, size))
+    return tensor.dtype, device, size, place, tensor.is_conj(), tensor.is_neg()
+
+
+def _number(size: Any) -> Any:
+    return size if type(size) is int else str(size)
+
+
+def _gradient(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _is_exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether every number of a floating dtype is one of another."""
+    if not (narrow.is_floating_point and wide.is_floating_point):
+        return False
+    a, b = torch.finfo(narrow), torch.finfo(wide)
+    return b.eps <= a.eps and b.tiny <= a.tiny and b.max >= a.max

@@ -1,0 +1,83 @@
+"""The dtypes that A, B and parameters trained in full are held in.
+
+A rule for them is True (float32, or the weight's dtype if that is wider), False (the weight's
+dtype) or the name of a dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..names import shown
+
+DtypeRule = bool | str
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without its module: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_rule(value: Any, what: str) -> DtypeRule:
+    """Return a rule that a user gave, with a dtype as its name.
+
+    Args:
+        value: True, False, a dtype or the name of one ("float32", "torch.float32").
+        what: the argument's name, for the message.
+
+    Raises:
+        ConfigError: it is none of these, or a dtype in which nothing can be trained.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str | torch.dtype):
+        name = str(value).removeprefix("torch.")
+        if name in DTYPES:
+            return name
+    raise ConfigError(
+        f"{what} must be True, False or one of {', '.join(DTYPES)} (as a torch.dtype or a name), "
+        f"not {shown(value)}."
+    )
+
+
+def held_dtype(rule: DtypeRule, weight: torch.dtype) -> torch.dtype:
+    """Return the dtype that a rule gives over a weight of this dtype."""
+    if isinstance(rule, str):
+        return DTYPES[rule]
+    if not rule or weight not in DTYPES.values():
+        return weight
+    return max(weight, torch.float32, key=lambda dtype: dtype.itemsize)
+
+
+def rounds(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a conversion changes any value of a tensor; NaN counts as equal to NaN."""
+    if value.dtype == dtype or value.is_meta:
+        return False
+    there_and_back = value.to(dtype).to(value.dtype)
+    return not bool(((there_and_back == value) | (value != value)).all())
+
+
+def correctly_rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 values to a dtype, once; `exact` is overwritten.
+
+    torch converts float64 to a dtype of two bytes via float32, which rounds twice. Here the first
+    step rounds to odd (Boldo and Melquiond 2008, Emulation of FMA, theorem 3): the last bit that
+    float32 keeps is set if any bit that it drops is. Then the second rounding is that of `exact`.
+    """
+    if dtype.itemsize < 4:
+        bits = exact.view(torch.int64)
+        dropped = 2**29 - 1  # float64 keeps 52 bits of a fraction, float32 keeps 23
+        bits |= (bits & dropped).add_(dropped)
+        bits &= ~dropped
+        exact = exact.to(torch.float32)
+    return exact.to(dtype)

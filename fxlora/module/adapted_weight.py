@@ -1,0 +1,169 @@
+"""The adapted weight of a plan entry as a formula: W0 + s·BA with the entry's variants.
+
+The functions call only aten overloads, so they accept both tensors and torch.fx proxies. With
+proxies they emit the nodes that compute the same result, and mark where these need a cast if the
+adapter is held in another dtype than its weight.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..lora.dtypes import correctly_rounded
+from ..lora.variants import VARIANTS
+from ..plan import Entry, scales_outputs
+from .casts import mark
+
+aten = torch.ops.aten
+
+Values = Mapping[str, Any]  # an entry's tensors, or proxies for them, by name
+
+# Entries of a weight that a fold sums at a time, in float64.
+_BLOCK = {"cpu": 2**18}  # few enough to stay in the cache
+_LARGE_BLOCK = 2**24  # on other devices, where a kernel launch costs more
+
+
+def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
+    """Return the effective factors (…, r, in) and (…, out, r): A and B as the variants extend them.
+
+    Inits that start from the weight (PiSSA, OLoRA) have effective factors of rank 2r.
+    """
+    a, b = values[entry.name_a], values[entry.name_b]
+    for variant, held in entry.variant_tensors.items():
+        a, b = VARIANTS[variant].factors(entry.layout, a, b, *(values[name] for name in held))
+    return to_weights(entry, a), to_weights(entry, b)
+
+
+def to_weights(entry: Entry, value: Any) -> Any:
+    """Mark a node in the adapter's dtype as one that goes on in the weight's."""
+    return mark(value, entry.name_a, entry.parameter)
+
+
+def rank(entry: Entry) -> int:
+    """Return the rank of the effective factors (2r for PiSSA and OLoRA)."""
+    a, _ = factors(entry, {n: torch.empty(s, device="meta") for n, s in entry.tensors.items()})
+    return a.shape[entry.layout.rank_dims[0]]
+
+
+def adapted_weight(entry: Entry, weight: Any, values: Values) -> Any:
+    """Return W0 + s·BA with the variants applied, in the shape of W0.
+
+    For a part of a packed weight, only the part's slice changes.
+    """
+    if entry.rows is None:
+        return _adapted(entry, weight, values)
+    dim, (start, stop) = entry.layout.part_dim, entry.rows
+    part = aten.slice.Tensor(weight, dim, start, stop)
+    return aten.slice_scatter.default(weight, _adapted(entry, part, values), dim, start, stop)
+
+
+def output_gains(entry: Entry, weight: Any, values: Values) -> list[Any]:
+    """Return the factors (…, out) by which variants scale the outputs, one per scaling variant."""
+    matrix = sum_matrix(entry, weight, values)
+    gains: list[Any] = []
+    for variant, held in entry.variant_tensors.items():
+        if gain := VARIANTS[variant].gain:
+            gains.append(gain(_constant(entry, matrix), *(values[name] for name in held)))
+    return gains
+
+
+def sum_matrix(entry: Entry, weight: Any, values: Values) -> Any:
+    """Return V = W0 + s·BA as (…, d0, d1).
+
+    Args:
+        weight: W0, or the slice of it that the entry adapts.
+    """
+    a, b = factors(entry, values)
+    matrix = entry.layout.matrix(weight, entry.adapted_shape)
+    # (…, d0, d1) + s · (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
+    return entry.layout.product(matrix, a, b, entry.scaling, entry.adapted_shape)
+
+
+def _constant(entry: Entry, matrix: Any) -> Any:
+    """Return V as (…, out, in), detached: variants treat it as a constant for gradients.
+
+    In the graph it is in the adapter's dtype, if that is wider than the weight's.
+    """
+    constant = entry.layout.by_output(aten.detach.default(matrix), entry.adapted_shape)
+    return mark(constant, entry.parameter, entry.name_a, widens=True)
+
+
+def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
+    """Return the adapted weight, or the adapted slice, in the shape of `weight`."""
+    matrix = sum_matrix(entry, weight, values)
+    for variant, held in entry.variant_tensors.items():
+        if gain := VARIANTS[variant].gain:
+            found = gain(_constant(entry, matrix), *(values[name] for name in held))
+            factor = entry.layout.per_output(found, entry.adapted_shape)
+            matrix = to_weights(entry, aten.mul.Tensor(matrix, factor))
+    return entry.layout.unmatrix(matrix, entry.adapted_shape)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+def folded_weight(entries: Sequence[Entry], weight: torch.Tensor, values: Values) -> torch.Tensor:
+    """Return the weight with its entries applied: summed in float64, and rounded once.
+
+    Args:
+        entries: the entries of this weight, in the order in which they apply.
+        weight: W0.
+        values: the entries' tensors, in any floating dtypes.
+    """
+    if is_traceable_wrapper_subclass(weight):  # DTensor has no views as integers
+        whole_weight: Any = weight.to(torch.float64)
+        for entry in entries:
+            wide = {name: values[name].to(torch.float64) for name in entry.tensors}
+            whole_weight = adapted_weight(entry, whole_weight, wide)
+        return whole_weight.to(weight.dtype)
+    device = weight.device if _has_float64(weight.device) else torch.device("cpu")
+    wide = {name: values[name].to(device, torch.float64) for e in entries for name in e.tensors}
+    whole = any(map(scales_outputs, entries))  # the scales depend on all of W0
+    folded = torch.empty_like(weight)  # in its memory format too, e.g. channels_last
+    dim = entries[0].layout.part_dim
+    for start, stop in [(0, weight.shape[dim])] if whole else _blocks(entries, weight):
+        block = weight.narrow(dim, start, stop - start).to(device, torch.float64, copy=True)
+        for entry in entries:
+            if whole:
+                block = adapted_weight(entry, block, wide)
+            else:
+                block = _with_block(entry, block, start, wide)
+        folded.narrow(dim, start, stop - start).copy_(correctly_rounded(block, weight.dtype))
+    return folded
+
+
+def _blocks(entries: Sequence[Entry], weight: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Yield ranges (start, stop) of the output dimension, each inside or outside of an entry."""
+    size = weight.shape[entries[0].layout.part_dim]
+    step = max(1, _BLOCK.get(weight.device.type, _LARGE_BLOCK) // (weight.numel() // size))
+    edges = {0, size, *(row for entry in entries for row in entry.rows or ())}
+    for first, last in itertools.pairwise(sorted(edges)):
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
+
+
+def _with_block(entry: Entry, block: torch.Tensor, start: int, values: Values) -> torch.Tensor:
+    """Return outputs of W0, from number `start` on, with the entry's s·BA, if it has these rows."""
+    layout, shape = entry.layout, tuple(block.shape)
+    first, last = entry.rows or (0, start + 1)
+    if not first <= start < last:
+        return block
+    a, b = factors(entry, values)
+    # B is (…, out, r, …), and out may be several dimensions of the weight, flattened
+    each = layout.features(shape)[1] // shape[layout.part_dim]
+    b = b.narrow(layout.rank_dims[1] - 1, (start - first) * each, layout.features(shape)[1])
+    matrix = layout.product(layout.matrix(block, shape), a, b, entry.scaling, shape)
+    return layout.unmatrix(matrix, shape)
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # MPS has no float64
+        return False
+    return True

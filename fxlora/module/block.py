@@ -1,0 +1,139 @@
+"""Block: an outlined submodule, which stands in the tree and is called like any module."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, SubmoduleError
+from .contract import ConstantInput
+from .outline import ModuleCall, OutlinedGraph
+from .program import Program, ProgramModule, code_of, forward_function, tensors_of
+from .submodules import Container, Seal, container, plain_view, subclass
+
+
+class Block(ProgramModule):
+    """A submodule whose part of the graph is a graph of its own, per mode.
+
+    It takes the source's arguments and returns the source's result. Hooks, wrappers, `train()` and
+    `eval()` work on it as on any module, and it may be replaced.
+
+    Attributes:
+        path: its path in the whole model.
+        calls: the recorded call, by mode.
+    """
+
+    calls: Mapping[str, ModuleCall]
+
+    def __new__(
+        cls, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
+    ) -> Block:
+        code = (code_of(made.graph) for made in graphs.values())
+        return object.__new__(_block_class(_source_class(held), *code))
+
+    def __init__(
+        self, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
+    ) -> None:
+        self.__dict__["_kind"] = _source_class(held)
+        program = _program(path, graphs, whole)
+        super().__init__(held, program, _source_class(held).__name__, held.training)
+        self.calls = {mode: made.call for mode, made in graphs.items()}
+        self.path = path
+
+    def look_from(self, outer: nn.Module) -> None:
+        """Have the graphs' code find the tensors of the whole model, as `outer`."""
+        self.__dict__["_outer"] = outer
+        self.look()
+
+    def look(self) -> None:
+        view = plain_view(self)
+        view.__dict__.update(facade=self, outer=self.__dict__.get("_outer"))
+        self.__dict__["_view"] = view
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, contract = self.calls[self.mode], self.contract
+        assert contract is not None
+        pairs = contract.pairs(args, kwargs)
+        given = [value for leaf, value in pairs if not isinstance(leaf, ConstantInput)]
+        leaves = self._forwards[self.training](self._view, *given)
+        return pytree.tree_unflatten(leaves, call.output.structure)
+
+    def _refusal(self, error: InputError) -> InputError:
+        return InputError(f"'{self.path}': {error}")
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seal: Seal = self.__dict__["_seal"]
+        if self.training is not seal.owner.training and not self._alike():
+            raise SubmoduleError(
+                f"'{self.path}' takes or returns other things in train mode than in eval mode, so "
+                "its mode cannot be set apart from the module's."
+            )
+        super()._check(args, kwargs)
+
+    def _alike(self) -> bool:
+        train, evaluation = self.calls["train"], self.calls["eval"]
+        return train.names == evaluation.names and train.output == evaluation.output
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        seal: Seal | None = self.__dict__.get("_seal")
+        return value if seal is None else seal.outside(self.path, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal is not None and not (seal.open or self._may_set(name, value)):
+            raise SubmoduleError(
+                f"setting '{name}' of '{self.path}' would have no effect: its graph was captured "
+                "with the value that the source had. Set it on the source model, and capture that."
+            )
+        super().__setattr__(name, value)
+        if name == "training" and seal is not None:
+            seal.owner_set(self)
+
+    def train(self, mode: bool = True) -> Block:
+        super().train(mode)
+        if seal := self.__dict__.get("_seal"):
+            seal.all_set(self)
+        return self
+
+    def _may_set(self, name: str, value: Any) -> bool:
+        """Whether an attribute has an effect, or is a note of a framework, which is private."""
+        if name.startswith("_") or hasattr(ProgramModule, name) or name == "training":
+            return True
+        return isinstance(value, nn.Module) or name in (*self._parameters, *self._buffers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a container: the module that a copy belongs to outlines it again."""
+        made = memo[id(self)] = container(self._kind)
+        made.training = self.training
+        for name, held in tensors_of(self).items():
+            made.__dict__[name] = copy.deepcopy(held, memo)
+        return made
+
+
+@functools.cache
+def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
+    """Return the class of all blocks of a source class whose graphs have this code.
+
+    torch.compile compiles what such blocks share once, because they also share their forward.
+    """
+    names = {"__module__": kind.__module__, "forward": forward_function()}
+    return subclass(kind, (Block,), names)
+
+
+def _program(path: str, graphs: Mapping[str, OutlinedGraph], whole: Program) -> Program:
+    made = {mode: found.graph for mode, found in graphs.items()}
+    inputs = {mode: found.inputs for mode, found in graphs.items()}
+    return Program(made, inputs, path, autocasts=whole.autocasts)
+
+
+def _source_class(held: nn.Module) -> type[nn.Module]:
+    """Return the source's class of a container, or of a block over it."""
+    if isinstance(held, Block):
+        return held._kind
+    return held.source_class if isinstance(held, Container) else nn.Module

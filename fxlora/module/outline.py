@@ -1,0 +1,431 @@
+"""Outline: submodules of one graph as modules of their own, which a shorter graph calls.
+
+The graph stays as it is: passes rewrite it, and fold, verify and save read it. What runs is derived
+from it. The nodes of each outlined call become a graph of their own, and one call of a module
+replaces them. Undoing it is to run the graph itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import base_types
+from torch.utils import _pytree as pytree
+
+from ..errors import SubmoduleError
+from ..fx.calls import example_value
+from ..fx.literals import literal
+from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
+
+aten = torch.ops.aten
+
+CALLS = "module_calls"  # key in a node's meta: the recorded calls around it, outermost first
+VALUES = "module_values"  # key in a node's meta: the inputs and outputs of calls that it is
+
+CallKey = tuple[str, int]  # a submodule's path, and the number of its call
+
+
+@dataclass(frozen=True)
+class Value:
+    """A leaf of a call's inputs or outputs that a node computes.
+
+    Attributes:
+        call: the call.
+        output: whether it is an output.
+        index: its index among the leaves.
+    """
+
+    call: CallKey
+    output: bool
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Leaves:
+    """The inputs or the output of a call: its structure, and its leaves.
+
+    Attributes:
+        structure: the pytree structure.
+        constants: the leaves; None where a node computes the leaf.
+        computed: indices of the leaves that a node computes.
+        tensors: those of them that are tensors; the others are sizes.
+    """
+
+    structure: Any
+    constants: tuple[Any, ...]
+    computed: tuple[int, ...]
+    tensors: frozenset[int]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Leaves) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self.computed)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.structure, literal(self.constants), self.computed, self.tensors
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """A call of a submodule, as capture recorded it.
+
+    Attributes:
+        key: path and number of the call.
+        names: names of its arguments, positional ones first.
+        positional: number of positional arguments.
+        structures: the pytree structure of each argument.
+        inputs: the leaves of the list of arguments.
+        output: the leaves of the result.
+    """
+
+    key: CallKey
+    names: tuple[str, ...]
+    positional: int
+    structures: tuple[Any, ...]
+    inputs: Leaves
+    output: Leaves
+
+    @property
+    def path(self) -> str:
+        return self.key[0]
+
+
+@dataclass(frozen=True)
+class OutlinedGraph:
+    """The graph of an outlined call.
+
+    Attributes:
+        call: the call.
+        graph: its graph: one placeholder for each computed leaf of the arguments; it returns the
+            leaves of the output. Names of tensors are relative to the submodule, or start with
+            "outer.", the whole model.
+        inputs: its input contract.
+    """
+
+    call: ModuleCall
+    graph: fx.Graph
+    inputs: InputSpec
+
+
+def outlined(
+    graph: fx.Graph, calls: Sequence[ModuleCall], paths: Iterable[str]
+) -> tuple[fx.Graph, dict[str, OutlinedGraph]]:
+    """Split a graph at the calls of submodules.
+
+    Args:
+        graph: the graph, which stays as it is.
+        calls: all recorded calls in it.
+        paths: the submodules to outline.
+
+    Returns:
+        A graph that calls the submodules, as "facade.<path>", and the graph of each submodule.
+
+    Raises:
+        SubmoduleError: a submodule has no call in the graph, shares more than arguments and results
+            with the code around it, or is called in several ways.
+    """
+    rest = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    rest.output(rest.graph_copy(graph, copies))
+    rest.set_codegen(graph._codegen)
+    _annotate(rest)
+    made: dict[str, OutlinedGraph] = {}
+    for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the innermost first
+        own = [call for call in calls if call.path == path]
+        if not own:
+            raise SubmoduleError(
+                f"'{path}' has no call in the graph: it is not called, or under torch.no_grad or "
+                "torch.autocast in the forward. Outline the module around it, or those inside."
+            )
+        for call in own:
+            found = _Outliner(rest, call).outline()
+            known = made.setdefault(path, found)
+            if not _same(known, found):
+                raise SubmoduleError(
+                    f"'{path}' is called in several ways, which have different graphs. Outline the "
+                    "module around it, or those inside."
+                )
+    rest.lint()
+    return rest, made
+
+
+def _annotate(graph: fx.Graph) -> None:
+    """Give each node without a record (passes insert them) the calls that all its users are in."""
+    for node in reversed(list(graph.nodes)):
+        if CALLS not in node.meta and node.op not in ("placeholder", "output"):
+            around = [user.meta.get(CALLS, ()) for user in node.users]
+            node.meta = {**node.meta, CALLS: _common(around)}
+
+
+def _common(stacks: Sequence[tuple[CallKey, ...]]) -> tuple[CallKey, ...]:
+    shared = list(zip(*stacks, strict=False))
+    count = next((i for i, keys in enumerate(shared) if len(set(keys)) > 1), len(shared))
+    return tuple(stacks[0][:count]) if stacks else ()
+
+
+def _same(one: OutlinedGraph, other: OutlinedGraph) -> bool:
+    """Whether two calls of a submodule have the same graph and structure."""
+    if one is other:
+        return True
+    same = one.call.inputs == other.call.inputs and one.call.output == other.call.output
+    return same and one.call.names == other.call.names and _text(one.graph) == _text(other.graph)
+
+
+def _text(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+@dataclass
+class _Outliner:
+    """Replaces the nodes of one call by a call of the submodule."""
+
+    rest: fx.Graph
+    call: ModuleCall
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+
+    def outline(self) -> OutlinedGraph:
+        inside = [node for node in self.rest.nodes if self.call.key in node.meta.get(CALLS, ())]
+        self.inside = set(inside)
+        self.given = self._values(output=False)
+        self.results = self._values(output=True)
+        self._check_results(inside)
+        for index in self.call.inputs.computed:
+            node = self.given[index]
+            placeholder = self.graph.placeholder(f"given_{index}")
+            placeholder.meta = {k: v for k, v in node.meta.items() if k == "val"}
+            self.copies.setdefault(node, placeholder)
+        for node in inside:
+            if node.op != "get_attr" and not _is_size(node):  # those are copied where they are used
+                self._inside(node)
+        returned = [
+            self._inside(self.results[index]) if index in self.results else constant
+            for index, constant in enumerate(self.call.output.constants)
+        ]
+        self.graph.output(returned)
+        self.graph.lint()
+        inputs = self._contract()
+        self._replace(inside)
+        return OutlinedGraph(self.call, self.graph, inputs)
+
+    def _values(self, output: bool) -> dict[int, fx.Node]:
+        """Return the node of each computed leaf; an adapter after a node has its meta, too."""
+        leaves = self.call.output if output else self.call.inputs
+        found: dict[int, fx.Node] = {}
+        for node in self.rest.nodes:
+            for value in node.meta.get(VALUES, ()):
+                if value.call == self.call.key and value.output is output:
+                    found[value.index] = node
+        missing = set(leaves.computed) - found.keys()
+        if missing:
+            what = "returns" if output else "gets"
+            raise self._refusal(f"{what} a value that is not in the graph")
+        return found
+
+    # ---- the submodule's graph --------------------------------------------------------------
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        args = fx.map_arg(node.args, self._inside)
+        kwargs = fx.map_arg(node.kwargs, self._inside)
+        target = node.target
+        if node.op == "call_module":
+            prefix = "facade." if str(target).startswith("facade.") else ""
+            target = self._relative(str(target).removeprefix(prefix), prefix)
+        copied = self.graph.create_node(node.op, target, args, kwargs, type_expr=node.type)
+        copied.meta = dict(node.meta)
+        self.copies[node] = copied
+        return copied
+
+    def _inside(self, node: fx.Node) -> fx.Node:
+        """Return the submodule's node for a node of the whole graph."""
+        if node in self.copies:
+            return self.copies[node]
+        if node.op == "get_attr":
+            fetched = self.graph.get_attr(self._relative(str(node.target), ""))
+            fetched.meta = dict(node.meta)
+            self.copies[node] = fetched
+            return fetched
+        if _is_size(node):
+            return self._size(node)
+        if node in self.inside or _constant(node):
+            return self._copy(node)
+        raise self._refusal(f"takes the value of '{node.name}' other than as an argument")
+
+    def _size(self, node: fx.Node) -> fx.Node:
+        """Return a size, taken from a tensor that the submodule is given where one has it.
+
+        torch.export takes a size from an input of the whole model, at its first use anywhere.
+        """
+        for index in self.call.inputs.computed:
+            given = self.given[index]
+            if (axis := _axis(given, node.meta["val"])) is not None:
+                size = self.graph.call_function(aten.sym_size.int, (self.copies[given], axis))
+                size.meta["val"] = node.meta["val"]
+                self.copies[node] = size
+                return size
+        return self._copy(node)
+
+    def _relative(self, name: str, prefix: str) -> str:
+        own = f"{self.call.path}."
+        return prefix + name.removeprefix(own) if name.startswith(own) else f"outer.{prefix}{name}"
+
+    def _contract(self) -> InputSpec:
+        """Return the contract: names, structure, constants and shapes; any dtype (autocast)."""
+        groups: list[tuple[Input, ...]] = []
+        begin = 0
+        for name, structure in zip(self.call.names, self.call.structures, strict=True):
+            end = begin + structure.num_leaves
+            indices = range(begin, end)
+            named = [name] if len(indices) == 1 else [f"{name}[{i - begin}]" for i in indices]
+            groups.append(tuple(map(self._leaf, indices, named)))
+            begin = end
+        return InputSpec(self.call.names, self.call.structures, tuple(groups))
+
+    def _leaf(self, index: int, name: str) -> Input:
+        constant = self.call.inputs.constants[index]
+        if index not in self.call.inputs.computed:
+            return ConstantInput(name, constant)
+        value = example_value(self.given[index])
+        if value is None:
+            return IntegerInput(name, Dimension(f"size_{index}"))
+        return TensorInput(name, tuple(map(_dimension, value.shape)), None)
+
+    # ---- the graph around it ----------------------------------------------------------------
+
+    def _check_results(self, inside: Sequence[fx.Node]) -> None:
+        """Raise SubmoduleError if a value is used outside that the submodule does not return."""
+        returned = set(self.results.values())
+        for node in inside:
+            outside = [user for user in node.users if user not in self.inside]
+            if not outside or node in returned or node.op == "get_attr" or _constant(node):
+                continue
+            if _is_size(node):
+                self._move_size(node, outside)
+                continue
+            line = f" ('{node.name}', used by '{outside[0].name}')"
+            raise self._refusal(f"hands a value out other than by its return{line}")
+
+    def _move_size(self, node: fx.Node, users: Sequence[fx.Node]) -> None:
+        """Compute a size that the submodule computed from an input of the whole graph instead."""
+        for source in self.rest.find_nodes(op="placeholder"):
+            if (axis := _axis(source, node.meta["val"])) is not None:
+                with self.rest.inserting_before(users[0]):
+                    size = self.rest.call_function(aten.sym_size.int, (source, axis))
+                size.meta = {"val": node.meta["val"], CALLS: ()}
+                first = min([node, *users])
+                first.prepend(size)
+                node.replace_all_uses_with(size, delete_user_cb=lambda user: user in users)
+                return
+        raise self._refusal(f"computes the size '{node.name}', which is used outside")
+
+    def _replace(self, inside: Sequence[fx.Node]) -> None:
+        leaves: list[Any] = [
+            self.given.get(index, constant)
+            for index, constant in enumerate(self.call.inputs.constants)
+        ]
+        given: Any = pytree.tree_unflatten(leaves, self.call.inputs.structure)
+        self._check_plain(given)
+        args = tuple(given[: self.call.positional])
+        kwargs = dict(
+            zip(self.call.names[self.call.positional :], given[self.call.positional :], strict=True)
+        )
+        around = _prefix(inside, self.call.key)
+        with self.rest.inserting_before(self._place(inside)):
+            node = self.rest.call_module(f"facade.{self.call.path}", args, kwargs)
+            node.meta[CALLS] = around
+            results = self._unpacked(node, around)
+        for index, old in self.results.items():
+            if old in self.inside:
+                new = results[index]
+                new.meta = {**old.meta, CALLS: around}
+                old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
+        for old in reversed(inside):
+            if not old.users:
+                self.rest.erase_node(old)
+
+    def _place(self, inside: Sequence[fx.Node]) -> fx.Node:
+        """Return the node before which to call: all arguments are computed before it."""
+        nodes = [node for node in inside if node.op != "get_attr" and not _is_size(node)]
+        place = nodes[0] if nodes else inside[0]
+        for node in self.given.values():
+            if node not in self.inside and place <= node:
+                place = node.next
+        users = [u for n in self.results.values() if n in self.inside for u in n.users]
+        first = min((user for user in users if user not in self.inside), default=None)
+        if first is not None and first < place:
+            raise self._refusal("is not one stretch of the graph")
+        return place
+
+    def _unpacked(self, node: fx.Node, around: tuple[CallKey, ...]) -> dict[int, fx.Node]:
+        """Return the nodes of the leaves of a call's result."""
+        if self.call.output.structure.is_leaf():
+            return {0: node}
+        flat = self.rest.call_function(pytree.tree_leaves, (node,))
+        flat.meta[CALLS] = around
+        return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
+
+    def _check_plain(self, given: Any) -> None:
+        """Raise SubmoduleError for an argument that a graph's node cannot hold, as a cache."""
+        ahead = [given]
+        while ahead:
+            value = ahead.pop()
+            if type(value) in (list, tuple):
+                ahead += value
+            elif type(value) is dict:
+                ahead += value.values()
+            elif not isinstance(value, (*base_types, fx.Node, type(None))):
+                raise self._refusal(f"takes a {type(value).__name__} as an argument")
+
+    def _refusal(self, why: str) -> SubmoduleError:
+        return SubmoduleError(
+            f"'{self.call.path}' cannot be a module of its own: it {why}. Outline the module "
+            "around it, or those inside."
+        )
+
+
+def _leaf_of(leaves: Sequence[Any], index: int) -> Any:
+    return leaves[index]
+
+
+def _prefix(inside: Sequence[fx.Node], key: CallKey) -> tuple[CallKey, ...]:
+    stack = inside[0].meta[CALLS] if inside else ()
+    return tuple(stack[: stack.index(key)]) if key in stack else ()
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _constant(node: fx.Node) -> bool:
+    """Whether a node depends on parameters and constants only."""
+    ahead = [node]
+    while ahead:
+        found = ahead.pop()
+        if found.op not in ("get_attr", "call_function"):
+            return False
+        if isinstance(found.target, torch._ops.OpOverload) and (
+            torch.Tag.nondeterministic_seeded in found.target.tags
+        ):
+            return False
+        ahead += found.all_input_nodes
+    return True
+
+
+def _axis(node: fx.Node, size: Any) -> int | None:
+    """Return a dimension of a node's tensor that has this size, or None."""
+    value = example_value(node)
+    if value is None or not isinstance(size, torch.SymInt):
+        return None
+    for axis, found in enumerate(value.shape):
+        if isinstance(found, torch.SymInt) and found.node.expr == size.node.expr:
+            return axis
+    return None
+
+
+def _dimension(size: Any) -> int | Dimension:
+    return Dimension(str(size)) if isinstance(size, torch.SymInt) else int(size)

@@ -1,0 +1,392 @@
+"""The submodules of a captured module: containers of tensors under the source's names.
+
+A container has the source's class, so that `isinstance`, indexing and `modules()` find it, but none
+of its code: one graph computes the whole model. Whatever a user does to a container that the graph
+cannot honour (a hook, a mode of its own, a replaced child, an attribute, a call) raises.
+
+The graphs' code does not run on the containers, but on plain modules that share their dicts of
+tensors (`plain_view`). So an adapted weight that Python reads off a container can be the adapted
+one, while the graph reads W0.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from ..errors import SubmoduleError
+
+
+class Seal:
+    """What all submodules of one module share.
+
+    Attributes:
+        owner: the captured or hosted module.
+        owners: the module whose mode decides about a submodule's nodes, by the submodule's path.
+        open: whether the module is being rewritten: its submodules may change, and its weights
+            are read as they are.
+        own: paths of submodules whose `training` flag was set on its own. The other flags follow
+            their owner's.
+        apart: those of them whose flag is not their owner's, where that makes a difference.
+        matters: whether a submodule's part of the graph differs by mode.
+        replaceable: paths of children that may be replaced, because they are called.
+        adapted: functions that compute the adapted weights, by name.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.owners: dict[str, nn.Module] = {}
+        self.open = True
+        self.own: set[str] = set()
+        self.apart: set[str] = set()
+        self.matters: Callable[[str], bool] = lambda path: True
+        self.replaceable: frozenset[str] = frozenset()
+        self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # the module that a copy belongs to seals it again
+
+    @contextmanager
+    def opened(self) -> Generator[None]:
+        """Allow changes in a `with` block."""
+        before, self.open = self.open, True
+        try:
+            yield
+        finally:
+            self.open = before
+
+    def mode_set(self, path: str, training: bool) -> None:
+        """Note that a submodule's flag was set on its own."""
+        self.own.add(path)
+        if training is not self.owners[path].training and self.matters(path):
+            self.apart.add(path)
+        else:
+            self.apart.discard(path)
+
+    def owner_set(self, owner: nn.Module) -> None:
+        """Note that the flag of a module that other flags follow was set."""
+        for path, part in self._owned(owner):
+            if path in self.own:
+                self.mode_set(path, part.training)
+            else:
+                part.__dict__["training"] = owner.training
+
+    def all_set(self, owner: nn.Module) -> None:
+        """Note that `train()` set the flags of a module and of all its submodules."""
+        owned = {path for path, _ in self._owned(owner)}
+        self.own -= owned
+        self.apart -= owned
+
+    def refuse_apart(self) -> None:
+        """Raise if a submodule is in another mode than the module, and its part differs by mode."""
+        if self.apart:
+            path = min(self.apart)
+            mode = "eval" if self.owners[path].training else "train"
+            raise SubmoduleError(
+                f"'{path}' was set to {mode} mode apart from the module, and one graph "
+                "computes the whole model in one mode. Make it a module of its own: "
+                f"capture(model, …, modules={path!r}), or set the mode of the whole module."
+            )
+
+    def _owned(self, owner: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [
+            (path, part)
+            for path, part in self.owner.named_modules()
+            if self.owners.get(path) is owner
+        ]
+
+    def outside(self, path: str, name: str, value: Any) -> Any:
+        """Return an attribute as Python outside of the graph is to see it.
+
+        Called by `__getattr__` only.
+        """
+        compute = self.adapted.get(_joined(path, name)) if self.adapted else None
+        if compute is None or self.open or _reads_as_it_is(sys._getframe(1)):
+            return value
+        adapted = compute()
+        return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
+
+
+class AdaptedTensor(torch.Tensor):
+    """The value of an adapted weight, as Python outside of the graph reads it off its module.
+
+    Functions and methods of torch take it as the plain tensor W0 + s·BA, with gradients to A and B.
+    A call of an overload means that something runs the graph's own nodes on the module: they add
+    the adapters themselves, so that raises.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if isinstance(func, OpOverload):
+            raise SubmoduleError(
+                f"{func} takes an adapted weight that was read off a captured module. A node of "
+                "the graph would apply the adapters twice: call the module itself, or run the "
+                "graph with torch.fx.Interpreter. In Python of your own, call the function in "
+                "torch or torch.nn.functional instead of the overload."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+
+def _reads_as_it_is(frame: types.FrameType | None) -> bool:
+    """Whether torch itself reads an attribute, in this frame's `__getattr__`, to get or set W0."""
+    while frame is not None and frame.f_code.co_name == "__getattr__":
+        frame = frame.f_back
+    name: str = frame.f_globals.get("__name__", "") if frame else ""
+    return name.startswith(_RAW_READERS)
+
+
+# Code of torch that moves parameters, or runs the graph's own nodes, which add the adapters.
+_RAW_READERS = (
+    "torch.distributed.",
+    "torch.fx.",
+    "torch.nn.modules.module",
+    "torch.nn.utils._named_member_accessor",  # torch.func.functional_call
+)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, AdaptedTensor) else value
+
+
+class Part(nn.Module):
+    """What a submodule refuses, of a captured module or of a host."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal is None or seal.open or self._may_set(name, value, seal):
+            super().__setattr__(name, value)
+        else:
+            raise refusal(self._path, f"setting its '{name}'")
+        if name == "training" and seal is not None:
+            seal.mode_set(self._path, value)
+
+    def _may_set(self, name: str, value: Any, seal: Seal) -> bool:
+        if isinstance(value, nn.Module) or name in self._modules:
+            return _joined(self._path, name) in seal.replaceable
+        if name in self._parameters or name in self._buffers:
+            return True  # the graph reads the tensor that is there at the call
+        # Private attributes are notes of the framework that sets them (FSDP's, accelerate's).
+        private = name.startswith("_") and not name.startswith("__")
+        return name == "training" or (private and name not in _MACHINERY)
+
+    def __delattr__(self, name: str) -> None:
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal is not None and not seal.open:
+            raise refusal(self._path, f"deleting its '{name}'")
+        super().__delattr__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        seal: Seal | None = self.__dict__.get("_seal")
+        return value if seal is None else seal.outside(self._path, name, value)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        raise refusal(self._path, "compiling it")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Set `requires_grad` of all parameters; those that would train are copied first."""
+        seal: Seal | None = self.__dict__.get("_seal")
+        if requires_grad and seal is not None:
+            own: Any = seal.owner
+            own.unshare(self)
+        return super().requires_grad_(requires_grad)
+
+
+class HostPart(Part):
+    """A submodule of a host: the source's own, with its code and attributes.
+
+    Its code may set its attributes while it runs; from outside, that would have no effect.
+    """
+
+    source_class: type[nn.Module] = nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seal: Seal = self.__dict__["_seal"]
+        if seal.adapted:
+            raise SubmoduleError(
+                f"'{self._path}' of a host with adapters cannot be called on its own: only the "
+                "whole graph applies them. Fold the adapters (fxlora.fold) and host that."
+            )
+        with seal.opened():
+            return super().__call__(*args, **kwargs)
+
+
+class NoAttributeError(SubmoduleError, AttributeError):
+    """A container does not have an attribute that its source may have."""
+
+
+class _Pinned(nn.Module):
+    """All that nn.Module defines, ahead of the source class's own version of it."""
+
+
+for _name, _value in vars(nn.Module).items():
+    if _name not in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"):
+        setattr(_Pinned, _name, _value)
+
+
+class Container(Part, _Pinned):
+    """A submodule that only holds tensors. `container` makes one with the source's class."""
+
+    source_class: type[nn.Module] = nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise SubmoduleError(
+            f"'{self._path}' of a captured module cannot be called: the graph computes the whole "
+            f"model. Make it a module of its own: capture(model, …, modules={self._path!r})."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise NoAttributeError(
+                f"{error}: a submodule of a captured module has the source's tensors and class, "
+                "but not its other attributes."
+            ) from None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Run no code of the source's class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(cls)
+
+
+# The attributes of every nn.Module; its dicts of hooks, other than those for state_dict.
+_MACHINERY = frozenset(vars(nn.Module()))
+HOOKS = [name for name in _MACHINERY if "hooks" in name and "state_dict" not in name]
+
+
+def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
+    """Return an empty container that is an instance of the source's class `kind`."""
+    made = object.__new__(_container_class(kind))
+    nn.Module.__init__(made)
+    return made
+
+
+def host_part(part: nn.Module, path: str, seal: Seal) -> None:
+    """Make a submodule of a host, in place, refuse what has no effect on the host's graph."""
+    kind = part.source_class if isinstance(part, HostPart) else type(part)
+    object.__setattr__(part, "__class__", _host_part_class(kind))
+    seal_part(part, path, seal)
+
+
+@functools.cache
+def _host_part_class(kind: type[nn.Module]) -> type[HostPart]:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "source_class": kind}
+    bases = (HostPart, kind)
+    return types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(names))
+
+
+@functools.cache
+def _container_class(kind: type[nn.Module]) -> type[Container]:
+    names = {"__module__": kind.__module__, "source_class": kind}
+    return subclass(kind, (Container,), names)
+
+
+def subclass(kind: type[nn.Module], bases: tuple[type[Any], ...], names: dict[str, Any]) -> Any:
+    """Return a class with these bases that is also a subclass of the source's class, if it can be.
+
+    All that nn.Module defines is nn.Module's own, not the source class's version of it.
+    """
+    own = {**names, "__qualname__": kind.__qualname__}
+    alone = types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(own))
+    if kind is nn.Module or issubclass(kind, (fx.GraphModule, torch.jit.ScriptModule)):
+        return alone
+    try:
+        both = (*bases, _Pinned, kind)
+        return types.new_class(kind.__name__, both, exec_body=lambda ns: ns.update(own))
+    except Exception:  # noqa: BLE001 - a user's class may refuse to be subclassed in any way
+        return alone
+
+
+class _NoHooks(OrderedDict[Any, Any]):
+    """The hooks of a module that is not called: adding one raises."""
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        self.path = path
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise refusal(self.path, "a hook on it")
+
+    def __reduce__(self) -> Any:
+        return _NoHooks, (self.path,)
+
+
+class _Children(dict[str, Any]):
+    """The children of a submodule: adding or replacing one raises unless the seal allows it."""
+
+    def __init__(
+        self, children: Mapping[str, Any], path: str = "", seal: Seal | None = None
+    ) -> None:
+        super().__init__(children)
+        self.path, self.seal = path, seal
+
+    def __setitem__(self, name: str, child: Any) -> None:
+        path = _joined(self.path, name)
+        if not (self.seal is None or self.seal.open or path in self.seal.replaceable):
+            verb = "replacing" if name in self else "adding"
+            raise refusal(path, f"{verb} it")
+        super().__setitem__(name, child)
+
+    def __delitem__(self, name: str) -> None:
+        if not (self.seal is None or self.seal.open):
+            raise refusal(_joined(self.path, name), "deleting it")
+        super().__delitem__(name)
+
+    def __reduce__(self) -> Any:
+        return _Children, (dict(self),)
+
+
+def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
+    """Make a submodule refuse what has no effect."""
+    part.__dict__.update(_path=path, _seal=seal)
+    part.__dict__["_modules"] = children_of(part._modules, path, seal)
+    if not isinstance(part, fx.GraphModule):  # a block is called
+        part.__dict__.update({name: _NoHooks(path) for name in HOOKS if name in part.__dict__})
+
+
+def children_of(children: Mapping[str, Any], path: str, seal: Seal) -> dict[str, Any]:
+    """Return a module's dict of children as one that refuses what has no effect."""
+    return _Children(children, path, seal)
+
+
+def refusal(path: str, action: str) -> SubmoduleError:
+    return SubmoduleError(
+        f"'{path}' of a captured module is a part of one graph, so {action} would have no effect. "
+        f"Make it a module of its own: capture(model, …, modules={path!r}). Or change the source "
+        "model: capture it afterwards, or give it folded weights (fxlora.merged)."
+    )
+
+
+def plain_view(module: nn.Module) -> nn.Module:
+    """Return plain modules over the dicts of tensors of a module and of all containers in it.
+
+    Modules that are called (nested graphs, the tracer's leaves) are the same objects.
+    """
+    view = nn.Module()
+    view.__dict__["_parameters"], view.__dict__["_buffers"] = module._parameters, module._buffers
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        inner = plain_view(child) if isinstance(child, Container) else child
+        view._modules[name] = inner
+    return view
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,426 @@
+"""Autocast is the caller's: a graph does under it what its source does, or refuses."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import fxlora
+from fxlora import FxLoraWarning, InputError, LoraConfig
+from fxlora.fx.autocast import by_autocast
+from fxlora.passes import ToWeightForm
+
+from .laws import distance, merged_weights, randomise
+
+HALF = (torch.bfloat16, torch.float16)
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+
+
+def run(module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None, device: str = "cpu"):
+    args, kwargs = copy.deepcopy((args, kwargs))
+    torch.manual_seed(3)
+    on = dtype is not None
+    with torch.no_grad(), torch.autocast(device, dtype or torch.bfloat16, enabled=on):
+        outputs = module(*args, **kwargs)
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def assert_follows(
+    model: nn.Module, *args: Any, refused: tuple[Any, ...] = (), device: str = "cpu", **kwargs: Any
+) -> fxlora.CapturedModule:
+    """Assert bits and dtypes of the source in both modes under each autocast; or InputError."""
+    gm = fxlora.capture(model, args, kwargs)
+    changed = len(refused) == len(HALF)
+    for training in (False, True):
+        source = copy.deepcopy(model).train(training)
+        gm.train(training)
+        plain = run(source, args, kwargs, None)
+        for dtype in (None, *HALF):
+            expected = run(source, args, kwargs, dtype, device)
+            if dtype in refused:
+                with pytest.raises(InputError, match=r"called under torch\.autocast"):
+                    run(gm, args, kwargs, dtype, device)
+                continue
+            found = run(gm, args, kwargs, dtype, device)
+            assert [t.dtype for t in found] == [t.dtype for t in expected]
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            if dtype is not None:
+                changed |= any(
+                    a.dtype != b.dtype or not torch.equal(a, b)
+                    for a, b in zip(expected, plain, strict=True)
+                )
+    assert changed  # else autocast does nothing here
+    return gm
+
+
+# ---- what the source reads under autocast -------------------------------------------------------
+
+
+def cast_to_read_dtype(h: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(h, -1, dtype=torch.float32).to(h.dtype) + 1e-3
+
+
+def made_with_read_dtype(h: torch.Tensor) -> torch.Tensor:
+    return h * torch.full((7,), 1 / 3, dtype=h.dtype)
+
+
+def constant_of_read_dtype(h: torch.Tensor) -> torch.Tensor:
+    return h * torch.tensor([1 / 3] * 7, dtype=h.dtype)
+
+
+def masked_with_its_minimum(h: torch.Tensor) -> torch.Tensor:
+    return h.masked_fill(h < 0, torch.finfo(h.dtype).min)
+
+
+def in_float(h: torch.Tensor) -> torch.Tensor:
+    return h.float() * 3 + h.type_as(h.float())
+
+
+def random_of_its_dtype(h: torch.Tensor) -> torch.Tensor:
+    return h + torch.rand(h.shape, dtype=h.dtype) * torch.rand_like(h)
+
+
+def reads_input_after_cast(h: torch.Tensor) -> torch.Tensor:
+    kept = h.float()
+    return (h * 3) + kept.sum() + (kept / 7).to(h.dtype) * h
+
+
+def casts_only_if_needed(h: torch.Tensor) -> torch.Tensor:
+    if h.dtype != torch.float32:
+        h = h.to(torch.float32)
+    return h / 3
+
+
+def casts_unless_needed(h: torch.Tensor) -> torch.Tensor:
+    if h.dtype == torch.float32:
+        h = h.to(torch.float32)
+    return h / 3
+
+
+def asks_for_its_dtype(h: torch.Tensor) -> torch.Tensor:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return (h.float() / 3).to(dtype)
+
+
+def byte_size(h: torch.Tensor) -> torch.Tensor:
+    return h * (h.element_size() / 3)
+
+
+def _cast(h: torch.Tensor) -> torch.Tensor:
+    return (h.float() / 3).to(h.dtype)
+
+
+def in_torchscript(h: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but still in use
+        return torch.jit.script(_cast)(h)
+
+
+def clamped_in_half(h: torch.Tensor) -> torch.Tensor:
+    return h.clamp(-0.1, 0.1) if h.dtype == torch.float16 else h
+
+
+def asks_for_autocast(h: torch.Tensor) -> torch.Tensor:
+    return h.tanh() if torch.is_autocast_enabled("cpu") else h.sin()
+
+
+class Reads(nn.Module):
+    """A linear layer, something that may read its dtype, and another linear layer."""
+
+    def __init__(self, step: Callable[[torch.Tensor], torch.Tensor], where: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.drop = nn.Linear(5, 7), nn.Dropout(0.4)
+        self.norm, self.last = nn.LayerNorm(7), nn.Linear(7, 4)
+        self.step, self.where = step, where
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.first(x)
+        if self.where == "no_grad":
+            with torch.no_grad():
+                h = h + self.step(h)
+        else:
+            h = self.step(h)
+        return self.last(self.norm(self.drop(h))), h
+
+
+FOLLOWED = [
+    *(cast_to_read_dtype, made_with_read_dtype, constant_of_read_dtype, masked_with_its_minimum),
+    *(in_float, random_of_its_dtype, reads_input_after_cast, casts_only_if_needed),
+    *(casts_unless_needed, asks_for_its_dtype, byte_size, in_torchscript),
+]
+
+
+@pytest.mark.parametrize("step", FOLLOWED, ids=lambda step: step.__name__)
+def test_what_the_source_reads_follows(step: Any) -> None:
+    assert_follows(Reads(step), X)
+
+
+def test_in_a_region() -> None:
+    assert_follows(Reads(cast_to_read_dtype, "no_grad"), X)
+
+
+def test_a_source_that_keeps_what_it_computed() -> None:
+    class Keeps(Reads):
+        kept: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> Any:
+            if self.kept is None or self.kept.dtype != x.dtype:
+                self.kept = torch.arange(5, dtype=x.dtype)
+            return super().forward(x + self.kept)
+
+    assert_follows(Keeps(cast_to_read_dtype), X)
+
+
+def test_other_ops_under_autocast_are_refused() -> None:
+    assert_follows(Reads(clamped_in_half), X, refused=(torch.float16,))
+    gm = assert_follows(Reads(asks_for_autocast), X, refused=HALF)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(
+            InputError, match=r"test_autocast\.py:\d+, the source's aten\.tanh\.default differs"
+        ),
+    ):
+        gm(X)
+
+
+def test_the_advice_works() -> None:
+    model = Reads(asks_for_autocast)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(FxLoraWarning, match="does not follow"),
+    ):
+        gm = fxlora.capture(model, X)
+    for training in (False, True):
+        found = run(gm.train(training), (X,), {}, torch.bfloat16)
+        expected = run(model.train(training), (X,), {}, torch.bfloat16)
+        assert all(map(torch.equal, found, expected))
+    with pytest.raises(InputError, match="captured for another autocast"):
+        run(gm, (X,), {}, torch.float16)
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["first", "last"])))
+    assert fxlora.verify(lora, X)
+
+
+def test_a_capture_under_autocast_follows_the_caller() -> None:
+    model = Reads(cast_to_read_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        gm = fxlora.capture(model, X)
+    for dtype in (None, *HALF):
+        assert all(map(torch.equal, run(gm, (X,), {}, dtype), run(model, (X,), {}, dtype)))
+
+
+def test_a_choice_is_one_node() -> None:
+    gm = fxlora.capture(Reads(cast_to_read_dtype), X)
+    chosen = [node for node in gm.graph.nodes if node.target is by_autocast]
+    assert [node.args for node in chosen] == [
+        ("cpu", torch.float32, (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
+    ]
+    assert not [n for n in gm.graph.nodes if "_assert_tensor_metadata" in str(n.target)]
+
+
+# ---- what is not known --------------------------------------------------------------------------
+
+
+def test_inputs_of_another_dtype_are_refused() -> None:
+    gm = fxlora.capture(Reads(cast_to_read_dtype), X)
+    for on in (False, True):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=on),
+            pytest.raises(InputError, match=r"captured as torch\.float32"),
+        ):
+            gm(X.bfloat16())
+
+
+def test_moved_weights_are_refused() -> None:
+    gm = fxlora.capture(nn.Sequential(nn.Linear(5, 4), nn.GELU()), X)
+    for module in (gm, copy.deepcopy(gm)):
+        run(module, (X,), {}, torch.bfloat16)
+        moved = module.to(torch.bfloat16)
+        with pytest.raises(InputError, match=r"weights were moved to torch\.bfloat16"):
+            run(moved, (X.bfloat16(),), {}, torch.bfloat16)
+
+
+def test_cond_is_refused() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.lin(x)
+            return torch.cond(h.sum() > 0, lambda h: h.sin(), lambda h: h.cos(), (h,))
+
+    gm = fxlora.capture(Branches(), X)
+    with pytest.raises(InputError, match="cannot be compared"):
+        run(gm, (X,), {}, torch.bfloat16)
+
+
+def test_traced_graphs_follow() -> None:
+    class Traced(nn.Module):
+        def __init__(self, asks: bool) -> None:
+            super().__init__()
+            self.lin, self.asks = nn.Linear(5, 7), asks
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.lin(x)
+            h = torch.softmax(h, -1, dtype=torch.float32).to(h.dtype)
+            return h.tanh() if self.asks and torch.is_autocast_enabled("cpu") else h
+
+    for asks in (False, True):
+        model = Traced(asks)
+        gm = fxlora.capture(model)
+        for dtype in HALF:
+            if asks:
+                with pytest.raises(InputError, match="asks which autocast"):
+                    run(gm, (X,), {}, dtype)
+            else:
+                assert all(map(torch.equal, run(gm, (X,), {}, dtype), run(model, (X,), {}, dtype)))
+
+
+# ---- other users of a graph ---------------------------------------------------------------------
+
+
+def test_compiled_and_exported() -> None:
+    model = Reads(cast_to_read_dtype).eval()
+    gm = fxlora.capture(model, X)
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for dtype in (None, *HALF):
+        for a, b in zip(run(compiled, (X,), {}, dtype), run(model, (X,), {}, dtype), strict=True):
+            assert torch.equal(a, b)
+    refused = torch.compile(
+        fxlora.capture(Reads(asks_for_autocast).eval(), X), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match=r"called under|InputError"):
+        run(refused, (X,), {}, torch.bfloat16)
+    program = torch.export.export(gm, (X,), strict=False)
+    assert torch.equal(program.module()(X)[0], gm(X)[0])
+
+
+def reference_gradients(
+    model: nn.Module, lora: fxlora.CapturedModule, dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the loss and gradients of the source with merged weights, under the same autocast."""
+    factors = {n: lora.get_parameter(n).detach().clone() for n in sorted(lora.adapter_parameters())}
+    for value in factors.values():
+        value.requires_grad_()
+    weights = merged_weights(model, lora, factors)
+    with torch.autocast("cpu", dtype):
+        loss = torch.func.functional_call(model, weights, (X,))[0].float().pow(2).sum()
+    return loss, list(torch.autograd.grad(loss, list(factors.values())))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_adapters_keep_dtypes(options: dict[str, Any]) -> None:
+    model = nn.Sequential(*convolutions(), nn.Linear(4, 6), nn.Linear(6, 5)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    gm = fxlora.capture(model, x)
+    config = LoraConfig(r=2, target_modules=["0", "4", "5", "6"], **options)
+    lora = fxlora.inject(gm, fxlora.match(gm, config))
+    for dtype in HALF:
+        found, expected = run(lora, (x,), {}, dtype), run(model, (x,), {}, dtype)
+        assert found[0].dtype == expected[0].dtype == dtype
+        assert distance(found, expected) < 0.02
+
+
+@pytest.mark.parametrize("form", ["branch", "weight"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_training(dtype: torch.dtype, form: str) -> None:
+    model = Reads(cast_to_read_dtype).eval()
+    gm = fxlora.capture(model, X)
+    plan = fxlora.match(gm, LoraConfig(r=2, target_modules=["first", "last"]))
+    lora = fxlora.inject(gm, plan)
+    assert all(map(torch.equal, run(lora, (X,), {}, dtype), run(gm, (X,), {}, dtype)))
+    if form == "weight":
+        lora = ToWeightForm()(lora)
+    randomise(lora)
+    outputs = run(lora, (X,), {}, dtype)
+    assert [t.dtype for t in outputs] == [t.dtype for t in run(model, (X,), {}, dtype)]
+    assert distance(outputs, run(model, (X,), {}, dtype)) > 0.05
+    with torch.autocast("cpu", dtype):
+        loss = lora(X)[0].float().pow(2).sum()
+    names = sorted(lora.adapter_parameters())
+    gradients = torch.autograd.grad(loss, [lora.get_parameter(name) for name in names])
+    expected_loss, expected = reference_gradients(model, lora, dtype)
+    assert distance([loss], [expected_loss]) < 0.05
+    for found, wanted in zip(gradients, expected, strict=True):
+        assert wanted.abs().max() > 0
+        assert distance([found], [wanted]) < 0.1
+    folded = fxlora.fold(lora)
+    assert distance(run(folded, (X,), {}, dtype), outputs) < 0.05
+    with torch.autocast("cpu", dtype):
+        assert folded(X)[0].dtype == dtype
+
+
+# ---- models of others ---------------------------------------------------------------------------
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)
+    )
+
+
+def test_convolutions() -> None:
+    assert_follows(convolutions(), torch.randn(2, 3, 5, 5))
+
+
+def test_attention_and_recurrence() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.first = nn.Linear(5, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            h = h + self.attention(h, h, h)[0]
+            return F.layer_norm(h, (8,))
+
+    assert_follows(Both(), torch.randn(2, 3, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "mistral", "t5"])
+def test_transformers(kind: str) -> None:
+    pytest.importorskip("transformers")
+    from .test_transformers import OUTPUTS
+
+    model_of, kwargs, _ = OUTPUTS[kind]
+    assert_follows(model_of(), **kwargs)
+
+
+@pytest.mark.slow
+def test_a_returned_container_with_a_dtype_is_refused() -> None:
+    pytest.importorskip("transformers")
+    from .test_transformers import OUTPUTS
+
+    model_of, kwargs, _ = OUTPUTS["mamba"]
+    assert_follows(model_of(), refused=HALF, **kwargs)
+    assert_follows(model_of(), **(kwargs | {"use_cache": False}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "swin_t", "vit_b_16"])
+def test_torchvision(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    size = 224 if name.startswith("vit") else 64
+    assert_follows(getattr(torchvision.models, name)(), torch.randn(2, 3, size, size))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", FOLLOWED, ids=lambda step: step.__name__)
+def test_on_a_gpu(step: Any) -> None:
+    if step is asks_for_its_dtype:
+        pytest.skip("asks for the CPU's autocast")
+    assert_follows(Reads(step).cuda(), X.cuda(), device="cuda")

@@ -1,0 +1,531 @@
+"""Law 8: what looks like a module behaves like one, or says that it does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
+
+import fxlora
+from fxlora import LoraConfig, SubmoduleError
+from fxlora.fx.compare import difference
+
+from .laws import assert_close, assert_same, randomise, run
+
+CONFIG = LoraConfig(r=2, target_modules=["up", "down", "q", "emb"])
+TENSOR = torch.get_default_dtype()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(6, 5)
+        self.o = nn.Linear(5, 6)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, h: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        scores = self.q(h)
+        return self.drop(self.o(scores if mask is None else scores * mask))
+
+
+class Layer(nn.Module):
+    """Takes keywords and a constant, returns a dict, needs the batch's size, and has a mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+        self.attention = Attention()
+        self.up = nn.Linear(6, 8)
+        self.down = nn.Linear(8, 6)
+
+    def forward(self, h: torch.Tensor, mask: torch.Tensor, scale: float = 1.0) -> dict[str, Any]:
+        h = h + self.attention(self.bn(h), mask=mask)
+        flat = self.down(torch.relu(self.up(h))).view(h.shape[0], -1) * scale
+        return {"h": h + flat.view(h.shape), "mask": mask}
+
+
+class Model(nn.Module):
+    """Three layers between an embedding and a head that are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = (ids > 3).unsqueeze(-1).double()
+        h = self.emb(ids)
+        for number, layer in enumerate(self.layers):
+            h = layer(h, mask=mask, scale=0.5 if number else 2.0)["h"]
+        return self.head(h).reshape(ids.shape[0], -1)
+
+
+def ids(batch: int = 3) -> torch.Tensor:
+    return torch.randint(0, 11, (batch, 4))
+
+
+@pytest.fixture(scope="module")
+def source() -> Model:
+    torch.manual_seed(0)
+    return Model().double().eval()
+
+
+@pytest.fixture(scope="module")
+def captured(source: Model) -> fxlora.CapturedModule:
+    return fxlora.capture(source, ids(), modules=["layers.*", "layers.*.attention"])
+
+
+@pytest.fixture(scope="module")
+def adapted(captured: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    lora = fxlora.inject(captured, fxlora.match(captured, CONFIG))
+    randomise(lora)
+    return lora
+
+
+@pytest.fixture
+def lora(adapted: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    return copy.deepcopy(adapted)
+
+
+@pytest.fixture(scope="module")
+def adapted_flat(source: Model) -> fxlora.CapturedModule:
+    lora = fxlora.adapt(source, ids(), rules=CONFIG)
+    randomise(lora)
+    return lora
+
+
+@pytest.fixture
+def flat(adapted_flat: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    return copy.deepcopy(adapted_flat)
+
+
+# ---- outlined submodules --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_the_source_bit_for_bit(
+    source: Model, captured: fxlora.CapturedModule, training: bool, batch: int
+) -> None:
+    x = ids(batch)
+    model, gm = copy.deepcopy(source).train(training), copy.deepcopy(captured).train(training)
+    assert_same(run(gm, (x,), {}), run(model, (x,), {}))
+    assert_same(list(gm.buffers()), list(model.buffers()))
+
+
+def test_the_same_as_a_flat_module(
+    source: Model, captured: fxlora.CapturedModule, adapted: fxlora.CapturedModule
+) -> None:
+    x = ids()
+    flat = fxlora.capture(source, x)
+    for mode in ("train", "eval"):
+        assert difference(captured.graphs[mode], flat.graphs[mode]) is None
+    assert list(captured.state_dict()) == list(source.state_dict())
+    lora = fxlora.inject(flat, fxlora.match(flat, CONFIG))
+    lora.load_state_dict(adapted.state_dict())
+    found = adapted(x)
+    assert float((found - captured(x)).abs().max()) > 1e-3
+    assert_same([found], [lora(x)])
+    assert_close([fxlora.fold(adapted)(x)], [found])
+    assert_same([fxlora.remove(adapted)(x)], [captured(x)])
+    assert fxlora.verify(adapted, x)
+    assert fxlora.fold(adapted).outlined_modules.keys() == captured.outlined_modules.keys()
+
+
+def test_saved_and_loaded(
+    adapted: fxlora.CapturedModule, captured: fxlora.CapturedModule, tmp_path: Any
+) -> None:
+    fxlora.save_adapter(adapted, tmp_path)
+    x = ids()
+    assert_same([fxlora.load_adapter(captured, tmp_path)(x)], [adapted(x)])
+
+
+def test_hooks_get_what_the_source_gives(source: Model, captured: fxlora.CapturedModule) -> None:
+    def seen(model: Any) -> list[Any]:
+        found: list[Any] = []
+        for path in ("layers.1", "layers.2.attention"):
+            model.get_submodule(path).register_forward_hook(
+                lambda m, args, kwargs, output: found.append((args, kwargs, output)),
+                with_kwargs=True,
+            )
+        model(torch.arange(12).view(3, 4) % 11)
+        return found
+
+    ours, theirs = seen(copy.deepcopy(captured)), seen(copy.deepcopy(source))
+    assert len(ours) == len(theirs) == 2
+    flat = [pytree.tree_flatten(calls) for calls in (ours, theirs)]
+    assert flat[0][1] == flat[1][1]
+    for mine, other in zip(flat[0][0], flat[1][0], strict=True):
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+def test_a_hook_that_changes_the_output(lora: fxlora.CapturedModule) -> None:
+    before = lora(x := ids())
+    lora.layers[1].register_forward_hook(lambda m, a, out: {**out, "h": out["h"] * 2})
+    assert float((lora(x) - before).detach().abs().max()) > 1e-3
+    assert_same([copy.deepcopy(lora)(x)], [lora(x)])  # a deep copy has the hooks, too
+
+
+def test_a_part_in_eval_mode(lora: fxlora.CapturedModule) -> None:
+    lora.train()
+    lora.layers[0].eval()
+    lora(ids())
+    assert int(lora.layers[0].bn.num_batches_tracked) == 0
+    assert int(lora.layers[1].bn.num_batches_tracked) == 1
+
+
+def test_a_replaced_submodule_is_called(lora: fxlora.CapturedModule) -> None:
+    before, block = lora(x := ids()), lora.layers[1]
+    lora.layers[1] = Twice()
+    assert float((lora(x) - before).detach().abs().max()) > 1e-3
+    for verb in (fxlora.fold, fxlora.remove, fxlora.lora_parameters, copy.deepcopy):
+        with pytest.raises(SubmoduleError, match="was replaced by a Twice"):
+            verb(lora)
+    lora.set_submodule("layers.1", lora.outlined_modules["layers.1"])  # the advice
+    assert lora.layers[1] is block
+    assert_same([lora(x)], [before])
+    assert fxlora.fold(lora) is not None
+
+
+def test_checkpointed_submodules(lora: fxlora.CapturedModule) -> None:
+    def gradients(module: fxlora.CapturedModule) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        module.train()(torch.arange(12).view(3, 4) % 11).square().sum().backward()
+        return [p.grad for p in fxlora.lora_parameters(module) if p.grad is not None]
+
+    wrapped = copy.deepcopy(lora)
+    for number in range(3):
+        wrapped.layers[number] = checkpoint_wrapper(wrapped.layers[number])
+    x = ids()
+    assert_same([fxlora.fold(wrapped)(x)], [fxlora.fold(lora)(x)])
+    found, expected = gradients(wrapped), gradients(lora)
+    assert_close(found, expected)
+    assert [n for n, _ in wrapped.named_parameters()] == [n for n, _ in lora.named_parameters()]
+
+
+def test_submodules_compiled_one_by_one(lora: fxlora.CapturedModule) -> None:
+    expected = lora(x := ids())
+    for layer in lora.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert_close([lora(x)], [expected])
+
+
+def test_a_submodule_called_by_itself(source: Model, captured: fxlora.CapturedModule) -> None:
+    h, mask = torch.randn(2, 4, 6).double(), torch.ones(2, 4, 1).double()
+    found = captured.layers[0](h, mask=mask, scale=2.0)
+    assert_same([found["h"]], [source.layers[0](h, mask=mask, scale=2.0)["h"]])
+    with pytest.raises(fxlora.InputError, match=r"layers\.0"):
+        captured.layers[0](h[:, :3], mask=mask[:, :3], scale=2.0)
+    with pytest.raises(fxlora.InputError, match="scale"):
+        captured.layers[0](h, mask=mask, scale=3.0)
+
+
+def test_unknown_modules_are_refused_with_a_suggestion(source: Model) -> None:
+    with pytest.raises(fxlora.NoMatchError, match="layers"):
+        fxlora.capture(source, ids(), modules="layer.*")
+    gm = fxlora.capture(source, ids(), modules=Attention)
+    assert list(gm.outlined_modules) == [
+        "layers.0.attention",
+        "layers.1.attention",
+        "layers.2.attention",
+    ]
+
+
+class Side(nn.Module):
+    """Hands a value out by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        self.kept = [y * 2]
+        return y
+
+
+class ReadsSide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = Side()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.side(x) + self.side.kept[0]
+
+
+def test_values_that_go_around_the_call_are_refused() -> None:
+    with pytest.raises(SubmoduleError, match="other than by its return"):
+        fxlora.capture(ReadsSide(), torch.randn(3, 6), modules="side")
+
+
+# ---- everything that a user can do to a submodule ---------------------------------------------
+
+
+class Twice(nn.Module):
+    def forward(self, h: torch.Tensor, mask: Any = None, scale: float = 1.0) -> Any:
+        return {"h": 2 * h, "mask": mask}
+
+
+def doubled(h: Any) -> Any:
+    return {**h, "h": h["h"] * 2}
+
+
+def assign_forward(m: Any) -> None:
+    forward = m.layers[0].forward
+    m.layers[0].forward = lambda *args, **kwargs: doubled(forward(*args, **kwargs))
+
+
+def call(m: Any) -> None:
+    h, mask = torch.ones(2, 4, 6).double(), torch.ones(2, 4, 1).double()
+    assert m.layers[0](h, mask=mask, scale=2.0)["h"].shape == h.shape
+
+
+def load(m: Any) -> None:
+    zeros = {name: torch.zeros_like(value) for name, value in m.layers[0].state_dict().items()}
+    m.layers[0].load_state_dict(zeros)
+
+
+def look(m: Any) -> None:
+    layer = m.layers[0]
+    assert isinstance(layer, Layer) and isinstance(layer.up, nn.Linear) and len(m.layers) == 3
+    assert [name for name, _ in layer.named_children()] == ["bn", "attention", "up", "down"]
+    assert len(list(layer.parameters())) == len(list(layer.named_parameters())) == 10
+
+
+def shard(m: Any) -> None:
+    fully_shard(m.layers[0])
+
+
+def checkpoint(m: Any) -> None:
+    m.layers[0] = checkpoint_wrapper(m.layers[0])
+
+
+def compile_it(m: Any) -> None:
+    m.layers[0] = torch.compile(m.layers[0], backend="eager")
+
+
+# What is done: what does it, and whether it works on an outlined submodule, and on another one.
+ACTIONS: dict[str, tuple[Callable[[Any], object], str, str]] = {
+    "read it: its class, children, parameters, `state_dict()`": (look, "works", "works"),
+    "write to it: `load_state_dict`": (load, "works", "works"),
+    "set its parameter: `layer.up.weight = nn.Parameter(…)`": (
+        lambda m: setattr(m.layers[0].up, "weight", nn.Parameter(torch.ones(8, 6).double())),
+        *("works", "works"),
+    ),
+    "freeze it: `requires_grad_(False)`": (
+        lambda m: m.layers[0].requires_grad_(False),
+        *("works", "works"),
+    ),
+    "call it": (call, "works", "raises"),
+    "`register_forward_hook`": (
+        lambda m: m.layers[0].register_forward_hook(lambda part, args, output: doubled(output)),
+        *("works", "raises"),
+    ),
+    "`register_forward_pre_hook`": (
+        lambda m: m.layers[0].register_forward_pre_hook(lambda part, args: (args[0] * 2,)),
+        *("works", "raises"),
+    ),
+    "`register_full_backward_hook`": (
+        lambda m: m.layers[0].register_full_backward_hook(lambda part, before, after: None),
+        *("works", "raises"),
+    ),
+    "`eval()` of it in a training model": (
+        lambda m: (m.train(), m.layers[0].eval()),
+        *("works", "raises"),
+    ),
+    "`train()` of it in a model in eval mode": (
+        lambda m: m.layers[0].train(),
+        *("works", "raises"),
+    ),
+    "replace it: `model.layers[0] = other`": (
+        lambda m: m.layers.__setitem__(0, Twice()),
+        *("works", "raises"),
+    ),
+    "replace it: `model.set_submodule(…)`": (
+        lambda m: m.set_submodule("layers.0", Twice()),
+        *("works", "raises"),
+    ),
+    "assign its `forward`": (assign_forward, "works", "raises"),
+    "set its `__class__`": (
+        lambda m: setattr(m.layers[0], "__class__", type("Other", (Twice, type(m.layers[0])), {})),
+        *("works", "raises"),
+    ),
+    "`checkpoint_wrapper`": (checkpoint, "works", "raises"),
+    "`torch.compile` it, and put it back": (compile_it, "works", "raises"),
+    "`compile()` it in place": (
+        lambda m: m.layers[0].compile(backend="eager"),
+        *("works", "raises"),
+    ),
+    "`fully_shard`": (shard, "works", "raises"),
+    "add another: `model.layers.append(…)`": (
+        lambda m: m.layers.append(Layer().double()),
+        *("raises", "raises"),
+    ),
+    "delete it: `del model.layers[1]`": (
+        lambda m: m.layers.__delitem__(1),
+        *("raises", "raises"),
+    ),
+    "set an attribute: `layer.gradient_checkpointing = True`": (
+        lambda m: setattr(m.layers[0], "gradient_checkpointing", True),
+        *("raises", "raises"),
+    ),
+    "anything of these to a submodule inside it": (
+        lambda m: m.layers[0].up.register_forward_hook(print),
+        *("raises", "raises"),
+    ),
+    "`torch.nn.utils.parametrizations`": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.layers[0].up),
+        *("raises", "raises"),
+    ),
+    "`torch.nn.utils.prune`": (
+        lambda m: prune.l1_unstructured(m.layers[0].up, "weight", 0.5),
+        *("raises", "raises"),
+    ),
+    "`quantize_dynamic`": (
+        lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, inplace=True),
+        *("raises", "raises"),
+    ),
+    "`SyncBatchNorm.convert_sync_batchnorm`": (
+        lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m),
+        *("raises", "raises"),
+    ),
+    "`swa_utils.update_bn`": (
+        lambda m: torch.optim.swa_utils.update_bn([ids()], m),
+        *("raises", "raises"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(source: Model) -> dict[str, fxlora.CapturedModule]:
+    modules = {"outlined": "layers.*", "flat": None}
+    return {kind: fxlora.capture(source, ids(), modules=m) for kind, m in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["outlined", "flat"])
+@pytest.mark.parametrize("name", ACTIONS)
+@pytest.mark.filterwarnings("ignore:torch.ao")
+@pytest.mark.usefixtures("one_process")
+def test_a_submodule_does_what_the_sources_does_or_raises(
+    source: Model, plain: dict[str, fxlora.CapturedModule], name: str, kind: str
+) -> None:
+    action, *expected = ACTIONS[name]
+    gm = copy.deepcopy(plain[kind])
+    before = gm(x := ids())
+    if expected[kind == "flat"] == "raises":
+        with pytest.raises(SubmoduleError):
+            _ = action(gm), gm(x)
+        assert_same([gm.eval()(x)], [before])
+        return
+    model = copy.deepcopy(source)
+    for module in (gm, model):
+        action(module)
+    assert_same(run(gm, (x,), {}), run(model, (x,), {}))
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "submodules.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    assert rows[1:] == [[name, *cells] for name, (_, *cells) in ACTIONS.items()]
+
+
+def test_a_part_in_another_mode_raises_where_it_matters(flat: fxlora.CapturedModule) -> None:
+    flat.train()
+    for module in flat.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    with pytest.raises(SubmoduleError, match=r"modules='layers\.0\.bn'"):
+        flat(ids())
+    flat.train()
+    flat.layers[0].up.eval()  # the same ops in both modes
+    assert flat(ids()) is not None
+    for module in flat.modules():  # Lightning restores the flags one by one
+        module.training = False
+    assert not flat.training
+    assert_same([flat(x := ids())], [flat(x)])
+
+
+def test_flags_follow_the_module_unless_they_were_set_on_their_own(flat: Any) -> None:
+    def raises(module: fxlora.CapturedModule) -> bool:
+        try:
+            return module(ids()) is None
+        except SubmoduleError:
+            return True
+
+    bn = flat.layers[0].bn
+    flat.eval()
+    flat.training = True  # as Lightning does
+    assert bn.training and not raises(flat)
+    assert not torch.equal(flat(x := ids()), flat(x))  # dropout
+    bn.training = False
+    for module in (flat, copy.deepcopy(flat), fxlora.fold(flat)):
+        assert raises(module)
+    flat.training = False
+    assert not raises(flat)
+    flat.training = True
+    assert raises(flat)
+    flags = [(module, module.training) for module in flat.modules()]
+    for order in (flags, flags[::-1]):  # saved and restored one by one
+        flat.eval()
+        for module, training in order:
+            module.training = training
+        assert raises(flat)
+    flat.train()
+    assert not raises(flat)
+
+
+# ---- readers outside the graph --------------------------------------------------------------
+
+
+def test_an_adapted_weight_read_outside_the_graph(
+    source: Model, flat: fxlora.CapturedModule
+) -> None:
+    h = torch.randn(3, 6).double()
+    entry = next(e for e in fxlora.match(fxlora.capture(source, ids()), CONFIG) if e.op == "linear")
+    a, b = (flat.get_parameter(name) for name in (entry.name_a, entry.name_b))
+    path = entry.parameter.removesuffix(".weight")
+    module: Any = flat.get_submodule(path)
+    weight = source.get_parameter(entry.parameter)
+    expected = F.linear(h, weight + 4.0 * b @ a)
+    found = F.linear(h, module.weight)
+    assert float((expected - F.linear(h, weight)).detach().abs().max()) > 1e-3
+    assert_close([found], [expected])
+    wanted = torch.autograd.grad(expected.square().sum(), [a, b])
+    assert_close(list(torch.autograd.grad(found.square().sum(), [a, b])), list(wanted))
+    same: Any = fxlora.hosted(source, flat).get_submodule(path)
+    assert_close([same.weight.norm()], [module.weight.norm()])
+    assert_same([torch.fx.Interpreter(flat).run(x := ids())], [flat(x)])
+
+
+def test_merged_is_the_users_own_model(source: Model, flat: fxlora.CapturedModule) -> None:
+    before = copy.deepcopy(source.state_dict())
+    folded = fxlora.fold(flat).eval()
+    with pytest.warns(fxlora.FxLoraWarning, match=r"merged splits a tie: emb\.weight"):
+        model = fxlora.merged(source, folded)
+    assert type(model) is Model
+    assert_same([model(x := ids())], [folded(x)])
+    assert float((model(x) - source(x)).abs().max()) > 1e-3
+    assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
+    with pytest.raises(fxlora.InjectError, match="fold"):
+        fxlora.merged(source, flat)
