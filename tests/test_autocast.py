@@ -24,7 +24,13 @@ HALF = (torch.bfloat16, torch.float16)
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 
 
-def run(module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None, device: str = "cpu"):
+def run(
+    module: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    dtype: torch.dtype | None,
+    device: str = "cpu",
+) -> list[torch.Tensor]:
     args, kwargs = copy.deepcopy((args, kwargs))
     torch.manual_seed(3)
     on = dtype is not None
@@ -363,7 +369,7 @@ def test_training(dtype: torch.dtype, form: str) -> None:
 # ---- models of others ---------------------------------------------------------------------------
 
 
-def convolutions() -> nn.Module:
+def convolutions() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 
 from . import Case, Families
+
+timm: Any = importlib.import_module("timm")  # not installed where types are checked
 
 CLASSES, SIDE = 7, 96
 NAMES = {

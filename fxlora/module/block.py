@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, SubmoduleError
-from .contract import ConstantInput
+from .contract import ConstantInput, InputSpec
 from .outline import ModuleCall, OutlinedGraph
 from .program import Program, ProgramModule, code_of, forward_function, tensors_of
 from .submodules import Container, Seal, container, plain_view, subclass
@@ -128,7 +128,7 @@ def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
 
 def _program(path: str, graphs: Mapping[str, OutlinedGraph], whole: Program) -> Program:
     made = {mode: found.graph for mode, found in graphs.items()}
-    inputs = {mode: found.inputs for mode, found in graphs.items()}
+    inputs: dict[str, InputSpec | None] = {mode: found.inputs for mode, found in graphs.items()}
     return Program(made, inputs, path, autocasts=whole.autocasts)
 
 
