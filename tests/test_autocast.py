@@ -430,3 +430,26 @@ def test_on_a_gpu(step: Any) -> None:
     if step is asks_for_its_dtype:
         pytest.skip("asks for the CPU's autocast")
     assert_follows(Reads(step).cuda(), X.cuda(), device="cuda")
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_weight_form_keeps_the_base_weight(base: torch.dtype, dtype: torch.dtype) -> None:
+    """W0 + s·BA in one op would be in autocast's dtype, W0 included."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.pos = nn.Linear(5, 7), nn.Parameter(torch.randn(3, 7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x) * 0 + self.pos
+
+    model = Adds().to(base).eval()
+    gm = fxlora.capture(model, X.to(base))
+    lora = fxlora.inject(gm, fxlora.match(gm, [fxlora.Rule("pos", lora=LoraConfig(r=2))])).eval()
+    (found,), (expected,) = (run(m, (X.to(base),), {}, dtype) for m in (lora, model))
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    randomise(lora)
+    (found,) = run(lora, (X.to(base),), {}, dtype)
+    assert not torch.equal(found, expected)

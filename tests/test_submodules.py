@@ -529,3 +529,41 @@ def test_merged_is_the_users_own_model(source: Model, flat: fxlora.CapturedModul
     assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
     with pytest.raises(fxlora.InjectError, match="fold"):
         fxlora.merged(source, flat)
+
+
+# ---- copies and moves ---------------------------------------------------------------------------
+
+
+def test_moves_and_copies_keep_hooks() -> None:
+    source = nn.Sequential(Attention(), Attention()).double().eval()
+    gm = fxlora.capture(source, x := torch.randn(2, 4, 6).double(), modules="*")
+    before, part = gm(x), gm.get_submodule("1")
+    part.register_forward_hook(lambda module, args, output: output * 2)
+    hooked = gm(x)
+    assert float((hooked - before).abs().max()) > 1e-3
+    gm.float().double()
+    assert gm.get_submodule("1") is part
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["q"]))).eval()
+    for module in (gm, lora, fxlora.fold(lora), fxlora.remove(lora), copy.deepcopy(lora)):
+        assert float((module(x) - hooked).abs().max()) < 1e-5  # float() rounded the weights
+
+
+def test_a_copy_does_not_lose_an_assigned_forward_silently(lora: fxlora.CapturedModule) -> None:
+    assign_forward(lora)
+    for verb in (fxlora.fold, fxlora.remove, copy.deepcopy):
+        with pytest.raises(SubmoduleError, match=r"lose the forward that was assigned"):
+            verb(lora)
+    del lora.get_submodule("layers.0").forward  # the advice
+    assert fxlora.fold(lora) is not None
+
+
+def test_a_merged_copy_has_the_sources_frozen_batch_norms() -> None:
+    source = copy.deepcopy(Layer()).double().train()
+    source.bn.eval()
+    h, mask = torch.randn(3, 4, 6).double(), torch.ones(3, 4, 1).double()
+    lora = fxlora.adapt(source, (h, mask), rules=LoraConfig(r=2, target_modules=["up"]))
+    randomise(lora)
+    folded = fxlora.fold(lora)
+    model = fxlora.merged(source, folded)
+    assert not model.bn.training
+    assert_close(run(model, (h, mask), {}), run(folded, (h, mask), {}))

@@ -152,16 +152,19 @@ class Layout:
         return matrix
 
     def product(self, matrix: Any, a: Any, b: Any, scaling: float, shape: Shape) -> Any:
-        """Compute M + s·L·R in one addmm or baddbmm, where M is a result of `matrix`."""
+        """Compute M + s·L·R, where M is a result of `matrix`.
+
+        Not in one addmm or baddbmm, which autocast computes in half precision, M included.
+        """
         left, right = self.left_right(a, b)
         stack, d0, d1 = self.sizes(shape)
         if KERNEL in self.roles or len(stack) > 1:
             flat = [math.prod(stack)] if stack else []
             left = aten.reshape.default(left, [*flat, d0, -1])
             right = aten.reshape.default(right, [*flat, -1, d1])
-        add = aten.baddbmm.default if stack else aten.addmm.default
+        multiply = aten.bmm.default if stack else aten.mm.default
         # (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
-        return add(matrix, left, right, alpha=scaling)
+        return aten.add.Tensor(matrix, multiply(left, right), alpha=scaling)
 
     def by_output(self, matrix: Any, shape: Shape) -> Any:
         """Return M as (…, out, in), with the kernel dimensions flattened into in."""

@@ -45,6 +45,15 @@ class Block(ProgramModule):
         self.calls = {mode: made.call for mode, made in graphs.items()}
         self.path = path
 
+    def renew(self, graphs: Mapping[str, OutlinedGraph], whole: Program) -> None:
+        """Take the graphs of the whole model after a change; hooks and wrappers stay."""
+        self.program = _program(self.path, graphs, whole)
+        self.calls = {mode: made.call for mode, made in graphs.items()}
+        self._generated.clear()
+        self._forwards.clear()
+        self.look()
+        self._prepare()
+
     def look_from(self, outer: nn.Module) -> None:
         """Have the graphs' code find the tensors of the whole model, as `outer`."""
         self.__dict__["_outer"] = outer

@@ -97,6 +97,9 @@ class CapturedModule(ProgramModule):
                 made[path][mode] = part
         with self.editing():
             for path in sorted(paths, key=lambda path: path.count(".")):
+                if path in self.outlined_modules:  # with its hooks, perhaps in a wrapper
+                    self.outlined_modules[path].renew(made[path], self.program)
+                    continue
                 held = self.get_submodule(path)
                 self.outlined_modules[path] = Block(held, path, made[path], self.program)
                 self.set_submodule(path, self.outlined_modules[path])
@@ -335,14 +338,16 @@ class CapturedModule(ProgramModule):
             tensor = parameter.detach()
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-        return self._rebuilt(memo, self.known.with_originals(torch.clone))
+        result = self._rebuilt(memo, self.known.with_originals(torch.clone))
+        _copy_hooks(self, result, copy.copy)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         self.check_blocks("deepcopy")
         originals = copy.deepcopy(dict(self.known.originals), memo)
         result = self._rebuilt(memo, dataclasses.replace(self.known, originals=originals))
         memo[id(self)] = result
-        _copy_hooks(self, result, memo)
+        _copy_hooks(self, result, functools.partial(copy.deepcopy, memo=memo))
         return result
 
     def __copy__(self) -> CapturedModule:
@@ -604,15 +609,26 @@ def _named(
             yield from _named(inner, path, wrappers, seen, remove_duplicate)
 
 
-def _copy_hooks(module: CapturedModule, copied: CapturedModule, memo: dict[int, Any]) -> None:
-    """Give a deep copy the hooks of a module and of its blocks, as nn.Module's deepcopy does."""
-    pairs = [
-        (module, copied),
-        *((block, copied.outlined_modules[p]) for p, block in module.outlined_modules.items()),
-    ]
+def _copy_hooks(
+    module: CapturedModule, copied: CapturedModule, copy_of: Callable[[Any], Any]
+) -> None:
+    """Give a copy the hooks of a module and of its blocks.
+
+    Raises:
+        SubmoduleError: the forward of a block was assigned: it may call the block of this module.
+    """
+    blocks = copied.outlined_modules
+    for path, block in module.outlined_modules.items():
+        if "forward" in block.__dict__:
+            raise SubmoduleError(
+                f"a copy of the module would lose the forward that was assigned to '{path}'. Take "
+                "it off, and assign it to the copy: del module.get_submodule("
+                f"{path!r}).forward."
+            )
+    pairs = [(module, copied), *((b, blocks[path]) for path, b in module.outlined_modules.items())]
     for old, new in pairs:
         for name in HOOKS:
-            new.__dict__[name] = copy.deepcopy(old.__dict__[name], memo)
+            new.__dict__[name] = copy_of(old.__dict__[name])
 
 
 def check_captured(module: object, verb: str) -> None:

@@ -61,7 +61,8 @@ def merged(model: Model, folded: CapturedModule) -> Model:
     split = _write(result, held)
     if split:
         warn(f"merged splits a tie: {some(split)} were one tensor, and the fold gave them two.")
-    result.train(folded.training)
+    if result.training is not folded.training:  # else frozen batch norms would train again
+        result.train(folded.training)
     return result
 
 
