@@ -95,7 +95,10 @@ def commands(page: Path) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "command_line.md"])
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", pytest.param(ROOT / "docs" / "command_line.md", marks=pytest.mark.slow)],
+)
 def test_commands(
     page: Path,
     tmp_path: Path,

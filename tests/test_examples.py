@@ -95,6 +95,7 @@ def test_from_peft(run: Run) -> None:
     assert error and float(error.group(1)) < 1e-5
 
 
+@pytest.mark.slow
 def test_transformer(run: Run) -> None:
     pytest.importorskip("transformers")
     said = run("transformer.py")

@@ -23,7 +23,9 @@ def check(seeds: Sequence[int]) -> None:
     assert tally.of("tracer").share > 0.3, str(tally)
 
 
-@pytest.mark.parametrize("batch", range(5))
+@pytest.mark.parametrize(
+    "batch", [pytest.param(n, marks=pytest.mark.slow if n > 2 else ()) for n in range(5)]
+)
 def test_forty_models(batch: int) -> None:
     check(SEEDS[batch * QUICK :][:QUICK])
 

@@ -118,7 +118,10 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k in ("mistral", "t5") else ()) for k in OUTPUTS],
+)
 def test_caches_are_returned(kind: str) -> None:
     model_of, kwargs, name = OUTPUTS[kind]
     model = model_of()
