@@ -271,6 +271,72 @@ def test_values_that_go_around_the_call_are_refused() -> None:
         fxlora.capture(ReadsSide(), torch.randn(3, 6), modules="side")
 
 
+# ---- what the code around an outlined submodule takes for granted ------------------------------
+
+
+def outlined(model: nn.Module, modules: Any, *args: torch.Tensor) -> tuple[nn.Module, Any]:
+    """Return a copy of the model, and the model captured with submodules outlined."""
+    gm = fxlora.capture(model, args or torch.randn(3, 4), modules=modules)
+    return copy.deepcopy(model), gm
+
+
+class Part(nn.Module):
+    """A linear layer in a model whose forward is given by two functions."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("step", torch.zeros(()))
+        self.given = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.given(self, *args, **kwargs)
+
+
+class Around(nn.Module):
+    def __init__(self, part: Callable[..., Any], around: Callable[..., Any]) -> None:
+        super().__init__()
+        self.part = Part(part)
+        self.around = around
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.around(self.part, x)
+
+
+def stepped(part: Any, x: torch.Tensor) -> torch.Tensor:
+    part.step.add_(1)
+    return part.lin(x)
+
+
+def added(part: Any, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    total.add_(1)
+    return part.lin(x)
+
+
+def with_total(part: Any, x: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(4)
+    return part(x, total) + total
+
+
+@pytest.mark.parametrize(
+    ("part", "around"),
+    [
+        (stepped, lambda part, x: part(x) * part.step),
+        (stepped, lambda part, x: part(part(x) * part.step) + part.step / 2),
+        (lambda part, x: stepped(part, x) * (part.step + 2), lambda part, x: part(x)),
+        (added, with_total),
+    ],
+)
+def test_what_a_submodule_writes_in_place_is_written_once(part: Any, around: Any) -> None:
+    x = torch.randn(3, 4)
+    model, gm = outlined(Around(part, around), "part")
+    for _ in range(2):  # the second time from another state
+        found, expected = gm(x), model(x)
+        assert_same([found, *gm.buffers()], [expected, *model.buffers()])
+    if part is not added:
+        assert float(gm.part.step) > 1
+
+
 # ---- everything that a user can do to a submodule ---------------------------------------------
 
 

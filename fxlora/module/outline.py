@@ -7,6 +7,7 @@ replaces them. Undoing it is to run the graph itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,10 @@ from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
-from ..fx.calls import example_value
+from ..fx.calls import example_value, named_argument
+from ..fx.effects import written_nodes
 from ..fx.literals import literal
+from ..fx.trials import memory_use
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
@@ -133,6 +136,8 @@ def outlined(
     copies: dict[fx.Node, fx.Node] = {}
     rest.output(rest.graph_copy(graph, copies))
     rest.set_codegen(graph._codegen)
+    written = _written(graph, copies)
+    _read_by_name(rest)
     _annotate(rest)
     made: dict[str, OutlinedGraph] = {}
     for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the innermost first
@@ -143,7 +148,7 @@ def outlined(
                 "torch.autocast in the forward. Outline the module around it, or those inside."
             )
         for call in own:
-            found = _Outliner(rest, call).outline()
+            found = _Outliner(rest, call, written).outline()
             known = made.setdefault(path, found)
             if not _same(known, found):
                 raise SubmoduleError(
@@ -186,6 +191,7 @@ class _Outliner:
 
     rest: fx.Graph
     call: ModuleCall
+    written: frozenset[object]
     graph: fx.Graph = field(default_factory=fx.Graph)
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
@@ -252,7 +258,7 @@ class _Outliner:
             return fetched
         if _is_size(node):
             return self._size(node)
-        if node in self.inside or _constant(node):
+        if node in self.inside or _constant(node, self.written):
             return self._copy(node)
         raise self._refusal(f"takes the value of '{node.name}' other than as an argument")
 
@@ -302,7 +308,9 @@ class _Outliner:
         returned = set(self.results.values())
         for node in inside:
             outside = [user for user in node.users if user not in self.inside]
-            if not outside or node in returned or node.op == "get_attr" or _constant(node):
+            if not outside or node in returned or node.op == "get_attr":
+                continue
+            if _constant(node, self.written):
                 continue
             if _is_size(node):
                 self._move_size(node, outside)
@@ -401,19 +409,70 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _constant(node: fx.Node) -> bool:
-    """Whether a node depends on parameters and constants only."""
+def _constant(node: fx.Node, written: frozenset[object]) -> bool:
+    """Whether a node depends on parameters and constants only, so that a copy of it is the same.
+
+    A value that something writes to is none, nor is what is computed from one: it changes.
+    """
     ahead = [node]
     while ahead:
         found = ahead.pop()
         if found.op not in ("get_attr", "call_function"):
             return False
-        if isinstance(found.target, torch._ops.OpOverload) and (
-            torch.Tag.nondeterministic_seeded in found.target.tags
-        ):
+        if found.op == "get_attr":
+            if found is not node and found.target in written:
+                return False
+        elif found in written or not _repeatable(found):
             return False
         ahead += found.all_input_nodes
     return True
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Whether a call does the same each time: it writes nothing, and draws no random numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):  # a nested graph may draw, or write
+        return target is operator.getitem
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _written(graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> frozenset[object]:
+    """Return what a graph writes to: names of parameters and buffers, and the copies of nodes."""
+    owner = graph.owning_module
+    assert owner is not None
+    roots = {root for node in graph.nodes for root in written_nodes(node, owner)}
+    roots |= {root for node in graph.nodes for root in _statistics(node, owner)}
+    return frozenset(root.target if root.op == "get_attr" else copies[root] for root in roots)
+
+
+def _statistics(node: fx.Node, owner: Any) -> list[fx.Node]:
+    """Return the tensors that an op writes to although its schema does not say so (batch_norm)."""
+    if node.op != "call_function" or named_argument(node, "running_mean") is None:
+        return []
+    return [given for given in memory_use(node, owner).written if given.op == "get_attr"]
+
+
+def _read_by_name(graph: fx.Graph) -> None:
+    """Have the users of an in-place op's result take the tensor that it wrote to: it is the same.
+
+    So a buffer that a submodule steps can be read outside of it, and is stepped once.
+    """
+    for node in graph.nodes:
+        given = node.args[0] if _in_place(node) else None
+        if isinstance(given, fx.Node) and VALUES not in node.meta:
+            node.replace_all_uses_with(given)
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether a call returns its first argument, which it wrote to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return False
+    declared = node.target._schema
+    results = [result.alias_info for result in declared.returns]
+    first = declared.arguments[0].alias_info if declared.arguments else None
+    if len(results) != 1 or first is None or not first.is_write or results[0] is None:
+        return False
+    return bool(results[0].is_write) and results[0].before_set == first.before_set
 
 
 def _axis(node: fx.Node, size: Any) -> int | None:
