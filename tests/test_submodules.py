@@ -337,6 +337,86 @@ def test_what_a_submodule_writes_in_place_is_written_once(part: Any, around: Any
         assert float(gm.part.step) > 1
 
 
+def twice_returned(part: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = part.lin(x)
+    return h, h
+
+
+def passed_on(part: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return part.lin(x), x
+
+
+def own_weight(part: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return part.lin(x), part.lin.weight
+
+
+def both(part: Any, x: torch.Tensor) -> torch.Tensor:
+    one, other = part(x)
+    return (one * 2).sum() + (other * 3).sum()
+
+
+def hooked(*models: Any, hook: Callable[..., Any]) -> None:
+    for model in models:
+        model.part.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("part", [twice_returned, passed_on, own_weight])
+def test_an_output_that_is_the_same_tensor_as_another_value(part: Any) -> None:
+    x = torch.randn(3, 4)
+    model, gm = outlined(Around(part, both), "part")
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    hooked(model, gm, hook=lambda m, args, output: (output[0], output[1]))
+    assert_same([gm(x), compiled(x)], [model(x)] * 2)
+    hooked(model, gm, hook=lambda m, args, output: (output[0].mul_(2), output[1]))
+    assert_same([gm(x)], [model(x)])
+    changes: list[Callable[[torch.Tensor], Any]] = [
+        lambda out: out * 3,
+        lambda out: out.detach() if out.requires_grad else out + 1,
+        lambda out: out.view_as(out) if out.requires_grad else 1,
+    ]
+    for change in changes:
+        model, gm = outlined(Around(part, both), "part")
+        hooked(model, gm, hook=lambda m, a, out, change=change: (out[0], change(out[1])))
+        if change is changes[0]:
+            assert not torch.equal(model(x), Around(part, both)(x))  # it has an effect
+        with pytest.raises(SubmoduleError, match="'part'.* output 1"):
+            gm(x)
+    if part is not twice_returned:  # there, the graph does not tell which output is used
+        unused, gm = outlined(Around(part, lambda part, x: part(x)[0] * 2), "part")
+        hooked(unused, gm, hook=lambda m, args, out: (out[0], out[1] * 3))
+        assert_same([gm(x)], [unused(x)])
+
+
+def test_a_result_of_another_shape_or_structure_is_refused() -> None:
+    x = torch.randn(3, 4)
+    around: Callable[..., Any] = lambda part, x: part(x)["h"].sum(0) / x.shape[0]  # noqa: E731
+    part: Callable[..., Any] = lambda part, x: {"h": part.lin(x), "n": None, "y": x + 1}  # noqa: E731
+    changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+        (lambda out: {**out, "h": out["h"][:2]}, "has size 2 in dimension 0, not 3"),
+        (lambda out: {**out, "h": out["h"][:, :1]}, "has size 1 in dimension 1, not 4"),
+        (lambda out: {**out, "h": out["h"][None]}, "has 3 dimensions"),
+        (lambda out: {"y": out["y"], "n": None, "h": out["h"]}, "structure"),
+        (lambda out: {**out, "n": 1}, "constant"),
+        (lambda out: (out["h"], None, out["y"]), "structure"),
+    ]
+    for change, message in changes:
+        model, gm = outlined(Around(part, around), "part")
+        assert_same([gm(x)], [model(x)])
+        hooked(model, gm, hook=lambda m, args, out, change=change: change(out))
+        with pytest.raises(SubmoduleError, match=message):
+            gm(x)
+    model, gm = outlined(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), "1")
+    for module in (model, gm):  # what nothing else computes with may have another size
+        module.register_module("1", copy.deepcopy(model[0]))
+    assert_same([gm(x)], [model(x)])
+
+
+@pytest.mark.parametrize("part", [nn.Identity(), Part(lambda part, x: part.lin.weight)])
+def test_a_submodule_that_computes_nothing_is_refused(part: nn.Module) -> None:
+    with pytest.raises(SubmoduleError, match="'0'.* computes nothing"):
+        outlined(nn.Sequential(part, nn.Linear(4, 4)), "0")
+
+
 # ---- everything that a user can do to a submodule ---------------------------------------------
 
 

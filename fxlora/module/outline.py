@@ -22,6 +22,7 @@ from ..fx.calls import example_value, named_argument
 from ..fx.effects import written_nodes
 from ..fx.literals import literal
 from ..fx.trials import memory_use
+from .borders import check_sizes, check_unchanged, leaves_of
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
@@ -200,6 +201,8 @@ class _Outliner:
         self.inside = set(inside)
         self.given = self._values(output=False)
         self.results = self._values(output=True)
+        if all(node.op == "get_attr" for node in inside):
+            raise self._refusal("computes nothing: it returns its arguments, or parameters")
         self._check_results(inside)
         for index in self.call.inputs.computed:
             node = self.given[index]
@@ -343,18 +346,58 @@ class _Outliner:
             zip(self.call.names[self.call.positional :], given[self.call.positional :], strict=True)
         )
         around = _prefix(inside, self.call.key)
-        with self.rest.inserting_before(self._place(inside)):
+        place = self._place(inside)
+        used = {index: self._users_after(old, place) for index, old in self.results.items()}
+        with self.rest.inserting_before(place):
             node = self.rest.call_module(f"facade.{self.call.path}", args, kwargs)
             node.meta[CALLS] = around
             results = self._unpacked(node, around)
-        for index, old in self.results.items():
-            if old in self.inside:
+            taken: dict[fx.Node, fx.Node] = {}  # what the users of a result take
+            for index, old in self.results.items():
                 new = results[index]
-                new.meta = {**old.meta, CALLS: around}
-                old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
+                if old in self.inside and old not in taken:
+                    new.meta = {**old.meta, CALLS: around}
+                    taken[old] = new
+                elif used[index]:
+                    self._check(check_unchanged, around, index, new, taken.get(old, old))
+                if any(user.op != "output" for user in used[index]):
+                    self._check_sizes(index, new, around)
+        for old, new in taken.items():
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
         for old in reversed(inside):
             if not old.users:
                 self.rest.erase_node(old)
+
+    def _users_after(self, result: fx.Node, place: fx.Node) -> list[fx.Node]:
+        """Return the users outside, after the call, of what is a result."""
+        same = [result]
+        if result.op == "get_attr":
+            same = self.rest.find_nodes(op="get_attr", target=result.target)
+        users = [user for node in same for user in node.users if user not in self.inside]
+        checks = (check_sizes, check_unchanged)
+        return [user for user in users if not user < place and user.target not in checks]
+
+    def _check(
+        self, check: Any, around: tuple[CallKey, ...], index: int, leaf: fx.Node, *expected: Any
+    ) -> None:
+        node = self.rest.call_function(check, (leaf, self.call.path, index, *expected))
+        node.meta[CALLS] = around
+
+    def _check_sizes(self, index: int, new: fx.Node, around: tuple[CallKey, ...]) -> None:
+        """Check the shape of a result whose sizes the code around takes from elsewhere."""
+        value = example_value(self.results[index])
+        if value is None:
+            return
+        sizes = tuple(s if isinstance(s, int) else None for s in value.shape)
+        sources = [self.given[i] for i in self.call.inputs.computed]
+        if not around:  # a submodule around this one cannot take the whole model's inputs
+            sources += self.rest.find_nodes(op="placeholder")
+        equal: list[tuple[int, fx.Node, int]] = []
+        for axis, size in enumerate(value.shape):
+            found = ((source, _axis(source, size)) for source in sources)
+            first = next(((node, other) for node, other in found if other is not None), None)
+            equal += [(axis, *first)] if first else []
+        self._check(check_sizes, around, index, new, sizes, tuple(equal))
 
     def _place(self, inside: Sequence[fx.Node]) -> fx.Node:
         """Return the node before which to call: all arguments are computed before it."""
@@ -373,7 +416,16 @@ class _Outliner:
         """Return the nodes of the leaves of a call's result."""
         if self.call.output.structure.is_leaf():
             return {0: node}
-        flat = self.rest.call_function(pytree.tree_leaves, (node,))
+        output = self.call.output
+        structure: Any = pytree.tree_unflatten(range(len(output.constants)), output.structure)
+        constants = tuple(
+            (index, value)
+            for index, value in enumerate(output.constants)
+            if index not in output.computed and isinstance(value, (int, float, str, type(None)))
+        )
+        plain = structure if _is_plain(structure) else None
+        given = (node, self.call.path, plain, len(output.constants), constants)
+        flat = self.rest.call_function(leaves_of, given)
         flat.meta[CALLS] = around
         return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
 
@@ -394,6 +446,15 @@ class _Outliner:
             f"'{self.call.path}' cannot be a module of its own: it {why}. Outline the module "
             "around it, or those inside."
         )
+
+
+def _is_plain(structure: Any) -> bool:
+    """Whether a structure of indices consists of what an argument of a node can hold."""
+    if type(structure) is dict:
+        return all(isinstance(k, str) and _is_plain(value) for k, value in structure.items())
+    return type(structure) is int or (
+        type(structure) in (list, tuple) and all(map(_is_plain, structure))
+    )
 
 
 def _leaf_of(leaves: Sequence[Any], index: int) -> Any:
