@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..fx.calls import example_value, named_argument
 from ..fx.effects import written_nodes
 from ..fx.literals import literal
 from ..fx.trials import memory_use
+from .block_contract import contract_of_both, dimension_of
 from .borders import check_sizes, check_unchanged, leaves_of
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
@@ -29,6 +30,8 @@ aten = torch.ops.aten
 
 CALLS = "module_calls"  # key in a node's meta: the recorded calls around it, outermost first
 VALUES = "module_values"  # key in a node's meta: the inputs and outputs of calls that it is
+
+MOVED = "module_moved"  # key in a node's meta: the dtype of its example may not be its dtype now
 
 CallKey = tuple[str, int]  # a submodule's path, and the number of its call
 
@@ -109,11 +112,13 @@ class OutlinedGraph:
             leaves of the output. Names of tensors are relative to the submodule, or start with
             "outer.", the whole model.
         inputs: its input contract.
+        alike: pairs of indices among the arguments' leaves that were one value.
     """
 
     call: ModuleCall
     graph: fx.Graph
     inputs: InputSpec
+    alike: frozenset[tuple[int, int]]
 
 
 def outlined(
@@ -151,11 +156,14 @@ def outlined(
         for call in own:
             found = _Outliner(rest, call, written).outline()
             known = made.setdefault(path, found)
-            if not _same(known, found):
+            inputs = contract_of_both(known.inputs, found.inputs) if _same(known, found) else None
+            if inputs is None:
                 raise SubmoduleError(
                     f"'{path}' is called in several ways, which have different graphs. Outline the "
                     "module around it, or those inside."
                 )
+            alike = known.alike & found.alike
+            made[path] = replace(known, inputs=inputs, alike=alike)
     rest.lint()
     return rest, made
 
@@ -220,7 +228,15 @@ class _Outliner:
         self.graph.lint()
         inputs = self._contract()
         self._replace(inside)
-        return OutlinedGraph(self.call, self.graph, inputs)
+        return OutlinedGraph(self.call, self.graph, inputs, self._alike())
+
+    def _alike(self) -> frozenset[tuple[int, int]]:
+        """Return pairs of arguments that are one value: the graph has the first for both."""
+        first: dict[fx.Node, int] = {}
+        for index in self.call.inputs.computed:
+            first.setdefault(self.given[index], index)
+        pairs = ((first[self.given[i]], i) for i in self.call.inputs.computed)
+        return frozenset(pair for pair in pairs if pair[0] != pair[1])
 
     def _values(self, output: bool) -> dict[int, fx.Node]:
         """Return the node of each computed leaf; an adapter after a node has its meta, too."""
@@ -284,7 +300,7 @@ class _Outliner:
         return prefix + name.removeprefix(own) if name.startswith(own) else f"outer.{prefix}{name}"
 
     def _contract(self) -> InputSpec:
-        """Return the contract: names, structure, constants and shapes; any dtype (autocast)."""
+        """Return the contract: names, structure, constants, shapes and dtypes."""
         groups: list[tuple[Input, ...]] = []
         begin = 0
         for name, structure in zip(self.call.names, self.call.structures, strict=True):
@@ -301,8 +317,11 @@ class _Outliner:
             return ConstantInput(name, constant)
         value = example_value(self.given[index])
         if value is None:
-            return IntegerInput(name, Dimension(f"size_{index}"))
-        return TensorInput(name, tuple(map(_dimension, value.shape)), None)
+            size = dimension_of(self.given[index].meta.get("val"))
+            known = isinstance(size, Dimension)
+            return IntegerInput(name, size if known else Dimension(f"size_{index}"))
+        dtype = None if self.given[index].meta.get(MOVED) else value.dtype
+        return TensorInput(name, tuple(map(dimension_of, value.shape)), dtype)
 
     # ---- the graph around it ----------------------------------------------------------------
 
@@ -545,7 +564,3 @@ def _axis(node: fx.Node, size: Any) -> int | None:
         if isinstance(found, torch.SymInt) and found.node.expr == size.node.expr:
             return axis
     return None
-
-
-def _dimension(size: Any) -> int | Dimension:
-    return Dimension(str(size)) if isinstance(size, torch.SymInt) else int(size)
