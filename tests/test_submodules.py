@@ -271,6 +271,248 @@ def test_values_that_go_around_the_call_are_refused() -> None:
         fxlora.capture(ReadsSide(), torch.randn(3, 6), modules="side")
 
 
+# ---- what the code around an outlined submodule takes for granted ------------------------------
+
+
+def outlined(model: nn.Module, modules: Any, *args: torch.Tensor) -> tuple[nn.Module, Any]:
+    """Return a copy of the model, and the model captured with submodules outlined."""
+    gm = fxlora.capture(model, args or torch.randn(3, 4), modules=modules)
+    return copy.deepcopy(model), gm
+
+
+class Part(nn.Module):
+    """A linear layer in a model whose forward is given by two functions."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("step", torch.zeros(()))
+        self.given = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.given(self, *args, **kwargs)
+
+
+class Around(nn.Module):
+    def __init__(self, part: Callable[..., Any], around: Callable[..., Any]) -> None:
+        super().__init__()
+        self.part = Part(part)
+        self.around = around
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.around(self.part, x)
+
+
+def stepped(part: Any, x: torch.Tensor) -> torch.Tensor:
+    part.step.add_(1)
+    return part.lin(x)
+
+
+def added(part: Any, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    total.add_(1)
+    return part.lin(x)
+
+
+def with_total(part: Any, x: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(4)
+    return part(x, total) + total
+
+
+@pytest.mark.parametrize(
+    ("part", "around"),
+    [
+        (stepped, lambda part, x: part(x) * part.step),
+        (stepped, lambda part, x: part(part(x) * part.step) + part.step / 2),
+        (lambda part, x: stepped(part, x) * (part.step + 2), lambda part, x: part(x)),
+        (added, with_total),
+    ],
+)
+def test_what_a_submodule_writes_in_place_is_written_once(part: Any, around: Any) -> None:
+    x = torch.randn(3, 4)
+    model, gm = outlined(Around(part, around), "part")
+    for _ in range(2):  # the second time from another state
+        found, expected = gm(x), model(x)
+        assert_same([found, *gm.buffers()], [expected, *model.buffers()])
+    if part is not added:
+        assert float(gm.part.step) > 1
+
+
+def twice_returned(part: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = part.lin(x)
+    return h, h
+
+
+def passed_on(part: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return part.lin(x), x
+
+
+def own_weight(part: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return part.lin(x), part.lin.weight
+
+
+def both(part: Any, x: torch.Tensor) -> torch.Tensor:
+    one, other = part(x)
+    return (one * 2).sum() + (other * 3).sum()
+
+
+def hooked(*models: Any, hook: Callable[..., Any]) -> None:
+    for model in models:
+        model.part.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("part", [twice_returned, passed_on, own_weight])
+def test_an_output_that_is_the_same_tensor_as_another_value(part: Any) -> None:
+    x = torch.randn(3, 4)
+    model, gm = outlined(Around(part, both), "part")
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    hooked(model, gm, hook=lambda m, args, output: (output[0], output[1]))
+    assert_same([gm(x), compiled(x)], [model(x)] * 2)
+    hooked(model, gm, hook=lambda m, args, output: (output[0].mul_(2), output[1]))
+    assert_same([gm(x)], [model(x)])
+    changes: list[Callable[[torch.Tensor], Any]] = [
+        lambda out: out * 3,
+        lambda out: out.detach() if out.requires_grad else out + 1,
+        lambda out: out.view_as(out) if out.requires_grad else 1,
+    ]
+    for change in changes:
+        model, gm = outlined(Around(part, both), "part")
+        hooked(model, gm, hook=lambda m, a, out, change=change: (out[0], change(out[1])))
+        if change is changes[0]:
+            assert not torch.equal(model(x), Around(part, both)(x))  # it has an effect
+        with pytest.raises(SubmoduleError, match=r"'part'.* output 1"):
+            gm(x)
+    if part is not twice_returned:  # there, the graph does not tell which output is used
+        unused, gm = outlined(Around(part, lambda part, x: part(x)[0] * 2), "part")
+        hooked(unused, gm, hook=lambda m, args, out: (out[0], out[1] * 3))
+        assert_same([gm(x)], [unused(x)])
+
+
+def test_a_result_of_another_shape_or_structure_is_refused() -> None:
+    x = torch.randn(3, 4)
+    around: Callable[..., Any] = lambda part, x: part(x)["h"].sum(0) / x.shape[0]  # noqa: E731
+    part: Callable[..., Any] = lambda part, x: {"h": part.lin(x), "n": None, "y": x + 1}  # noqa: E731
+    changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+        (lambda out: {**out, "h": out["h"][:2]}, "has size 2 in dimension 0, not 3"),
+        (lambda out: {**out, "h": out["h"][:, :1]}, "has size 1 in dimension 1, not 4"),
+        (lambda out: {**out, "h": out["h"][None]}, "has 3 dimensions"),
+        (lambda out: {"y": out["y"], "n": None, "h": out["h"]}, "structure"),
+        (lambda out: {**out, "n": 1}, "constant"),
+        (lambda out: (out["h"], None, out["y"]), "structure"),
+    ]
+    for change, message in changes:
+        model, gm = outlined(Around(part, around), "part")
+        assert_same([gm(x)], [model(x)])
+        hooked(model, gm, hook=lambda m, args, out, change=change: change(out))
+        with pytest.raises(SubmoduleError, match=message):
+            gm(x)
+    model, gm = outlined(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), "1")
+    other = nn.Linear(4, 7)
+    for module in (model, gm):  # what nothing else computes with may have another size
+        module.register_module("1", other)
+    assert_same([gm(x)], [model(x)])
+
+
+@pytest.mark.parametrize("part", [nn.Identity(), Part(lambda part, x: part.lin.weight)])
+def test_a_submodule_that_computes_nothing_is_refused(part: nn.Module) -> None:
+    with pytest.raises(SubmoduleError, match=r"'0'.* computes nothing"):
+        outlined(nn.Sequential(part, nn.Linear(4, 4)), "0")
+
+
+def attention(part: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (part.lin(q) @ k.T).softmax(-1) @ v
+
+
+def test_arguments_that_were_one_tensor() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    model, gm = outlined(Around(attention, lambda part, x: part(x * 2, *[x] * 2)), "part")
+    with pytest.raises(fxlora.InputError, match="args_1 and args_2"):
+        gm.part(x, x, x.detach())  # the same values, but no gradient
+    model, gm = outlined(Around(attention, lambda part, x: part(x, x, x)), "part")
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    assert_same([gm(x), gm.part(x, x, x), compiled(x)], [model(x)] * 3)
+    others = torch.randn(3, 3, 4)
+    assert not torch.equal(model.get_submodule("part")(*others), model(others[0]))
+    with pytest.raises(fxlora.InputError, match=r"'part': args_0 and args_1: .* one value"):
+        gm.part(*others)
+    gm.part.register_forward_pre_hook(lambda m, args: (args[0], args[1], args[2] * 2))
+    with pytest.raises(fxlora.InputError, match="args_0 and args_2"):
+        gm(x)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_submodules_with_tensors_that_are_one() -> None:
+    part: Callable[..., Any] = lambda part, x, y: (part.lin(x) * y, y)  # noqa: E731
+
+    def around(part: Any, x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        y, h = part(h, h)
+        return y + h
+
+    x = torch.randn(3, 4).double().requires_grad_(True)
+    model, gm = outlined(Around(part, around).double(), "part", x)
+    gm.requires_grad_(True)
+    fully_shard(gm.part)
+    found, expected = gm(x), model(x)
+    assert_same([found], [expected])
+    wanted = torch.autograd.grad(expected.sum(), [x])
+    assert_close(list(torch.autograd.grad(found.sum(), [x])), list(wanted))
+
+
+def test_a_submodule_refuses_the_sizes_that_the_model_refuses() -> None:
+    def branch(part: Any, x: torch.Tensor, y: torch.Tensor, size: int) -> torch.Tensor:
+        return part.lin(x) * (7 if x.shape[0] > 4 else 1) + y.sum() * size
+
+    def not_one(part: Any, x: torch.Tensor, y: torch.Tensor, size: int) -> torch.Tensor:
+        return part.lin(x) * (0 if size == 1 else 1) + y.sum() * size
+
+    def around(part: Any, x: torch.Tensor) -> torch.Tensor:
+        return part(x, torch.cat([x, x]), x.shape[0])
+
+    for part in (branch, not_one):
+        model, gm = outlined(Around(part, around), "part")
+        for size in (1, 2, 3, 4, 6):
+            x, y = torch.randn(size, 4), torch.randn(2 * size, 4)
+            whole, ours = gm.contract.holds_for((x,), {}), gm.part.contract.holds_for
+            assert ours((x, y, size), {}) is whole
+            assert not ours((x, y[1:], size), {}) and not ours((x, y, size + 1), {})
+            if whole:
+                expected = model.get_submodule("part")(x, y, size)
+                assert_same([gm.part(x, y, size), gm(x)], [expected, model(x)])
+        assert gm.contract.holds_for((torch.randn(3, 4),), {})
+        assert not all(gm.contract.holds_for((torch.randn(n, 4),), {}) for n in (1, 6))
+
+
+def test_a_submodule_refuses_other_dtypes_than_the_models() -> None:
+    def normed(part: Any, x: torch.Tensor) -> torch.Tensor:
+        return part.lin(x) + torch.finfo(x.dtype).eps * 1e4
+
+    x = torch.randn(3, 4)
+    model, gm = outlined(Around(normed, lambda part, x: part(x * 2)), "part")
+    with pytest.raises(fxlora.InputError, match=r"'part': args_0: captured as torch\.float32"):
+        gm.part(x.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same([gm.part(x)], [model.get_submodule("part")(x)])
+    assert_same([gm.double()(x.double())], [gm.part(x.double() * 2)])
+    assert gm.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_a_submodule_called_on_several_shapes_and_dtypes() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.GELU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.act(torch.cat([x, x]).double())
+            return self.act(x).sum() + y.sum() + self.act(x[:2]).sum()
+
+    model, gm = outlined(Model(), "act")
+    for size in (2, 3, 8):
+        assert_same([gm(x := torch.randn(size, 4))], [model(x)])
+    with pytest.raises(fxlora.InputError):
+        gm.act(torch.randn(3, 5))
+
+
 # ---- everything that a user can do to a submodule ---------------------------------------------
 
 

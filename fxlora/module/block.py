@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, SubmoduleError
+from ..fx.autocast import current_autocast
+from .autocast import UNKNOWN
+from .block_contract import of_any_dtype, within
+from .borders import same
 from .contract import ConstantInput, InputSpec
 from .outline import ModuleCall, OutlinedGraph
 from .program import Program, ProgramModule, code_of, forward_function, tensors_of
@@ -26,9 +30,13 @@ class Block(ProgramModule):
     Attributes:
         path: its path in the whole model.
         calls: the recorded call, by mode.
+        alike: pairs of arguments that the graph has as one, by mode.
+        any_dtype: the contract under autocast, by mode.
     """
 
     calls: Mapping[str, ModuleCall]
+    alike: Mapping[str, Sequence[tuple[int, int]]]
+    any_dtype: Mapping[str, InputSpec]
 
     def __new__(
         cls, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
@@ -42,13 +50,20 @@ class Block(ProgramModule):
         self.__dict__["_kind"] = _source_class(held)
         program = _program(path, graphs, whole)
         super().__init__(held, program, _source_class(held).__name__, held.training)
-        self.calls = {mode: made.call for mode, made in graphs.items()}
         self.path = path
+        self._note(graphs)
+
+    def _note(self, graphs: Mapping[str, OutlinedGraph]) -> None:
+        """Note what a call is checked for."""
+        self.calls = {mode: made.call for mode, made in graphs.items()}
+        self.alike = {mode: sorted(made.alike) for mode, made in graphs.items()}
+        inputs = self.program.inputs.items()
+        self.any_dtype = {mode: of_any_dtype(spec) for mode, spec in inputs if spec}
 
     def renew(self, graphs: Mapping[str, OutlinedGraph], whole: Program) -> None:
         """Take the graphs of the whole model after a change; hooks and wrappers stay."""
         self.program = _program(self.path, graphs, whole)
-        self.calls = {mode: made.call for mode, made in graphs.items()}
+        self._note(graphs)
         self._generated.clear()
         self._forwards.clear()
         self.look()
@@ -82,7 +97,26 @@ class Block(ProgramModule):
                 f"'{self.path}' takes or returns other things in train mode than in eval mode, so "
                 "its mode cannot be set apart from the module's."
             )
-        super()._check(args, kwargs)
+        contract = self.any_dtype[self.mode] if current_autocast() else self.contract
+        assert contract is not None
+        try:
+            contract.check(args, kwargs)
+            self._check_alike(contract, args, kwargs)
+            self.program.autocasts.get(self.mode, UNKNOWN).check()
+        except InputError as error:
+            raise self._refusal(error) from None
+
+    def _check_alike(self, contract: InputSpec, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise InputError for two tensors where the graph has one, as for `self(x, x)`."""
+        pairs = contract.pairs(args, kwargs) if self.alike[self.mode] else []
+        for index, other in self.alike[self.mode]:
+            (one, value), (two, second) = pairs[index], pairs[other]
+            if not same(value, second):
+                raise InputError(
+                    f"{one.name} and {two.name}: captured as one value that was given for both, "
+                    "called with different ones (or with one whose gradient goes elsewhere). Give "
+                    "the same for both, or capture a model that gives different ones."
+                )
 
     def _alike(self) -> bool:
         train, evaluation = self.calls["train"], self.calls["eval"]
@@ -137,8 +171,8 @@ def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
 
 def _program(path: str, graphs: Mapping[str, OutlinedGraph], whole: Program) -> Program:
     made = {mode: found.graph for mode, found in graphs.items()}
-    inputs: dict[str, InputSpec | None] = {mode: found.inputs for mode, found in graphs.items()}
-    return Program(made, inputs, path, autocasts=whole.autocasts)
+    inputs = {mode: within(found.inputs, whole.inputs[mode]) for mode, found in graphs.items()}
+    return Program(made, dict(inputs), path, autocasts=whole.autocasts)
 
 
 def _source_class(held: nn.Module) -> type[nn.Module]:

@@ -7,8 +7,9 @@ replaces them. Undoing it is to run the graph itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +18,20 @@ from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
-from ..fx.calls import example_value
+from ..fx.calls import example_value, named_argument
+from ..fx.effects import written_nodes
 from ..fx.literals import literal
+from ..fx.trials import memory_use
+from .block_contract import contract_of_both, dimension_of
+from .borders import check_sizes, check_unchanged, leaves_of
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
 
 CALLS = "module_calls"  # key in a node's meta: the recorded calls around it, outermost first
 VALUES = "module_values"  # key in a node's meta: the inputs and outputs of calls that it is
+
+MOVED = "module_moved"  # key in a node's meta: the dtype of its example may not be its dtype now
 
 CallKey = tuple[str, int]  # a submodule's path, and the number of its call
 
@@ -105,11 +112,13 @@ class OutlinedGraph:
             leaves of the output. Names of tensors are relative to the submodule, or start with
             "outer.", the whole model.
         inputs: its input contract.
+        alike: pairs of indices among the arguments' leaves that were one value.
     """
 
     call: ModuleCall
     graph: fx.Graph
     inputs: InputSpec
+    alike: frozenset[tuple[int, int]]
 
 
 def outlined(
@@ -133,6 +142,8 @@ def outlined(
     copies: dict[fx.Node, fx.Node] = {}
     rest.output(rest.graph_copy(graph, copies))
     rest.set_codegen(graph._codegen)
+    written = _written(graph, copies)
+    _read_by_name(rest)
     _annotate(rest)
     made: dict[str, OutlinedGraph] = {}
     for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the innermost first
@@ -143,13 +154,16 @@ def outlined(
                 "torch.autocast in the forward. Outline the module around it, or those inside."
             )
         for call in own:
-            found = _Outliner(rest, call).outline()
+            found = _Outliner(rest, call, written).outline()
             known = made.setdefault(path, found)
-            if not _same(known, found):
+            inputs = contract_of_both(known.inputs, found.inputs) if _same(known, found) else None
+            if inputs is None:
                 raise SubmoduleError(
                     f"'{path}' is called in several ways, which have different graphs. Outline the "
                     "module around it, or those inside."
                 )
+            alike = known.alike & found.alike
+            made[path] = replace(known, inputs=inputs, alike=alike)
     rest.lint()
     return rest, made
 
@@ -186,6 +200,7 @@ class _Outliner:
 
     rest: fx.Graph
     call: ModuleCall
+    written: frozenset[object]
     graph: fx.Graph = field(default_factory=fx.Graph)
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
@@ -194,6 +209,8 @@ class _Outliner:
         self.inside = set(inside)
         self.given = self._values(output=False)
         self.results = self._values(output=True)
+        if all(node.op == "get_attr" for node in inside):
+            raise self._refusal("computes nothing: it returns its arguments, or parameters")
         self._check_results(inside)
         for index in self.call.inputs.computed:
             node = self.given[index]
@@ -211,7 +228,15 @@ class _Outliner:
         self.graph.lint()
         inputs = self._contract()
         self._replace(inside)
-        return OutlinedGraph(self.call, self.graph, inputs)
+        return OutlinedGraph(self.call, self.graph, inputs, self._alike())
+
+    def _alike(self) -> frozenset[tuple[int, int]]:
+        """Return pairs of arguments that are one value: the graph has the first for both."""
+        first: dict[fx.Node, int] = {}
+        for index in self.call.inputs.computed:
+            first.setdefault(self.given[index], index)
+        pairs = ((first[self.given[i]], i) for i in self.call.inputs.computed)
+        return frozenset(pair for pair in pairs if pair[0] != pair[1])
 
     def _values(self, output: bool) -> dict[int, fx.Node]:
         """Return the node of each computed leaf; an adapter after a node has its meta, too."""
@@ -252,7 +277,7 @@ class _Outliner:
             return fetched
         if _is_size(node):
             return self._size(node)
-        if node in self.inside or _constant(node):
+        if node in self.inside or _constant(node, self.written):
             return self._copy(node)
         raise self._refusal(f"takes the value of '{node.name}' other than as an argument")
 
@@ -275,7 +300,7 @@ class _Outliner:
         return prefix + name.removeprefix(own) if name.startswith(own) else f"outer.{prefix}{name}"
 
     def _contract(self) -> InputSpec:
-        """Return the contract: names, structure, constants and shapes; any dtype (autocast)."""
+        """Return the contract: names, structure, constants, shapes and dtypes."""
         groups: list[tuple[Input, ...]] = []
         begin = 0
         for name, structure in zip(self.call.names, self.call.structures, strict=True):
@@ -292,8 +317,11 @@ class _Outliner:
             return ConstantInput(name, constant)
         value = example_value(self.given[index])
         if value is None:
-            return IntegerInput(name, Dimension(f"size_{index}"))
-        return TensorInput(name, tuple(map(_dimension, value.shape)), None)
+            size = dimension_of(self.given[index].meta.get("val"))
+            known = isinstance(size, Dimension)
+            return IntegerInput(name, size if known else Dimension(f"size_{index}"))
+        dtype = None if self.given[index].meta.get(MOVED) else value.dtype
+        return TensorInput(name, tuple(map(dimension_of, value.shape)), dtype)
 
     # ---- the graph around it ----------------------------------------------------------------
 
@@ -302,7 +330,9 @@ class _Outliner:
         returned = set(self.results.values())
         for node in inside:
             outside = [user for user in node.users if user not in self.inside]
-            if not outside or node in returned or node.op == "get_attr" or _constant(node):
+            if not outside or node in returned or node.op == "get_attr":
+                continue
+            if _constant(node, self.written):
                 continue
             if _is_size(node):
                 self._move_size(node, outside)
@@ -335,18 +365,58 @@ class _Outliner:
             zip(self.call.names[self.call.positional :], given[self.call.positional :], strict=True)
         )
         around = _prefix(inside, self.call.key)
-        with self.rest.inserting_before(self._place(inside)):
+        place = self._place(inside)
+        used = {index: self._users_after(old, place) for index, old in self.results.items()}
+        with self.rest.inserting_before(place):
             node = self.rest.call_module(f"facade.{self.call.path}", args, kwargs)
             node.meta[CALLS] = around
             results = self._unpacked(node, around)
-        for index, old in self.results.items():
-            if old in self.inside:
+            taken: dict[fx.Node, fx.Node] = {}  # what the users of a result take
+            for index, old in self.results.items():
                 new = results[index]
-                new.meta = {**old.meta, CALLS: around}
-                old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
+                if old in self.inside and old not in taken:
+                    new.meta = {**old.meta, CALLS: around}
+                    taken[old] = new
+                elif used[index]:
+                    self._check(check_unchanged, around, index, new, taken.get(old, old))
+                if any(user.op != "output" for user in used[index]):
+                    self._check_sizes(index, new, around)
+        for old, new in taken.items():
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
         for old in reversed(inside):
             if not old.users:
                 self.rest.erase_node(old)
+
+    def _users_after(self, result: fx.Node, place: fx.Node) -> list[fx.Node]:
+        """Return the users outside, after the call, of what is a result."""
+        same = [result]
+        if result.op == "get_attr":
+            same = self.rest.find_nodes(op="get_attr", target=result.target)
+        users = [user for node in same for user in node.users if user not in self.inside]
+        checks = (check_sizes, check_unchanged)
+        return [user for user in users if not user < place and user.target not in checks]
+
+    def _check(
+        self, check: Any, around: tuple[CallKey, ...], index: int, leaf: fx.Node, *expected: Any
+    ) -> None:
+        node = self.rest.call_function(check, (leaf, self.call.path, index, *expected))
+        node.meta[CALLS] = around
+
+    def _check_sizes(self, index: int, new: fx.Node, around: tuple[CallKey, ...]) -> None:
+        """Check the shape of a result whose sizes the code around takes from elsewhere."""
+        value = example_value(self.results[index])
+        if value is None:
+            return
+        sizes = tuple(s if isinstance(s, int) else None for s in value.shape)
+        sources = [self.given[i] for i in self.call.inputs.computed]
+        if not around:  # a submodule around this one cannot take the whole model's inputs
+            sources += self.rest.find_nodes(op="placeholder")
+        equal: list[tuple[int, fx.Node, int]] = []
+        for axis, size in enumerate(value.shape):
+            found = ((source, _axis(source, size)) for source in sources)
+            first = next(((node, other) for node, other in found if other is not None), None)
+            equal += [(axis, *first)] if first else []
+        self._check(check_sizes, around, index, new, sizes, tuple(equal))
 
     def _place(self, inside: Sequence[fx.Node]) -> fx.Node:
         """Return the node before which to call: all arguments are computed before it."""
@@ -365,7 +435,16 @@ class _Outliner:
         """Return the nodes of the leaves of a call's result."""
         if self.call.output.structure.is_leaf():
             return {0: node}
-        flat = self.rest.call_function(pytree.tree_leaves, (node,))
+        output = self.call.output
+        structure: Any = pytree.tree_unflatten(range(len(output.constants)), output.structure)
+        constants = tuple(
+            (index, value)
+            for index, value in enumerate(output.constants)
+            if index not in output.computed and isinstance(value, (int, float, str, type(None)))
+        )
+        plain = structure if _is_plain(structure) else None
+        given = (node, self.call.path, plain, len(output.constants), constants)
+        flat = self.rest.call_function(leaves_of, given)
         flat.meta[CALLS] = around
         return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
 
@@ -388,6 +467,15 @@ class _Outliner:
         )
 
 
+def _is_plain(structure: Any) -> bool:
+    """Whether a structure of indices consists of what an argument of a node can hold."""
+    if type(structure) is dict:
+        return all(isinstance(k, str) and _is_plain(value) for k, value in structure.items())
+    return type(structure) is int or (
+        type(structure) in (list, tuple) and all(map(_is_plain, structure))
+    )
+
+
 def _leaf_of(leaves: Sequence[Any], index: int) -> Any:
     return leaves[index]
 
@@ -401,19 +489,70 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _constant(node: fx.Node) -> bool:
-    """Whether a node depends on parameters and constants only."""
+def _constant(node: fx.Node, written: frozenset[object]) -> bool:
+    """Whether a node depends on parameters and constants only, so that a copy of it is the same.
+
+    A value that something writes to is none, nor is what is computed from one: it changes.
+    """
     ahead = [node]
     while ahead:
         found = ahead.pop()
         if found.op not in ("get_attr", "call_function"):
             return False
-        if isinstance(found.target, torch._ops.OpOverload) and (
-            torch.Tag.nondeterministic_seeded in found.target.tags
-        ):
+        if found.op == "get_attr":
+            if found is not node and found.target in written:
+                return False
+        elif found in written or not _repeatable(found):
             return False
         ahead += found.all_input_nodes
     return True
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Whether a call does the same each time: it writes nothing, and draws no random numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):  # a nested graph may draw, or write
+        return target is operator.getitem
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _written(graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> frozenset[object]:
+    """Return what a graph writes to: names of parameters and buffers, and the copies of nodes."""
+    owner = graph.owning_module
+    assert owner is not None
+    roots = {root for node in graph.nodes for root in written_nodes(node, owner)}
+    roots |= {root for node in graph.nodes for root in _statistics(node, owner)}
+    return frozenset(root.target if root.op == "get_attr" else copies[root] for root in roots)
+
+
+def _statistics(node: fx.Node, owner: Any) -> list[fx.Node]:
+    """Return the tensors that an op writes to although its schema does not say so (batch_norm)."""
+    if node.op != "call_function" or named_argument(node, "running_mean") is None:
+        return []
+    return [given for given in memory_use(node, owner).written if given.op == "get_attr"]
+
+
+def _read_by_name(graph: fx.Graph) -> None:
+    """Have the users of an in-place op's result take the tensor that it wrote to: it is the same.
+
+    So a buffer that a submodule steps can be read outside of it, and is stepped once.
+    """
+    for node in graph.nodes:
+        given = node.args[0] if _in_place(node) else None
+        if isinstance(given, fx.Node) and VALUES not in node.meta:
+            node.replace_all_uses_with(given)
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether a call returns its first argument, which it wrote to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return False
+    declared = node.target._schema
+    results = [result.alias_info for result in declared.returns]
+    first = declared.arguments[0].alias_info if declared.arguments else None
+    if len(results) != 1 or first is None or not first.is_write or results[0] is None:
+        return False
+    return bool(results[0].is_write) and results[0].before_set == first.before_set
 
 
 def _axis(node: fx.Node, size: Any) -> int | None:
@@ -425,7 +564,3 @@ def _axis(node: fx.Node, size: Any) -> int | None:
         if isinstance(found, torch.SymInt) and found.node.expr == size.node.expr:
             return axis
     return None
-
-
-def _dimension(size: Any) -> int | Dimension:
-    return Dimension(str(size)) if isinstance(size, torch.SymInt) else int(size)

@@ -10,7 +10,9 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from ..errors import CaptureError
+from ..fx.calls import example_value
 from .casts import is_cast
+from .outline import MOVED
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 
@@ -31,7 +33,11 @@ def moves_of(tensors: Iterable[torch.Tensor], fn: Callable[[torch.Tensor], torch
 
 
 def retarget(graph: fx.Graph, moves: Moves) -> None:
-    """Replace the devices and dtypes in the arguments of a graph's calls."""
+    """Replace the devices and dtypes in the arguments of a graph's calls.
+
+    What dtype an op's result then has, only the op knows: its example no longer tells.
+    """
+    casts = any(isinstance(old, torch.dtype) for old in moves)
 
     def moved(value: Any) -> Any:
         return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
@@ -40,6 +46,9 @@ def retarget(graph: fx.Graph, moves: Moves) -> None:
         if node.op == "call_function":
             node.args = map_aggregate(node.args, moved)
             node.kwargs = map_aggregate(node.kwargs, moved)
+        value = example_value(node)
+        if casts and value is not None and (value.is_floating_point() or value.is_complex()):
+            node.meta[MOVED] = True
 
 
 def refuse_ambiguous_casts(graph: fx.Graph, moves: Moves) -> None:
