@@ -529,3 +529,125 @@ def test_merged_is_the_users_own_model(source: Model, flat: fxlora.CapturedModul
     assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
     with pytest.raises(fxlora.InjectError, match="fold"):
         fxlora.merged(source, flat)
+
+
+# ---- the source's bits ----------------------------------------------------------------------
+
+
+def zeros_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "load": lambda part: part.load_state_dict(zeros_of(part)),
+    "load some": lambda part: part.load_state_dict(
+        {n: v for n, v in zeros_of(part).items() if "up" in n}, strict=False
+    ),
+    "train": lambda part: trained(part.requires_grad_(True)),
+}
+
+
+def trained(part: Any) -> None:
+    optimizer = torch.optim.SGD(part.parameters(), 0.1)
+    sum(p.square().sum() for p in part.parameters()).backward()
+    optimizer.step()
+
+
+def bits(module: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+@pytest.mark.parametrize("modules", ["layers.*", None])
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("host", [False, True])
+def test_a_write_to_a_submodule_leaves_the_source(
+    source: Model, how: str, modules: str | None, host: bool
+) -> None:
+    model = copy.deepcopy(source).requires_grad_(False)
+    gm: Any = fxlora.capture(model, x := ids(), modules=modules)
+    part = (fxlora.hosted(model, gm) if host else gm).layers[0]
+    before, output = bits(model), gm(x)
+    WRITES[how](part)
+    assert not torch.equal(gm(x), output)
+    assert_same(list(model.state_dict().values()), list(before.values()))
+
+
+def by_attribute(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad = True
+
+
+def step(module: nn.Module, backend: str | None = None) -> None:
+    by_attribute(module)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    call: Any = torch.compile(module, backend=backend) if backend else module
+    for _ in range(2):
+        optimizer.zero_grad()
+        call(ids()).square().mean().backward()
+        optimizer.step()
+
+
+SHARING: dict[str, Callable[[fxlora.CapturedModule], fxlora.CapturedModule]] = {
+    "derive": fxlora.CapturedModule.derive,
+    "remove": lambda gm: fxlora.remove(fxlora.inject(gm, fxlora.match(gm, CONFIG))),
+    "fold": lambda gm: fxlora.fold(fxlora.inject(gm, fxlora.match(gm, CONFIG))),
+    "copy of a derived one": lambda gm: copy.copy(gm.derive()),
+}
+
+
+@pytest.mark.parametrize("how", SHARING)
+@pytest.mark.parametrize(
+    ("requires_grad", "backend"), [(True, None), (False, None), (True, "aot_eager")]
+)
+def test_training_changes_no_other_module(
+    source: Model, how: str, requires_grad: bool, backend: str | None
+) -> None:
+    model = copy.deepcopy(source).requires_grad_(requires_grad)
+    gm = fxlora.capture(model, x := ids())
+    other = SHARING[how](gm)
+    for trains, rest in ((other, (gm, model)), (gm, (model, other))):
+        before, held = [bits(module) for module in rest], list(trains.parameters())
+        output, ties = trains(x), trains.aliases()
+        step(trains, backend)
+        assert not torch.equal(trains(x), output)
+        for module, was in zip(rest, before, strict=True):
+            assert_same(list(module.state_dict().values()), list(was.values()))
+        assert all(a is b for a, b in zip(trains.parameters(), held, strict=True))
+        assert trains.aliases() == ties
+
+
+def test_what_is_a_copy_is_not_copied_when_it_trains(source: Model) -> None:
+    copied = copy.deepcopy(fxlora.capture(source, ids()))
+    moved = fxlora.capture(copy.deepcopy(source), ids()).requires_grad_(True)
+    for module in (copied, moved):
+        places = [p.data_ptr() for p in module.parameters()]
+        before = bits(module)
+        step(module)
+        assert not torch.equal(module.state_dict()["emb.weight"], before["emb.weight"])
+        assert [p.data_ptr() for p in module.parameters()] == places
+
+
+class Overlapping(nn.Module):
+    """Two parameters in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.down.weight = nn.Parameter(self.up.weight.data.t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_parameters_in_one_memory_stay_in_one_when_they_train(copied: bool) -> None:
+    model, x = Overlapping(), torch.randn(3, 6)
+    gm: Any = fxlora.capture(model, x)
+    gm = copy.copy(gm) if copied else gm
+    before = bits(model)
+    optimizer = torch.optim.SGD([gm.up.weight], 0.1)
+    gm(x).sum().backward()
+    optimizer.step()
+    assert not torch.equal(gm.up.weight, model.up.weight)
+    assert torch.equal(gm.up.weight.t(), gm.down.weight)
+    assert_same(list(model.state_dict().values()), list(before.values()))

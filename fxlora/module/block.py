@@ -14,7 +14,15 @@ from ..errors import InputError, SubmoduleError
 from .contract import ConstantInput
 from .outline import ModuleCall, OutlinedGraph
 from .program import Program, ProgramModule, code_of, forward_function, tensors_of
-from .submodules import Container, Seal, container, plain_view, subclass
+from .submodules import (
+    Container,
+    Seal,
+    container,
+    plain_view,
+    prepare_load,
+    subclass,
+    unshare,
+)
 
 
 class Block(ProgramModule):
@@ -100,6 +108,20 @@ class Block(ProgramModule):
         if seal := self.__dict__.get("_seal"):
             seal.all_set(self)
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Block:
+        """Set `requires_grad` of all parameters; those that would train are copied first."""
+        if requires_grad:
+            unshare(self)
+        super().requires_grad_(requires_grad)
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load as nn.Module does, without writing into the source model's storage."""
+        prepare_load(self, self.path, state_dict, assign)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _may_set(self, name: str, value: Any) -> bool:
         """Whether an attribute has an effect, or is a note of a framework, which is private."""

@@ -26,6 +26,7 @@ from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
+from .sharing import copy_memory, copy_when_trained, is_shared, memory_id
 from .state import State
 from .submodules import HOOKS, Container, Seal, children_of, container, seal_part
 
@@ -219,9 +220,21 @@ class CapturedModule(ProgramModule):
         super().requires_grad_(requires_grad)
         return self
 
-    def unshare(self, part: nn.Module) -> None:
-        """Copy the storage of a part's parameters: training them must not change the source's."""
-        held = {id(parameter) for parameter in part.parameters()}
+    def share_memory(self) -> CapturedModule:
+        """Move to memory that processes share; a copy, which stays shared when it trains."""
+        self.unshare(self)
+        super().share_memory()
+        return self
+
+    def unshare(self, part: nn.Module, names: Collection[str] | None = None) -> None:
+        """Copy the storage of a part's parameters: training them must not change the source's.
+
+        Args:
+            part: this module or a submodule.
+            names: the part's names of the parameters to copy; None for all of them.
+        """
+        inner = part.named_parameters(remove_duplicate=False)
+        held = {id(parameter) for name, parameter in inner if names is None or name in names}
         named = self.named_parameters(remove_duplicate=False)
         self._unshare_storage({name for name, p in named if id(p) in held})
 
@@ -335,7 +348,10 @@ class CapturedModule(ProgramModule):
             tensor = parameter.detach()
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-        return self._rebuilt(memo, self.known.with_originals(torch.clone))
+        result = self._rebuilt(memo, self.known.with_originals(torch.clone))
+        for module in (self, result):
+            module.copy_when_trained()
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         self.check_blocks("deepcopy")
@@ -351,7 +367,9 @@ class CapturedModule(ProgramModule):
             *self.named_parameters(remove_duplicate=False),
             *self.named_buffers(remove_duplicate=False),
         )
-        return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
+        result = self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
+        copy_when_trained(result, filter(is_shared, result.parameters()))
+        return result
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
         self._refuse_sharded()
@@ -436,10 +454,14 @@ class CapturedModule(ProgramModule):
         """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
         own = self.known.written  # no module shares these
-        written = {_memory(p) for name, p in held if name in names and name not in own}
-        memo: dict[int, Any] = {}
-        for parameter in {id(p): p for _, p in held if _memory(p) in written}.values():
-            parameter.data = copy.deepcopy(parameter.data, memo)
+        memory = {memory_id(p) for name, p in held if name in names and name not in own}
+        copy_memory((p for _, p in held), memory)
+
+    def copy_when_trained(self) -> None:
+        """Have the parameters, whose storage other modules share, copied when they first train."""
+        own = self.known.adapter_parameters | self.trained | self.state_parameters().keys()
+        held = self.named_parameters(remove_duplicate=False)
+        copy_when_trained(self, (parameter for name, parameter in held if name not in own))
 
     # ---- the base under adapters ------------------------------------------------------------
 
@@ -572,11 +594,6 @@ class CapturedModule(ProgramModule):
                 module.recompile()
             self.refresh()
         return result
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _contents(module: nn.Module) -> Iterator[object]:

@@ -15,7 +15,7 @@ import functools
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -199,11 +199,31 @@ class Part(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Set `requires_grad` of all parameters; those that would train are copied first."""
-        seal: Seal | None = self.__dict__.get("_seal")
-        if requires_grad and seal is not None:
-            own: Any = seal.owner
-            own.unshare(self)
+        if requires_grad:
+            unshare(self)
         return super().requires_grad_(requires_grad)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load as nn.Module does, without writing into the source model's storage."""
+        prepare_load(self, self.__dict__.get("_path", ""), state_dict, assign)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def unshare(part: nn.Module, names: Collection[str] | None = None) -> None:
+    """Copy the storage of a submodule's parameters before they are written to or trained."""
+    if seal := part.__dict__.get("_seal"):
+        owner = seal.owner
+        owner.__dict__.get("_captured", owner).unshare(part, names)  # a host has no storage
+
+
+def prepare_load(
+    part: nn.Module, path: str, state_dict: Mapping[str, Any], assign: bool
+) -> None:
+    """Keep the source's storage from what `load_state_dict` of a submodule writes."""
+    if not assign:
+        unshare(part, state_dict)
 
 
 class HostPart(Part):
