@@ -28,7 +28,7 @@ from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .sharing import copy_memory, copy_when_trained, is_shared, memory_id
 from .state import State
-from .submodules import HOOKS, Container, Seal, children_of, container, seal_part
+from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -431,7 +431,9 @@ class CapturedModule(ProgramModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load as nn.Module does, without writing into the source model's storage."""
-        if not assign:
+        if assign:
+            check_kinds(self, state_dict, "")
+        else:
             self._unshare_storage(state_dict)
         changed = self._changed()
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -573,7 +575,8 @@ class CapturedModule(ProgramModule):
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
         changed = self._changed()
-        result = super()._apply(keeping_dtypes(self, fn), recurse)
+        with self.editing():  # the submodules move with the module
+            result = super()._apply(keeping_dtypes(self, fn), recurse)
         self.take_fingerprints()
         # Keep the fingerprints of weights written to before: a move must not hide that.
         self.update_state(fingerprints={**self.known.fingerprints, **changed})
