@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
@@ -809,3 +809,241 @@ def test_a_merged_copy_has_the_sources_frozen_batch_norms() -> None:
     model = fxlora.merged(source, folded)
     assert not model.bn.training
     assert_close(run(model, (h, mask), {}), run(folded, (h, mask), {}))
+
+
+# ---- the source's bits ----------------------------------------------------------------------
+
+
+def zeros_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "load": lambda part: part.load_state_dict(zeros_of(part)),
+    "load some": lambda part: part.load_state_dict(
+        {n: v for n, v in zeros_of(part).items() if "up" in n}, strict=False
+    ),
+    "train": lambda part: trained(part.requires_grad_(True)),
+}
+
+
+def trained(part: Any) -> None:
+    optimizer = torch.optim.SGD(part.parameters(), 0.1)
+    sum(p.square().sum() for p in part.parameters()).backward()
+    optimizer.step()
+
+
+def bits(module: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+@pytest.mark.parametrize("modules", ["layers.*", None])
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("host", [False, True])
+def test_a_write_to_a_submodule_leaves_the_source(
+    source: Model, how: str, modules: str | None, host: bool
+) -> None:
+    model = copy.deepcopy(source).requires_grad_(False)
+    gm: Any = fxlora.capture(model, x := ids(), modules=modules)
+    part = (fxlora.hosted(model, gm) if host else gm).layers[0]
+    before, output = bits(model), gm(x)
+    WRITES[how](part)
+    assert not torch.equal(gm(x), output)
+    assert_same(list(model.state_dict().values()), list(before.values()))
+
+
+def by_attribute(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad = True
+
+
+def step(module: nn.Module, backend: str | None = None) -> None:
+    by_attribute(module)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    call: Any = torch.compile(module, backend=backend) if backend else module
+    for _ in range(2):
+        optimizer.zero_grad()
+        call(ids()).square().mean().backward()
+        optimizer.step()
+
+
+SHARING: dict[str, Callable[[fxlora.CapturedModule], fxlora.CapturedModule]] = {
+    "derive": fxlora.CapturedModule.derive,
+    "remove": lambda gm: fxlora.remove(fxlora.inject(gm, fxlora.match(gm, CONFIG))),
+    "fold": lambda gm: fxlora.fold(fxlora.inject(gm, fxlora.match(gm, CONFIG))),
+    "copy of a derived one": lambda gm: copy.copy(gm.derive()),
+}
+
+
+@pytest.mark.parametrize("how", SHARING)
+@pytest.mark.parametrize(
+    ("requires_grad", "backend"), [(True, None), (False, None), (True, "aot_eager")]
+)
+def test_training_changes_no_other_module(
+    source: Model, how: str, requires_grad: bool, backend: str | None
+) -> None:
+    model = copy.deepcopy(source).requires_grad_(requires_grad)
+    gm = fxlora.capture(model, x := ids())
+    other = SHARING[how](gm)
+    for trains, rest in ((other, (gm, model)), (gm, (model, other))):
+        before, held = [bits(module) for module in rest], list(trains.parameters())
+        output, ties = trains(x), trains.aliases()
+        step(trains, backend)
+        assert not torch.equal(trains(x), output)
+        for module, was in zip(rest, before, strict=True):
+            assert_same(list(module.state_dict().values()), list(was.values()))
+        assert all(a is b for a, b in zip(trains.parameters(), held, strict=True))
+        assert trains.aliases() == ties
+
+
+def test_what_is_a_copy_is_not_copied_when_it_trains(source: Model) -> None:
+    copied = copy.deepcopy(fxlora.capture(source, ids()))
+    moved = fxlora.capture(copy.deepcopy(source), ids()).requires_grad_(True)
+    for module in (copied, moved):
+        places = [p.data_ptr() for p in module.parameters()]
+        before = bits(module)
+        step(module)
+        assert not torch.equal(module.state_dict()["emb.weight"], before["emb.weight"])
+        assert [p.data_ptr() for p in module.parameters()] == places
+
+
+class Overlapping(nn.Module):
+    """Two parameters in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.down.weight = nn.Parameter(self.up.weight.data.t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_parameters_in_one_memory_stay_in_one_when_they_train(copied: bool) -> None:
+    model, x = Overlapping(), torch.randn(3, 6)
+    gm: Any = fxlora.capture(model, x)
+    gm = copy.copy(gm) if copied else gm
+    before = bits(model)
+    optimizer = torch.optim.SGD([gm.up.weight], 0.1)
+    gm(x).sum().backward()
+    optimizer.step()
+    assert not torch.equal(gm.up.weight, model.up.weight)
+    assert torch.equal(gm.up.weight.t(), gm.down.weight)
+    assert_same(list(model.state_dict().values()), list(before.values()))
+
+
+# ---- what the graph does not read, or was not made for --------------------------------------
+
+
+def ones(dtype: torch.dtype = torch.double) -> nn.Parameter:
+    return nn.Parameter(torch.ones(11, 6, dtype=dtype))
+
+
+def add_bias(linear: Any) -> None:
+    linear.bias = nn.Parameter(torch.ones(11).double())
+
+
+class Unbiased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 11, bias=False)
+        self.norms = nn.ModuleDict({"bn": nn.BatchNorm1d(11, affine=False)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norms["bn"](self.head(x))
+
+
+# What is done to the source, where it has an effect, and to the captured module, where it raises.
+NO_EFFECT: dict[str, Callable[[Any], object]] = {
+    "a bias": lambda m: add_bias(m.head),
+    "a registered bias": lambda m: m.head.register_parameter(
+        "bias", nn.Parameter(torch.ones(11).double())
+    ),
+    "a weight": lambda m: setattr(
+        m.norms["bn"], "weight", nn.Parameter(2 * torch.ones(11).double())
+    ),
+    "a new buffer": lambda m: m.head.register_buffer("new", ones()),
+    "another dtype": lambda m: m.head.to(torch.bfloat16),
+    "half": lambda m: m.head.half(),
+    "another device": lambda m: m.head.to("meta"),
+    "a weight of another dtype": lambda m: setattr(m.head, "weight", ones(torch.float)),
+    "a buffer of another dtype": lambda m: setattr(
+        m.norms["bn"], "running_mean", torch.ones(11, dtype=torch.float)
+    ),
+    "a loaded dtype": lambda m: m.head.load_state_dict({"weight": ones(torch.half)}, assign=True),
+    "a dtype loaded from above": lambda m: m.load_state_dict(
+        {"head.weight": ones(torch.half)}, assign=True, strict=False
+    ),
+    "update": lambda m: m.norms.update({"other": nn.Identity()}),
+    "update of the dict": lambda m: m.norms._modules.update(other=nn.Identity()),
+    "or": lambda m: m.norms._modules.__ior__({"other": nn.Identity()}),
+    "setdefault": lambda m: m.norms._modules.setdefault("other", nn.Identity()),
+    "pop": lambda m: m.norms._modules.pop("bn"),
+    "popitem": lambda m: m.norms._modules.popitem(),
+    "clear": lambda m: m.norms.clear(),
+}
+
+
+def outcome(module: nn.Module, x: torch.Tensor) -> Any:
+    try:
+        return list(module.state_dict()), [m for m, _ in module.named_modules()], module(x).tolist()
+    except Exception as error:  # noqa: BLE001 - any effect counts
+        return repr(error)
+
+
+@pytest.mark.parametrize("modules", [None, ["head", "norms.bn"]])
+@pytest.mark.parametrize("how", NO_EFFECT)
+def test_what_has_no_effect_on_the_graph_raises(how: str, modules: list[str] | None) -> None:
+    model, x = Unbiased().double().eval(), torch.randn(3, 6).double()
+    gm: Any = fxlora.capture(model, x, modules=modules)
+    before, output, expected = outcome(model, x), outcome(gm, x), gm(x)
+    with pytest.raises(SubmoduleError):
+        NO_EFFECT[how](gm)
+    assert outcome(gm, x) == output
+    NO_EFFECT[how](model)
+    assert outcome(model, x) != before
+    assert_same([gm(x)], [expected])
+
+
+@pytest.mark.parametrize("modules", [None, ["head", "norms.bn"]])
+def test_what_the_graph_reads_may_be_set(modules: list[str] | None) -> None:
+    model, x = Unbiased().double().eval(), torch.randn(3, 6).double()
+    gm: Any = fxlora.capture(model, x, modules=modules)
+    before, model = gm(x), copy.deepcopy(model)
+    for m in (model, gm):
+        m.head.weight = nn.Parameter(x.repeat(4, 1)[:11])
+        m.norms["bn"].register_buffer("running_mean", torch.ones(11).double())
+        m.head.to("cpu", torch.double)  # as it is
+    assert not torch.equal(gm(x), before)
+    assert_same([gm(x)], [model(x)])
+    gm.float()
+    assert gm.head.weight.dtype is torch.float
+    assert_same([gm(x.float())], [model.float()(x.float())])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fsdp_may_cast_the_shards_of_a_submodule() -> None:
+    model, x = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6)), ids()
+    gm: Any = fxlora.capture(model, x)
+    policy, model = MixedPrecisionPolicy(param_dtype=torch.bfloat16), copy.deepcopy(model)
+    for m in (gm, model):
+        fully_shard(m, mp_policy=policy)
+    assert gm(x).dtype is torch.bfloat16
+    assert_same([gm(x)], [model(x)])
+
+
+@pytest.mark.parametrize("modules", [None, ["norms.bn"]])
+def test_what_a_submodule_lacks_is_named(modules: list[str] | None) -> None:
+    model = Unbiased().double()
+    model.norms["bn"].reset_running_stats()
+    gm: Any = fxlora.capture(model, torch.randn(3, 6).double(), modules=modules)
+    with pytest.raises(SubmoduleError, match="track_running_stats"):
+        gm.norms["bn"].reset_running_stats()
+    assert not hasattr(gm.norms["bn"], "track_running_stats")
+
+
+def test_a_list_of_submodules_has_no_slices(source: Model, flat: Any) -> None:
+    assert len(source.layers[:1]) == 1
+    with pytest.raises(SubmoduleError, match="no slices"):
+        flat.layers[:1]

@@ -262,6 +262,7 @@ def _assemble(
         state=state,
     )
     read_by_own_names(result)
+    result.copy_when_trained()  # the source's storage
     return result
 
 

@@ -18,10 +18,19 @@ from .borders import same
 from .contract import ConstantInput, InputSpec
 from .outline import ModuleCall, OutlinedGraph
 from .program import Program, ProgramModule, code_of, forward_function, tensors_of
-from .submodules import Container, Seal, container, plain_view, subclass
+from .submodules import (
+    Container,
+    Guarded,
+    NoAttributeError,
+    Seal,
+    check_tensor,
+    container,
+    plain_view,
+    subclass,
+)
 
 
-class Block(ProgramModule):
+class Block(Guarded, ProgramModule):
     """A submodule whose part of the graph is a graph of its own, per mode.
 
     It takes the source's arguments and returns the source's result. Hooks, wrappers, `train()` and
@@ -123,7 +132,10 @@ class Block(ProgramModule):
         return train.names == evaluation.names and train.output == evaluation.output
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        try:
+            value = super().__getattr__(name)
+        except AttributeError as error:
+            raise NoAttributeError.of(error) from None
         seal: Seal | None = self.__dict__.get("_seal")
         return value if seal is None else seal.outside(self.path, name, value)
 
@@ -146,9 +158,12 @@ class Block(ProgramModule):
 
     def _may_set(self, name: str, value: Any) -> bool:
         """Whether an attribute has an effect, or is a note of a framework, which is private."""
+        if name in self._parameters or name in self._buffers:
+            check_tensor(self, name, value)
+            return True
         if name.startswith("_") or hasattr(ProgramModule, name) or name == "training":
             return True
-        return isinstance(value, nn.Module) or name in (*self._parameters, *self._buffers)
+        return isinstance(value, nn.Module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a container: the module that a copy belongs to outlines it again."""

@@ -26,8 +26,9 @@ from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
+from .sharing import copy_memory, copy_when_trained, is_shared, memory_id
 from .state import State
-from .submodules import HOOKS, Container, Seal, children_of, container, seal_part
+from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -222,9 +223,21 @@ class CapturedModule(ProgramModule):
         super().requires_grad_(requires_grad)
         return self
 
-    def unshare(self, part: nn.Module) -> None:
-        """Copy the storage of a part's parameters: training them must not change the source's."""
-        held = {id(parameter) for parameter in part.parameters()}
+    def share_memory(self) -> CapturedModule:
+        """Move to memory that processes share; a copy, which stays shared when it trains."""
+        self.unshare(self)
+        super().share_memory()
+        return self
+
+    def unshare(self, part: nn.Module, names: Collection[str] | None = None) -> None:
+        """Copy the storage of a part's parameters: training them must not change the source's.
+
+        Args:
+            part: this module or a submodule.
+            names: the part's names of the parameters to copy; None for all of them.
+        """
+        inner = part.named_parameters(remove_duplicate=False)
+        held = {id(parameter) for name, parameter in inner if names is None or name in names}
         named = self.named_parameters(remove_duplicate=False)
         self._unshare_storage({name for name, p in named if id(p) in held})
 
@@ -340,6 +353,8 @@ class CapturedModule(ProgramModule):
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
         result = self._rebuilt(memo, self.known.with_originals(torch.clone))
         _copy_hooks(self, result, copy.copy)
+        for module in (self, result):
+            module.copy_when_trained()
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
@@ -356,7 +371,9 @@ class CapturedModule(ProgramModule):
             *self.named_parameters(remove_duplicate=False),
             *self.named_buffers(remove_duplicate=False),
         )
-        return self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
+        result = self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
+        copy_when_trained(result, filter(is_shared, result.parameters()))
+        return result
 
     def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
         self._refuse_sharded()
@@ -418,7 +435,9 @@ class CapturedModule(ProgramModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load as nn.Module does, without writing into the source model's storage."""
-        if not assign:
+        if assign:
+            check_kinds(self, state_dict, "")
+        else:
             self._unshare_storage(state_dict)
         changed = self._changed()
         outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -441,10 +460,14 @@ class CapturedModule(ProgramModule):
         """Copy the storage of the named parameters; those that share storage share the copy."""
         held = list(self.named_parameters(remove_duplicate=False))
         own = self.known.written  # no module shares these
-        written = {_memory(p) for name, p in held if name in names and name not in own}
-        memo: dict[int, Any] = {}
-        for parameter in {id(p): p for _, p in held if _memory(p) in written}.values():
-            parameter.data = copy.deepcopy(parameter.data, memo)
+        memory = {memory_id(p) for name, p in held if name in names and name not in own}
+        copy_memory((p for _, p in held), memory)
+
+    def copy_when_trained(self) -> None:
+        """Have the parameters, whose storage other modules share, copied when they first train."""
+        own = self.known.adapter_parameters | self.trained | self.state_parameters().keys()
+        held = self.named_parameters(remove_duplicate=False)
+        copy_when_trained(self, (parameter for name, parameter in held if name not in own))
 
     # ---- the base under adapters ------------------------------------------------------------
 
@@ -556,7 +579,8 @@ class CapturedModule(ProgramModule):
         for graph in graphs:
             refuse_ambiguous_casts(graph, moves)
         changed = self._changed()
-        result = super()._apply(keeping_dtypes(self, fn), recurse)
+        with self.editing():  # the submodules move with the module
+            result = super()._apply(keeping_dtypes(self, fn), recurse)
         self.take_fingerprints()
         # Keep the fingerprints of weights written to before: a move must not hide that.
         self.update_state(fingerprints={**self.known.fingerprints, **changed})
@@ -577,11 +601,6 @@ class CapturedModule(ProgramModule):
                 module.recompile()
             self.refresh()
         return result
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _contents(module: nn.Module) -> Iterator[object]:

@@ -15,7 +15,7 @@ import functools
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,11 +143,19 @@ class AdaptedTensor(torch.Tensor):
 
 def _reads_as_it_is(frame: types.FrameType | None) -> bool:
     """Whether torch itself reads an attribute, in this frame's `__getattr__`, to get or set W0."""
-    while frame is not None and frame.f_code.co_name == "__getattr__":
+    return _is_called_by(frame, ("__getattr__",), *_RAW_READERS)
+
+
+def _is_called_by(frame: types.FrameType | None, functions: Collection[str], *modules: str) -> bool:
+    """Whether code in one of these modules calls the functions that end in this frame."""
+    while frame is not None and frame.f_code.co_name in functions:
         frame = frame.f_back
     name: str = frame.f_globals.get("__name__", "") if frame else ""
-    return name.startswith(_RAW_READERS)
+    return name.startswith(modules)
 
+
+# What sets a tensor, from outside in. FSDP sets its shards, and casts them for a call.
+_SETTERS = ("__setattr__", "_may_set", "register_parameter", "register_buffer")
 
 # Code of torch that moves parameters, or runs the graph's own nodes, which add the adapters.
 _RAW_READERS = (
@@ -162,7 +170,98 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(torch.Tensor) if isinstance(value, AdaptedTensor) else value
 
 
-class Part(nn.Module):
+class Guarded(nn.Module):
+    """What the tensors of any submodule refuse, and how they keep the source's as they are."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        check_tensor(self, name, param)
+        super().register_parameter(name, param)
+
+    def register_buffer(
+        self, name: str, tensor: torch.Tensor | None, persistent: bool = True
+    ) -> None:
+        check_tensor(self, name, tensor)
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        for name, held in tensors_by_name(self).items() if _is_sealed(self) else ():
+            check_kind(held, fn(_empty(held)), _joined(self.__dict__["_path"], name))
+        return super()._apply(fn, recurse)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Set `requires_grad` of all parameters; those that would train are copied first."""
+        if requires_grad:
+            _unshare(self)
+        return super().requires_grad_(requires_grad)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load as nn.Module does, without writing into the source model's storage."""
+        if assign:
+            check_kinds(self, state_dict, self.__dict__.get("_path", ""))
+        else:
+            _unshare(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _unshare(part: nn.Module, names: Collection[str] | None = None) -> None:
+    """Copy the storage of a submodule's parameters before they are written to or trained."""
+    if seal := part.__dict__.get("_seal"):
+        owner = seal.owner
+        owner.__dict__.get("_captured", owner).unshare(part, names)  # a host's are the module's
+
+
+def _is_sealed(part: nn.Module) -> bool:
+    seal: Seal | None = part.__dict__.get("_seal")
+    return seal is not None and not seal.open
+
+
+def tensors_by_name(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a module, by all their names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def check_tensor(part: nn.Module, name: str, value: Any) -> None:
+    """Raise if the graph does not read the tensor of this name, or was made for another kind."""
+    if not _is_sealed(part) or _is_called_by(sys._getframe(1), _SETTERS, "torch.distributed."):
+        return
+    path: str = part.__dict__["_path"]
+    known = {**part._parameters, **part._buffers}
+    if name not in known or (name in part.__dict__["_unread"] and value is not None):
+        raise SubmoduleError(
+            f"setting '{name}' of '{path}' would have no effect: the source had none, so the "
+            "graph reads none. Set it on the source model, and capture that."
+        )
+    if known[name] is not None and isinstance(value, torch.Tensor):
+        check_kind(known[name], value, _joined(path, name))
+
+
+def check_kinds(module: nn.Module, state_dict: Mapping[str, Any], path: str) -> None:
+    """Raise if a state dict would put a tensor of another kind in the place of a module's own."""
+    held = tensors_by_name(module)
+    for name in state_dict.keys() & held.keys():
+        if isinstance(state_dict[name], torch.Tensor):
+            check_kind(held[name], state_dict[name], _joined(path, name))
+
+
+def check_kind(held: torch.Tensor, value: torch.Tensor, name: str) -> None:
+    """Raise if a tensor differs in dtype or kind of device from the one in its place."""
+    ours, theirs = ((str(t.dtype), t.device.type) for t in (held, value))
+    if ours != theirs and not held.is_meta:  # no call has worked with a meta tensor before
+        raise SubmoduleError(
+            f"'{name}' is {' on '.join(ours)}, and would become {' on '.join(theirs)}. The graph "
+            "was made for the dtypes and devices that its tensors have. Move the whole module "
+            "(module.to(…)), or change the source model and capture it afterwards."
+        )
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+class Part(Guarded):
     """What a submodule refuses, of a captured module or of a host."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -178,6 +277,7 @@ class Part(nn.Module):
         if isinstance(value, nn.Module) or name in self._modules:
             return _joined(self._path, name) in seal.replaceable
         if name in self._parameters or name in self._buffers:
+            check_tensor(self, name, value)
             return True  # the graph reads the tensor that is there at the call
         # Private attributes are notes of the framework that sets them (FSDP's, accelerate's).
         private = name.startswith("_") and not name.startswith("__")
@@ -196,14 +296,6 @@ class Part(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         raise refusal(self._path, "compiling it")
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Set `requires_grad` of all parameters; those that would train are copied first."""
-        seal: Seal | None = self.__dict__.get("_seal")
-        if requires_grad and seal is not None:
-            own: Any = seal.owner
-            own.unshare(self)
-        return super().requires_grad_(requires_grad)
 
 
 class HostPart(Part):
@@ -226,7 +318,14 @@ class HostPart(Part):
 
 
 class NoAttributeError(SubmoduleError, AttributeError):
-    """A container does not have an attribute that its source may have."""
+    """A submodule does not have an attribute that its source may have."""
+
+    @classmethod
+    def of(cls, error: AttributeError) -> NoAttributeError:
+        return cls(
+            f"{error}: a submodule of a captured module has the source's tensors and class, "
+            "but not its other attributes."
+        )
 
 
 class _Pinned(nn.Module):
@@ -243,6 +342,12 @@ class Container(Part, _Pinned):
 
     source_class: type[nn.Module] = nn.Module
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise SubmoduleError(
+            f"a submodule of a captured module makes no other {type(self).__name__}, so a list of "
+            "submodules has no slices. Take the items: [model.layers[n] for n in …]."
+        )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise SubmoduleError(
             f"'{self._path}' of a captured module cannot be called: the graph computes the whole "
@@ -253,10 +358,7 @@ class Container(Part, _Pinned):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise NoAttributeError(
-                f"{error}: a submodule of a captured module has the source's tensors and class, "
-                "but not its other attributes."
-            ) from None
+            raise NoAttributeError.of(error) from None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Run no code of the source's class."""
@@ -348,13 +450,47 @@ class _Children(dict[str, Any]):
             raise refusal(_joined(self.path, name), "deleting it")
         super().__delitem__(name)
 
+    # dict's own versions of these do not call the methods above.
+
+    def update(self, *others: Any, **children: Any) -> None:
+        for name, child in dict(*others, **children).items():
+            self[name] = child
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name not in self:
+            return super().pop(name, *default)
+        child = self[name]
+        del self[name]
+        return child
+
+    def popitem(self) -> tuple[str, Any]:
+        if not self:
+            return super().popitem()
+        name = next(reversed(self))
+        return name, self.pop(name)
+
+    def clear(self) -> None:
+        for name in list(self):
+            del self[name]
+
     def __reduce__(self) -> Any:
         return _Children, (dict(self),)
 
 
 def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
     """Make a submodule refuse what has no effect."""
-    part.__dict__.update(_path=path, _seal=seal)
+    held = {**part._parameters, **part._buffers}
+    unread = {name for name, tensor in held.items() if tensor is None}
+    part.__dict__.update(_path=path, _seal=seal, _unread=unread)
     part.__dict__["_modules"] = children_of(part._modules, path, seal)
     if not isinstance(part, fx.GraphModule):  # a block is called
         part.__dict__.update({name: _NoHooks(path) for name in HOOKS if name in part.__dict__})

@@ -1,0 +1,75 @@
+"""Parameters that share storage with another module's get their own when they first train."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+
+
+def memory_id(tensor: torch.Tensor) -> int:
+    """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> None:
+    """Copy storage in place: the parameters stay the same, and those in one storage stay in one."""
+    held = {id(p): p for p in parameters if memory_id(p) in memory}
+    memo: dict[int, object] = {}
+    for parameter in held.values():
+        parameter.data = copy.deepcopy(parameter.data, memo)
+
+
+def copy_when_trained(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Copy the storage of shared parameters of a module when their first gradient arrives.
+
+    Optimizers change what has a gradient, and those that are set up before have the same
+    parameters afterwards. A parameter that was copied before is not copied again.
+    """
+    for parameter in parameters:
+        if _can_train(parameter) and not _is_watched(parameter, module):
+            _CopyOnGradient(module, parameter)
+
+
+def is_shared(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is copied when it trains."""
+    return any(hook.memory == memory_id(parameter) for hook in _hooks(parameter))
+
+
+class _CopyOnGradient:
+    """A hook of one parameter. It keeps neither the parameter nor its module alive."""
+
+    def __init__(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        self.module = weakref.ref(module)
+        self.memory = memory_id(parameter)
+        before = parameter.requires_grad
+        # torch accepts the hook for what requires gradients, and keeps it for what does later.
+        parameter.requires_grad_(True)
+        self.handle = parameter.register_post_accumulate_grad_hook(self)
+        parameter.requires_grad_(before)
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        self.handle.remove()
+        if memory_id(parameter) == self.memory:
+            assert isinstance(parameter, nn.Parameter)
+            module = self.module()
+            held = module.parameters() if module is not None else ()
+            copy_memory((parameter, *held), {self.memory})
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    trains = parameter.is_floating_point() or parameter.is_complex()
+    return trains and parameter.is_leaf and not parameter.is_inference()
+
+
+def _is_watched(parameter: nn.Parameter, module: nn.Module) -> bool:
+    memory = memory_id(parameter)
+    return any(h.memory == memory and h.module() is module for h in _hooks(parameter))
+
+
+def _hooks(parameter: nn.Parameter) -> list[_CopyOnGradient]:
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return [hook for hook in hooks.values() if isinstance(hook, _CopyOnGradient)]
