@@ -777,10 +777,13 @@ def test_merged_is_the_users_own_model(source: Model, flat: fxlora.CapturedModul
 
 
 def test_moves_and_copies_keep_hooks() -> None:
+    def twice(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2
+
     source = nn.Sequential(Attention(), Attention()).double().eval()
     gm = fxlora.capture(source, x := torch.randn(2, 4, 6).double(), modules="*")
     before, part = gm(x), gm.get_submodule("1")
-    part.register_forward_hook(lambda module, args, output: output * 2)
+    part.register_forward_hook(twice)
     hooked = gm(x)
     assert float((hooked - before).abs().max()) > 1e-3
     gm.float().double()
@@ -829,7 +832,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
 
 def trained(part: Any) -> None:
     optimizer = torch.optim.SGD(part.parameters(), 0.1)
-    sum(p.square().sum() for p in part.parameters()).backward()
+    torch.stack([p.square().sum() for p in part.parameters()]).sum().backward()
     optimizer.step()
 
 
@@ -1035,7 +1038,7 @@ def test_fsdp_may_cast_the_shards_of_a_submodule() -> None:
 
 @pytest.mark.parametrize("modules", [None, ["norms.bn"]])
 def test_what_a_submodule_lacks_is_named(modules: list[str] | None) -> None:
-    model = Unbiased().double()
+    model: Any = Unbiased().double()
     model.norms["bn"].reset_running_stats()
     gm: Any = fxlora.capture(model, torch.randn(3, 6).double(), modules=modules)
     with pytest.raises(SubmoduleError, match="track_running_stats"):

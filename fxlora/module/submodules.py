@@ -234,8 +234,9 @@ def check_tensor(part: nn.Module, name: str, value: Any) -> None:
             f"setting '{name}' of '{path}' would have no effect: the source had none, so the "
             "graph reads none. Set it on the source model, and capture that."
         )
-    if known[name] is not None and isinstance(value, torch.Tensor):
-        check_kind(known[name], value, _joined(path, name))
+    held = known[name]
+    if held is not None and isinstance(value, torch.Tensor):
+        check_kind(held, value, _joined(path, name))
 
 
 def check_kinds(module: nn.Module, state_dict: Mapping[str, Any], path: str) -> None:
