@@ -591,7 +591,7 @@ def test_writes_to_an_adapted_weight_raise(source: Model, flat: Any, how: str) -
 def test_an_array_of_an_adapted_weight_is_read_only(flat: Any) -> None:
     weight = flat.layers[0].up.weight.detach()
     array = weight.numpy()
-    assert array.sum() == weight.sum().item() != 0
+    assert array.tolist() == weight.tolist()
     with pytest.raises(ValueError, match="read-only"):
         array[0] = 0
 
@@ -627,7 +627,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
 
 def trained(part: Any) -> None:
     optimizer = torch.optim.SGD(part.parameters(), 0.1)
-    sum(p.square().sum() for p in part.parameters()).backward()
+    torch.stack([p.square().sum() for p in part.parameters()]).sum().backward()
     optimizer.step()
 
 
@@ -811,7 +811,8 @@ def test_what_the_graph_reads_may_be_set(modules: list[str] | None) -> None:
     before, model = gm(x), copy.deepcopy(model)
     for m in (model, gm):
         m.head.weight = nn.Parameter(x.repeat(4, 1)[:11])
-        m.norms["bn"].register_buffer("running_mean", torch.ones(11).double())
+        norm: Any = m.norms["bn"]
+        norm.register_buffer("running_mean", torch.ones(11).double())
         m.head.to("cpu", torch.double)  # as it is
     assert not torch.equal(gm(x), before)
     assert_same([gm(x)], [model(x)])
@@ -834,7 +835,8 @@ def test_fsdp_may_cast_the_shards_of_a_submodule() -> None:
 @pytest.mark.parametrize("modules", [None, ["norms.bn"]])
 def test_what_a_submodule_lacks_is_named(modules: list[str] | None) -> None:
     model = Unbiased().double()
-    model.norms["bn"].reset_running_stats()
+    norm: Any = model.norms["bn"]
+    norm.reset_running_stats()
     gm: Any = fxlora.capture(model, torch.randn(3, 6).double(), modules=modules)
     with pytest.raises(SubmoduleError, match="track_running_stats"):
         gm.norms["bn"].reset_running_stats()

@@ -118,6 +118,9 @@ class Seal:
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
 
 
+_untraced: Any = torch.compiler.disable
+
+
 class AdaptedTensor(torch.Tensor):
     """The value of an adapted weight, as Python outside of the graph reads it off its module.
 
@@ -128,7 +131,7 @@ class AdaptedTensor(torch.Tensor):
     """
 
     @classmethod
-    @torch.compiler.disable  # Dynamo breaks the graph here in any case, at as_subclass
+    @_untraced  # Dynamo breaks the graph here in any case, at as_subclass
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -139,9 +142,10 @@ class AdaptedTensor(torch.Tensor):
                 "graph with torch.fx.Interpreter. In Python of your own, call the function in "
                 "torch or torch.nn.functional instead of the overload."
             )
-        if _writes(func.__name__, args, kwargs or {}):
+        name: str = getattr(func, "__name__", "")
+        if _writes(name, args, kwargs or {}):
             raise SubmoduleError(
-                f"{func.__name__}: a write to an adapted weight that was read off a captured "
+                f"{name}: a write to an adapted weight that was read off a captured "
                 "module would have no effect, because W0 + s·BA is computed at each read. Write "
                 "to module.get_parameter(name), which is W0, or to its A and B. For a tensor of "
                 "your own, take weight.detach().clone()."
@@ -151,7 +155,7 @@ class AdaptedTensor(torch.Tensor):
             result = func(*plain, **plain_kwargs)
         if func == _GET_BASE:  # Dynamo asks a tensor's base for its own base
             return result
-        return _with_views_marked(func.__name__, result, args)
+        return _with_views_marked(name, result, (*args, *(kwargs or {}).values()))
 
 
 def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -296,8 +300,9 @@ def check_tensor(part: nn.Module, name: str, value: Any) -> None:
             f"setting '{name}' of '{path}' would have no effect: the source had none, so the "
             "graph reads none. Set it on the source model, and capture that."
         )
-    if known[name] is not None and isinstance(value, torch.Tensor):
-        check_kind(known[name], value, _joined(path, name))
+    held = known[name]
+    if held is not None and isinstance(value, torch.Tensor):
+        check_kind(held, value, _joined(path, name))
 
 
 def check_kinds(module: nn.Module, state_dict: Mapping[str, Any], path: str) -> None:
