@@ -760,6 +760,84 @@ def test_an_adapted_weight_read_outside_the_graph(
     assert_same([torch.fx.Interpreter(flat).run(x := ids())], [flat(x)])
 
 
+READS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "data": lambda w: w.data.abs().max(),
+    "detach": lambda w: w.detach().sum(),
+    "index": lambda w: w[0] * 2 + w[:1].sum(),
+    "transposed": lambda w: w.T @ w + w.t().contiguous().norm(),
+    "unbind": lambda w: torch.stack(w.unbind()).mean() + w.split(2)[0].sum(),
+    "as it is": lambda w: w.to(w.dtype).reshape(w.shape).exp(),
+    "copied": lambda w: torch.zeros_like(w).copy_(w).mul_(2),
+    "added": lambda w: torch.zeros_like(w).add_(w).add_(1),
+    "clone": lambda w: w.detach().clone().mul_(3),
+    "deepcopy": lambda w: copy.deepcopy(w.detach()).zero_() + w,
+}
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("how", READS)
+def test_reads_of_an_adapted_weight(flat: Any, how: str, backend: str | None) -> None:
+    read, base = READS[how], flat.get_parameter("layers.0.up.weight")
+    plain = flat.layers[0].up.weight.detach().clone()
+    assert type(plain) is torch.Tensor and not torch.equal(plain, base)
+    call: Any = torch.compile(read, backend=backend) if backend else read
+    found = call(flat.layers[0].up.weight)
+    assert_close([found.detach()], [read(plain)])
+
+
+def augmented(part: Any) -> None:
+    part.weight *= 0.5
+
+
+# Each does something to the weight of the source's part: to its value, its flag or its gradient.
+WEIGHT_WRITES: dict[str, Callable[[Any], object]] = {
+    "zero_": lambda part: part.weight.zero_(),
+    "index": lambda part: part.weight.__setitem__(1, 0),
+    "augmented": augmented,
+    "data": lambda part: part.weight.data.zero_(),
+    "set data": lambda part: setattr(part.weight, "data", torch.zeros(8, 6).double()),
+    "a row": lambda part: part.weight.detach()[0].fill_(9),
+    "a view": lambda part: part.weight.data.t().reshape(6, 8).mul_(2),
+    "unbind": lambda part: part.weight.unbind()[0].zero_(),
+    "out": lambda part: torch.ones(8, 6, out=part.weight),
+    "foreach": lambda part: torch._foreach_mul_([part.weight], 2.0),
+    "in place": lambda part: F.relu(part.weight, inplace=True),
+    "init": lambda part: nn.init.xavier_uniform_(part.weight),
+    "init normal": lambda part: nn.init.normal_(part.weight),
+    "reset": nn.Linear.reset_parameters,
+    "freeze": lambda part: part.weight.requires_grad_(False),
+    "set its flag": lambda part: setattr(part.weight, "requires_grad", False),
+    "hook": lambda part: part.weight.register_hook(lambda grad: grad * 0),
+    "set grad": lambda part: setattr(part.weight, "grad", torch.ones(8, 6).double()),
+}
+
+
+@pytest.mark.parametrize("how", WEIGHT_WRITES)
+def test_writes_to_an_adapted_weight_raise(source: Model, flat: Any, how: str) -> None:
+    model, x = copy.deepcopy(source), ids()
+    part: Any = model.layers[0].up
+    values = [part.weight.detach().clone(), part.weight.grad, part.weight.requires_grad]
+    with torch.no_grad():
+        WEIGHT_WRITES[how](part)
+    changed = [part.weight.detach(), part.weight.grad, part.weight.requires_grad]
+    assert str(changed) != str(values) or part.weight._backward_hooks
+    before = flat(x)
+    with torch.no_grad(), pytest.raises(SubmoduleError, match="get_parameter"):
+        WEIGHT_WRITES[how](flat.layers[0].up)
+    assert_same([flat(x)], [before])
+    with torch.no_grad():
+        flat.get_parameter("layers.0.up.weight").zero_()  # the advice
+    assert not torch.equal(flat(x), before)
+
+
+def test_an_array_of_an_adapted_weight_is_read_only(flat: Any) -> None:
+    weight = flat.layers[0].up.weight.detach()
+    array = weight.numpy()
+    assert array.tolist() == weight.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0
+
+
 def test_merged_is_the_users_own_model(source: Model, flat: fxlora.CapturedModule) -> None:
     before = copy.deepcopy(source.state_dict())
     folded = fxlora.fold(flat).eval()
@@ -1016,7 +1094,8 @@ def test_what_the_graph_reads_may_be_set(modules: list[str] | None) -> None:
     before, model = gm(x), copy.deepcopy(model)
     for m in (model, gm):
         m.head.weight = nn.Parameter(x.repeat(4, 1)[:11])
-        m.norms["bn"].register_buffer("running_mean", torch.ones(11).double())
+        norm: Any = m.norms["bn"]
+        norm.register_buffer("running_mean", torch.ones(11).double())
         m.head.to("cpu", torch.double)  # as it is
     assert not torch.equal(gm(x), before)
     assert_same([gm(x)], [model(x)])
@@ -1038,8 +1117,9 @@ def test_fsdp_may_cast_the_shards_of_a_submodule() -> None:
 
 @pytest.mark.parametrize("modules", [None, ["norms.bn"]])
 def test_what_a_submodule_lacks_is_named(modules: list[str] | None) -> None:
-    model: Any = Unbiased().double()
-    model.norms["bn"].reset_running_stats()
+    model = Unbiased().double()
+    norm: Any = model.norms["bn"]
+    norm.reset_running_stats()
     gm: Any = fxlora.capture(model, torch.randn(3, 6).double(), modules=modules)
     with pytest.raises(SubmoduleError, match="track_running_stats"):
         gm.norms["bn"].reset_running_stats()
