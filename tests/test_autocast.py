@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -228,7 +229,7 @@ def test_a_choice_is_one_node() -> None:
     gm = fxlora.capture(Reads(cast_to_read_dtype), X)
     chosen = [node for node in gm.graph.nodes if node.target is by_autocast]
     assert [node.args for node in chosen] == [
-        ("cpu", torch.float32, (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
+        (torch.float32, *(("cpu", half, half) for half in HALF))
     ]
     assert not [n for n in gm.graph.nodes if "_assert_tensor_metadata" in str(n.target)]
 
@@ -253,6 +254,79 @@ def test_moved_weights_are_refused() -> None:
         moved = module.to(torch.bfloat16)
         with pytest.raises(InputError, match=r"weights were moved to torch\.bfloat16"):
             run(moved, (X.bfloat16(),), {}, torch.bfloat16)
+
+
+def on_an_accelerator(model: nn.Module, *args: Any) -> dict[str, Any]:
+    """Return what a capture on the CPU knows of autocast on a GPU, which need not be there."""
+    before = [(name, id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()]
+    gm = fxlora.capture(model, args)
+    after = model.state_dict(keep_vars=True)
+    assert all(id(after[n]) == key and torch.equal(after[n], value) for n, key, value in before)
+    names = [str(node.kwargs.get("device", "cpu")) for node in gm.graph.nodes]
+    assert set(names) == {"cpu"}
+    for known in gm.programs[0].autocasts.values():
+        moved = known.moved({torch.device("cpu"): torch.device("cuda", 1)})
+        assert moved.moved({torch.device("cuda", 1): torch.device("cpu")}) == known
+        assert not known.moved({torch.device("cpu"): torch.device("meta")}).proved
+        assert not moved.moved({torch.float32: torch.bfloat16}).by_device
+    return {
+        mode: known.moved({torch.device("cpu"): torch.device("cuda", 0)})
+        for mode, known in gm.programs[0].autocasts.items()
+    }
+
+
+GPU = [(("cuda", half),) for half in HALF]
+
+
+@pytest.fixture
+def _accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in ("autocast", "traced"):
+        monkeypatch.setattr(f"fxlora.frontends.{user}.accelerator", lambda: torch.device("cuda", 0))
+
+
+def on_its_device(h: torch.Tensor) -> torch.Tensor:
+    return h * torch.arange(7, dtype=h.dtype, device=h.device) + torch.rand_like(h)
+
+
+@pytest.mark.usefixtures("_accelerator")
+@pytest.mark.parametrize(
+    "step", [cast_to_read_dtype, masked_with_its_minimum, casts_only_if_needed, on_its_device]
+)
+def test_a_capture_on_the_cpu_is_proved_for_the_accelerator(step: Any) -> None:
+    for known in on_an_accelerator(Reads(step), X).values():
+        assert list(known.proved) == GPU and not known.differs
+
+
+@pytest.mark.usefixtures("_accelerator")
+def test_what_differs_on_the_accelerator_is_refused_there() -> None:
+    def norm(h: torch.Tensor) -> torch.Tensor:  # in float32 by CUDA's autocast, not by the CPU's
+        return (h + h.pow(2)).to(h.pow(2).dtype)
+
+    def on_the_cpu(h: torch.Tensor) -> torch.Tensor:
+        return h * torch.arange(7, dtype=h.dtype)
+
+    for step, why in ((norm, "differs|return"), (on_the_cpu, "at least two devices")):
+        for known in on_an_accelerator(Reads(step), X).values():
+            assert not known.proved and [context for context, _ in known.differs] == GPU
+            assert all(re.search(why, told) for _, told in known.differs)
+
+
+@pytest.mark.usefixtures("_accelerator")
+def test_views_are_other_tensors_on_the_accelerator() -> None:
+    """Two views of one storage with equal forms are two values."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            both = torch.randn(14, 5)
+            self.a, self.b = nn.Parameter(both[:7]), nn.Parameter(both[7:])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            on = torch.is_autocast_enabled("cuda")
+            return F.linear(x, self.b if on else self.a)
+
+    for known in on_an_accelerator(Halves(), X).values():
+        assert not known.proved
 
 
 def test_cond_is_refused() -> None:
@@ -430,6 +504,18 @@ def test_on_a_gpu(step: Any) -> None:
     if step is asks_for_its_dtype:
         pytest.skip("asks for the CPU's autocast")
     assert_follows(Reads(step).cuda(), X.cuda(), device="cuda")
+
+
+@pytest.mark.gpu
+def test_moved_to_a_gpu() -> None:
+    for step in (cast_to_read_dtype, masked_with_its_minimum, on_its_device):
+        model = Reads(step).eval()
+        gm = fxlora.capture(model, X).cuda()
+        model.cuda()
+        for dtype in (None, *HALF):
+            found, expected = (run(m, (X.cuda(),), {}, dtype, "cuda") for m in (gm, model))
+            assert [t.dtype for t in found] == [t.dtype for t in expected]
+            assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -5,6 +5,9 @@ without autocast. So for each autocast that a caller may use, the source and its
 fake tensors, and must compute the same values (`values.py`). Where they do not, the source is
 exported under that autocast too: a constant that differs between the two graphs becomes a choice by
 the caller's autocast. Then the proof is tried again.
+
+A model on the CPU may be moved to an accelerator after the capture. So where there is one, the
+proofs are repeated with fake tensors on it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.utils import _pytree as pytree
 
 from ..fx.autocast import Context, current_autocast
-from ..module.autocast import Autocasts
+from ..module.autocast import Autocasts, Facts
 from ..module.contract import first_difference
+from ..module.retarget import retarget
 from .choices import choose
 from .examples import Example
 from .kept.undisturbed import undisturbed
@@ -54,13 +58,31 @@ def contexts(devices: Iterable[str]) -> list[Context]:
     return [((device, dtype),) for device in usable for dtype in _HALF]
 
 
+def accelerator() -> torch.device | None:
+    """Return the device that weights may be moved to from the CPU, if there is one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else torch.device(found.type, 0)
+
+
 @contextmanager
 def under(context: Context) -> Generator[None]:
-    """Enable the autocast of a context."""
-    with ExitStack() as stack:
+    """Enable the autocast of a context, even where this machine lacks the device."""
+    before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d, _ in context]
+    cached = torch.is_autocast_cache_enabled()
+    torch.autocast_increment_nesting()
+    try:
+        torch.set_autocast_cache_enabled(False)
         for device, dtype in context:
-            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, dtype)
         yield
+    finally:
+        for device, enabled, dtype in before:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(cached)
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -121,19 +143,29 @@ class Proof:
     values: Values
     _expected: dict[Context, Any] = field(default_factory=dict[Context, Any])
     _found: dict[Context, Any] = field(default_factory=dict[Context, Any])
+    _target: torch.device | None = None  # where the weights are moved to
 
     def autocasts(self) -> Autocasts:
         """Return the autocasts that the graph holds for, and why it does not for others."""
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
         held = (*self.model.parameters(), *self.model.buffers(), *given)
-        tensors = [value for value in held if isinstance(value, torch.Tensor)]
-        found = contexts(dict.fromkeys(tensor.device.type for tensor in tensors))
-        for context in found:
+        types = {tensor.device.type for tensor in held if isinstance(tensor, torch.Tensor)}
+        for context in contexts(types):
             if isinstance(self._differs(context), tuple):
                 self._repair(context)
+        here = self._facts(types)
+        known = [(device, here) for device in types if len(types) == 1]
+        self._target = accelerator()
+        if self._target and types == {"cpu"}:
+            known.append((self._target.type, self._facts([self._target.type])))
+        return Autocasts(*here, by_device=tuple(known))
+
+    def _facts(self, devices: Iterable[str]) -> Facts:
+        """Return what is known with the weights on some types of device."""
+        found = contexts(devices)
         differs = {context: why for context in found if (why := self._differs(context))}
         told = {context: self._told(context, why) for context, why in differs.items()}
-        return Autocasts(tuple(c for c in found if c not in differs), tuple(told.items()))
+        return tuple(c for c in found if c not in differs), tuple(told.items())
 
     def _repair(self, context: Context) -> None:
         """Merge the source's graph under an autocast into the module's, if it has one."""
@@ -142,8 +174,11 @@ class Proof:
                 other = self.export()
         except Exception:  # noqa: BLE001 - the source may raise anything; the graph is refused there
             return
-        (device, dtype) = context[0]
-        choose(self.module, other, device, dtype, [half for half in _HALF if half != dtype])
+        (autocast,) = context
+        device = accelerator()
+        devices = {autocast[0]} | ({device.type} if device else set[str]())
+        guesses = [guess for (guess,) in contexts(devices) if guess != autocast]
+        choose(self.module, other, autocast, guesses)
         self._found.clear()
 
     def _differs(self, context: Context) -> Any:
@@ -168,11 +203,41 @@ class Proof:
     def _structures(self, expected: Any, found: Any) -> str:
         return "" if expected[1] == found[1] else first_difference(expected[1], found[1])
 
-    def _run(self, call: Callable[..., Any], context: Context, locate: int = -1) -> Any:
+    def _run(self, call: nn.Module, context: Context, locate: int = -1) -> Any:
         run = Run(self.values, locate)
-        kept = undisturbed(self.model) if call is self.model else nullcontext()
-        with kept, under(context), _compiling_state_context():
-            return run.of(call, self.example.args, self.example.kwargs), run
+        kept = undisturbed(call) if call is self.model or self._target else nullcontext()
+        with (
+            kept,
+            self._moved(call, (self.example.args, self.example.kwargs)) as (args, kwargs),
+            under(context),
+            _compiling_state_context(),
+        ):
+            return run.of(call, args, kwargs), run
+
+    @contextmanager
+    def _moved(self, call: nn.Module, inputs: Any) -> Generator[Any]:
+        """Within the context, the weights (of a graph, its constants too) are on the target."""
+        target = self._target
+        if target is None:
+            yield inputs
+            return
+
+        def move(leaf: Any) -> Any:
+            chosen = isinstance(leaf, torch.Tensor) and (every or id(leaf) in weights)
+            return self.values.move(leaf, target) if chosen else leaf
+
+        every = call is self.module
+        given = pytree.tree_leaves(inputs)
+        weights = {id(t) for t in (*call.parameters(), *call.buffers(), *given)}
+        for module in call.modules():  # `undisturbed` restores these attributes
+            for name, value in list(module.__dict__.items()):
+                leaves, structure = pytree.tree_flatten(value)
+                moved = list(map(move, leaves))
+                if any(a is not b for a, b in zip(leaves, moved, strict=True)):
+                    module.__dict__[name] = pytree.tree_unflatten(moved, structure)
+        graphs = [m for m in call.modules() if every and isinstance(m, fx.GraphModule)]
+        with _retargeted(graphs, torch.device("cpu"), target):
+            yield pytree.tree_map(move, inputs)
 
     def _told(self, context: Context, why: Any) -> str:
         """Return the first op of the source that the graph does not do, with its line."""
@@ -187,3 +252,31 @@ class Proof:
         _, again = self._run(self.model, context, number)
         func = run.ops[number][0].made[0]
         return f"at {again.place or type(self.model).__name__}, the source's {func} differs"
+
+
+@contextmanager
+def _retargeted(
+    modules: list[fx.GraphModule], old: torch.device, new: torch.device
+) -> Generator[None]:
+    """Within the context, graphs that name one device name another.
+
+    Raises:
+        Unknown: they name the other one already.
+    """
+    named = [leaf for m in modules for node in m.graph.nodes for leaf in _constants(node)]
+    if any(isinstance(leaf, torch.device) and leaf.type == new.type for leaf in named):
+        raise Unknown(f"its graph names {new}")
+    changed = modules if old in named else []
+    try:
+        for module in changed:
+            retarget(module.graph, {old: new})
+            module.recompile()
+        yield
+    finally:
+        for module in changed:
+            retarget(module.graph, {new: old})
+            module.recompile()
+
+
+def _constants(node: fx.Node) -> list[Any]:
+    return pytree.tree_leaves((node.args, dict(node.kwargs)))

@@ -19,13 +19,14 @@ from ..fx.autocast import by_autocast
 from ..fx.calls import example_value
 from ..fx.nested import nested_graph
 
+Autocast = tuple[str, torch.dtype]  # device type and dtype
+
 
 def choose(
     module: fx.GraphModule,
     other: fx.GraphModule,
-    device: str,
-    dtype: torch.dtype,
-    guesses: Sequence[torch.dtype],
+    autocast: Autocast,
+    guesses: Sequence[Autocast],
 ) -> None:
     """Make a graph, in place, do what another does under the autocast that it was made under.
 
@@ -35,11 +36,10 @@ def choose(
     Args:
         module: the graph without autocast.
         other: the graph under autocast.
-        device: the device type of this autocast.
-        dtype: the dtype of this autocast.
-        guesses: other dtypes of autocast, for which to guess the constants from those for `dtype`.
+        autocast: the device type and dtype of this autocast.
+        guesses: other autocasts, for which to guess the constants from those for this one.
     """
-    _Merge(module, other, device, dtype, guesses).run()
+    _Merge(module, other, autocast, guesses).run()
 
 
 class _Merge:
@@ -47,12 +47,11 @@ class _Merge:
         self,
         module: fx.GraphModule,
         other: fx.GraphModule,
-        device: str,
-        dtype: torch.dtype,
-        guesses: Sequence[torch.dtype],
+        autocast: Autocast,
+        guesses: Sequence[Autocast],
     ) -> None:
-        self.module, self.other, self.device = module, other, device
-        self.dtype, self.guesses = dtype, guesses
+        self.module, self.other = module, other
+        self.autocast, self.guesses = autocast, guesses
         self.ours: dict[fx.Node, fx.Node] = {}  # of each node of the other graph
 
     def run(self) -> None:
@@ -98,9 +97,9 @@ class _Merge:
         if isinstance(theirs, fx.Node):
             wanted = self.ours[theirs]
             chosen = isinstance(mine, fx.Node) and mine.target is by_autocast
-            return mine if chosen and mine.args[1] is wanted else wanted
+            return mine if chosen and mine.args[0] is wanted else wanted
         if _is_choice(mine):
-            _set(mine, self.dtype, theirs)
+            _set(mine, self.autocast, theirs)
             return mine
         if _equal(mine, theirs):
             return mine
@@ -109,10 +108,15 @@ class _Merge:
 
     def _choice(self, like: fx.Node, usual: Any, value: Any) -> fx.Node:
         """Insert a choice, of a constant or a dtype."""
-        others = {self.dtype: value} | {g: _guess(value, self.dtype, g) for g in self.guesses}
-        node = like.graph.call_function(by_autocast, (self.device, usual, *others.items()))
+        others = tuple((*autocast, v) for autocast, v in self._guessed(value).items())
+        node = like.graph.call_function(by_autocast, (usual, *others))
         node.meta = {**like.meta, "val": usual}
         return node
+
+    def _guessed(self, value: Any) -> dict[Autocast, Any]:
+        """Return a constant under this autocast, and what it may be under others."""
+        known = self.autocast[1]
+        return {self.autocast: value} | {g: _guess(value, known, g[1]) for g in self.guesses}
 
     def _add_cast(self, theirs: fx.Node, before: fx.Node) -> None:
         """Add a cast that only the source under autocast does; without, it does nothing."""
@@ -138,27 +142,28 @@ class _Merge:
     def _merge_constants(self, mine: fx.Node, theirs: fx.Node) -> None:
         first, second = nested_graph(mine, self.module), nested_graph(theirs, self.other)
         if first and second:
-            choose(first, second, self.device, self.dtype, self.guesses)
+            choose(first, second, self.autocast, self.guesses)
             return
         ours, other = _fetched(self.module, mine), _fetched(self.other, theirs)
         if isinstance(ours, nn.Parameter) or _equal(ours, other):
             return
         choice = next((user for user in mine.users if _is_choice(user)), None)
         if choice is not None:
-            _set(choice, self.dtype, self._constant(mine, self.dtype, other))
+            _set(choice, self.autocast, self._constant(mine, self.autocast, other))
             return
         users = list(mine.users)
-        others = {self.dtype: other} | {g: _guess(other, self.dtype, g) for g in self.guesses}
-        held = [(dtype, self._constant(mine, dtype, value)) for dtype, value in others.items()]
-        with self.module.graph.inserting_after(held[0][1]):  # the others are before it
-            choice = self.module.graph.call_function(by_autocast, (self.device, mine, *held))
+        others = self._guessed(other).items()
+        held = [(*autocast, self._constant(mine, autocast, value)) for autocast, value in others]
+        with self.module.graph.inserting_after(held[0][-1]):  # the others are before it
+            choice = self.module.graph.call_function(by_autocast, (mine, *held))
         choice.meta = dict(mine.meta)
         for user in users:
             user.replace_input_with(mine, choice)
 
-    def _constant(self, like: fx.Node, dtype: torch.dtype, value: torch.Tensor) -> fx.Node:
-        """Fetch a constant for one dtype of autocast, right after the usual one."""
-        name = f"{str(like.target).replace('.', '_')}_{str(dtype).rpartition('.')[2]}"
+    def _constant(self, like: fx.Node, autocast: Autocast, value: torch.Tensor) -> fx.Node:
+        """Fetch a constant for one autocast, right after the usual one."""
+        device, dtype = autocast
+        name = f"{str(like.target).replace('.', '_')}_{device}_{str(dtype).rpartition('.')[2]}"
         self.module.register_buffer(name, value, persistent=False)
         with like.graph.inserting_after(like):
             node = like.graph.get_attr(name)
@@ -166,11 +171,12 @@ class _Merge:
         return node
 
 
-def _set(choice: fx.Node, dtype: torch.dtype, value: Any) -> None:
-    """Set the value that a choice has for one dtype of autocast."""
-    device, usual, *others = choice.args
-    values: dict[Any, Any] = {**dict(others), dtype: value}  # pyright: ignore
-    choice.args = (device, usual, *values.items())
+def _set(choice: fx.Node, autocast: Autocast, value: Any) -> None:
+    """Set the value that a choice has for one autocast."""
+    usual, *others = choice.args
+    values: dict[Any, Any] = {(device, dtype): v for device, dtype, v in others}  # pyright: ignore
+    values[autocast] = value
+    choice.args = (usual, *((*key, v) for key, v in values.items()))
 
 
 def _guess(value: Any, known: torch.dtype, wanted: torch.dtype) -> Any:
@@ -200,7 +206,7 @@ def _is_choice(value: Any) -> bool:
 
 def _is_added(node: fx.Node) -> bool:
     """Whether a node is a choice, or a constant that only choices under autocast are between."""
-    others = bool(node.users) and all(_is_choice(u) and u.args[1] is not node for u in node.users)
+    others = bool(node.users) and all(_is_choice(u) and u.args[0] is not node for u in node.users)
     return _is_choice(node) or (node.op == "get_attr" and others)
 
 
@@ -211,7 +217,7 @@ def _is_cast(node: fx.Node) -> bool:
 
 def _root(node: fx.Node) -> fx.Node:
     """Return the node whose very tensor a node returns without autocast."""
-    while isinstance(source := node.args[1] if _is_choice(node) else _uncast(node), fx.Node):
+    while isinstance(source := node.args[0] if _is_choice(node) else _uncast(node), fx.Node):
         node = source
     return node
 

@@ -16,7 +16,7 @@ from ..fx.autocast import Context, current_autocast
 from ..fx.compare import alike
 from ..fx.targets import refuse_unwritable
 from ..module.autocast import Autocasts
-from .autocast import contexts, under
+from .autocast import accelerator, contexts, under
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
@@ -91,7 +91,9 @@ def traced_autocasts(model: nn.Module, mode: str, module: fx.GraphModule) -> Aut
     """
     proved: list[Context] = []
     differs: dict[Context, str] = {}
-    for context in contexts(("cpu", *(["cuda"] if torch.cuda.is_available() else []))):
+    device = accelerator()
+    devices = ["cpu", *([device.type] if device else [])]
+    for context in contexts(devices):
         try:
             if alike(module, trace_mode(model, mode, context)):
                 proved.append(context)
@@ -99,7 +101,8 @@ def traced_autocasts(model: nn.Module, mode: str, module: fx.GraphModule) -> Aut
                 differs[context] = "the source's Python code asks which autocast is on"
         except CaptureError as error:
             differs[context] = str(error)
-    return Autocasts(tuple(proved), tuple(differs.items()))
+    facts = tuple(proved), tuple(differs.items())
+    return Autocasts(*facts, by_device=tuple((device, facts) for device in devices))
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

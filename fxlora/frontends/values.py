@@ -36,6 +36,13 @@ class Value:
         self.made = made
 
 
+class Moved(NamedTuple):
+    """A real tensor, and the fake one that it would be on another device."""
+
+    real: torch.Tensor
+    fake: torch.Tensor
+
+
 class Values:
     """The values of all runs that are to be compared; and the results of ops, by sizes.
 
@@ -56,6 +63,20 @@ class Values:
         self.fakes = FakeTensorMode(
             allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
         )
+        self._moved: dict[Any, Moved] = {}
+        self.moved: dict[int, Moved] = {}  # by storage of the fake tensor
+
+    def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the fake tensor, always the same, that a real one would be on another device."""
+        key = id(tensor), device
+        if key not in self._moved:
+            form = tensor.size(), tensor.stride()
+            meta = torch.empty_strided(*form, dtype=tensor.dtype, device="meta")
+            fake: Any = FakeTensor(self.fakes, meta, device)
+            fake.requires_grad_(tensor.requires_grad)
+            fake._is_param = isinstance(tensor, torch.nn.Parameter)
+            self._moved[key] = self.moved[storage_of(fake)] = Moved(tensor, fake)
+        return self._moved[key].fake
 
     def of(self, made: Any) -> Value:
         """Return the value that was made in this way."""
@@ -121,7 +142,10 @@ class Run(TorchDispatchMode):
         """Whether the run left a fake tensor unlike its real one: in its graph, or in its form."""
         if (real.requires_grad, real.is_leaf) != (fake.requires_grad, fake.is_leaf):
             return True
-        return storage_of(fake) in self._touched and _form(real) != _form(fake)
+        if storage_of(fake) not in self._touched:
+            return False
+        (dtype, _, *form), (fake_dtype, _, *fake_form) = _form(real), _form(fake)
+        return dtype != fake_dtype or form != fake_form
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -205,11 +229,17 @@ class Run(TorchDispatchMode):
             return tensor
         fake = self.fakes.from_tensor(tensor, static_shapes=True)
         if storage_of(fake) not in self._states:
-            self._kept.append(fake)
-            self._faked.append((tensor, fake))
-            value = self._real(tensor)
-            self._states[storage_of(fake)] = self._origins[storage_of(fake)] = value
+            self._begin(tensor, fake)
         return fake
+
+    def _begin(self, tensor: torch.Tensor, fake: torch.Tensor) -> None:
+        """Give the fake tensor of a real one its value at the begin of the run."""
+        self._kept.append(fake)
+        self._faked.append((tensor, fake))
+        value = self._real(tensor)
+        if storage_of(fake) in self.values.moved:  # views of one storage have been parted
+            value = self.values.of((value, _form(tensor)))
+        self._states[storage_of(fake)] = self._origins[storage_of(fake)] = value
 
     def _real(self, tensor: torch.Tensor) -> Value:
         """Return the value of a real tensor: its memory, or its numbers if they are few."""
@@ -224,10 +254,13 @@ class Run(TorchDispatchMode):
     def _tensor(self, tensor: torch.Tensor) -> Any:
         key = storage_of(tensor)
         if key not in self._states:  # a real tensor, or one that the run was not seen to make
-            if isinstance(tensor, FakeTensor):
+            if key in self.values.moved:
+                self._begin(*self.values.moved[key])
+            elif isinstance(tensor, FakeTensor):
                 raise Unknown("it computes with a tensor of another run")
-            self._kept.append(tensor)
-            self._states[key] = self._real(tensor)
+            else:
+                self._kept.append(tensor)
+                self._states[key] = self._real(tensor)
         return self._states[key], _form(tensor)
 
     def _described(self, value: Any) -> Any:

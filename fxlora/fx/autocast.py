@@ -20,21 +20,18 @@ def current_autocast() -> Context:
     )
 
 
-def by_autocast(device: str, usual: Any, *others: tuple[torch.dtype, Any]) -> Any:
+def by_autocast(usual: Any, *others: tuple[str, torch.dtype, Any]) -> Any:
     """Return the value for the caller's autocast: a dtype, a number or a tensor.
 
     A node with this target stands where the source reads a dtype that depends on autocast.
 
     Args:
-        device: the device type of the autocast.
         usual: the value without autocast.
-        others: for each dtype of autocast, the value under it.
+        others: device type and dtype of an autocast, and the value under it.
     """
-    if torch.is_autocast_enabled(device):
-        given = torch.get_autocast_dtype(device)
-        for dtype, value in others:
-            if dtype == given:
-                return value
+    for device, dtype, value in others:
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == dtype:
+            return value
     return usual
 
 

@@ -10,8 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import InputError
 from ..fx.autocast import Context, current_autocast, described
+
+Facts = tuple[tuple[Context, ...], tuple[tuple[Context, str], ...]]  # proved; why not others
+
+_UNTRIED = "capture did not try this autocast"
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class Autocasts:
         differs: for other autocasts, where the source is not known to do the same.
         otherwise: why nothing is known of any others.
         every: whether the graph holds for all, because it only calls Python.
+        by_device: what is proved, and what differs, with all weights on a type of device.
     """
 
     proved: tuple[Context, ...] = ()
     differs: tuple[tuple[Context, str], ...] = ()
-    otherwise: str = "capture did not try this autocast"
+    otherwise: str = _UNTRIED
     every: bool = False
+    by_device: tuple[tuple[str, Facts], ...] = ()
 
     def check(self) -> None:
         """Raise InputError under an autocast that the graph does not hold for."""
@@ -45,10 +53,22 @@ class Autocasts:
         )
 
     def moved(self, moves: Mapping[Any, Any]) -> Autocasts:
-        """Return what is known after the weights moved to other devices or dtypes: nothing."""
+        """Return what is known after the weights moved.
+
+        Args:
+            moves: old to new devices, and old to new dtypes, of all weights that moved.
+        """
+        if self.every:
+            return self
+        only_devices = all(isinstance(device, torch.device) for device in moves)
+        known = self.by_device if only_devices else ()
+        reached = {device.type for device in moves.values()} if only_devices else set[str]()
+        for device, (proved, differs) in known:
+            if reached == {device}:
+                return Autocasts(proved, differs, by_device=known)
         to = ", ".join(map(str, moves.values()))
         why = f"its weights were moved to {to} after capture (capture the source there instead)"
-        return self if self.every else Autocasts(otherwise=why)
+        return Autocasts(otherwise=why, by_device=known)
 
 
 EVERY = Autocasts(every=True)
