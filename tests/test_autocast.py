@@ -21,6 +21,8 @@ from fxlora.passes import ToWeightForm
 
 from .laws import distance, merged_weights, randomise
 
+pytestmark = pytest.mark.autocast
+
 HALF = (torch.bfloat16, torch.float16)
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 

@@ -20,6 +20,8 @@ from fxlora import cli
 from fxlora.lora.ops import OPS
 from fxlora.lora.variants import VARIANTS
 
+pytestmark = pytest.mark.autocast
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONAL = ("peft", "torchvision", "transformers")

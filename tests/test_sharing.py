@@ -256,6 +256,7 @@ AROUND = {
 }
 
 
+@pytest.mark.autocast
 @pytest.mark.parametrize("name", AROUND)
 def test_a_capture_does_not_see_what_is_around_it(name: str) -> None:
     model, x = Computes(), torch.randn(4, 5)
@@ -349,6 +350,7 @@ class Both(nn.Module):
         return torch.tanh(self.fc(y)) @ (self.head * 2)
 
 
+@pytest.mark.autocast
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [

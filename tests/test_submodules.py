@@ -482,6 +482,7 @@ def test_a_submodule_refuses_the_sizes_that_the_model_refuses() -> None:
         assert not all(gm.contract.holds_for((torch.randn(n, 4),), {}) for n in (1, 6))
 
 
+@pytest.mark.autocast
 def test_a_submodule_refuses_other_dtypes_than_the_models() -> None:
     def normed(part: Any, x: torch.Tensor) -> torch.Tensor:
         return part.lin(x) + torch.finfo(x.dtype).eps * 1e4
