@@ -30,7 +30,7 @@ from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
 from .module.host import hosted, recorded_calls
-from .module.merged import merged
+from .module.merged_source import merged
 from .passes.eva import Initialized, initialize_from
 from .pictures import draw
 from .plan import Entry, Plan

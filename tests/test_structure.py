@@ -76,10 +76,10 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
 GRAPH_WRITERS = {
     "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
     "frontends/assumptions.py": "a graph of its own for each guard",
-    "frontends/autocast.py": "assertions of torch.export, in a graph just exported",
-    "frontends/choices.py": "constants that depend on autocast, in a graph just exported",
+    "frontends/autocast_proof.py": "assertions of torch.export, in a graph just exported",
+    "frontends/autocast_choices.py": "constants that depend on autocast, in a graph just exported",
     "frontends/exported.py": "calls recorded during an export, in the meta of its module",
-    "frontends/kept/boundaries.py": "marks of the calls to outline, in a graph just exported",
+    "frontends/kept/module_calls.py": "marks of the calls to outline, in a graph just exported",
     "frontends/kept/checkpoints.py": "checkpoints become nested graphs while a capture is made",
     "frontends/kept/functions.py": "calls of autograd.Functions, in a graph just exported",
     "frontends/spellings.py": "aten overloads for Python's spellings, in a graph just traced",
@@ -87,7 +87,7 @@ GRAPH_WRITERS = {
     "fx/nested.py": "operands of calls of nested graphs: the helper that passes write with",
     "module/casts.py": "casts of A and B, after the user's .to(); passes mark their places",
     "module/captured.py": "the meta of a module's copy, no node's",
-    "module/outline.py": "graphs of outlined calls, derived from the flat one, which stays",
+    "module/outlining.py": "graphs of outlined calls, derived from the flat one, which stays",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
     "module/parent.py": "the one call that a module of regions consists of",
 }

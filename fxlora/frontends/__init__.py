@@ -16,13 +16,13 @@ from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
+from ..module.chosen_modules import Modules, chosen_modules
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
-from ..module.parts import Modules, chosen_modules
 from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
-from .autocast import callers_autocast
+from .autocast_proof import callers_autocast
 from .examples import examples_for, in_signature_order
 from .exported import Source, export_modes
 from .failures import capture_error

@@ -27,24 +27,24 @@ from ..errors import CaptureError, InputError, warn
 from ..fx.autocast import described
 from ..fx.compare import alike, same_graph_except_sizes
 from ..fx.targets import refuse_unwritable_names
-from ..module.autocast import Autocasts
+from ..module.autocasts import Autocasts
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
-from ..module.outline import ModuleCall
+from ..module.outlining import ModuleCall
 from ..module.program import MODES
 from .assumptions import contract_of
-from .autocast import Proof, inside_autocast, remove_metadata_assertions, wanted
+from .autocast_proof import Proof, inside_autocast, remove_metadata_assertions, wanted
 from .examples import Example
 from .failures import capture_error
-from .kept.boundaries import recorded_calls_of
 from .kept.checkpoints import marked_checkpoints, marks_of
 from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
 from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
+from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.undisturbed import mode_of, refuse_state
+from .run_values import Values
 from .sizes import refuse_fixed_sizes
-from .values import Values
 
 RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
 

@@ -15,8 +15,8 @@ from ..errors import CaptureError
 from ..fx.autocast import Context, current_autocast
 from ..fx.compare import alike
 from ..fx.targets import refuse_unwritable
-from ..module.autocast import Autocasts
-from .autocast import accelerator, contexts, under
+from ..module.autocasts import Autocasts
+from .autocast_proof import accelerator, contexts, under
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws

@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, SubmoduleError
 from ..fx.autocast import current_autocast
-from .autocast import UNKNOWN
+from .autocasts import UNKNOWN
+from .block_checks import same
 from .block_contract import of_any_dtype, within
-from .borders import same
 from .contract import ConstantInput, InputSpec
-from .outline import ModuleCall, OutlinedGraph
+from .outlining import ModuleCall, OutlinedGraph
 from .program import Program, ProgramModule, code_of, forward_function, tensors_of
 from .submodules import (
     Container,

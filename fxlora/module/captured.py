@@ -21,7 +21,7 @@ from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
-from .outline import OutlinedGraph, outlined
+from .outlining import OutlinedGraph, outlined
 from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
-from .autocast import EVERY
+from .autocasts import EVERY
 from .program import MODES, Program, ProgramModule
 
 

@@ -15,9 +15,9 @@ from torch.fx.graph_module import _forward_from_src
 
 from ..errors import InputError
 from ..fx.targets import refuse_unwritable
-from .autocast import UNKNOWN, Autocasts
+from .autocasts import UNKNOWN, Autocasts
 from .contract import InputSpec
-from .outline import ModuleCall
+from .outlining import ModuleCall
 from .submodules import plain_view
 
 MODES = ("train", "eval")

@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 from ..errors import CaptureError
 from ..fx.calls import example_value
 from .casts import is_cast
-from .outline import MOVED
+from .outlining import MOVED
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 

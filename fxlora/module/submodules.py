@@ -6,7 +6,7 @@ cannot honour (a hook, a mode of its own, a replaced child, an attribute, a call
 
 The graphs' code does not run on the containers, but on plain modules that share their dicts of
 tensors (`plain_view`). So an adapted weight that Python reads off a container can be the adapted
-one, while the graph reads W0.
+one (`adapted_tensor.py`), while the graph reads W0.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
-from .sharing import memory_id
+from .adapted_tensor import AdaptedTensor, is_called_by, reads_as_it_is
 
 
 class Seal:
@@ -112,128 +110,14 @@ class Seal:
         Called by `__getattr__` only.
         """
         compute = self.adapted.get(_joined(path, name)) if self.adapted else None
-        if compute is None or self.open or _reads_as_it_is(sys._getframe(1)):
+        if compute is None or self.open or reads_as_it_is(sys._getframe(1)):
             return value
         adapted = compute()
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
 
 
-_untraced: Any = torch.compiler.disable
-
-
-class AdaptedTensor(torch.Tensor):
-    """The value of an adapted weight, as Python outside of the graph reads it off its module.
-
-    Functions and methods of torch take it as the plain tensor W0 + s·BA, with gradients to A and B.
-    A call of an overload means that something runs the graph's own nodes on the module: they add
-    the adapters themselves, so that raises. A write raises too, to its views as well: the value is
-    computed at each read, so the graph would not see it.
-    """
-
-    @classmethod
-    @_untraced  # Dynamo breaks the graph here in any case, at as_subclass
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if isinstance(func, OpOverload):
-            raise SubmoduleError(
-                f"{func} takes an adapted weight that was read off a captured module. A node of "
-                "the graph would apply the adapters twice: call the module itself, or run the "
-                "graph with torch.fx.Interpreter. In Python of your own, call the function in "
-                "torch or torch.nn.functional instead of the overload."
-            )
-        name: str = getattr(func, "__name__", "")
-        if _writes(name, args, kwargs or {}):
-            raise SubmoduleError(
-                f"{name}: a write to an adapted weight that was read off a captured "
-                "module would have no effect, because W0 + s·BA is computed at each read. Write "
-                "to module.get_parameter(name), which is W0, or to its A and B. For a tensor of "
-                "your own, take weight.detach().clone()."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            plain, plain_kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
-            result = func(*plain, **plain_kwargs)
-        if func == _GET_BASE:  # Dynamo asks a tensor's base for its own base
-            return result
-        return _with_views_marked(name, result, (*args, *(kwargs or {}).values()))
-
-
-def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes to an adapted weight or hooks it, rather than to a plain tensor."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    written = [kwargs.get("out")]
-    if in_place or name in _WRITERS or kwargs.get("inplace"):
-        written += [*args, *kwargs.values()][:1]
-    leaves = (leaf for value in written for leaf in _leaves(value))
-    return any(isinstance(leaf, AdaptedTensor) for leaf in leaves)
-
-
-# Methods that write to a tensor or hook it, and whose names do not end with one underscore.
-_WRITERS = frozenset(
-    (
-        *("__setitem__", "__set__", "__delete__", "__iadd__", "__isub__", "__imul__", "__idiv__"),
-        *("__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__"),
-        *("__ixor__", "__ilshift__", "__irshift__"),
-        *("register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
-    )
-)
-
-_GET_BASE: Any = vars(torch.Tensor).get("_base", vars(torch._C.TensorBase)["_base"]).__get__
-
-
-def _with_views_marked(name: str, result: Any, args: tuple[Any, ...]) -> Any:
-    """Return a function's result, in which views of adapted weights refuse writes as these do."""
-    if name in ("numpy", "__array__"):
-        result.flags.writeable = False
-    if not isinstance(result, torch.Tensor | list | tuple):
-        return result
-    if not _share_memory(_leaves(result), args):
-        return result
-    return pytree.tree_map_only(torch.Tensor, _as_adapted, result)
-
-
-def _share_memory(tensors: Collection[Any], args: tuple[Any, ...]) -> bool:
-    """Whether one of these tensors is in the memory of an adapted weight among the arguments."""
-    given = (leaf for arg in args for leaf in _leaves(arg) if isinstance(leaf, AdaptedTensor))
-    memory = {memory_id(_plain(tensor)) for tensor in given}
-    return any(isinstance(t, torch.Tensor) and memory_id(t) in memory for t in tensors)
-
-
-def _as_adapted(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_subclass(AdaptedTensor)
-
-
-def _leaves(value: Any) -> Collection[Any]:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-def _reads_as_it_is(frame: types.FrameType | None) -> bool:
-    """Whether torch itself reads an attribute, in this frame's `__getattr__`, to get or set W0."""
-    return _is_called_by(frame, ("__getattr__",), *_RAW_READERS)
-
-
-def _is_called_by(frame: types.FrameType | None, functions: Collection[str], *modules: str) -> bool:
-    """Whether code in one of these modules calls the functions that end in this frame."""
-    while frame is not None and frame.f_code.co_name in functions:
-        frame = frame.f_back
-    name: str = frame.f_globals.get("__name__", "") if frame else ""
-    return name.startswith(modules)
-
-
 # What sets a tensor, from outside in. FSDP sets its shards, and casts them for a call.
 _SETTERS = ("__setattr__", "_may_set", "register_parameter", "register_buffer")
-
-# Code of torch that moves parameters, or runs the graph's own nodes, which add the adapters.
-_RAW_READERS = (
-    "torch.distributed.",
-    "torch.fx.",
-    "torch.nn.modules.module",
-    "torch.nn.utils._named_member_accessor",  # torch.func.functional_call
-)
-
-
-def _plain(value: Any) -> Any:
-    return value.as_subclass(torch.Tensor) if isinstance(value, AdaptedTensor) else value
 
 
 class Guarded(nn.Module):
@@ -291,7 +175,7 @@ def tensors_by_name(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_tensor(part: nn.Module, name: str, value: Any) -> None:
     """Raise if the graph does not read the tensor of this name, or was made for another kind."""
-    if not _is_sealed(part) or _is_called_by(sys._getframe(1), _SETTERS, "torch.distributed."):
+    if not _is_sealed(part) or is_called_by(sys._getframe(1), _SETTERS, "torch.distributed."):
         return
     path: str = part.__dict__["_path"]
     known = {**part._parameters, **part._buffers}

@@ -19,7 +19,7 @@ from torch.fx.node import has_side_effect
 from torch.library import Library
 from torch.utils import _pytree as pytree
 
-from ...module.outline import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
+from ...module.outlining import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
 
 
 def _nothing(*given: Any) -> None:

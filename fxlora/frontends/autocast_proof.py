@@ -2,7 +2,7 @@
 
 torch.export evaluates every dtype that the source reads from a tensor, and every branch on one,
 without autocast. So for each autocast that a caller may use, the source and its graph both run on
-fake tensors, and must compute the same values (`values.py`). Where they do not, the source is
+fake tensors, and must compute the same values (`run_values.py`). Where they do not, the source is
 exported under that autocast too: a constant that differs between the two graphs becomes a choice by
 the caller's autocast. Then the proof is tried again.
 
@@ -25,13 +25,13 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.utils import _pytree as pytree
 
 from ..fx.autocast import Context, current_autocast
-from ..module.autocast import Autocasts, Facts
+from ..module.autocasts import Autocasts, Facts
 from ..module.contract import first_difference
 from ..module.retarget import retarget
-from .choices import choose
+from .autocast_choices import choose
 from .examples import Example
 from .kept.undisturbed import undisturbed
-from .values import Run, Unknown, Values
+from .run_values import Run, Unknown, Values
 
 _HALF = (torch.bfloat16, torch.float16)  # any other dtype of autocast is refused at the call
 _caller: list[Context] = []  # a stack: the capture in progress is last

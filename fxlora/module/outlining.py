@@ -1,4 +1,4 @@
-"""Outline: submodules of one graph as modules of their own, which a shorter graph calls.
+"""Outlining, the opposite of inlining: submodules as modules of their own, which a graph calls.
 
 The graph stays as it is: passes rewrite it, and fold, verify and save read it. What runs is derived
 from it. The nodes of each outlined call become a graph of their own, and one call of a module
@@ -22,8 +22,8 @@ from ..fx.calls import example_value, named_argument
 from ..fx.effects import written_nodes
 from ..fx.literals import literal
 from ..fx.trials import memory_use
+from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import contract_of_both, dimension_of
-from .borders import check_sizes, check_unchanged, leaves_of
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
