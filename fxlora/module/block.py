@@ -16,7 +16,7 @@ from .autocasts import UNKNOWN
 from .block_checks import same
 from .block_contract import of_any_dtype, within
 from .contract import ConstantInput, InputSpec
-from .outlining import ModuleCall, OutlinedGraph
+from .outlining import FACADE, OUTER, ModuleCall, OutlinedGraph
 from .program import Program, ProgramModule, code_of, forward_function, tensors_of
 from .submodules import (
     Container,
@@ -76,7 +76,7 @@ class Block(Guarded, ProgramModule):
         self._generated.clear()
         self._forwards.clear()
         self.look()
-        self._prepare()
+        self._select_graph()
 
     def look_from(self, outer: nn.Module) -> None:
         """Have the graphs' code find the tensors of the whole model, as `outer`."""
@@ -85,7 +85,7 @@ class Block(Guarded, ProgramModule):
 
     def look(self) -> None:
         view = plain_view(self)
-        view.__dict__.update(facade=self, outer=self.__dict__.get("_outer"))
+        view.__dict__.update({FACADE: self, OUTER: self.__dict__.get("_outer")})
         self.__dict__["_view"] = view
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import overlaps_of
-from .outlining import OutlinedGraph, outlined
+from .outlining import FACADE, OutlinedGraph, split_at_calls
 from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
@@ -78,7 +78,7 @@ class CapturedModule(ProgramModule):
             self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
             self._bind_parent()
         self._outline()
-        self._prepare()
+        self._select_graph()
         self._seal_submodules()
 
     # ---- submodules -------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class CapturedModule(ProgramModule):
         made: dict[str, dict[str, OutlinedGraph]] = {path: {} for path in paths}
         for mode in MODES:
             graph = self.graphs[mode]
-            rest, parts = outlined(graph, self.program.calls[mode], paths)
+            rest, parts = split_at_calls(graph, self.program.calls[mode], paths)
             self._running[id(graph)] = rest
             for path, part in parts.items():
                 made[path][mode] = part
@@ -108,12 +108,12 @@ class CapturedModule(ProgramModule):
         for block in self.outlined_modules.values():
             block.look_from(self._view)
         self._generated.clear()
-        self._prepare()
+        self._select_graph()
 
     def look(self) -> None:
         super().look()
         parent = self.__dict__.get("parent_module")
-        self._view.__dict__.update(facade=self, parent_module=parent)
+        self._view.__dict__.update({FACADE: self, "parent_module": parent})
 
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._running.get(id(graph), graph)
@@ -451,7 +451,7 @@ class CapturedModule(ProgramModule):
             if name in self.known.originals and id(tensor) in given
         }
         self.update_state(
-            fingerprints={**self.known.fingerprints, **left},
+            base_fingerprints={**self.known.base_fingerprints, **left},
             originals={**self.known.originals, **loaded},
         )
         return outcome
@@ -486,7 +486,7 @@ class CapturedModule(ProgramModule):
 
     def take_fingerprints(self) -> None:
         """Record the fingerprints and the ties of the weights that the plan does not train."""
-        self.update_state(fingerprints=self.fingerprints_under(self.known))
+        self.update_state(base_fingerprints=self.fingerprints_under(self.known))
 
     def changed_weights(self) -> list[str]:
         """Return the names of recorded weights that were written to or untied since."""
@@ -496,7 +496,7 @@ class CapturedModule(ProgramModule):
         """Return the recorded fingerprints whose weights were written to or untied since."""
         return {
             names: mark
-            for names, mark in self.known.fingerprints.items()
+            for names, mark in self.known.base_fingerprints.items()
             if len({id(self.get_parameter(name)) for name in names}) > 1
             or fingerprint(self.get_parameter(names[0])) != mark
         }
@@ -583,7 +583,7 @@ class CapturedModule(ProgramModule):
             result = super()._apply(keeping_dtypes(self, fn), recurse)
         self.take_fingerprints()
         # Keep the fingerprints of weights written to before: a move must not hide that.
-        self.update_state(fingerprints={**self.known.fingerprints, **changed})
+        self.update_state(base_fingerprints={**self.known.base_fingerprints, **changed})
         self.known = self.known.with_originals(fn)
         if moves:
             for graph in graphs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ CALLS = "module_calls"  # key in a node's meta: the recorded calls around it, ou
 VALUES = "module_values"  # key in a node's meta: the inputs and outputs of calls that it is
 
 MOVED = "module_moved"  # key in a node's meta: the dtype of its example may not be its dtype now
+
+# Names under which a graph's code finds two modules besides its tensors. FACADE is the module as
+# its user has it: outlined submodules are called through it, and so with the hooks, wrappers and
+# replacements that the user gave them. OUTER, in the graph of an outlined submodule only, is the
+# whole model, for all that is outside of that submodule.
+FACADE = "facade"
+OUTER = "outer"
 
 CallKey = tuple[str, int]  # a submodule's path, and the number of its call
 
@@ -110,7 +117,7 @@ class OutlinedGraph:
         call: the call.
         graph: its graph: one placeholder for each computed leaf of the arguments; it returns the
             leaves of the output. Names of tensors are relative to the submodule, or start with
-            "outer.", the whole model.
+            "outer." and are relative to the whole model.
         inputs: its input contract.
         alike: pairs of indices among the arguments' leaves that were one value.
     """
@@ -121,7 +128,7 @@ class OutlinedGraph:
     alike: frozenset[tuple[int, int]]
 
 
-def outlined(
+def split_at_calls(
     graph: fx.Graph, calls: Sequence[ModuleCall], paths: Iterable[str]
 ) -> tuple[fx.Graph, dict[str, OutlinedGraph]]:
     """Split a graph at the calls of submodules.
@@ -138,13 +145,7 @@ def outlined(
         SubmoduleError: a submodule has no call in the graph, shares more than arguments and results
             with the code around it, or is called in several ways.
     """
-    rest = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    rest.output(rest.graph_copy(graph, copies))
-    rest.set_codegen(graph._codegen)
-    written = _written(graph, copies)
-    _read_by_name(rest)
-    _annotate(rest)
+    rest, written = _prepared_copy(graph)
     made: dict[str, OutlinedGraph] = {}
     for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the innermost first
         own = [call for call in calls if call.path == path]
@@ -155,17 +156,32 @@ def outlined(
             )
         for call in own:
             found = _Outliner(rest, call, written).outline()
-            known = made.setdefault(path, found)
-            inputs = contract_of_both(known.inputs, found.inputs) if _same(known, found) else None
-            if inputs is None:
-                raise SubmoduleError(
-                    f"'{path}' is called in several ways, which have different graphs. Outline the "
-                    "module around it, or those inside."
-                )
-            alike = known.alike & found.alike
-            made[path] = replace(known, inputs=inputs, alike=alike)
+            made[path] = _merged(made.get(path, found), found)
     rest.lint()
     return rest, made
+
+
+def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[object]]:
+    """Return a copy of a graph that can be split, and what it writes to (see `_written`)."""
+    rest = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    rest.output(rest.graph_copy(graph, copies))
+    rest.set_codegen(graph._codegen)
+    written = _written(graph, copies)
+    _bypass_in_place_results(rest)
+    _annotate(rest)
+    return rest, written
+
+
+def _merged(known: OutlinedGraph, found: OutlinedGraph) -> OutlinedGraph:
+    """Return the graph for both of two calls of a submodule."""
+    inputs = contract_of_both(known.inputs, found.inputs) if _same(known, found) else None
+    if inputs is None:
+        raise SubmoduleError(
+            f"'{known.call.path}' is called in several ways, which have different graphs. Outline "
+            "the module around it, or those inside."
+        )
+    return replace(known, inputs=inputs, alike=known.alike & found.alike)
 
 
 def _annotate(graph: fx.Graph) -> None:
@@ -194,21 +210,32 @@ def _text(graph: fx.Graph) -> str:
     return graph.python_code("self").src
 
 
-@dataclass
 class _Outliner:
-    """Replaces the nodes of one call by a call of the submodule."""
+    """Replaces the nodes of one call by a call of the submodule.
 
-    rest: fx.Graph
-    call: ModuleCall
-    written: frozenset[object]
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    Attributes:
+        rest: the graph around the call, which is rewritten.
+        call: the call.
+        written: what the graph writes to (see `_written`).
+        inside: the nodes of the call.
+        given: the nodes of the computed leaves of its arguments, by index.
+        results: the nodes of the computed leaves of its output, by index.
+        graph: the submodule's graph.
+        copies: nodes of it, by the nodes of `rest` that they stand for.
+    """
 
-    def outline(self) -> OutlinedGraph:
-        inside = [node for node in self.rest.nodes if self.call.key in node.meta.get(CALLS, ())]
-        self.inside = set(inside)
+    def __init__(self, rest: fx.Graph, call: ModuleCall, written: frozenset[object]) -> None:
+        self.rest = rest
+        self.call = call
+        self.written = written
+        self.inside = {node for node in rest.nodes if call.key in node.meta.get(CALLS, ())}
         self.given = self._values(output=False)
         self.results = self._values(output=True)
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def outline(self) -> OutlinedGraph:
+        inside = [node for node in self.rest.nodes if node in self.inside]
         if all(node.op == "get_attr" for node in inside):
             raise self._refusal("computes nothing: it returns its arguments, or parameters")
         self._check_results(inside)
@@ -219,9 +246,9 @@ class _Outliner:
             self.copies.setdefault(node, placeholder)
         for node in inside:
             if node.op != "get_attr" and not _is_size(node):  # those are copied where they are used
-                self._inside(node)
+                self._copy_of(node)
         returned = [
-            self._inside(self.results[index]) if index in self.results else constant
+            self._copy_of(self.results[index]) if index in self.results else constant
             for index, constant in enumerate(self.call.output.constants)
         ]
         self.graph.output(returned)
@@ -239,7 +266,10 @@ class _Outliner:
         return frozenset(pair for pair in pairs if pair[0] != pair[1])
 
     def _values(self, output: bool) -> dict[int, fx.Node]:
-        """Return the node of each computed leaf; an adapter after a node has its meta, too."""
+        """Return the node of each computed leaf.
+
+        An adapter inserted after a node copies its meta, so the last match wins.
+        """
         leaves = self.call.output if output else self.call.inputs
         found: dict[int, fx.Node] = {}
         for node in self.rest.nodes:
@@ -255,18 +285,18 @@ class _Outliner:
     # ---- the submodule's graph --------------------------------------------------------------
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        args = fx.map_arg(node.args, self._inside)
-        kwargs = fx.map_arg(node.kwargs, self._inside)
+        args = fx.map_arg(node.args, self._copy_of)
+        kwargs = fx.map_arg(node.kwargs, self._copy_of)
         target = node.target
         if node.op == "call_module":
-            prefix = "facade." if str(target).startswith("facade.") else ""
+            prefix = f"{FACADE}." if str(target).startswith(f"{FACADE}.") else ""
             target = self._relative(str(target).removeprefix(prefix), prefix)
         copied = self.graph.create_node(node.op, target, args, kwargs, type_expr=node.type)
         copied.meta = dict(node.meta)
         self.copies[node] = copied
         return copied
 
-    def _inside(self, node: fx.Node) -> fx.Node:
+    def _copy_of(self, node: fx.Node) -> fx.Node:
         """Return the submodule's node for a node of the whole graph."""
         if node in self.copies:
             return self.copies[node]
@@ -277,7 +307,7 @@ class _Outliner:
             return fetched
         if _is_size(node):
             return self._size(node)
-        if node in self.inside or _constant(node, self.written):
+        if node in self.inside or _can_be_recomputed(node, self.written):
             return self._copy(node)
         raise self._refusal(f"takes the value of '{node.name}' other than as an argument")
 
@@ -297,7 +327,9 @@ class _Outliner:
 
     def _relative(self, name: str, prefix: str) -> str:
         own = f"{self.call.path}."
-        return prefix + name.removeprefix(own) if name.startswith(own) else f"outer.{prefix}{name}"
+        if name.startswith(own):
+            return prefix + name.removeprefix(own)
+        return f"{OUTER}.{prefix}{name}"
 
     def _contract(self) -> InputSpec:
         """Return the contract: names, structure, constants, shapes and dtypes."""
@@ -332,7 +364,7 @@ class _Outliner:
             outside = [user for user in node.users if user not in self.inside]
             if not outside or node in returned or node.op == "get_attr":
                 continue
-            if _constant(node, self.written):
+            if _can_be_recomputed(node, self.written):
                 continue
             if _is_size(node):
                 self._move_size(node, outside)
@@ -368,7 +400,7 @@ class _Outliner:
         place = self._place(inside)
         used = {index: self._users_after(old, place) for index, old in self.results.items()}
         with self.rest.inserting_before(place):
-            node = self.rest.call_module(f"facade.{self.call.path}", args, kwargs)
+            node = self.rest.call_module(f"{FACADE}.{self.call.path}", args, kwargs)
             node.meta[CALLS] = around
             results = self._unpacked(node, around)
             taken: dict[fx.Node, fx.Node] = {}  # what the users of a result take
@@ -378,9 +410,9 @@ class _Outliner:
                     new.meta = {**old.meta, CALLS: around}
                     taken[old] = new
                 elif used[index]:
-                    self._check(check_unchanged, around, index, new, taken.get(old, old))
+                    self._insert_check(check_unchanged, around, index, new, taken.get(old, old))
                 if any(user.op != "output" for user in used[index]):
-                    self._check_sizes(index, new, around)
+                    self._insert_size_check(index, new, around)
         for old, new in taken.items():
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
         for old in reversed(inside):
@@ -388,7 +420,7 @@ class _Outliner:
                 self.rest.erase_node(old)
 
     def _users_after(self, result: fx.Node, place: fx.Node) -> list[fx.Node]:
-        """Return the users outside, after the call, of what is a result."""
+        """Return a result's users that are outside the submodule and after its call."""
         same = [result]
         if result.op == "get_attr":
             same = self.rest.find_nodes(op="get_attr", target=result.target)
@@ -396,14 +428,14 @@ class _Outliner:
         checks = (check_sizes, check_unchanged)
         return [user for user in users if not user < place and user.target not in checks]
 
-    def _check(
+    def _insert_check(
         self, check: Any, around: tuple[CallKey, ...], index: int, leaf: fx.Node, *expected: Any
     ) -> None:
         node = self.rest.call_function(check, (leaf, self.call.path, index, *expected))
         node.meta[CALLS] = around
 
-    def _check_sizes(self, index: int, new: fx.Node, around: tuple[CallKey, ...]) -> None:
-        """Check the shape of a result whose sizes the code around takes from elsewhere."""
+    def _insert_size_check(self, index: int, new: fx.Node, around: tuple[CallKey, ...]) -> None:
+        """Insert a check of a result's shape, as the code around takes its sizes from elsewhere."""
         value = example_value(self.results[index])
         if value is None:
             return
@@ -416,7 +448,7 @@ class _Outliner:
             found = ((source, _axis(source, size)) for source in sources)
             first = next(((node, other) for node, other in found if other is not None), None)
             equal += [(axis, *first)] if first else []
-        self._check(check_sizes, around, index, new, sizes, tuple(equal))
+        self._insert_check(check_sizes, around, index, new, sizes, tuple(equal))
 
     def _place(self, inside: Sequence[fx.Node]) -> fx.Node:
         """Return the node before which to call: all arguments are computed before it."""
@@ -489,10 +521,10 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _constant(node: fx.Node, written: frozenset[object]) -> bool:
+def _can_be_recomputed(node: fx.Node, written: frozenset[object]) -> bool:
     """Whether a node depends on parameters and constants only, so that a copy of it is the same.
 
-    A value that something writes to is none, nor is what is computed from one: it changes.
+    False for a value that is written to, and for anything computed from one.
     """
     ahead = [node]
     while ahead:
@@ -500,7 +532,7 @@ def _constant(node: fx.Node, written: frozenset[object]) -> bool:
         if found.op not in ("get_attr", "call_function"):
             return False
         if found.op == "get_attr":
-            if found is not node and found.target in written:
+            if found.target in written:
                 return False
         elif found in written or not _repeatable(found):
             return False
@@ -532,7 +564,7 @@ def _statistics(node: fx.Node, owner: Any) -> list[fx.Node]:
     return [given for given in memory_use(node, owner).written if given.op == "get_attr"]
 
 
-def _read_by_name(graph: fx.Graph) -> None:
+def _bypass_in_place_results(graph: fx.Graph) -> None:
     """Have the users of an in-place op's result take the tensor that it wrote to: it is the same.
 
     So a buffer that a submodule steps can be read outside of it, and is stepped once.

@@ -96,7 +96,7 @@ class ProgramModule(fx.GraphModule):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "training" and "program" in self.__dict__:
-            self._prepare()
+            self._select_graph()
 
     @property
     def mode(self) -> str:
@@ -141,10 +141,10 @@ class ProgramModule(fx.GraphModule):
             return
         replaced = {mode: g for mode, held in program.graphs.items() if held is self._graph}
         program.graphs.update(replaced)
-        self._prepare()
+        self._select_graph()
 
-    def _prepare(self) -> None:
-        """Make the graph of the mode the current one, and generate its code unless there is one."""
+    def _select_graph(self) -> None:
+        """Make the mode's graph the current one, and generate its code unless it has some."""
         graph = self.__dict__["_graph"] = self.program.graphs[self.mode]
         graph.owning_module = self
         made = self._generated.get(id(graph))
@@ -168,7 +168,7 @@ class ProgramModule(fx.GraphModule):
         if "program" in self.__dict__:
             self._generated.pop(id(self._graph), None)
             self._forwards.clear()
-            self._prepare()
+            self._select_graph()
         return self._graph.python_code("self")
 
     def look(self) -> None:
@@ -187,7 +187,7 @@ class ProgramModule(fx.GraphModule):
         self.look()
         self._generated.clear()
         self._forwards.clear()
-        self._prepare()
+        self._select_graph()
 
 
 def code_of(graph: fx.Graph) -> str:

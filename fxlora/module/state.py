@@ -18,8 +18,8 @@ class State:
         plan: the injected plan, or None.
         folded: the plans folded into the weights, in order.
         originals: buffers and parameters trained in full, by name, as they were before injection.
-        fingerprints: a fingerprint of every weight that an adapted module does not change, keyed
-            by all names of the weight.
+        base_fingerprints: a fingerprint of every weight that an adapted module does not change,
+            keyed by all names of the weight.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings, which "all-linear" leaves out.
         outlined: paths of the submodules that are modules of their own, which the graph calls.
@@ -32,7 +32,9 @@ class State:
     plan: Plan | None = None
     folded: tuple[Plan, ...] = ()
     originals: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    fingerprints: Mapping[tuple[str, ...], int] = field(default_factory=dict[tuple[str, ...], int])
+    base_fingerprints: Mapping[tuple[str, ...], int] = field(
+        default_factory=dict[tuple[str, ...], int]
+    )
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
     outlined: tuple[str, ...] = ()
@@ -63,4 +65,4 @@ class State:
 
     def without_adapters(self) -> State:
         """Return the state as it was before injection."""
-        return replace(self, plan=None, originals={}, fingerprints={})
+        return replace(self, plan=None, originals={}, base_fingerprints={})

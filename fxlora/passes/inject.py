@@ -61,7 +61,7 @@ class Inject(Pass):
         _set_dtypes(module, plan)
         module.known = replace(module.known, plan=plan, originals=originals)
         set_casts(module)
-        return replace(module.known, fingerprints=module.fingerprints_under(module.known))
+        return replace(module.known, base_fingerprints=module.fingerprints_under(module.known))
 
 
 def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:
