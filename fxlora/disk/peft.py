@@ -166,13 +166,13 @@ def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
     if both := layers & set(bare.values()):
         return f"'{both.pop()}' targeted both as a layer and by a parameter"
     for name, _ in module.named_parameters(remove_duplicate=False):
-        if name not in bare and any(end in bare for end in _ends_of(name)):
+        if name not in bare and any(end in bare for end in _name_suffixes(name)):
             return f"a parameter whose name is the end of '{name}', which PEFT would adapt too"
     return None
 
 
-def _ends_of(name: str) -> Iterator[str]:
-    """Yield the shorter ends of a dotted name: "b.c" and "c" for "a.b.c"."""
+def _name_suffixes(name: str) -> Iterator[str]:
+    """Yield the shorter suffixes of a dotted name: "b.c" and "c" for "a.b.c"."""
     while "." in name:
         name = name.partition(".")[2]
         yield name
@@ -243,7 +243,7 @@ def encoded(group: Group, values: Tensors) -> dict[str, torch.Tensor]:
             b[e.rows[0] : e.rows[1], start:stop] = up
     if is_bare(entry):
         a, b = _as_parameter(entry, a, b)
-    found = dict(zip(_ends(entry), (a, b), strict=True))
+    found = dict(zip(_key_suffixes(entry), (a, b), strict=True))
     if "dora" in entry.variants:
         magnitude = values[entry.name_of("lora_magnitude_vector")]
         kernel = [1] * len(entry.layout.kernel(entry.shape))
@@ -254,7 +254,7 @@ def encoded(group: Group, values: Tensors) -> dict[str, torch.Tensor]:
 def decoded(group: Group, stored: Tensors) -> dict[str, torch.Tensor]:
     """Return the tensors of a weight's entries by name: the inverse of `encoded`."""
     first = group[0]
-    a, b = (stored[end] for end in _ends(first))
+    a, b = (stored[end] for end in _key_suffixes(first))
     if is_bare(first):
         a, b = _from_parameter(first, a, b)
     found: dict[str, torch.Tensor] = {}
@@ -301,8 +301,8 @@ def _ranks(group: Group) -> list[tuple[int, int]]:
     return found
 
 
-def _ends(entry: Entry) -> tuple[str, str]:
-    """Return the ends of PEFT's keys for A and B."""
+def _key_suffixes(entry: Entry) -> tuple[str, str]:
+    """Return the suffixes of PEFT's keys for A and B."""
     if has_embedding_keys(entry):
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
@@ -403,7 +403,7 @@ def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
     own = held - module.adapter_parameters()  # PEFT's model does not have the adapters' modules
     paths = {name[:end] for name in own for end, letter in enumerate(name) if letter == "."}
     wanted = set(sites)
-    if any(end in wanted for path in paths for end in _ends_of(path)):
+    if any(end in wanted for path in paths for end in _name_suffixes(path)):
         return "|".join(re.escape(site) for site in sites)
     return sites
 

@@ -52,7 +52,7 @@ def transposed_convolution(dims: int) -> Branch:
     def branch(read: Read, down: Any, up: Any) -> Any:
         # (input, weight, bias, stride, padding, output_padding, groups, dilation)
         stride, padding, extra, groups, dilation = (read.arg(position) for position in range(3, 8))
-        r_up = read.layout.transposed(up)  # (r, out/groups, *kernel)
+        r_up = read.layout.transpose_factor(up)  # (r, out/groups, *kernel)
         if groups > 1:  # each group has its own r hidden channels; all groups share B
             down = aten.reshape.default(down, [-1, groups, read.shape[0] // groups, *one])
             down = aten.flatten.using_ints(aten.transpose.int(down, 0, 1), 0, 1)

@@ -6,8 +6,8 @@ matrix form is M (…, d0, d1), with inputs and outputs in the same order as in 
     out first (linear, convolution; W is (out, in, …))   L = B     R = A
     in first  (embedding, addmm, x @ W; W is (in, out))  L = A^T   R = B^T
 
-The methods that take tensors (except `packed`) call aten overloads only, so they take torch.fx's
-proxies too: the same code computes a value and emits the nodes that compute it.
+The methods that take tensors (except `with_kernels`) call aten overloads only, so they take
+torch.fx's proxies too: the same code computes a value and emits the nodes that compute it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,12 @@ class Layout:
         return Layout(self.roles.translate(str.maketrans("io", "oi")))
 
     def sizes(self, shape: Shape) -> tuple[Shape, int, int]:
-        """Return the sizes of the stack dimensions, the number of rows (d0) and columns (d1)."""
-        stack, first, second = self._groups()
+        """Return the sizes of the stack dimensions, the number of rows (d0) and columns (d1).
+
+        Rows and columns are the features in storage order: (in, out) if `in_first`, else (out, in).
+        Kernel dimensions count towards the feature dimension before them.
+        """
+        stack, first, second = self._matrix_dims()
         size = [math.prod(shape[d] for d in group) for group in (first, second)]
         return tuple(shape[d] for d in stack), size[0], size[1]
 
@@ -69,7 +73,11 @@ class Layout:
         return min(self.sizes(shape)[1:])
 
     def features(self, shape: Shape) -> tuple[int, int]:
-        """Return the numbers of input and output features, without the kernel dimensions."""
+        """Return the numbers of input and output features, without the kernel dimensions.
+
+        The order is (in, out), however the weight is stored. A grouped weight's shape already has
+        in/groups (out/groups for a transposed convolution), and so has the result.
+        """
         size = [math.prod(self._of(shape, role)) for role in (INPUT, OUTPUT)]
         return size[0], size[1]
 
@@ -83,14 +91,14 @@ class Layout:
         kernel = self.roles.count(KERNEL)
         return -2 - kernel, -1 - kernel
 
-    def packed(self, down: torch.Tensor, up: torch.Tensor, shape: Shape) -> tuple[Any, Any]:
+    def with_kernels(self, a: torch.Tensor, b: torch.Tensor, shape: Shape) -> tuple[Any, Any]:
         """Reshape A (…, r, in) and B (…, out, r), with flattened kernels, to `factor_shapes`."""
-        of_a, of_b = self.factor_shapes(shape, down.shape[-2])
+        shape_a, shape_b = self.factor_shapes(shape, a.shape[-2])
         if KERNEL in self.roles and self.in_first:  # (…, out·kernel, r) -> (…, out, r, *kernel)
             kernel = self.kernel(shape)
-            stack_and_out = of_b[: -1 - len(kernel)]
-            up = up.reshape(*stack_and_out, *kernel, -1).movedim(-1, len(stack_and_out))
-        return down.reshape(of_a), up.reshape(of_b)
+            stack_and_out = shape_b[: -1 - len(kernel)]
+            b = b.reshape(*stack_and_out, *kernel, -1).movedim(-1, len(stack_and_out))
+        return a.reshape(shape_a), b.reshape(shape_b)
 
     @property
     def part_dim(self) -> int:
@@ -111,10 +119,10 @@ class Layout:
         size_i, size_o = self.features(shape)
         kernel = self.kernel(shape)
         ones = (1,) * len(kernel)
-        of_a, of_b = (ones, kernel) if self.in_first else (kernel, ones)
-        return (*stack, r, size_i, *of_a), (*stack, size_o, r, *of_b)
+        kernel_a, kernel_b = (ones, kernel) if self.in_first else (kernel, ones)
+        return (*stack, r, size_i, *kernel_a), (*stack, size_o, r, *kernel_b)
 
-    def transposed(self, factor: Any) -> Any:
+    def transpose_factor(self, factor: Any) -> Any:
         """Exchange the rank dimension and the feature dimension of A or B."""
         if self.is_matrix:
             return aten.t.default(factor)
@@ -122,7 +130,7 @@ class Layout:
 
     def left_right(self, a: Any, b: Any) -> tuple[Any, Any]:
         """Return the pair as L (…, d0, r) and R (…, r, d1), with kernels not yet flattened."""
-        return (self.transposed(a), self.transposed(b)) if self.in_first else (b, a)
+        return (self.transpose_factor(a), self.transpose_factor(b)) if self.in_first else (b, a)
 
     # ---- weights as matrices --------------------------------------------------------------------
 
@@ -151,11 +159,8 @@ class Layout:
             matrix = aten.contiguous.default(matrix)  # an op that reads the weight may call view
         return matrix
 
-    def product(self, matrix: Any, a: Any, b: Any, scaling: float, shape: Shape) -> Any:
-        """Compute M + s·L·R, where M is a result of `matrix`.
-
-        Not in one addmm or baddbmm, which autocast computes in half precision, M included.
-        """
+    def add_pair(self, matrix: Any, a: Any, b: Any, scaling: float, shape: Shape) -> Any:
+        """Return M + s·L·R, where M is a result of `matrix`."""
         left, right = self.left_right(a, b)
         stack, d0, d1 = self.sizes(shape)
         if KERNEL in self.roles or len(stack) > 1:
@@ -163,10 +168,12 @@ class Layout:
             left = aten.reshape.default(left, [*flat, d0, -1])
             right = aten.reshape.default(right, [*flat, -1, d1])
         multiply = aten.bmm.default if stack else aten.mm.default
+        # Not a single addmm or baddbmm: autocast would compute the whole sum, M included, in half
+        # precision.
         # (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
         return aten.add.Tensor(matrix, multiply(left, right), alpha=scaling)
 
-    def by_output(self, matrix: Any, shape: Shape) -> Any:
+    def outputs_first(self, matrix: Any, shape: Shape) -> Any:
         """Return M as (…, out, in), with the kernel dimensions flattened into in."""
         if not self.in_first:
             return matrix
@@ -179,7 +186,7 @@ class Layout:
         turned = aten.permute.default(apart, order)
         return aten.reshape.default(turned, [*stack, size_o, size_i * kernel])
 
-    def per_output(self, factor: Any, shape: Shape) -> Any:
+    def broadcast_over_matrix(self, factor: Any, shape: Shape) -> Any:
         """Reshape a factor per output, (…, out), so that it broadcasts over M."""
         if not self.in_first:
             return aten.unsqueeze.default(factor, -1)
@@ -190,7 +197,7 @@ class Layout:
 
     # ---- dimensions -----------------------------------------------------------------------------
 
-    def _groups(self) -> tuple[list[int], list[int], list[int]]:
+    def _matrix_dims(self) -> tuple[list[int], list[int], list[int]]:
         """Return the dimensions that form the stack, the rows and the columns."""
         joined, before = "", ""
         for role in self.roles:
@@ -200,7 +207,7 @@ class Layout:
         return (stack, inputs, outputs) if self.in_first else (stack, outputs, inputs)
 
     def _order(self) -> list[int]:
-        return [d for group in self._groups() for d in group]
+        return [d for group in self._matrix_dims() for d in group]
 
     def _matrix_shape(self, shape: Shape) -> list[int]:
         stack, d0, d1 = self.sizes(shape)
@@ -210,7 +217,7 @@ class Layout:
         return tuple(size for size, mine in zip(shape, self.roles, strict=True) if mine == role)
 
 
-def plain(dims: int, in_first: bool, kernel: int = 0) -> Layout:
+def standard_layout(dims: int, in_first: bool, kernel: int = 0) -> Layout:
     """Return the layout with stack dimensions first, then the matrix, then the kernel.
 
     The kernel is ignored if the weight has fewer than `kernel + 2` dimensions.

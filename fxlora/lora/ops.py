@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
 from ..names import shown
 from .convolutions import convolution, groups_cost_more, transposed_convolution
-from .layout import INPUT, OUTPUT, STACK, Layout, Shape, plain
+from .layout import INPUT, OUTPUT, STACK, Layout, Shape, standard_layout
 from .row import Op, Read, aten
 
 # ---- matrix products ----------------------------------------------------------------------------
@@ -30,9 +30,9 @@ def _times_weight(read: Read, down: Any, up: Any) -> Any:
     """The branch of x @ W or x @ W^T: (…, in) -> (…, out)."""
     if read.layout.stacked:
         # (…, e, n, in) @ (e, in, r) -> (…, e, n, r)
-        hidden = aten.matmul.default(read.x, read.layout.transposed(down))
+        hidden = aten.matmul.default(read.x, read.layout.transpose_factor(down))
         # (…, e, n, r) @ (e, r, out) -> (…, e, n, out)
-        return aten.matmul.default(read.scaled(hidden), read.layout.transposed(up))
+        return aten.matmul.default(read.scaled(hidden), read.layout.transpose_factor(up))
     hidden = aten.linear.default(read.x, down)  # (…, in) @ (in, r) -> (…, r)
     return aten.linear.default(read.scaled(hidden), up)  # (…, r) @ (r, out) -> (…, out)
 
@@ -50,7 +50,7 @@ def _grouped_mm(read: Read, down: Any, up: Any) -> Any:
     pad = -read.rank % 8  # the kernels require rows of a multiple of 16 bytes
     down = aten.constant_pad_nd.default(down, [0, 0, 0, pad]) if pad else down
     up = aten.constant_pad_nd.default(up, [0, pad]) if pad else up
-    turn = read.layout.transposed
+    turn = read.layout.transpose_factor
     # (n, in) @ (e, in, r + pad) -> (n, r + pad)
     hidden = aten._grouped_mm.default(read.x, turn(down), ends)
     # (n, r + pad) @ (e, r + pad, out) -> (n, out)
@@ -160,7 +160,7 @@ def _einsum(read: Read, down: Any, up: Any) -> Any:
 def _embedding(read: Read, down: Any, up: Any) -> Any:
     # W's `sparse` is not passed on: A's gradient is dense. padding_idx is, so that the padding row
     # gets no gradient in A either.
-    table = read.layout.transposed(down)  # (num, r)
+    table = read.layout.transpose_factor(down)  # (num, r)
     rows = aten.embedding.default(table, read.x, read.arg(2))  # (…, r)
     branch = aten.linear.default(read.scaled(rows), up)  # (…, r) @ (r, dim) -> (…, dim)
     if not read.padding_trains:
@@ -172,7 +172,7 @@ def _embedding(read: Read, down: Any, up: Any) -> Any:
 
 
 def _embedding_bag(read: Read, down: Any, up: Any) -> Any:
-    table = read.layout.transposed(down)  # (num, r)
+    table = read.layout.transpose_factor(down)  # (num, r)
     offsets, mode, weights, last = (read.arg(position) for position in (2, 4, 6, 7))
     padding = read.arg(8)
     given = (table, read.x, offsets, False, mode, False, weights, last, padding)
@@ -376,7 +376,7 @@ def layout_given(node: fx.Node, weight: fx.Node, row: Op | None, dims: int) -> L
     if row:
         return row.layout_of(node, weight, dims)
     kernel = OUT_FIRST.get(qualified_kind(node))
-    return plain(dims, False, kernel) if kernel is not None and dims > 1 else None
+    return standard_layout(dims, False, kernel) if kernel is not None and dims > 1 else None
 
 
 def _holds(given: Any, weight: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..fx.calls import argument
-from .layout import Layout, Shape, plain
+from .layout import Layout, Shape, standard_layout
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ class Op:
     def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout | None:
         """Return the layout of the operand `weight`, with `dims` dimensions; None if unknown."""
         if self.layout is None:
-            return plain(dims, self.in_first, self.kernel) if dims > 1 else None
+            return standard_layout(dims, self.in_first, self.kernel) if dims > 1 else None
         found = self.layout(node, weight)
         return found if found and len(found.roles) == dims else None
 

@@ -81,7 +81,7 @@ def sum_matrix(entry: Entry, weight: Any, values: Values) -> Any:
     a, b = factors(entry, values)
     matrix = entry.layout.matrix(weight, entry.adapted_shape)
     # (…, d0, d1) + s · (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
-    return entry.layout.product(matrix, a, b, entry.scaling, entry.adapted_shape)
+    return entry.layout.add_pair(matrix, a, b, entry.scaling, entry.adapted_shape)
 
 
 def _constant(entry: Entry, matrix: Any) -> Any:
@@ -89,7 +89,7 @@ def _constant(entry: Entry, matrix: Any) -> Any:
 
     In the graph it is in the adapter's dtype, if that is wider than the weight's.
     """
-    constant = entry.layout.by_output(aten.detach.default(matrix), entry.adapted_shape)
+    constant = entry.layout.outputs_first(aten.detach.default(matrix), entry.adapted_shape)
     return mark(constant, entry.parameter, entry.name_a, widens=True)
 
 
@@ -99,7 +99,7 @@ def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
     for variant, held in entry.variant_tensors.items():
         if gain := VARIANTS[variant].gain:
             found = gain(_constant(entry, matrix), *(values[name] for name in held))
-            factor = entry.layout.per_output(found, entry.adapted_shape)
+            factor = entry.layout.broadcast_over_matrix(found, entry.adapted_shape)
             matrix = to_weights(entry, aten.mul.Tensor(matrix, factor))
     return entry.layout.unmatrix(matrix, entry.adapted_shape)
 
@@ -157,7 +157,7 @@ def _with_block(entry: Entry, block: torch.Tensor, start: int, values: Values) -
     # B is (…, out, r, …), and out may be several dimensions of the weight, flattened
     each = layout.features(shape)[1] // shape[layout.part_dim]
     b = b.narrow(layout.rank_dims[1] - 1, (start - first) * each, layout.features(shape)[1])
-    matrix = layout.product(layout.matrix(block, shape), a, b, entry.scaling, shape)
+    matrix = layout.add_pair(layout.matrix(block, shape), a, b, entry.scaling, shape)
     return layout.unmatrix(matrix, shape)
 
 

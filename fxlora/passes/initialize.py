@@ -38,7 +38,7 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
             f"be initialized: {error} The weight must have a dtype that torch can compute in and, "
             "if the init uses its values, be finite. Convert it, or use another init."
         ) from error
-    a, b = entry.layout.packed(*started, entry.adapted_shape)
+    a, b = entry.layout.with_kernels(*started, entry.adapted_shape)
     if entry.padding_idx is not None:
         # No gradient reaches this column: it stays zero, and W0's padding row stays unchanged.
         a.select(-1, entry.padding_idx).zero_()
@@ -50,8 +50,8 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
         # V as the graph computes it, so that the variant starts as the identity: (…, d0, d1)
         cast = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
         adapted = sum_matrix(before, weight, cast)
-        by_output = entry.layout.by_output(adapted, entry.adapted_shape)
-        wide = by_output.to(torch.promote_types(weight.dtype, a.dtype))
+        outputs_first = entry.layout.outputs_first(adapted, entry.adapted_shape)
+        wide = outputs_first.to(torch.promote_types(weight.dtype, a.dtype))
         try:
             values = VARIANTS[variant].start(wide, a, b)
         except ConfigError as error:
@@ -70,8 +70,8 @@ def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     size_i, size_o = (d0, d1) if entry.layout.in_first else (d1, d0)
     if start := STARTS.get(entry.init):
         matrix = entry.layout.matrix(weight, entry.adapted_shape)
-        by_output = matrix.mT if entry.layout.in_first else matrix  # (…, out, in)
-        wide = by_output.to(torch.promote_types(weight.dtype, torch.float32))
+        outputs_first = matrix.mT if entry.layout.in_first else matrix  # (…, out, in)
+        wide = outputs_first.to(torch.promote_types(weight.dtype, torch.float32))
         down, up = start(wide, entry.r, entry.scaling)
         return down.to(dtype), up.to(dtype)
     down = weight.new_empty(*stack, entry.r, size_i, dtype=dtype)

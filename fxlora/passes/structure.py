@@ -112,7 +112,7 @@ class _Branch:
         down, up = factors(entry, self.values)
         if layout.in_first != entry.layout.in_first:
             # This op takes the weight's outputs as inputs: (BA)^T = A^T B^T.
-            turn = entry.layout.transposed
+            turn = entry.layout.transpose_factor
             down, up = turn(up), turn(down)  # (…, out, r) -> (…, r, out), (…, r, in) -> (…, in, r)
         # Without a padding_idx in the entry, another read of the tied weight trains this row.
         trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None

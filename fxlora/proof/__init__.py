@@ -22,7 +22,7 @@ from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import draw_adapters, effects
 from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
 from .result import SiteCheck, Verification
-from .runs import again, calls, floats, output, same
+from .runs import equal_tensors, float_tensors, record_calls, replay, run
 from .weight_checks import (
     check_adapters,
     check_base,
@@ -157,8 +157,8 @@ def _check_identity(
     # torch selects attention kernels by requires_grad, even under no_grad.
     modules = [module.eval().requires_grad_(False) for module in (started, base)]
     with torch.no_grad():
-        adapted, plain = (floats(output(module, args, kwargs)) for module in modules)
-    if not all(same(a, b) for a, b in zip(adapted, plain, strict=True)):
+        adapted, plain = (float_tensors(run(module, args, kwargs)) for module in modules)
+    if not all(equal_tensors(a, b) for a, b in zip(adapted, plain, strict=True)):
         raise VerificationError(
             "base unchanged: with B = 0 the outputs differ from those without adapters."
         )
@@ -216,8 +216,8 @@ def _output_error(
     for each in (module, folded):  # torch selects attention kernels by requires_grad
         each.requires_grad_(False)
     with torch.no_grad():
-        made = calls(module, args, kwargs)
-        expected = [out for call in made for out in floats(call.output)]
+        made = record_calls(module, args, kwargs)
+        expected = [out for call in made for out in float_tensors(call.output)]
         if module.parent_module and module.training:  # each call under the same seed
             expected = _outputs(module, made)
         found = _outputs(folded, made)
@@ -237,7 +237,7 @@ def _output_error(
 
 
 def _outputs(module: CapturedModule, made: list[RegionCall]) -> list[Tensor]:
-    return [out for call in made for out in floats(again(module, call))]
+    return [out for call in made for out in float_tensors(replay(module, call))]
 
 
 def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:

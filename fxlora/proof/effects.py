@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import VerificationError
 from ..module import CapturedModule
 from ..plan import Entry
-from .runs import calls, floats
+from .runs import float_tensors, record_calls
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def _gradients(
     """Return the effects of some entries, from one forward and one backward pass."""
     outputs = [
         out
-        for call in calls(module, args, kwargs)
-        for out in floats(call.output)
+        for call in record_calls(module, args, kwargs)
+        for out in float_tensors(call.output)
         if out.requires_grad
     ]
     if not outputs:

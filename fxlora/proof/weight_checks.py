@@ -13,7 +13,7 @@ from ..plan import Entry
 from ..tables import some
 from .coverage import adapted_names
 from .exact import exact_weight
-from .runs import same
+from .runs import equal_tensors
 
 
 def check_adapters(module: CapturedModule) -> None:
@@ -154,7 +154,7 @@ def check_unadapted(module: CapturedModule, folded: CapturedModule) -> None:
             rounded = ours[trained].detach().to(base_dtype(module, trained))
             ours |= dict.fromkeys(names, rounded)
     for name in sorted((ours.keys() | theirs.keys()) - adapted - _names_of_adapters(module)):
-        if name not in ours or name not in theirs or not same(ours[name], theirs[name]):
+        if name not in ours or name not in theirs or not equal_tensors(ours[name], theirs[name]):
             raise VerificationError(
                 f"fold: '{name}' has no adapter, and is another tensor in the folded module."
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..fx.calls import named_argument
-from ..lora.layout import Layout, Shape, plain
+from ..lora.layout import Layout, Shape, standard_layout
 from ..lora.ops import layout_given
 from ..module import CapturedModule
 from ..module.memory import overlaps_of
@@ -257,7 +257,7 @@ def _described(readers: tuple[Reader, ...], shape: Shape) -> dict[str, Any]:
 def _convention(main: Reader | None, shape: Shape) -> Layout:
     """Return the layout for a weight whose layout is unknown: its op's, else outputs first."""
     declared = main and layout_given(main.node, main.weight, main.op, len(shape))
-    return declared or plain(len(shape), False)
+    return declared or standard_layout(len(shape), False)
 
 
 def _padding_idx(readers: tuple[Reader, ...], rows: int) -> int | None:
