@@ -1100,7 +1100,8 @@ def test_what_has_no_effect_on_the_graph_raises(how: str, modules: tuple[str, ..
 @pytest.mark.parametrize("modules", [(), ("head", "norms.bn")])
 def test_what_the_graph_reads_may_be_set(modules: tuple[str, ...]) -> None:
     x = torch.randn(3, 6).double()
-    model, gm = pair = copy.deepcopy(unbiased(*modules))
+    pair: tuple[Any, Any] = copy.deepcopy(unbiased(*modules))
+    model, gm = pair
     before = gm(x)
     for m in pair:
         m.head.weight = nn.Parameter(x.repeat(4, 1)[:11])
