@@ -167,12 +167,18 @@ PLAIN = {
 }
 
 
+@functools.cache
+def plain_layers() -> tuple[nn.Module, fxlora.CapturedModule]:
+    model = Plain()
+    return model, fxlora.capture(model, IDS).eval()
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_reads_ours(tmp_path: Path, rslora: bool) -> None:
     peft = pytest.importorskip("peft", reason="peft is optional")
-    model = Plain()
+    model, gm = plain_layers()
     config = LoraConfig(**PLAIN, use_rslora=rslora, init_lora_weights=False)
-    lora = fxlora.adapt(model, IDS, rules=config).eval()
+    lora = fxlora.inject(gm, fxlora.match(gm, config)).eval()
     with torch.no_grad():
         lora.get_parameter("head.weight").mul_(1.5)
     fxlora.save_adapter(lora, tmp_path)
@@ -185,7 +191,7 @@ def test_peft_reads_ours(tmp_path: Path, rslora: bool) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_ours_reads_pefts(tmp_path: Path, rslora: bool) -> None:
     peft = pytest.importorskip("peft", reason="peft is optional")
-    model = Plain()
+    model, gm = plain_layers()
     config = peft.LoraConfig(**PLAIN, use_rslora=rslora, init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     with torch.no_grad():
@@ -193,7 +199,6 @@ def test_ours_reads_pefts(tmp_path: Path, rslora: bool) -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     theirs.save_pretrained(tmp_path)
-    gm = fxlora.capture(model, IDS).eval()
     lora = fxlora.load_adapter(gm, tmp_path)
     assert (lora(IDS) - gm(IDS)).abs().max() > 1e-3
     assert torch.allclose(lora(IDS), theirs(IDS), atol=1e-6)

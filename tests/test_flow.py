@@ -101,22 +101,22 @@ def test_what_no_gradient_reaches_is_refused() -> None:
     check_refused(fxlora.capture(model, X), [*STOPS])
 
 
-KINDS = ["detach", "argmax", "bernoulli", "behind another", "times nothing"]
+INSIDE = ["detach", "argmax", "bernoulli", "behind another", "times nothing"]
+BEHIND = ["detach", "round", "argmax"]
 
 
 @pytest.mark.parametrize("region", ["autocast", "enable_grad"])
 @pytest.mark.parametrize(
-    ("names", "inside"),
-    [
-        (KINDS, True),
-        (["detach", "round", "argmax"], False),
-        pytest.param([*STOPS], True, marks=pytest.mark.slow),
-    ],
-    ids=["inside", "behind", "inside, all"],
+    ("inside", "behind"),
+    [(INSIDE, BEHIND), pytest.param([*STOPS], [], marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
-def test_what_no_gradient_reaches_in_a_region(region: str, names: list[str], inside: bool) -> None:
-    model = Several(Two(STOPS[name], REGIONS[region], inside) for name in names).double()
-    check_refused(fxlora.capture(model, X), names)
+def test_what_no_gradient_reaches_in_a_region(
+    region: str, inside: list[str], behind: list[str]
+) -> None:
+    parts = [Two(STOPS[name], REGIONS[region]) for name in inside]
+    parts += [Two(STOPS[name], REGIONS[region], inside=False) for name in behind]
+    check_refused(fxlora.capture(Several(parts).double(), X), inside + behind)
 
 
 def test_the_tracer_refuses_it_too() -> None:
@@ -126,24 +126,31 @@ def test_the_tracer_refuses_it_too() -> None:
     check_refused(fxlora.capture(model), names)
 
 
+SOME = {
+    "no region": [*PASSES],
+    "autocast": ["straight through", "gate", "beside its own step"],
+    "enable_grad": ["clamp", "sort", "norm"],
+}
+
+
 @pytest.mark.parametrize(
-    ("region", "names"),
+    "names",
     [
-        ("no region", [*PASSES]),
-        ("autocast", ["straight through", "gate", "beside its own step"]),
-        ("enable_grad", ["clamp", "sort", "norm"]),
-        pytest.param("autocast", [*PASSES], marks=pytest.mark.slow),
-        pytest.param("enable_grad", [*PASSES], marks=pytest.mark.slow),
+        SOME,
+        pytest.param({"autocast": [*PASSES]}, marks=pytest.mark.slow),
+        pytest.param({"enable_grad": [*PASSES]}, marks=pytest.mark.slow),
     ],
+    ids=["some", "autocast", "enable_grad"],
 )
-def test_what_a_gradient_reaches_trains(region: str, names: list[str]) -> None:
-    model = Several(Two(PASSES[name], REGIONS[region]) for name in names).double()
+def test_what_a_gradient_reaches_trains(names: dict[str, list[str]]) -> None:
+    cases = [(region, name) for region, chosen in names.items() for name in chosen]
+    model = Several(Two(PASSES[name], REGIONS[region]) for region, name in cases).double()
     lora = fxlora.adapt(model, X, rules=only("parts.*.a"))
     randomise(lora)
     sum((y.square().sum() for y in lora.train()(X)), torch.zeros(())).backward()
-    for entry, name in zip(plan_of(lora), names, strict=True):
+    for entry, case in zip(plan_of(lora), cases, strict=True):
         for parameter in map(lora.get_parameter, entry.trainable):
-            assert float(grad_of(parameter).abs().max()) > 0, name
+            assert float(grad_of(parameter).abs().max()) > 0, case
 
 
 def test_a_weight_whose_way_is_cut_is_refused() -> None:

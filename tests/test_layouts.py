@@ -156,13 +156,6 @@ def pefts_shapes(roles: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
     return (*stack, 2, size["i"], *of_a), (*stack, size["o"], 2, *of_b)
 
 
-@pytest.mark.parametrize("rows", [ROWS, TRANSPOSED_ROWS], ids=["as it is", "transposed"])
-def test_rows(rows: Any) -> None:
-    for row, (_, shape, _, roles), entry in together(rows, inputs_and_stack):
-        assert (entry.form, entry.layout.roles) == ("branch", roles), row
-        assert entry.shapes == pefts_shapes(roles, shape), row
-
-
 @pytest.mark.parametrize("row", LOOK_UPS)
 def test_look_up(row: str) -> None:
     index = torch.tensor([[1, 4, 8], [0, 0, 3]])
@@ -209,10 +202,12 @@ STACKS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
 }
 
 
-def test_stacks() -> None:
-    for name, (_, shape, _, roles), entry in together(STACKS, inputs_and_stack):
-        assert (entry.form, entry.layout.roles) == ("branch", roles), name
-        assert entry.shapes[0][:-2] == shape[:-2], name  # an A and a B per matrix
+def test_rows_and_stacks() -> None:
+    """PEFT's shapes, with an A and a B for each matrix of a stack."""
+    rows = ROWS | {f"{row}, transposed": case for row, case in TRANSPOSED_ROWS.items()} | STACKS
+    for row, (_, shape, _, roles), entry in together(rows, inputs_and_stack):
+        assert (entry.form, entry.layout.roles) == ("branch", roles), row
+        assert entry.shapes == pefts_shapes(roles, shape), row
 
 
 # Reads that take the weight form. (A stack times a vector: the output has no dimension for the
@@ -287,23 +282,27 @@ def turned(equation: str) -> str:
     return ",".join(reversed(inputs.split(","))) + arrow + output
 
 
-@pytest.mark.parametrize(
-    ("first", "equations"),
-    [
-        (False, [*EINSUMS]),
-        (True, [*EINSUMS][::3]),
-        pytest.param(True, [*EINSUMS], marks=pytest.mark.slow),
-    ],
-    ids=["x first", "W first, some", "W first"],
-)
-def test_einsums(first: bool, equations: list[str]) -> None:
-    def called(equation: str) -> Any:
-        if first:
-            return lambda x, w: torch.einsum(turned(equation), w, x)
-        return lambda x, w: torch.einsum(equation, x, w)
+def x_first(equation: str) -> Any:
+    return lambda x, w: torch.einsum(equation, x, w)
 
-    every = {name: (called(name), shape, x, roles) for name, (x, shape, roles) in EINSUMS.items()}
-    cases = {name: every[name] for name in equations}
+
+def w_first(equation: str) -> Any:
+    return lambda x, w: torch.einsum(turned(equation), w, x)
+
+
+X_FIRST = {name: (x_first(name), w, x, roles) for name, (x, w, roles) in EINSUMS.items()}
+W_FIRST = {turned(name): (w_first(name), w, x, roles) for name, (x, w, roles) in EINSUMS.items()}
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        X_FIRST | dict([*W_FIRST.items()][::3]),
+        pytest.param(W_FIRST, marks=pytest.mark.slow),
+    ],
+    ids=["x first, some with W first", "W first"],
+)
+def test_einsums(cases: Any) -> None:
     for name, (_, _, _, roles), entry in together(cases, inputs_and_stack):
         assert (entry.form, entry.layout.roles) == ("branch", roles), f"{name}: {entry.reason}"
 
@@ -366,21 +365,34 @@ def test_einsum_of_lists() -> None:
 # ---- transposed convolutions --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_transposed_convolution_module(dims: int, groups: int) -> None:
-    kind = getattr(nn, f"ConvTranspose{dims}d")
-    layer = kind(6, 9, 3, stride=2, padding=1, output_padding=1, groups=groups, dilation=2)
-    x = (torch.randn(2, 6, *(5, 3, 2)[:dims]).double(),)
-    for capture in (None, fxlora.capture):
-        _, lora = check_laws(
-            nn.Sequential(layer), x, rules=Rule("0", lora=LoraConfig(r=2)), capture=capture
+class Transposed(nn.Module):
+    """A transposed convolution of each number of dimensions and groups; takes (N, 6, 5, 3, 2)."""
+
+    kinds: ClassVar = [(dims, groups) for dims in (1, 2, 3) for groups in (1, 3)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        how: Any = {"stride": 2, "padding": 1, "output_padding": 1, "dilation": 2}
+        self.layers = nn.ModuleList(
+            getattr(nn, f"ConvTranspose{dims}d")(6, 9, 3, groups=groups, **how)
+            for dims, groups in self.kinds
         )
-        (entry,) = plan_of(lora)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        given = {1: x[..., 0, 0], 2: x[..., 0], 3: x}
+        return [layer(given[n]) for (n, _), layer in zip(self.kinds, self.layers, strict=True)]
+
+
+@pytest.mark.parametrize("capture", [None, fxlora.capture], ids=["exported", "traced"])
+def test_transposed_convolution_modules(capture: Any) -> None:
+    x = (torch.randn(2, 6, 5, 3, 2).double(),)
+    rules = Rule(lora=LoraConfig(r=2))
+    _, lora = check_laws(Transposed(), x, rules=rules, capture=capture)
+    for entry, (dims, groups) in zip(plan_of(lora), Transposed.kinds, strict=True):
         assert entry.op == f"conv_transpose{dims}d"
         assert entry.shapes[0] == (2, 6, *[1] * dims)
         assert entry.shapes[1] == (9 // groups, 2, *[3] * dims)
-        site = find_sites(fxlora.remove(lora))[0]
+    for site in find_sites(fxlora.remove(lora)):
         assert (site.in_features, site.out_features) == (6, 9)
 
 
@@ -447,40 +459,48 @@ def test_transposed_convolution_geometry(
 
 BAG = torch.tensor([1, 4, 8, 0, 0, 3, 2])
 OFFSETS = torch.tensor([0, 3, 3, 5])  # the second bag is empty
-BAGS: dict[str, tuple[dict[str, Any], tuple[torch.Tensor, ...], str]] = {
-    "sum": ({"mode": "sum"}, (BAG, OFFSETS), "branch"),
-    "mean": ({"mode": "mean"}, (BAG, OFFSETS), "branch"),
-    "max": ({"mode": "max"}, (BAG, OFFSETS), "weight"),
-    "2-D": ({"mode": "mean"}, (BAG[:6].reshape(2, 3),), "branch"),
-    "padding": ({"mode": "mean", "padding_idx": 0}, (BAG, OFFSETS), "branch"),
-    "padding from the end": ({"mode": "sum", "padding_idx": -1}, (BAG, OFFSETS), "branch"),
-    "padding, maximum": ({"mode": "max", "padding_idx": 0}, (BAG, OFFSETS), "weight"),
-    "last offset": ({"mode": "sum", "include_last_offset": True}, (BAG, OFFSETS), "branch"),
-    "frequencies": ({"mode": "sum", "scale_grad_by_freq": True}, (BAG, OFFSETS), "weight"),
+BAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "sum": ({"mode": "sum"}, "branch"),
+    "mean": ({"mode": "mean"}, "branch"),
+    "max": ({"mode": "max"}, "weight"),
+    "padding": ({"mode": "mean", "padding_idx": 0}, "branch"),
+    "padding from the end": ({"mode": "sum", "padding_idx": -1}, "branch"),
+    "padding, maximum": ({"mode": "max", "padding_idx": 0}, "weight"),
+    "last offset": ({"mode": "sum", "include_last_offset": True}, "branch"),
+    "frequencies": ({"mode": "sum", "scale_grad_by_freq": True}, "weight"),
 }
 
 
-@pytest.mark.parametrize("name", BAGS)
-def test_embedding_bag(name: str) -> None:
-    options, given, form = BAGS[name]
-    model = Bag(**options)
-    _, lora = check_laws(model, given, rules=Rule("bag", lora=LoraConfig(r=2, lora_alpha=3)))
-    (entry,) = plan_of(lora)
-    assert entry.form == form, entry.reason
-    padding = model.bag.padding_idx
-    assert entry.padding_idx == padding
-    if padding is not None:
-        folded = fxlora.fold(lora).get_parameter("bag.weight")
-        assert torch.equal(folded[padding], model.bag.weight[padding])
+class Bags(nn.Module):
+    """Reads every bag, each for its own output."""
 
-
-class Bag(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **bags: dict[str, Any]) -> None:
         super().__init__()
-        self.bag = nn.EmbeddingBag(9, 5, **options)
+        self.bags = nn.ModuleList(nn.EmbeddingBag(9, 5, **how) for how in bags.values())
 
-    def forward(self, index: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.tanh(self.bag(index, offsets))
+    def forward(
+        self, index: torch.Tensor, offsets: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        return [torch.tanh(bag(index, offsets)) for bag in self.bags]
+
+
+def test_embedding_bags() -> None:
+    model = Bags(**{name: options for name, (options, _) in BAGS.items()})
+    rules = Rule(lora=LoraConfig(r=2, lora_alpha=3))
+    _, lora = check_laws(model, (BAG, OFFSETS), rules=rules)
+    folded = fxlora.fold(lora)
+    for entry, (name, (_, form)) in zip(plan_of(lora), BAGS.items(), strict=True):
+        assert entry.form == form, (name, entry.reason)
+        bag: Any = model.get_submodule(entry.site)
+        assert entry.padding_idx == bag.padding_idx, name
+        if (row := bag.padding_idx) is not None:
+            assert torch.equal(folded.get_parameter(entry.parameter)[row], bag.weight[row]), name
+
+
+def test_embedding_bag_without_offsets() -> None:
+    rules = Rule(lora=LoraConfig(r=2, lora_alpha=3))
+    _, lora = check_laws(Bags(one={"mode": "mean"}), (BAG[:6].reshape(2, 3),), rules=rules)
+    assert [entry.form for entry in plan_of(lora)] == ["branch"]
 
 
 def test_embedding_bag_with_weights() -> None:
@@ -508,8 +528,10 @@ def trained(lora: fxlora.CapturedModule, *given: torch.Tensor) -> fxlora.Capture
     return lora
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("padding", [2, -9])
+@pytest.mark.parametrize(
+    ("tied", "padding"),
+    [(False, 2), (True, 2), (False, -9), pytest.param(True, -9, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("capture", ["exported", "traced"])
 def test_the_padding_row_never_changes(tied: bool, padding: int, capture: str) -> None:
     """Neither training nor the fold changes it. A tied head, not adapted, keeps its weight."""

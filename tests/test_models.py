@@ -35,9 +35,12 @@ def seen(model: nn.Module) -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    return torchvision.models.resnet.ResNet(
+    model = torchvision.models.resnet.ResNet(
         torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=7
     )
+    model.layer3 = model.layer4 = nn.Identity()  # wider, and like layer2
+    model.fc = nn.Linear(128, 7)
+    return model
 
 
 def vit() -> nn.Module:
@@ -53,14 +56,16 @@ def vit() -> nn.Module:
 
 
 def swin() -> nn.Module:
-    return torchvision.models.swin_transformer.SwinTransformer(
+    model = torchvision.models.swin_transformer.SwinTransformer(
         patch_size=[4, 4],
         embed_dim=12,
-        depths=[2],  # the second block shifts its windows
+        depths=[2],
         num_heads=[2],
         window_size=[3, 3],
         num_classes=7,
     )
+    model.features[1][0] = nn.Identity()  # the second block also shifts its windows
+    return model
 
 
 def convnext() -> nn.Module:
@@ -138,6 +143,7 @@ def test_gpt2() -> None:
     check_targets(*gpt2(), [(["c_attn", "c_proj", "c_fc"], 4), (["wte"], 1)])
 
 
+@pytest.mark.slow  # the quick run has the laws of a Llama in test_nested.py
 def test_llama() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is optional")
     config = transformers.LlamaConfig(

@@ -242,7 +242,8 @@ def scaled(v: torch.Tensor, magnitude: torch.Tensor, dims: list[int]) -> Iterato
 @pytest.mark.parametrize("name", MOVES)
 def test_outputs_of_its_own_or_refused(name: str, frontend: str) -> None:
     move = MOVES[name]
-    check(name, "linear", frontend, (8, 10) if move.known else (8,) if move.square else (10,))
+    both = move.known and frontend == "tracer"  # the slow run exports square weights, too
+    check(name, "linear", frontend, (8, 10) if both else (8,) if move.square else (10,))
 
 
 @pytest.mark.slow

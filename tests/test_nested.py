@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -181,17 +182,23 @@ def positive(rows: int = 3) -> torch.Tensor:
 
 KINDS = [Autocast, EnableGrad, OneBranch, BothBranches, Twice, Scan, While, Map]
 KINDS += [Checkpoint, Reentrant, CheckpointInAutocast, Deep]
+ALIKE = (OneBranch, Map, CheckpointInAutocast)  # parts of the others, or like them
+
+
+@functools.cache
+def captured(kind: type[Pair]) -> tuple[Any, fxlora.CapturedModule]:
+    """Return a model and its capture, which serve all tests: no verb changes them."""
+    model = kind().double()
+    return model, fxlora.capture(model, (positive(),))
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.slow if kind in (OneBranch, Map) else ())
-        for kind in KINDS
-    ],
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ALIKE else ()) for kind in KINDS]
 )
 def test_the_laws(kind: type[Pair]) -> None:
-    gm, lora = check_laws(kind(), (positive(),), rules=EVERY, reference=plain(kind()))
+    model, gm = captured(kind)
+    reference, capture = plain(kind()), lambda _: gm
+    _, lora = check_laws(model, (positive(),), rules=EVERY, reference=reference, capture=capture)
     assert any(True for _ in every_call(gm.graphs["eval"], gm))
     assert [(e.site, e.op, e.form) for e in plan_of(lora)] == [
         ("up", "linear", "branch"),
@@ -222,7 +229,7 @@ def test_every_kind_of_op() -> None:
 
 
 def test_each_branch_of_a_cond_counts() -> None:
-    gm = fxlora.capture(BothBranches(), (positive().float(),))
+    gm = captured(BothBranches)[1]
     (site,) = [site for site in find_sites(gm) if site.name == "up"]
     assert sorted(len(reader.path) for reader in site.readers) == [0, 1, 1]
     lora = fxlora.inject(gm, fxlora.match(gm, Rule("up", lora=R)))
@@ -236,7 +243,7 @@ def test_each_branch_of_a_cond_counts() -> None:
 
 
 def test_passes_leave_the_given_nested_graphs_alone() -> None:
-    gm = fxlora.capture(Deep(), (positive().float(),))
+    gm = captured(Deep)[1]
 
     def code(module: fxlora.CapturedModule) -> list[str]:
         calls = every_call(module.graphs["train"], module)
@@ -254,7 +261,7 @@ def test_passes_leave_the_given_nested_graphs_alone() -> None:
 
 
 def test_a_changed_nested_graph_is_a_difference() -> None:
-    gm = fxlora.capture(Checkpoint(), (positive().float(),))
+    gm = captured(Checkpoint)[1]
     other = copy.deepcopy(gm)
     (call,) = every_call(other.graphs["eval"], other)
     node = next(n for n in call.graphs[0].graph.nodes if n.target is torch.ops.aten.tanh.default)
@@ -263,7 +270,7 @@ def test_a_changed_nested_graph_is_a_difference() -> None:
 
 
 def test_dropout_in_a_nested_graph_stands_in_the_train_graph_alone() -> None:
-    gm = fxlora.capture(Autocast(), (positive().float(),))
+    gm = captured(Autocast)[1]
     assert gm.graphs["train"] is gm.graphs["eval"]
     config = LoraConfig(r=2, target_modules=["up"], lora_dropout=0.5)
     lora = fxlora.inject(gm, fxlora.match(gm, config))
@@ -274,7 +281,7 @@ def test_dropout_in_a_nested_graph_stands_in_the_train_graph_alone() -> None:
     assert "aten.dropout" in text["train"]
     assert "aten.dropout" not in text["eval"]
     randomise(lora)
-    x = positive(64).float()
+    x = positive(64)
     assert not torch.equal(lora.train()(x), lora(x))
     assert torch.equal(lora.eval()(x), lora(x))
     for module in (fxlora.fold(lora), fxlora.remove(lora)):
@@ -283,7 +290,7 @@ def test_dropout_in_a_nested_graph_stands_in_the_train_graph_alone() -> None:
 
 
 def test_a_graph_that_several_calls_share_keeps_its_weights_outside() -> None:
-    gm = fxlora.capture(OneBranch().double(), (positive(),))
+    gm = copy.deepcopy(captured(OneBranch)[1])
     (call,) = every_call(gm.graphs["eval"], gm)
     with gm.graphs["eval"].inserting_after(call.node):
         again = gm.graphs["eval"].node_copy(call.node)
@@ -327,7 +334,8 @@ def test_an_unknown_higher_order_op_keeps_the_weight_outside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delitem(OPERANDS, "cond")
-    _, lora = check_laws(OneBranch(), (positive(),), rules=EVERY)
+    model, gm = captured(OneBranch)
+    _, lora = check_laws(model, (positive(),), rules=EVERY, capture=lambda _: gm)
     assert [(e.op, e.form, e.reason) for e in plan_of(lora)] == [
         ("cond", "weight", "read by cond")
     ] * 2
@@ -360,8 +368,7 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize("kind", [Checkpoint, Reentrant, CheckpointInAutocast])
 def test_what_is_checkpointed_is_computed_again(kind: type[Pair]) -> None:
     x = positive().requires_grad_()
-    source = kind().double().train()
-    gm = fxlora.capture(source, (x.detach(),))
+    source, gm = copy.deepcopy(captured(kind))
     lora = fxlora.inject(gm, fxlora.match(gm, EVERY))
     for module in (source, gm, lora, fxlora.fold(lora), fxlora.remove(lora)):
         with Count() as count:
@@ -373,10 +380,10 @@ def test_what_is_checkpointed_is_computed_again(kind: type[Pair]) -> None:
 def test_dropout_is_drawn_alike_in_both_passes(kind: type[Pair]) -> None:
     """With or without checkpoints, the same seed gives the same outputs and gradients."""
     x = positive(9)
-    checkpointed = kind().double()
-    other = plain(copy.deepcopy(checkpointed))
+    checkpointed, gm = captured(kind)
+    other = fxlora.capture(plain(copy.deepcopy(checkpointed)), (x,))
     config = LoraConfig(r=2, target_modules=["up", "down"], lora_dropout=0.3)
-    loras = [fxlora.adapt(m, (x,), rules=config).train() for m in (checkpointed, other)]
+    loras = [fxlora.inject(m, fxlora.match(m, config)).train() for m in (gm, other)]
     with torch.no_grad():
         for pair in zip(*map(fxlora.lora_parameters, loras), strict=True):
             pair[0].normal_()

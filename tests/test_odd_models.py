@@ -18,6 +18,7 @@ import fxlora
 from fxlora import CaptureError, FxLoraWarning, LoraConfig, NoMatchError, Rule, UnsupportedOpError
 
 from .laws import check_laws
+from .models import Several
 from .typed import OpenModule, grad_of, plan_of, untyped
 
 EVERY = Rule(lora=LoraConfig(r=2))
@@ -114,15 +115,22 @@ PARAMETRIZED = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETRIZED)
-def test_parametrized_layers_are_called_by_their_own_name(name: str) -> None:
-    model = nn.Sequential(PARAMETRIZED[name](nn.Linear(5, 3)), nn.Tanh(), nn.Linear(3, 4))
-    gm, lora = check_laws(model, (normal(4, 5),), rules=Rule("0", lora=LoraConfig(r=2)))
-    plans = [plan_of(lora), fxlora.match(gm, LoraConfig(r=2, target_modules=["0"]))]
-    if not name.startswith("old"):  # the old norms have 0.weight_orig instead
-        plans.append(fxlora.match(gm, LoraConfig(r=2, target_modules=["0.weight"])))
-    for plan in plans:
-        (entry,) = plan
+def test_parametrized_layers_are_called_by_their_own_name() -> None:
+    model = Several(
+        nn.Sequential(made(nn.Linear(5, 3)), nn.Tanh(), nn.Linear(3, 4))
+        for made in PARAMETRIZED.values()
+    )
+    gm, lora = check_laws(model, (normal(4, 5),), rules=Rule("parts.*.0", lora=LoraConfig(r=2)))
+    assert len(plan_of(lora)) == len(PARAMETRIZED)
+    entries = [*plan_of(lora)]
+    for number, name in enumerate(PARAMETRIZED):
+        targets = [f"parts.{number}.0"]
+        if not name.startswith("old"):  # the old norms have 0.weight_orig instead
+            targets.append(f"parts.{number}.0.weight")
+        for target in targets:
+            (entry,) = fxlora.match(gm, LoraConfig(r=2, target_modules=[target]))
+            entries.append(entry)
+    for entry in entries:
         assert entry.shape == (3, 5) and entry.form == "weight" and entry.op == "linear"
 
 
@@ -202,11 +210,14 @@ COMPUTED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-def test_computed_weights(name: str) -> None:
-    forward, parts, target = COMPUTED[name]
-    rules = Rule(target, lora=LoraConfig(r=2)) if target else EVERY
-    gm, _ = check_laws(Odd(forward, **copy.deepcopy(parts)), (normal(4, 5),), rules=rules)
+@pytest.mark.parametrize("every", [True, False])
+def test_computed_weights(every: bool) -> None:
+    cases = [case for case in COMPUTED.values() if (case[2] is None) is every]
+    model = Several(Odd(forward, **copy.deepcopy(parts)) for forward, parts, _ in cases)
+    named = [f"parts.{number}.{target}" for number, (*_, target) in enumerate(cases)]
+    rules = EVERY if every else Rule(named, lora=LoraConfig(r=2))
+    gm, lora = check_laws(model, (normal(4, 5),), rules=rules)
+    assert every or len(plan_of(lora)) == len(cases)
     read = {n.target for n in gm.graph.nodes if n.op == "get_attr" and n.users}
     matrices = {n for n, p in gm.named_parameters() if p.ndim == 2 and n in read}
     assert {entry.parameter for entry in fxlora.match(gm, EVERY)} == matrices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -52,18 +53,46 @@ class Many(nn.Module):
         return nn.functional.linear(hidden, self.bent.weight.tanh(), self.bent.bias)
 
 
-def rules(**options: Any) -> list[Rule]:
-    lora = LoraConfig(r=2, bias="lora_only", **options)
+def rules() -> list[Rule]:
+    """Return rules whose scalings are powers of two: others would round where a sum is a tie."""
+    lora = LoraConfig(r=2, bias="lora_only")
     names = ["emb", "conv", "w", "stack", "bent"]
     parts = {"q": 6, "k": 6, "v": 6}
     return [
-        Rule("qkv", parts=parts, enable=["q", "v"], lora=LoraConfig(r=3, **options)),
+        Rule("qkv", parts=parts, enable=["q", "v"], lora=LoraConfig(r=3, lora_alpha=6)),
         Rule(["norm", "head"], train=True),
         Rule(names, lora=lora),
     ]
 
 
 IDS = torch.tensor([[0, 3, 5, 9, 1], [2, 2, 10, 7, 4]])
+
+
+@functools.cache
+def many(base: torch.dtype) -> tuple[Many, fxlora.CapturedModule]:
+    """Return a model and its capture, which all tests share: no verb changes them."""
+    torch.manual_seed(0)
+    model = Many().to(base)
+    return model, fxlora.capture(model, IDS)
+
+
+def adapted_many(base: torch.dtype, **options: Any) -> fxlora.CapturedModule:
+    gm = many(base)[1]
+    return fxlora.inject(gm, fxlora.match(gm, rules()), **options)
+
+
+@functools.cache
+def two_layers(base: torch.dtype) -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 7)).to(base)
+    x = torch.randn(5, 12).to(base)
+    return model, x, fxlora.capture(model, x)
+
+
+@functools.cache
+def one_layer(base: torch.dtype) -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
+    model, x = nn.Sequential(nn.Linear(12, 7)).to(base), torch.randn(3, 12).to(base)
+    return model, x, fxlora.capture(model, x)
 
 
 def trained(lora: fxlora.CapturedModule) -> fxlora.CapturedModule:
@@ -124,16 +153,15 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     ids=str,
 )
 def test_the_dtype_that_is_asked_for(rule: Any, over_bf16: Any, over_f64: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(3, 6)
     for base, expected in ((BF16, over_bf16), (F64, over_f64)):
-        gm = fxlora.capture(copy.deepcopy(model).to(base), x.to(base))
+        model, x, gm = one_layer(base)
         config = LoraConfig(r=2, target_modules=["0"], autocast_adapter_dtype=rule)
         assert dtypes(fxlora.inject(gm, fxlora.match(gm, config))) == {expected}
         plain = fxlora.match(gm, LoraConfig(r=2, target_modules=["0"]))
         assert dtypes(fxlora.inject(gm, plain, adapter_dtype=rule)) == {expected}
         again = fxlora.adapt(
-            copy.deepcopy(model).to(base),
-            x.to(base),
+            model,
+            x,
             rules={"rule": [{"lora": {"r": 2}}]},  # type: ignore[arg-type]
             adapter_dtype=rule,
         )
@@ -185,7 +213,7 @@ def lambda_module(model: nn.Sequential) -> nn.Module:
 
 def test_float32_graphs_have_no_casts() -> None:
     for dtype in (F32, F64):
-        lora = fxlora.adapt(Many().to(dtype), IDS, rules=rules(variant=None))
+        lora = adapted_many(dtype)
         assert "to.dtype" not in lora.code and dtypes(lora) == {dtype}
 
 
@@ -195,10 +223,8 @@ def test_float32_graphs_have_no_casts() -> None:
 @pytest.mark.parametrize("held", [None, False, F64, BF16], ids=str)
 @pytest.mark.parametrize("base", [BF16, F16, F32, F64], ids=str)
 def test_laws(base: torch.dtype, held: Any) -> None:
-    torch.manual_seed(0)
-    model = Many().to(base)
-    gm = fxlora.capture(model, IDS)
-    lora = fxlora.inject(gm, fxlora.match(gm, rules()), adapter_dtype=held)
+    model, gm = many(base)
+    lora = adapted_many(base, adapter_dtype=held)
     assert torch.equal(lora.eval()(IDS), model.eval()(IDS))
     trained(lora)
     found = lora(IDS)
@@ -221,13 +247,12 @@ def test_laws(base: torch.dtype, held: Any) -> None:
 @pytest.mark.parametrize("variant", [None, "dora"])
 @pytest.mark.parametrize("base", [BF16, F16], ids=str)
 def test_variants_and_inits(base: torch.dtype, variant: str | None, init: str) -> None:
+    model, x, gm = two_layers(base)
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 7)).to(base)
-    x = torch.randn(5, 12).to(base)
     config = LoraConfig(
         r=4, target_modules=["0", "2"], init_lora_weights=init, variant=variant, lora_dropout=0.1
     )
-    lora = fxlora.adapt(model, x, rules=config)
+    lora = fxlora.inject(gm, fxlora.match(gm, config))
     assert dtypes(lora) == {F32}
     start, expected = lora.eval()(x), model(x)
     assert torch.equal(start, expected) if init != "orthogonal" else close(start, expected)
@@ -366,7 +391,7 @@ def test_a_tied_weight_that_trains_in_full() -> None:
 @pytest.mark.parametrize("base", [BF16, F32], ids=str)
 def test_a_move_of_the_base_keeps_the_digits_of_what_trains(base: Any, to: torch.dtype) -> None:
     torch.manual_seed(4)
-    lora = trained(fxlora.adapt(Many().to(base), IDS, rules=rules()))
+    lora = trained(adapted_many(base))
     lora.eval()(IDS).float().sum().backward()
     moved = copy.deepcopy(lora).to(to)
     for parameter in lora.parameters():
@@ -397,9 +422,9 @@ def test_adapters_that_follow_the_base() -> None:
 
 @pytest.mark.parametrize("by_hand", [F32, BF16, F64], ids=str)
 def test_adapters_converted_by_hand(by_hand: torch.dtype, tmp_path: Path) -> None:
+    model, x, gm = one_layer(F16)
     torch.manual_seed(5)
-    model, x = nn.Sequential(nn.Linear(12, 7)).half(), torch.randn(3, 12).half()
-    lora = fxlora.adapt(model, x, rules=LoraConfig(r=2, target_modules=["0"]))
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["0"])))
     randomise(lora)
     for parameter in fxlora.lora_parameters(lora):
         parameter.data = parameter.data.to(by_hand)  # as diffusers' cast_training_params does
@@ -442,11 +467,11 @@ def test_updates_smaller_than_a_step_of_the_base_count() -> None:
     torch.manual_seed(7)
     model, x = nn.Sequential(nn.Linear(12, 10)).bfloat16(), torch.randn(64, 12).bfloat16()
     moved: dict[Any, float] = {}
+    gm = fxlora.capture(model, x)
+    plan = fxlora.match(gm, LoraConfig(r=4, target_modules=["0"]))
     for held in (True, False):
         torch.manual_seed(8)
-        lora = fxlora.adapt(
-            model, x, rules=LoraConfig(r=4, target_modules=["0"]), adapter_dtype=held
-        ).train()
+        lora = fxlora.inject(gm, plan, adapter_dtype=held).train()
         randomise(lora)
         a = lora.get_parameter("0.lora_A.default.weight")
         before = a.detach().double().clone()
@@ -498,8 +523,8 @@ def test_nothing_as_wide_as_the_input_is_copied() -> None:
 @pytest.mark.parametrize("base", [BF16, F32], ids=str)
 def test_save_and_load_keep_every_bit(base: torch.dtype, held: Any, tmp_path: Path) -> None:
     torch.manual_seed(9)
-    gm = fxlora.capture(Many().to(base), IDS)
-    lora = trained(fxlora.inject(gm, fxlora.match(gm, rules()), adapter_dtype=held))
+    gm = many(base)[1]
+    lora = trained(adapted_many(base, adapter_dtype=held))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PEFT cannot read")
         fxlora.save_adapter(lora, tmp_path / "one")
@@ -515,10 +540,8 @@ def test_save_and_load_keep_every_bit(base: torch.dtype, held: Any, tmp_path: Pa
 
 def test_a_load_that_rounds_says_so(tmp_path: Path) -> None:
     torch.manual_seed(10)
-    model, x = nn.Sequential(nn.Linear(12, 7)).bfloat16(), torch.randn(3, 12).bfloat16()
-    gm = fxlora.capture(model, x)
-    plan = fxlora.match(gm, LoraConfig(r=2, target_modules=["0"]))
-    lora = fxlora.inject(gm, plan)
+    gm = one_layer(BF16)[2]
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["0"])))
     randomise(lora)
     fxlora.save_adapter(lora, tmp_path)
     with pytest.warns(fxlora.FxLoraWarning, match="2 tensors rounded from float32 to bfloat16.*"):

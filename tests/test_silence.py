@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule, UnsupportedOpError, VerificationError
@@ -82,13 +84,16 @@ def assert_as_merged(model: nn.Module, capture: Callable[[Any], fxlora.CapturedM
     In its own memory the weight keeps its strides.
     """
     gm = capture(model)
-    lora = fxlora.inject(gm, fxlora.match(gm, Rule("w", lora=R))).eval()
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule(r"re:(parts\.\d+\.)?w", lora=R))).eval()
     randomise(lora)
     with torch.no_grad():
         found, base, folded = lora(X), model(X), fxlora.fold(lora)  # lora shares model's memory
-        model.get_parameter("w").copy_(folded.get_parameter("w"))
-        assert float((found - base).abs().max()) > 0
-        assert torch.allclose(found, model(X), rtol=1e-10)
+        for name, weight in model.named_parameters():
+            weight.copy_(folded.get_parameter(name))
+        every = (pytree.tree_leaves(given) for given in (found, base, model(X)))
+        for ours, before, theirs in zip(*every, strict=True):
+            assert float((ours - before).abs().max()) > 0
+            assert torch.allclose(ours, theirs, rtol=1e-10)
 
 
 class Product(nn.Module):
@@ -210,6 +215,16 @@ class Overlap(nn.Module):
         return self.c(self.b(self.a(x)))
 
 
+@functools.cache
+def overlap(apart: bool = False) -> fxlora.CapturedModule:
+    return fxlora.capture(Overlap(apart), X.float())
+
+
+@functools.cache
+def one_layer() -> fxlora.CapturedModule:
+    return fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+
+
 @pytest.mark.parametrize(
     ("rules", "first"),
     [
@@ -220,21 +235,27 @@ class Overlap(nn.Module):
     ],
 )
 def test_training_in_full_what_shares_memory_is_refused(rules: Any, first: str) -> None:
-    gm = fxlora.capture(Overlap(), X.float())
+    gm = overlap()
     with pytest.raises(UnsupportedOpError, match=f"'{first}' is to train in full, and shares"):
         fxlora.match(gm, rules)
-    plan = fxlora.match(fxlora.capture(Overlap(apart=True), X.float()), rules)
+    plan = fxlora.match(overlap(apart=True), rules)
     with pytest.raises(UnsupportedOpError, match="shares memory"):
         fxlora.inject(gm, plan)
 
 
 def test_a_plan_of_a_module_without_shared_memory_is_refused() -> None:
-    plan = fxlora.match(fxlora.capture(Overlap(apart=True), X.float()), Rule("a", lora=R))
+    plan = fxlora.match(overlap(apart=True), Rule("a", lora=R))
     with pytest.raises(UnsupportedOpError, match=r"'a' shares memory with 'b\.weight'"):
-        fxlora.inject(fxlora.capture(Overlap(), X.float()), plan)
+        fxlora.inject(overlap(), plan)
 
 
 def adapted() -> fxlora.CapturedModule:
+    """Return a copy of one adapted module for each test, which may write to it."""
+    return copy.deepcopy(_adapted())
+
+
+@functools.cache
+def _adapted() -> fxlora.CapturedModule:
     model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
     lora = fxlora.adapt(model, X.float(), rules=Rule("0", lora=R))
     randomise(lora)
@@ -271,7 +292,7 @@ def test_a_fold_that_overflows_is_refused() -> None:
 
 
 def test_warnings_name_the_users_line() -> None:
-    gm = fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+    gm = one_layer()
     with pytest.warns(fxlora.FxLoraWarning, match="more parameters") as caught:
         fxlora.match(gm, LoraConfig(r=6, target_modules=["0"]))
     assert caught[0].filename == __file__
@@ -290,14 +311,14 @@ def test_warnings_name_the_users_line() -> None:
 def test_initial_values_that_do_not_fit_are_refused(
     name: str, start: torch.Tensor, match: str
 ) -> None:
-    gm = fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+    gm = one_layer()
     plan = fxlora.match(gm, Rule("0", lora=R))
     with pytest.raises(InjectError, match=match):
         fxlora.inject(gm, plan, starts={name: start})
 
 
 def test_two_adapters_on_one_weight_are_no_plan() -> None:
-    gm = fxlora.capture(nn.Sequential(nn.Linear(6, 7)), X.float())
+    gm = one_layer()
     one, two = (fxlora.match(gm, Rule("0", lora=R), adapter_name=name) for name in ("one", "two"))
     with pytest.raises(fxlora.ConfigError, match="one adapter at a time"):
         dataclasses.replace(one, entries=(*one.entries, *two.entries))
@@ -575,27 +596,30 @@ ALIASES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 }
 
 
+class Writes(nn.Module):
+    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(7, 6), requires_grad=False)
+        self.write = write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.write(self.w, x)
+        return F.linear(x, self.w)
+
+
 @pytest.mark.parametrize("exported", [True, False])
-@pytest.mark.parametrize("name", ALIASES)
-def test_a_write_that_no_schema_declares_is_seen(name: str, exported: bool) -> None:
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(7, 6), requires_grad=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            ALIASES[name](self.w, x)
-            return F.linear(x, self.w)
-
-    model = Writes().double().eval()
-    before = model.w.detach().clone()
+def test_a_write_that_no_schema_declares_is_seen(exported: bool) -> None:
+    model = Several(map(Writes, ALIASES.values())).double().eval()
+    before = [weight.detach().clone() for weight in model.parameters()]
     gm = fxlora.capture(model, X if exported else None)
     found = gm(X)
-    assert torch.equal(model.w, before)
-    assert torch.equal(found, model(X))
-    assert not torch.equal(model.w, before)
-    with pytest.raises(UnsupportedOpError, match="written to in every call"):
-        fxlora.match(gm, Rule("w", lora=R))
+    assert all(map(torch.equal, model.parameters(), before))
+    cases = zip(ALIASES, found, model(X), model.parameters(), before, strict=True)
+    for number, (name, ours, theirs, weight, was) in enumerate(cases):
+        assert torch.equal(ours, theirs), name
+        assert not torch.equal(weight, was), name
+        with pytest.raises(UnsupportedOpError, match="written to in every call"):
+            fxlora.match(gm, Rule(f"parts.{number}.w", lora=R))
 
 
 STORES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
@@ -609,15 +633,17 @@ STORES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("exported", [True, False])
-@pytest.mark.parametrize("name", STORES)
-def test_a_read_that_a_function_stores_is_no_dead_code(name: str, exported: bool) -> None:
-    def read(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, w)
-        z = y * 0.0
-        STORES[name](z, F.linear(x * 2, w))
-        return y + z
+def test_a_read_that_a_function_stores_is_no_dead_code(exported: bool) -> None:
+    def reads(store: Callable[[torch.Tensor, torch.Tensor], Any]) -> Reads:
+        def read(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            y = F.linear(x, w)
+            z = y * 0.0
+            store(z, F.linear(x * 2, w))
+            return y + z
 
-    model = Reads(read, "oi", 7, 6)
+        return Reads(read, "oi", 7, 6)
+
+    model = Several(map(reads, STORES.values()))
     assert_as_merged(model.double(), lambda model: fxlora.capture(model, X if exported else None))
 
 

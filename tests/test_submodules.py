@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fxlora import LoraConfig, SubmoduleError
 from fxlora.fx.compare import difference
 
 from .laws import assert_close, assert_same, randomise, run
+from .typed import plan_of
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "down", "q", "emb"])
 TENSOR = torch.get_default_dtype()
@@ -56,12 +58,12 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Three layers between an embedding and a head that are tied."""
+    """Layers between an embedding and a head that are tied."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
         self.emb = nn.Embedding(11, 6)
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
         self.head = nn.Linear(6, 11, bias=False)
         self.head.weight = self.emb.weight
 
@@ -101,8 +103,13 @@ def lora(adapted: fxlora.CapturedModule) -> fxlora.CapturedModule:
 
 
 @pytest.fixture(scope="module")
-def adapted_flat(source: Model) -> fxlora.CapturedModule:
-    lora = fxlora.adapt(source, ids(), rules=CONFIG)
+def captured_flat(source: Model) -> fxlora.CapturedModule:
+    return fxlora.capture(source, ids())
+
+
+@pytest.fixture(scope="module")
+def adapted_flat(captured_flat: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    lora = fxlora.inject(captured_flat, fxlora.match(captured_flat, CONFIG))
     randomise(lora)
     return lora
 
@@ -127,14 +134,12 @@ def test_the_source_bit_for_bit(
 
 
 def test_the_same_as_a_flat_module(
-    source: Model, captured: fxlora.CapturedModule, adapted: fxlora.CapturedModule
+    source: Model, captured: Any, captured_flat: Any, adapted: Any, flat: Any
 ) -> None:
-    x = ids()
-    flat = fxlora.capture(source, x)
+    x, lora = ids(), flat
     for mode in ("train", "eval"):
-        assert difference(captured.graphs[mode], flat.graphs[mode]) is None
+        assert difference(captured.graphs[mode], captured_flat.graphs[mode]) is None
     assert list(captured.state_dict()) == list(source.state_dict())
-    lora = fxlora.inject(flat, fxlora.match(flat, CONFIG))
     lora.load_state_dict(adapted.state_dict())
     found = adapted(x)
     assert float((found - captured(x)).abs().max()) > 1e-3
@@ -218,8 +223,8 @@ def test_checkpointed_submodules(lora: fxlora.CapturedModule) -> None:
 
 def test_submodules_compiled_one_by_one(lora: fxlora.CapturedModule) -> None:
     expected = lora(x := ids())
-    for layer in lora.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
+    for number in (0, 1):
+        lora.layers[number].compile(backend="aot_eager", fullgraph=True)
     assert_close([lora(x)], [expected])
 
 
@@ -236,12 +241,8 @@ def test_a_submodule_called_by_itself(source: Model, captured: fxlora.CapturedMo
 def test_unknown_modules_are_refused_with_a_suggestion(source: Model) -> None:
     with pytest.raises(fxlora.NoMatchError, match="layers"):
         fxlora.capture(source, ids(), modules="layer.*")
-    gm = fxlora.capture(source, ids(), modules=Attention)
-    assert list(gm.outlined_modules) == [
-        "layers.0.attention",
-        "layers.1.attention",
-        "layers.2.attention",
-    ]
+    gm = fxlora.capture(Model(2).double(), ids(), modules=Attention)
+    assert list(gm.outlined_modules) == ["layers.0.attention", "layers.1.attention"]
 
 
 class Side(nn.Module):
@@ -363,7 +364,8 @@ def hooked(*models: Any, hook: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("part", [twice_returned, passed_on, own_weight])
 def test_an_output_that_is_the_same_tensor_as_another_value(part: Any) -> None:
     x = torch.randn(3, 4)
-    model, gm = outlined(Around(part, both), "part")
+    plain = outlined(Around(part, both), "part")
+    model, gm = copy.deepcopy(plain)
     compiled = torch.compile(gm, backend="eager", fullgraph=True)
     hooked(model, gm, hook=lambda m, args, output: (output[0], output[1]))
     assert_same([gm(x), compiled(x)], [model(x)] * 2)
@@ -375,10 +377,10 @@ def test_an_output_that_is_the_same_tensor_as_another_value(part: Any) -> None:
         lambda out: out.view_as(out) if out.requires_grad else 1,
     ]
     for change in changes:
-        model, gm = outlined(Around(part, both), "part")
+        model, gm = copy.deepcopy(plain)
         hooked(model, gm, hook=lambda m, a, out, change=change: (out[0], change(out[1])))
         if change is changes[0]:
-            assert not torch.equal(model(x), Around(part, both)(x))  # it has an effect
+            assert not torch.equal(model(x), plain[0](x))  # it has an effect
         with pytest.raises(SubmoduleError, match=r"'part'.* output 1"):
             gm(x)
     if part is not twice_returned:  # there, the graph does not tell which output is used
@@ -399,8 +401,9 @@ def test_a_result_of_another_shape_or_structure_is_refused() -> None:
         (lambda out: {**out, "n": 1}, "constant"),
         (lambda out: (out["h"], None, out["y"]), "structure"),
     ]
+    plain = outlined(Around(part, around), "part")
     for change, message in changes:
-        model, gm = outlined(Around(part, around), "part")
+        model, gm = copy.deepcopy(plain)
         assert_same([gm(x)], [model(x)])
         hooked(model, gm, hook=lambda m, args, out, change=change: change(out))
         with pytest.raises(SubmoduleError, match=message):
@@ -653,9 +656,8 @@ ACTIONS: dict[str, tuple[Callable[[Any], object], str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def plain(source: Model) -> dict[str, fxlora.CapturedModule]:
-    modules = {"outlined": "layers.*", "flat": None}
-    return {kind: fxlora.capture(source, ids(), modules=m) for kind, m in modules.items()}
+def plain(captured: Any, captured_flat: Any) -> dict[str, fxlora.CapturedModule]:
+    return {"outlined": captured, "flat": captured_flat}
 
 
 @pytest.fixture(scope="module")
@@ -745,7 +747,7 @@ def test_an_adapted_weight_read_outside_the_graph(
     source: Model, flat: fxlora.CapturedModule
 ) -> None:
     h = torch.randn(3, 6).double()
-    entry = next(e for e in fxlora.match(fxlora.capture(source, ids()), CONFIG) if e.op == "linear")
+    entry = next(e for e in plan_of(flat) if e.op == "linear")
     a, b = (flat.get_parameter(name) for name in (entry.name_a, entry.name_b))
     path = entry.parameter.removesuffix(".weight")
     module: Any = flat.get_submodule(path)
@@ -920,18 +922,17 @@ def bits(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("modules", ["layers.*", None])
-@pytest.mark.parametrize("how", WRITES)
-@pytest.mark.parametrize("host", [False, True])
-def test_a_write_to_a_submodule_leaves_the_source(
-    source: Model, how: str, modules: str | None, host: bool
-) -> None:
-    model = copy.deepcopy(source).requires_grad_(False)
+def test_a_write_to_a_submodule_leaves_the_source(modules: str | None) -> None:
+    model = Model(1).double().eval().requires_grad_(False)
     gm: Any = fxlora.capture(model, x := ids(), modules=modules)
-    part = (fxlora.hosted(model, gm) if host else gm).layers[0]
-    before, output = bits(model), gm(x)
-    WRITES[how](part)
-    assert not torch.equal(gm(x), output)
-    assert_same(list(model.state_dict().values()), list(before.values()))
+    before = bits(model)
+    derived = [(gm.derive(), write, host) for write in WRITES.values() for host in (False, True)]
+    itself = [(gm, WRITES[how], False) for how in ("load some", "train")]
+    for module, write, host in [*derived, *itself]:
+        output = module(x)
+        write((fxlora.hosted(model, module) if host else module).layers[0])
+        assert not torch.equal(module(x), output)
+        assert_same(list(model.state_dict().values()), list(before.values()))
 
 
 def by_attribute(module: nn.Module) -> None:
@@ -957,17 +958,19 @@ SHARING: dict[str, Callable[[fxlora.CapturedModule], fxlora.CapturedModule]] = {
 }
 
 
-@pytest.mark.parametrize("how", SHARING)
 @pytest.mark.parametrize(
-    ("requires_grad", "backend"), [(True, None), (False, None), (True, "aot_eager")]
+    ("requires_grad", "backend", "ways"),
+    [(True, None, [*SHARING]), (False, None, [*SHARING]), (True, "aot_eager", ["derive"])],
+    ids=["trainable", "frozen", "compiled"],
 )
 def test_training_changes_no_other_module(
-    source: Model, how: str, requires_grad: bool, backend: str | None
+    requires_grad: bool, backend: str | None, ways: list[str]
 ) -> None:
-    model = copy.deepcopy(source).requires_grad_(requires_grad)
+    model = Model(1).double().eval().requires_grad_(requires_grad)
     gm = fxlora.capture(model, x := ids())
-    other = SHARING[how](gm)
-    for trains, rest in ((other, (gm, model)), (gm, (model, other))):
+    modules = [*(SHARING[how](gm) for how in ways), gm]
+    for trains in modules:
+        rest = [model, *(module for module in modules if module is not trains)]
         before, held = [bits(module) for module in rest], list(trains.parameters())
         output, ties = trains(x), trains.aliases()
         step(trains, backend)
@@ -978,9 +981,9 @@ def test_training_changes_no_other_module(
         assert trains.aliases() == ties
 
 
-def test_what_is_a_copy_is_not_copied_when_it_trains(source: Model) -> None:
-    copied = copy.deepcopy(fxlora.capture(source, ids()))
-    moved = fxlora.capture(copy.deepcopy(source), ids()).requires_grad_(True)
+def test_what_is_a_copy_is_not_copied_when_it_trains(captured_flat: Any) -> None:
+    copied = copy.deepcopy(captured_flat)
+    moved = fxlora.capture(Model(1).double().eval(), ids()).requires_grad_(True)
     for module in (copied, moved):
         places = [p.data_ptr() for p in module.parameters()]
         before = bits(module)
@@ -1074,11 +1077,17 @@ def outcome(module: nn.Module, x: torch.Tensor) -> Any:
         return repr(error)
 
 
-@pytest.mark.parametrize("modules", [None, ["head", "norms.bn"]])
+@functools.cache
+def unbiased(*modules: str) -> tuple[nn.Module, fxlora.CapturedModule]:
+    model = Unbiased().double().eval()
+    return model, fxlora.capture(model, torch.randn(3, 6).double(), modules=modules or None)
+
+
+@pytest.mark.parametrize("modules", [(), ("head", "norms.bn")])
 @pytest.mark.parametrize("how", NO_EFFECT)
-def test_what_has_no_effect_on_the_graph_raises(how: str, modules: list[str] | None) -> None:
-    model, x = Unbiased().double().eval(), torch.randn(3, 6).double()
-    gm: Any = fxlora.capture(model, x, modules=modules)
+def test_what_has_no_effect_on_the_graph_raises(how: str, modules: tuple[str, ...]) -> None:
+    x = torch.randn(3, 6).double()
+    model, gm = copy.deepcopy(unbiased(*modules))
     before, output, expected = outcome(model, x), outcome(gm, x), gm(x)
     with pytest.raises(SubmoduleError):
         NO_EFFECT[how](gm)
@@ -1088,12 +1097,13 @@ def test_what_has_no_effect_on_the_graph_raises(how: str, modules: list[str] | N
     assert_same([gm(x)], [expected])
 
 
-@pytest.mark.parametrize("modules", [None, ["head", "norms.bn"]])
-def test_what_the_graph_reads_may_be_set(modules: list[str] | None) -> None:
-    model, x = Unbiased().double().eval(), torch.randn(3, 6).double()
-    gm: Any = fxlora.capture(model, x, modules=modules)
-    before, model = gm(x), copy.deepcopy(model)
-    for m in (model, gm):
+@pytest.mark.parametrize("modules", [(), ("head", "norms.bn")])
+def test_what_the_graph_reads_may_be_set(modules: tuple[str, ...]) -> None:
+    x = torch.randn(3, 6).double()
+    pair: tuple[Any, Any] = copy.deepcopy(unbiased(*modules))
+    model, gm = pair
+    before = gm(x)
+    for m in pair:
         m.head.weight = nn.Parameter(x.repeat(4, 1)[:11])
         norm: Any = m.norms["bn"]
         norm.register_buffer("running_mean", torch.ones(11).double())

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,12 @@ ROADS = {"exported": None, "traced": fxlora.capture}
 
 
 @functools.cache
-def captured(kind: type[Model], road: str) -> tuple[Model, fxlora.CapturedModule]:
+def captured(
+    kind: Callable[[], Any], road: str = "exported", args: Any = (IDS,)
+) -> tuple[Any, fxlora.CapturedModule]:
     """Return a model and its capture, which serve all rules: no verb changes them."""
     model = kind().double()
-    return model, fxlora.capture(model, (IDS,) if road == "exported" else None)
+    return model, fxlora.capture(model, args if road == "exported" else None)
 
 
 def checked(
@@ -135,7 +138,8 @@ def _check_report(lora: Any, folded: Any, split: Any) -> None:
 
 def test_the_report_of_a_split_tie() -> None:
     for name, other in (("head", "emb"), ("emb", "head")):
-        lora = fxlora.adapt(Model(), (IDS,), rules=Rule(name, lora=R2))
+        gm = captured(Model)[1]
+        lora = fxlora.inject(gm, fxlora.match(gm, Rule(name, lora=R2)))
         said = f"Ties split by the fold: {other}.weight from {name}.weight."
         assert said in fxlora.report(fxlora.fold(lora))
         assert f"split from its tie with {other}.weight" in str(lora.plan)
@@ -143,7 +147,8 @@ def test_the_report_of_a_split_tie() -> None:
 
 def test_parts_of_a_tied_weight() -> None:
     rule = Rule("head", lora=R2, parts={"a": (0, 5), "b": (9, 17)})
-    lora, folded = checked(Model(), rule)
+    model, gm = captured(Model)
+    lora, folded = checked(model, rule, gm=gm)
     assert len(plan_of(lora)) == 2 and len(plan_of(lora).split_ties) == 1
     head, emb = (folded.get_parameter(f"{name}.weight") for name in ("head", "emb"))
     assert (head == emb).all(1).tolist() == [5 <= n < 9 for n in range(17)]
@@ -186,6 +191,16 @@ class Two(nn.Module):
         return self.second(torch.tanh(self.first(torch.tanh(self.first(x)))))
 
 
+class Names(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.again = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(torch.tanh(self.first(x)))
+
+
 X = torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5)
 
 
@@ -193,8 +208,8 @@ X = torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5)
 @pytest.mark.parametrize("name", ["first", "second", "*"])
 def test_one_parameter_in_two_modules(name: str, road: str) -> None:
     """A module that is called twice has one adapter, which is inserted at both calls."""
-    model = Two()
-    lora, folded = checked(model, Rule(name, lora=R2), road, (X,))
+    model, gm = captured(Two, road, (X,))
+    lora, folded = checked(model, Rule(name, lora=R2), road, (X,), gm)
     first, second = (folded.get_parameter(f"{n}.weight") for n in ("first", "second"))
     assert (first is second) is (name == "*")
     assert torch.equal(second, model.first.weight) is (name == "first")
@@ -207,16 +222,8 @@ def test_one_parameter_in_two_modules(name: str, road: str) -> None:
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("name", ["first", "again"])
 def test_one_module_under_two_names(name: str, road: str) -> None:
-    class Names(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(5, 5)
-            self.again = self.first
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.again(torch.tanh(self.first(x)))
-
-    lora, folded = checked(Names(), Rule(name, lora=R2), road, (X,))
+    model, gm = captured(Names, road, (X,))
+    lora, folded = checked(model, Rule(name, lora=R2), road, (X,), gm)
     assert [set(entry.names) for entry in plan_of(lora)] == [{"first.weight", "again.weight"}]
     assert folded.get_parameter("first.weight") is folded.get_parameter("again.weight")
 
@@ -248,7 +255,8 @@ def test_regions() -> None:
 
 
 def split() -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
-    lora = fxlora.adapt(Model().double(), (IDS,), rules=Rule("head", lora=R2))
+    gm = captured(Model)[1]
+    lora = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=R2)))
     randomise(lora)
     return lora, fxlora.fold(lora)
 
@@ -256,7 +264,9 @@ def split() -> tuple[fxlora.CapturedModule, fxlora.CapturedModule]:
 def test_the_state_of_a_split_tie() -> None:
     lora, folded = split()
     state = folded.state_dict()
-    again = fxlora.fold(fxlora.adapt(Model().double(), (IDS,), rules=Rule("head", lora=R2)))
+    gm = copy.deepcopy(captured(Model)[1])
+    gm.load_state_dict(Model().state_dict())
+    again = fxlora.fold(fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=R2))))
     again.load_state_dict(state)
     assert_close(run(again.eval(), (IDS,), {}), run(lora.eval(), (IDS,), {}))
     for module in (copy.deepcopy(folded), folded):
@@ -300,7 +310,7 @@ def test_folded_and_adapted_again() -> None:
 @pytest.mark.parametrize("road", ROADS)
 def test_training_one_name_and_adapting_the_other_is_refused(trained: str, road: str) -> None:
     other = {"head": "emb", "emb": "head"}[trained]
-    gm = fxlora.capture(Model(), (IDS,) if road == "exported" else None)
+    gm = captured(Model, road)[1]
     for rules in (
         [Rule(trained, train=True), Rule(other, lora=R2)],
         [Rule(other, lora=LoraConfig(r=2, modules_to_save=[trained]))],
@@ -313,7 +323,7 @@ def test_training_one_name_and_adapting_the_other_is_refused(trained: str, road:
 
 
 def test_training_both_names() -> None:
-    gm = fxlora.capture(Model(), (IDS,))
+    gm = captured(Model)[1]
     rule = Rule("mix", lora=LoraConfig(r=2, modules_to_save=["head", "emb"]))
     with pytest.warns(FxLoraWarning, match="same tensor"):
         lora = fxlora.inject(gm, fxlora.match(gm, rule))
@@ -322,7 +332,7 @@ def test_training_both_names() -> None:
 
 
 def test_sharing_contradicts_another_rule() -> None:
-    gm = fxlora.capture(Model(), (IDS,))
+    gm = captured(Model)[1]
     rules = [Rule("emb", lora=None), Rule("head", lora=LoraConfig(r=2, tied="share"))]
     with pytest.raises(ConfigError, match="let one rule match all of them"):
         fxlora.match(gm, rules)
@@ -424,7 +434,7 @@ def test_a_shared_delta_does_not_go_onto_two_tensors() -> None:
 
 
 def test_a_tie_that_is_broken_later_is_not_folded_into_one() -> None:
-    gm = fxlora.capture(Tied(), torch.tensor([[1, 2]]))
+    gm = captured(Tied)[1]
     lora = fxlora.inject(gm, fxlora.match(gm, Rule(["emb", "head"], lora=LoraConfig(r=2))))
     state = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
     state["head.weight"] += 1
@@ -435,7 +445,7 @@ def test_a_tie_that_is_broken_later_is_not_folded_into_one() -> None:
 
 def test_a_fold_that_splits_a_tie_says_so() -> None:
     """Loading the result into the model's own class would tie the two weights again."""
-    gm = fxlora.capture(Tied(), IDS)
+    gm = captured(Tied)[1]
     split = fxlora.inject(gm, fxlora.match(gm, Rule("head", lora=LoraConfig(r=2))))
     with pytest.warns(fxlora.FxLoraWarning, match=r"fold splits a tie: .*tied=\"share\""):
         fxlora.fold(split)

@@ -29,14 +29,27 @@ HEAVY = (  # seconds each; the quick run has smaller patterns of attention
     "TransformerDecoder: attention to memory",
     "ViT: out_proj of nn.MultiheadAttention",
 )
-# The quick run has every second pattern of each group, all those that are refused, that have no
-# whole graph, or on which a claim about PEFT rests; and it exports every sixth.
+ELSEWHERE = (  # the quick run has their laws in other files, or those of a pattern that is alike
+    *("MultiheadAttention with bias_k, bias_v", "nn.Linear.forward(self.lin, x)"),
+    *("weight_norm of a convolution", "orthogonal parametrization"),
+    *("convolution, replicate padding", 'convolution, padding="same"', "deformable convolution"),
+    *("transposed convolution 1d", "transposed convolution 3d"),
+    *("one Parameter in two Linears, rule on both", "tied, read by functions: a rule on both"),
+    *("Embedding, sparse gradient", "EmbeddingBag, sum", "F.embedding_bag, per_sample_weights"),
+    *("x @ W", "x @ W.t()", "einsum, a matrix", "einsum ebi,eio->ebo (experts)", "Bilinear"),
+    *("stacked experts, bmm", "stacked experts, baddbmm", "experts by torch._grouped_mm"),
+    *("RNN", "GPT-2's Conv1D", "ParameterDict", "packed QKV: q and v", "torch.cond"),
+    *("DoRA: convolution, reflect padding", "DoRA: grouped convolution", "DoRA: stacked experts"),
+    *("PiSSA: embedding", "OLoRA: F.linear(x, self.lin.weight)"),
+)
+# The quick run has half of the other patterns, all those that are refused, that have no whole
+# graph, or on which a claim about PEFT rests; and it exports every twelfth.
 QUICK = {
     name
     for number, (name, pattern) in enumerate(PATTERNS.items())
     if number % 2 == 0 or pattern.expects or pattern.measured or not pattern.exportable
-} - {*HEAVY}
-EXPORTED = {*[*PATTERNS][::6], *(p.name for p in PATTERNS.values() if not p.exportable)} & QUICK
+} - {*HEAVY, *ELSEWHERE}
+EXPORTED = {*[*PATTERNS][::12], *(p.name for p in PATTERNS.values() if not p.exportable)} & QUICK
 
 
 def some(names: Iterable[str]) -> list[Any]:
