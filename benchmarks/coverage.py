@@ -128,8 +128,8 @@ class Trial:
         entries = {name: e for e in self.lora.plan or () for name in (e.name_a, e.name_b)}
         dead = [n for n, e in entries.items() if e.parameter in with_gradient and n not in trained]
         reached = {entry.parameter for entry in entries.values()}
-        names = self.captured.aliases()
-        taken = {alias for n in reached for alias in names[n]}
+        groups = map(set[str], self.captured.aliases().values())
+        taken = {alias for group in groups if group & reached for alias in group}
         matrices = {n for n, p in self.model.named_parameters() if p.ndim > 1}
         self.record["left alone"] = sorted((with_gradient & matrices) - taken)
         self.record["unused"] = len(reached - with_gradient)

@@ -368,6 +368,22 @@ def test_traced_graphs_follow() -> None:
                 assert all(map(torch.equal, run(gm, (X,), {}, dtype), run(model, (X,), {}, dtype)))
 
 
+@pytest.mark.usefixtures("_accelerator")
+def test_a_trace_on_the_cpu_tells_nothing_of_the_accelerator() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            half = self.lin.weight.is_cuda and torch.is_autocast_enabled("cuda")
+            return self.lin(x).tanh() if half else self.lin(x)
+
+    for known in fxlora.capture(Asks()).programs[0].autocasts.values():
+        assert ("cpu", torch.bfloat16) in [context for (context,) in known.proved]
+        assert not known.moved({torch.device("cpu"): torch.device("cuda", 0)}).proved
+
+
 # ---- other users of a graph ---------------------------------------------------------------------
 
 

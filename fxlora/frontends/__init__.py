@@ -54,8 +54,8 @@ def capture(
     inputs, torch.fx's symbolic tracer captures the model; it sees less than torch.export, so
     give inputs where you can.
 
-    Parameters share storage with the model, so nothing large is copied; training them in place
-    trains the model's parameters too (`inject` freezes them). Buffers are copied.
+    Parameters share storage with the model, so nothing large is copied, until their first gradient
+    arrives or a state dict is loaded: they are copied then. Buffers are copied here.
 
     Args:
         model: any nn.Module. Its current mode is captured with the training flags as they are

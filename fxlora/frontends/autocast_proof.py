@@ -108,6 +108,21 @@ def inside_autocast(model: nn.Module, context: Context) -> Generator[None]:
             model.__dict__["forward"] = own
 
 
+@contextmanager
+def same_versions(held: Any) -> Generator[None]:
+    """Keep the version counters of tensors, and of modules' tensors, in a run on fake tensors.
+
+    Autograd counts an in-place op before the op reaches the fake tensor.
+    """
+    tensors: list[torch.Tensor] = []
+    for leaf in pytree.tree_leaves(held):
+        tensors += [*leaf.parameters(), *leaf.buffers()] if isinstance(leaf, nn.Module) else []
+        tensors += [leaf] if isinstance(leaf, torch.Tensor) else []
+    counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(counted):
+        yield
+
+
 def remove_metadata_assertions(module: fx.GraphModule) -> None:
     """Remove torch.export's assertions that a tensor that is cast has the dtype of the capture.
 
@@ -208,6 +223,7 @@ class Proof:
         kept = undisturbed(call) if call is self.model or self._target else nullcontext()
         with (
             kept,
+            same_versions((call, self.example.args, self.example.kwargs)),
             self._moved(call, (self.example.args, self.example.kwargs)) as (args, kwargs),
             under(context),
             _compiling_state_context(),

@@ -102,7 +102,9 @@ def traced_autocasts(model: nn.Module, mode: str, module: fx.GraphModule) -> Aut
         except CaptureError as error:
             differs[context] = str(error)
     facts = tuple(proved), tuple(differs.items())
-    return Autocasts(*facts, by_device=tuple((device, facts) for device in devices))
+    held = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    # Elsewhere the source's Python code may do something else under the same autocast.
+    return Autocasts(*facts, by_device=tuple((device, facts) for device in held if len(held) == 1))
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the code around a block takes for granted about a call of it, checked at every call.
+"""The assumptions of the code around a block about each call of it, checked at every call.
 
 Hooks, wrappers and replacements may change what goes into a block and what comes out. The graphs
 take some of it for granted: that two values are one tensor, and the sizes of a result.
