@@ -376,7 +376,8 @@ def test_a_trace_on_the_cpu_tells_nothing_of_the_accelerator() -> None:
             self.lin = nn.Linear(5, 7)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            half = self.lin.weight.is_cuda and torch.is_autocast_enabled("cuda")
+            on_gpu = next(self.parameters()).is_cuda
+            half = on_gpu and torch.is_autocast_enabled("cuda")
             return self.lin(x).tanh() if half else self.lin(x)
 
     for known in fxlora.capture(Asks()).programs[0].autocasts.values():
@@ -469,7 +470,11 @@ def convolutions() -> nn.Sequential:
 
 
 def test_convolutions() -> None:
-    assert_follows(convolutions(), torch.randn(2, 3, 5, 5))
+    model = convolutions()
+    tensors = (*model.parameters(), *model.buffers())
+    versions = [tensor._version for tensor in tensors]
+    assert_follows(model, torch.randn(2, 3, 5, 5))
+    assert [tensor._version for tensor in tensors] == versions  # batch norm writes to its buffers
 
 
 def test_attention_and_recurrence() -> None:
