@@ -20,8 +20,6 @@ from fxlora import cli
 from fxlora.lora.ops import OPS
 from fxlora.lora.variants import VARIANTS
 
-pytestmark = pytest.mark.autocast
-
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONAL = ("peft", "torchvision", "transformers")
@@ -53,11 +51,19 @@ def shown(expected: str) -> re.Pattern[str]:
     return re.compile("".join(lines))
 
 
-RUN = [page for page in PAGES if sessions(page)]
+RUN = [
+    pytest.param(
+        page,
+        marks=pytest.mark.autocast if "autocast(" in str(sessions(page)) else [],
+        id=str(page.relative_to(ROOT)),
+    )
+    for page in PAGES
+    if sessions(page)
+]
 
 
 @pytest.mark.usefixtures("_tables")
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", RUN)
 def test_a_page_is_a_session(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in OPTIONAL:
         if package in page.read_text("utf-8"):

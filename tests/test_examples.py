@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.autocast
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ("--quick", "--batch", "8", "--pretrain-steps", "2", "--steps", "3", "--rounds", "1")
 SMALL = "resnet_of_four_blocks"
