@@ -39,6 +39,7 @@ def main() -> None:
         model = llama(layers).to(options.device)
         captures.append((layers, capture_times(model, ids, options)))
         compiles.append((layers, compile_times(model, ids, options)))
+        print(f"{layers} layers: {captures[-1][1]}, {compiles[-1][1]}", flush=True)
     add(report, "Capture + match + inject", captures)
     add(report, "torch.compile: the first training step", compiles)
 
