@@ -665,6 +665,12 @@ def _one_more(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _one_much_more(factor: torch.Tensor) -> torch.Tensor:
+    """Add to an entry so much that a fold that is rounded to bfloat16 is another one."""
+    added([factor], 0, size=1.0)
+    return factor
+
+
 kind("an entry of W changed", "adapted")(_written(_under, _one_more))
 kind("rows of W permuted", "adapted")(_written(_under, lambda w: w.flip(0)))
 kind("W negated", "adapted")(_written(_under, torch.neg))
@@ -678,7 +684,7 @@ kind("A or B not finite", "adapted")(
     _written(lambda m: [e.name_b for e in entries(m)], lambda w: w * float("nan"))
 )
 kind("A or B changed since the fold", "with its fold")(
-    _written(lambda m: [n for e in entries(m) for n in e.trainable], _one_more)
+    _written(lambda m: [n for e in entries(m) for n in e.trainable], _one_much_more)
 )
 
 
