@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config
 from common import Report, Side, Timing, error, interleave, parser, randomise_b, start
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,6 +27,7 @@ FLAT, OUTLINED = "one graph", "layers called"
 
 
 def main() -> None:
+    torch._inductor.config.force_disable_caches = True  # on disk, too
     options_parser = parser(__doc__)
     options_parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, metavar="N")
     options_parser.add_argument("--backend", default="inductor", help="of torch.compile")
