@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 from ..fx.autocast import Context, current_autocast
 from ..module.autocasts import Autocasts, Facts
 from ..module.contract import first_difference
-from ..module.retarget import retarget
 from .autocast_choices import choose
 from .examples import Example
+from .fake_moves import on_device, same_versions
 from .kept.undisturbed import undisturbed
 from .run_values import Run, Unknown, Values
 
@@ -106,21 +106,6 @@ def inside_autocast(model: nn.Module, context: Context) -> Generator[None]:
         del model.__dict__["forward"]
         if own is not None:
             model.__dict__["forward"] = own
-
-
-@contextmanager
-def same_versions(held: Any) -> Generator[None]:
-    """Keep the version counters of tensors, and of modules' tensors, in a run on fake tensors.
-
-    Autograd counts an in-place op before the op reaches the fake tensor.
-    """
-    tensors: list[torch.Tensor] = []
-    for leaf in pytree.tree_leaves(held):
-        tensors += [*leaf.parameters(), *leaf.buffers()] if isinstance(leaf, nn.Module) else []
-        tensors += [leaf] if isinstance(leaf, torch.Tensor) else []
-    counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(counted):
-        yield
 
 
 def remove_metadata_assertions(module: fx.GraphModule) -> None:
@@ -220,40 +205,17 @@ class Proof:
 
     def _run(self, call: nn.Module, context: Context, locate: int = -1) -> Any:
         run = Run(self.values, locate)
-        kept = undisturbed(call) if call is self.model or self._target else nullcontext()
+        given, target = (self.example.args, self.example.kwargs), self._target
+        kept = undisturbed(call) if call is self.model or target else nullcontext()
+        constants = call is self.module  # `.to()` of a captured module moves them, too
         with (
             kept,
-            same_versions((call, self.example.args, self.example.kwargs)),
-            self._moved(call, (self.example.args, self.example.kwargs)) as (args, kwargs),
+            same_versions((call, given)),
+            on_device(call, given, target, self.values, constants=constants) as (args, kwargs),
             under(context),
             _compiling_state_context(),
         ):
             return run.of(call, args, kwargs), run
-
-    @contextmanager
-    def _moved(self, call: nn.Module, inputs: Any) -> Generator[Any]:
-        """Within the context, the weights (of a graph, its constants too) are on the target."""
-        target = self._target
-        if target is None:
-            yield inputs
-            return
-
-        def move(leaf: Any) -> Any:
-            chosen = isinstance(leaf, torch.Tensor) and (every or id(leaf) in weights)
-            return self.values.move(leaf, target) if chosen else leaf
-
-        every = call is self.module
-        given = pytree.tree_leaves(inputs)
-        weights = {id(t) for t in (*call.parameters(), *call.buffers(), *given)}
-        for module in call.modules():  # `undisturbed` restores these attributes
-            for name, value in list(module.__dict__.items()):
-                leaves, structure = pytree.tree_flatten(value)
-                moved = list(map(move, leaves))
-                if any(a is not b for a, b in zip(leaves, moved, strict=True)):
-                    module.__dict__[name] = pytree.tree_unflatten(moved, structure)
-        graphs = [m for m in call.modules() if every and isinstance(m, fx.GraphModule)]
-        with _retargeted(graphs, torch.device("cpu"), target):
-            yield pytree.tree_map(move, inputs)
 
     def _told(self, context: Context, why: Any) -> str:
         """Return the first op of the source that the graph does not do, with its line."""
@@ -268,31 +230,3 @@ class Proof:
         _, again = self._run(self.model, context, number)
         func = run.ops[number][0].made[0]
         return f"at {again.place or type(self.model).__name__}, the source's {func} differs"
-
-
-@contextmanager
-def _retargeted(
-    modules: list[fx.GraphModule], old: torch.device, new: torch.device
-) -> Generator[None]:
-    """Within the context, graphs that name one device name another.
-
-    Raises:
-        Unknown: they name the other one already.
-    """
-    named = [leaf for m in modules for node in m.graph.nodes for leaf in _constants(node)]
-    if any(isinstance(leaf, torch.device) and leaf.type == new.type for leaf in named):
-        raise Unknown(f"its graph names {new}")
-    changed = modules if old in named else []
-    try:
-        for module in changed:
-            retarget(module.graph, {old: new})
-            module.recompile()
-        yield
-    finally:
-        for module in changed:
-            retarget(module.graph, {new: old})
-            module.recompile()
-
-
-def _constants(node: fx.Node) -> list[Any]:
-    return pytree.tree_leaves((node.args, dict(node.kwargs)))

@@ -12,11 +12,6 @@ from ..module.memory import copied_together, overlapping, span_of
 from .kept.undisturbed import plain_tensors
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """Return a key for the storage of a tensor."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
-
-
 class ParameterMemory:
     """The memory of a model's parameters, to recognize them among a graph's constants."""
 

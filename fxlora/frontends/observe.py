@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError
 from ..fx.effects import arguments_of
 from ..fx.literals import same_literal
+from ..module.memory import memory_id
 from ..module.program import MODES
 from .kept.generators import Draws, current
 from .kept.undisturbed import mode_of, undisturbed
-from .memory import storage_of
 from .places import called_at
 from .tree import attribute_that_reaches_modules, separate_copy
 
@@ -186,7 +186,7 @@ class _Watch(TorchDispatchMode):
         self.inside: list[str] = []
         self.names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(storage_of(parameter), []).append(name)
+            self.names.setdefault(memory_id(parameter), []).append(name)
         for path, module in model.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
                 # Before the module's own hooks: an export of the module runs them, too.
@@ -225,7 +225,7 @@ class _Watch(TorchDispatchMode):
         """Yield the names of parameters among an op's arguments, also through views of them."""
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Tensor):
-                yield from self.names.get(storage_of(value), ())
+                yield from self.names.get(memory_id(value), ())
 
     def _note(self, name: str) -> None:
         places = self.seen.reads.setdefault(name, {})

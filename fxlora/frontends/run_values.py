@@ -20,7 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..fx.effects import arguments_of
-from .memory import storage_of
+from ..module.memory import memory_id
 from .places import called_at
 
 # A constant with more entries is known by its memory, not by its numbers.
@@ -75,7 +75,7 @@ class Values:
             fake: Any = FakeTensor(self.fakes, meta, device)
             fake.requires_grad_(tensor.requires_grad)
             fake._is_param = isinstance(tensor, torch.nn.Parameter)
-            self._moved[key] = self.moved[storage_of(fake)] = Moved(tensor, fake)
+            self._moved[key] = self.moved[memory_id(fake)] = Moved(tensor, fake)
         return self._moved[key].fake
 
     def of(self, made: Any) -> Value:
@@ -142,7 +142,7 @@ class Run(TorchDispatchMode):
         """Whether the run left a fake tensor unlike its real one: in its graph, or in its form."""
         if (real.requires_grad, real.is_leaf) != (fake.requires_grad, fake.is_leaf):
             return True
-        if storage_of(fake) not in self._touched:
+        if memory_id(fake) not in self._touched:
             return False
         (dtype, _, *form), (fake_dtype, _, *fake_form) = _form(real), _form(fake)
         return dtype != fake_dtype or form != fake_form
@@ -182,10 +182,10 @@ class Run(TorchDispatchMode):
         if number:
             value = self.values.of((value, number))
         if isinstance(leaf, torch.Tensor):
-            new = storage_of(leaf) not in self._states
+            new = memory_id(leaf) not in self._states
             if new:
                 self._kept.append(leaf)
-                self._states[storage_of(leaf)] = value
+                self._states[memory_id(leaf)] = value
             for size in leaf.shape:
                 if type(size) is not int:
                     self._note(size, value, 0)
@@ -202,9 +202,9 @@ class Run(TorchDispatchMode):
             for place, leaf in enumerate(pytree.tree_leaves(given)):
                 if isinstance(leaf, torch.Tensor):
                     after = self.values.of((made, "writes", number, place))
-                    self._states[storage_of(leaf)] = after
-                    self._touched.add(storage_of(leaf))
-                    if origin := self._origins.get(storage_of(leaf)):
+                    self._states[memory_id(leaf)] = after
+                    self._touched.add(memory_id(leaf))
+                    if origin := self._origins.get(memory_id(leaf)):
                         self._written[origin] = after
 
     def _copied(self, func: Any, given: list[Any], result: Any) -> Value | None:
@@ -228,7 +228,7 @@ class Run(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return tensor
         fake = self.fakes.from_tensor(tensor, static_shapes=True)
-        if storage_of(fake) not in self._states:
+        if memory_id(fake) not in self._states:
             self._begin(tensor, fake)
         return fake
 
@@ -237,22 +237,22 @@ class Run(TorchDispatchMode):
         self._kept.append(fake)
         self._faked.append((tensor, fake))
         value = self._real(tensor)
-        if storage_of(fake) in self.values.moved:  # views of one storage have been parted
+        if memory_id(fake) in self.values.moved:  # views of one storage have been parted
             value = self.values.of((value, _form(tensor)))
-        self._states[storage_of(fake)] = self._origins[storage_of(fake)] = value
+        self._states[memory_id(fake)] = self._origins[memory_id(fake)] = value
 
     def _real(self, tensor: torch.Tensor) -> Value:
         """Return the value of a real tensor: its memory, or its numbers if they are few."""
         is_number = tensor.layout is torch.strided and not tensor.is_meta
         if isinstance(tensor, torch.nn.Parameter) or not is_number or tensor.numel() > _FEW:
-            return self.values.of(("memory", storage_of(tensor)))
+            return self.values.of(("memory", memory_id(tensor)))
         with _disable_current_modes():
             numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest = hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
         return self.values.of(("numbers", digest))
 
     def _tensor(self, tensor: torch.Tensor) -> Any:
-        key = storage_of(tensor)
+        key = memory_id(tensor)
         if key not in self._states:  # a real tensor, or one that the run was not seen to make
             if key in self.values.moved:
                 self._begin(*self.values.moved[key])
@@ -343,15 +343,15 @@ def _outcomes(result: Any, given: list[Any]) -> tuple[list[_Outcome], Any] | Non
     leaves, structure = pytree.tree_flatten(result)
     if not all(isinstance(leaf, FakeTensor) and _is_plain(leaf) for leaf in leaves):
         return None
-    owners = {storage_of(g): n for n, g in enumerate(given) if isinstance(g, FakeTensor)}
+    owners = {memory_id(g): n for n, g in enumerate(given) if isinstance(g, FakeTensor)}
     made: list[_Outcome] = []
     new: set[int] = set()
     for leaf in leaves:
         same = next((n for n, g in enumerate(given) if g is leaf), -1)
-        view = owners.get(storage_of(leaf), -1)
-        if view < 0 and (leaf.storage_offset() or storage_of(leaf) in new):
+        view = owners.get(memory_id(leaf), -1)
+        if view < 0 and (leaf.storage_offset() or memory_id(leaf) in new):
             return None
-        new.add(storage_of(leaf))
+        new.add(memory_id(leaf))
         made.append(_Outcome(_form(leaf), same if same >= 0 else view, same >= 0))
     return made, None if isinstance(result, torch.Tensor) else structure
 

@@ -16,12 +16,12 @@ from ..fx.autocast import Context, current_autocast
 from ..fx.compare import alike
 from ..fx.targets import refuse_unwritable
 from ..module.autocasts import Autocasts
+from ..module.memory import memory_id
 from .autocast_proof import accelerator, contexts, under
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
 from .kept.undisturbed import mode_of
-from .memory import storage_of
 from .spellings import WEIGHT_MODULES, lower
 from .tree import separate_copy
 
@@ -126,14 +126,14 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         tensors = [*model.parameters(), *model.buffers()]
-        self.storages = {storage_of(t) for t in tensors}
+        self.storages = {memory_id(t) for t in tensors}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, torch.Tensor) and storage_of(value) in self.storages:
+            if isinstance(value, torch.Tensor) and memory_id(value) in self.storages:
                 raise RuntimeError(
                     f"{func} runs on a parameter or buffer while the model is traced, so its "
                     "result would be a constant. Give example inputs: capture(model, args)."

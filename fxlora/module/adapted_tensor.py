@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
-from .sharing import memory_id
+from .memory import memory_id
 
 _untraced: Any = torch.compiler.disable
 

@@ -17,8 +17,6 @@ from ..fx.autocast import Context, current_autocast, described
 
 Facts = tuple[tuple[Context, ...], tuple[tuple[Context, str], ...]]  # proved; why not others
 
-_UNTRIED = "capture did not try this autocast"
-
 
 @dataclass(frozen=True)
 class Autocasts:
@@ -34,7 +32,7 @@ class Autocasts:
 
     proved: tuple[Context, ...] = ()
     differs: tuple[tuple[Context, str], ...] = ()
-    otherwise: str = _UNTRIED
+    otherwise: str = "capture did not try this autocast"
     every: bool = False
     by_device: tuple[tuple[str, Facts], ...] = ()
 

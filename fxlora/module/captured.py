@@ -20,13 +20,13 @@ from .block import Block
 from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
-from .memory import overlaps_of
+from .memory import memory_id, overlaps_of
 from .outlining import FACADE, OutlinedGraph, split_at_calls
 from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
-from .sharing import copy_memory, copy_when_trained, is_shared, memory_id
+from .sharing import copy_memory, copy_when_trained, is_shared
 from .state import State
 from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
 

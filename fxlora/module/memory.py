@@ -24,6 +24,11 @@ def span_of(tensor: torch.Tensor) -> Span | None:
     return (start, start + (last + 1) * tensor.element_size()) if start else None
 
 
+def memory_id(tensor: torch.Tensor) -> int:
+    """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
 def overlaps_of(module: nn.Module) -> dict[str, list[str]]:
     """Return, by parameter name, the other parameters that are tensors over the same memory."""
     spans = [

@@ -9,10 +9,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-
-def memory_id(tensor: torch.Tensor) -> int:
-    """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+from .memory import memory_id
 
 
 def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> None:

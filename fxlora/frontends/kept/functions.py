@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ...errors import CaptureError
 from ...fx.effects import arguments_of
 from ...fx.literals import literal
-from ..memory import storage_of
+from ...module.memory import memory_id
 from .patches import patched
 
 _OPEN = object()  # marks a tensor or symbolic size among the arguments of a FunctionCall
@@ -192,7 +192,7 @@ class _RefuseOutsideTensors(TorchDispatchMode):
     def __init__(self, call: FunctionCall, values: list[Any]) -> None:
         super().__init__()
         self.call = call
-        self.given = {storage_of(v) for v in values if isinstance(v, torch.Tensor)}
+        self.given = {memory_id(v) for v in values if isinstance(v, torch.Tensor)}
         self.known = set(self.given)
 
     def __torch_dispatch__(
@@ -200,16 +200,16 @@ class _RefuseOutsideTensors(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, FakeTensor) and storage_of(value) not in self.known:
+            if isinstance(value, FakeTensor) and memory_id(value) not in self.known:
                 raise self._refusal("reads a weight or an activation besides its arguments")
         for argument, given in arguments_of(func, args, kwargs):
             written = argument.alias_info and argument.alias_info.is_write
             for value in pytree.tree_leaves(given) if written else ():
-                if isinstance(value, torch.Tensor) and storage_of(value) in self.given:
+                if isinstance(value, torch.Tensor) and memory_id(value) in self.given:
                     raise self._refusal("writes to its arguments")
         result = func(*args, **kwargs)
         self.known |= {
-            storage_of(v) for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)
+            memory_id(v) for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)
         }
         return result
 
