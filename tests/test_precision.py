@@ -59,7 +59,7 @@ def rules() -> list[Rule]:
     names = ["emb", "conv", "w", "stack", "bent"]
     parts = {"q": 6, "k": 6, "v": 6}
     return [
-        Rule("qkv", parts=parts, enable=["q", "v"], lora=LoraConfig(r=3, lora_alpha=6)),
+        Rule("qkv", parts=parts, enable=["q", "v"], lora=LoraConfig(r=3, lora_alpha=5)),
         Rule(["norm", "head"], train=True),
         Rule(names, lora=lora),
     ]
