@@ -1,4 +1,4 @@
-"""Containers of tensors: register them with pytree, and find those that a forward changes."""
+"""Containers: register them with pytree, find those that a forward changes, and put them back."""
 
 from __future__ import annotations
 
@@ -128,3 +128,28 @@ def _path_to(value: Any, output: Any, place: int | str, model: nn.Module) -> Any
         "and does not return it; a graph would lose the change. Have the forward return it "
         "(transformers: use_cache=True), or do not pass this argument."
     )
+
+
+# ---- containers that are put back ---------------------------------------------------------------
+
+
+def put_back(container: Any, before: Any) -> None:
+    """Restore the items of a list, dict or set in place from an earlier copy of it."""
+    if unchanged(container, before):
+        return
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def unchanged(container: Any, before: Any) -> bool:
+    """Whether a list, dict or set holds the same objects as an earlier copy of it."""
+    return len(container) == len(before) and all(
+        a is b for a, b in zip(items(container), items(before), strict=True)
+    )
+
+
+def items(container: Any) -> list[Any]:
+    """Return a container's items; of a dict, its keys and values."""
+    if isinstance(container, dict):
+        return [item for pair in container.items() for item in pair]
+    return list(container)

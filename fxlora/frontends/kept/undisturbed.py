@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 from ...module import CapturedModule
+from .caches import no_traces_in_caches
+from .containers import put_back
 from .generators import own_generators
 from .patches import patched, torchs_own_patches_here
 
@@ -38,6 +40,7 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     with ExitStack() as stack:
         stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(_state_of(model))
+        stack.enter_context(no_traces_in_caches(model))
         stack.enter_context(_quiet())
         stack.enter_context(own_generators())
         stack.enter_context(torchs_own_patches_here())
@@ -96,9 +99,9 @@ def _state_of(model: nn.Module) -> Generator[None]:
             if tensor._version != version:
                 tensor.detach().copy_(content)
         for module, held in zip(modules, attributes, strict=True):
-            _put_back(module.__dict__, held)
+            put_back(module.__dict__, held)
         for container, before in containers:
-            _put_back(container, before)
+            put_back(container, before)
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
 
@@ -158,23 +161,6 @@ def _without_assignments(warn: Callable[..., None]) -> Callable[..., None]:
             warn(message, category, max(stacklevel, 1) + 2, source, **more)
 
     return chosen
-
-
-def _put_back(container: Any, before: Any) -> None:
-    """Restore the items of a container in place, unless they are the same objects."""
-    same = len(container) == len(before) and all(
-        a is b for a, b in zip(_items(container), _items(before), strict=True)
-    )
-    if not same:
-        container.clear()
-        (container.extend if isinstance(container, list) else container.update)(before)
-
-
-def _items(container: Any) -> list[Any]:
-    """Return a container's items; of a dict, its keys and values."""
-    if isinstance(container, dict):
-        return [item for pair in container.items() for item in pair]
-    return list(container)
 
 
 # ---- inference mode ----------------------------------------------------------------------------
