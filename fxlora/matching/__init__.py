@@ -22,7 +22,7 @@ from .full import (
     modules_to_save,
     trained,
 )
-from .unmatched import Unmatched, warn_of_large
+from .unmatched import Unmatched, warn_of_large, warn_of_uncovered
 
 __all__ = ["match"]
 
@@ -89,6 +89,7 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
     in_full = trained(choice.module, saved)
     entries: list[Entry] = []
     skipped: list[tuple[str, str]] = []
+    uncovered: list[str] = []
     for site, number in chosen:
         rule = choice.rule(number)
         if set(site.names) & in_full:
@@ -97,6 +98,7 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
             skipped.append((site.name, IN_FULL))
         elif rule is None and site.outside is not None:
             skipped.append((site.name, site.why_outside))
+            uncovered.append(site.name)
         elif rule is None:
             skipped.append((site.name, f"no rule matches its {site.op}"))
         elif rule.lora is None:
@@ -109,7 +111,7 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
     for entry in entries:
         check_rank(entry)
     warn_of_large(entries)
-    unmatched.warn_of_uncovered(skipped)
+    warn_of_uncovered(uncovered)
     biased = biases(choice, entries)
     in_full |= biased.keys()
     check_own_memory(choice.module, sorted(in_full))

@@ -40,16 +40,6 @@ class Unmatched:
                 self._check_patterns(number, rule.lora, mine)
                 self._check_layers(number, rule.lora)
 
-    def warn_of_uncovered(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Warn of weights that no region covers, which rules by op cannot match."""
-        reasons = {s.name: s.why_outside for s in self.choice.sites if s.outside is not None}
-        missed = [name for name, why in skipped if reasons.get(name) == why]
-        if missed:
-            warn(
-                f"no rule can adapt {len(missed)} weights, which no region covers: "
-                f"{some(missed)}. The plan's skipped says why."
-            )
-
     def _check_names(self, number: int, rule: Rule, saved: Sequence[str]) -> None:
         """Raise unless every name matches a site, whatever the rule's other keys say."""
         candidates = [alias for site in self.choice.sites for alias in site.aliases]
@@ -171,4 +161,13 @@ def warn_of_large(entries: Sequence[Entry]) -> None:
         warn(
             f"{len(large)} {have} more parameters than {its}: {some(large)}. Give a smaller r, or "
             "train in full (Rule(name, train=True))."
+        )
+
+
+def warn_of_uncovered(sites: Sequence[str]) -> None:
+    """Warn of weights that no region covers, which rules by op cannot match."""
+    if sites:
+        warn(
+            f"no rule can adapt {count(len(sites), 'weight')}, which no region covers: "
+            f"{some(sites)}. The plan's skipped says why."
         )
