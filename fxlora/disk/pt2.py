@@ -18,6 +18,7 @@ from ..frontends.exported import run_export
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.contract import InputSpec
+from ..module.program import ProgramModule
 from ..tables import some
 from .files import whole_file
 
@@ -103,9 +104,10 @@ def exported(
     evaluation = module.derive().eval()
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)
-    program = _checked(evaluation)
+    call = evaluation.chosen(args, kwargs)
+    program = _checked(call)
     failure: Exception | None = None
-    for example in _examples(evaluation.inputs["eval"], args, kwargs, dynamic_shapes):
+    for example in _examples(call.contract, args, kwargs, dynamic_shapes):
         try:
             with torch.no_grad():  # for inference: nothing has to mark where gradients stop
                 return run_export(program, example)
@@ -114,7 +116,7 @@ def exported(
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
 
 
-def _checked(module: CapturedModule) -> nn.Module:
+def _checked(module: ProgramModule) -> nn.Module:
     """Return a plain nn.Module whose forward checks the input contract and runs the module.
 
     torch.export interprets the graph of a GraphModule without calling its forward, so the exported

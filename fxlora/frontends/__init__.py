@@ -17,6 +17,7 @@ from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.chosen_modules import Modules, chosen_modules
+from ..module.example_calls import Call, calls_of
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.program import MODES, Program
@@ -42,6 +43,7 @@ def capture(
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: dict[str, Any] | None = None,
     *,
+    calls: Sequence[Call] | None = None,
     dynamic_shapes: Any = None,
     modules: Modules | None = None,
 ) -> CapturedModule:
@@ -63,11 +65,14 @@ def capture(
             `train()` or `eval()` sets.
         args: example positional arguments (a single tensor means a tuple of one).
         kwargs: example keyword arguments.
+        calls: several example calls `(args, kwargs)`, instead of `args` and `kwargs`, for a model
+            that is called in several ways (with labels or without, with a cache or without). The
+            result runs the first graph that holds for a call. `recorded_calls` records them.
         dynamic_shapes: torch.export's specification of the dynamic dimensions. By default the
             batch (dimension 0 of the first tensor, and of every tensor with the same size there)
             is dynamic, and all other dimensions are fixed to their sizes in the example. A
             dimension that is asked to be dynamic and that the model fixes is an error, also
-            with `Dim.AUTO`.
+            with `Dim.AUTO`. With `calls`, a list of such specifications, one for each call.
         modules: submodules that are to be modules of their own, which the graph calls: glob
             patterns for their paths ("layers.*"), classes, or a list of both. Hooks, `eval()` of
             a part, wrappers (`fully_shard`, `checkpoint_wrapper`, `torch.compile`) and
@@ -90,7 +95,13 @@ def capture(
     _check_model(model)
     try:
         with callers_autocast():
-            return _capture(model, args, kwargs, dynamic_shapes, modules)
+            if calls is None:
+                return _capture(model, args, kwargs, dynamic_shapes, modules)
+            if args is not None or kwargs is not None:
+                raise CaptureError(
+                    "give args and kwargs as one of the calls: calls=[(args, kwargs), …]."
+                )
+            return _capture_calls(model, calls_of(calls, CaptureError), dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
@@ -125,6 +136,30 @@ def _capture(
     if dynamic_shapes is not None:
         raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
     return _capture_traced(model)
+
+
+def _capture_calls(
+    model: nn.Module, calls: Sequence[Call], dynamic_shapes: Any, modules: Modules | None
+) -> CapturedModule:
+    """Capture a model for several calls; those that an earlier call's graphs hold for need none."""
+    if modules is not None:
+        raise CaptureError("modules goes with one example call, not with several.")
+    if dynamic_shapes is None:
+        dynamic_shapes = [None] * len(calls)
+    if not isinstance(dynamic_shapes, list | tuple) or len(dynamic_shapes) != len(calls):
+        raise CaptureError(f"dynamic_shapes must be a list of {len(calls)}, one for each call.")
+    register_containers(model)
+    sources: list[Source] = []
+    for number, ((args, kwargs), shapes) in enumerate(zip(calls, dynamic_shapes, strict=True)):
+        kwargs = in_signature_order(model, kwargs)
+        if any(source.holds_for(args, kwargs) for source in sources):
+            continue
+        try:
+            examples = examples_for(args, kwargs, shapes)
+            sources.append(export_modes(working_copy(model), examples))
+        except CaptureError as error:
+            raise CaptureError(f"call {number} of calls: {error}") from error
+    return _assemble(model, sources)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -75,6 +75,12 @@ class Source:
         modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
         return Source(modules, dict(self.inputs), self.path, dict(self.calls), dict(self.autocasts))
 
+    def holds_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the graphs of both modes accept a call."""
+        return all(
+            spec is not None and spec.holds_for(args, kwargs) for spec in self.inputs.values()
+        )
+
     def distinct(self) -> dict[str, fx.GraphModule]:
         """Return each distinct graph module once, under the first mode that uses it."""
         modes = {id(module): mode for mode, module in reversed(self.modules.items())}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed, fx, nn
 
-from ..errors import FxLoraError, InjectError, NotCapturedError, SubmoduleError
+from ..errors import FxLoraError, InjectError, InputError, NotCapturedError, SubmoduleError
 from ..fx.calls import part_of
 from ..plan import Plan
 from .adapted_weight import adapted_weight
@@ -36,11 +38,12 @@ class CapturedModule(ProgramModule):
 
     It is a real `torch.fx.GraphModule`, and its `state_dict()` keys are the source model's.
     `train()` and `eval()` choose between two graphs, because torch.export bakes the mode into a
-    graph. If the whole model has no graph, the module holds graphs of its regions (submodules),
-    and the source's Python code calls them.
+    graph. A module that was captured for several calls has graphs for each, and runs those that
+    hold for the call. If the whole model has no graph, the module holds graphs of its regions
+    (submodules), and the source's Python code calls them.
 
     Attributes:
-        programs: one program for the whole model, or one or more for each region.
+        programs: one program for each call that was captured, or one or more for each region.
         parent_module: the source's Python code around the regions, or None if one graph covers
             the whole model.
         known: all other state that a copy carries over.
@@ -73,12 +76,12 @@ class CapturedModule(ProgramModule):
         self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
         self.look()
-        self.runners: list[ProgramModule] = []
-        if parent_module:
-            self.runners = [ProgramModule(self, p, class_name, training) for p in programs]
-            self._bind_parent()
+        others = self.programs if parent_module else self.programs[1:]
+        self.runners = [ProgramModule(self, p, class_name, training) for p in others]
+        self._bind_parent()
         self._outline()
         self._select_graph()
+        self._sign(inspect.signature(type(self).forward))
         self._seal_submodules()
 
     # ---- submodules -------------------------------------------------------------------------
@@ -208,6 +211,9 @@ class CapturedModule(ProgramModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "training" and "runners" in self.__dict__:
+            for call in self.calls[1:]:
+                call.training = value
         if name == "training" and "_seal" in self.__dict__:
             self._seal.owner_set(self)
 
@@ -244,6 +250,31 @@ class CapturedModule(ProgramModule):
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seal.refuse_apart()
         super()._check(args, kwargs)
+
+    @property
+    def calls(self) -> tuple[ProgramModule, ...]:
+        """The modules that run the captured calls of the whole model; itself, if there is one."""
+        return (self,) if self.parent_module else (self, *self.runners)
+
+    def chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
+        """Return the module whose graph runs a call: the first whose contract holds.
+
+        Raises:
+            InputError: none of the captured calls is like this one.
+        """
+        if len(self.calls) == 1:
+            return super().chosen(args, kwargs)
+        for call in self.calls:
+            if call.holds_for(args, kwargs):
+                self._seal.refuse_apart()
+                call._check(args, kwargs)
+                return call
+        raise InputError(_no_call_like(self.calls, args, kwargs))
+
+    def _sign(self, signature: inspect.Signature) -> None:
+        if "runners" in self.__dict__ and len(self.calls) > 1:
+            signature = _signature_of_all([call.contract for call in self.calls])
+        super()._sign(signature)
 
     def mode_matters(self, path: str) -> bool:
         """Whether the two modes' graphs differ in a submodule's part."""
@@ -626,6 +657,36 @@ def _named(
             path = f"{prefix}.{name}" if prefix else name
             inner = wrappers.get(id(child), child)
             yield from _named(inner, path, wrappers, seen, remove_duplicate)
+
+
+def _signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature:
+    """Return a signature with the arguments of every call; those that not all have are optional."""
+    names = [contract.names if contract else () for contract in contracts]
+    always = [name for name in names[0] if all(name in others for others in names)]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name, kind, default=inspect.Parameter.empty if name in always else None
+            )
+            for name in dict.fromkeys([*always, *itertools.chain(*names)])
+        ]
+    )
+
+
+def _no_call_like(
+    calls: Sequence[ProgramModule], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """Return the message about a call that none of the graphs holds for, with each one's reason."""
+    reasons: dict[str, list[str]] = {}
+    for call in calls:
+        assert call.contract is not None
+        try:
+            call.contract.check(args, kwargs)
+        except InputError as error:
+            reasons.setdefault(str(error), []).append(f"({', '.join(call.contract.names)})")
+    why = " ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    return f"none of the {len(calls)} captured calls is like this one. {why}"
 
 
 def _copy_hooks(

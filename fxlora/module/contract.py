@@ -210,13 +210,24 @@ class Update:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The input contract of a graph: its arguments by name, each with structure and leaves."""
+    """The input contract of a graph: its arguments by name, each with structure and leaves.
+
+    Attributes:
+        names: the arguments' names.
+        structures: one pytree.TreeSpec per argument.
+        leaves: the leaves of each argument.
+        guards: further assumptions about the sizes.
+        updates: the arguments that the source changes in place.
+        positional: how many leading arguments have the same position in the source's forward, so
+            that they may be given by position; None for all.
+    """
 
     names: tuple[str, ...]
-    structures: tuple[Any, ...]  # one pytree.TreeSpec per argument
+    structures: tuple[Any, ...]
     leaves: tuple[tuple[Input, ...], ...]
     guards: tuple[Guard, ...] = ()
     updates: tuple[Update, ...] = ()
+    positional: int | None = None
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise InputError unless these arguments satisfy the contract."""
@@ -315,12 +326,15 @@ class InputSpec:
         return replace(self, leaves=tuple(tuple(map(move, group)) for group in self.leaves))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        if len(args) > len(self.names):
+        most = len(self.names) if self.positional is None else self.positional
+        if len(args) > most:
+            others = ", ".join(self.names[:most]) or "none"
             raise InputError(
-                f"called with {len(args)} positional arguments, captured with "
-                f"{len(self.names)}: {', '.join(self.names)}. Leave out the others, or capture "
-                "again with them."
+                f"called with {len(args)} positional arguments, captured with {most}: {others}. "
+                "Leave out the others, give them by name, or capture again with them."
             )
+        if twice := kwargs.keys() & self.names[: len(args)]:
+            raise InputError(f"{min(twice)}: given twice, by position and by name.")
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         for name in given:
             if name not in self.names:

@@ -20,9 +20,8 @@ from torch import nn
 from ..errors import InjectError, InputError
 from .captured import CapturedModule, check_captured
 from .contract import ConstantInput, InputSpec
+from .example_calls import Call
 from .submodules import Seal, host_part
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def hosted(model: nn.Module, module: CapturedModule) -> Any:
@@ -246,12 +245,33 @@ def _check_held(host: Host) -> None:
 def _align(
     module: CapturedModule, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call as those of the captured call that it is like.
+
+    Raises:
+        InputError: no captured call has an argument that is given, and not its default.
+    """
+    first: InputError | None = None
+    for call in module.calls:
+        try:
+            aligned = _align_with(call.contract, signature, args, kwargs)
+        except InputError as error:
+            first = first or error
+            continue
+        if len(module.calls) == 1 or call.holds_for(*aligned):
+            return aligned
+    if first is not None:
+        raise first
+    return args, kwargs  # which the module refuses
+
+
+def _align_with(
+    spec: InputSpec | None, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the captured arguments of a call; all others must have their default values.
 
     Raises:
         InputError: an argument that the graph was not captured with, and that is not the default.
     """
-    spec = module.inputs[module.mode]
     parameters = list(signature.parameters.values())[1:]
     if spec is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return args, kwargs

@@ -120,6 +120,15 @@ class ProgramModule(fx.GraphModule):
         except InputError as error:
             raise self._refusal(error) from None
 
+    def chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
+        """Return the module whose graph runs a call.
+
+        Raises:
+            InputError: there is none.
+        """
+        self._check(args, kwargs)
+        return self
+
     def _refusal(self, error: InputError) -> InputError:
         if not self.program.path:
             return error
@@ -150,10 +159,14 @@ class ProgramModule(fx.GraphModule):
         made = self._generated.get(id(graph))
         if made is None:
             made = self._generated[id(graph)] = _generated(graph, self.running(graph))
-            type(self).forward.__signature__ = inspect.signature(made.forward)
+            self._sign(inspect.signature(made.forward))
         self.__dict__.update(made.state)
         self._view.__dict__.update(made.state)  # the code reads its pytree specs there
         self._forwards[self.training] = made.forward
+
+    def _sign(self, signature: inspect.Signature) -> None:
+        """Give the forward the signature of its arguments, which libraries read."""
+        type(self).forward.__signature__ = signature
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the code of the mode's graph on arguments that were checked."""
@@ -243,10 +256,10 @@ def forward_function() -> Any:
 def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
     if _traced(args, kwargs):
         return self._forwards[self.training](self._view, *args, **kwargs)
-    self._check(args, kwargs)
-    output = self.run(args, kwargs)
-    if self.contract is not None and self.contract.updates:
-        self.contract.update(args, kwargs, output)
+    chosen = self.chosen(args, kwargs)
+    output = chosen.run(args, kwargs)
+    if chosen.contract is not None and chosen.contract.updates:
+        chosen.contract.update(args, kwargs, output)
     return output
 
 

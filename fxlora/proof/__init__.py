@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..api import FOLD
-from ..errors import InjectError, VerificationError
+from ..errors import InjectError, InputError, VerificationError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.example_calls import Call, calls_of
 from ..module.parent import RegionCall
 from ..module.program import MODES
 from ..passes import Inject
@@ -53,6 +54,7 @@ def verify(
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: dict[str, Any] | None = None,
     *,
+    calls: Sequence[Call] | None = None,
     folded: CapturedModule | None = None,
 ) -> Verification:
     """Check the laws of fxlora on the given inputs, with a few forward and backward passes.
@@ -75,6 +77,7 @@ def verify(
         module: an adapted module; it is not changed. To check an adapter on disk, load it and pass
             the loaded module, with `folded` made from the module that was saved.
         args, kwargs: inputs to run on. They must reach every adapter (every branch, every expert).
+        calls: several inputs `(args, kwargs)` instead, which together reach every adapter.
         folded: the folded module to check; by default `fold(module)`.
 
     Returns:
@@ -100,15 +103,16 @@ def verify(
         check_captured(folded, "verify(…, folded=…)")
     if any(parameter.is_meta for parameter in module.parameters()):
         raise InjectError("nothing can be computed on the meta device: load the weights first.")
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
-    return _verified(module, args, dict(kwargs or {}), folded)
+    if calls is None:
+        args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
+        return _verified(module, [(args, dict(kwargs or {}))], folded)
+    if args is not None or kwargs is not None:
+        raise InputError("give args and kwargs as one of the calls: calls=[(args, kwargs), …].")
+    return _verified(module, calls_of(calls, InputError), folded)
 
 
 def _verified(
-    module: CapturedModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    folded: CapturedModule | None,
+    module: CapturedModule, calls: Sequence[Call], folded: CapturedModule | None
 ) -> Verification:
     """Run every check on validated arguments; the first that fails raises."""
     assert module.plan is not None
@@ -129,11 +133,11 @@ def _verified(
     check_ties(module, folded)
     weights = folded_weights(module, folded)
     check_unadapted(module, folded)
-    _check_identity(copied, base, args, kwargs)
+    _check_identity(copied, base, calls)
     _copy_adapters(module, copied)
-    error, tolerance = _output_error(copied, folded, args, kwargs)
-    moved = effects(copied, module, args, kwargs)
-    _check_drawn(module, copied, base, args, kwargs)
+    error, tolerance = _output_error(copied, folded, calls)
+    moved = effects(copied, module, calls)
+    _check_drawn(module, copied, base, calls)
     checks = [
         SiteCheck(
             site=entry.site,
@@ -150,14 +154,15 @@ def _verified(
     return Verification(tuple(checks), error, tolerance)
 
 
-def _check_identity(
-    started: CapturedModule, base: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_identity(started: CapturedModule, base: CapturedModule, calls: Sequence[Call]) -> None:
     """Raise unless with B = 0 the outputs are bit for bit those without adapters."""
     # torch selects attention kernels by requires_grad, even under no_grad.
     modules = [module.eval().requires_grad_(False) for module in (started, base)]
     with torch.no_grad():
-        adapted, plain = (float_tensors(run(module, args, kwargs)) for module in modules)
+        adapted, plain = (
+            [out for args, kwargs in calls for out in float_tensors(run(module, args, kwargs))]
+            for module in modules
+        )
     if not all(equal_tensors(a, b) for a, b in zip(adapted, plain, strict=True)):
         raise VerificationError(
             "base unchanged: with B = 0 the outputs differ from those without adapters."
@@ -168,8 +173,7 @@ def _check_drawn(
     module: CapturedModule,
     copied: CapturedModule,
     base: CapturedModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    calls: Sequence[Call],
 ) -> None:
     """Raise unless with random A and B the outputs are the folded ones, in each mode.
 
@@ -188,7 +192,7 @@ def _check_drawn(
     draw_adapters(copied, module)
     folded = FOLD(copied)
     for mode in MODES if _modes_differ(base) else ("eval",):
-        _output_error(copied.train(mode == "train"), folded, args, kwargs)
+        _output_error(copied.train(mode == "train"), folded, calls)
 
 
 def _modes_differ(module: CapturedModule) -> bool:
@@ -203,7 +207,7 @@ def _copy_adapters(source: CapturedModule, target: CapturedModule) -> None:
 
 
 def _output_error(
-    module: CapturedModule, folded: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: CapturedModule, folded: CapturedModule, calls: Sequence[Call]
 ) -> tuple[float, float]:
     """Return the difference between folded and unfolded outputs, and its tolerance.
 
@@ -216,7 +220,7 @@ def _output_error(
     for each in (module, folded):  # torch selects attention kernels by requires_grad
         each.requires_grad_(False)
     with torch.no_grad():
-        made = record_calls(module, args, kwargs)
+        made = record_calls(module, calls)
         expected = [out for call in made for out in float_tensors(call.output)]
         if module.parent_module and module.training:  # each call under the same seed
             expected = _outputs(module, made)

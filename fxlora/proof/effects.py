@@ -9,7 +9,7 @@ step of the backward rescales to a maximum of 1. It is dead if it has none in an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
+from ..module.example_calls import Call
 from ..plan import Entry
 from .runs import float_tensors, record_calls
 
@@ -72,15 +73,14 @@ _DRAWS = (
 def effects(
     module: CapturedModule,
     trained: CapturedModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    calls: Sequence[Call],
 ) -> dict[str, Effect]:
     """Return the effect of each adapter, by the name of its A.
 
     Args:
         module: an adapted module, whose A and B are overwritten.
         trained: the same module with the user's values of A and B.
-        args, kwargs: the inputs to run on.
+        calls: the inputs to run on.
 
     Raises:
         VerificationError: an adapter has no effect in either mode, or its gradients are not
@@ -93,7 +93,7 @@ def effects(
             dead = [entry for entry in module.plan if not found[entry.name_a].live]
             if dead:
                 _fill(module, trained, draw)
-                better = _gradients(module.train(mode == "train"), dead, args, kwargs, draw.unit)
+                better = _gradients(module.train(mode == "train"), dead, calls, draw.unit)
                 found |= {name: e for name, e in better.items() if e.live or found[name].finite}
     dead = [entry.site for entry in module.plan if not found[entry.name_a].live]
     endless = [entry.site for entry in module.plan if not found[entry.name_a].finite]
@@ -108,7 +108,8 @@ def effects(
             f"effect and gradient: the adapter on '{dead[0]}' cannot change the outputs for these "
             "inputs"
             + (f", nor can {len(dead) - 1} more: {', '.join(dead[1:])}." if dead[1:] else ".")
-            + " Give inputs that reach it (a branch, an expert), or leave it out of the rules."
+            + " Give inputs that reach it (a branch, an expert; several as calls=[…]), or leave it "
+            "out of the rules."
         )
     return found
 
@@ -168,14 +169,13 @@ def _drawn(tensor: Tensor, std: float, seed: int) -> Tensor:
 def _gradients(
     module: CapturedModule,
     entries: list[Entry],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    calls: Sequence[Call],
     unit: bool,
 ) -> dict[str, Effect]:
     """Return the effects of some entries, from one forward and one backward pass."""
     outputs = [
         out
-        for call in record_calls(module, args, kwargs)
+        for call in record_calls(module, calls)
         for out in float_tensors(call.output)
         if out.requires_grad
     ]

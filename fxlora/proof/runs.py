@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..module import CapturedModule
+from ..module.example_calls import Call
 from ..module.memory import copied_values
 from ..module.parent import RegionCall
 
 
-def record_calls(
-    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[RegionCall]:
-    """Call a module once and return that call, or the calls of its regions in it.
+def record_calls(module: CapturedModule, calls: Sequence[Call]) -> list[RegionCall]:
+    """Make each call once and return them with their outputs, or the calls of regions in them.
 
     Python between regions may depend on its inputs discontinuously (as in a choice of boxes above a
     threshold). So for a module of regions, only the outputs of each region can be compared.
     """
     if not module.parent_module:
-        return [RegionCall("", args, kwargs, run(module, args, kwargs))]
+        return [RegionCall("", *call, run(module, *call)) for call in calls]
     with module.parent_module.recorded() as found:
-        run(module, args, kwargs)
+        for call in calls:
+            run(module, *call)
     return found
 
 
