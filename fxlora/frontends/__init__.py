@@ -95,17 +95,11 @@ def capture(
     _check_model(model)
     try:
         with callers_autocast():
-            if calls is None:
-                return _capture(model, args, kwargs, dynamic_shapes, modules)
-            if args is not None or kwargs is not None:
-                raise CaptureError(
-                    "give args and kwargs as one of the calls: calls=[(args, kwargs), …]."
-                )
-            return _capture_calls(model, calls_of(calls, CaptureError), dynamic_shapes, modules)
+            return _capture(model, args, kwargs, calls, dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
-        values = (args, kwargs)
+        values = (args, kwargs, calls)
         raise capture_error(model, "either", error, values=values, otherwise=_REPORT) from error
 
 
@@ -113,24 +107,20 @@ _REPORT = "fxlora did not expect this error: please report it, with the model."
 
 
 def _capture(
-    model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, modules: Modules | None
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    calls: Sequence[Call] | None,
+    dynamic_shapes: Any,
+    modules: Modules | None,
 ) -> CapturedModule:
     parts = () if modules is None else chosen_modules(model, modules)
-    if isinstance(args, torch.Tensor):
-        args = (args,)
-    if args is not None or kwargs is not None:
-        if not isinstance(args, tuple | list | None):
-            raise CaptureError(
-                f"args must be a tuple of example inputs, not {type(args).__name__}."
-            )
-        if not isinstance(kwargs, Mapping | None):
-            raise CaptureError(
-                f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
-                "Give several positional inputs as one tuple: capture(model, (a, b))."
-            )
-        return _capture_exported(
-            model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes, parts
-        )
+    given = _example_calls(args, kwargs, calls)
+    if given:
+        shapes = [dynamic_shapes] if calls is None else _shapes_of(len(given), dynamic_shapes)
+        if parts and len(given) > 1:
+            raise CaptureError("modules goes with one example call, not with several.")
+        return _capture_exported(model, given, shapes, parts)
     if parts:
         raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
     if dynamic_shapes is not None:
@@ -138,28 +128,33 @@ def _capture(
     return _capture_traced(model)
 
 
-def _capture_calls(
-    model: nn.Module, calls: Sequence[Call], dynamic_shapes: Any, modules: Modules | None
-) -> CapturedModule:
-    """Capture a model for several calls; those that an earlier call's graphs hold for need none."""
-    if modules is not None:
-        raise CaptureError("modules goes with one example call, not with several.")
+def _example_calls(args: Any, kwargs: Any, calls: Any) -> list[Call]:
+    """Return the user's example calls; none if no inputs were given."""
+    if calls is not None:
+        if args is not None or kwargs is not None:
+            raise CaptureError("give args and kwargs as one of calls=[(args, kwargs), …].")
+        return calls_of(calls, CaptureError)
+    if args is None and kwargs is None:
+        return []
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if not isinstance(args, tuple | list | None):
+        raise CaptureError(f"args must be a tuple of example inputs, not {type(args).__name__}.")
+    if not isinstance(kwargs, Mapping | None):
+        raise CaptureError(
+            f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
+            "Give several positional inputs as one tuple: capture(model, (a, b))."
+        )
+    return [(tuple(args or ()), dict(kwargs or {}))]
+
+
+def _shapes_of(number: int, dynamic_shapes: Any) -> list[Any]:
+    """Return the specification of the dynamic dimensions for each of several calls."""
     if dynamic_shapes is None:
-        dynamic_shapes = [None] * len(calls)
-    if not isinstance(dynamic_shapes, list | tuple) or len(dynamic_shapes) != len(calls):
-        raise CaptureError(f"dynamic_shapes must be a list of {len(calls)}, one for each call.")
-    register_containers(model)
-    sources: list[Source] = []
-    for number, ((args, kwargs), shapes) in enumerate(zip(calls, dynamic_shapes, strict=True)):
-        kwargs = in_signature_order(model, kwargs)
-        if any(source.holds_for(args, kwargs) for source in sources):
-            continue
-        try:
-            examples = examples_for(args, kwargs, shapes)
-            sources.append(export_modes(working_copy(model), examples))
-        except CaptureError as error:
-            raise CaptureError(f"call {number} of calls: {error}") from error
-    return _assemble(model, sources)
+        return [None] * number
+    if not isinstance(dynamic_shapes, list | tuple) or len(dynamic_shapes) != number:
+        raise CaptureError(f"dynamic_shapes must be a list of {number}, one for each call.")
+    return list(dynamic_shapes)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -208,28 +203,33 @@ def _hidden_name(model: nn.Module) -> str | None:
 
 
 def _capture_exported(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    parts: tuple[str, ...],
+    model: nn.Module, calls: Sequence[Call], shapes: Sequence[Any], parts: tuple[str, ...]
 ) -> CapturedModule:
+    """Export the model for each call, or else its submodules for all of them.
+
+    A call that the graphs of an earlier one hold for needs none of its own.
+    """
     register_containers(model)
-    kwargs = in_signature_order(model, kwargs)
-    try:
-        examples = examples_for(args, kwargs, dynamic_shapes)
-        source = export_modes(working_copy(model), examples, parts=parts)
-    except CaptureError as failure:
-        if dynamic_shapes is not None or parts:  # the user asked for one whole graph
-            raise
-        return _capture_by_regions(model, args, kwargs, failure)
-    return _assemble(model, [source], parts=parts)
+    calls = [(args, in_signature_order(model, kwargs)) for args, kwargs in calls]
+    sources: list[Source] = []
+    for (args, kwargs), asked in zip(calls, shapes, strict=True):
+        if any(source.holds_for(args, kwargs) for source in sources):
+            continue
+        try:
+            examples = examples_for(args, kwargs, asked)
+            sources.append(export_modes(working_copy(model), examples, parts=parts))
+        except CaptureError as failure:
+            if asked is not None or parts:  # the user asked for one whole graph
+                raise
+            return _capture_by_regions(model, calls, failure)
+    return _assemble(model, sources, parts=parts)
 
 
 def _capture_by_regions(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
+    model: nn.Module, calls: Sequence[Call], failure: CaptureError
 ) -> CapturedModule:
-    regions = Regions(model, args, kwargs, failure)
+    """Capture the largest submodules that have graphs for all that these calls do with them."""
+    regions = Regions(model, calls, failure)
     module = _assemble(model, *regions.capture())
     while wrong := wrong_regions(module, regions.seen):
         regions.leave(wrong)

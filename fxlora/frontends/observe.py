@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError
 from ..fx.effects import arguments_of
 from ..fx.literals import same_literal
+from ..module import example_calls
 from ..module.memory import memory_id
 from ..module.program import MODES
 from .kept.generators import Draws, current
@@ -80,15 +82,15 @@ class Call:
 
 @dataclass
 class Observation:
-    """The record of one run of the model per mode.
+    """The record of one run of the model per mode and call.
 
     Attributes:
         calls: the calls of each submodule, by path.
         reads: for each parameter that an op reads, by name: the paths of the submodules around
             the op, outermost first, mapped to the `file:line` of the first read inside them.
         failures: the exception that the model raised, by mode.
-        args, kwargs: the model's inputs.
-        outcomes: the model's output tensors and its buffers after the run, by mode.
+        given: the model's inputs in each call.
+        outcomes: the model's output tensors and its buffers after each call, by mode.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
@@ -96,21 +98,14 @@ class Observation:
         default_factory=dict[str, dict[tuple[str, ...], str]]
     )
     failures: dict[str, Exception] = field(default_factory=dict[str, Exception])
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
-    outcomes: dict[str, list[torch.Tensor]] = field(default_factory=dict[str, list[torch.Tensor]])
+    given: Sequence[example_calls.Call] = ()
+    outcomes: dict[str, list[list[torch.Tensor]]] = field(default_factory=dict[str, Any])
 
     def ran(self, module: nn.Module, mode: str) -> bool:
-        """Whether a module's outcome in this mode equals the model's, up to rounding."""
+        """Whether a module's outcomes in this mode equal the model's, up to rounding."""
         if mode in self.failures:
             return True  # nothing to compare with
-        try:
-            with undisturbed(module), Draws():
-                found = outcome(module, self.args, self.kwargs)
-        except Exception:  # noqa: BLE001 - any error is a difference: the model raised none
-            return False
-        expected = self.outcomes[mode]
-        return len(found) == len(expected) and all(map(_same, found, expected))
+        return all(map(functools.partial(_has_outcome, module), self.given, self.outcomes[mode]))
 
     def outside(self, regions: set[str]) -> dict[str, str]:
         """Map each parameter that is read outside of all these submodules to where it is read."""
@@ -122,19 +117,31 @@ class Observation:
         return found
 
 
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
-    """Run a copy of the model (over the same parameters) once in each mode, and record the runs."""
-    seen = Observation(args=args, kwargs=kwargs)
-    for mode in MODES:
+def observe(model: nn.Module, calls: Sequence[example_calls.Call]) -> Observation:
+    """Run copies of the model (over the same parameters) in each mode, and record the runs."""
+    seen = Observation(given=calls)
+    for mode, (args, kwargs) in itertools.product(MODES, calls):
         twin = separate_copy(model)
         try:
             with mode_of(twin, mode == "train"), Draws(), _Watch(twin, mode, seen):
-                seen.outcomes[mode] = outcome(twin, args, kwargs)
+                seen.outcomes.setdefault(mode, []).append(outcome(twin, args, kwargs))
         except CaptureError:  # a write to a parameter, which no copy of the model is safe from
             raise
         except Exception as error:  # noqa: BLE001 - the model may raise anything
             seen.failures[mode] = error
     return seen
+
+
+def _has_outcome(
+    module: nn.Module, call: example_calls.Call, expected: Sequence[torch.Tensor]
+) -> bool:
+    """Whether a call of a module has this outcome, up to rounding."""
+    try:
+        with undisturbed(module), Draws():
+            found = outcome(module, *call)
+    except Exception:  # noqa: BLE001 - any error is a difference: the model raised none
+        return False
+    return len(found) == len(expected) and all(map(_same, found, expected))
 
 
 def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -191,7 +198,7 @@ class _Watch(TorchDispatchMode):
             if path and not isinstance(module, torch.jit.ScriptModule):
                 # Before the module's own hooks: an export of the module runs them, too.
                 module.register_forward_pre_hook(
-                    partial(self._enter, path), prepend=True, with_kwargs=True
+                    functools.partial(self._enter, path), prepend=True, with_kwargs=True
                 )
                 module.register_forward_hook(self._leave, always_call=True)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import Dim, ShapesCollection
 
 from ..errors import CaptureError, InputError
-from ..module import CapturedModule
+from ..module import CapturedModule, example_calls
 from ..module.parent import ParentModule
 from ..module.program import MODES
 from .examples import Example, in_signature_order
@@ -43,12 +43,12 @@ class Regions:
     """
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: CaptureError
+        self, model: nn.Module, calls: Sequence[example_calls.Call], failure: CaptureError
     ) -> None:
         refuse_closures(model, failure)
         self.model, self.failure = model, failure
         self._traced = working_copy(model)
-        self.seen = observe(model, args, kwargs)
+        self.seen = observe(model, calls)
         if len(self.seen.failures) == 2:
             raise unable(
                 model, "does not run on the example inputs", self.seen.failures["eval"], ""

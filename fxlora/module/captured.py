@@ -663,13 +663,12 @@ def _signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signatur
     """Return a signature with the arguments of every call; those that not all have are optional."""
     names = [contract.names if contract else () for contract in contracts]
     always = [name for name in names[0] if all(name in others for others in names)]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    optional = [name for name in dict.fromkeys(itertools.chain(*names)) if name not in always]
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Signature(
         [
-            inspect.Parameter(
-                name, kind, default=inspect.Parameter.empty if name in always else None
-            )
-            for name in dict.fromkeys([*always, *itertools.chain(*names)])
+            *(inspect.Parameter(name, by_position) for name in ("self", *always)),
+            *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in optional),
         ]
     )
 
