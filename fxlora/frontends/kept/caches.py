@@ -1,6 +1,6 @@
 """Keep the tensors of a trace out of the caches of the model's Python code.
 
-A forward may keep what it computes in an lru_cache, a global, a closure or on a class. A trace
+A forward may keep results in an lru_cache, a global, a closure or an attribute of a class. A trace
 computes on fake tensors, which would stay there, and every later call of the model would find them.
 """
 
@@ -30,11 +30,11 @@ _LIBRARIES = {"torch", "numpy", __name__.partition(".")[0], *sys.stdlib_module_n
 
 @contextmanager
 def no_traces_in_caches(model: nn.Module) -> Generator[None]:
-    """Take out of Python's caches, afterwards, what a trace of the model has left in them.
+    """Within the context, trace a model; afterwards, remove the tensors of the trace from caches.
 
     These are the caches that the code of the model's classes can reach. An lru_cache is emptied if
-    it was used; a variable or a container is put back if it holds a tensor of the trace. Everything
-    else that a call leaves there stays.
+    any result was added to it. A variable or a container gets back its earlier value if it holds a
+    tensor of the trace. Everything else that a call leaves there stays.
     """
     reach = _Reach(model)
     misses = [(cache, cache.cache_info().misses) for cache in reach.lru_caches]
@@ -54,14 +54,14 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
 
 
 class _Reach:
-    """What the code of a model's classes reaches by name, closure and default.
+    """The objects that the code of a model's classes reaches by name, closure and default.
 
-    An attribute of a class or instance is reached once some code that is reached has its name.
+    An attribute of a class or instance is reached if code that is reached contains its name.
 
     Attributes:
         lru_caches: functions that keep their results.
         containers: dicts, lists and sets.
-        owners: what has variables: namespaces of Python modules, classes, instances, closures.
+        owners: the objects with variables: namespaces of modules, classes, instances, closures.
     """
 
     def __init__(self, model: nn.Module) -> None:
