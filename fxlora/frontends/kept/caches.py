@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,18 +34,19 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
     """Within the context, trace a model; afterwards, remove the tensors of the trace from caches.
 
     These are the caches that the code of the model's classes can reach. An lru_cache is emptied if
-    any result was added to it. A variable or a container gets back its earlier value if it holds a
+    it was used. A variable or a container gets back its earlier value if it holds a
     tensor of the trace. Everything else that a call leaves there stays.
     """
     reach = _Reach(model)
-    misses = [(cache, cache.cache_info().misses) for cache in reach.lru_caches]
+    used = [(cache, cache.cache_info()) for cache in reach.lru_caches]
     containers = [(container, copy.copy(container)) for container in reach.containers]
     variables = [(owner, dict(_variables(owner))) for owner in reach.owners.values()]
     try:
         yield
     finally:
-        for cache, before in misses:
-            if cache.cache_info().misses != before:
+        for cache, before in used:
+            # equal counts, if the forward clears the cache and fills it again
+            if cache.cache_info() != before or any(map(_holds_traced, _results(cache))):
                 cache.cache_clear()
         for container, before in containers:
             if not unchanged(container, before) and any(map(_holds_traced, items(container))):
@@ -153,6 +155,13 @@ def _in_a_library(thing: Any) -> bool:
     """Whether a function, class or Python module is of torch, numpy or the standard library."""
     name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
     return (name or "").partition(".")[0] in _LIBRARIES
+
+
+def _results(lru_cache: Any) -> list[Any]:
+    """Return the results that an lru_cache holds, with the objects that it holds them in."""
+    held = gc.get_referents(lru_cache)
+    entries = [entry for part in held if isinstance(part, dict) for entry in part.values()]
+    return [*held, *entries, *gc.get_referents(*entries)]
 
 
 def _variables(owner: Any) -> Mapping[str, Any]:
