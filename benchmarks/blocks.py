@@ -1,4 +1,4 @@
-"""Measure what outlined layers cost at capture, and what they save torch.compile, by depth.
+"""Measure the cost of outlined layers at capture, and their gain for torch.compile, by depth.
 
 A small random Llama is captured as one graph, and with its layers as modules that are called
 (`modules="model.layers.*"`). Then each is compiled: the flat one as a whole, the outlined one layer

@@ -141,7 +141,7 @@ def compare(
     report.add(case, rows, timings)
 
 
-Sides = dict[str, tuple[str, Side]]  # name → what it includes, how to run it
+Sides = dict[str, tuple[str, Side]]  # name → the work that it includes, and how to run it
 
 
 def memory_sides(lora: fxlora.CapturedModule) -> Sides:

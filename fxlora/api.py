@@ -43,8 +43,8 @@ def inject(
         plan: from `match` on this module.
         starts: initial values of adapter tensors by name, of the shapes `(r, in_features)` for A
             and `(out_features, r)` for B; the others are initialised as the plan says.
-        adapter_dtype: the dtype of all adapters and of what trains in full, instead of the plan's:
-            True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
+        adapter_dtype: the dtype of all adapters and of the parameters trained in full, instead of
+            the plan's: True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
 
     Returns:
         The adapted module. It shares the frozen weights' storage with the given one.

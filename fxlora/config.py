@@ -81,11 +81,11 @@ class LoraConfig:
             "olora" select it by themselves.
         tied: how a rule adapts a weight that has several names: only where it is read under a name
             that the rule matches ("rule"), or wherever it is read ("share").
-        autocast_adapter_dtype: the dtype of A, B, a variant's tensors, and what `bias` and
-            `modules_to_save` train in full. True: float32, or the weight's dtype if that is wider.
-            False: the weight's dtype. Or a dtype, as a torch.dtype or a name ("float32"), which
-            the field then holds as its name. The graph casts them to the weight's dtype where they
-            are used. (PEFT has this as an argument of `get_peft_model`.)
+        autocast_adapter_dtype: the dtype of A, B, a variant's tensors, and the parameters that
+            `bias` and `modules_to_save` train in full. True: float32, or the weight's dtype if
+            that is wider. False: the weight's dtype. Or a dtype, as a torch.dtype or a name
+            ("float32"), which the field then holds as its name. The graph casts them to the
+            weight's dtype where they are used. (PEFT has this as an argument of `get_peft_model`.)
         task_type: accepted so that scripts written for PEFT run; it has no effect.
         fan_in_fan_out: the same; the layout of a weight is taken from the graph.
 

@@ -95,8 +95,8 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
     The memory is that of one gradient and Adam's two moments (Kingma and Ba 2015, algorithm 1) per
     trainable parameter, all in the parameters' dtype, for float32 and bfloat16. It does not include
     weights and activations. DoRA's magnitudes count as parameters of the adapter. The rows above
-    the total add up to it: the model, its adapters with what is frozen in them (PiSSA's start), or,
-    of a folded module, the model and the copies that split ties.
+    the total add up to it: the model and its adapters, including their frozen tensors (the initial
+    A and B of PiSSA), or, of a folded module, the model and the copies that split ties.
 
     Args:
         x: a plan, an adapted module, or a folded module (for its last folded plan).
@@ -192,7 +192,7 @@ def _row(entry: Entry) -> list[str]:
 
 
 def _sum_rows(totals: _Totals) -> list[list[str]]:
-    """Return the rows whose sum is the total, the total, and the rows about what trains."""
+    """Return the rows that add up to the total, the total, and those of trained parameters."""
     rows: list[tuple[str, int | None]] = [("model", totals.model)]
     if totals.folded:
         rows += [

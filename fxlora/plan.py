@@ -426,7 +426,7 @@ class Plan:
         return len(self.entries)
 
     def with_adapter_dtype(self, rule: DtypeRule) -> Plan:
-        """Return the plan with one dtype for all adapters and all that trains in full."""
+        """Return the plan with one dtype rule for all adapters and parameters trained in full."""
         entries = tuple(dataclasses.replace(e, autocast_adapter_dtype=rule) for e in self)
         trained = dict.fromkeys(self.trained, rule)
         return dataclasses.replace(self, entries=entries, trained_dtypes=trained)
@@ -518,7 +518,7 @@ class Plan:
     def to_toml(self) -> str:
         """Return the plan as TOML, as content for a rules file (see `load_rules`).
 
-        Its first lines say which half to edit.
+        A comment at its top says which part of it to edit, if any.
 
         Raises:
             ConfigError: a rule has a `where=` function, which cannot be written to a file.

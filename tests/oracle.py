@@ -1,7 +1,7 @@
 """The oracle: W0 + s·BA once more, from the papers, in the source model.
 
-It runs no code of fxlora and reads no layout, form, scaling or range from a plan. What the
-dimensions of a weight mean, the source says itself, by the type of the module that owns it or in
+It runs no code of fxlora and reads no layout, form, scaling or range from a plan. The meaning of a
+weight's dimensions comes from the source itself: from the type of the module that owns it, or from
 `subscripts` of a test's model. The rank, s and the rows of a part come from the user's rule. From
 a plan come only names (of A and B, of the weight, of the part) and the number of that rule.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, torch.Tensor]
 
-# What torch, torchvision and transformers say of their weights, by class and name (globs).
+# The subscripts of weights of torch, torchvision and transformers, by class and name (globs).
 SUBSCRIPTS = {
     "Linear.weight": "oi",
     "Bilinear.weight": "eoi",  # a matrix for each output
@@ -48,7 +48,7 @@ SUBSCRIPTS = {
 def subscripts(model: nn.Module, name: str) -> str:
     """Return the subscripts of a parameter: declared by a module above it, or known by its type.
 
-    A parametrized weight has those of the weight that it stands for.
+    A parametrized weight has those of the weight that is computed from it.
     """
     name = re.sub(r"parametrizations\.(\w+)\..*", r"\1", name)
     path = re.sub(r"weight_(orig|v)$", "weight", name).split(".")  # torch's older hooks
@@ -66,7 +66,7 @@ def subscripts(model: nn.Module, name: str) -> str:
 
 
 def declare(model: nn.Module, table: Mapping[str, str]) -> None:
-    """Say what the dimensions of a model's parameters are, if its class does not."""
+    """Set the subscripts of a model's parameters, if its class has none."""
     vars(model)["subscripts"] = dict(table)
 
 

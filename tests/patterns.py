@@ -52,8 +52,8 @@ class Pattern:
         plain: whether the adapter adds s·BA and nothing else (DoRA scales, PiSSA subtracts).
         exportable: whether there is a whole graph to export; if not, export must raise a typed
             error.
-        subscripts: what the dimensions of weights are (see `oracle.py`), where A and B do not take
-            what the weights' modules say: of a read that fxlora cannot follow, or of another op.
+        subscripts: the subscripts of weights (see `oracle.py`), where those of their modules do not
+            apply to A and B: for a read that fxlora cannot follow, or by another op.
         hidden: whether torch.func does not reach some reads (those through a list); the oracle
             then only writes into the source's own memory.
         since: the first torch that can run and save it, where some supported ones cannot.
@@ -175,7 +175,7 @@ def _inputs(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def w(*shape: int, dims: str = "eeoi") -> Callable[[], nn.Parameter]:
     """Return a maker of a weight (…, out, in), or of one without inputs and outputs.
 
-    The last letters of `dims` say what its dimensions are (see `oracle.py`).
+    The last letters of `dims` are its subscripts (see `oracle.py`).
     """
 
     def made() -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Autocast is the caller's: a graph does under it what its source does, or refuses."""
+"""Under the caller's autocast, a graph computes the same as its source, or refuses the call."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def assert_follows(
     return gm
 
 
-# ---- what the source reads under autocast -------------------------------------------------------
+# ---- dtypes that the source reads under autocast ------------------------------------------------
 
 
 def cast_to_read_dtype(h: torch.Tensor) -> torch.Tensor:
@@ -236,7 +236,7 @@ def test_a_choice_is_one_node() -> None:
     assert not [n for n in gm.graph.nodes if "_assert_tensor_metadata" in str(n.target)]
 
 
-# ---- what is not known --------------------------------------------------------------------------
+# ---- autocasts that are not proved --------------------------------------------------------------
 
 
 def test_inputs_of_another_dtype_are_refused() -> None:
@@ -259,7 +259,7 @@ def test_moved_weights_are_refused() -> None:
 
 
 def on_an_accelerator(model: nn.Module, *args: Any) -> dict[str, Any]:
-    """Return what a capture on the CPU knows of autocast on a GPU, which need not be there."""
+    """Return the autocasts that a capture on the CPU found for a GPU, which need not be there."""
     before = [(name, id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()]
     gm = fxlora.capture(model, args)
     after = model.state_dict(keep_vars=True)

@@ -47,6 +47,11 @@ def by_lru_cache(size: int) -> torch.Tensor:
     return made(size)
 
 
+@functools.cache
+def by_cache(size: int) -> torch.Tensor:
+    return made(size)
+
+
 def by_size(size: int) -> torch.Tensor:
     if size not in BY_SIZE:
         BY_SIZE[size] = made(size)
@@ -101,6 +106,7 @@ def remembered(function: Callable[[int], torch.Tensor]) -> Callable[[int], torch
 in_closure = remembered(made)
 KINDS = (
     by_lru_cache,
+    by_cache,
     by_size,
     by_name,
     in_list,
@@ -135,6 +141,22 @@ def test_the_source_is_as_before(gains: Callable[[int], torch.Tensor]) -> None:
     again = fxlora.capture(model, x)  # now that the cache holds a tensor
     assert torch.equal(again(x), model(x))
     assert gains(5) is gains(5)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_cache_that_the_forward_clears(bounded: bool) -> None:
+    """The counts of the cache are then as they were, but what it holds is another."""
+    table = functools.lru_cache(maxsize=4 if bounded else None)(made)
+
+    def gains(size: int) -> torch.Tensor:
+        table.cache_clear()
+        return table(size)
+
+    model, x = Gained(gains), torch.randn(4, 3)
+    model(x)
+    before = table.cache_info()
+    assert fxlora.capture(model, x).regions == ("",)
+    assert type(table(5)) is torch.Tensor and before.misses == 1
 
 
 def test_what_a_call_keeps_besides_tensors_stays() -> None:

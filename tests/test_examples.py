@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the demo sets what it sees unset
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else the demo sets it
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ResNet with half of the blocks stands for the demo's own."""
+    """With a ResNet of half as many blocks in place of the demo's own."""
     for package in ("torchvision", "sklearn", "tqdm"):
         pytest.importorskip(package)
     from torchvision.models import _api, resnet

@@ -1,4 +1,4 @@
-"""Golden graphs: what each row of the table of ops makes of the smallest model that calls its op.
+"""Golden graphs: for each row of the table of ops, those of the smallest model that calls its op.
 
 tests/golden/ops has a file for each kind of op. Its sections are the captured graph, which is also
 the folded one, and the graphs with the adapter in each form.

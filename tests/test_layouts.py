@@ -73,7 +73,7 @@ def together(
 
 
 def inputs_and_stack(case: Any) -> tuple[Any, ...]:
-    """Return what the cases of one model have in common: a stack fixes the size of its batch."""
+    """Return a key for cases that one model can hold: a stack fixes the size of its batch."""
     _, shape, x, roles = case
     return x, shape[: roles.count("e")] if roles.startswith("e") else ()
 

@@ -1,4 +1,4 @@
-"""Adapters in their own dtype: A, B and what trains in full, over bases of any precision."""
+"""Adapters in their own dtype: A, B and parameters trained in full, over bases of any precision."""
 
 from __future__ import annotations
 

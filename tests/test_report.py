@@ -125,7 +125,7 @@ def test_a_frozen_start_counts(init: str) -> None:
 
 
 def assert_adds_up(module: fxlora.CapturedModule) -> None:
-    """Check that the total is what the module holds, and the sum of the rows above it."""
+    """Check that the total counts the module's parameters, and is the sum of the rows above it."""
     table = fxlora.report(module).split("\n\n")[1]
     found = re.findall(r"^(.+?)  +([\d,]+)%?$", table, re.MULTILINE)
     rows = [(what, int(number.replace(",", ""))) for what, number in found]

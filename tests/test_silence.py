@@ -497,7 +497,7 @@ def test_a_constant_of_another_sign_is_refused() -> None:
         gm(X, -0.0)
 
 
-# ---- what a call writes to ----------------------------------------------------------------------
+# ---- tensors that a call writes to --------------------------------------------------------------
 
 
 class Counts(nn.Module):

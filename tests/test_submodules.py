@@ -246,7 +246,7 @@ def test_unknown_modules_are_refused_with_a_suggestion(source: Model) -> None:
 
 
 class Side(nn.Module):
-    """Hands a value out by an attribute."""
+    """Passes a value to the code around it by an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_values_that_go_around_the_call_are_refused() -> None:
         fxlora.capture(ReadsSide(), torch.randn(3, 6), modules="side")
 
 
-# ---- what the code around an outlined submodule takes for granted ------------------------------
+# ---- assumptions of the code around an outlined submodule --------------------------------------
 
 
 def outlined(model: nn.Module, modules: Any, *args: torch.Tensor) -> tuple[nn.Module, Any]:
@@ -410,7 +410,7 @@ def test_a_result_of_another_shape_or_structure_is_refused() -> None:
             gm(x)
     model, gm = outlined(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), "1")
     other = nn.Linear(4, 7)
-    for module in (model, gm):  # what nothing else computes with may have another size
+    for module in (model, gm):  # a result that is only returned may have another size
         module.register_module("1", other)
     assert_same([gm(x)], [model(x)])
 
@@ -563,7 +563,7 @@ def compile_it(m: Any) -> None:
     m.layers[0] = torch.compile(m.layers[0], backend="eager")
 
 
-# What is done: what does it, and whether it works on an outlined submodule, and on another one.
+# Each action: a function, and whether it works on an outlined submodule, and on another one.
 ACTIONS: dict[str, tuple[Callable[[Any], object], str, str]] = {
     "read it: its class, children, parameters, `state_dict()`": (look, "works", "works"),
     "write to it: `load_state_dict`": (load, "works", "works"),
@@ -1018,7 +1018,7 @@ def test_parameters_in_one_memory_stay_in_one_when_they_train(copied: bool) -> N
     assert_same(list(model.state_dict().values()), list(before.values()))
 
 
-# ---- what the graph does not read, or was not made for --------------------------------------
+# ---- tensors that the graph does not read, or was not made for ------------------------------
 
 
 def ones(dtype: torch.dtype = torch.double) -> nn.Parameter:
@@ -1039,7 +1039,7 @@ class Unbiased(nn.Module):
         return self.norms["bn"](self.head(x))
 
 
-# What is done to the source, where it has an effect, and to the captured module, where it raises.
+# Changes that have an effect on the source, and raise on the captured module.
 NO_EFFECT: dict[str, Callable[[Any], object]] = {
     "a bias": lambda m: add_bias(m.head),
     "a registered bias": lambda m: m.head.register_parameter(

@@ -384,7 +384,7 @@ def test_transformers(name: str) -> None:
 
 
 def check_names(model: nn.Module, kwargs: dict[str, Any], gm: Any, names: tuple[str, str]) -> None:
-    """Adapt each of the two names of a tied weight alone, and both."""
+    """Adapt each of the two names of a tied weight by itself, and both."""
     for which in (*names, list(names)):
         rule = Rule(which, lora=R2)
         _, lora = check_laws(model, (), kwargs, rules=rule, capture=lambda _: gm)

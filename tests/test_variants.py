@@ -343,7 +343,7 @@ def captured(what: str, road: str, dtype: torch.dtype) -> tuple[nn.Module, Any, 
 
 WHOLE = [("recurrent", "traced"), ("bags", "traced")]  # the tracer does not see inside
 ROADS = [(what, road) for what in PLACES for road in ("exported", "traced")]
-# What is traced differs from what is exported in its ops, as the quick run sees in these.
+# Traced graphs have other ops than exported ones; the quick run covers that with these places.
 TRACED = ("linear", "convolutions", "products", "tied")
 
 

@@ -49,7 +49,7 @@ def untyped(value: object) -> Any:
 
 def examples(count: int) -> settings:
     """Return hypothesis' settings for so many examples, however long each takes."""
-    checks: Any = list(HealthCheck)  # its metaclass does not say what it iterates over
+    checks: Any = list(HealthCheck)  # its metaclass declares no type of item
     return settings(max_examples=count, deadline=None, suppress_health_check=checks)
 
 

@@ -163,7 +163,7 @@ def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -
 
 
 def _as_peft_starts(entry: Entry) -> Entry:
-    """Return an entry with PEFT's init: it starts embeddings at zero whatever is asked for."""
+    """Return an entry with PEFT's init, which for embeddings is never PiSSA or OLoRA."""
     if not has_embedding_keys(entry) or entry.init not in STARTS:
         return entry
     variants = tuple(name for name in entry.variants if name != "from_weight")

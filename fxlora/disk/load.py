@@ -40,8 +40,8 @@ def load_adapter(
         module: a captured module without adapters; it is not changed.
         folder: the adapter folder.
         adapter_name: the adapter's name in the new module.
-        adapter_dtype: the dtype of all adapters and of what trains in full, instead of the
-            folder's: True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
+        adapter_dtype: the dtype of all adapters and of the parameters trained in full, instead of
+            the folder's: True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
 
     Returns:
         The adapted module, with the values of the file.

@@ -75,7 +75,7 @@ def owner_of(entry: Entry) -> str:
 
 
 def why_not(module: CapturedModule, plan: Plan) -> str | None:
-    """Why PEFT would compute a different result from this adapter, or None if it would not."""
+    """Return why PEFT would compute another result from this adapter, or None if it would not."""
     base = Remove(restore=False)(module)
     readers: dict[str, list[Reader]] = {}
     for site in find_sites(base):
@@ -95,7 +95,7 @@ def why_not(module: CapturedModule, plan: Plan) -> str | None:
 
 
 def _why_not_these(group: Group) -> str | None:
-    """Why PEFT has no equal of the entries of one weight, or None."""
+    """Return why PEFT has no equal of the entries of one weight, or None."""
     entry = group[0]
     if any(e.variants not in VARIANTS for e in group):
         return f"variant {', '.join(entry.variants)}"
@@ -109,7 +109,7 @@ def _why_not_these(group: Group) -> str | None:
 
 
 def _why_not_read(entry: Entry, readers: Sequence[Reader], shared: bool) -> str | None:
-    """Why PEFT would not adapt all reads of a weight, or None.
+    """Return why PEFT would not adapt all reads of a weight, or None.
 
     Args:
         entry: an entry of the weight.
@@ -132,7 +132,7 @@ def _why_not_read(entry: Entry, readers: Sequence[Reader], shared: bool) -> str 
 
 
 def _why_not_layer(entry: Entry, reader: Reader) -> str | None:
-    """Why PEFT's wrapper of a layer would compute a different result at this read, or None."""
+    """Return why PEFT's wrapper of a layer would compute another result at this read, or None."""
     classes = module_classes(reader.node)
     if reader.through or not classes or classes[-1] != LAYERS[entry.op]:
         return f"read by {classes[-1] if classes else 'a module of unknown class'}"
@@ -149,7 +149,7 @@ def _why_not_layer(entry: Entry, reader: Reader) -> str | None:
 
 
 def _why_not_parameter(entry: Entry, reader: Reader) -> str | None:
-    """Why PEFT's wrapper of a bare parameter would compute a different result, or None."""
+    """Return why PEFT's wrapper of a bare parameter would compute a different result, or None."""
     if entry.layout.roles not in ("oi", "io", "eoi", "eio"):
         return f"a parameter laid out as {entry.layout.roles}"
     if entry.dropout:
@@ -160,7 +160,7 @@ def _why_not_parameter(entry: Entry, reader: Reader) -> str | None:
 
 
 def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
-    """Why one configuration of PEFT cannot target exactly these weights, or None."""
+    """Return why one configuration of PEFT cannot target exactly these weights, or None."""
     bare = {e.parameter: owner_of(e) for e in plan if is_bare(e)}
     layers = {owner_of(e) for e in plan if not is_bare(e)}
     if both := layers & set(bare.values()):

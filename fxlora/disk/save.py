@@ -39,8 +39,8 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     PEFT can read the folder if it can represent the adapters: those of layers and bare parameters
     that their own modules' forwards read, with plain LoRA or (for layers) DoRA. PiSSA and OLoRA
     become plain LoRA of twice the rank, and the parts of a packed weight one block-diagonal pair.
-    Otherwise the peft_type is "FXLORA", with which PEFT raises an error, and `why_not_peft` in the
-    configuration says what PEFT cannot represent.
+    Otherwise the peft_type is "FXLORA", with which PEFT raises an error, and the configuration
+    gives the reason as `why_not_peft`.
 
     Args:
         module: an adapted module.

@@ -56,8 +56,8 @@ def capture(
     inputs, torch.fx's symbolic tracer captures the model; it sees less than torch.export, so
     give inputs where you can.
 
-    Parameters share storage with the model, so nothing large is copied, until their first gradient
-    arrives or a state dict is loaded: they are copied then. Buffers are copied here.
+    Parameters share storage with the model, so that nothing large is copied. They are copied when
+    their first gradient arrives or a state dict is loaded. Buffers are copied at once.
 
     Args:
         model: any nn.Module. Its current mode is captured with the training flags as they are
@@ -323,7 +323,7 @@ class _Held:
         self._written_constants: list[torch.Tensor] = []
 
     def look_into(self, source: Source, module: fx.GraphModule) -> None:
-        """Add what a graph module holds, calls and writes to."""
+        """Add the tensors that a graph holds and writes to, and the submodules that it calls."""
         graph = module.graph
         self.called |= {str(node.target) for node in graph.find_nodes(op="call_module")}
         writes = {name for node in graph.nodes for name in written_attributes(node, module)}
@@ -342,9 +342,9 @@ class _Held:
             self._refuse_apart()
 
     def _refuse_apart(self) -> None:
-        """Raise if a plain tensor shares memory with what a call writes to.
+        """Raise if a plain tensor shares memory with a tensor that a call writes to.
 
-        A traced graph holds a copy of the tensor, which would not change with it.
+        A traced graph holds a copy of the plain tensor, which the write would not change.
         """
         written = {id(self.named[name]) for name in self.written}
         plain = {id(tensor): name for name, tensor in plain_tensors(self.model)}
@@ -359,7 +359,7 @@ class _Held:
                 )
 
     def own_tensors(self, read: Iterable[str]) -> dict[int, torch.Tensor]:
-        """Return the captured module's tensor for each tensor, by id.
+        """Return the captured module's tensor for each tensor of the model and its graphs, by id.
 
         Args:
             read: names of parameters that Python reads, and may write to.
@@ -370,7 +370,7 @@ class _Held:
 
 
 def _all_names(tree: nn.Module, written: Collection[str]) -> frozenset[str]:
-    """Return the names of the parameters among these, and of those over the same memory."""
+    """Return all names of the parameters that are, or share memory with, a written tensor."""
     named = dict(tree.named_parameters(remove_duplicate=False))
     tensors = dict(tree.named_buffers(remove_duplicate=False)) | named
     marked = {id(tensors[name]) for name in written if name in tensors}

@@ -1,9 +1,10 @@
 """Merge the graph that a source has under autocast into its graph without autocast.
 
-The two have the same calls in the same order, but for casts that one of them lacks; they differ in
-dtypes and other constants, and in whether a call reads a tensor or a cast of it. (Without autocast,
-such a cast may return its very input, and torch.export then takes one for the other.) Each
-difference becomes a choice by the caller's autocast. Whether the result is right, a proof must say.
+The two have the same calls in the same order, except for casts that one of them lacks. They differ
+in dtypes and other constants, and in whether a call reads a tensor or a cast of it. (Without
+autocast, such a cast may return its input itself, and torch.export then takes one for the other.)
+Each difference becomes a choice by the caller's autocast. A proof then tells whether the result is
+right (`autocast_proof.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def choose(
     autocast: Autocast,
     guesses: Sequence[Autocast],
 ) -> None:
-    """Make a graph, in place, do what another does under the autocast that it was made under.
+    """Merge a graph made under autocast into one made without, in place, by choices.
 
-    Without autocast, the graph does what it did. It is left as it is from the first call on that
-    has no counterpart.
+    Without autocast, the graph still computes the same. From the first call on that has no
+    counterpart in the other graph, it is left as it is.
 
     Args:
         module: the graph without autocast.
@@ -83,7 +84,7 @@ class _Merge:
         return isinstance(mine, fx.Node) == isinstance(theirs, fx.Node) or _is_choice(mine)
 
     def _merge(self, mine: fx.Node, theirs: fx.Node) -> None:
-        """Make our call choose the constants and inputs of theirs under the autocast."""
+        """Give our call the inputs of theirs, and choices of their constants under the autocast."""
         self.ours[theirs] = mine
         if mine.op == "get_attr":
             self._merge_constants(mine, theirs)
@@ -114,12 +115,12 @@ class _Merge:
         return node
 
     def _guessed(self, value: Any) -> dict[Autocast, Any]:
-        """Return a constant under this autocast, and what it may be under others."""
+        """Return a constant under this autocast, with guesses of it under the others."""
         known = self.autocast[1]
         return {self.autocast: value} | {g: _guess(value, known, g[1]) for g in self.guesses}
 
     def _add_cast(self, theirs: fx.Node, before: fx.Node) -> None:
-        """Add a cast that only the source under autocast does; without, it does nothing."""
+        """Add a cast that only the source under autocast makes; otherwise it does nothing."""
         source = self.ours[theirs.args[0]]  # pyright: ignore[reportArgumentType]
         usual, value = example_value(source), example_value(theirs)
         assert usual is not None and value is not None
@@ -131,7 +132,7 @@ class _Merge:
         self.ours[theirs] = cast
 
     def _undo_cast(self, mine: fx.Node) -> None:
-        """Have a cast that the source under autocast does not do keep the dtype of its input."""
+        """Make a cast that the source under autocast lacks keep its input's dtype there."""
         source: Any = mine.args[0]
         given = next((t for t, ours in reversed(self.ours.items()) if ours is source), None)
         value = example_value(given)
@@ -180,7 +181,7 @@ def _set(choice: fx.Node, autocast: Autocast, value: Any) -> None:
 
 
 def _guess(value: Any, known: torch.dtype, wanted: torch.dtype) -> Any:
-    """Return what a constant under one autocast may be under another; a proof follows."""
+    """Guess a constant under one autocast from its value under another; a proof follows."""
     if value is known:
         return wanted
     if isinstance(value, torch.Tensor) and value.dtype == known:
@@ -205,25 +206,25 @@ def _is_choice(value: Any) -> bool:
 
 
 def _is_added(node: fx.Node) -> bool:
-    """Whether a node is a choice, or a constant that only choices under autocast are between."""
+    """Whether a merge added a node: a choice, or a constant that choices take under autocast."""
     others = bool(node.users) and all(_is_choice(u) and u.args[0] is not node for u in node.users)
     return _is_choice(node) or (node.op == "get_attr" and others)
 
 
 def _is_cast(node: fx.Node) -> bool:
-    """Whether a call casts its one input. Where one is not recognised, nothing is merged."""
+    """Whether a call only casts its input. From an unrecognized cast on, nothing is merged."""
     return node.target is torch.ops.aten.to.dtype
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """Return the node whose very tensor a node returns without autocast."""
+    """Return the node whose tensor a node returns, without a copy, if there is no autocast."""
     while isinstance(source := node.args[0] if _is_choice(node) else _uncast(node), fx.Node):
         node = source
     return node
 
 
 def _uncast(node: fx.Node) -> Any:
-    """Return the input of a cast to the dtype that it has, else None."""
+    """Return the input of a cast that does not change the dtype; None for any other node."""
     value = example_value(node)
     source: Any = node.args[0] if _is_cast(node) else None
     before = example_value(source)

@@ -1,4 +1,4 @@
-"""Autocast is the caller's: prove that a graph does under it what its source does.
+"""Prove that a graph computes the same as its source under the autocast of its caller.
 
 torch.export evaluates every dtype that the source reads from a tensor, and every branch on one,
 without autocast. So for each autocast that a caller may use, the source and its graph both run on
@@ -161,7 +161,7 @@ class Proof:
         return Autocasts(*here, by_device=tuple(known))
 
     def _facts(self, devices: Iterable[str]) -> Facts:
-        """Return what is known with the weights on some types of device."""
+        """Return the autocasts proved with weights on types of device, and why others are not."""
         found = contexts(devices)
         differs = {context: why for context in found if (why := self._differs(context))}
         told = {context: self._told(context, why) for context, why in differs.items()}
@@ -182,7 +182,7 @@ class Proof:
         self._found.clear()
 
     def _differs(self, context: Context) -> Any:
-        """Return None if graph and source compute the same, else why not: words, or both runs."""
+        """Return None if graph and source compute the same; else a reason as text, or both runs."""
         if context not in self._found:
             self._found[context] = self._compared(context)
         return self._found[context]
@@ -218,7 +218,7 @@ class Proof:
             return run.of(call, args, kwargs), run
 
     def _told(self, context: Context, why: Any) -> str:
-        """Return the first op of the source that the graph does not do, with its line."""
+        """Describe the first op of the source that the graph does not compute, with its line."""
         if isinstance(why, str):
             return why
         run, own = why

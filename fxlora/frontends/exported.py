@@ -116,7 +116,7 @@ def export_modes(
         with mode_of(root or model, mode == "train"):
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
-        with mode_of(root or model, mode == "train"):  # without what the export left in attributes
+        with mode_of(root or model, mode == "train"):  # without the attributes of the export
             again = functools.partial(_attempt, model, used, mode, parts)
             modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values, again)
         calls[mode] = modules[mode].meta.pop(RECORDED, calls[mode])

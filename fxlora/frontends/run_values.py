@@ -1,9 +1,9 @@
-"""What a run on fake tensors computes, as values that can be compared between runs.
+"""The results of a run on fake tensors, as values that can be compared between runs.
 
-Each op that a run dispatches makes values: its name with the values that it was given. A tensor is
-the value in its storage, with its dtype, sizes and strides. So two runs that make equal values do
+A value identifies how numbers were computed: by which op, from which values. A tensor is described
+by the value in its storage, with its dtype, sizes and strides. So two runs with equal results do
 the same ops on the same numbers, whatever else they do in between: views, casts to the same dtype
-and computations without a use leave no trace.
+and unused computations leave no trace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEW = 4096
 
 
 class Value:
-    """A value: what made it. Equal values are one object."""
+    """A value, identified by how it was made: `made`. Equal values are one object."""
 
     __slots__ = ("made",)
 
@@ -48,7 +48,7 @@ class Values:
 
     Attributes:
         fakes: the mode of all runs, so that a real tensor has one fake tensor.
-        outcomes: what ops return, by the forms of their arguments.
+        outcomes: the results of ops, by the forms of their arguments.
     """
 
     fakes: FakeTensorMode
@@ -59,7 +59,7 @@ class Values:
         self.outcomes: dict[Any, tuple[list[_Outcome], Any] | None] = {}
 
     def renew(self) -> None:
-        """Make fake tensors anew: a run changed one of them in place."""
+        """Start with new fake tensors, as is necessary after a run that changed one in place."""
         self.fakes = FakeTensorMode(
             allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
         )
@@ -98,7 +98,8 @@ class Run(TorchDispatchMode):
         locate: number of an op whose place in the model's code is wanted.
 
     Attributes:
-        ops: for each op, in the order of the run: its value, and whether it has results of its own.
+        ops: for each op, in the order of the run: its value, and whether it computes something: a
+            write, or a result that is neither a view nor a copy.
         place: the `file:line` in the model's code of the op with the number `locate`.
         draws: number of ops that drew random numbers.
     """
@@ -122,7 +123,7 @@ class Run(TorchDispatchMode):
         self._faked: list[tuple[torch.Tensor, torch.Tensor]] = []  # real tensors and their fakes
 
     def of(self, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return what a call computes: its results, and its writes to tensors that were there.
+        """Return the results of a call, and its writes to tensors that existed before, as values.
 
         Raises:
             Unknown: a part of it cannot be compared.
@@ -208,9 +209,9 @@ class Run(TorchDispatchMode):
                         self._written[origin] = after
 
     def _copied(self, func: Any, given: list[Any], result: Any) -> Value | None:
-        """Return the value of a result that has the numbers of an argument, or None.
+        """Return the value of a result that holds the numbers of its argument, or None.
 
-        These are copies, and casts that only undo an exact one, as autocast's casts do.
+        Such results are copies, casts to a wider dtype, and casts that undo one, as autocast makes.
         """
         if func not in _COPIES or not isinstance(result, torch.Tensor):
             return None
@@ -233,11 +234,11 @@ class Run(TorchDispatchMode):
         return fake
 
     def _begin(self, tensor: torch.Tensor, fake: torch.Tensor) -> None:
-        """Give the fake tensor of a real one its value at the begin of the run."""
+        """Give the fake tensor of a real one its value at the start of the run."""
         self._kept.append(fake)
         self._faked.append((tensor, fake))
         value = self._real(tensor)
-        if memory_id(fake) in self.values.moved:  # views of one storage have been parted
+        if memory_id(fake) in self.values.moved:  # views of one storage are apart on the device
             value = self.values.of((value, _form(tensor)))
         self._states[memory_id(fake)] = self._origins[memory_id(fake)] = value
 
@@ -281,7 +282,7 @@ class Run(TorchDispatchMode):
     def _result(
         self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Any], op: Any
     ) -> Any:
-        """Return what torch's fake tensors do for an op; for the same sizes again, from memory."""
+        """Return an op's result on fake tensors; from `outcomes` where the forms are known."""
         if not all(map(_is_plain, given)):
             return func(*args, **kwargs)
         forms = tuple(told if told[0].__class__ is not Value else told[1] for told in op[2])
@@ -320,7 +321,7 @@ _COPIES = (
 
 
 class _Outcome(NamedTuple):
-    """A result of an op: a new tensor, a view of the argument with a number, or that argument."""
+    """A result of an op: a new tensor, a view of the argument number `view`, or that argument."""
 
     form: Any
     view: int = -1
@@ -339,7 +340,7 @@ class _Outcome(NamedTuple):
 
 
 def _outcomes(result: Any, given: list[Any]) -> tuple[list[_Outcome], Any] | None:
-    """Describe the results of an op, and their structure; None if not only forms decide them."""
+    """Describe an op's results and their structure; None unless the forms determine them."""
     leaves, structure = pytree.tree_flatten(result)
     if not all(isinstance(leaf, FakeTensor) and _is_plain(leaf) for leaf in leaves):
         return None
@@ -379,7 +380,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Return the arguments of an op as one list, and where they were."""
+    """Return the arguments of an op as one list, and the place of each."""
     leaves: list[Any] = []
     shape: list[Any] = []
     for name, value in (*enumerate(args), *kwargs.items()):
@@ -412,7 +413,7 @@ def _gradient(leaf: Any) -> bool:
 
 
 def _is_exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether every number of a floating dtype is one of another."""
+    """Whether every number of the narrow dtype is also a number of the wide one."""
     if not (narrow.is_floating_point and wide.is_floating_point):
         return False
     a, b = torch.finfo(narrow), torch.finfo(wide)

@@ -85,7 +85,7 @@ def trace_mode(model: nn.Module, mode: str, context: Context = ()) -> fx.GraphMo
 
 
 def traced_autocasts(model: nn.Module, mode: str, module: fx.GraphModule) -> Autocasts:
-    """Return the autocasts in which a mode's trace is the same: a traced graph reads dtypes itself.
+    """Return the autocasts under which a mode's trace is the same; its graph reads dtypes itself.
 
     Only Python code that asks for the autocast itself makes a trace differ.
     """

@@ -142,7 +142,7 @@ def attach(tree: nn.Module, path: str, value: torch.Tensor | nn.Module) -> None:
 
 
 def read_by_own_names(module: CapturedModule) -> None:
-    """Have each module's read of a tied weight fetch it under that module's name for it."""
+    """Have each module read a tied weight under the name that this module has for it."""
     ties = [names for names in module.aliases().values() if len(names) > 1]
     for graph in module.distinct_graphs() if ties else ():
         for node in list(graph.nodes):

@@ -1,4 +1,4 @@
-"""The caller's autocast in a graph: what it is, and constants that depend on it."""
+"""The caller's autocast, and the constants in a graph that depend on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def current_autocast() -> Context:
 def by_autocast(usual: Any, *others: tuple[str, torch.dtype, Any]) -> Any:
     """Return the value for the caller's autocast: a dtype, a number or a tensor.
 
-    A node with this target stands where the source reads a dtype that depends on autocast.
+    A node with this target replaces a constant for which the source has another under autocast.
 
     Args:
         usual: the value without autocast.

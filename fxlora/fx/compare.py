@@ -22,13 +22,13 @@ def alike(first: fx.GraphModule, second: fx.GraphModule) -> bool:
 
 
 def alike_graphs(first: fx.Graph, second: fx.Graph) -> bool:
-    """As `alike`, for two graphs, each with an owning module."""
+    """Whether two graphs, each with an owning module, are equal in the sense of `alike`."""
     same = difference(first, second) is None and _structures(first) == _structures(second)
     return same and _same_constants(first, second)
 
 
 def _structures(graph: fx.Graph) -> Any:
-    """Return the structures of a graph's inputs and outputs, where its code has them apart."""
+    """Return the pytree structures of a graph's inputs and outputs, or None if it has none."""
     info: Any = getattr(graph._codegen, "pytree_info", None)
     return info and (info.in_spec, info.out_spec)
 

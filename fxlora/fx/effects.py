@@ -114,7 +114,7 @@ def _aliased(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
 
 
 def _may_return_input(node: fx.Node) -> bool:
-    """Whether a call may return an input without a word in its schema: torch composes it."""
+    """Whether a call may return an input although its schema, if any, does not say so."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target.has_kernel_for_dispatch_key(_COMPOSED)

@@ -14,13 +14,13 @@ def same_literal(first: Any, second: Any) -> bool:
 
 
 def literal(value: Any, name: Callable[[fx.Node], Any] = lambda node: node) -> Any:
-    """Return what equals that of another value only where the two mean the same to every op.
+    """Return a key for a value: equal keys mean that the values mean the same to every op.
 
-    It can be hashed if the values in it can.
+    The key can be hashed if the values in it can.
 
     Args:
         value: an argument of a call: a number, a node, or any other object, nested in containers.
-        name: what stands for a node.
+        name: function of a node that identifies it in the key; by default the node itself.
     """
     if isinstance(value, fx.Node):
         return "node", name(value)

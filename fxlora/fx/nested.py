@@ -123,7 +123,7 @@ class Call:
         return self.where is not None and not (self.where.test and graph is self.graphs[0])
 
     def carried(self, graph: fx.GraphModule) -> list[tuple[Any, fx.Node]]:
-        """Return the results of a loop's graph that its next step takes, each with that input."""
+        """Return the results of a loop's graph that its next step takes, each with its input."""
         if self.where is None or self.where.carried is None or not self.returns(graph):
             return []
         sequence: Any = self.node.args[self.where.carried]
@@ -196,7 +196,7 @@ def shared(calls: Iterator[Call]) -> set[fx.GraphModule]:
 
 
 def inside(path: Path, graph: fx.Graph, operand: fx.Node) -> fx.Node:
-    """Return a nested graph's input for an outer node, which the calls pass in if they do not yet.
+    """Return a nested graph's input for an outer node; have the calls around pass it in, if needed.
 
     Args:
         path: the calls that lead to the graph; the first is in the graph of the outer node.

@@ -25,7 +25,7 @@ def refuse_unwritable(graph: fx.Graph) -> None:
 
 
 def refuse_unwritable_names(names: Iterable[Any]) -> None:
-    """As `refuse_unwritable`, for names that torch will put into a graph; None is skipped."""
+    """Raise as `refuse_unwritable` does, for names that torch will put into a graph; skip None."""
     for name in names:
         if name is not None and not is_path(name):
             raise CaptureError(

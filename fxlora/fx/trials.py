@@ -1,4 +1,4 @@
-"""What a call does with the memory of its inputs, found by running it on stand-ins.
+"""The inputs that a call may return or write to, found by running it on stand-ins.
 
 A schema that says a result may be a view can be trusted; one that says nothing cannot. An op that
 torch composes of others (type_as, dropout, broadcast_tensors) may return its input, and a Python
@@ -22,7 +22,7 @@ from .calls import example_value, frozen, named_argument
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a call does with the memory of its input nodes.
+    """The use that a call makes of the memory of its input nodes.
 
     Attributes:
         returned: the inputs that its result may share memory with.
@@ -34,7 +34,9 @@ class MemoryUse:
 
 
 def memory_use(node: fx.Node, owner: nn.Module) -> MemoryUse:
-    """Return what a call does with its inputs; if it does not run on stand-ins, the worst.
+    """Return the inputs whose memory a call may return, and those that it may write to.
+
+    A call that does not run on any stand-ins may do both with all inputs.
 
     Args:
         node: a call of a function or of an op.

@@ -27,7 +27,7 @@ from .row import Op, Read, aten
 
 
 def _times_weight(read: Read, down: Any, up: Any) -> Any:
-    """The branch of x @ W or x @ W^T: (…, in) -> (…, out)."""
+    """Emit the branch of x @ W or x @ W^T: (…, in) -> (…, out)."""
     if read.layout.stacked:
         # (…, e, n, in) @ (e, in, r) -> (…, e, n, r)
         hidden = aten.matmul.default(read.x, read.layout.transpose_factor(down))
@@ -38,14 +38,14 @@ def _times_weight(read: Read, down: Any, up: Any) -> Any:
 
 
 def _weight_times(read: Read, down: Any, up: Any) -> Any:
-    """The branch of W @ x: (…, in, n) -> (…, out, n)."""
+    """Emit the branch of W @ x: (…, in, n) -> (…, out, n)."""
     hidden = aten.matmul.default(down, read.x)  # (…, r, in) @ (…, in, n) -> (…, r, n)
     # (…, out, r) @ (…, r, n) -> (…, out, n)
     return aten.matmul.default(up, read.scaled(hidden))
 
 
 def _grouped_mm(read: Read, down: Any, up: Any) -> Any:
-    """The branch of a grouped product: each group of rows of x times one matrix of the stack."""
+    """Emit the branch of a grouped product: each group of rows of x times its own matrix."""
     ends = read.arg(2)
     pad = -read.rank % 8  # the kernels require rows of a multiple of 16 bytes
     down = aten.constant_pad_nd.default(down, [0, 0, 0, pad]) if pad else down

@@ -76,7 +76,7 @@ def match(
 
 
 def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | str | None) -> Plan:
-    """Make the plan of a choice: what each site gets, and what trains in full.
+    """Make the plan of a choice: the entries of its sites, and the parameters trained in full.
 
     Args:
         choice: the module, its sites and the rules.

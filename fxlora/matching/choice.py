@@ -61,7 +61,7 @@ class Choice:
         return config.layers_to_transform is None or in_layers(config, site)
 
     def in_targets(self, targets: Names, site: Site) -> bool:
-        """Match as PEFT does: a string is a regex for the whole name, a list holds names."""
+        """Whether targets include a site, as in PEFT: one regex for the whole name, or a list."""
         if isinstance(targets, str) and targets != ALL_LINEAR:
             return any(re.fullmatch(targets, alias) for alias in site.aliases)
         names = (targets,) if isinstance(targets, str) else targets or ()

@@ -1,4 +1,4 @@
-"""Sites that no form can adapt: a table row for each reason, with advice on what to do instead.
+"""Sites that no form can adapt: a table with a row for each reason, and advice to the user.
 
 Parts, variants and sparse gradients are checked where they are handled: in `entries.py` and
 `forms.py`.
@@ -83,7 +83,7 @@ def check_supported(site: Site, number: int) -> None:
     """Raise unless some form can adapt every read of the site that rule `number` targets.
 
     Raises:
-        UnsupportedOpError: names the reason, with advice on what to do instead.
+        UnsupportedOpError: gives the reason, with advice.
     """
     if why := why_unsupported(site):
         raise UnsupportedOpError(f"'{site.name}' (rule {number}) {why}")

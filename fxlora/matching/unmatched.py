@@ -107,7 +107,7 @@ class Unmatched:
         raise NoMatchError(message + why)
 
     def _no_site(self, name: str) -> str:
-        """Return why the tensors of this name, if there are any, are no site, and what to do."""
+        """Return why the tensors of this name are not a site, with advice, or "" for no reason."""
         module = self.choice.module
         if any(matches_name(name, site) for site in self.choice.sites):
             return ""

@@ -20,9 +20,9 @@ class AdaptedTensor(torch.Tensor):
     """The value of an adapted weight, as Python outside of the graph reads it off its module.
 
     Functions and methods of torch take it as the plain tensor W0 + s·BA, with gradients to A and B.
-    A call of an overload means that something runs the graph's own nodes on the module: they add
-    the adapters themselves, so that raises. A write raises too, to its views as well: the value is
-    computed at each read, so the graph would not see it.
+    A call of an overload raises, because it means that something runs the graph's own nodes on the
+    module, which add the adapters themselves. A write to it or to a view of it raises too: the
+    value is computed at each read, so the graph would not see the write.
     """
 
     @classmethod

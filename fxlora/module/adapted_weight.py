@@ -1,8 +1,8 @@
 """The adapted weight of a plan entry as a formula: W0 + s·BA with the entry's variants.
 
 The functions call only aten overloads, so they accept both tensors and torch.fx proxies. With
-proxies they emit the nodes that compute the same result, and mark where these need a cast if the
-adapter is held in another dtype than its weight.
+proxies they emit the nodes that compute the same result, and mark the nodes after which a cast is
+needed if the adapter is held in another dtype than its weight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def factors(entry: Entry, values: Values) -> tuple[Any, Any]:
 
 
 def to_weights(entry: Entry, value: Any) -> Any:
-    """Mark a node in the adapter's dtype as one that goes on in the weight's."""
+    """Mark a node in the adapter's dtype as one whose users need the weight's dtype."""
     return mark(value, entry.name_a, entry.parameter)
 
 
@@ -148,7 +148,7 @@ def _blocks(entries: Sequence[Entry], weight: torch.Tensor) -> Iterator[tuple[in
 
 
 def _with_block(entry: Entry, block: torch.Tensor, start: int, values: Values) -> torch.Tensor:
-    """Return outputs of W0, from number `start` on, with the entry's s·BA, if it has these rows."""
+    """Return a block of W0's outputs, which begins at `start`, with s·BA if the entry covers it."""
     layout, shape = entry.layout, tuple(block.shape)
     first, last = entry.rows or (0, start + 1)
     if not first <= start < last:

@@ -114,7 +114,7 @@ def _attribute(owner: Any, name: str, neutral: Any) -> _Setting:
 
 
 def _reduction(dtype: str) -> _Setting:
-    """Whether cuBLAS may reduce in half precision, and whether it may split reductions."""
+    """Return the setting of whether cuBLAS may reduce in half precision, and split reductions."""
     owner: Any = torch.backends.cuda.matmul
     name = f"allow_{dtype}_reduced_precision_reduction"
 

@@ -1,7 +1,7 @@
-"""The autocasts under which a graph may be called: those in which it does what its source does.
+"""The autocasts under which a graph may be called: those under which it equals its source.
 
-torch.export writes the dtypes that the source read from tensors into the graph, and the branches
-that it took for them. Under autocast the source may read others.
+torch.export evaluates the dtypes that the source reads from tensors, and the branches that depend
+on them, without autocast. Under autocast the source may read other dtypes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class Autocasts:
     """The callers' autocasts that a graph holds for.
 
     Attributes:
-        proved: those in which the graph is known to do what the source does.
-        differs: for other autocasts, where the source is not known to do the same.
-        otherwise: why nothing is known of any others.
-        every: whether the graph holds for all, because it only calls Python.
-        by_device: what is proved, and what differs, with all weights on a type of device.
+        proved: those under which the graph is known to compute the same as the source.
+        differs: others that were tried, each with the reason why it is not proved.
+        otherwise: the reason for all others.
+        every: whether the graph holds for all, because it only calls the source's Python code.
+        by_device: `proved` and `differs` as they are when all weights are on one type of device,
+            by that type.
     """
 
     proved: tuple[Context, ...] = ()
@@ -51,7 +52,7 @@ class Autocasts:
         )
 
     def moved(self, moves: Mapping[Any, Any]) -> Autocasts:
-        """Return what is known after the weights moved.
+        """Return the autocasts that the graph holds for after the weights moved.
 
         Args:
             moves: old to new devices, and old to new dtypes, of all weights that moved.

@@ -1,4 +1,4 @@
-"""Block: an outlined submodule, which stands in the tree and is called like any module."""
+"""Block: an outlined submodule, which is in the module tree and is called like any module."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Block(Guarded, ProgramModule):
     Attributes:
         path: its path in the whole model.
         calls: the recorded call, by mode.
-        alike: pairs of arguments that the graph has as one, by mode.
-        any_dtype: the contract under autocast, by mode.
+        alike: pairs of leaves of the arguments, by index, that were one value at capture, by mode.
+        any_dtype: the contract for calls under autocast, which accepts any dtype, by mode.
     """
 
     calls: Mapping[str, ModuleCall]
@@ -63,7 +63,7 @@ class Block(Guarded, ProgramModule):
         self._note(graphs)
 
     def _note(self, graphs: Mapping[str, OutlinedGraph]) -> None:
-        """Note what a call is checked for."""
+        """Store the recorded calls, and the contracts that a call is checked against."""
         self.calls = {mode: made.call for mode, made in graphs.items()}
         self.alike = {mode: sorted(made.alike) for mode, made in graphs.items()}
         inputs = self.program.inputs.items()
@@ -157,7 +157,7 @@ class Block(Guarded, ProgramModule):
         return self
 
     def _may_set(self, name: str, value: Any) -> bool:
-        """Whether an attribute has an effect, or is a note of a framework, which is private."""
+        """Whether an attribute may be set: it has an effect, or is a framework's own note."""
         if name in self._parameters or name in self._buffers:
             check_tensor(self, name, value)
             return True
@@ -178,7 +178,7 @@ class Block(Guarded, ProgramModule):
 def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
     """Return the class of all blocks of a source class whose graphs have this code.
 
-    torch.compile compiles what such blocks share once, because they also share their forward.
+    Because such blocks share one forward, torch.compile compiles their code only once.
     """
     names = {"__module__": kind.__module__, "forward": forward_function()}
     return subclass(kind, (Block,), names)

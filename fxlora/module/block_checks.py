@@ -1,7 +1,8 @@
-"""The assumptions of the code around a block about each call of it, checked at every call.
+"""Checks, at every call of a block, of the assumptions about it in the graph around it.
 
-Hooks, wrappers and replacements may change what goes into a block and what comes out. The graphs
-take some of it for granted: that two values are one tensor, and the sizes of a result.
+Hooks, wrappers and replacements may change the arguments of a block and its result. The graphs
+assume that these have the structure, the constants and the sizes as captured, and that two values
+that were one tensor still are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ..fx.literals import same_literal
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are one tensor (or one size): to read one is to read the other.
+    """Whether two values are one tensor (or one size), so that either can be read for the other.
 
-    fully_shard wraps tensors, so the same memory with the same gradient will do.
+    Two tensors in the same memory with the same gradient count as one, because fully_shard wraps
+    tensors.
     """
     if one is other:
         return True
@@ -64,9 +66,10 @@ def leaves_of(
     Args:
         output: the result.
         path: the block's path.
-        structure: numbers in the structure of the result as captured, or None if that has no form.
+        structure: the structure of the result as captured, with numbers for leaves, or None if a
+            node of a graph cannot hold it.
         count: the number of leaves.
-        constants: index and value of the leaves that the code around has as constants.
+        constants: index and value of the leaves that are constants in the graph around the block.
     """
     leaves, found = pytree.tree_flatten(output)
     different = structure is not None and found != pytree.tree_structure(structure)
@@ -88,7 +91,7 @@ def leaves_of(
 
 @has_side_effect
 def check_unchanged(leaf: Any, path: str, index: int, value: Any) -> None:
-    """Raise SubmoduleError unless a leaf of a block's result is still the value that users take."""
+    """Raise SubmoduleError unless a leaf of a block's result is the value that the graph uses."""
     if isinstance(leaf, fx.Proxy) or same(leaf, value):
         return
     raise SubmoduleError(

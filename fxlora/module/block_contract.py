@@ -1,4 +1,4 @@
-"""The input contract of a block: what its part of the graph assumes about the call's arguments."""
+"""The input contract of a block: the assumptions of its graph about the arguments of a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .contract import Dimension, Guard, Input, InputSpec, IntegerInput, TensorIn
 
 
 def dimension_of(size: Any) -> int | Dimension:
-    """Return a size as the contract has it: linear in one symbol, or as a symbol of its own."""
+    """Return a size for a contract: an integer, linear in one symbol, or a symbol of its own."""
     if not isinstance(size, torch.SymInt):
         return int(size) if isinstance(size, int) else Dimension(str(size))
     expression: Any = size.node.expr
@@ -32,7 +32,8 @@ def dimension_of(size: Any) -> int | Dimension:
 def _bounds(size: torch.SymInt, expression: Any) -> tuple[int, int | None]:
     """Return the bounds of an expression in a size's symbols.
 
-    torch.export assumes at least 2, which capture lifts where the source does the same for less.
+    A lower bound of 2 or less is torch.export's own assumption about a dynamic size. It is dropped,
+    and `within` then takes the bounds from the whole model's contract.
     """
     environment: Any = size.node.shape_env
     ranges = {symbol: environment.var_to_range.get(symbol) for symbol in expression.free_symbols}
@@ -76,7 +77,7 @@ def _input_of_both(one: Input, other: Input) -> Input | None:
 
 
 def _dimension_of_both(one: int | Dimension, other: int | Dimension) -> int | Dimension | None:
-    """Return a dimension of all sizes of two, under a name of its own, or None for two numbers."""
+    """Return a dimension that covers the sizes of both, or None for two different static sizes."""
     if one == other:
         return one
     if isinstance(one, int) and isinstance(other, int):
@@ -87,7 +88,7 @@ def _dimension_of_both(one: int | Dimension, other: int | Dimension) -> int | Di
 
 
 def _sizes_of(dim: int | Dimension) -> tuple[int, int | None]:
-    """Return the least and the greatest size, or None where any is possible."""
+    """Return the least size of a dimension, and the greatest, or None if that has no bound."""
     if isinstance(dim, int):
         return dim, dim
     if dim.scale < 0:
@@ -139,13 +140,13 @@ def _dimensions(spec: InputSpec) -> Iterator[tuple[int, int | None, Dimension]]:
 
 
 class _Shaped(NamedTuple):
-    """Stands for a tensor input of the whole model, of which only the shape is known."""
+    """A stand-in for a tensor input of the whole model, of which only the shape is known."""
 
     shape: tuple[Any, ...]
 
 
 class _Unknown:
-    """Stands for a size that no argument of a call has: nothing can be computed with it."""
+    """A stand-in for a size that no argument of a call has: nothing can be computed with it."""
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -168,7 +169,7 @@ def _guards(whole: InputSpec, places: _Places) -> Iterator[Guard]:
 
 
 def _integers(spec: InputSpec, places: _Places) -> Iterator[Guard]:
-    """Yield a guard for each integer that is the size of a tensor, too: the graph may read that."""
+    """Yield a guard for each integer that must fit a tensor's size: the graph may read either."""
     names = [leaf.name for group in spec.leaves for leaf in group]
     for number, axis, dim in _dimensions(spec):
         if axis is None and places[dim.symbol][0] != number:
@@ -212,7 +213,7 @@ def _stand_ins(leaves: Sequence[Input], values: Mapping[str, Any]) -> list[Any]:
 
 
 def of_any_dtype(spec: InputSpec) -> InputSpec:
-    """Return the contract for a call under autocast, which decides about the dtypes."""
+    """Return the contract for a call under autocast, which determines the dtypes: any is valid."""
 
     def changed(leaf: Input) -> Input:
         return replace(leaf, dtype=None) if isinstance(leaf, TensorInput) else leaf

@@ -122,7 +122,7 @@ class CapturedModule(ProgramModule):
         return self._running.get(id(graph), graph)
 
     def _seal_submodules(self) -> None:
-        """Have all submodules refuse what has no effect on the graphs (see submodules.py)."""
+        """Have all submodules refuse changes without effect on the graphs (see submodules.py)."""
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
         seal.adapted = self.adapted
@@ -172,7 +172,7 @@ class CapturedModule(ProgramModule):
                 )
 
     def _block_around(self, path: str) -> ProgramModule:
-        """Return the innermost module that is called and has this submodule in it."""
+        """Return the innermost called module around a submodule: a block, or this module."""
         around = [outer for outer in self.outlined_modules if path.startswith(f"{outer}.")]
         return self.outlined_modules[max(around, key=len)] if around else self
 
@@ -230,7 +230,10 @@ class CapturedModule(ProgramModule):
         return self
 
     def share_memory(self) -> CapturedModule:
-        """Move to memory that processes share; a copy, which stays shared when it trains."""
+        """Move copies of the parameters, and the buffers, to memory that processes share.
+
+        Training does not copy these parameters again, so they stay in that memory.
+        """
         self.unshare(self)
         super().share_memory()
         return self
@@ -370,9 +373,9 @@ class CapturedModule(ProgramModule):
     def derive(self) -> CapturedModule:
         """Return a copy to rewrite, with its own graphs and containers.
 
-        Frozen parameters share storage with this module. Buffers, trainable parameters and those
-        that a call may write to are copied, so that training or calling one module leaves the
-        other unchanged.
+        Parameters share storage with this module until they train. Buffers, the parameters that the
+        plan trains and those that a call may write to are copied at once. So training or calling
+        one module leaves the other unchanged.
         """
         trains, kept = self.known.adapter_parameters | self.trained, self.state_parameters()
         memo: dict[int, Any] = {}
@@ -561,7 +564,7 @@ class CapturedModule(ProgramModule):
         return {name: parameter for name, parameter in held if name in names}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Return what a call may change: the buffers, and the parameters that it writes to."""
+        """Return the tensors that a call may change: the buffers and the `state_parameters`."""
         return {**dict(self.named_buffers(remove_duplicate=False)), **self.state_parameters()}
 
     def unplanned(self) -> list[str]:
@@ -602,7 +605,7 @@ class CapturedModule(ProgramModule):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the weights, and update the devices and dtypes that the graphs name.
 
-        A, B and what trains in full keep the dtypes that the plan asks for.
+        A, B and the parameters trained in full keep the dtypes that the plan asks for.
         """
         moves = moves_of(base_tensors(self), fn)
         nested = self.nested_graphs()
@@ -711,11 +714,15 @@ def _copy_hooks(
 
 
 def check_captured(module: object, verb: str) -> None:
-    """Raise unless a verb was given a captured module whose graph is what it runs.
+    """Raise unless a function was given a captured module that runs only its own graphs.
+
+    Args:
+        module: the argument to check.
+        verb: the function's name, for the message.
 
     Raises:
-        NotCapturedError: it is no captured module.
-        SubmoduleError: a submodule was replaced.
+        NotCapturedError: it is not a captured module.
+        SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
     """
     if not isinstance(module, CapturedModule):
         raise NotCapturedError(

@@ -1,8 +1,8 @@
 """Casts in the graphs, where A and B are held in another dtype than the weight that they adapt.
 
-A pass marks the nodes whose result goes on in another tensor's dtype (`mark`). From these marks and
-the present dtypes of the tensors, `set_casts` makes the casts, one node each, and none where the
-dtypes are equal. So it also updates them when the module moves to another dtype.
+A pass marks the nodes whose users need the dtype of another tensor (`mark`). From these marks and
+the present dtypes of the tensors, `set_casts` makes the casts: one node each, and none where the
+dtypes are equal. It also updates them when the module moves to another dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Fn = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class _Point:
-    """A place for a cast: behind a node.
+    """A place for a cast: after a node.
 
     Attributes:
         source: name of the parameter whose dtype the node's result has.
@@ -49,7 +49,7 @@ class _Point:
 
 
 def base_dtype(module: CapturedModule, name: str) -> torch.dtype:
-    """Return a parameter's dtype in the graphs, which one that trains in full has in the model."""
+    """Return a parameter's dtype in the graphs: if it trains in full, that of its original."""
     held = module.known.originals.get(name) if name in module.trained else None
     return module.get_parameter(name).dtype if held is None else held.dtype
 
@@ -122,10 +122,10 @@ def base_tensors(module: CapturedModule) -> list[torch.Tensor]:
 
 
 def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
-    """Return `fn`, which moves a module's tensors, with the plan's dtypes for what trains.
+    """Return a function that moves a module's tensors as `fn` does, but keeps the plan's dtypes.
 
-    A tensor that `fn` would cast is cast to its dtype in the plan instead: never by way of the
-    model's, which may be narrower.
+    If `fn` would cast a tensor that trains, the tensor is cast to its dtype in the plan instead,
+    and never by way of the model's dtype, which may be narrower.
     """
     plan = module.plan
     wanted: dict[int, torch.dtype] = {}

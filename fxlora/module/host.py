@@ -73,7 +73,7 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
 
 
 def _seal(host: Any, module: CapturedModule) -> None:
-    """Have the host's own submodules refuse what has no effect on the graph."""
+    """Have the host's own submodules refuse changes without effect on the graph."""
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
     containers = {id(part) for part in module.modules()}

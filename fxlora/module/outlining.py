@@ -1,8 +1,8 @@
 """Outlining, the opposite of inlining: submodules as modules of their own, which a graph calls.
 
-The graph stays as it is: passes rewrite it, and fold, verify and save read it. What runs is derived
-from it. The nodes of each outlined call become a graph of their own, and one call of a module
-replaces them. Undoing it is to run the graph itself.
+Outlining does not change the graph itself, which passes rewrite, and fold, verify and save read. A
+copy of it is split, and runs instead: the nodes of each outlined call become a graph of their own,
+and one call of a module replaces them.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def split_at_calls(
 
 
 def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[object]]:
-    """Return a copy of a graph that can be split, and what it writes to (see `_written`)."""
+    """Return a copy of a graph that can be split, and the tensors that it writes to."""
     rest = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     rest.output(rest.graph_copy(graph, copies))
@@ -185,7 +185,7 @@ def _merged(known: OutlinedGraph, found: OutlinedGraph) -> OutlinedGraph:
 
 
 def _annotate(graph: fx.Graph) -> None:
-    """Give each node without a record (passes insert them) the calls that all its users are in."""
+    """Record the calls around each node that a pass inserted: those that all its users are in."""
     for node in reversed(list(graph.nodes)):
         if CALLS not in node.meta and node.op not in ("placeholder", "output"):
             around = [user.meta.get(CALLS, ()) for user in node.users]
@@ -216,12 +216,12 @@ class _Outliner:
     Attributes:
         rest: the graph around the call, which is rewritten.
         call: the call.
-        written: what the graph writes to (see `_written`).
+        written: the tensors that the graph writes to (see `_written`).
         inside: the nodes of the call.
         given: the nodes of the computed leaves of its arguments, by index.
         results: the nodes of the computed leaves of its output, by index.
         graph: the submodule's graph.
-        copies: nodes of it, by the nodes of `rest` that they stand for.
+        copies: its nodes, by the nodes of `rest` that they are copied from.
     """
 
     def __init__(self, rest: fx.Graph, call: ModuleCall, written: frozenset[object]) -> None:
@@ -358,7 +358,10 @@ class _Outliner:
     # ---- the graph around it ----------------------------------------------------------------
 
     def _check_results(self, inside: Sequence[fx.Node]) -> None:
-        """Raise SubmoduleError if a value is used outside that the submodule does not return."""
+        """Raise SubmoduleError if a value that the submodule does not return is used outside it.
+
+        Values that can be recomputed outside are exempt. A size is computed from an input instead.
+        """
         returned = set(self.results.values())
         for node in inside:
             outside = [user for user in node.users if user not in self.inside]
@@ -403,7 +406,7 @@ class _Outliner:
             node = self.rest.call_module(f"{FACADE}.{self.call.path}", args, kwargs)
             node.meta[CALLS] = around
             results = self._unpacked(node, around)
-            taken: dict[fx.Node, fx.Node] = {}  # what the users of a result take
+            taken: dict[fx.Node, fx.Node] = {}  # by result: the node that replaces it outside
             for index, old in self.results.items():
                 new = results[index]
                 if old in self.inside and old not in taken:
@@ -451,7 +454,7 @@ class _Outliner:
         self._insert_check(check_sizes, around, index, new, sizes, tuple(equal))
 
     def _place(self, inside: Sequence[fx.Node]) -> fx.Node:
-        """Return the node before which to call: all arguments are computed before it."""
+        """Return the node before which to insert the call, after the nodes of all arguments."""
         nodes = [node for node in inside if node.op != "get_attr" and not _is_size(node)]
         place = nodes[0] if nodes else inside[0]
         for node in self.given.values():
@@ -481,7 +484,7 @@ class _Outliner:
         return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
 
     def _check_plain(self, given: Any) -> None:
-        """Raise SubmoduleError for an argument that a graph's node cannot hold, as a cache."""
+        """Raise SubmoduleError for an argument that a graph's node cannot hold, such as a cache."""
         ahead = [given]
         while ahead:
             value = ahead.pop()
@@ -500,7 +503,7 @@ class _Outliner:
 
 
 def _is_plain(structure: Any) -> bool:
-    """Whether a structure of indices consists of what an argument of a node can hold."""
+    """Whether a structure of indices can be an argument of a node: dicts, lists and tuples."""
     if type(structure) is dict:
         return all(isinstance(k, str) and _is_plain(value) for k, value in structure.items())
     return type(structure) is int or (
@@ -549,7 +552,7 @@ def _repeatable(node: fx.Node) -> bool:
 
 
 def _written(graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> frozenset[object]:
-    """Return what a graph writes to: names of parameters and buffers, and the copies of nodes."""
+    """Return the tensors that a graph writes to: names of fetched ones, copied nodes of others."""
     owner = graph.owning_module
     assert owner is not None
     roots = {root for node in graph.nodes for root in written_nodes(node, owner)}
@@ -565,9 +568,9 @@ def _statistics(node: fx.Node, owner: Any) -> list[fx.Node]:
 
 
 def _bypass_in_place_results(graph: fx.Graph) -> None:
-    """Have the users of an in-place op's result take the tensor that it wrote to: it is the same.
+    """Have the users of an in-place op's result use the op's first argument: it is the same tensor.
 
-    So a buffer that a submodule steps can be read outside of it, and is stepped once.
+    So a buffer that a submodule updates can be read outside of it, and is updated once.
     """
     for node in graph.nodes:
         given = node.args[0] if _in_place(node) else None

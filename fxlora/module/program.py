@@ -247,8 +247,8 @@ def _function(source: str, names: dict[str, Any]) -> Callable[..., Any]:
 def forward_function() -> Any:
     """Return a copy of `_forward` with its own code object.
 
-    torch.compile keeps what it compiled per code object, up to a limit that all captured modules
-    of a process would otherwise share.
+    torch.compile caches compiled code by code object, up to a limit that all captured modules of a
+    process would otherwise share.
     """
     return types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "forward")
 

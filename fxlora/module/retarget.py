@@ -35,7 +35,8 @@ def moves_of(tensors: Iterable[torch.Tensor], fn: Callable[[torch.Tensor], torch
 def retarget(graph: fx.Graph, moves: Moves) -> None:
     """Replace the devices and dtypes in the arguments of a graph's calls.
 
-    What dtype an op's result then has, only the op knows: its example no longer tells.
+    If dtypes change, each floating-point node is marked with `MOVED`: the dtype of its example
+    value may no longer be that of its result.
     """
     casts = any(isinstance(old, torch.dtype) for old in moves)
 

@@ -23,8 +23,9 @@ def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> 
 def copy_when_trained(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Copy the storage of shared parameters of a module when their first gradient arrives.
 
-    Optimizers change what has a gradient, and those that are set up before have the same
-    parameters afterwards. A parameter that was copied before is not copied again.
+    This is early enough, because optimizers change only parameters that have a gradient. The
+    Parameter objects stay the same, so an optimizer may be set up before. A parameter whose storage
+    was copied in between is not copied again.
     """
     for parameter in parameters:
         if _can_train(parameter) and not _is_watched(parameter, module):
@@ -43,7 +44,7 @@ class _CopyOnGradient:
         self.module = weakref.ref(module)
         self.memory = memory_id(parameter)
         before = parameter.requires_grad
-        # torch accepts the hook for what requires gradients, and keeps it for what does later.
+        # torch accepts the hook only while the parameter requires gradients, but keeps it then.
         parameter.requires_grad_(True)
         self.handle = parameter.register_post_accumulate_grad_hook(self)
         parameter.requires_grad_(before)

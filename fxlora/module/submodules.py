@@ -27,16 +27,17 @@ from .adapted_tensor import AdaptedTensor, is_called_by, reads_as_it_is
 
 
 class Seal:
-    """What all submodules of one module share.
+    """The state that all submodules of one module share: it tells which changes they refuse.
 
     Attributes:
         owner: the captured or hosted module.
-        owners: the module whose mode decides about a submodule's nodes, by the submodule's path.
+        owners: the module whose mode selects the graph of a submodule's nodes, by the submodule's
+            path.
         open: whether the module is being rewritten: its submodules may change, and its weights
             are read as they are.
         own: paths of submodules whose `training` flag was set on its own. The other flags follow
             their owner's.
-        apart: those of them whose flag is not their owner's, where that makes a difference.
+        apart: those of them whose flag differs from their owner's although the mode matters there.
         matters: whether a submodule's part of the graph differs by mode.
         replaceable: paths of children that may be replaced, because they are called.
         adapted: functions that compute the adapted weights, by name.
@@ -116,12 +117,13 @@ class Seal:
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
 
 
-# What sets a tensor, from outside in. FSDP sets its shards, and casts them for a call.
+# Functions of a module that set a tensor. Code of torch.distributed may call them: FSDP sets its
+# shards, and casts them for a call.
 _SETTERS = ("__setattr__", "_may_set", "register_parameter", "register_buffer")
 
 
 class Guarded(nn.Module):
-    """What the tensors of any submodule refuse, and how they keep the source's as they are."""
+    """A submodule that refuses tensors of another kind, and never writes to the source's."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         check_tensor(self, name, param)
@@ -213,7 +215,7 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Part(Guarded):
-    """What a submodule refuses, of a captured module or of a host."""
+    """A submodule, of a captured module or a host, that refuses changes without effect."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
@@ -331,7 +333,7 @@ def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
 
 
 def host_part(part: nn.Module, path: str, seal: Seal) -> None:
-    """Make a submodule of a host, in place, refuse what has no effect on the host's graph."""
+    """Make a submodule of a host, in place, refuse changes without effect on the host's graph."""
     kind = part.source_class if isinstance(part, HostPart) else type(part)
     object.__setattr__(part, "__class__", _host_part_class(kind))
     seal_part(part, path, seal)
@@ -353,7 +355,7 @@ def _container_class(kind: type[nn.Module]) -> type[Container]:
 def subclass(kind: type[nn.Module], bases: tuple[type[Any], ...], names: dict[str, Any]) -> Any:
     """Return a class with these bases that is also a subclass of the source's class, if it can be.
 
-    All that nn.Module defines is nn.Module's own, not the source class's version of it.
+    Names that nn.Module defines are those of the bases or of nn.Module, not the source class's.
     """
     own = {**names, "__qualname__": kind.__qualname__}
     alone = types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(own))
@@ -438,7 +440,7 @@ class _Children(dict[str, Any]):
 
 
 def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
-    """Make a submodule refuse what has no effect."""
+    """Make a submodule refuse changes without effect on the graph."""
     held = {**part._parameters, **part._buffers}
     unread = {name for name, tensor in held.items() if tensor is None}
     part.__dict__.update(_path=path, _seal=seal, _unread=unread)
@@ -448,7 +450,7 @@ def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
 
 
 def children_of(children: Mapping[str, Any], path: str, seal: Seal) -> dict[str, Any]:
-    """Return a module's dict of children as one that refuses what has no effect."""
+    """Return a module's dict of children as one that refuses changes without effect."""
     return _Children(children, path, seal)
 
 

@@ -131,7 +131,7 @@ def _tapped(module: CapturedModule, entry: Entry) -> _Tap | None:
 
 
 def _kept(module: CapturedModule, entry: Entry, tap: _Tap | None) -> str | None:
-    """Why a site keeps its init, or None if its A can be set from the data."""
+    """Return why a site keeps its init, or None if its A can be set from the data."""
     if tap is None:
         return f"at '{entry.site}' ({entry.op}, {entry.form} form) no op has just A as its weight"
     if tap.gram is None:

@@ -222,9 +222,9 @@ def _set_dtypes(module: CapturedModule, plan: Plan) -> None:
 
 
 def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
-    """Return what calls change, and the parameters trained in full, at their present values.
+    """Return the tensors that calls change and those trained in full, with their present values.
 
-    Training may change them besides the adapters; `remove` restores them.
+    Training may change these besides the adapters; `remove` restores them.
     """
     kept = {name: tensor.detach().clone() for name, tensor in module.state_tensors().items()}
     return kept | {name: module.get_parameter(name).detach() for name in plan.trained}

@@ -71,7 +71,7 @@ def drop_adapters(module: CapturedModule) -> State:
 
 
 def _round_trained(module: CapturedModule) -> None:
-    """Round what trained in full to the model's dtype, as its casts do."""
+    """Round the parameters trained in full to the model's dtype, as their casts in graphs do."""
     aliases = module.aliases() if module.trained else {}
     for name in module.trained:
         parameter, dtype = module.get_parameter(name), base_dtype(module, name)

@@ -172,7 +172,7 @@ def insert_weight(graph: fx.Graph, entry: Entry, weight: fx.Node) -> None:
 
 
 def _erase_dead(first: fx.Node, last: fx.Node) -> None:
-    """Erase nodes between two that nothing takes: of a V that a variant's gain does not read."""
+    """Erase the unused nodes between two others, such as those of a V that no gain reads."""
     node = last.prev
     while node is not first:
         node, dead = node.prev, node

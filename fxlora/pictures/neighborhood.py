@@ -34,7 +34,7 @@ class Neighborhood:
 
 
 def around_site(module: CapturedModule, site: Site, mode: str) -> list[Neighborhood]:
-    """Return the nodes around each read of a weight without an adapter, by graph of the read."""
+    """Return the nodes around each read, in the graphs of a mode, of a weight without adapters."""
     graphs = {id(program.graphs[mode]) for program in module.programs}
     found: list[Neighborhood] = []
     for reader in site.readers:
@@ -71,7 +71,7 @@ def _around(module: CapturedModule, insertion: Insertion) -> Neighborhood:
 
 
 def _between(node: fx.Node, stop: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return a node and everything it is computed from, not going past the nodes `stop`."""
+    """Return a node and those that it is computed from, back to the nodes `stop` at most."""
     found: set[fx.Node] = set()
     above = [node]
     while above:

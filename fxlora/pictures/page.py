@@ -44,7 +44,7 @@ def _summary(plan: Plan) -> str:
 
 
 def _bars(plan: Plan) -> Iterable[str]:
-    """One bar per site, as long as its share of the largest adapter."""
+    """Yield one bar per site, as long as its adapter is large, relative to the largest."""
     largest = max((entry.adapter_parameters for entry in plan), default=1)
     for entry in plan:
         share = 100 * entry.adapter_parameters / largest

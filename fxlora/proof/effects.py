@@ -118,9 +118,11 @@ def effects(
 
 
 def draw_adapters(module: CapturedModule, trained: CapturedModule) -> None:
-    """Write the values of `trained` into a module, and add random ones to B.
+    """Write the adapters of `trained` into a module, and add random values to each B.
 
-    They are added because with PiSSA or OLoRA, W0 without the B that it starts with is almost zero.
+    An A that is zero is drawn at random, too. B is not replaced by random values, because PiSSA and
+    OLoRA subtract their initial s·BA from W0: without a B near the initial one, the adapted weight
+    may be almost zero.
     """
     _fill(module, trained, _DRAWS[0])
 
@@ -199,7 +201,7 @@ def _effect(module: CapturedModule, entry: Entry, by_a: Tensor, by_b: Tensor) ->
 
 
 def _load(output: Tensor) -> Tensor:
-    """Return the cotangent of an output: 0.5 to 1.5, divided by its size where it is float16."""
+    """Return the cotangent of an output: 0.5 to 1.5, over the number of entries for float16."""
     load = torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
     return (load / max(1, output.numel()) if output.dtype == torch.float16 else load).to(output)
 

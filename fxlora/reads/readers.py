@@ -203,7 +203,7 @@ class _Walk:
                 yield self._reader(user, value, way)
 
     def _goes_on(self, node: fx.Node, value: fx.Node, way: _OpChain) -> bool:
-        """Whether the search goes on at the users of a call.
+        """Whether the search continues at the users of a call.
 
         It does if the call computes a function of weights only. It ends at a product that a branch
         may be added to, unless this product only moves entries.
@@ -284,7 +284,7 @@ class _Walk:
     def _other_weight(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
         """Whether the op's other operand is computed from parameters only.
 
-        Branches for both weights would miss the term Δu·Δv. A look-up has indices instead of
+        Branches for both weights would omit the term Δu·Δv. A look-up has indices instead of
         another operand.
         """
         source = row.input_of(node, value) if row.dropout else None

@@ -1,6 +1,6 @@
 """Keep the tensors of a trace out of the caches of the model's Python code.
 
-A forward may keep what it computes in an lru_cache, a global, a closure or on a class. A trace
+A forward may keep results in an lru_cache, a global, a closure or an attribute of a class. A trace
 computes on fake tensors, which would stay there, and every later call of the model would find them.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,21 +31,22 @@ _LIBRARIES = {"torch", "numpy", __name__.partition(".")[0], *sys.stdlib_module_n
 
 @contextmanager
 def no_traces_in_caches(model: nn.Module) -> Generator[None]:
-    """Take out of Python's caches, afterwards, what a trace of the model has left in them.
+    """Within the context, trace a model; afterwards, remove the tensors of the trace from caches.
 
     These are the caches that the code of the model's classes can reach. An lru_cache is emptied if
-    it was used; a variable or a container is put back if it holds a tensor of the trace. Everything
-    else that a call leaves there stays.
+    it was used. A variable or a container gets back its earlier value if it holds a
+    tensor of the trace. Everything else that a call leaves there stays.
     """
     reach = _Reach(model)
-    misses = [(cache, cache.cache_info().misses) for cache in reach.lru_caches]
+    used = [(cache, cache.cache_info()) for cache in reach.lru_caches]
     containers = [(container, copy.copy(container)) for container in reach.containers]
     variables = [(owner, dict(_variables(owner))) for owner in reach.owners.values()]
     try:
         yield
     finally:
-        for cache, before in misses:
-            if cache.cache_info().misses != before:
+        for cache, before in used:
+            # equal counts, if the forward clears the cache and fills it again
+            if cache.cache_info() != before or any(map(_holds_traced, _results(cache))):
                 cache.cache_clear()
         for container, before in containers:
             if not unchanged(container, before) and any(map(_holds_traced, items(container))):
@@ -54,14 +56,14 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
 
 
 class _Reach:
-    """What the code of a model's classes reaches by name, closure and default.
+    """The objects that the code of a model's classes reaches by name, closure and default.
 
-    An attribute of a class or instance is reached once some code that is reached has its name.
+    An attribute of a class or instance is reached if code that is reached contains its name.
 
     Attributes:
         lru_caches: functions that keep their results.
         containers: dicts, lists and sets.
-        owners: what has variables: namespaces of Python modules, classes, instances, closures.
+        owners: the objects with variables: namespaces of modules, classes, instances, closures.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -153,6 +155,13 @@ def _in_a_library(thing: Any) -> bool:
     """Whether a function, class or Python module is of torch, numpy or the standard library."""
     name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
     return (name or "").partition(".")[0] in _LIBRARIES
+
+
+def _results(lru_cache: Any) -> list[Any]:
+    """Return the results that an lru_cache holds, with the objects that it holds them in."""
+    held = gc.get_referents(lru_cache)
+    entries = [entry for part in held if isinstance(part, dict) for entry in part.values()]
+    return [*held, *entries, *gc.get_referents(*entries)]
 
 
 def _variables(owner: Any) -> Mapping[str, Any]:

@@ -115,7 +115,7 @@ def _mark(node: fx.Node, module: nn.Module) -> Mark:
 
 
 def _closed(marked: list[fx.Node]) -> list[fx.Node]:
-    """Return marked nodes and the nodes between that depend on them (assertions have no mark)."""
+    """Return marked nodes, and the nodes between that depend on them, such as assertions."""
     nodes = dict.fromkeys(marked)
     between, last = marked[0], marked[-1]
     while between is not last:

@@ -228,7 +228,7 @@ class _RefuseOutsideTensors(TorchDispatchMode):
 def _fake(
     number: int, tensors: list[torch.Tensor], sizes: list[Any], kinds: list[bool]
 ) -> list[torch.Tensor]:
-    """The fake implementation of the opaque op; `kinds` says which arguments are tensors."""
+    """Run the opaque op on fake tensors; `kinds` says which arguments are tensors."""
     sources = {True: iter(tensors), False: iter(sizes)}
     return _active[-1].fake(number, [next(sources[is_tensor]) for is_tensor in kinds])
 

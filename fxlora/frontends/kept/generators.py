@@ -56,7 +56,7 @@ class OwnGenerators:
         return self._of_device[device]
 
     def set_state(self, state: torch.Tensor, device: Any = "cpu") -> None:
-        """As torch.set_rng_state; setting the state that is already there is not seeding."""
+        """Set a state, as torch.set_rng_state does; setting the present state is not seeding."""
         own = self.of(device)
         with _disable_current_modes():
             same = torch.equal(own.get_state(), state)
@@ -65,7 +65,7 @@ class OwnGenerators:
             own.set_state(state)
 
     def seed(self, seed: int, device: Any = None) -> torch.Generator:
-        """As torch.manual_seed, for all devices or for a given one."""
+        """Seed the generators of all devices, or of a given one, as torch.manual_seed does."""
         self._check_may_seed()
         devices = _devices() if device is None else [device]
         seeded = [self.of(each).manual_seed(int(seed)) for each in devices]

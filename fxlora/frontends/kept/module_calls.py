@@ -2,7 +2,7 @@
 
 torch.export keeps the ops only. While a model is exported, each call of a submodule is marked by a
 call of an op without results, at its beginning and at its end. The marks are then taken out of the
-graph: each node's meta names the calls around it, and the inputs and outputs that it is.
+graph, and each node's meta gets the calls around it, and those whose inputs or outputs it computes.
 """
 
 from __future__ import annotations
