@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .lora.dtypes import dtype_rule
 from .matching import match
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
+from .module.example_calls import Call
 from .names import shown
 from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
 from .plan import Plan
@@ -76,6 +77,7 @@ def adapt(
     kwargs: dict[str, Any] | None = None,
     rules: Rules | str | Path | None = None,
     *,
+    calls: Sequence[Call] | None = None,
     budget: int | str | None = None,
     dynamic_shapes: Any = None,
     adapter_name: str = "default",
@@ -85,7 +87,7 @@ def adapt(
 
     Args:
         model: any nn.Module; it is not changed.
-        args, kwargs: example inputs, as for `capture`.
+        args, kwargs, calls: example inputs, as for `capture`.
         rules: a LoraConfig, a Rule, a list of these, or the path of a rules file, as for `match`.
         budget: the most parameters of all A and B together, as for `match`.
         dynamic_shapes: as for `capture`.
@@ -109,7 +111,7 @@ def adapt(
     """
     if rules is None:
         raise ConfigError("adapt needs rules: a LoraConfig, Rules, or the path of a rules file.")
-    module = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    module = capture(model, args, kwargs, calls=calls, dynamic_shapes=dynamic_shapes)
     plan = match(module, rules, adapter_name=adapter_name, budget=budget)
     return inject(module, plan, adapter_dtype=adapter_dtype)
 

@@ -119,7 +119,7 @@ def test_every_calls_reads_are_adapted_and_folded(
 def test_gradients_of_one_call_reach_the_adapters_of_all(lora: fxlora.CapturedModule) -> None:
     ours = copy.deepcopy(lora).train()
     for call in (CALLS[2], CALLS[3]):
-        sum(out.sum() for out in outputs(ours, call)).backward()
+        torch.stack([out.sum() for out in outputs(ours, call)]).sum().backward()
     grads = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert all(grad is not None and bool(grad.any()) for grad in grads.values())
 
@@ -175,7 +175,7 @@ def test_hosted(model: Tagger, lora: fxlora.CapturedModule) -> None:
 
 def test_compiled(lora: fxlora.CapturedModule) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(lora), fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(copy.deepcopy(lora), fullgraph=True, backend="aot_eager")
     assert all(equal(compiled, lora, call) for call in CALLS)
 
 

@@ -315,6 +315,24 @@ def test_what_a_host_refuses(generating: Any) -> None:
         generate(host, IDS, use_cache=False)
 
 
+def test_generate_with_a_cache() -> None:
+    """A prompt's graph and a step's have one set of adapters, and the sizes that vary may vary."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1)
+    with fxlora.recorded_calls(model) as calls:
+        for ids in (IDS, IDS[:, :3]):
+            model.generate(ids, max_new_tokens=3)
+    gm = fxlora.capture(model, calls=calls)
+    assert len(gm.programs) == 2
+    lora = adapted(gm)
+    expected = merged(model, lora)
+    for module in (lora, fxlora.fold(lora)):
+        host = fxlora.hosted(model, module)
+        for ids in (IDS, IDS[:1, :4]):  # a batch of 1 and a prompt of 4 are no example's
+            assert not torch.equal(generate(expected, ids), generate(model, ids))
+            assert torch.equal(generate(host, ids), generate(expected, ids))
+
+
 class Optional(Mlp):
     """An Mlp with optional arguments."""
 

@@ -24,7 +24,12 @@ from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
 from .autocast_proof import callers_autocast
-from .examples import examples_for, in_signature_order
+from .examples import (
+    examples_for,
+    examples_for_kind,
+    in_signature_order,
+    same_but_for_sizes,
+)
 from .exported import Source, export_modes
 from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
@@ -212,11 +217,16 @@ def _capture_exported(
     register_containers(model)
     calls = [(args, in_signature_order(model, kwargs)) for args, kwargs in calls]
     sources: list[Source] = []
-    for (args, kwargs), asked in zip(calls, shapes, strict=True):
-        if any(source.holds_for(args, kwargs) for source in sources):
+    for call, asked in zip(calls, shapes, strict=True):
+        if any(source.holds_for(*call) for source in sources):
             continue
         try:
-            examples = examples_for(args, kwargs, asked)
+            if asked is None:
+                examples = examples_for_kind(
+                    [other for other in calls if same_but_for_sizes(call, other)]
+                )
+            else:
+                examples = examples_for(*call, asked)
             sources.append(export_modes(working_copy(model), examples, parts=parts))
         except CaptureError as failure:
             if asked is not None or parts:  # the user asked for one whole graph

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from ..fx.literals import same_literal
 from ..module.contract import Dimension, InputSpec, TensorInput
+from ..module.example_calls import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,55 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
         return [given, static]
     wide_args, wide_kwargs = pytree.tree_map(_widened, (args, kwargs))
     return [_with_dynamic_batch(wide_args, wide_kwargs, 2), static]
+
+
+def examples_for_kind(calls: Sequence[Call]) -> list[Example]:
+    """Return the examples to try for calls that differ in the sizes of their tensors only.
+
+    All have the inputs of the largest call. In the first, the batch and the sizes that vary are
+    dynamic; then only the sizes that vary; then only the batch; then none.
+    """
+    sizes = [_sizes(call) for call in calls]
+    base = calls[max(range(len(calls)), key=lambda number: sum(map(math.prod, sizes[number])))]
+    single = examples_for(*base, None)
+    varied = [
+        {axis for axis in range(len(own[0])) if len({size[axis] for size in own}) > 1}
+        for own in zip(*sizes, strict=True)
+    ]
+    if not any(varied):
+        return single
+    return [*(_also_dynamic(example, varied) for example in single), *single]
+
+
+def same_but_for_sizes(one: Call, other: Call) -> bool:
+    """Whether two calls have the same structure, constants, and kinds of tensors."""
+    leaves, others = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    if pytree.tree_structure(one) != pytree.tree_structure(other):
+        return False
+    return all(map(_same_kind, leaves, others))
+
+
+def _same_kind(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
+        kinds = [(len(t.shape), t.dtype, t.device, t.layout) for t in (leaf, other)]
+        return kinds[0] == kinds[1]
+    return same_literal(leaf, other)
+
+
+def _sizes(call: Call) -> list[torch.Size]:
+    return [leaf.shape for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+
+
+def _also_dynamic(example: Example, varied: Sequence[set[int]]) -> Example:
+    """Make more dimensions of an example dynamic: the given axes of each of its tensors."""
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    known: Any = example.dynamic_shapes
+    shapes = ShapesCollection()
+    for tensor, axes in zip(tensors, varied, strict=True):
+        before = {} if known is None else known[tensor]
+        shapes[tensor] = {**before, **dict.fromkeys(axes, Dim.AUTO)}
+    return dataclasses.replace(example, dynamic_shapes=shapes)
 
 
 def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
