@@ -477,6 +477,25 @@ def test_convolutions() -> None:
     assert [tensor._version for tensor in tensors] == versions  # batch norm writes to its buffers
 
 
+class DropsPaths(nn.Module):
+    """Drops samples at random, as ConvNeXt does; torch gives strides of its own to the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.layer_norm(self.conv(x).permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2)
+        if self.training:
+            h = h * torch.empty(len(h), 1, 1, 1, dtype=h.dtype).bernoulli_(0.7)
+        h = F.adaptive_avg_pool2d(h, 1)
+        return self.head(self.norm(h.permute(0, 2, 3, 1)).flatten(1))
+
+
+def test_strides_of_dimensions_of_one() -> None:
+    assert_follows(DropsPaths(), torch.randn(4, 3, 12, 12))
+
+
 def test_attention_and_recurrence() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

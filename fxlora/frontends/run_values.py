@@ -136,7 +136,7 @@ class Run(TorchDispatchMode):
             if any(self._changed(real, fake) for real, fake in self._faked):
                 self.values.renew()
         leaves, structure = pytree.tree_flatten((results, args, kwargs))
-        described = tuple((self._described(leaf), _gradient(leaf)) for leaf in leaves)
+        described = tuple((_settled(self._described(leaf)), _gradient(leaf)) for leaf in leaves)
         return described, str(structure), frozenset(self._written.items()), self.draws
 
     def _changed(self, real: torch.Tensor, fake: torch.Tensor) -> bool:
@@ -161,7 +161,7 @@ class Run(TorchDispatchMode):
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.draws += drawn
         what = tuple(map(self._described, given))
-        made = self.values.of((func, shape, what, self.draws if drawn else 0))
+        made = self.values.of((func, shape, tuple(map(_settled, what)), self.draws if drawn else 0))
         if len(self.ops) == self.locate:
             self.place = called_at()
         result = self._result(func, args, kwargs, given, (func, shape, what))
@@ -402,6 +402,21 @@ def _form(tensor: torch.Tensor) -> Any:
     if any(type(n) is not int for n in size):
         size = tuple(map(_number, size))
     return tensor.dtype, device, size, place, tensor.is_conj(), tensor.is_neg()
+
+
+def _settled(described: Any) -> Any:
+    """Return a described argument without the strides that step over nothing, of dimensions of 1.
+
+    They depend on how torch made the tensor, and lead to no other number.
+    """
+    if described[0].__class__ is not Value or 1 not in described[1][2]:
+        return described
+    state, (dtype, device, size, place, *rest) = described
+    if not isinstance(place, tuple):  # not strided
+        return described
+    strides, offset = place
+    strides = tuple(0 if n == 1 else stride for n, stride in zip(size, strides, strict=True))
+    return state, (dtype, device, size, (strides, offset), *rest)
 
 
 def _number(size: Any) -> Any:
