@@ -492,6 +492,33 @@ class DropsPaths(nn.Module):
         return self.head(self.norm(h.permute(0, 2, 3, 1)).flatten(1))
 
 
+class BranchesOnValues(nn.Module):
+    """Has no whole graph; its second layer gets what autocast makes of the first's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.second(-h if h.sum() > 1e6 else h)
+
+
+@pytest.mark.filterwarnings("ignore:BranchesOnValues could not be captured:fxlora.FxLoraWarning")
+def test_regions_under_autocast_are_refused_and_the_advice_works() -> None:
+    model, x = BranchesOnValues(), torch.randn(3, 4)
+    gm = fxlora.capture(model, x)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match=r"'second'.*outside of autocast, or .*half precision"),
+    ):
+        gm(x)
+    assert torch.equal(gm(x), model(x))
+    half = model.to(torch.bfloat16)
+    x = x.to(torch.bfloat16)
+    assert torch.equal(fxlora.capture(half, x)(x), half(x))
+
+
 def test_strides_of_dimensions_of_one() -> None:
     assert_follows(DropsPaths(), torch.randn(4, 3, 12, 12))
 

@@ -14,6 +14,7 @@ from torch.fx.graph import PythonCode, _PyTreeCodeGen
 from torch.fx.graph_module import _forward_from_src
 
 from ..errors import InputError
+from ..fx.autocast import current_autocast
 from ..fx.targets import refuse_unwritable
 from .autocasts import UNKNOWN, Autocasts
 from .contract import InputSpec
@@ -132,6 +133,13 @@ class ProgramModule(fx.GraphModule):
     def _refusal(self, error: InputError) -> InputError:
         if not self.program.path:
             return error
+        if current_autocast():  # an example of this dtype has no graph outside of autocast
+            return InputError(
+                f"region '{self.program.path}': the model has no whole graph, and under autocast "
+                "its regions get tensors of other dtypes than in the capture. Call it outside of "
+                "autocast, or capture the model in half precision (model.to(torch.bfloat16)). "
+                f"{error}"
+            )
         return InputError(
             f"region '{self.program.path}': {error} Give capture an example in which the region "
             "is called like this."
