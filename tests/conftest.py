@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch._dynamo import config
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -16,10 +14,9 @@ GOLDEN = Path(__file__).parent / "golden"
 # writes a record for each symbol and each tensor of a capture.
 logging.getLogger("torch.__trace").propagate = True
 
-# In a small graph few calls are alike: torch's cache of what calls return costs more than it saves,
-# up to a third of a capture. Tests of deep models and of what users run are marked to have it.
-CONFIG: Any = config  # torch installs `patch` on the module at run time
-CONFIG.fake_tensor_cache_enabled = False
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the collector need not search everything that is imported: 6 % of a capture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,13 +54,6 @@ def _no_proofs_of_autocast(request: pytest.FixtureRequest, monkeypatch: pytest.M
     """Prove nothing of the caller's autocast, a fifth of a capture, unless the test is marked."""
     if not request.node.get_closest_marker("autocast"):
         monkeypatch.setattr("fxlora.frontends.autocast_proof._HALF", ())
-
-
-@pytest.fixture(autouse=True)
-def _cache_of_fake_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
-    # by torch's own patch: pytest's deletes what a module has by `__getattr__`, as config has it
-    with CONFIG.patch(fake_tensor_cache_enabled=bool(request.node.get_closest_marker("cached"))):
-        yield
 
 
 @pytest.fixture

@@ -55,10 +55,7 @@ def shown(expected: str) -> re.Pattern[str]:
 RUN = [
     pytest.param(
         page,
-        marks=[
-            *([pytest.mark.autocast] if "autocast(" in str(sessions(page)) else []),
-            *([pytest.mark.cached] if "torchvision" in str(sessions(page)) else []),
-        ],
+        marks=pytest.mark.autocast if "autocast(" in str(sessions(page)) else [],
         id=str(page.relative_to(ROOT)),
     )
     for page in PAGES
@@ -115,7 +112,6 @@ def shallow(resnet: Callable[..., Any], block: Any, layers: list[int], **how: An
     return model
 
 
-@pytest.mark.cached
 @pytest.mark.parametrize(
     ("page", "small"),
     [

@@ -40,7 +40,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.mark.cached
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a ResNet of half as many blocks in place of the demo's own."""
     for package in ("torchvision", "sklearn", "tqdm"):

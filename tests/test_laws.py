@@ -30,7 +30,6 @@ def inputs(kind: type[nn.Module]) -> tuple[torch.Tensor, ...]:
     }[kind]
 
 
-@pytest.mark.cached  # as for users, in the quick run once for each kind of small model
 @pytest.mark.parametrize("kind", [Mlp, Convolutions, Readers, Tied, Attention, Normed])
 def test_exported(kind: type[nn.Module]) -> None:
     check_laws(kind(), inputs(kind), rules=EVERY)
