@@ -15,10 +15,6 @@ GOLDEN = Path(__file__).parent / "golden"
 logging.getLogger("torch.__trace").propagate = True
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # the collector need not search everything that is imported: 6 % of a capture
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,10 @@ BY_NAME: dict[str, dict[int, torch.Tensor]] = {"gains": {}}
 IN_LIST: list[torch.Tensor | None] = [None]
 GLOBAL: torch.Tensor | None = None
 CALLS: list[int] = []
+
+
+ORDERED: collections.OrderedDict[int, torch.Tensor] = collections.OrderedDict()
+ENTRIES: dict[int, Any] = {}
 
 
 class OnClass:
@@ -79,6 +86,59 @@ def in_default(size: int, kept: dict[int, torch.Tensor] = {}) -> torch.Tensor:  
     return kept[size]
 
 
+def in_ordered_dict(size: int) -> torch.Tensor:
+    return ORDERED.setdefault(size, made(size))
+
+
+def on_function(size: int) -> torch.Tensor:
+    if not hasattr(on_function, "kept"):
+        on_function.kept = made(size)  # pyright: ignore[reportFunctionMemberAccess]
+    return on_function.kept  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def in_entry(size: int) -> torch.Tensor:
+    if size not in ENTRIES:
+        ENTRIES[size] = SimpleNamespace(gains=made(size))
+    return ENTRIES[size].gains
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Keeps its gains past its own `__setattr__`, which raises."""
+
+    size: int
+
+    @functools.cached_property
+    def gains(self) -> torch.Tensor:
+        return made(self.size)
+
+
+FROZEN = Frozen(5)
+
+
+def on_frozen(size: int) -> torch.Tensor:
+    return FROZEN.gains
+
+
+class Proxy:
+    """Stands for an object that does not exist now, as in web frameworks."""
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise AssertionError
+
+    @property
+    def __dict__(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise AssertionError
+
+
+ABSENT = Proxy()
+
+
+def with_proxy(size: int) -> torch.Tensor:
+    return ABSENT.gains if size < 0 else made(size)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def on_class(size: int) -> torch.Tensor:
     if not hasattr(OnClass, "gains"):
         OnClass.gains = made(size)  # pyright: ignore[reportAttributeAccessIssue]
@@ -112,6 +172,10 @@ KINDS = (
     in_list,
     in_global,
     in_default,
+    in_ordered_dict,
+    in_entry,
+    on_function,
+    on_frozen,
     on_class,
     on_instance,
     in_closure,
@@ -157,6 +221,41 @@ def test_a_cache_that_the_forward_clears(bounded: bool) -> None:
     before = table.cache_info()
     assert fxlora.capture(model, x).regions == ("",)
     assert type(table(5)) is torch.Tensor and before.misses == 1
+
+
+def test_a_cache_that_is_only_read_stays() -> None:
+    """The user's own setting, in an object that an lru_cache makes once."""
+    settings = functools.cache(lambda: {"scale": 1.0})
+    settings()["scale"] = 3.0
+    model, x = Gained(lambda size: made(size) * settings()["scale"]), torch.randn(4, 3)
+    expected = model(x)
+    gm = fxlora.capture(model, x)
+    assert torch.equal(model(x), expected) and torch.equal(gm(x), expected)
+
+
+class Slotted:
+    __slots__ = ("gains",)
+
+
+def test_a_place_that_cannot_be_put_back_is_named_and_the_advice_works() -> None:
+    kept = Slotted()
+
+    def gains(size: int) -> torch.Tensor:
+        if not hasattr(kept, "gains"):
+            kept.gains = made(size)
+        return kept.gains
+
+    model, x = Gained(gains), torch.randn(4, 3)
+    with pytest.raises(fxlora.CaptureError, match=r"holds a tensor of the trace now: clear it"):
+        fxlora.capture(model, x)
+    del kept.gains
+    expected = model(x)
+    assert torch.equal(fxlora.capture(model, x)(x), expected)
+
+
+def test_no_code_of_the_users_runs() -> None:
+    model, x = Gained(with_proxy), torch.randn(4, 3)
+    assert torch.equal(fxlora.capture(model, x)(x), model(x))
 
 
 def test_what_a_call_keeps_besides_tensors_stays() -> None:

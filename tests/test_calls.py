@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import fxlora
@@ -218,3 +219,130 @@ def test_by_regions() -> None:
 def test_what_is_no_call(model: Tagger, given: dict[str, Any], said: str) -> None:
     with pytest.raises(fxlora.CaptureError, match=said):
         fxlora.capture(model, **given)
+
+
+class OnlyThen(nn.Module):
+    """Normalises, and has a second layer, in one kind of call only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm, self.then = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor, more: bool = False) -> torch.Tensor:
+        h = self.proj(x)
+        return self.then(self.norm(h)) if more else h
+
+
+X = torch.randn(3, 4, dtype=torch.float64)
+
+
+def test_a_mode_that_matters_in_a_later_call_only_is_refused() -> None:
+    gm = fxlora.capture(OnlyThen().double(), calls=[((X,), {}), ((X,), {"more": True})]).train()
+    gm.norm.eval()
+    with pytest.raises(fxlora.SubmoduleError, match="'norm' was set to eval mode"):
+        gm(X, more=True)
+
+
+def test_whoever_interprets_the_graph_gets_the_calls_own() -> None:
+    model = OnlyThen().double().eval()
+    gm = fxlora.capture(model, calls=[((X,), {}), ((X,), {"more": True})]).eval()
+    assert torch.equal(fx.Interpreter(gm).run(X), model(X))
+    assert torch.equal(fx.Interpreter(gm).run(X, True), model(X, True))
+    with pytest.raises(fxlora.InputError, match="none of the 2 captured calls"):
+        fx.Interpreter(gm).run(X, 1)
+
+
+class ByGrad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) if x.requires_grad else self.second(x)
+
+
+def test_calls_that_nothing_tells_apart_are_captured_by_regions() -> None:
+    model = ByGrad().double()
+    calls: list[Call] = [((X,), {}), ((X.clone().requires_grad_(),), {})]
+    with pytest.warns(fxlora.FxLoraWarning, match="differ in nothing that a call is told by"):
+        gm = fxlora.capture(model, calls=calls)
+    assert all(equal(gm, model, call) for call in calls)
+
+
+class BySize(nn.Module):
+    """Takes another way for one step than for several, as a prompt and a decoding step do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many, self.one = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) if x.shape[1] == 1 else self.many(x)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_calls_that_differ_in_sizes_get_the_graphs_that_they_need(order: int) -> None:
+    model = BySize().double()
+    inputs = [torch.randn(2, length, 4, dtype=torch.float64) for length in (5, 7, 1)][::order]
+    calls: list[Call] = [((x,), {}) for x in inputs]
+    gm = fxlora.capture(model, calls=calls)
+    assert len(gm.programs) == 2
+    for call in [*calls, ((torch.randn(3, 6, 4, dtype=torch.float64),), {})]:
+        assert equal(gm, model, call)
+
+
+class CountsAndBranches(Branches):
+    """Writes to a buffer, and cannot be one graph; one kind of call runs in eval mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor, twice: bool = False) -> torch.Tensor:
+        if twice and self.training:
+            raise ValueError
+        return super().forward(self.norm(x), twice)
+
+
+@pytest.mark.filterwarnings("ignore:CountsAndBranches could not be captured:fxlora.FxLoraWarning")
+def test_regions_of_several_calls_that_write_to_a_buffer() -> None:
+    model, x = CountsAndBranches().double(), torch.randn(3, 4, dtype=torch.float64)
+    calls: list[Call] = [((x,), {}), ((x,), {"twice": True})]
+    gm = fxlora.capture(model, calls=calls)
+    assert set(gm.regions) == {"norm", "first", "second"}
+    for training, mine in ((True, calls[:1]), (False, calls)):
+        for call in mine:
+            assert equal(gm.train(training), model.train(training), call)
+
+
+def test_dynamic_shapes_of_a_call_are_its_own() -> None:
+    """Although the graphs of the call before would hold for its example."""
+    model, call = nn.Linear(4, 6).double(), ((torch.randn(2, 5, 4, dtype=torch.float64),), {})
+    gm = fxlora.capture(model, calls=[call, call], dynamic_shapes=[None, ({1: Dim.AUTO},)])
+    assert gm(torch.randn(2, 9, 4, dtype=torch.float64)).shape == (2, 9, 6)
+
+
+def test_symbolic_sizes_choose_as_the_example_does() -> None:
+    class Parity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.even(x) if x.shape[0] % 2 == 0 else self.odd(x)
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = gm
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = Parity().double()
+    inputs = [torch.randn(size, 4, dtype=torch.float64) for size in (4, 5)]
+    calls: list[Call] = [((x,), {}) for x in inputs]
+    gm = fxlora.capture(model, calls=calls, dynamic_shapes=[({0: Dim.AUTO},)] * 2)
+    for x in inputs:
+        program = torch.export.export(Wrapper(), (x,), dynamic_shapes=({0: Dim.AUTO},))
+        assert torch.equal(program.module()(x), model(x))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._higher_order_ops import scan, while_loop
+from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
 import fxlora
@@ -258,3 +259,22 @@ def test_a_checkpoint_is_no_end() -> None:
     with pytest.raises(UnsupportedOpError, match="would never train"):
         fxlora.match(gm, Rule("a", lora=LoraConfig(r=2)))
     check_laws(Checkpointed(torch.tanh), (X,), rules=Rule("a", lora=LoraConfig(r=2)))
+
+
+class LeastSize(nn.Module):
+    """Computes a size by a function of torch's that fails an assertion for tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)[: torch.sym_min(x.shape[0], x.shape[1])]
+
+
+def test_a_function_that_refuses_a_trial_in_any_way() -> None:
+    dynamic = {"x": {0: Dim.AUTO, 1: Dim.AUTO}}
+    gm = fxlora.capture(LeastSize(), torch.randn(5, 3, 4), dynamic_shapes=dynamic)
+    assert "sym_min" in gm.code
+    plan = fxlora.match(gm, fxlora.LoraConfig(r=2, target_modules="all-linear"))
+    assert [entry.site for entry in plan] == ["proj"]

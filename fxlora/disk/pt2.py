@@ -104,7 +104,9 @@ def exported(
     evaluation = module.derive().eval()
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)
-    call = evaluation.chosen(args, kwargs)
+    call: ProgramModule = evaluation
+    if len(evaluation.calls) > 1:
+        call = evaluation.chosen(args, kwargs)
     program = _checked(call)
     failure: Exception | None = None
     for example in _examples(call.contract, args, kwargs, dynamic_shapes):

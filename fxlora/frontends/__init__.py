@@ -24,13 +24,9 @@ from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
 from .autocast_proof import callers_autocast
-from .examples import (
-    examples_for,
-    examples_for_kind,
-    in_signature_order,
-    same_but_for_sizes,
-)
-from .exported import Source, export_modes
+from .call_sources import Sources
+from .examples import in_signature_order
+from .exported import Source
 from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
@@ -39,7 +35,7 @@ from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
 from .traced import trace_mode, traced_autocasts
-from .tree import attach, build_tree, read_by_own_names, refuse_lazy, working_copy
+from .tree import attach, build_tree, read_by_own_names, refuse_lazy
 
 
 @torch.inference_mode(False)  # inference tensors can never be trained
@@ -124,7 +120,11 @@ def _capture(
     if given:
         shapes = [dynamic_shapes] if calls is None else _shapes_of(len(given), dynamic_shapes)
         if parts and len(given) > 1:
-            raise CaptureError("modules goes with one example call, not with several.")
+            raise CaptureError(
+                "modules goes with one example call, not with several. Capture the call of the "
+                "training so, and the others without modules: save_adapter and load_adapter take "
+                "the adapters from one to the other."
+            )
         return _capture_exported(model, given, shapes, parts)
     if parts:
         raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
@@ -210,29 +210,19 @@ def _hidden_name(model: nn.Module) -> str | None:
 def _capture_exported(
     model: nn.Module, calls: Sequence[Call], shapes: Sequence[Any], parts: tuple[str, ...]
 ) -> CapturedModule:
-    """Export the model for each call, or else its submodules for all of them.
-
-    A call that the graphs of an earlier one hold for needs none of its own.
-    """
+    """Export the model for each call, or else its submodules for all of them."""
     register_containers(model)
     calls = [(args, in_signature_order(model, kwargs)) for args, kwargs in calls]
-    sources: list[Source] = []
-    for call, asked in zip(calls, shapes, strict=True):
-        if any(source.holds_for(*call) for source in sources):
-            continue
-        try:
-            if asked is None:
-                examples = examples_for_kind(
-                    [other for other in calls if same_but_for_sizes(call, other)]
-                )
-            else:
-                examples = examples_for(*call, asked)
-            sources.append(export_modes(working_copy(model), examples, parts=parts))
-        except CaptureError as failure:
-            if asked is not None or parts:  # the user asked for one whole graph
-                raise
-            return _capture_by_regions(model, calls, failure)
-    return _assemble(model, sources, parts=parts)
+    sources = Sources(model, parts)
+    try:
+        for number in sorted(range(len(calls)), key=lambda n: shapes[n] is None):  # asked first
+            others = [other for other, asked in zip(calls, shapes, strict=True) if asked is None]
+            sources.add(calls[number], others, shapes[number])
+    except CaptureError as failure:
+        if parts or any(asked is not None for asked in shapes):  # one whole graph is asked for
+            raise
+        return _capture_by_regions(model, calls, failure)
+    return _assemble(model, sources.made, parts=parts)
 
 
 def _capture_by_regions(

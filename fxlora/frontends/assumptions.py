@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +27,7 @@ from ..module.contract import (
     InputSpec,
     IntegerInput,
     TensorInput,
+    by_position,
 )
 from .examples import Example
 
@@ -63,22 +62,8 @@ def contract_of(
         ]
         leaves.append(tuple(group))
     guards = tuple(_guards(module, [leaf for group in leaves for leaf in group], model))
-    positional = _positional(model, names, len(example.args))
+    positional = by_position(model, names, len(example.args))
     return InputSpec(names, tuple(structures), tuple(leaves), guards, positional=positional)
-
-
-def _positional(model: nn.Module, names: Sequence[str], given: int) -> int:
-    """Return how many leading arguments have the same position in the model's forward.
-
-    Args:
-        model: the source model.
-        names: the captured arguments.
-        given: how many of them the example gave by position.
-    """
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    declared = inspect.signature(model.forward).parameters.values()
-    pairs = zip(names, (p.name for p in declared if p.kind in by_position), strict=False)
-    return max(given, len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))))
 
 
 def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:

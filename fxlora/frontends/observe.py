@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,24 +89,43 @@ class Observation:
         calls: the calls of each submodule, by path.
         reads: for each parameter that an op reads, by name: the paths of the submodules around
             the op, outermost first, mapped to the `file:line` of the first read inside them.
-        failures: the exception that the model raised, by mode.
+        failures: the exceptions that the model raised, by mode and number of the call.
         given: the model's inputs in each call.
-        outcomes: the model's output tensors and its buffers after each call, by mode.
+        outcomes: the model's output tensors and its buffers after each call, by mode and
+            number of the call.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
     reads: dict[str, dict[tuple[str, ...], str]] = field(
         default_factory=dict[str, dict[tuple[str, ...], str]]
     )
-    failures: dict[str, Exception] = field(default_factory=dict[str, Exception])
+    failures: dict[tuple[str, int], Exception] = field(default_factory=dict[Any, Exception])
     given: Sequence[example_calls.Call] = ()
-    outcomes: dict[str, list[list[torch.Tensor]]] = field(default_factory=dict[str, Any])
+    outcomes: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict[Any, Any])
 
-    def ran(self, module: nn.Module, mode: str) -> bool:
-        """Whether a module's outcomes in this mode equal the model's, up to rounding."""
-        if mode in self.failures:
-            return True  # nothing to compare with
-        return all(map(functools.partial(_has_outcome, module), self.given, self.outcomes[mode]))
+    def unrun(self) -> Exception | None:
+        """Return the exception of the first call that ran in no mode, or None."""
+        for number in range(len(self.given)):
+            found = [self.failures.get((mode, number)) for mode in MODES]
+            if all(found):
+                return found[-1]
+        return None
+
+    def ran(self, module: nn.Module, mode: str, number: int) -> bool:
+        """Whether a module's outcome of a call equals the model's, up to rounding.
+
+        Args:
+            module: the module to call, in this mode; the call may write to its buffers.
+            mode: the mode.
+            number: the number of a call that the model ran in this mode.
+        """
+        try:
+            with undisturbed(module), Draws():
+                found = outcome(module, *self.given[number])
+        except Exception:  # noqa: BLE001 - any error is a difference: the model raised none
+            return False
+        expected = self.outcomes[mode, number]
+        return len(found) == len(expected) and all(map(_same, found, expected))
 
     def outside(self, regions: set[str]) -> dict[str, str]:
         """Map each parameter that is read outside of all these submodules to where it is read."""
@@ -120,28 +140,16 @@ class Observation:
 def observe(model: nn.Module, calls: Sequence[example_calls.Call]) -> Observation:
     """Run copies of the model (over the same parameters) in each mode, and record the runs."""
     seen = Observation(given=calls)
-    for mode, (args, kwargs) in itertools.product(MODES, calls):
+    for mode, (number, call) in itertools.product(MODES, enumerate(calls)):
         twin = separate_copy(model)
         try:
             with mode_of(twin, mode == "train"), Draws(), _Watch(twin, mode, seen):
-                seen.outcomes.setdefault(mode, []).append(outcome(twin, args, kwargs))
+                seen.outcomes[mode, number] = outcome(twin, *call)
         except CaptureError:  # a write to a parameter, which no copy of the model is safe from
             raise
         except Exception as error:  # noqa: BLE001 - the model may raise anything
-            seen.failures[mode] = error
+            seen.failures[mode, number] = error
     return seen
-
-
-def _has_outcome(
-    module: nn.Module, call: example_calls.Call, expected: Sequence[torch.Tensor]
-) -> bool:
-    """Whether a call of a module has this outcome, up to rounding."""
-    try:
-        with undisturbed(module), Draws():
-            found = outcome(module, *call)
-    except Exception:  # noqa: BLE001 - any error is a difference: the model raised none
-        return False
-    return len(found) == len(expected) and all(map(_same, found, expected))
 
 
 def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -149,8 +157,20 @@ def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     args, kwargs = pytree.tree_map(_cloned, (args, kwargs))
     current().seed_all(0)
     leaves = pytree.tree_leaves(module(*args, **kwargs))
+    _refuse_traces(module, leaves)
     buffers = [b for name, b in module.named_buffers() if not name.startswith("_constants")]
     return [t.detach() for t in (*leaves, *buffers) if isinstance(t, torch.Tensor)]
+
+
+def _refuse_traces(module: nn.Module, outputs: Sequence[Any]) -> None:
+    """Raise if the forward computed with a tensor of an earlier trace, which it kept somewhere."""
+    if any(isinstance(output, FakeTensor) for output in outputs):
+        raise CaptureError(
+            f"{type(module).__name__} keeps a tensor that its forward makes in a place of Python's "
+            "where a capture cannot put it back (a global object with __slots__, threading.local, "
+            "a ContextVar, a large dict). It holds a tensor of the trace now: clear it. Call the "
+            "model once before the capture, so that the tensor is made then."
+        )
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -17,7 +17,6 @@ from torch.export import Dim, ShapesCollection
 from ..errors import CaptureError, InputError
 from ..module import CapturedModule, example_calls
 from ..module.parent import ParentModule
-from ..module.program import MODES
 from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, widened_if_proved
 from .failures import unable
@@ -49,10 +48,8 @@ class Regions:
         self.model, self.failure = model, failure
         self._traced = working_copy(model)
         self.seen = observe(model, calls)
-        if len(self.seen.failures) == 2:
-            raise unable(
-                model, "does not run on the example inputs", self.seen.failures["eval"], ""
-            )
+        if failed := self.seen.unrun():
+            raise unable(model, "does not run on the example inputs", failed, "")
         self._left: set[str] = set()
         self._known: dict[str, list[Source]] = {}
 
@@ -112,11 +109,11 @@ def wrong_regions(module: CapturedModule, seen: Observation) -> list[str]:
 
 
 def _reproduces(module: CapturedModule, seen: Observation, only: str | None = None) -> bool:
-    for mode in MODES:
+    for mode, number in seen.outcomes:
         copied = module.derive().train(mode == "train")
         assert copied.parent_module is not None
         copied.parent_module.open([path for path in module.regions if only not in (None, path)])
-        if not seen.ran(copied, mode):
+        if not seen.ran(copied, mode, number):
             return False
     return True
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
+from .several_calls import CHOOSER, choosing_program, no_call_like, signature_of_all
 from .sharing import copy_memory, copy_when_trained, is_shared
 from .state import State
 from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
@@ -65,7 +65,8 @@ class CapturedModule(ProgramModule):
         state: State | None = None,
         own_modes: Collection[str] = (),
     ) -> None:
-        whole = parent_program() if parent_module else programs[0]
+        whole = programs[0] if len(programs) == 1 else choosing_program()
+        whole = parent_program() if parent_module else whole
         self.__dict__.update(_seal=Seal(self), _running={}, outlined_modules={})
         self._seal.own.update(own_modes)
         super().__init__(tree, whole, class_name, training)
@@ -76,7 +77,7 @@ class CapturedModule(ProgramModule):
         self.known = (state or State()).with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
         self.look()
-        others = self.programs if parent_module else self.programs[1:]
+        others = self.programs if whole not in self.programs else ()
         self.runners = [ProgramModule(self, p, class_name, training) for p in others]
         self._bind_parent()
         self._outline()
@@ -116,7 +117,7 @@ class CapturedModule(ProgramModule):
     def look(self) -> None:
         super().look()
         parent = self.__dict__.get("parent_module")
-        self._view.__dict__.update({FACADE: self, "parent_module": parent})
+        self._view.__dict__.update({FACADE: self, CHOOSER: self, "parent_module": parent})
 
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._running.get(id(graph), graph)
@@ -212,8 +213,8 @@ class CapturedModule(ProgramModule):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "training" and "runners" in self.__dict__:
-            for call in self.calls[1:]:
-                call.training = value
+            for runner in () if self.parent_module else self.runners:
+                runner.training = value
         if name == "training" and "_seal" in self.__dict__:
             self._seal.owner_set(self)
 
@@ -255,9 +256,14 @@ class CapturedModule(ProgramModule):
         super()._check(args, kwargs)
 
     @property
+    def call_chooser(self) -> CapturedModule:
+        """The module itself, for the graph that chooses (see several_calls.py)."""
+        return self
+
+    @property
     def calls(self) -> tuple[ProgramModule, ...]:
         """The modules that run the captured calls of the whole model; itself, if there is one."""
-        return (self,) if self.parent_module else (self, *self.runners)
+        return tuple(self.runners) if self.runners and not self.parent_module else (self,)
 
     def chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
         """Return the module whose graph runs a call: the first whose contract holds.
@@ -265,26 +271,28 @@ class CapturedModule(ProgramModule):
         Raises:
             InputError: none of the captured calls is like this one.
         """
-        if len(self.calls) == 1:
-            return super().chosen(args, kwargs)
+        refusals: list[InputError] = []
         for call in self.calls:
-            if call.holds_for(args, kwargs):
-                self._seal.refuse_apart()
-                call._check(args, kwargs)
+            assert call.contract is not None  # calls are examples
+            try:
+                call.contract.check(args, kwargs, assume=False)
+            except InputError as error:
+                refusals.append(error)
+            else:
                 return call
-        raise InputError(_no_call_like(self.calls, args, kwargs))
+        raise InputError(no_call_like([call.contract for call in self.calls], refusals))
 
     def _sign(self, signature: inspect.Signature) -> None:
         if "runners" in self.__dict__ and len(self.calls) > 1:
-            signature = _signature_of_all([call.contract for call in self.calls])
+            signature = signature_of_all([call.contract for call in self.calls])
         super()._sign(signature)
 
     def mode_matters(self, path: str) -> bool:
-        """Whether the two modes' graphs differ in a submodule's part."""
+        """Whether the two modes' graphs of a call differ in a submodule's part."""
         if self.parent_module:
             return True
-        train, evaluation = (part_of(self.graphs[mode], path) for mode in MODES)
-        return train != evaluation
+        parts = [[part_of(p.graphs[mode], path) for mode in MODES] for p in self.programs]
+        return any(train != evaluation for train, evaluation in parts)
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -660,35 +668,6 @@ def _named(
             path = f"{prefix}.{name}" if prefix else name
             inner = wrappers.get(id(child), child)
             yield from _named(inner, path, wrappers, seen, remove_duplicate)
-
-
-def _signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature:
-    """Return a signature with the arguments of every call; those that not all have are optional."""
-    names = [contract.names if contract else () for contract in contracts]
-    always = [name for name in names[0] if all(name in others for others in names)]
-    optional = [name for name in dict.fromkeys(itertools.chain(*names)) if name not in always]
-    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
-        [
-            *(inspect.Parameter(name, by_position) for name in ("self", *always)),
-            *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in optional),
-        ]
-    )
-
-
-def _no_call_like(
-    calls: Sequence[ProgramModule], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str:
-    """Return the message about a call that none of the graphs holds for, with each one's reason."""
-    reasons: dict[str, list[str]] = {}
-    for call in calls:
-        assert call.contract is not None
-        try:
-            call.contract.check(args, kwargs)
-        except InputError as error:
-            reasons.setdefault(str(error), []).append(f"({', '.join(call.contract.names)})")
-    why = " ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-    return f"none of the {len(calls)} captured calls is like this one. {why}"
 
 
 def _copy_hooks(

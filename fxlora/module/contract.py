@@ -8,11 +8,14 @@ for a call that violates them.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
@@ -72,7 +75,7 @@ class TensorInput:
     dims: tuple[int | Dimension, ...]
     dtype: torch.dtype | None
 
-    def check(self, value: object, bound: Bound) -> None:
+    def check(self, value: object, bound: Bound, assume: bool = True) -> None:
         if not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
@@ -91,9 +94,11 @@ class TensorInput:
                 "with an example of this shape."
             )
         for axis, dim in enumerate(self.dims):
-            self._check_dimension(axis, dim, value.shape[axis], bound)
+            self._check_dimension(axis, dim, value.shape[axis], bound, assume)
 
-    def _check_dimension(self, axis: int, dim: int | Dimension, size: int, bound: Bound) -> None:
+    def _check_dimension(
+        self, axis: int, dim: int | Dimension, size: int, bound: Bound, assume: bool
+    ) -> None:
         where = f"{self.name}, dimension {axis}"
         if isinstance(dim, int):
             if size != dim:
@@ -103,7 +108,7 @@ class TensorInput:
                     "or with an example of this size."
                 )
             return
-        if isinstance(size, torch.SymInt):
+        if assume and isinstance(size, torch.SymInt):
             dim.assume(size)
             return
         value = dim.solve(size)
@@ -129,7 +134,7 @@ class ConstantInput:
     name: str
     value: Any
 
-    def check(self, value: object, bound: Bound) -> None:
+    def check(self, value: object, bound: Bound, assume: bool = True) -> None:
         if not same_literal(value, self.value):
             raise InputError(
                 f"{self.name}: captured as the constant {self.value!r}, called with "
@@ -144,10 +149,10 @@ class IntegerInput:
     name: str
     dim: Dimension
 
-    def check(self, value: object, bound: Bound) -> None:
-        if isinstance(value, torch.SymInt):
+    def check(self, value: object, bound: Bound, assume: bool = True) -> None:
+        if assume and isinstance(value, torch.SymInt):
             self.dim.assume(value)
-        elif type(value) is not int or self.dim.solve(value) is None:
+        elif type(value) not in (int, torch.SymInt) or self.dim.solve(value) is None:  # pyright: ignore[reportArgumentType]
             raise InputError(
                 f"{self.name}: captured for integers {self.dim.describe()}, called with "
                 f"{value!r}. Capture again with this value as the example, and without bounds in "
@@ -172,9 +177,9 @@ class Guard:
     holds: Callable[[Sequence[Any]], Any] = field(compare=False)
     excludes_small: bool = False
 
-    def check(self, leaves: Sequence[Any]) -> None:
+    def check(self, leaves: Sequence[Any], assume: bool = True) -> None:
         holds = self.holds(leaves)
-        if isinstance(holds, torch.SymBool):  # so that a re-export keeps the assumption
+        if assume and isinstance(holds, torch.SymBool):  # so that a re-export keeps the assumption
             torch._check(holds)
         elif not holds:
             raise InputError(
@@ -229,20 +234,26 @@ class InputSpec:
     updates: tuple[Update, ...] = ()
     positional: int | None = None
 
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise InputError unless these arguments satisfy the contract."""
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, assume: bool = True) -> None:
+        """Raise InputError unless these arguments satisfy the contract.
+
+        Args:
+            args, kwargs: the arguments.
+            assume: in a trace with symbolic sizes, assume that these satisfy it. Otherwise, the
+                sizes of the example that is traced decide.
+        """
         bound: Bound = {}
         pairs = self.pairs(args, kwargs)
         for leaf, item in pairs:
-            leaf.check(item, bound)
+            leaf.check(item, bound, assume)
         items = [item for _, item in pairs]
         for guard in self.guards:
-            guard.check(items)
+            guard.check(items, assume)
 
     def holds_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether `check` passes."""
+        """Whether `check` passes; assumes nothing."""
         try:
-            self.check(args, kwargs)
+            self.check(args, kwargs, assume=False)
         except InputError:
             return False
         return True
@@ -364,6 +375,20 @@ class InputSpec:
                 "again with an example like this."
             )
         return items
+
+
+def by_position(module: nn.Module, names: Sequence[str], given: int) -> int:
+    """Return how many leading arguments of a call have the same position in a module's forward.
+
+    Args:
+        module: the module.
+        names: the names of the call's arguments.
+        given: how many of them the call gave by position.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    declared = inspect.signature(module.forward).parameters.values()
+    pairs = zip(names, (p.name for p in declared if p.kind in kinds), strict=False)
+    return max(given, len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))))
 
 
 def first_difference(found: object, expected: object) -> str:

@@ -21,6 +21,7 @@ from ..errors import InjectError, InputError
 from .captured import CapturedModule, check_captured
 from .contract import ConstantInput, InputSpec
 from .example_calls import Call
+from .several_calls import no_call_like
 from .submodules import Seal, host_part
 
 
@@ -250,18 +251,18 @@ def _align(
     Raises:
         InputError: no captured call has an argument that is given, and not its default.
     """
-    first: InputError | None = None
+    refusals: list[InputError] = []
     for call in module.calls:
         try:
             aligned = _align_with(call.contract, signature, args, kwargs)
-        except InputError as error:
-            first = first or error
-            continue
-        if len(module.calls) == 1 or call.holds_for(*aligned):
+            if call.contract is not None and len(module.calls) > 1:
+                call.contract.check(*aligned, assume=False)
             return aligned
-    if first is not None:
-        raise first
-    return args, kwargs  # which the module refuses
+        except InputError as error:
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
+    raise InputError(no_call_like([call.contract for call in module.calls], refusals))
 
 
 def _align_with(

@@ -92,6 +92,7 @@ class ModuleCall:
         key: path and number of the call.
         names: names of its arguments, positional ones first.
         positional: number of positional arguments.
+        by_position: number of leading arguments that may be given by position.
         structures: the pytree structure of each argument.
         inputs: the leaves of the list of arguments.
         output: the leaves of the result.
@@ -100,6 +101,7 @@ class ModuleCall:
     key: CallKey
     names: tuple[str, ...]
     positional: int
+    by_position: int
     structures: tuple[Any, ...]
     inputs: Leaves
     output: Leaves
@@ -341,7 +343,8 @@ class _Outliner:
             named = [name] if len(indices) == 1 else [f"{name}[{i - begin}]" for i in indices]
             groups.append(tuple(map(self._leaf, indices, named)))
             begin = end
-        return InputSpec(self.call.names, self.call.structures, tuple(groups))
+        call = self.call
+        return InputSpec(call.names, call.structures, tuple(groups), positional=call.by_position)
 
     def _leaf(self, index: int, name: str) -> Input:
         constant = self.call.inputs.constants[index]

@@ -121,15 +121,6 @@ class ProgramModule(fx.GraphModule):
         except InputError as error:
             raise self._refusal(error) from None
 
-    def chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
-        """Return the module whose graph runs a call.
-
-        Raises:
-            InputError: there is none.
-        """
-        self._check(args, kwargs)
-        return self
-
     def _refusal(self, error: InputError) -> InputError:
         if not self.program.path:
             return error
@@ -264,10 +255,10 @@ def forward_function() -> Any:
 def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
     if _traced(args, kwargs):
         return self._forwards[self.training](self._view, *args, **kwargs)
-    chosen = self.chosen(args, kwargs)
-    output = chosen.run(args, kwargs)
-    if chosen.contract is not None and chosen.contract.updates:
-        chosen.contract.update(args, kwargs, output)
+    self._check(args, kwargs)
+    output = self.run(args, kwargs)
+    if self.contract is not None and self.contract.updates:
+        self.contract.update(args, kwargs, output)
     return output
 
 

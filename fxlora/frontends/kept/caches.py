@@ -10,20 +10,35 @@ import copy
 import functools
 import gc
 import sys
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from .containers import items, put_back, unchanged
 
 _TRACED = (FakeTensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 _ABSENT = object()
+# Methods that Python calls without their names being in any code, and `forward`.
+_CALLED = (
+    *("forward", "__call__", "__new__", "__post_init__", "__get__", "__set__", "__getattr__"),
+    *("__getattribute__", "__getitem__", "__setitem__", "__missing__", "__contains__", "__iter__"),
+    *("__next__", "__len__", "__bool__", "__enter__", "__exit__", "__torch_function__"),
+    *("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__truediv__", "__matmul__"),
+)
 _MOST_ENTRIES = 1000  # a larger container is data, not a cache: it is neither copied nor searched
 # They keep no tensors of a model.
 _LIBRARIES = {"torch", "numpy", __name__.partition(".")[0], *sys.stdlib_module_names}
@@ -34,7 +49,7 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
     """Within the context, trace a model; afterwards, remove the tensors of the trace from caches.
 
     These are the caches that the code of the model's classes can reach. An lru_cache is emptied if
-    it was used. A variable or a container gets back its earlier value if it holds a
+    any result was added to it. A variable or a container gets back its earlier value if it holds a
     tensor of the trace. Everything else that a call leaves there stays.
     """
     reach = _Reach(model)
@@ -45,8 +60,10 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
         yield
     finally:
         for cache, before in used:
+            now = cache.cache_info()
+            more = (now.misses, now.currsize) != (before.misses, before.currsize)
             # equal counts, if the forward clears the cache and fills it again
-            if cache.cache_info() != before or any(map(_holds_traced, _results(cache))):
+            if more or any(_holds_traced(held, attributes=False) for held in _results(cache)):
                 cache.cache_clear()
         for container, before in containers:
             if not unchanged(container, before) and any(map(_holds_traced, items(container))):
@@ -74,7 +91,7 @@ class _Reach:
         self._left: list[Any] = []
         self._names: set[str] = set()
         self._waiting: dict[str, list[Any]] = {}  # attributes that no code has named so far
-        self._add_names({"forward", "__call__", "__getattr__", "__getitem__", "__torch_function__"})
+        self._add_names(set(_CALLED))
         for module in model.modules():
             self._left.append(type(module))
             self._left += filter(callable, vars(module).values())
@@ -95,25 +112,30 @@ class _Reach:
             found.append(value)
 
     def _visit(self, value: Any) -> None:
-        if isinstance(value, functools._lru_cache_wrapper):
+        kind = type(value)  # what the value says of its class may be the user's code
+        if issubclass(kind, functools._lru_cache_wrapper):
             self.lru_caches.append(value)
             self._left.append(value.__wrapped__)
-        elif isinstance(value, FunctionType):
+        elif kind is FunctionType:
             self._visit_function(value)
-        elif isinstance(value, staticmethod | classmethod | MethodType):
+        elif kind in (staticmethod, classmethod, MethodType):
             self._left += [value.__func__, getattr(value, "__self__", None)]
-        elif isinstance(value, property):
+        elif kind is property:
             self._left.append(value.fget)
-        elif isinstance(value, functools.partial):
+        elif kind is functools.cached_property:
+            self._left.append(value.func)
+        elif kind is functools.partial:
             self._left += [value.func, *value.args, *value.keywords.values()]
-        elif type(value) in (dict, list, set, tuple):
+        elif issubclass(kind, (dict, list, set, tuple, deque)):
             self._visit_container(value)
-        elif not isinstance(value, ModuleType | torch.Tensor) and hasattr(value, "__dict__"):
+        elif not issubclass(kind, (ModuleType, torch.Tensor)):
             self._visit_owner(value)
 
     def _visit_function(self, function: FunctionType) -> None:
         if _in_a_library(function):
             return
+        self.owners[id(function)] = function
+        self._left += function.__dict__.values()
         self._left += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for cell in function.__closure__ or ():
             self.owners[id(cell)] = cell
@@ -126,20 +148,23 @@ class _Reach:
         for namespace in modules:
             self.owners[id(namespace)] = namespace
             values = [namespace[name] for name in names & namespace.keys()]
-            self._left += [value for value in values if not isinstance(value, ModuleType)]
-            more = [m for m in values if isinstance(m, ModuleType) and not _in_a_library(m)]
+            found = [value for value in values if issubclass(type(value), ModuleType)]
+            self._left += [value for value in values if not issubclass(type(value), ModuleType)]
+            more = [module for module in found if not _in_a_library(module)]
             modules += [vars(m) for m in more if not any(vars(m) is known for known in modules)]
 
     def _visit_owner(self, owner: Any) -> None:
-        kind = owner if isinstance(owner, type) else type(owner)
+        kind: Any = owner if issubclass(type(owner), type) else type(owner)
         if not _in_a_library(kind):
             self.owners[id(owner)] = owner
-            self._add_attributes(vars(owner))
-            self._left += kind.__mro__
+            self._add_attributes(_attributes(owner))
+            if not issubclass(kind, nn.Module):  # whose forward makes no other module
+                self._left.append(_attributes(kind).get("__init__"))
+            self._left += type.mro(kind) if kind is not type else []
 
     def _visit_container(self, container: Any) -> None:
         if len(container) <= _MOST_ENTRIES:
-            self.containers += [] if isinstance(container, tuple) else [container]
+            self.containers += [] if issubclass(type(container), tuple) else [container]
             self._left += items(container)
 
 
@@ -153,38 +178,79 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 def _in_a_library(thing: Any) -> bool:
     """Whether a function, class or Python module is of torch, numpy or the standard library."""
-    name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
-    return (name or "").partition(".")[0] in _LIBRARIES
+    name = thing.__name__ if issubclass(type(thing), ModuleType) else thing.__module__
+    return str(name).partition(".")[0] in _LIBRARIES
 
 
-def _results(lru_cache: Any) -> list[Any]:
-    """Return the results that an lru_cache holds, with the objects that it holds them in."""
-    held = gc.get_referents(lru_cache)
-    entries = [entry for part in held if isinstance(part, dict) for entry in part.values()]
-    return [*held, *entries, *gc.get_referents(*entries)]
+def _attributes(owner: Any) -> Mapping[str, Any]:
+    """Return the attributes that a class or an instance holds itself, past any code of the user."""
+    if issubclass(type(owner), type):
+        return type.__dict__["__dict__"].__get__(owner)
+    for kind in type.mro(type(owner)):
+        held = _attributes(kind).get("__dict__")
+        if type(held) in (GetSetDescriptorType, MemberDescriptorType):  # no property of the user's
+            return held.__get__(owner)  # pyright: ignore[reportOptionalMemberAccess]
+    return {}  # it has slots only
+
+
+def _results(lru_cache: Any) -> Iterator[Any]:
+    """Yield the results that an lru_cache holds, among its other parts.
+
+    Where the cache is bounded, CPython keeps them in a list of its own. Depending on the release,
+    the cache itself refers to them, or the items of that list do.
+    """
+    for held in gc.get_referents(lru_cache):
+        entries = held.values() if type(held) is dict else (held,)
+        for entry in entries:
+            in_list = type(entry).__name__ == "_lru_list_elem"
+            yield from gc.get_referents(entry) if in_list else (entry,)
 
 
 def _variables(owner: Any) -> Mapping[str, Any]:
     """Return the variables of a Python module (given as its dict), a class, instance or closure."""
-    if isinstance(owner, dict):
+    if type(owner) is dict:
         return owner
-    if isinstance(owner, CellType):
+    if type(owner) is CellType:
         try:
             return {"cell_contents": owner.cell_contents}
         except ValueError:  # an empty cell
             return {}
-    return {n: v for n, v in list(vars(owner).items()) if not n.startswith("__")}
+    return {n: v for n, v in list(_attributes(owner).items()) if not str(n).startswith("__")}
 
 
 def _put_variables_back(owner: Any, before: dict[str, Any]) -> None:
-    in_dict = isinstance(owner, dict)
-    put = owner.__setitem__ if in_dict else functools.partial(setattr, owner)
-    drop = owner.__delitem__ if in_dict else functools.partial(delattr, owner)
     for name, value in list(_variables(owner).items()):
         old = before.get(name, _ABSENT)
         if value is not old and _holds_traced(value):
-            drop(name) if old is _ABSENT else put(name, old)
+            _set(owner, name, old)
 
 
-def _holds_traced(value: Any) -> bool:
-    return any(isinstance(leaf, _TRACED) for leaf in pytree.tree_leaves(value))
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Set or delete a variable, past any code of the user's that setting an attribute runs."""
+    absent = value is _ABSENT
+    if type(owner) is CellType:
+        owner.cell_contents = value
+    elif issubclass(type(owner), type):
+        type.__delattr__(owner, name) if absent else type.__setattr__(owner, name, value)
+    else:
+        held: Any = owner if type(owner) is dict else _attributes(owner)
+        held.pop(name) if absent else held.update({name: value})
+
+
+def _holds_traced(value: Any, attributes: bool = True) -> bool:
+    """Whether a value is of a trace, or holds one in containers (and attributes)."""
+    seen: dict[int, Any] = {}
+    left = [value]
+    while left and len(seen) <= _MOST_ENTRIES:
+        value = left.pop()
+        kind = type(value)
+        if issubclass(kind, _TRACED):
+            return True
+        if id(value) in seen or issubclass(kind, (str, int, float, torch.Tensor, ModuleType, type)):
+            continue
+        seen[id(value)] = value
+        if issubclass(kind, (dict, list, set, tuple, deque)):
+            left += items(value)
+        elif attributes and not issubclass(kind, (FunctionType, nn.Module)):
+            left += _attributes(value).values()
+    return False

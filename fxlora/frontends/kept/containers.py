@@ -138,7 +138,7 @@ def put_back(container: Any, before: Any) -> None:
     if unchanged(container, before):
         return
     container.clear()
-    (container.extend if isinstance(container, list) else container.update)(before)
+    (container.extend if hasattr(container, "extend") else container.update)(before)
 
 
 def unchanged(container: Any, before: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.fx.node import has_side_effect
 from torch.library import Library
 from torch.utils import _pytree as pytree
 
+from ...module.contract import by_position
 from ...module.outlining import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
 
 
@@ -38,7 +39,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.calls: dict[CallKey, ModuleCall] = {}
-        self._begun: dict[CallKey, tuple[tuple[str, ...], int, tuple[Any, ...], Leaves]] = {}
+        self._begun: dict[CallKey, tuple[tuple[str, ...], int, int, tuple[Any, ...], Leaves]] = {}
         self._open: list[CallKey] = []
         self._counts: Counter[str] = Counter()
 
@@ -49,14 +50,15 @@ class Calls:
         names = _names(module, len(args), kwargs)
         values = [*args, *kwargs.values()]
         structures = tuple(pytree.tree_structure(value) for value in values)
-        self._begun[key] = names, len(args), structures, _marked(values, key, end=False)
+        positional = len(args), by_position(module, names, len(args))
+        self._begun[key] = names, *positional, structures, _marked(values, key, end=False)
 
     def end(self, path: str, output: Any) -> None:
         key = self._open.pop()
         assert key[0] == path
-        names, positional, structures, inputs = self._begun[key]
         leaves = _marked(output, key, end=True)
-        self.calls[key] = ModuleCall(key, names, positional, structures, inputs, leaves)
+        names, positional, by_place, structures, inputs = self._begun[key]
+        self.calls[key] = ModuleCall(key, names, positional, by_place, structures, inputs, leaves)
 
     def taken(self, graph: fx.Graph) -> tuple[ModuleCall, ...]:
         """Take the marks out of a graph; return the calls that are in it, not in a nested graph."""

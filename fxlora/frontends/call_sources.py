@@ -1,0 +1,106 @@
+"""Export a model for several calls, in as few graphs as hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..fx.compare import same_graph_except_sizes
+from ..module.example_calls import Call
+from ..module.program import MODES
+from .examples import examples_for, examples_for_kind, same_but_for_sizes
+from .exported import Source, export_modes
+from .tree import working_copy
+
+MOST_GRAPHS = 16  # the most calls that get graphs of their own
+
+
+@dataclass
+class Sources:
+    """The graphs of a model for the calls that were added, in the order of preference.
+
+    Attributes:
+        model: the source model.
+        parts: paths of submodules whose calls to record.
+        made: the graphs.
+    """
+
+    model: nn.Module
+    parts: Sequence[str]
+    made: list[Source] = field(default_factory=list[Source])
+    _examples: list[list[Call]] = field(default_factory=list[list[Call]])  # that each was made for
+
+    def add(self, call: Call, others: Collection[Call], asked: Any) -> None:
+        """Add graphs for a call, unless one that was made before holds for it.
+
+        Args:
+            call: the call.
+            others: all calls; graphs are made dynamic for those that differ in sizes only.
+            asked: the user's `dynamic_shapes` for this call, or None.
+
+        Raises:
+            CaptureError: the call has no graph, or none that a call can be told by.
+        """
+        if asked is not None:
+            self._make([call], examples_for(*call, asked))
+            return
+        for source, given in zip(self.made, self._examples, strict=True):
+            if source.holds_for(*call):
+                if not any(_told_alike(call, other) for other in given):
+                    self._check_same(source, call)
+                return
+        kind = [c for c in others if same_but_for_sizes(call, c) and not self._hold_for(c)]
+        self._make([call], examples_for_kind(kind))
+        if not self.made[-1].holds_for(*call):
+            self._make([call], examples_for(*call, None))
+
+    def _hold_for(self, call: Call) -> bool:
+        return any(source.holds_for(*call) for source in self.made)
+
+    def _make(self, given: list[Call], examples: Any) -> None:
+        if len(self.made) >= MOST_GRAPHS:
+            raise CaptureError(
+                f"{type(self.model).__name__}: the calls need more than {MOST_GRAPHS} graphs. Give "
+                "one example of each kind, and dynamic_shapes for its sizes."
+            )
+        self.made.append(export_modes(working_copy(self.model), examples, parts=self.parts))
+        self._examples.append(given)
+
+    def _check_same(self, source: Source, call: Call) -> None:
+        """Raise if the model does something else in a call that an earlier one's graphs accept."""
+        static = examples_for(*call, None)[-1]
+        own = export_modes(working_copy(self.model), [static])
+        if all(_same_graphs(source, own, mode, call) for mode in MODES):
+            return
+        raise CaptureError(
+            f"{type(self.model).__name__} does something else in one of the calls than in an "
+            "earlier one, and they differ in nothing that a call is told by (requires_grad, "
+            "strides, a type of tensor). Pass a constant that says which is meant."
+        )
+
+
+def _same_graphs(source: Source, own: Source, mode: str, call: Call) -> bool:
+    """Whether the graphs for several sizes and for those of one call have the same ops."""
+    spec = source.inputs[mode]
+    assert spec is not None
+    graphs = source.modules[mode].graph, own.modules[mode].graph
+    return same_graph_except_sizes(*graphs, spec.symbols(*call))
+
+
+def _told_alike(call: Call, other: Call) -> bool:
+    """Whether two calls are alike in all that a forward may ask of a tensor, except for sizes."""
+    leaves, others = pytree.tree_leaves(call), pytree.tree_leaves(other)
+    return same_but_for_sizes(call, other) and all(map(_same_traits, leaves, others))
+
+
+def _same_traits(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor):
+        return True
+    traits = [(type(t), t.requires_grad, t.is_contiguous()) for t in (one, other)]
+    return traits[0] == traits[1]
