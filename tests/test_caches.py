@@ -120,6 +120,18 @@ def on_frozen(size: int) -> torch.Tensor:
     return FROZEN.gains
 
 
+class LazyTable(dict[str, Any]):
+    """Loads its entries when somebody looks through them, as tables of optional models do."""
+
+    def items(self) -> Any:
+        raise AssertionError
+
+    values = __iter__ = __reduce_ex__ = items  # pyright: ignore[reportAssignmentType]
+
+
+LAZY = LazyTable(known=1)
+
+
 class Proxy:
     """Stands for an object that does not exist now, as in web frameworks."""
 
@@ -136,7 +148,9 @@ ABSENT = Proxy()
 
 
 def with_proxy(size: int) -> torch.Tensor:
-    return ABSENT.gains if size < 0 else made(size)  # pyright: ignore[reportAttributeAccessIssue]
+    if size < 0:
+        return LAZY["gains"]
+    return ABSENT.gains if size < 1 else made(size)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def on_class(size: int) -> torch.Tensor:

@@ -278,3 +278,22 @@ def test_a_function_that_refuses_a_trial_in_any_way() -> None:
     assert "sym_min" in gm.code
     plan = fxlora.match(gm, fxlora.LoraConfig(r=2, target_modules="all-linear"))
     assert [entry.site for entry in plan] == ["proj"]
+
+
+class NoRegisters(nn.Module):
+    """Has a weight without entries, as a model of which a part is configured to size 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.none = nn.Linear(4, 6), nn.Parameter(torch.empty(0, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([F.linear(x, self.none), self.proj(x)], 1)
+
+
+def test_a_weight_without_entries() -> None:
+    gm = fxlora.capture(NoRegisters(), torch.randn(5, 4))
+    plan = fxlora.match(gm, LoraConfig(r=2, target_modules=["proj"]))
+    assert [entry.site for entry in plan] == ["proj"]
+    with pytest.raises(fxlora.NoMatchError, match="'none'"):
+        fxlora.match(gm, LoraConfig(r=2, target_parameters=["none"]))

@@ -90,6 +90,7 @@ GRAPH_WRITERS = {
     "module/outlining.py": "graphs of outlined calls, derived from the flat one, which stays",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
     "module/parent.py": "the one call that a module of regions consists of",
+    "module/several_calls.py": "the one call that chooses among the calls of a module",
 }
 
 _EDITS = {

@@ -105,7 +105,7 @@ def exported(
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)
     call: ProgramModule = evaluation
-    if len(evaluation.calls) > 1:
+    if len(evaluation.captured_calls) > 1:
         call = evaluation.chosen(args, kwargs)
     program = _checked(call)
     failure: Exception | None = None

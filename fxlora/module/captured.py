@@ -261,7 +261,7 @@ class CapturedModule(ProgramModule):
         return self
 
     @property
-    def calls(self) -> tuple[ProgramModule, ...]:
+    def captured_calls(self) -> tuple[ProgramModule, ...]:
         """The modules that run the captured calls of the whole model; itself, if there is one."""
         return tuple(self.runners) if self.runners and not self.parent_module else (self,)
 
@@ -272,7 +272,7 @@ class CapturedModule(ProgramModule):
             InputError: none of the captured calls is like this one.
         """
         refusals: list[InputError] = []
-        for call in self.calls:
+        for call in self.captured_calls:
             assert call.contract is not None  # calls are examples
             try:
                 call.contract.check(args, kwargs, assume=False)
@@ -280,11 +280,11 @@ class CapturedModule(ProgramModule):
                 refusals.append(error)
             else:
                 return call
-        raise InputError(no_call_like([call.contract for call in self.calls], refusals))
+        raise InputError(no_call_like([call.contract for call in self.captured_calls], refusals))
 
     def _sign(self, signature: inspect.Signature) -> None:
-        if "runners" in self.__dict__ and len(self.calls) > 1:
-            signature = signature_of_all([call.contract for call in self.calls])
+        if "runners" in self.__dict__ and len(self.captured_calls) > 1:
+            signature = signature_of_all([call.contract for call in self.captured_calls])
         super()._sign(signature)
 
     def mode_matters(self, path: str) -> bool:

@@ -252,17 +252,17 @@ def _align(
         InputError: no captured call has an argument that is given, and not its default.
     """
     refusals: list[InputError] = []
-    for call in module.calls:
+    for call in module.captured_calls:
         try:
             aligned = _align_with(call.contract, signature, args, kwargs)
-            if call.contract is not None and len(module.calls) > 1:
+            if call.contract is not None and len(module.captured_calls) > 1:
                 call.contract.check(*aligned, assume=False)
             return aligned
         except InputError as error:
             refusals.append(error)
     if len(refusals) == 1:
         raise refusals[0]
-    raise InputError(no_call_like([call.contract for call in module.calls], refusals))
+    raise InputError(no_call_like([call.contract for call in module.captured_calls], refusals))
 
 
 def _align_with(

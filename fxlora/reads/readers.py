@@ -271,8 +271,9 @@ class _Walk:
         """Return why a read passes no gradient to the weight, or ""."""
         flow = self.seen.flow
         if given and not all(len(coordinates) for coordinates in given.reached):
-            way_there = f"through {way.ops[0]}, which selects none of its entries"
-            return way_there if way.ops else "as it has no entries"
+            if not way.ops:
+                return "as it has no entries"
+            return f"through {way.ops[0]}, which selects none of its entries"
         if way.cut:
             return f"through {way.cut}"
         if node not in flow.recording:

@@ -10,7 +10,7 @@ import copy
 import functools
 import gc
 import sys
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from types import (
@@ -32,6 +32,8 @@ from .containers import items, put_back, unchanged
 
 _TRACED = (FakeTensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 _ABSENT = object()
+# A subclass of these may run the user's code when it is copied or iterated over.
+_CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
 # Methods that Python calls without their names being in any code, and `forward`.
 _CALLED = (
     *("forward", "__call__", "__new__", "__post_init__", "__get__", "__set__", "__getattr__"),
@@ -126,7 +128,7 @@ class _Reach:
             self._left.append(value.func)
         elif kind is functools.partial:
             self._left += [value.func, *value.args, *value.keywords.values()]
-        elif issubclass(kind, (dict, list, set, tuple, deque)):
+        elif kind in _CONTAINERS or issubclass(kind, tuple):
             self._visit_container(value)
         elif not issubclass(kind, (ModuleType, torch.Tensor)):
             self._visit_owner(value)
@@ -249,7 +251,7 @@ def _holds_traced(value: Any, attributes: bool = True) -> bool:
         if id(value) in seen or issubclass(kind, (str, int, float, torch.Tensor, ModuleType, type)):
             continue
         seen[id(value)] = value
-        if issubclass(kind, (dict, list, set, tuple, deque)):
+        if kind in _CONTAINERS or issubclass(kind, tuple):
             left += items(value)
         elif attributes and not issubclass(kind, (FunctionType, nn.Module)):
             left += _attributes(value).values()

@@ -152,4 +152,4 @@ def items(container: Any) -> list[Any]:
     """Return a container's items; of a dict, its keys and values."""
     if isinstance(container, dict):
         return [item for pair in container.items() for item in pair]
-    return list(container)
+    return list(tuple.__iter__(container) if isinstance(container, tuple) else container)
