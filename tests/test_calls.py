@@ -261,9 +261,11 @@ class ByGrad(nn.Module):
         return self.first(x) if x.requires_grad else self.second(x)
 
 
-def test_calls_that_nothing_tells_apart_are_captured_by_regions() -> None:
-    model = ByGrad().double()
-    calls: list[Call] = [((X,), {}), ((X.clone().requires_grad_(),), {})]
+@pytest.mark.parametrize("size", [3, 7])
+def test_calls_that_nothing_tells_apart_are_captured_by_regions(size: int) -> None:
+    """Also where the second call is the larger one, of which a graph for both would be made."""
+    model, other = ByGrad().double(), torch.randn(size, 4, dtype=torch.float64)
+    calls: list[Call] = [((X,), {}), ((other.requires_grad_(),), {})]
     with pytest.warns(fxlora.FxLoraWarning, match="differ in nothing that a call is told by"):
         gm = fxlora.capture(model, calls=calls)
     assert all(equal(gm, model, call) for call in calls)

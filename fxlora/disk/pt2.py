@@ -106,7 +106,7 @@ def exported(
         parameter.requires_grad_(False)
     call: ProgramModule = evaluation
     if len(evaluation.captured_calls) > 1:
-        call = evaluation.chosen(args, kwargs)
+        call = evaluation.chosen_call(args, kwargs)
     program = _checked(call)
     failure: Exception | None = None
     for example in _examples(call.contract, args, kwargs, dynamic_shapes):

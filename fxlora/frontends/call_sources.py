@@ -14,7 +14,7 @@ from ..errors import CaptureError
 from ..fx.compare import same_graph_except_sizes
 from ..module.example_calls import Call
 from ..module.program import MODES
-from .examples import examples_for, examples_for_kind, same_but_for_sizes
+from .examples import Example, examples_for, examples_for_kind, same_but_for_sizes
 from .exported import Source, export_modes
 from .tree import working_copy
 
@@ -34,7 +34,7 @@ class Sources:
     model: nn.Module
     parts: Sequence[str]
     made: list[Source] = field(default_factory=list[Source])
-    _examples: list[list[Call]] = field(default_factory=list[list[Call]])  # that each was made for
+    _examples: list[Call] = field(default_factory=list[Call])  # the call that each was made for
 
     def add(self, call: Call, others: Collection[Call], asked: Any) -> None:
         """Add graphs for a call, unless one that was made before holds for it.
@@ -47,23 +47,23 @@ class Sources:
         Raises:
             CaptureError: the call has no graph, or none that a call can be told by.
         """
+        held = self._first_that_holds(call)
+        if held is not None and not _told_alike(call, self._examples[held]):
+            self._check_same(self.made[held], call)
         if asked is not None:
-            self._make([call], examples_for(*call, asked))
-            return
-        for source, given in zip(self.made, self._examples, strict=True):
-            if source.holds_for(*call):
-                if not any(_told_alike(call, other) for other in given):
-                    self._check_same(source, call)
-                return
-        kind = [c for c in others if same_but_for_sizes(call, c) and not self._hold_for(c)]
-        self._make([call], examples_for_kind(kind))
-        if not self.made[-1].holds_for(*call):
-            self._make([call], examples_for(*call, None))
+            self._make(call, examples_for(*call, asked))
+        elif held is None:
+            kind = [c for c in others if _told_alike(call, c) and self._first_that_holds(c) is None]
+            self._make(call, examples_for_kind(kind))
+            if not self.made[-1].holds_for(*call):
+                self._make(call, examples_for(*call, None))
 
-    def _hold_for(self, call: Call) -> bool:
-        return any(source.holds_for(*call) for source in self.made)
+    def _first_that_holds(self, call: Call) -> int | None:
+        """Return the number of the graphs that will run a call, or None."""
+        holding = (n for n, source in enumerate(self.made) if source.holds_for(*call))
+        return next(holding, None)
 
-    def _make(self, given: list[Call], examples: Any) -> None:
+    def _make(self, given: Call, examples: list[Example]) -> None:
         if len(self.made) >= MOST_GRAPHS:
             raise CaptureError(
                 f"{type(self.model).__name__}: the calls need more than {MOST_GRAPHS} graphs. Give "
@@ -102,5 +102,13 @@ def _told_alike(call: Call, other: Call) -> bool:
 def _same_traits(one: Any, other: Any) -> bool:
     if not isinstance(one, torch.Tensor):
         return True
-    traits = [(type(t), t.requires_grad, t.is_contiguous()) for t in (one, other)]
+    traits = [(type(t), t.requires_grad, _order(t)) for t in (one, other)]
     return traits[0] == traits[1]
+
+
+def _order(tensor: torch.Tensor) -> Any:
+    """Return the order in which a tensor's dimensions are in memory, and whether without gaps."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return tensor.layout
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda n: -strides[n]), tensor.is_contiguous()

@@ -265,7 +265,7 @@ class CapturedModule(ProgramModule):
         """The modules that run the captured calls of the whole model; itself, if there is one."""
         return tuple(self.runners) if self.runners and not self.parent_module else (self,)
 
-    def chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
+    def chosen_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
         """Return the module whose graph runs a call: the first whose contract holds.
 
         Raises:

@@ -39,7 +39,7 @@ def run_chosen(module: Any, args: Any, kwargs: Any) -> Any:
     no keywords, gives all arguments in a list.
     """
     args, kwargs = tuple(args), dict(kwargs)
-    return module.chosen(args, kwargs)(*args, **kwargs)
+    return module.chosen_call(args, kwargs)(*args, **kwargs)
 
 
 def signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature:

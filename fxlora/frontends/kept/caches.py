@@ -144,9 +144,7 @@ class _Reach:
             self._left += _variables(cell).values()
         names = set(_names_in(function.__code__))
         self._add_names(names)
-        modules = [
-            function.__globals__
-        ]  # and those that it reads variables of, as in `module.name`
+        modules = [function.__globals__]  # and those of which it reads a variable: `module.name`
         for namespace in modules:
             self.owners[id(namespace)] = namespace
             values = [namespace[name] for name in names & namespace.keys()]
