@@ -16,7 +16,7 @@ from .lora.dtypes import dtype_rule
 from .matching import match
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
-from .module.example_calls import Call
+from .module.example_calls import Call, MethodCalls
 from .names import shown
 from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
 from .plan import Plan
@@ -78,6 +78,7 @@ def adapt(
     rules: Rules | str | Path | None = None,
     *,
     calls: Sequence[Call] | None = None,
+    methods: Mapping[str, MethodCalls] | None = None,
     budget: int | str | None = None,
     dynamic_shapes: Any = None,
     adapter_name: str = "default",
@@ -87,7 +88,7 @@ def adapt(
 
     Args:
         model: any nn.Module; it is not changed.
-        args, kwargs, calls: example inputs, as for `capture`.
+        args, kwargs, calls, methods: example inputs, as for `capture`.
         rules: a LoraConfig, a Rule, a list of these, or the path of a rules file, as for `match`.
         budget: the most parameters of all A and B together, as for `match`.
         dynamic_shapes: as for `capture`.
@@ -111,7 +112,9 @@ def adapt(
     """
     if rules is None:
         raise ConfigError("adapt needs rules: a LoraConfig, Rules, or the path of a rules file.")
-    module = capture(model, args, kwargs, calls=calls, dynamic_shapes=dynamic_shapes)
+    module = capture(
+        model, args, kwargs, calls=calls, methods=methods, dynamic_shapes=dynamic_shapes
+    )
     plan = match(module, rules, adapter_name=adapter_name, budget=budget)
     return inject(module, plan, adapter_dtype=adapter_dtype)
 

@@ -333,6 +333,23 @@ def test_generate_with_a_cache() -> None:
             assert torch.equal(generate(host, ids), generate(expected, ids))
 
 
+def test_two_towers_by_their_methods() -> None:
+    size = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+    text = SMALL | size | {"eos_token_id": 2, "max_position_embeddings": 12}
+    image = size | {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    model = build("CLIPModel", "CLIPConfig", text_config=text, vision_config=image).double()
+    inputs = {"input_ids": IDS[:, :7], "pixel_values": torch.randn(3, 3, 16, 16).double()}
+    methods = {"get_text_features": "input_ids", "get_image_features": "pixel_values"}
+    examples = {name: {given: inputs[given]} for name, given in methods.items()}
+    lora = adapted(fxlora.capture(model, methods=examples))
+    host, expected = fxlora.hosted(model, lora), merged(model, lora)
+    for name, example in examples.items():
+        outputs = [getattr(module, name)(**example) for module in (host, expected, model)]
+        found, wanted, bare = (output.pooler_output for output in outputs)
+        assert (found - bare).abs().max() > 1e-3
+        assert (found - wanted).abs().max() <= 1e-10 * bare.abs().max()
+
+
 class Optional(Mlp):
     """An Mlp with optional arguments."""
 

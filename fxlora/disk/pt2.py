@@ -32,6 +32,7 @@ def export(
     args: tuple[Any, ...] | torch.Tensor | None = None,
     kwargs: dict[str, Any] | None = None,
     *,
+    method: str = "forward",
     format: str = "pt2",
     dynamic_shapes: Any = None,
 ) -> Path:
@@ -41,6 +42,7 @@ def export(
         module: a captured module, usually a folded one.
         args, kwargs: example inputs.
         path: path of the file, which is written whole or not at all.
+        method: the captured method to write.
         format: "pt2".
         dynamic_shapes: as for `capture`; by default the dimensions that are dynamic in the captured
             graph are dynamic in the file.
@@ -68,7 +70,7 @@ def export(
     path = as_path(path, ConfigError)
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     try:
-        program = exported(module, positional, dict(kwargs or {}), dynamic_shapes)
+        program = exported(module, positional, dict(kwargs or {}), dynamic_shapes, method)
     except InputError as error:
         if args is not None or kwargs:
             raise
@@ -85,12 +87,16 @@ def export(
 
 
 def exported(
-    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    module: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    method: str = "forward",
 ) -> ExportedProgram:
     """Return the eval graph as an ExportedProgram.
 
     Args:
-        module, args, kwargs, dynamic_shapes: as for `export`.
+        module, args, kwargs, dynamic_shapes, method: as for `export`.
 
     Raises:
         ExportError: the module has no whole graph, or torch.export refuses it.
@@ -105,8 +111,8 @@ def exported(
     for parameter in evaluation.parameters():
         parameter.requires_grad_(False)
     call: ProgramModule = evaluation
-    if len(evaluation.captured_calls) > 1:
-        call = evaluation.chosen_call(args, kwargs)
+    if evaluation.captured_calls(method) != (evaluation,):
+        call = evaluation.chosen_call(args, kwargs, method)
     program = _checked(call)
     failure: Exception | None = None
     for example in _examples(call.contract, args, kwargs, dynamic_shapes):

@@ -5,6 +5,7 @@ Whichever frontend makes a graph, the ops in it that read weights are aten overl
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,11 +18,12 @@ from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.chosen_modules import Modules, chosen_modules
-from ..module.example_calls import Call, calls_of
+from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.program import MODES, Program
 from ..module.state import State
+from ..names import shown
 from ..tables import some
 from .autocast_proof import callers_autocast
 from .call_sources import Sources
@@ -45,6 +47,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     calls: Sequence[Call] | None = None,
+    methods: Mapping[str, MethodCalls] | None = None,
     dynamic_shapes: Any = None,
     modules: Modules | None = None,
 ) -> CapturedModule:
@@ -69,11 +72,15 @@ def capture(
         calls: several example calls `(args, kwargs)`, instead of `args` and `kwargs`, for a model
             that is called in several ways (with labels or without, with a cache or without). The
             result runs the first graph that holds for a call. `recorded_calls` records them.
+        methods: example calls of methods other than the forward, by name, which the result then
+            has: `methods={"encode_text": ids}`. Each is a tensor, a dict of keyword arguments, a
+            pair `(args, kwargs)` or a list of such pairs.
         dynamic_shapes: torch.export's specification of the dynamic dimensions. By default the
             batch (dimension 0 of the first tensor, and of every tensor with the same size there)
             is dynamic, and all other dimensions are fixed to their sizes in the example. A
             dimension that is asked to be dynamic and that the model fixes is an error, also
             with `Dim.AUTO`. With `calls`, a list of such specifications, one for each call.
+            It is for the forward; a size that varies over the calls of a method is dynamic.
         modules: submodules that are to be modules of their own, which the graph calls: glob
             patterns for their paths ("layers.*"), classes, or a list of both. Hooks, `eval()` of
             a part, wrappers (`fully_shard`, `checkpoint_wrapper`, `torch.compile`) and
@@ -96,11 +103,12 @@ def capture(
     _check_model(model)
     try:
         with callers_autocast():
-            return _capture(model, args, kwargs, calls, dynamic_shapes, modules)
+            given = _given_calls(model, args, kwargs, calls, methods)
+            return _capture(model, given, calls is not None, dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
-        values = (args, kwargs, calls)
+        values = (args, kwargs, calls, methods)
         raise capture_error(model, "either", error, values=values, otherwise=_REPORT) from error
 
 
@@ -109,28 +117,51 @@ _REPORT = "fxlora did not expect this error: please report it, with the model."
 
 def _capture(
     model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    calls: Sequence[Call] | None,
+    given: Mapping[str, list[Call]],
+    several: bool,
     dynamic_shapes: Any,
     modules: Modules | None,
 ) -> CapturedModule:
+    """Capture a model by the example calls of each of its methods.
+
+    Args:
+        several: whether `dynamic_shapes` is a list with an item for each call of the forward.
+    """
     parts = () if modules is None else chosen_modules(model, modules)
-    given = _example_calls(args, kwargs, calls)
-    if given:
-        shapes = [dynamic_shapes] if calls is None else _shapes_of(len(given), dynamic_shapes)
-        if parts and len(given) > 1:
-            raise CaptureError(
-                "modules goes with one example call, not with several. Capture the call of the "
-                "training so, and the others without modules: save_adapter and load_adapter take "
-                "the adapters from one to the other."
-            )
-        return _capture_exported(model, given, shapes, parts)
-    if parts:
-        raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
-    if dynamic_shapes is not None:
+    if dynamic_shapes is not None and "forward" not in given:
         raise CaptureError("dynamic_shapes needs example inputs: capture(model, args, ...).")
-    return _capture_traced(model)
+    if not given:
+        if parts:
+            raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
+        return _capture_traced(model)
+    if parts and {method: len(calls) for method, calls in given.items()} != {"forward": 1}:
+        raise CaptureError(
+            "modules goes with one example call of the forward. Capture the training's call with "
+            "it, and the others without: save_adapter and load_adapter take "
+            "the adapters from one to the other."
+        )
+    shapes = {method: [None] * len(calls) for method, calls in given.items()}
+    if dynamic_shapes is not None:
+        number = len(given["forward"])
+        shapes["forward"] = _shapes_of(number, dynamic_shapes) if several else [dynamic_shapes]
+    return _capture_exported(model, given, shapes, parts)
+
+
+def _given_calls(
+    model: nn.Module, args: Any, kwargs: Any, calls: Any, methods: Any
+) -> dict[str, list[Call]]:
+    """Return the user's example calls of each method."""
+    of_methods = {} if methods is None else calls_of_methods(methods, CaptureError)
+    for name in of_methods:
+        _check_method(model, name)
+    forward = _example_calls(args, kwargs, calls)
+    if forward and "forward" in of_methods:
+        raise CaptureError("give the calls of the forward as calls or in methods, not as both.")
+    given = {"forward": forward, **of_methods} if forward else of_methods
+    return {
+        method: [(args, in_signature_order(getattr(model, method), kwargs)) for args, kwargs in all]
+        for method, all in given.items()
+    }
 
 
 def _example_calls(args: Any, kwargs: Any, calls: Any) -> list[Call]:
@@ -155,8 +186,6 @@ def _example_calls(args: Any, kwargs: Any, calls: Any) -> list[Call]:
 
 def _shapes_of(number: int, dynamic_shapes: Any) -> list[Any]:
     """Return the specification of the dynamic dimensions for each of several calls."""
-    if dynamic_shapes is None:
-        return [None] * number
     if not isinstance(dynamic_shapes, list | tuple) or len(dynamic_shapes) != number:
         raise CaptureError(f"dynamic_shapes must be a list of {number}, one for each call.")
     return list(dynamic_shapes)
@@ -194,35 +223,70 @@ def _check_model(model: nn.Module) -> None:
 
 def _hidden_name(model: nn.Module) -> str | None:
     """Return the first name of a child or tensor that CapturedModule already uses, or None."""
-    tree = nn.Module()
-    graph = fx.Graph()
-    graph.output(None)
-    programs = [Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))]
-    example = CapturedModule(tree, programs, class_name="Example", training=False)
+    taken = _empty()
     held = (
         *model.named_children(),
         *model.named_parameters(recurse=False),
         *model.named_buffers(recurse=False),
     )
-    return next((name for name, _ in held if hasattr(example, name)), None)
+    return next((name for name, _ in held if hasattr(taken, name)), None)
+
+
+def _check_method(model: nn.Module, name: object) -> None:
+    """Raise CaptureError unless a captured module can have the model's method of this name."""
+    kind = type(model).__name__
+    if not isinstance(name, str) or not inspect.isroutine(getattr(type(model), name, None)):
+        raise CaptureError(f"the class {kind} has no method {shown(name)}.")
+    if name != "forward" and hasattr(_empty(), name):
+        raise CaptureError(
+            f"{kind}.{name} cannot be captured, because every captured module has an attribute "
+            "of that name. Give the method another name in a subclass."
+        )
+
+
+def _empty() -> CapturedModule:
+    """Return a captured module that computes nothing, to ask which attributes every one has."""
+    graph = fx.Graph()
+    graph.output(None)
+    programs = [Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))]
+    return CapturedModule(nn.Module(), programs, class_name="Empty", training=False)
 
 
 def _capture_exported(
-    model: nn.Module, calls: Sequence[Call], shapes: Sequence[Any], parts: tuple[str, ...]
+    model: nn.Module,
+    given: Mapping[str, list[Call]],
+    shapes: Mapping[str, Sequence[Any]],
+    parts: tuple[str, ...],
 ) -> CapturedModule:
-    """Export the model for each call, or else its submodules for all of them."""
+    """Export the model for each call of each method, or else its submodules for all of them."""
     register_containers(model)
-    calls = [(args, in_signature_order(model, kwargs)) for args, kwargs in calls]
-    sources = Sources(model, parts)
     try:
-        for number in sorted(range(len(calls)), key=lambda n: shapes[n] is None):  # asked first
-            others = [other for other, asked in zip(calls, shapes, strict=True) if asked is None]
-            sources.add(calls[number], others, shapes[number])
+        sources = [
+            source
+            for method, calls in given.items()
+            for source in _sources(model, method, calls, shapes[method], parts)
+        ]
     except CaptureError as failure:
-        if parts or any(asked is not None for asked in shapes):  # one whole graph is asked for
+        # One whole graph is asked for, or the Python code of several methods runs around regions.
+        if parts or list(given) != ["forward"] or any(s is not None for s in shapes["forward"]):
             raise
-        return _capture_by_regions(model, calls, failure)
-    return _assemble(model, sources.made, parts=parts)
+        return _capture_by_regions(model, given["forward"], failure)
+    return _assemble(model, sources, parts=parts)
+
+
+def _sources(
+    model: nn.Module,
+    method: str,
+    calls: Sequence[Call],
+    shapes: Sequence[Any],
+    parts: tuple[str, ...],
+) -> list[Source]:
+    """Export one method of the model for all its calls, first those with a user's specification."""
+    sources = Sources(model, method, parts)
+    others = [call for call, asked in zip(calls, shapes, strict=True) if asked is None]
+    for number in sorted(range(len(calls)), key=lambda n: shapes[n] is None):
+        sources.add(calls[number], others, shapes[number])
+    return sources.made
 
 
 def _capture_by_regions(
@@ -276,8 +340,15 @@ def _assemble(
             label = f"{mode}{number or ''}"
             _adopt(tree, label, source, module, found, tensors, mirrors)
     programs = [
-        Program({m: s.modules[m].graph for m in MODES}, s.inputs, s.path, s.calls, s.autocasts)
-        for s in sources
+        Program(
+            {mode: source.modules[mode].graph for mode in MODES},
+            source.inputs,
+            source.path,
+            source.calls,
+            source.autocasts,
+            source.method,
+        )
+        for source in sources
     ]
     if parent or any(spec is None for program in programs for spec in program.inputs.values()):
         _add_mirrors(mirrors, model, memory)

@@ -16,6 +16,7 @@ from ..module.example_calls import Call
 from ..module.program import MODES
 from .examples import Example, examples_for, examples_for_kind, same_but_for_sizes
 from .exported import Source, export_modes
+from .methods import with_forward
 from .tree import working_copy
 
 MOST_GRAPHS = 16  # the most calls that get graphs of their own
@@ -27,11 +28,13 @@ class Sources:
 
     Attributes:
         model: the source model.
+        method: the method of it that is called.
         parts: paths of submodules whose calls to record.
         made: the graphs.
     """
 
     model: nn.Module
+    method: str
     parts: Sequence[str]
     made: list[Source] = field(default_factory=list[Source])
     _examples: list[Call] = field(default_factory=list[Call])  # the call that each was made for
@@ -69,13 +72,18 @@ class Sources:
                 f"{type(self.model).__name__}: the calls need more than {MOST_GRAPHS} graphs. Give "
                 "one example of each kind, and dynamic_shapes for its sizes."
             )
-        self.made.append(export_modes(working_copy(self.model), examples, parts=self.parts))
+        source = export_modes(self._copy(), examples, parts=self.parts)
+        source.method = self.method
+        self.made.append(source)
         self._examples.append(given)
+
+    def _copy(self) -> nn.Module:
+        return with_forward(working_copy(self.model), self.method)
 
     def _check_same(self, source: Source, call: Call) -> None:
         """Raise if the model does something else in a call that an earlier one's graphs accept."""
         static = examples_for(*call, None)[-1]
-        own = export_modes(working_copy(self.model), [static])
+        own = export_modes(self._copy(), [static])
         if all(_same_graphs(source, own, mode, call) for mode in MODES):
             return
         raise CaptureError(

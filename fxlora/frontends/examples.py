@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
@@ -110,9 +109,9 @@ def _also_dynamic(example: Example, varied: Sequence[set[int]]) -> Example:
     return dataclasses.replace(example, dynamic_shapes=shapes)
 
 
-def in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Sort keyword arguments as the forward declares them, the order that torch.export uses."""
-    declared = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+def in_signature_order(method: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Sort keyword arguments as a method declares them, the order that torch.export uses."""
+    declared = [name for name in inspect.signature(method).parameters if name in kwargs]
     return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 

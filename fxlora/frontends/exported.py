@@ -59,6 +59,7 @@ class Source:
         path: the submodule that names in the graphs are relative to; "" is the whole model.
         calls: the recorded calls of submodules in each mode's graph.
         autocasts: the callers' autocasts that each mode's graph holds for.
+        method: the method of the model that was exported.
     """
 
     modules: dict[str, fx.GraphModule]
@@ -66,6 +67,7 @@ class Source:
     path: str = ""
     calls: dict[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
     autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
+    method: str = "forward"
 
     def copied(self) -> Source:
         """Copy the graphs; the copies share the tensors."""
@@ -73,7 +75,13 @@ class Source:
         memo = {id(tensor): tensor for tensors in held for tensor in tensors}
         copies = {id(m): copy.deepcopy(m, dict(memo)) for m in self.modules.values()}
         modules = {mode: copies[id(module)] for mode, module in self.modules.items()}
-        return Source(modules, dict(self.inputs), self.path, dict(self.calls), dict(self.autocasts))
+        return replace(
+            self,
+            modules=modules,
+            inputs=dict(self.inputs),
+            calls=dict(self.calls),
+            autocasts=dict(self.autocasts),
+        )
 
     def holds_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graphs of both modes accept a call."""

@@ -155,7 +155,7 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     module = root.get_submodule(path)
     examples = list(_examples(calls))
     for example in examples:
-        kwargs = in_signature_order(module, example.kwargs)
+        kwargs = in_signature_order(module.forward, example.kwargs)
         patience = math.inf if example is examples[-1] else EXPORT_TIMEOUT
         ordered = replace(example, kwargs=kwargs, patience=patience)
         try:

@@ -16,6 +16,7 @@ from torch import distributed, fx, nn
 from ..errors import FxLoraError, InjectError, InputError, NotCapturedError, SubmoduleError
 from ..fx.calls import part_of
 from ..plan import Plan
+from ..tables import some
 from .adapted_weight import adapted_weight
 from .block import Block
 from .casts import base_tensors, keeping_dtypes, set_casts
@@ -27,7 +28,7 @@ from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
-from .several_calls import CHOOSER, choosing_program, no_call_like, signature_of_all
+from .several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
 from .sharing import copy_memory, copy_when_trained, is_shared
 from .state import State
 from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
@@ -44,6 +45,7 @@ class CapturedModule(ProgramModule):
 
     Attributes:
         programs: one program for each call that was captured, or one or more for each region.
+        captured_methods: the methods of the model that were captured, which the module has too.
         parent_module: the source's Python code around the regions, or None if one graph covers
             the whole model.
         known: all other state that a copy carries over.
@@ -65,12 +67,13 @@ class CapturedModule(ProgramModule):
         state: State | None = None,
         own_modes: Collection[str] = (),
     ) -> None:
-        whole = programs[0] if len(programs) == 1 else choosing_program()
-        whole = parent_program() if parent_module else whole
+        only = programs[0] if len(programs) == 1 and programs[0].method == "forward" else None
+        whole = parent_program() if parent_module else only or choosing_program()
         self.__dict__.update(_seal=Seal(self), _running={}, outlined_modules={})
         self._seal.own.update(own_modes)
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
+        self.captured_methods = tuple(dict.fromkeys(program.method for program in programs))
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
             graph.owning_module = self
         # A copied parameter no longer shares memory, so overlaps found earlier are kept too.
@@ -206,6 +209,8 @@ class CapturedModule(ProgramModule):
         return super().get_parameter(target) if found is None else found
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("captured_methods", ()):
+            return functools.partial(self._call_method, name)
         value = super().__getattr__(name)
         seal: Seal | None = self.__dict__.get("_seal")
         return value if seal is None else seal.outside("", name, value)
@@ -260,31 +265,34 @@ class CapturedModule(ProgramModule):
         """The module itself, for the graph that chooses (see several_calls.py)."""
         return self
 
-    @property
-    def captured_calls(self) -> tuple[ProgramModule, ...]:
-        """The modules that run the captured calls of the whole model; itself, if there is one."""
-        return tuple(self.runners) if self.runners and not self.parent_module else (self,)
+    def captured_calls(self, method: str = "forward") -> tuple[ProgramModule, ...]:
+        """Return the modules that run the captured calls of a method; itself, if there is one."""
+        calls = self.runners if self.runners and not self.parent_module else (self,)
+        return tuple(call for call in calls if call.program.method == method)
 
-    def chosen_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramModule:
+    def chosen_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
+    ) -> ProgramModule:
         """Return the module whose graph runs a call: the first whose contract holds.
 
         Raises:
-            InputError: none of the captured calls is like this one.
+            InputError: none of the captured calls of the method is like this one.
         """
-        refusals: list[InputError] = []
-        for call in self.captured_calls:
-            assert call.contract is not None  # calls are examples
-            try:
-                call.contract.check(args, kwargs, assume=False)
-            except InputError as error:
-                refusals.append(error)
-            else:
-                return call
-        raise InputError(no_call_like([call.contract for call in self.captured_calls], refusals))
+        if calls := self.captured_calls(method):
+            return first_that_holds(calls, args, kwargs)
+        raise InputError(
+            f"the method {method} was not captured ({some(self.captured_methods)} were): capture "
+            "again with an example call of it."
+        )
+
+    def _call_method(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        self._seal.refuse_apart()
+        return self.chosen_call(args, kwargs, method)(*args, **kwargs)
 
     def _sign(self, signature: inspect.Signature) -> None:
-        if "runners" in self.__dict__ and len(self.captured_calls) > 1:
-            signature = signature_of_all([call.contract for call in self.captured_calls])
+        calls = self.captured_calls() if "runners" in self.__dict__ else ()
+        if len(calls) > 1:
+            signature = signature_of_all([call.contract for call in calls])
         super()._sign(signature)
 
     def mode_matters(self, path: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,9 +64,10 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
         raise InjectError("hosted takes the source model itself, not a captured or hosted one.")
     _check_fits(model, module)
     host = copy.deepcopy(model, _tensors_of(model, module))
-    # The captured graph contains a forward that was set on the instance.
-    host.__dict__.pop("forward", None)
-    host.__class__ = _host_class(type(model))
+    # The captured graphs contain a forward or a method that was set on the instance.
+    for name in ("forward", *module.captured_methods):
+        host.__dict__.pop(name, None)
+    host.__class__ = _host_class(type(model), module.captured_methods)
     host.__dict__["_captured"] = module
     host.__dict__["_held"] = list(_share_tensors(host, module))
     _seal(host, module)
@@ -169,21 +170,33 @@ class Host(nn.Module):
 
 
 @functools.cache
-def _host_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass with the same name, because libraries look models up by class name."""
+def _host_class(kind: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+    """Return a subclass with the same name, because libraries look models up by class name.
 
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_held(self)
-        if self._captured.training is not self.training:  # set without train(), perhaps
-            self._captured.train(self.training)
-        self._seal.refuse_apart()
-        args, kwargs = _align(self._captured, inspect.signature(kind.forward), args, kwargs)
-        return self._captured(*args, **kwargs)
-
+    Its forward and these methods run the captured module.
+    """
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    own = {"__doc__": kind.__doc__, "forward": forward, "_source_class": kind}
-    return type(kind.__name__, (Host, kind), {**names, **own})
+    own = {"__doc__": kind.__doc__, "_source_class": kind}
+    captured = {name: _running(kind, name) for name in ("forward", *methods)}
+    return type(kind.__name__, (Host, kind), {**names, **own, **captured})
+
+
+def _running(kind: type[nn.Module], method: str) -> Callable[..., Any]:
+    """Return a method that runs the captured module, with the signature of the class's own."""
+    original = getattr(kind, method)
+
+    @functools.wraps(original)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_held(self)
+        captured: CapturedModule = self._captured
+        if captured.training is not self.training:  # set without train(), perhaps
+            captured.train(self.training)
+        self._seal.refuse_apart()
+        args, kwargs = _align(captured, method, inspect.signature(original), args, kwargs)
+        call = captured if method == "forward" else getattr(captured, method)
+        return call(*args, **kwargs)
+
+    return run
 
 
 # ---- weights ------------------------------------------------------------------------------------
@@ -244,7 +257,11 @@ def _check_held(host: Host) -> None:
 
 
 def _align(
-    module: CapturedModule, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Any
+    module: CapturedModule,
+    method: str,
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call as those of the captured call that it is like.
 
@@ -252,17 +269,18 @@ def _align(
         InputError: no captured call has an argument that is given, and not its default.
     """
     refusals: list[InputError] = []
-    for call in module.captured_calls:
+    calls = module.captured_calls(method)
+    if not calls:
+        return args, kwargs  # the module refuses the call
+    for call in calls:
         try:
             aligned = _align_with(call.contract, signature, args, kwargs)
-            if call.contract is not None and len(module.captured_calls) > 1:
+            if call.contract is not None and len(calls) > 1:
                 call.contract.check(*aligned, assume=False)
             return aligned
         except InputError as error:
             refusals.append(error)
-    if len(refusals) == 1:
-        raise refusals[0]
-    raise InputError(no_call_like([call.contract for call in module.captured_calls], refusals))
+    raise no_call_like(calls, refusals)
 
 
 def _align_with(

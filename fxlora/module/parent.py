@@ -19,12 +19,13 @@ from .program import MODES, Program, ProgramModule
 
 @dataclass(frozen=True, eq=False)
 class RegionCall:
-    """A recorded call of a region, with its output."""
+    """A recorded call of a region, or of a method of the whole module, with its output."""
 
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    method: str = "forward"
 
 
 @dataclass(eq=False)

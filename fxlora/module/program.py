@@ -35,6 +35,7 @@ class Program:
         path: the submodule's path; "" for the whole model.
         calls: the calls of submodules that capture recorded, in each mode's graph.
         autocasts: the callers' autocasts that the graph of each mode holds for.
+        method: the method of the model that the graphs run.
     """
 
     graphs: dict[str, fx.Graph]
@@ -42,6 +43,7 @@ class Program:
     path: str = ""
     calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
     autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
+    method: str = "forward"
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """Return the graphs without duplicates."""

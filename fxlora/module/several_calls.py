@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import InputError
 from .autocasts import EVERY
 from .contract import InputSpec
-from .program import MODES, Program
+from .program import MODES, Program, ProgramModule
 
 CHOOSER = "call_chooser"  # name under which the graph finds the captured module
 
@@ -42,6 +42,27 @@ def run_chosen(module: Any, args: Any, kwargs: Any) -> Any:
     return module.chosen_call(args, kwargs)(*args, **kwargs)
 
 
+def first_that_holds(
+    calls: Sequence[ProgramModule], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ProgramModule:
+    """Return the first module whose graph holds for a call.
+
+    Raises:
+        InputError: none does.
+    """
+    refusals: list[InputError] = []
+    for call in calls:
+        if call.contract is None:  # the tracer's
+            return call
+        try:
+            call.contract.check(args, kwargs, assume=False)
+        except InputError as error:
+            refusals.append(error)
+        else:
+            return call
+    raise no_call_like(calls, refusals)
+
+
 def signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature:
     """Return a signature with the arguments of every call; those that not all have are optional."""
     names = [contract.names if contract else () for contract in contracts]
@@ -56,11 +77,13 @@ def signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature
     )
 
 
-def no_call_like(contracts: Sequence[InputSpec | None], refusals: Sequence[InputError]) -> str:
-    """Return the message about a call that no graph holds for, with the reason of each."""
+def no_call_like(calls: Sequence[ProgramModule], refusals: Sequence[InputError]) -> InputError:
+    """Return the error about a call that no graph holds for, with the reason of each."""
+    if len(refusals) == 1:
+        return refusals[0]
     reasons: dict[str, list[str]] = {}
-    for contract, error in zip(contracts, refusals, strict=True):
-        names = contract.names if contract else ()
+    for call, error in zip(calls, refusals, strict=True):
+        names = call.contract.names if call.contract else ()
         reasons.setdefault(str(error), []).append(f"({', '.join(names)})")
     why = " ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-    return f"none of the {len(contracts)} captured calls is like this one. {why}"
+    return InputError(f"none of the {len(calls)} captured calls is like this one. {why}")

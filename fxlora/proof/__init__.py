@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,16 @@ from ..api import FOLD
 from ..errors import InjectError, InputError, VerificationError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from ..module.example_calls import Call, calls_of
+from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.parent import RegionCall
 from ..module.program import MODES
 from ..passes import Inject
+from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import draw_adapters, effects
 from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
 from .result import SiteCheck, Verification
-from .runs import equal_tensors, float_tensors, record_calls, replay, run
+from .runs import MethodCall, equal_tensors, float_tensors, record_calls, replay, run
 from .weight_checks import (
     check_adapters,
     check_base,
@@ -55,6 +56,7 @@ def verify(
     kwargs: dict[str, Any] | None = None,
     *,
     calls: Sequence[Call] | None = None,
+    methods: Mapping[str, MethodCalls] | None = None,
     folded: CapturedModule | None = None,
 ) -> Verification:
     """Check the laws of fxlora on the given inputs, with a few forward and backward passes.
@@ -78,6 +80,7 @@ def verify(
             the loaded module, with `folded` made from the module that was saved.
         args, kwargs: inputs to run on. They must reach every adapter (every branch, every expert).
         calls: several inputs `(args, kwargs)` instead, which together reach every adapter.
+        methods: inputs of captured methods, as for `capture`.
         folded: the folded module to check; by default `fold(module)`.
 
     Returns:
@@ -103,16 +106,37 @@ def verify(
         check_captured(folded, "verify(…, folded=…)")
     if any(parameter.is_meta for parameter in module.parameters()):
         raise InjectError("nothing can be computed on the meta device: load the weights first.")
-    if calls is None:
-        args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
-        return _verified(module, [(args, dict(kwargs or {}))], folded)
-    if args is not None or kwargs is not None:
-        raise InputError("give args and kwargs as one of the calls: calls=[(args, kwargs), …].")
-    return _verified(module, calls_of(calls, InputError), folded)
+    of_methods = {} if methods is None else calls_of_methods(methods, InputError)
+    given = [
+        *(MethodCall(*call) for call in _calls_of_forward(args, kwargs, calls, bool(of_methods))),
+        *(MethodCall(*call, name) for name, of_one in of_methods.items() for call in of_one),
+    ]
+    if unknown := {call.method for call in given} - {*module.captured_methods, "forward"}:
+        raise InputError(
+            f"the module has no method {some(sorted(unknown))}: {some(module.captured_methods)} "
+            "were captured."
+        )
+    return _verified(module, given, folded)
+
+
+def _calls_of_forward(args: Any, kwargs: Any, calls: Any, none: bool) -> list[Call]:
+    """Return the user's calls of the forward.
+
+    Args:
+        none: whether no arguments at all mean no call, and not a call without arguments.
+    """
+    if calls is not None:
+        if args is not None or kwargs is not None:
+            raise InputError("give args and kwargs as one of calls=[(args, kwargs), …].")
+        return calls_of(calls, InputError)
+    if none and args is None and kwargs is None:
+        return []
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
+    return [(args, dict(kwargs or {}))]
 
 
 def _verified(
-    module: CapturedModule, calls: Sequence[Call], folded: CapturedModule | None
+    module: CapturedModule, calls: Sequence[MethodCall], folded: CapturedModule | None
 ) -> Verification:
     """Run every check on validated arguments; the first that fails raises."""
     assert module.plan is not None
@@ -154,13 +178,15 @@ def _verified(
     return Verification(tuple(checks), error, tolerance)
 
 
-def _check_identity(started: CapturedModule, base: CapturedModule, calls: Sequence[Call]) -> None:
+def _check_identity(
+    started: CapturedModule, base: CapturedModule, calls: Sequence[MethodCall]
+) -> None:
     """Raise unless with B = 0 the outputs are bit for bit those without adapters."""
     # torch selects attention kernels by requires_grad, even under no_grad.
     modules = [module.eval().requires_grad_(False) for module in (started, base)]
     with torch.no_grad():
         adapted, plain = (
-            [out for args, kwargs in calls for out in float_tensors(run(module, args, kwargs))]
+            [out for call in calls for out in float_tensors(run(module, *call))]
             for module in modules
         )
     if not all(equal_tensors(a, b) for a, b in zip(adapted, plain, strict=True)):
@@ -173,7 +199,7 @@ def _check_drawn(
     module: CapturedModule,
     copied: CapturedModule,
     base: CapturedModule,
-    calls: Sequence[Call],
+    calls: Sequence[MethodCall],
 ) -> None:
     """Raise unless with random A and B the outputs are the folded ones, in each mode.
 
@@ -207,7 +233,7 @@ def _copy_adapters(source: CapturedModule, target: CapturedModule) -> None:
 
 
 def _output_error(
-    module: CapturedModule, folded: CapturedModule, calls: Sequence[Call]
+    module: CapturedModule, folded: CapturedModule, calls: Sequence[MethodCall]
 ) -> tuple[float, float]:
     """Return the difference between folded and unfolded outputs, and its tolerance.
 

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
-from ..module.example_calls import Call
 from ..plan import Entry
-from .runs import float_tensors, record_calls
+from .runs import MethodCall, float_tensors, record_calls
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ _DRAWS = (
 def effects(
     module: CapturedModule,
     trained: CapturedModule,
-    calls: Sequence[Call],
+    calls: Sequence[MethodCall],
 ) -> dict[str, Effect]:
     """Return the effect of each adapter, by the name of its A.
 
@@ -171,7 +170,7 @@ def _drawn(tensor: Tensor, std: float, seed: int) -> Tensor:
 def _gradients(
     module: CapturedModule,
     entries: list[Entry],
-    calls: Sequence[Call],
+    calls: Sequence[MethodCall],
     unit: bool,
 ) -> dict[str, Effect]:
     """Return the effects of some entries, from one forward and one backward pass."""

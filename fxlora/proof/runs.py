@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..module import CapturedModule
-from ..module.example_calls import Call
 from ..module.memory import copied_values
 from ..module.parent import RegionCall
 
 
-def record_calls(module: CapturedModule, calls: Sequence[Call]) -> list[RegionCall]:
+class MethodCall(NamedTuple):
+    """A call of a method of a captured module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    method: str = "forward"
+
+
+def record_calls(module: CapturedModule, calls: Sequence[MethodCall]) -> list[RegionCall]:
     """Make each call once and return them with their outputs, or the calls of regions in them.
 
     Python between regions may depend on its inputs discontinuously (as in a choice of boxes above a
     threshold). So for a module of regions, only the outputs of each region can be compared.
     """
     if not module.parent_module:
-        return [RegionCall("", *call, run(module, *call)) for call in calls]
+        return [RegionCall("", c.args, c.kwargs, run(module, *c), c.method) for c in calls]
     with module.parent_module.recorded() as found:
         for call in calls:
             run(module, *call)
@@ -33,20 +40,26 @@ def record_calls(module: CapturedModule, calls: Sequence[Call]) -> list[RegionCa
 def replay(module: CapturedModule, call: RegionCall) -> Any:
     """Repeat a recorded call, possibly on another module, and return its output."""
     if not module.parent_module:
-        return run(module, call.args, call.kwargs)
+        return run(module, call.args, call.kwargs, call.method)
     args, kwargs = copied_values((call.args, call.kwargs))
     with fixed_seed(module), _state_restored(module):
         return module.parent_module.call(call.path, args, kwargs)
 
 
-def run(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a module with a fixed seed and return its output.
+def run(
+    module: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    method: str = "forward",
+) -> Any:
+    """Run a method of a module with a fixed seed and return its output.
 
     The inputs are copied and the module's state is restored, because a graph may write to both.
     """
     args, kwargs = copied_values((args, kwargs))
+    call = module if method == "forward" else getattr(module, method)
     with fixed_seed(module), _state_restored(module):
-        return module(*args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def float_tensors(outputs: Any) -> list[Tensor]:

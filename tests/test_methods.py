@@ -1,0 +1,210 @@
+"""One module, and one set of adapters, for several methods of a model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+
+from .laws import randomise
+
+IMAGES, IDS = torch.randn(3, 2, 6, dtype=torch.float64), torch.randint(0, 11, (3, 5))
+METHODS: dict[str, Any] = {
+    "encode_image": IMAGES,
+    "encode_text": [((IDS,), {}), ((IDS,), {"mask": torch.ones(3, 5, dtype=torch.float64)})],
+    "scores": {"images": IMAGES, "ids": IDS},
+}
+
+
+class TwoTowers(nn.Module):
+    """Encodes images and texts, and compares them: a method calls the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.BatchNorm1d(7))
+        self.words = nn.Embedding(11, 5)
+        self.text = nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.3), nn.GELU())
+        self.project = nn.Linear(9, 7, bias=False)
+
+    def encode_image(self, images: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:
+        found = self.image(images)
+        return found / found.norm(dim=-1, keepdim=True) if normalize else found
+
+    def encode_text(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.text(self.words(ids))
+        return self.project((h if mask is None else h * mask[..., None]).mean(1))
+
+    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.encode_image(images, normalize=True) @ self.encode_text(ids).T
+
+    def scores(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self(images, ids).softmax(-1)
+
+    def plan(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words(ids)
+
+
+CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("encode_image", (IMAGES[:2],), {}),
+    ("encode_text", (IDS,), {}),
+    ("encode_text", (IDS[:2], torch.rand(2, 5, dtype=torch.float64)), {}),
+    ("scores", (IMAGES, IDS), {}),
+    ("forward", (IMAGES, IDS), {}),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTowers:
+    torch.manual_seed(0)
+    return TwoTowers().double().eval()
+
+
+@pytest.fixture(scope="module")
+def captured(model: TwoTowers) -> fxlora.CapturedModule:
+    return fxlora.capture(model, (IMAGES, IDS), methods=METHODS)
+
+
+@pytest.fixture(scope="module")
+def lora(captured: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+    adapted = fxlora.inject(captured, fxlora.match(captured, config))
+    randomise(adapted)
+    return adapted
+
+
+def output(module: nn.Module, call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> torch.Tensor:
+    name, args, kwargs = call
+    torch.manual_seed(1)
+    return (module if name == "forward" else getattr(module, name))(*args, **kwargs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_method_is_the_sources(
+    model: TwoTowers, captured: fxlora.CapturedModule, training: bool
+) -> None:
+    ours, source = copy.deepcopy(captured).train(training), copy.deepcopy(model).train(training)
+    assert ours.captured_methods == ("forward", *METHODS)
+    for call in CALLS:
+        assert torch.equal(output(ours, call), output(source, call))
+    buffers = dict(ours.named_buffers())
+    for name, buffer in source.named_buffers():  # all methods write to one set
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_adapters_act_in_every_method(model: TwoTowers, lora: fxlora.CapturedModule) -> None:
+    merged = fxlora.merged(model, fxlora.fold(lora)).eval()
+    assert {entry.site for entry in lora.plan or ()} == {"image.1", "text.0", "project"}
+    for call in CALLS:
+        assert (output(lora, call) - output(model, call)).abs().max() > 1e-3
+        assert (output(lora, call) - output(merged, call)).abs().max() <= 1e-10
+    found = fxlora.verify(lora, methods={name: METHODS[name] for name in list(METHODS)[:2]})
+    assert all(site.effect > 0 for site in found.sites)
+    removed = fxlora.remove(lora)
+    assert all(torch.equal(output(removed, call), output(model, call)) for call in CALLS)
+
+
+def test_training_one_method_trains_what_the_others_read(lora: fxlora.CapturedModule) -> None:
+    ours = copy.deepcopy(lora).train()
+    before = output(ours.eval(), CALLS[-1]).detach()
+    ours.train().encode_text(IDS).square().sum().backward()
+    grads = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert {name.partition(".lora")[0] for name in grads} == {"text.0", "project"}
+    torch.optim.SGD(fxlora.lora_parameters(ours), lr=0.1).step()
+    assert (output(ours.eval(), CALLS[-1]) - before).abs().max() > 1e-3
+
+
+def test_a_host_runs_its_methods_on_the_graphs(
+    model: TwoTowers, lora: fxlora.CapturedModule
+) -> None:
+    host = fxlora.hosted(model, lora)
+    for call in CALLS:
+        assert torch.equal(output(host, call), output(lora, call))
+    assert torch.equal(host.encode_image(images=IMAGES, normalize=False), host.encode_image(IMAGES))
+    with pytest.raises(fxlora.InputError, match="normalize: not among the captured"):
+        host.encode_image(IMAGES, normalize=True)
+
+
+def test_each_method_can_be_exported(lora: fxlora.CapturedModule, tmp_path: Path) -> None:
+    path = fxlora.export(fxlora.fold(lora), tmp_path / "m.pt2", IDS, method="encode_text")
+    program = torch.export.load(path).module()
+    assert torch.allclose(program(IDS[:2]), lora.encode_text(IDS[:2]), atol=1e-10)
+    with pytest.raises(fxlora.InputError, match="the method decode was not captured"):
+        fxlora.export(lora, tmp_path / "m.pt2", IDS, method="decode")
+
+
+def test_an_adapter_goes_through_a_file(
+    model: TwoTowers, lora: fxlora.CapturedModule, tmp_path: Path
+) -> None:
+    fxlora.save_adapter(lora, tmp_path)
+    text = fxlora.capture(model, methods={"encode_text": IDS, "encode_image": IMAGES})
+    loaded = fxlora.load_adapter(text, tmp_path)
+    for call in CALLS[:2]:
+        assert torch.equal(output(loaded, call), output(lora, call))
+
+
+def test_a_copy_and_a_compiled_method(lora: fxlora.CapturedModule) -> None:
+    compiled = torch.compile(copy.deepcopy(lora).encode_text, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(IDS[:2]), lora.encode_text(IDS[:2]))
+
+
+def test_hooks_of_the_model_run_where_the_source_runs_them() -> None:
+    torch.manual_seed(0)
+    model = TwoTowers().double().eval()
+    model.register_forward_hook(lambda *call: call[-1] * 2)
+    gm = fxlora.capture(model, (IMAGES, IDS), methods=METHODS)
+    for call in CALLS:  # `scores` calls the model, whose hook runs then; `encode_image` does not
+        assert torch.equal(output(gm, call), output(model, call))
+    assert len(model._forward_hooks) == 1
+
+
+def test_a_method_of_a_model_that_cannot_be_copied() -> None:
+    model = TwoTowers().double().eval()
+    held = model.image
+    model.outside = lambda x: held(x)  # type: ignore[assignment]
+    gm = fxlora.capture(model, methods={"encode_image": IMAGES})
+    assert torch.equal(gm.encode_image(IMAGES), model.encode_image(IMAGES))
+    assert "forward" not in vars(model)
+
+
+def test_what_was_not_captured_is_refused(model: TwoTowers) -> None:
+    gm = fxlora.capture(model, methods={"encode_text": IDS})
+    with pytest.raises(fxlora.InputError, match=r"method forward was not captured \(encode_text"):
+        gm(IMAGES, IDS)
+    with pytest.raises(AttributeError, match="encode_image"):
+        gm.encode_image(IMAGES)
+    with pytest.raises(fxlora.InputError, match="called with torch"):
+        gm.encode_text(IDS.double())
+    rule = fxlora.LoraConfig(r=2, target_modules=["image.1"])
+    with pytest.raises(fxlora.NoMatchError):  # no captured method reads it
+        fxlora.match(gm, rule)
+    host = fxlora.hosted(model, gm)
+    with pytest.raises(fxlora.InputError, match="method forward was not captured"):
+        host.scores(IMAGES, IDS)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"decode": IDS}, "has no method 'decode'"),
+        ({"image": IMAGES}, "has no method 'image'"),
+        ({"plan": IDS}, "every captured module has an attribute"),
+        ({"encode_text": (IDS, IDS)}, r"methods=\{'encode_text': \(\(x, mask\), \{\}\)\}"),
+        ({"forward": ((IMAGES, IDS), {})}, "not as both"),
+        ([], "must be a dict"),
+    ],
+)
+def test_refusals_of_capture(model: TwoTowers, methods: Any, message: str) -> None:
+    with pytest.raises(fxlora.CaptureError, match=message):
+        fxlora.capture(model, (IMAGES, IDS), methods=methods)
+
+
+def test_modules_go_with_one_call(model: TwoTowers) -> None:
+    for args in (None, (IMAGES, IDS)):
+        with pytest.raises(fxlora.CaptureError, match="one example call of the forward"):
+            fxlora.capture(model, args, methods={"encode_text": IDS}, modules="text")
