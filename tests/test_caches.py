@@ -120,6 +120,25 @@ def on_frozen(size: int) -> torch.Tensor:
     return FROZEN.gains
 
 
+@functools.cache
+def of_operator(size: int) -> torch.Tensor:
+    return made(size)
+
+
+class Sizes:
+    """Has an operator, the only code that names the cache, and that no code names itself."""
+
+    def __and__(self, size: int) -> torch.Tensor:
+        return of_operator(size)
+
+
+SIZES = Sizes()
+
+
+def on_operator(size: int) -> torch.Tensor:
+    return SIZES & size
+
+
 class LazyTable(dict[str, Any]):
     """Loads its entries when somebody looks through them, as tables of optional models do."""
 
@@ -190,6 +209,7 @@ KINDS = (
     in_entry,
     on_function,
     on_frozen,
+    on_operator,
     on_class,
     on_instance,
     in_closure,

@@ -34,13 +34,6 @@ _TRACED = (FakeTensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 _ABSENT = object()
 # A subclass of these may run the user's code when it is copied or iterated over.
 _CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
-# Methods that Python calls without their names being in any code, and `forward`.
-_CALLED = (
-    *("forward", "__call__", "__new__", "__post_init__", "__get__", "__set__", "__getattr__"),
-    *("__getattribute__", "__getitem__", "__setitem__", "__missing__", "__contains__", "__iter__"),
-    *("__next__", "__len__", "__bool__", "__enter__", "__exit__", "__torch_function__"),
-    *("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__truediv__", "__matmul__"),
-)
 _MOST_ENTRIES = 1000  # a larger container is data, not a cache: it is neither copied nor searched
 # They keep no tensors of a model.
 _LIBRARIES = {"torch", "numpy", __name__.partition(".")[0], *sys.stdlib_module_names}
@@ -93,7 +86,7 @@ class _Reach:
         self._left: list[Any] = []
         self._names: set[str] = set()
         self._waiting: dict[str, list[Any]] = {}  # attributes that no code has named so far
-        self._add_names(set(_CALLED))
+        self._add_names({"forward"})
         for module in model.modules():
             self._left.append(type(module))
             self._left += filter(callable, vars(module).values())
@@ -110,8 +103,8 @@ class _Reach:
 
     def _add_attributes(self, attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
-            found = self._left if name in self._names else self._waiting.setdefault(name, [])
-            found.append(value)
+            reached = name in self._names or _is_called_by_python(name)
+            (self._left if reached else self._waiting.setdefault(name, [])).append(value)
 
     def _visit(self, value: Any) -> None:
         kind = type(value)  # what the value says of its class may be the user's code
@@ -166,6 +159,14 @@ class _Reach:
         if len(container) <= _MOST_ENTRIES:
             self.containers += [] if issubclass(type(container), tuple) else [container]
             self._left += items(container)
+
+
+def _is_called_by_python(name: object) -> bool:
+    """Whether Python may call a method without its name in any code, as it does `__add__`.
+
+    `__init__` is not among these: a forward makes objects, but no modules.
+    """
+    return str(name).startswith("__") and str(name).endswith("__") and name != "__init__"
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
