@@ -1,6 +1,6 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
-from .api import adapt, fold, inject, lora_parameters, remove
+from .api import adapt, capture_more, fold, inject, lora_parameters, remove
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
 from .disk.load import load_adapter
@@ -72,6 +72,7 @@ __all__ = [
     "VerificationError",
     "adapt",
     "capture",
+    "capture_more",
     "draw",
     "export",
     "fold",

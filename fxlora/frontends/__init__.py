@@ -103,7 +103,7 @@ def capture(
     _check_model(model)
     try:
         with callers_autocast():
-            given = _given_calls(model, args, kwargs, calls, methods)
+            given = given_calls(model, args, kwargs, calls, methods)
             return _capture(model, given, calls is not None, dynamic_shapes, modules)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
@@ -147,10 +147,17 @@ def _capture(
     return _capture_exported(model, given, shapes, parts)
 
 
-def _given_calls(
+def given_calls(
     model: nn.Module, args: Any, kwargs: Any, calls: Any, methods: Any
 ) -> dict[str, list[Call]]:
-    """Return the user's example calls of each method."""
+    """Return the user's example calls of each method, with keywords in the order of its signature.
+
+    Args:
+        model, args, kwargs, calls, methods: as for `capture`.
+
+    Raises:
+        CaptureError: they are no example calls of the model.
+    """
     of_methods = {} if methods is None else calls_of_methods(methods, CaptureError)
     for name in of_methods:
         _check_method(model, name)
