@@ -116,8 +116,8 @@ def test_it_trains_copies_and_is_saved(
 
 def test_again_and_without_adapters(model: Gated) -> None:
     gm = fxlora.capture(model, X)
-    for kwargs in ({"kwargs": {"x": X, "gate": GATE}}, {"methods": {"encode": X}}):
-        gm = fxlora.capture_more(gm, model, **kwargs)
+    gm = fxlora.capture_more(gm, model, kwargs={"x": X, "gate": GATE})
+    gm = fxlora.capture_more(gm, model, methods={"encode": X})
     assert len(gm.programs) == 3
     for found, expected in ((gm(X), model(X)), (gm(X, GATE), model(X, GATE))):
         assert torch.equal(found, expected)

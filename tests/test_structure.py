@@ -79,6 +79,7 @@ GRAPH_WRITERS = {
     "frontends/autocast_proof.py": "assertions of torch.export, in a graph just exported",
     "frontends/autocast_choices.py": "constants that depend on autocast, in a graph just exported",
     "frontends/exported.py": "calls recorded during an export, in the meta of its module",
+    "frontends/joined.py": "names of constants, in a capture that is being joined to another",
     "frontends/kept/module_calls.py": "marks of the calls to outline, in a graph just exported",
     "frontends/kept/checkpoints.py": "checkpoints become nested graphs while a capture is made",
     "frontends/kept/functions.py": "calls of autograd.Functions, in a graph just exported",
