@@ -23,14 +23,14 @@ from .errors import (
     VerificationError,
 )
 from .frontends import capture
+from .hosts.host import hosted, recorded_calls
+from .hosts.merged_source import merged
 from .lora.layout import Layout
 from .lora.ops import register_op
 from .lora.row import Op, Read
 from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
-from .module.host import hosted, recorded_calls
-from .module.merged_source import merged
 from .passes.eva import Initialized, initialize_from
 from .pictures import draw
 from .plan import Entry, Plan

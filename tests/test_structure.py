@@ -24,7 +24,7 @@ LAYERS = [
     {"passes"},
     {"api"},
     {"costs", "disk", "proof"},
-    {"pictures"},
+    {"pictures", "hosts"},
     {"__init__"},
     {"cli"},
     {"__main__"},

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import InjectError, warn
+from ..module.captured import CapturedModule, check_captured
 from ..tables import some
-from .captured import CapturedModule, check_captured
 from .host import Host
 
 Model = TypeVar("Model", bound=nn.Module)

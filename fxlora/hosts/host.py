@@ -12,17 +12,19 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InjectError, InputError
-from .captured import CapturedModule, check_captured
-from .contract import ConstantInput, InputSpec
-from .example_calls import Call
-from .several_calls import no_call_like
-from .submodules import Seal, host_part
+from ..module.captured import CapturedModule, check_captured
+from ..module.contract import ConstantInput, InputSpec
+from ..module.example_calls import Call
+from ..module.several_calls import no_call_like
+from ..module.submodules import Seal, host_part
+from .checkpoint import save_checkpoint
 
 
 def hosted(model: nn.Module, module: CapturedModule) -> Any:
@@ -67,7 +69,9 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     # The captured graphs contain a forward or a method that was set on the instance.
     for name in ("forward", *module.captured_methods):
         host.__dict__.pop(name, None)
-    host.__class__ = _host_class(type(model), module.captured_methods)
+    kind, methods = type(model), module.captured_methods
+    open_ended = tuple(n for n in ("forward", *methods) if _needs_any_keyword(kind, module, n))
+    host.__class__ = _host_class(kind, methods, open_ended)
     host.__dict__["_captured"] = module
     host.__dict__["_held"] = list(_share_tensors(host, module))
     _seal(host, module)
@@ -151,15 +155,17 @@ class Host(nn.Module):
         return self._captured.load_state_dict(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as the model's own method does; the module must not have adapters."""
-        if self._captured.plan is not None:
-            raise InjectError(
-                "the adapters are separate from the weights, so a checkpoint would hold only the "
-                "base model: fold first (hosted(model, fold(lora))), or save them with "
-                "save_adapter."
-            )
-        parent: Any = super()
-        return parent.save_pretrained(*args, **kwargs)
+        """Save as the model's own method does; of a module with adapters, save those.
+
+        So a library's training loop writes and resumes checkpoints of what trains (see
+        `save_checkpoint`). A plain checkpoint of all weights needs a fold:
+        `hosted(model, fold(lora))`.
+        """
+        if self._captured.plan is None:
+            parent: Any = super()
+            parent.save_pretrained(*args, **kwargs)
+        elif kwargs.pop("is_main_process", True):
+            _save_adapted(self._captured, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         plain = nn.Module.__new__(self._source_class)
@@ -169,20 +175,53 @@ class Host(nn.Module):
         return hosted(plain, copy.deepcopy(self._captured, memo))
 
 
+def _save_adapted(
+    module: CapturedModule, save_directory: str | Path, state_dict: Any = None, **options: Any
+) -> None:
+    """Save what trains, given the arguments of transformers' `save_pretrained`."""
+    if given := [name for name, value in options.items() if value]:
+        raise InjectError(
+            f"save_pretrained of a host with adapters saves these, and knows no {given[0]}. Fold "
+            "first (hosted(model, fold(lora))) for a checkpoint of the whole model."
+        )
+    save_checkpoint(module, save_directory)
+
+
 @functools.cache
-def _host_class(kind: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+def _host_class(
+    kind: type[nn.Module], methods: tuple[str, ...], any_keyword: tuple[str, ...]
+) -> type[nn.Module]:
     """Return a subclass with the same name, because libraries look models up by class name.
 
-    Its forward and these methods run the captured module.
+    Args:
+        kind: the model's class.
+        methods: names of the methods that run the captured module, besides the forward.
+        any_keyword: names of those whose captured calls need the `**kwargs` of the class's own.
     """
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     own = {"__doc__": kind.__doc__, "_source_class": kind}
-    captured = {name: _running(kind, name) for name in ("forward", *methods)}
+    captured = {n: _running(kind, n, n in any_keyword) for n in ("forward", *methods)}
     return type(kind.__name__, (Host, kind), {**names, **own, **captured})
 
 
-def _running(kind: type[nn.Module], method: str) -> Callable[..., Any]:
-    """Return a method that runs the captured module, with the signature of the class's own."""
+def _needs_any_keyword(kind: type[nn.Module], module: CapturedModule, method: str) -> bool:
+    """Whether a captured call gives an argument that only the method's `**kwargs` takes."""
+    contracts = [call.contract for call in module.captured_calls(method)]
+    declared = _named(inspect.signature(getattr(kind, method)))
+    return any(spec is None or not declared.issuperset(spec.names) for spec in contracts)
+
+
+def _named(signature: inspect.Signature) -> set[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {p.name for p in signature.parameters.values() if p.kind not in variadic}
+
+
+def _running(kind: type[nn.Module], method: str, any_keyword: bool) -> Callable[..., Any]:
+    """Return a method that runs the captured module, with the signature of the class's own.
+
+    Libraries read there what a model takes. A graph takes no further keywords, so that `**kwargs`
+    is left out unless a captured call needs it (transformers' Trainer then counts items for it).
+    """
     original = getattr(kind, method)
 
     @functools.wraps(original)
@@ -196,6 +235,9 @@ def _running(kind: type[nn.Module], method: str) -> Callable[..., Any]:
         call = captured if method == "forward" else getattr(captured, method)
         return call(*args, **kwargs)
 
+    signature = inspect.signature(original)
+    kept = [p for p in signature.parameters.values() if any_keyword or p.kind is not p.VAR_KEYWORD]
+    run.__signature__ = signature.replace(parameters=kept)  # pyright: ignore
     return run
 
 

@@ -1,0 +1,1 @@
+"""The model's own class around a captured module, or with its folded weights."""
