@@ -139,6 +139,45 @@ def on_operator(size: int) -> torch.Tensor:
     return SIZES & size
 
 
+NAMESPACE = SimpleNamespace(held=None)
+USER_DICT: Any = collections.UserDict()
+
+
+def in_namespace(size: int) -> torch.Tensor:
+    NAMESPACE.held = made(size) if NAMESPACE.held is None else NAMESPACE.held
+    return NAMESPACE.held
+
+
+def in_user_dict(size: int) -> torch.Tensor:
+    return USER_DICT.setdefault(size, made(size))
+
+
+class Meta(type):
+    """Keeps its gains in the method of a metaclass, which only a partialmethod reaches."""
+
+    def gains(cls, size: int) -> torch.Tensor:
+        return of_metaclass(size)
+
+
+@functools.cache
+def of_metaclass(size: int) -> torch.Tensor:
+    return made(size)
+
+
+class WithMeta(metaclass=Meta):
+    def chosen(self, size: int) -> torch.Tensor:
+        return type(self).gains(size)
+
+    five = functools.partialmethod(chosen, 5)
+
+
+WITH_META = WithMeta()
+
+
+def of_partialmethod(_size: int) -> torch.Tensor:
+    return WITH_META.five()
+
+
 class LazyTable(dict[str, Any]):
     """Loads its entries when somebody looks through them, as tables of optional models do."""
 
@@ -210,6 +249,9 @@ KINDS = (
     on_function,
     on_frozen,
     on_operator,
+    in_namespace,
+    in_user_dict,
+    of_partialmethod,
     on_class,
     on_instance,
     in_closure,

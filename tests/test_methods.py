@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,7 @@ def test_what_was_not_captured_is_refused(model: TwoTowers) -> None:
         ({"image": IMAGES}, "has no method 'image'"),
         ({"plan": IDS}, "every captured module has an attribute"),
         ({"encode_text": (IDS, IDS)}, r"methods=\{'encode_text': \(\(x, mask\), \{\}\)\}"),
-        ({"forward": ((IMAGES, IDS), {})}, "not as both"),
+        ({"forward": ((IMAGES, IDS), {})}, "as args and kwargs, or as calls"),
         ([], "must be a dict"),
     ],
 )
@@ -208,3 +210,120 @@ def test_modules_go_with_one_call(model: TwoTowers) -> None:
     for args in (None, (IMAGES, IDS)):
         with pytest.raises(fxlora.CaptureError, match="one example call of the forward"):
             fxlora.capture(model, args, methods={"encode_text": IDS}, modules="text")
+
+
+# ---- what a method may do -----------------------------------------------------------------------
+
+
+class Kept(nn.Module):
+    """Keeps bound methods of itself, and a hook that sets an attribute which `features` reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.heads = {"noisy": self._noisy}
+        self.feature: torch.Tensor | None = None
+        self.first.register_forward_hook(self._keep)
+
+    def _noisy(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.first(x), 0.5, self.training)
+
+    def _keep(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        self.feature = output
+
+    def noisy(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads["noisy"](x)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        self.second(self.first(x))
+        assert self.feature is not None
+        return self.feature * 1
+
+    def hooked(self, x: torch.Tensor) -> torch.Tensor:
+        self.register_forward_hook(lambda *_: None)
+        return self.first(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_method_and_what_it_calls_have_one_self(training: bool, copied: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Kept().double().train(training), torch.randn(3, 6, dtype=torch.float64)
+    if not copied:
+        model.lock = threading.Lock()  # type: ignore[assignment]
+    names = ("noisy", "features", "hooked")
+    gm = fxlora.capture(model, x, methods=dict.fromkeys(names, x))
+    assert model.feature is None and not model._forward_hooks and "forward" not in vars(model)
+    other = torch.randn(2, 6, dtype=torch.float64)
+    for mode in (True, False):
+        for name in names:
+            found = output(gm.train(mode), (name, (other,), {}))
+            assert torch.equal(found, output(model.train(mode), (name, (other,), {})))
+
+
+class Images(nn.Module):
+    """As segmenters do, keeps the features of an image for the prompts that follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.features: torch.Tensor | None = None
+
+    def set_image(self, image: torch.Tensor) -> torch.Tensor:
+        self.features = self.encoder(image)
+        return self.features.sum()
+
+    def predict(self, prompt: torch.Tensor) -> torch.Tensor:
+        assert self.features is not None
+        return self.decoder(prompt) + self.features
+
+    def forward(self, image: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        self.set_image(image)
+        return self.predict(prompt)
+
+
+def test_what_one_method_leaves_for_another_is_refused() -> None:
+    model, x = Images().double(), torch.randn(3, 6, dtype=torch.float64)
+    model.set_image(x)
+    with pytest.raises(fxlora.CaptureError, match=r"Images\.predict reads features, which another"):
+        fxlora.capture(model, (x, x), methods={"set_image": x, "predict": x})
+    gm = fxlora.capture(model, (x, x), methods={"set_image": x})  # forward sets it before it reads
+    assert torch.equal(gm(2 * x, x), model(2 * x, x))
+
+
+class CallsMore(Kept):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs).relu()
+
+
+def test_code_that_a_method_does_not_run_is_refused() -> None:
+    x = torch.randn(3, 6)
+    with pytest.raises(fxlora.CaptureError, match="a __call__ of its own"):
+        fxlora.capture(CallsMore(), methods={"noisy": x})
+    gm = fxlora.capture(CallsMore(), x)
+    with pytest.raises(fxlora.InjectError, match="__call__ of its own"):
+        fxlora.hosted(CallsMore(), gm)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(fxlora.CaptureError, match="hooks for all modules"):
+            fxlora.capture(Kept(), methods={"noisy": x})
+    finally:
+        handle.remove()
+
+
+def test_a_host_does_not_run_the_models_hooks_twice(model: TwoTowers) -> None:
+    hooked = copy.deepcopy(model)
+    handle = hooked.register_forward_hook(lambda *call: call[-1] * 2)
+    gm = fxlora.capture(hooked, (IMAGES, IDS))
+    with pytest.raises(fxlora.InjectError, match="Remove them from the model before hosted"):
+        fxlora.hosted(hooked, gm)
+    expected = hooked(IMAGES, IDS)
+    handle.remove()
+    assert torch.equal(fxlora.hosted(hooked, gm)(IMAGES, IDS), expected)
+
+
+def test_signatures(captured: fxlora.CapturedModule) -> None:
+    assert list(inspect.signature(captured.forward).parameters) == ["images", "ids"]

@@ -567,3 +567,43 @@ def test_a_parameter_without_entries() -> None:
     assert lora.plan and [entry.site for entry in lora.plan] == ["lin"]
     with pytest.raises(fxlora.FxLoraError, match="tokens"):
         fxlora.match(gm, Rule("tokens"))
+
+
+class Counts(nn.Module):
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.fc, self.calls, self.used = nn.Linear(5, 3), 0, used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.fc(x) * (self.calls if self.used else 2)
+
+
+class Average(nn.Module):
+    """Assigns another tensor to its buffer in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return x - self.mean
+
+
+@pytest.mark.parametrize(
+    ("model", "whole"),
+    [
+        (Counts(used=False), True),
+        (Counts(used=True), False),
+        (nn.Sequential(Average(), nn.Linear(5, 3)), False),
+    ],
+    ids=["a count that nothing reads", "a count", "a buffer of a submodule"],
+)
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+def test_state_in_python_is_not_lost(model: nn.Module, whole: bool) -> None:
+    source, x = copy.deepcopy(model), torch.randn(4, 5)
+    gm = fxlora.capture(source, x)
+    assert (gm.regions == ("",)) is whole
+    for _ in range(3):
+        assert torch.equal(gm(x), source(x))

@@ -162,8 +162,8 @@ def given_calls(
     for name in of_methods:
         _check_method(model, name)
     forward = _example_calls(args, kwargs, calls)
-    if forward and "forward" in of_methods:
-        raise CaptureError("give the calls of the forward as calls or in methods, not as both.")
+    if "forward" in of_methods:
+        raise CaptureError("give the calls of the forward as args and kwargs, or as calls=[…].")
     given = {"forward": forward, **of_methods} if forward else of_methods
     return {
         method: [(args, in_signature_order(getattr(model, method), kwargs)) for args, kwargs in all]
@@ -268,14 +268,17 @@ def _capture_exported(
     """Export the model for each call of each method, or else its submodules for all of them."""
     register_containers(model)
     try:
-        sources = [
-            source
-            for method, calls in given.items()
-            for source in _sources(model, method, calls, shapes[method], parts)
-        ]
+        of_methods = [_sources(model, m, calls, shapes[m], parts) for m, calls in given.items()]
+        sources = [source for of_one in of_methods for source in of_one.made]
+        for of_one in of_methods:
+            of_one.refuse_state_of(sources)
     except CaptureError as failure:
-        # One whole graph is asked for, or the Python code of several methods runs around regions.
-        if parts or list(given) != ["forward"] or any(s is not None for s in shapes["forward"]):
+        if list(given) != ["forward"]:
+            raise CaptureError(
+                f"{failure} (Where methods are captured, each needs a whole graph: no submodules "
+                "are tried.)"
+            ) from failure
+        if parts or any(asked is not None for asked in shapes["forward"]):  # a whole graph is asked
             raise
         return _capture_by_regions(model, given["forward"], failure)
     return _assemble(model, sources, parts=parts)
@@ -287,13 +290,13 @@ def _sources(
     calls: Sequence[Call],
     shapes: Sequence[Any],
     parts: tuple[str, ...],
-) -> list[Source]:
+) -> Sources:
     """Export one method of the model for all its calls, first those with a user's specification."""
     sources = Sources(model, method, parts)
     others = [call for call, asked in zip(calls, shapes, strict=True) if asked is None]
     for number in sorted(range(len(calls)), key=lambda n: shapes[n] is None):
         sources.add(calls[number], others, shapes[number])
-    return sources.made
+    return sources
 
 
 def _capture_by_regions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ from ..errors import CaptureError
 from ..fx.compare import same_graph_except_sizes
 from ..module.example_calls import Call
 from ..module.program import MODES
+from ..tables import some
 from .examples import Example, examples_for, examples_for_kind, same_but_for_sizes
 from .exported import Source, export_modes
-from .methods import with_forward
+from .kept.python_state import Attribute, Unknown, holding
+from .methods import called_by
 from .tree import working_copy
 
 MOST_GRAPHS = 16  # the most calls that get graphs of their own
@@ -72,18 +74,60 @@ class Sources:
                 f"{type(self.model).__name__}: the calls need more than {MOST_GRAPHS} graphs. Give "
                 "one example of each kind, and dynamic_shapes for its sizes."
             )
-        source = export_modes(self._copy(), examples, parts=self.parts)
-        source.method = self.method
+        source = self._exported(examples, self.parts)
         self.made.append(source)
         self._examples.append(given)
+        if source.changes.counts and not self._is_same_with(source.changes.counts, source, given):
+            raise CaptureError(
+                f"{type(self.model).__name__} counts in {_listed(source.changes.counts)}, and a "
+                "call depends on the count, which a graph does not know. Make it a buffer, and "
+                "add to it in place."
+            )
 
-    def _copy(self) -> nn.Module:
-        return with_forward(working_copy(self.model), self.method)
+    def refuse_state_of(self, others: Sequence[Source]) -> None:
+        """Raise CaptureError if a call reads an attribute that only another call assigns."""
+        for source, call in zip(self.made, self._examples, strict=True):
+            left = {name for other in others if other is not source for name in other.changes.names}
+            unknown = dict.fromkeys(left - source.changes.names, Unknown())
+            if unknown and not self._is_same_with(unknown, source, call, if_it_raises=False):
+                raise CaptureError(
+                    f"{type(self.model).__name__}.{self.method} reads {_listed(unknown)}, which "
+                    "another of the captured calls assigns, and a graph does not see. Return it "
+                    "from that call, and pass it to this one."
+                )
+
+    def _is_same_with(
+        self,
+        values: Mapping[Attribute, Any],
+        source: Source,
+        call: Call,
+        *,
+        if_it_raises: bool = True,
+    ) -> bool:
+        """Whether a call has the same graphs where attributes of the model have other values."""
+        static = examples_for(*call, None)[-1]
+        try:
+            own = self._exported([static], values=values)
+        except CaptureError:
+            return if_it_raises
+        return all(_same_graphs(source, own, mode, call) for mode in MODES)
+
+    def _exported(
+        self,
+        examples: list[Example],
+        parts: Sequence[str] = (),
+        values: Mapping[Attribute, Any] | None = None,
+    ) -> Source:
+        model = working_copy(self.model)
+        with holding(model, values or {}), called_by(model, self.method):
+            source = export_modes(model, examples, parts=parts)
+        source.method = self.method
+        return source
 
     def _check_same(self, source: Source, call: Call) -> None:
         """Raise if the model does something else in a call that an earlier one's graphs accept."""
         static = examples_for(*call, None)[-1]
-        own = export_modes(self._copy(), [static])
+        own = self._exported([static])
         if all(_same_graphs(source, own, mode, call) for mode in MODES):
             return
         raise CaptureError(
@@ -91,6 +135,10 @@ class Sources:
             "earlier one, and they differ in nothing that a call is told by (requires_grad, "
             "strides, a type of tensor). Pass a constant that says which is meant."
         )
+
+
+def _listed(attributes: Collection[Attribute]) -> str:
+    return some(sorted(".".join(filter(None, attribute)) for attribute in attributes))
 
 
 def _same_graphs(source: Source, own: Source, mode: str, call: Call) -> bool:

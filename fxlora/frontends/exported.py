@@ -42,6 +42,7 @@ from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
 from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
+from .kept.python_state import Changes, noted
 from .kept.undisturbed import mode_of, refuse_state
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
@@ -60,6 +61,7 @@ class Source:
         calls: the recorded calls of submodules in each mode's graph.
         autocasts: the callers' autocasts that each mode's graph holds for.
         method: the method of the model that was exported.
+        changes: the Python attributes that the traces changed.
     """
 
     modules: dict[str, fx.GraphModule]
@@ -68,6 +70,7 @@ class Source:
     calls: dict[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
     autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
     method: str = "forward"
+    changes: Changes = field(default_factory=Changes)
 
     def copied(self) -> Source:
         """Copy the graphs; the copies share the tensors."""
@@ -119,9 +122,9 @@ def export_modes(
     calls: dict[str, tuple[ModuleCall, ...]] = {}
     inputs: dict[str, InputSpec | None] = {}
     autocasts: dict[str, Autocasts] = {}
-    values = Values()
+    values, changes = Values(), Changes()
     for mode in MODES:
-        with mode_of(root or model, mode == "train"):
+        with mode_of(root or model, mode == "train"), noted(model, changes):
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
         with mode_of(root or model, mode == "train"):  # without the attributes of the export
@@ -133,7 +136,7 @@ def export_modes(
     same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
     if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
         modules["train"] = evaluation
-    return Source(modules, inputs, path, calls, autocasts)
+    return Source(modules, inputs, path, calls, autocasts, changes=changes)
 
 
 def _proved(

@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torchs
 
+from ..errors import CaptureError
 from ..module.submodules import HOOKS
 
 # Attributes of a module that a call of it reads, and a call of one of its methods does not.
 _OF_A_CALL = ("forward", *HOOKS)
 
 
-def with_forward(model: nn.Module, method: str) -> nn.Module:
-    """Return a module over the same submodules and tensors that runs a method when it is called.
+@contextmanager
+def called_by(model: nn.Module, method: str) -> Generator[None]:
+    """Within the context, a call of the model runs one of its methods.
 
-    Inside the method, the module has its own forward and hooks, so that the method may call it.
+    Inside the method, the model has its own forward and hooks, so that the method may call it.
+
+    Raises:
+        CaptureError: a call of the model runs more than its forward and hooks.
     """
     if method == "forward":
-        return model
-    result: nn.Module = nn.Module.__new__(type(model))
-    attributes = result.__dict__
-    attributes.update(model.__dict__)
-    own = {name: attributes[name] for name in _OF_A_CALL if name in attributes}
+        yield
+        return
+    _refuse_other_code(model, method)
+    attributes = model.__dict__
+    original = getattr(model, method)
 
     def exchange(others: dict[str, Any]) -> dict[str, Any]:
         held = {name: attributes.pop(name) for name in _OF_A_CALL if name in attributes}
         attributes.update(others)
         return held
 
-    @functools.wraps(getattr(result, method))
+    @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        of_the_trace = exchange(own)
+        of_the_trace = exchange({name: copy.copy(held) for name, held in own.items()})
         try:
-            return getattr(result, method)(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             exchange(of_the_trace)
 
-    exchange({name: type(hooks)() for name, hooks in own.items() if name != "forward"})
+    own = exchange({})
+    attributes |= {name: type(hooks)() for name, hooks in own.items() if name != "forward"}
     attributes["forward"] = forward
-    return result
+    try:
+        yield
+    finally:
+        exchange(own)
+
+
+def _refuse_other_code(model: nn.Module, method: str) -> None:
+    kind = type(model)
+    if kind.__call__ is not nn.Module.__call__:
+        raise CaptureError(
+            f"{kind.__name__}.{method} cannot be captured, because {kind.__name__} has a __call__ "
+            "of its own, which torch.export would run around it. Move its code to forward."
+        )
+    if torchs._has_any_global_hook():
+        raise CaptureError(
+            f"{kind.__name__}.{method} cannot be captured while hooks for all modules are "
+            "registered, which a call of the method does not run. Remove them first."
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from ..errors import InjectError, InputError
+from ..fx.literals import same_literal
 from ..module.captured import CapturedModule, check_captured
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
 from ..module.several_calls import no_call_like
 from ..module.submodules import Seal, host_part
+from ..tables import said
 from .checkpoint import save_checkpoint
 
 
@@ -65,17 +67,38 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     if isinstance(model, Host | CapturedModule):
         raise InjectError("hosted takes the source model itself, not a captured or hosted one.")
     _check_fits(model, module)
-    host = copy.deepcopy(model, _tensors_of(model, module))
+    _refuse_code_around(model)
+    methods = dict.fromkeys(("forward", *module.captured_methods))
+    signatures = {name: inspect.signature(getattr(model, name)) for name in methods}
+    try:
+        host = copy.deepcopy(model, _tensors_of(model, module))
+    except Exception as error:
+        raise InjectError(
+            f"{type(model).__name__} cannot be copied for a host ({said(error)}). Make it "
+            "so that copy.deepcopy(model) works, or use the captured module itself."
+        ) from error
     # The captured graphs contain a forward or a method that was set on the instance.
-    for name in ("forward", *module.captured_methods):
+    for name in methods:
         host.__dict__.pop(name, None)
-    kind, methods = type(model), module.captured_methods
-    open_ended = tuple(n for n in ("forward", *methods) if _needs_any_keyword(kind, module, n))
-    host.__class__ = _host_class(kind, methods, open_ended)
+    host.__class__ = _host_class(type(model), module, signatures)
     host.__dict__["_captured"] = module
     host.__dict__["_held"] = list(_share_tensors(host, module))
     _seal(host, module)
     return host.train(module.training)
+
+
+def _refuse_code_around(model: nn.Module) -> None:
+    """Raise InjectError if calls of the model run code around its forward: the graph has it too."""
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise InjectError(
+            f"{type(model).__name__} has forward hooks of its own, which are in its graph: a host "
+            "would run them twice. Remove them from the model before hosted(model, …)."
+        )
+    if type(model).__call__ is not nn.Module.__call__:
+        raise InjectError(
+            f"{type(model).__name__} has a __call__ of its own, which is in its graph: a host "
+            "would run it twice. Use the captured module itself, or move its code to forward."
+        )
 
 
 def _seal(host: Any, module: CapturedModule) -> None:
@@ -187,42 +210,49 @@ def _save_adapted(
     save_checkpoint(module, save_directory)
 
 
-@functools.cache
 def _host_class(
-    kind: type[nn.Module], methods: tuple[str, ...], any_keyword: tuple[str, ...]
+    kind: type[nn.Module], module: CapturedModule, signatures: Mapping[str, inspect.Signature]
 ) -> type[nn.Module]:
     """Return a subclass with the same name, because libraries look models up by class name.
 
     Args:
         kind: the model's class.
-        methods: names of the methods that run the captured module, besides the forward.
-        any_keyword: names of those whose captured calls need the `**kwargs` of the class's own.
+        module: the captured module.
+        signatures: of the model's forward and captured methods, which run the module.
+
+    Raises:
+        InjectError: a method has the name of an attribute that a host needs.
     """
+    if taken := [name for name in signatures if name in _OWN]:
+        raise InjectError(f"a host has an attribute {taken[0]} of its own: rename the method.")
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     own = {"__doc__": kind.__doc__, "_source_class": kind}
-    captured = {n: _running(kind, n, n in any_keyword) for n in ("forward", *methods)}
+    captured = {
+        name: _running(getattr(kind, name), name, signature, _takes_more(module, name, signature))
+        for name, signature in signatures.items()
+    }
     return type(kind.__name__, (Host, kind), {**names, **own, **captured})
 
 
-def _needs_any_keyword(kind: type[nn.Module], module: CapturedModule, method: str) -> bool:
+_OWN = {*Host.__annotations__, *vars(Host)} - {"forward"}
+
+
+def _takes_more(module: CapturedModule, method: str, signature: inspect.Signature) -> bool:
     """Whether a captured call gives an argument that only the method's `**kwargs` takes."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    declared = {p.name for p in signature.parameters.values() if p.kind not in variadic}
     contracts = [call.contract for call in module.captured_calls(method)]
-    declared = _named(inspect.signature(getattr(kind, method)))
     return any(spec is None or not declared.issuperset(spec.names) for spec in contracts)
 
 
-def _named(signature: inspect.Signature) -> set[str]:
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {p.name for p in signature.parameters.values() if p.kind not in variadic}
-
-
-def _running(kind: type[nn.Module], method: str, any_keyword: bool) -> Callable[..., Any]:
-    """Return a method that runs the captured module, with the signature of the class's own.
+def _running(
+    original: Callable[..., Any], method: str, signature: inspect.Signature, takes_more: bool
+) -> Callable[..., Any]:
+    """Return a method that runs the captured module, with the signature of the model's own.
 
     Libraries read there what a model takes. A graph takes no further keywords, so that `**kwargs`
     is left out unless a captured call needs it (transformers' Trainer then counts items for it).
     """
-    original = getattr(kind, method)
 
     @functools.wraps(original)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,13 +261,13 @@ def _running(kind: type[nn.Module], method: str, any_keyword: bool) -> Callable[
         if captured.training is not self.training:  # set without train(), perhaps
             captured.train(self.training)
         self._seal.refuse_apart()
-        args, kwargs = _align(captured, method, inspect.signature(original), args, kwargs)
+        args, kwargs = _align(captured, method, signature, args, kwargs)
         call = captured if method == "forward" else getattr(captured, method)
         return call(*args, **kwargs)
 
-    signature = inspect.signature(original)
-    kept = [p for p in signature.parameters.values() if any_keyword or p.kind is not p.VAR_KEYWORD]
-    run.__signature__ = signature.replace(parameters=kept)  # pyright: ignore
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    kept = [p for p in signature.parameters.values() if takes_more or p.kind is not p.VAR_KEYWORD]
+    run.__dict__["__signature__"] = signature.replace(parameters=[own, *kept])
     return run
 
 
@@ -333,7 +363,7 @@ def _align_with(
     Raises:
         InputError: an argument that the graph was not captured with, and that is not the default.
     """
-    parameters = list(signature.parameters.values())[1:]
+    parameters = list(signature.parameters.values())
     if spec is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return args, kwargs
     given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
@@ -360,7 +390,8 @@ def _constants(spec: InputSpec) -> dict[str, Any]:
 
 def _is_default(value: object, default: object) -> bool:
     """Whether passing a value is the same as leaving the argument out."""
-    return value is default or (type(value) in (bool, int, float, str) and value == default)
+    plain = type(value) in (bool, int, float, str)
+    return value is default or (plain and same_literal(value, default))
 
 
 def _word(value: object) -> str:

@@ -293,6 +293,8 @@ class CapturedModule(ProgramModule):
         calls = self.captured_calls() if "runners" in self.__dict__ else ()
         if len(calls) > 1:
             signature = signature_of_all([call.contract for call in calls])
+        elif calls and calls[0] is not self:
+            signature = inspect.signature(type(calls[0]).forward)
         super()._sign(signature)
 
     def mode_matters(self, path: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import logging
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
@@ -117,13 +118,13 @@ class _Reach:
             self._left += [value.__func__, getattr(value, "__self__", None)]
         elif kind is property:
             self._left.append(value.fget)
-        elif kind is functools.cached_property:
+        elif kind in (functools.cached_property, functools.partialmethod):
             self._left.append(value.func)
         elif kind is functools.partial:
             self._left += [value.func, *value.args, *value.keywords.values()]
         elif kind in _CONTAINERS or issubclass(kind, tuple):
             self._visit_container(value)
-        elif not issubclass(kind, (ModuleType, torch.Tensor)):
+        elif not issubclass(kind, (ModuleType, torch.Tensor, logging.Logger)):
             self._visit_owner(value)
 
     def _visit_function(self, function: FunctionType) -> None:
@@ -148,12 +149,16 @@ class _Reach:
 
     def _visit_owner(self, owner: Any) -> None:
         kind: Any = owner if issubclass(type(owner), type) else type(owner)
-        if not _in_a_library(kind):
+        if kind is not owner and _of_python(kind):  # its class's code is not the user's
+            self.owners[id(owner)] = owner
+            self._left += _attributes(owner).values()
+        elif not _in_a_library(kind):
             self.owners[id(owner)] = owner
             self._add_attributes(_attributes(owner))
             if not issubclass(kind, nn.Module):  # whose forward makes no other module
                 self._left.append(_attributes(kind).get("__init__"))
             self._left += type.mro(kind) if kind is not type else []
+            self._left.append(type(kind))  # the class of a class may have methods, too
 
     def _visit_container(self, container: Any) -> None:
         if len(container) <= _MOST_ENTRIES:
@@ -181,6 +186,12 @@ def _in_a_library(thing: Any) -> bool:
     """Whether a function, class or Python module is of torch, numpy or the standard library."""
     name = thing.__name__ if issubclass(type(thing), ModuleType) else thing.__module__
     return str(name).partition(".")[0] in _LIBRARIES
+
+
+def _of_python(kind: Any) -> bool:
+    """Whether a class is of the standard library, and no builtin one, which has no attributes."""
+    package = str(kind.__module__).partition(".")[0]
+    return package in sys.stdlib_module_names and package != "builtins"
 
 
 def _attributes(owner: Any) -> Mapping[str, Any]:

@@ -127,8 +127,10 @@ def refuse_state(model: nn.Module) -> Generator[set[str]]:
         the forward also reads them.
 
     Raises:
-        CaptureError: the forward writes in place to an attribute, which the message names.
+        CaptureError: the forward writes in place to an attribute, or assigns another tensor to a
+            buffer of a submodule, which torch.export loses. The message names it.
     """
+    buffers: dict[str, torch.Tensor] = {}  # of the trace
     before = [(name, tensor, tensor._version) for name, tensor in plain_tensors(model)]
     assigned: set[str] = set()
 
@@ -136,12 +138,24 @@ def refuse_state(model: nn.Module) -> Generator[set[str]]:
         now = {(name, id(tensor)) for name, tensor in plain_tensors(model)}
         assigned.update(name for name, tensor, _ in before if (name, id(tensor)) not in now)
 
-    handle = model.register_forward_hook(compare)
+        replaced = [n for n, b in _buffers_of_submodules(model) if buffers.get(n, b) is not b]
+        if replaced:
+            name = replaced[0].rpartition(".")[2]
+            raise CaptureError(
+                f"{type(model).__name__} assigns another tensor to its buffer '{replaced[0]}', and "
+                f"a graph would lose it. Write to the buffer in place: self.{name}.copy_(…)."
+            )
+
+    handles = (
+        model.register_forward_pre_hook(lambda *_: buffers.update(_buffers_of_submodules(model))),
+        model.register_forward_hook(compare),
+    )
     try:
         with patched(warnings, warn=_without_assignments(warnings.warn)):
             yield assigned
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     for name, tensor, version in before:
         if tensor._version != version:
             raise CaptureError(
@@ -149,6 +163,14 @@ def refuse_state(model: nn.Module) -> Generator[set[str]]:
                 "cannot keep from one call to the next. Make it a buffer: "
                 f"register_buffer('{name.rpartition('.')[2]}', …)."
             )
+
+
+def _buffers_of_submodules(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (name, buffer)
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if "." in name
+    ]
 
 
 def _without_assignments(warn: Callable[..., None]) -> Callable[..., None]:
