@@ -7,6 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from torch.utils import _contextlib
+
 from .names import printable
 
 
@@ -84,6 +86,7 @@ def warn(message: str) -> None:
     """Warn with the line of the user's code that called fxlora, however deep this is."""
     inside = str(Path(__file__).parent)
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_code.co_filename.startswith((inside, contextlib.__file__)):
+    through = (inside, contextlib.__file__, _contextlib.__file__)  # a verb may have a decorator
+    while frame.f_back and frame.f_code.co_filename.startswith(through):
         frame, level = frame.f_back, level + 1
     warnings.warn(printable(message, "\n\t"), FxLoraWarning, stacklevel=level)

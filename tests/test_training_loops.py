@@ -149,3 +149,103 @@ def test_bfloat16(tmp_path: Path) -> None:
 def test_what_a_host_with_adapters_cannot_save(tmp_path: Path) -> None:
     with pytest.raises(fxlora.InjectError, match="knows no push_to_hub"):
         host(False).save_pretrained(tmp_path, push_to_hub=True)
+
+
+# ---- wrappers -----------------------------------------------------------------------------------
+
+
+def plain() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+
+
+X = torch.randn(4, 6)
+
+
+def test_a_compiled_model_is_captured_under_its_own_names() -> None:
+    model = plain()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(fxlora.FxLoraWarning, match="the wrapper of torch.compile") as caught:
+        lora = fxlora.adapt(compiled, X, rules=LoraConfig(r=2, target_modules=["0"]))
+    assert caught[0].filename == __file__
+    assert torch.equal(lora(X), model(X)) and lora.plan is not None
+    assert [entry.site for entry in lora.plan] == ["0"]
+    for verb in (fxlora.hosted, lambda m, g: fxlora.merged(m, fxlora.fold(g))):
+        with pytest.warns(fxlora.FxLoraWarning, match="the wrapper of torch.compile"):
+            assert torch.allclose(verb(compiled, lora)(X), model(X))
+
+
+def test_a_compiled_submodule_is_refused_with_advice_that_works() -> None:
+    model: Any = plain()
+    model[0] = torch.compile(model[0], backend="eager")
+    with pytest.raises(fxlora.CaptureError) as refused:
+        fxlora.capture(model, X)
+    advice = str(refused.value).partition("back: ")[2].rstrip(".")
+    exec(advice, {"model": model})
+    assert torch.equal(fxlora.capture(model, X)(X), plain()(X))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        lambda module: torch.nn.Sequential(torch.nn.Identity(), module),
+    ],
+    ids=["torch.compile", "DataParallel", "AveragedModel", "Sequential"],
+)
+def test_a_wrapper_is_refused_with_the_name_of_the_module_inside(wrap: Any, tmp_path: Path) -> None:
+    lora = fxlora.adapt(plain(), X, rules=LoraConfig(r=2, target_modules=["0"]))
+    wrapped = wrap(lora)
+    with pytest.raises(fxlora.NotCapturedError) as refused:
+        fxlora.save_adapter(wrapped, tmp_path)
+    inside = str(refused.value).partition(".get_submodule('")[2].partition("')")[0]
+    fxlora.save_adapter(wrapped.get_submodule(inside), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.autocast
+def test_accelerate(mixed: str, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed)
+    lora = fxlora.adapt(plain(), X, rules=LoraConfig(r=2, target_modules=["0", "2"])).train()
+    optimizer = torch.optim.AdamW(fxlora.lora_parameters(lora), 1e-2)
+    model, optimizer = accelerator.prepare(lora, optimizer)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(X).float().square().sum()
+        accelerator.backward(loss)
+        optimizer.step()
+        return loss.item()
+
+    losses = [step()]
+    accelerator.save_state(str(tmp_path))
+    losses += [step(), step()]
+    accelerator.load_state(str(tmp_path))
+    assert [step(), step()] == losses[1:] and losses[2] < losses[0]
+    assert accelerator.unwrap_model(model) is lora
+
+
+def test_an_average_of_the_adapters() -> None:
+    lora = fxlora.adapt(plain(), X, rules=LoraConfig(r=2, target_modules=["0", "2"])).train()
+    average = torch.optim.swa_utils.AveragedModel(lora)
+    optimizer = torch.optim.SGD(fxlora.lora_parameters(lora), 0.1)
+    seen: list[dict[str, torch.Tensor]] = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        lora(X).square().sum().backward()
+        optimizer.step()
+        average.update_parameters(lora)
+        seen.append(merged_trainables(lora))
+    inside = average.get_submodule("module")
+    assert isinstance(inside, fxlora.CapturedModule)
+    for name, value in merged_trainables(inside).items():
+        mean = torch.stack([values[name] for values in seen]).mean(0)
+        assert torch.allclose(value, mean, atol=1e-6) and not torch.equal(value, seen[-1][name])
+    fxlora.verify(inside, X)

@@ -18,6 +18,7 @@ from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.chosen_modules import Modules, chosen_modules
+from ..module.compiled import uncompiled
 from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
@@ -100,6 +101,7 @@ def capture(
         >>> torch.equal(gm(x), model(x)), gm.train()(x[:2]).shape
         (True, torch.Size([2, 4]))
     """
+    model = uncompiled(model, CaptureError)
     _check_model(model)
     try:
         with callers_autocast():

@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import InjectError, InputError
 from ..fx.literals import same_literal
 from ..module.captured import CapturedModule, check_captured
+from ..module.compiled import uncompiled
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
 from ..module.several_calls import no_call_like
@@ -64,6 +65,7 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
         torch.Size([3])
     """
     check_captured(module, "hosted")
+    model = uncompiled(model, InjectError)
     if isinstance(model, Host | CapturedModule):
         raise InjectError("hosted takes the source model itself, not a captured or hosted one.")
     _check_fits(model, module)

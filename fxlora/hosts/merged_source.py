@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InjectError, warn
 from ..module.captured import CapturedModule, check_captured
+from ..module.compiled import uncompiled
 from ..tables import some
 from .host import Host
 
@@ -45,6 +46,7 @@ def merged(model: Model, folded: CapturedModule) -> Model:
         ('Sequential', True)
     """
     check_captured(folded, "merged")
+    model = uncompiled(model, InjectError)
     if folded.plan is not None:
         raise InjectError("merged takes a folded module: fold the adapters first (fxlora.fold).")
     if isinstance(model, Host | CapturedModule):

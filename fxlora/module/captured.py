@@ -702,6 +702,13 @@ def _copy_hooks(
             new.__dict__[name] = copy_of(old.__dict__[name])
 
 
+def _captured_inside(module: object) -> str:
+    """Return the path of the only captured module inside a wrapper (compiled, DDP, EMA), or ""."""
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    found = [path for path, part in parts if isinstance(part, CapturedModule)]
+    return found[0] if len(found) == 1 else ""
+
+
 def check_captured(module: object, verb: str) -> None:
     """Raise unless a function was given a captured module that runs only its own graphs.
 
@@ -714,6 +721,11 @@ def check_captured(module: object, verb: str) -> None:
         SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
     """
     if not isinstance(module, CapturedModule):
+        if inside := _captured_inside(module):
+            raise NotCapturedError(
+                f"{verb} takes the captured module itself, not the {type(module).__name__} around "
+                f"it: pass it .get_submodule('{inside}') of that."
+            )
         raise NotCapturedError(
             f"{verb} takes a captured module, not {type(module).__name__}: "
             "fxlora.capture(model, args) makes one."
