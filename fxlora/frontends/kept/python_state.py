@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,27 +50,41 @@ class Changes:
 
 @contextmanager
 def noted(model: nn.Module, changes: Changes) -> Generator[None]:
-    """Within the context, trace a model, and add the attributes that its forward changes."""
+    """Within the context, trace a model, and add the attributes that its forward changes.
+
+    torch.export puts attributes back after a forward, some of them as copies.
+    """
     modules = dict(model.named_modules())
-    before = {path: dict(module.__dict__) for path, module in modules.items()}
-    contents = {
-        (path, name): copy.copy(value)
-        for path, held in before.items()
-        for name, value in held.items()
-        if type(value) in (list, dict, set) and name not in _OF_EVERY_MODULE
-    }
+    before: dict[Attribute, tuple[Any, Any]] = {}
 
-    def compare(*_: Any) -> None:  # torch.export restores attributes after the forward
-        for path, module in modules.items():
-            for name in {*before[path], *module.__dict__} - _OF_EVERY_MODULE:
-                old, new = before[path].get(name, _ABSENT), module.__dict__.get(name, _ABSENT)
-                changes.add((path, name), old, new, contents.get((path, name)))
+    def remember(*_: Any) -> None:
+        before.clear()
+        for attribute, value in _attributes(modules):
+            content = copy.copy(value) if type(value) in (list, dict, set) else None
+            before[attribute] = value, content
 
-    handle = model.register_forward_hook(compare)
+    def compare(*_: Any) -> None:
+        after = dict(_attributes(modules))
+        for attribute in {*before, *after}:
+            old, content = before.get(attribute, (_ABSENT, None))
+            changes.add(attribute, old, after.get(attribute, _ABSENT), content)
+
+    handles = (
+        model.register_forward_pre_hook(remember),
+        model.register_forward_hook(compare),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[Attribute, Any]]:
+    for path, module in modules.items():
+        for name, value in module.__dict__.items():
+            if name not in _OF_EVERY_MODULE:
+                yield (path, name), value
 
 
 @contextmanager
