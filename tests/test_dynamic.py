@@ -409,3 +409,30 @@ def test_image_sizes_of_a_convolutional_net(dim: Any) -> None:
     # torch 2.11 requires that the pool's input size equals the example's modulo the stride.
     sizes = ((2, 33, 41), (3, 65, 29), (4, 17, 21))
     adapted_at(model, gm, lora, [((torch.randn(n, 3, h, w).double(),), {}) for n, h, w in sizes])
+
+
+class Labelled(nn.Module):
+    """Splits its batch by the size of the ids, and makes its output contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = self.table(ids) * mask[..., None]
+        return self.fc(h.view(ids.shape[0], -1, 5)).contiguous().flatten(0, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_batch_of_one_in_all_inputs(batch: int) -> None:
+    torch.manual_seed(0)
+    model = Labelled().double()
+    ids, mask = torch.randint(7, (4, 6)), torch.rand(4, 6, dtype=torch.double)
+    gm = fxlora.capture(model, (ids[:batch], mask[:batch]))
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["fc"])))
+    for module in (gm, fxlora.fold(lora)):
+        for size in (1, 2, 4):
+            assert torch.equal(module(ids[:size], mask[:size]), model(ids[:size], mask[:size]))
+    for other in ((ids, mask[:1]), (ids[:1], mask)):
+        with pytest.raises(InputError, match="mask, dimension 0: is"):
+            gm(*other)

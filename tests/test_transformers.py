@@ -350,6 +350,17 @@ def test_two_towers_by_their_methods() -> None:
         assert (found - wanted).abs().max() <= 1e-10 * bare.abs().max()
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch_with_a_mask_and_labels(batch: int) -> None:
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1, use_cache=False).double()
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    gm = fxlora.capture(model, kwargs={name: value[:batch] for name, value in inputs.items()})
+    for size in (1, 2, 3):
+        given = {name: value[:size] for name, value in inputs.items()}
+        assert_alike(call(gm, given), call(model, given))
+
+
 class Optional(Mlp):
     """An Mlp with optional arguments."""
 

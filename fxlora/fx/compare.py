@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .literals import literal, same_literal
 from .nested import nested_graph
 
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 _END = torch.iinfo(torch.int64).max
 
 
@@ -69,17 +71,23 @@ def same_graph_except_sizes(
     """Whether two exported graphs have the same ops on the same inputs, and equal sizes.
 
     A size that the dynamic graph computes is a literal in the static one. The two must be equal
-    once the values of the symbols are substituted.
+    once the values of the symbols are substituted. Where the static graph has a contiguous tensor,
+    torch.export leaves out `contiguous()`, which does nothing there in the dynamic graph either.
 
     Args:
         symbols: the value of each symbol of the dynamic graph, by name.
     """
     graphs = (dynamic, static)
     ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
-    if len(ours) != len(theirs):
-        return False
     numbers: dict[fx.Node, int] = {}
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    left = deque(ours)
+    for index, b in enumerate(theirs):
+        while left and left[0].target is _CONTIGUOUS and b.target is not _CONTIGUOUS:
+            copied = left.popleft()
+            numbers[copied] = numbers[_whole(copied.all_input_nodes[0])]
+        if not left:
+            return False
+        a = left.popleft()
         numbers[a] = numbers[b] = index
         if inner := _nested_pair(a, b):
             if not same_graph_except_sizes(inner[0].graph, inner[1].graph, symbols):
@@ -89,7 +97,7 @@ def same_graph_except_sizes(
         first, second = (_flat(node, numbers, symbols) for node in (a, b))
         if len(first) != len(second) or not all(map(same_literal, first, second)):
             return False
-    return True
+    return not left
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -99,8 +107,17 @@ def _is_size(node: fx.Node) -> bool:
     return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
+def _whole(node: fx.Node) -> fx.Node:
+    """Return the tensor that a node is the whole of."""
+    while _is_whole(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a node slices a whole dimension, as `x[:, 0]` does with its first."""
+    """Whether a node slices a whole dimension, as `x[:, 0]` does with its first, or none."""
+    if node.target is torch.ops.aten.alias.default:
+        return True
     if node.target is not torch.ops.aten.slice.Tensor or len(node.args) != 4:
         return False
     return node.args[2:] in ((0, _END), (None, _END))
@@ -110,8 +127,7 @@ def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, int]
     """Return a node's arguments as a flat list, without whole slices and with computed sizes."""
 
     def number(value: fx.Node) -> Any:
-        while _is_whole(value):
-            value = value.all_input_nodes[0]
+        value = _whole(value)
         return _Number(numbers[value]) if value in numbers else _size(value, symbols)
 
     return pytree.tree_leaves(fx.map_arg((node.args, dict(node.kwargs)), number))
