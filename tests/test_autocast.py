@@ -539,6 +539,21 @@ def test_attention_and_recurrence() -> None:
     assert_follows(Both(), torch.randn(2, 3, 5))
 
 
+class TurnsInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.GRU(6, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = self.head(x + self.rnn(x)[0])
+        return turned.transpose_(0, 1).flatten(1).unsqueeze_(0)
+
+
+def test_ops_that_change_the_form_of_their_argument() -> None:
+    assert_follows(TurnsInPlace(), torch.randn(3, 4, 6))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mistral", "t5"])
 def test_transformers(kind: str) -> None:

@@ -177,3 +177,35 @@ def test_a_read_for_which_the_plan_has_no_place_is_refused() -> None:
     rows = torch.tensor([1, 3])  # a call that reads the table by the name of the head
     with pytest.raises(fxlora.MisfitError, match="Or capture the model with all its calls"):
         fxlora.capture_more(lora, model, (ids[0], rows))
+
+
+class Table(nn.Module):
+    """Its positions are read as data in one call, and by an embedding without gradients in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + self.table(torch.arange(x.shape[1]))
+
+    @torch.no_grad()
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x).argmax(-1)
+
+
+@pytest.mark.parametrize("trained_with_both", [True, False])
+def test_an_adapter_goes_to_a_capture_of_other_calls(
+    trained_with_both: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = Table().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    both, one = fxlora.capture(model, x, methods={"predict": x}), fxlora.capture(model, x)
+    first, second = (both, one) if trained_with_both else (one, both)
+    lora = fxlora.inject(first, fxlora.match(first, Rule("table", lora=LoraConfig(r=2))))
+    randomise(lora)
+    fxlora.save_adapter(lora, tmp_path)
+    loaded = fxlora.load_adapter(second, tmp_path)
+    assert (lora(x) - model(x)).abs().max() > 1e-3
+    assert (loaded(x) - lora(x)).abs().max() <= 1e-10
+    fxlora.verify(loaded, x)

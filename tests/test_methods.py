@@ -273,8 +273,8 @@ class Images(nn.Module):
         self.features: torch.Tensor | None = None
 
     def set_image(self, image: torch.Tensor) -> torch.Tensor:
-        self.features = self.encoder(image)
-        return self.features.sum()
+        self.features = features = self.encoder(image)
+        return features.sum()
 
     def predict(self, prompt: torch.Tensor) -> torch.Tensor:
         assert self.features is not None

@@ -164,7 +164,7 @@ X = torch.randn(4, 6)
 
 def test_a_compiled_model_is_captured_under_its_own_names() -> None:
     model = plain()
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     with pytest.warns(fxlora.FxLoraWarning, match="the wrapper of torch.compile") as caught:
         lora = fxlora.adapt(compiled, X, rules=LoraConfig(r=2, target_modules=["0"]))
     assert caught[0].filename == __file__

@@ -762,3 +762,19 @@ def test_a_tensor_that_is_passed_twice_stays_one_and_views_stay_views() -> None:
         assert all(map(torch.equal, given, before))
         given[0].mul_(2)
         assert all(map(torch.equal, given, copied))
+
+
+def test_autocast_that_is_disabled_rounds_nothing() -> None:
+    class InFloat32(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            with torch.autocast("cpu", enabled=False):
+                return y.float() * 2
+
+    x = torch.randn(4, 5)
+    lora = fxlora.adapt(InFloat32(), x, rules=fxlora.LoraConfig(r=2, target_modules=["fc"]))
+    assert fxlora.verify(lora, x).tolerance == 1e-4

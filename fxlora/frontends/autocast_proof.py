@@ -227,6 +227,9 @@ class Proof:
         number = next(missing, None)
         if number is None:
             return "they return different results"
-        _, again = self._run(self.model, context, number)
+        try:
+            _, again = self._run(self.model, context, number)
+        except Exception:  # noqa: BLE001 - only the place of the difference stays unknown
+            again = run
         func = run.ops[number][0].made[0]
         return f"at {again.place or type(self.model).__name__}, the source's {func} differs"

@@ -283,8 +283,8 @@ class Run(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Any], op: Any
     ) -> Any:
         """Return an op's result on fake tensors; from `outcomes` where the forms are known."""
-        if not all(map(_is_plain, given)):
-            return func(*args, **kwargs)
+        if not all(map(_is_plain, given)) or torch.Tag.inplace_view in func.tags:
+            return func(*args, **kwargs)  # `transpose_` changes its argument's form
         forms = tuple(told if told[0].__class__ is not Value else told[1] for told in op[2])
         key = (func, op[1], forms, torch.get_default_dtype())
         known = self.values.outcomes.get(key, _NEW)

@@ -129,7 +129,9 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.parameter}' that is one tensor under these names and no others: "
             f"{some(entry.names)}."
         )
-    if site.shape != entry.shape or site.layout != entry.layout:
+    # W + s·BA is the same whatever the graph does with it; the plan says what BA's dimensions are.
+    same_layout = site.layout == entry.layout or entry.form == "weight"
+    if site.shape != entry.shape or not same_layout:
         raise MisfitError(
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles})."

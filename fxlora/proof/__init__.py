@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..api import FOLD
@@ -312,5 +312,10 @@ def _named(module: CapturedModule) -> set[torch.dtype]:
     """Return the dtypes that are arguments in the graphs, as those of casts and autocast are."""
     graphs = [*module.distinct_graphs(), *(nested.graph for nested in module.nested_graphs())]
     nodes = [node for graph in graphs for node in graph.nodes]
-    values = pytree.tree_leaves([(node.args, dict(node.kwargs)) for node in nodes])
-    return {value for value in values if isinstance(value, torch.dtype)}
+    given = [(node.args, dict(node.kwargs)) for node in nodes if not _disables_autocast(node)]
+    return {value for value in pytree.tree_leaves(given) if isinstance(value, torch.dtype)}
+
+
+def _disables_autocast(node: fx.Node) -> bool:
+    """Whether a node runs a region with autocast disabled: nothing is rounded to its dtype."""
+    return node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False

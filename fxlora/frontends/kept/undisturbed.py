@@ -134,6 +134,9 @@ def refuse_state(model: nn.Module) -> Generator[set[str]]:
     before = [(name, tensor, tensor._version) for name, tensor in plain_tensors(model)]
     assigned: set[str] = set()
 
+    def remember(*_: Any) -> None:
+        buffers.update(_buffers_of_submodules(model))
+
     def compare(*_: Any) -> None:
         now = {(name, id(tensor)) for name, tensor in plain_tensors(model)}
         assigned.update(name for name, tensor, _ in before if (name, id(tensor)) not in now)
@@ -147,7 +150,7 @@ def refuse_state(model: nn.Module) -> Generator[set[str]]:
             )
 
     handles = (
-        model.register_forward_pre_hook(lambda *_: buffers.update(_buffers_of_submodules(model))),
+        model.register_forward_pre_hook(remember),
         model.register_forward_hook(compare),
     )
     try:
