@@ -137,6 +137,16 @@ def test_a_call_like_none_is_refused(lora: fxlora.CapturedModule) -> None:
     assert str(refused.value).count("called with 2 positional") == 1  # the same for three calls
 
 
+def test_defaults_may_be_given(model: Tagger, captured: fxlora.CapturedModule) -> None:
+    one = fxlora.capture(model, IDS)
+    for module in (one, captured, torch.compile(captured, backend="eager", fullgraph=True)):
+        for call in (((IDS, None), {}), ((IDS, None, None, False), {}), ((IDS,), {"mask": None})):
+            assert equal(module, model, call)
+    for call in (((IDS, None, None, 0), {}), ((IDS,), {"wide": True}), ((IDS, MASK), {})):
+        with pytest.raises(fxlora.InputError):
+            one(*call[0], **call[1])
+
+
 def test_a_position_means_what_it_means_in_the_source(captured: fxlora.CapturedModule) -> None:
     """`model(ids, x)` gives a mask, although the call captured next to ids had labels."""
     one = fxlora.capture(Tagger().double(), (IDS,), {"labels": LABELS})

@@ -192,7 +192,7 @@ def test_the_batch_is_dynamic_from_an_example_of_one() -> None:
         ((torch.randn(2, 1),), {"scale": 2.0}, "x, dimension 1: captured as 5, called with 1"),
         ((torch.randn(2, 5),), {"scale": 3.0}, "scale: captured as the constant 2.0"),
         ((torch.randn(2, 5),), {}, "scale: missing"),
-        ((torch.randn(2, 5),), {"scale": 2.0, "mask": None}, "mask: not among"),
+        ((torch.randn(2, 5),), {"scale": 2.0, "mask": torch.ones(2, 5)}, "mask: not among"),
         ((torch.randn(5),), {"scale": 2.0}, "x: captured with 2 dimensions"),
         (
             (torch.zeros(2, 5).long(),),

@@ -28,6 +28,7 @@ from ..module.contract import (
     IntegerInput,
     TensorInput,
     by_position,
+    defaults_of,
 )
 from .examples import Example
 
@@ -63,7 +64,14 @@ def contract_of(
         leaves.append(tuple(group))
     guards = tuple(_guards(module, [leaf for group in leaves for leaf in group], model))
     positional = by_position(model, names, len(example.args))
-    return InputSpec(names, tuple(structures), tuple(leaves), guards, positional=positional)
+    return InputSpec(
+        names,
+        tuple(structures),
+        tuple(leaves),
+        guards,
+        positional=positional,
+        defaults=defaults_of(model, names),
+    )
 
 
 def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:

@@ -51,9 +51,10 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
     if kinds := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _GRAPH_VALUES)}:
         return (
             f"Inputs and outputs must be tensors in containers registered with pytree, not "
-            f"{', '.join(sorted(kinds))}: register the class (torch.export.register_dataclass for "
-            "a dataclass, else torch.utils._pytree.register_pytree_node), or have the model return "
-            "no cache (transformers: use_cache=False, or a release whose exporters register its "
+            f"{', '.join(sorted(kinds))}: register the class (torch.export.register_dataclass(…, "
+            "serialized_type_name=…) for a dataclass, else torch.utils._pytree."
+            "register_pytree_node; with that name a file can hold it), or have the model return no "
+            "cache (transformers: use_cache=False, or a release whose exporters register its "
             "caches)."
         )
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..fx.literals import same_literal
 from ..tables import did_you_mean
 
+_PLAIN = (type(None), bool, int, float, str)
 # The value of each symbol at a call, with the size that gave it and that size's place.
 Bound = dict[str, tuple[int, int, str]]
 
@@ -184,7 +185,8 @@ class Guard:
         elif not holds:
             raise InputError(
                 f"the captured graph holds only where {self.text}: the source model takes "
-                "another branch for this call. Capture again with inputs like these."
+                "another branch for this call. Capture again with inputs like these, as one of "
+                "several calls=[…]."
             )
 
 
@@ -225,6 +227,8 @@ class InputSpec:
         updates: the arguments that the source changes in place.
         positional: how many leading arguments have the same position in the source's forward, so
             that they may be given by position; None for all.
+        defaults: the defaults of the source's arguments that the example left out, in its order. To
+            give one of these values is the same as to leave it out.
     """
 
     names: tuple[str, ...]
@@ -233,6 +237,7 @@ class InputSpec:
     guards: tuple[Guard, ...] = ()
     updates: tuple[Update, ...] = ()
     positional: int | None = None
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, assume: bool = True) -> None:
         """Raise InputError unless these arguments satisfy the contract.
@@ -336,7 +341,23 @@ class InputSpec:
 
         return replace(self, leaves=tuple(tuple(map(move, group)) for group in self.leaves))
 
+    def without_defaults(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Leave out the arguments of a call that the example left out and that are the defaults."""
+        defaults = dict(self.defaults)
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in defaults or not same_literal(value, defaults[name])
+        }
+        most = len(self.names) if self.positional is None else self.positional
+        further = args[most:]
+        same = len(further) <= len(defaults) and all(map(same_literal, further, defaults.values()))
+        return (args[:most] if same else args), kwargs
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        args, kwargs = self.without_defaults(args, kwargs)
         most = len(self.names) if self.positional is None else self.positional
         if len(args) > most:
             others = ", ".join(self.names[:most]) or "none"
@@ -389,6 +410,18 @@ def by_position(module: nn.Module, names: Sequence[str], given: int) -> int:
     declared = inspect.signature(module.forward).parameters.values()
     pairs = zip(names, (p.name for p in declared if p.kind in kinds), strict=False)
     return max(given, len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))))
+
+
+def defaults_of(module: nn.Module, names: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """Return the defaults of the forward's arguments that are not among `names`.
+
+    These are plain values; at the first argument without one the list ends, so that the positions
+    of those before it are known.
+    """
+    declared = inspect.signature(module.forward).parameters.values()
+    others = (parameter for parameter in declared if parameter.name not in names)
+    plain = itertools.takewhile(lambda p: isinstance(p.default, _PLAIN), others)
+    return tuple((parameter.name, parameter.default) for parameter in plain)
 
 
 def first_difference(found: object, expected: object) -> str:

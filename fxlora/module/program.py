@@ -258,6 +258,8 @@ def _forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
     if _traced(args, kwargs):
         return self._forwards[self.training](self._view, *args, **kwargs)
     self._check(args, kwargs)
+    if self.contract is not None and self.contract.defaults:
+        args, kwargs = self.contract.without_defaults(args, kwargs)
     output = self.run(args, kwargs)
     if self.contract is not None and self.contract.updates:
         self.contract.update(args, kwargs, output)
