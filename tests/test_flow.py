@@ -68,6 +68,7 @@ PASSES: dict[str, Op] = {
     "remainder": lambda y: torch.remainder(y, 2.0),
     "relu": torch.relu,
     "clamp": lambda y: y.clamp(-0.5, 0.5),
+    "between limits": lambda y: y.clamp(y.new_tensor(-0.5), y.new_tensor(0.5)),
     "gate": lambda y: torch.where(y > 0, y, 0.1 * y),
     "abs": torch.abs,
     "sort": lambda y: y.sort(-1).values,

@@ -75,6 +75,9 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
     None if the call does not run on them.
     """
     x = values.clone().requires_grad_()
+    # Each other input has its own values: no gradient passes a clamp between equal limits.
+    inputs = [given for given in node.all_input_nodes if given is not source]
+    others = {given: values.flip(0).roll(number, 1) for number, given in enumerate(inputs)}
 
     def seen(leaf: Any) -> Any:
         if isinstance(leaf, torch.device):
@@ -82,7 +85,7 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
         if not isinstance(leaf, fx.Node):
             return leaf
         # x * 1 is not a leaf, so an in-place op may write to it.
-        return x * 1 if leaf is source else values.flip(0)
+        return x * 1 if leaf is source else others[leaf]
 
     args: Any = map_aggregate(node.args, seen)
     kwargs: Any = map_aggregate(dict(node.kwargs), seen)
