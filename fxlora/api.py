@@ -25,6 +25,7 @@ from .lora.dtypes import dtype_rule
 from .matching import match
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
+from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .names import shown
 from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
@@ -179,6 +180,9 @@ def capture_more(
             "only a module of whole graphs from example inputs, without modules=, can get more of "
             "them: capture the model with all its calls."
         )
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture_more takes the nn.Module, not {type(model).__name__}.")
+    model = uncompiled(model, CaptureError)
     given = given_calls(model, args, kwargs, calls, methods)
     if not given:
         raise InputError("give the further calls: capture_more(module, model, args, …).")

@@ -139,7 +139,8 @@ def test_a_call_like_none_is_refused(lora: fxlora.CapturedModule) -> None:
 
 def test_defaults_may_be_given(model: Tagger, captured: fxlora.CapturedModule) -> None:
     one = fxlora.capture(model, IDS)
-    for module in (one, captured, torch.compile(captured, backend="eager", fullgraph=True)):
+    compiled: Any = torch.compile(captured, backend="eager", fullgraph=True)
+    for module in (one, captured, compiled):
         for call in (((IDS, None), {}), ((IDS, None, None, False), {}), ((IDS,), {"mask": None})):
             assert equal(module, model, call)
     for call in (((IDS, None, None, 0), {}), ((IDS,), {"wide": True}), ((IDS, MASK), {})):

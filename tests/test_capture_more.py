@@ -133,6 +133,23 @@ def test_a_moved_module_takes_a_moved_model(model: Gated) -> None:
     assert torch.equal(more.encode(x), moved.encode(x))
 
 
+def test_hooks_stay_and_modes_must_be_as_they_were(model: Gated) -> None:
+    frozen = copy.deepcopy(model).train()
+    frozen.norm.eval()
+    gm = fxlora.capture(frozen, X)
+    seen: list[Any] = []
+    gm.register_forward_hook(lambda *call: seen.append(call))
+    frozen.eval()
+    with pytest.raises(fxlora.InputError, match="norm were in another mode"):
+        fxlora.capture_more(gm, frozen, (X, GATE))
+    frozen.train().norm.eval()
+    more = fxlora.capture_more(gm, frozen, (X, GATE))
+    more(X, GATE)
+    assert len(seen) == 1
+    with pytest.raises(fxlora.CaptureError, match="not int"):
+        fxlora.capture_more(gm, 3, X)  # type: ignore[arg-type]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -294,6 +294,35 @@ def test_what_one_method_leaves_for_another_is_refused() -> None:
     assert torch.equal(gm(2 * x, x), model(2 * x, x))
 
 
+class Switched(nn.Module):
+    """One call leaves a plain value that the other asks for."""
+
+    def __init__(self, ask: str) -> None:
+        super().__init__()
+        self.fc, self.ask = nn.Linear(6, 4), ask
+        self.flag, self.mode, self.value = True, "plain", None
+
+    def forward(self, x: torch.Tensor, k: torch.Tensor | None = None) -> torch.Tensor:
+        if k is not None:
+            self.flag, self.mode, self.value = False, "scaled", 2.0
+            return self.fc(x) * k
+        asked = {"flag": lambda: self.flag, "mode": lambda: self.mode == "plain"}
+        asked["value"] = lambda: not isinstance(self.value, float)
+        return self.fc(x) * (2 if asked[self.ask]() else 1)
+
+
+@pytest.mark.parametrize("ask", ["flag", "mode", "value"])
+def test_a_plain_value_that_one_call_leaves_for_another(ask: str) -> None:
+    model, x, k = Switched(ask).double(), torch.randn(3, 6).double(), torch.rand(3, 1).double()
+    with pytest.warns(fxlora.FxLoraWarning, match=f"reads .*{ask}.*, which another"):
+        gm = fxlora.capture(model, calls=[((x,), {}), ((x, k), {})])
+    for call in ((x,), (x, k), (x,)):
+        assert torch.equal(gm(*call), model(*call))
+    one = fxlora.capture(model, x)
+    with pytest.raises(fxlora.InputError, match="Capture all calls together"):
+        fxlora.capture_more(one, model, (x, k))
+
+
 class CallsMore(Kept):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs).relu()

@@ -369,6 +369,8 @@ def _assemble(
         outputs=_output_embeddings(model),
         outlined=parts,
         written=_all_names(tree, found.written),
+        changes=frozenset(".".join(name) for s in sources for name in s.changes.names),
+        apart=frozenset(p for p, m in model.named_modules() if m.training != model.training),
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )
     result = CapturedModule(

@@ -77,19 +77,28 @@ class Sources:
         source = self._exported(examples, self.parts)
         self.made.append(source)
         self._examples.append(given)
-        if source.changes.counts and not self._is_same_with(source.changes.counts, source, given):
+        if source.changes.plain and not self._is_same_with(source.changes.plain, source, given):
             raise CaptureError(
-                f"{type(self.model).__name__} counts in {_listed(source.changes.counts)}, and a "
-                "call depends on the count, which a graph does not know. Make it a buffer, and "
-                "add to it in place."
+                f"{type(self.model).__name__} assigns {_listed(source.changes.plain)}, and the "
+                "next call depends on it, which a graph does not know. Make it a buffer, and write "
+                "to that in place."
             )
 
     def refuse_state_of(self, others: Sequence[Source]) -> None:
         """Raise CaptureError if a call reads an attribute that only another call assigns."""
         for source, call in zip(self.made, self._examples, strict=True):
-            left = {name for other in others if other is not source for name in other.changes.names}
-            unknown = dict.fromkeys(left - source.changes.names, Unknown())
-            if unknown and not self._is_same_with(unknown, source, call, if_it_raises=False):
+            foreign = [other.changes for other in others if other is not source]
+            left = {name for changes in foreign for name in changes.names} - source.changes.names
+            unknown: dict[Attribute, Any] = dict.fromkeys(left, Unknown())
+            known = [
+                {name: value for name, value in changes.plain.items() if name in left}
+                for changes in foreign
+            ]
+            if not all(
+                self._is_same_with(values, source, call, if_it_raises=False)
+                for values in (unknown, *known)
+                if values
+            ):
                 raise CaptureError(
                     f"{type(self.model).__name__}.{self.method} reads {_listed(unknown)}, which "
                     "another of the captured calls assigns, and a graph does not see. Return it "

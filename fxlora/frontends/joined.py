@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import fx, nn
 
 from ..errors import InputError
 from ..module import CapturedModule
+from ..module.captured import copy_hooks
 from ..tables import some
 
 _CONSTANTS = "_constants"  # the container of what graphs hold besides the model's own tensors
@@ -23,7 +26,7 @@ def joined(base: CapturedModule, more: CapturedModule) -> CapturedModule:
     with base.editing():
         for graph in more.distinct_graphs():
             _adopt_constants(base, graph, more, label)
-    return CapturedModule(
+    result = CapturedModule(
         base.tree(),
         [*base.programs, *more.programs],
         class_name=type(base).__name__,
@@ -31,6 +34,8 @@ def joined(base: CapturedModule, more: CapturedModule) -> CapturedModule:
         state=base.known,
         own_modes=base._seal.own,
     )
+    copy_hooks(base, result, copy.copy)
+    return result
 
 
 def check_same_model(module: CapturedModule, more: CapturedModule) -> None:
@@ -38,6 +43,16 @@ def check_same_model(module: CapturedModule, more: CapturedModule) -> None:
 
     The module's adapters may be trained, its buffers updated and its parameters trained in full.
     """
+    if left := {*module.known.changes} ^ {*more.known.changes}:
+        raise InputError(
+            f"some of the calls change {some(sorted(left))} of the model, which others may read. "
+            "Capture all calls together: capture(model, calls=[…])."
+        )
+    if frozen := module.known.apart ^ more.known.apart:
+        raise InputError(
+            f"{some(sorted(frozen))} were in another mode, compared with the model's, when the "
+            "module was captured: set them as they were then (train(), and eval() of these)."
+        )
     if more.known.mirrors != module.known.mirrors or more.known.written - module.known.written:
         raise InputError(
             "the new calls read or write memory that several tensors share, and the captured ones "

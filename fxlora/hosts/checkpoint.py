@@ -32,7 +32,8 @@ def save_checkpoint(module: CapturedModule, folder: str | Path) -> None:
     originals = module.known.originals
     names = [*sorted(module.adapter_parameters()), *module.trained]
     names += [n for n, buffer in module.named_buffers() if not same(buffer, originals.get(n))]
-    held = module.state_tensors() | dict(module.named_parameters(remove_duplicate=False))
+    held = module.state_dict()
+    names = [name for name in names if name in held]  # not the buffers that no state dict has
     tensors = {name: held[name].detach().cpu().contiguous().clone() for name in names}
     with whole_file(as_path(folder, AdapterError) / STATE, AdapterError) as file:
         save_file(tensors, file, metadata={"format": "pt"})

@@ -201,9 +201,14 @@ class Host(nn.Module):
 
 
 def _save_adapted(
-    module: CapturedModule, save_directory: str | Path, state_dict: Any = None, **options: Any
+    module: CapturedModule,
+    save_directory: str | Path,
+    state_dict: Any = None,
+    safe_serialization: bool = True,
+    **options: Any,
 ) -> None:
     """Save what trains, given the arguments of transformers' `save_pretrained`."""
+    options["safe_serialization=False"] = not safe_serialization
     if given := [name for name, value in options.items() if value]:
         raise InjectError(
             f"save_pretrained of a host with adapters saves these, and knows no {given[0]}. Fold "

@@ -404,7 +404,7 @@ class CapturedModule(ProgramModule):
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
         result = self._rebuilt(memo, self.known.with_originals(torch.clone))
-        _copy_hooks(self, result, copy.copy)
+        copy_hooks(self, result, copy.copy)
         for module in (self, result):
             module.copy_when_trained()
         return result
@@ -414,7 +414,7 @@ class CapturedModule(ProgramModule):
         originals = copy.deepcopy(dict(self.known.originals), memo)
         result = self._rebuilt(memo, dataclasses.replace(self.known, originals=originals))
         memo[id(self)] = result
-        _copy_hooks(self, result, functools.partial(copy.deepcopy, memo=memo))
+        copy_hooks(self, result, functools.partial(copy.deepcopy, memo=memo))
         return result
 
     def __copy__(self) -> CapturedModule:
@@ -680,7 +680,7 @@ def _named(
             yield from _named(inner, path, wrappers, seen, remove_duplicate)
 
 
-def _copy_hooks(
+def copy_hooks(
     module: CapturedModule, copied: CapturedModule, copy_of: Callable[[Any], Any]
 ) -> None:
     """Give a copy the hooks of a module and of its blocks.

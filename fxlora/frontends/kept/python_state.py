@@ -19,7 +19,13 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), "forward"}
 
 
 class Unknown:
-    """A value that no code can compute with: it stands for what another call leaves."""
+    """A value that no code can compute with or ask: it stands for what another call leaves."""
+
+    def _refused(self, *_: Any) -> Any:
+        raise TypeError("a call reads an attribute that another call assigns")
+
+    __bool__ = __eq__ = __len__ = __iter__ = __call__ = __getattr__ = _refused
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass(eq=False)
@@ -28,11 +34,11 @@ class Changes:
 
     Attributes:
         names: all of them: assigned, or a list, dict or set that was written to.
-        counts: the new values of those that are plain numbers, and were before.
+        plain: the new values of those that are plain values, or lists, dicts and sets.
     """
 
     names: set[Attribute] = field(default_factory=set[Attribute])
-    counts: dict[Attribute, int | float] = field(default_factory=dict[Attribute, Any])
+    plain: dict[Attribute, Any] = field(default_factory=dict[Attribute, Any])
 
     def add(self, attribute: Attribute, old: Any, new: Any, content: Any) -> None:
         """Add an attribute if it changed.
@@ -44,8 +50,17 @@ class Changes:
         """
         if new is not old or (content is not None and not unchanged(new, content)):
             self.names.add(attribute)
-            if type(new) is type(old) and type(new) in (int, float) and new != old:
-                self.counts[attribute] = new
+            if _is_plain(new):
+                self.plain[attribute] = copy.copy(new)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value, and all that it contains, is the same in a trace as in a call."""
+    if type(value) in (list, tuple, set):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return type(value) in (type(None), bool, int, float, str)
 
 
 @contextmanager
