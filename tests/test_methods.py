@@ -318,9 +318,10 @@ def test_a_plain_value_that_one_call_leaves_for_another(ask: str) -> None:
         gm = fxlora.capture(model, calls=[((x,), {}), ((x, k), {})])
     for call in ((x,), (x, k), (x,)):
         assert torch.equal(gm(*call), model(*call))
-    one = fxlora.capture(model, x)
+    fresh = Switched(ask).double()
+    one = fxlora.capture(fresh, x)
     with pytest.raises(fxlora.InputError, match="Capture all calls together"):
-        fxlora.capture_more(one, model, (x, k))
+        fxlora.capture_more(one, fresh, (x, k))
 
 
 class CallsMore(Kept):

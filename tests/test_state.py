@@ -105,6 +105,8 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         grads=frozenset(["lin.bias"]),
         outputs=frozenset(["other.weight"]),
         written=frozenset(["a name"]),
+        changes=frozenset(["an attribute"]),
+        apart=frozenset(["other"]),
     )
     found = COPIES[how](lora).known
     for field in dataclasses.fields(State):

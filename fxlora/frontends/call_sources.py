@@ -77,11 +77,11 @@ class Sources:
         source = self._exported(examples, self.parts)
         self.made.append(source)
         self._examples.append(given)
-        if source.changes.plain and not self._is_same_with(source.changes.plain, source, given):
+        if source.changes.counts and not self._is_same_with(source.changes.counts, source, given):
             raise CaptureError(
-                f"{type(self.model).__name__} assigns {_listed(source.changes.plain)}, and the "
-                "next call depends on it, which a graph does not know. Make it a buffer, and write "
-                "to that in place."
+                f"{type(self.model).__name__} counts in {_listed(source.changes.counts)}, and a "
+                "call depends on the count, which a graph does not know. Make it a buffer, and "
+                "add to it in place."
             )
 
     def refuse_state_of(self, others: Sequence[Source]) -> None:

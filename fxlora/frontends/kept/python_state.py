@@ -35,10 +35,13 @@ class Changes:
     Attributes:
         names: all of them: assigned, or a list, dict or set that was written to.
         plain: the new values of those that are plain values, or lists, dicts and sets.
+        counts: the new values of those that are numbers, and were before. (Of a flag one cannot
+            say the same: other state may go with it, which a trace does not leave.)
     """
 
     names: set[Attribute] = field(default_factory=set[Attribute])
     plain: dict[Attribute, Any] = field(default_factory=dict[Attribute, Any])
+    counts: dict[Attribute, int | float] = field(default_factory=dict[Attribute, Any])
 
     def add(self, attribute: Attribute, old: Any, new: Any, content: Any) -> None:
         """Add an attribute if it changed.
@@ -52,6 +55,8 @@ class Changes:
             self.names.add(attribute)
             if _is_plain(new):
                 self.plain[attribute] = copy.copy(new)
+            if type(new) is type(old) and type(new) in (int, float):
+                self.counts[attribute] = new
 
 
 def _is_plain(value: Any) -> bool:
