@@ -195,11 +195,14 @@ def capture_more(
     check_same_model(module, more)
     base = Remove(restore=False)(module) if module.plan is not None else module.derive()
     result = joined(base, more)
-    if module.plan is None:
-        return result
+    return result if module.plan is None else _adapted_like(module, module.plan, result)
+
+
+def _adapted_like(module: CapturedModule, plan: Plan, result: CapturedModule) -> CapturedModule:
+    """Return a module with a module's plan, and with its values of all that the plan trains."""
     adapters = {name: module.get_parameter(name) for name in module.adapter_parameters()}
     try:
-        result = Inject(module.plan, adapters)(result)
+        result = Inject(plan, adapters)(result)
     except (MisfitError, UnsupportedOpError) as error:
         raise type(error)(
             f"a further call reads an adapted weight in another way. {error} Or capture the model "

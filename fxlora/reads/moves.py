@@ -194,7 +194,7 @@ class _OpChain:
         try:
             for step in self.steps if not self.constants else ():
                 values.append(step.run(values))
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 - a trial raises anything: then nothing is known
             return None
         view = values[-1]
         if self.constants or not _is_view(view, base):
@@ -244,7 +244,7 @@ class _OpChain:
         try:
             for step in self.steps:
                 values.append(step.run([*values, *constants]))
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 - a trial raises anything: then nothing is known
             return False
         return values[-1].dtype == self.weight.dtype
 
