@@ -19,7 +19,8 @@ from .errors import (
     UnsupportedOpError,
     warn,
 )
-from .frontends import capture, given_calls
+from .frontends import capture
+from .frontends.arguments import given_calls
 from .frontends.joined import check_same_model, joined
 from .lora.dtypes import dtype_rule
 from .matching import match

@@ -193,8 +193,9 @@ def test_what_was_not_captured_is_refused(model: TwoTowers) -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({"decode": IDS}, "has no method 'decode'"),
-        ({"image": IMAGES}, "has no method 'image'"),
+        ({"decode": IDS}, "has no method or submodule 'decode'"),
+        ({"image.encode": IMAGES}, "For a method of a submodule, capture a method of the model"),
+        ({"": IMAGES}, "has no method or submodule ''"),
         ({"plan": IDS}, "every captured module has an attribute"),
         ({"encode_text": (IDS, IDS)}, r"methods=\{'encode_text': \(\(x, mask\), \{\}\)\}"),
         ({"forward": ((IMAGES, IDS), {})}, "as args and kwargs, or as calls"),
@@ -210,6 +211,70 @@ def test_modules_go_with_one_call(model: TwoTowers) -> None:
     for args in (None, (IMAGES, IDS)):
         with pytest.raises(fxlora.CaptureError, match="one example call of the forward"):
             fxlora.capture(model, args, methods={"encode_text": IDS}, modules="text")
+
+
+# ---- submodules that are called from outside -----------------------------------------------------
+
+FEATURES = torch.randn(3, 4, 5, dtype=torch.float64)
+PARTS: dict[str, Any] = {"image": IMAGES, "text": FEATURES, "text.0": {"input": FEATURES}}
+
+
+@pytest.fixture(scope="module")
+def with_parts(model: TwoTowers) -> fxlora.CapturedModule:
+    config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+    lora = fxlora.adapt(model, (IMAGES, IDS), methods=PARTS, rules=config)
+    randomise(lora)
+    return lora
+
+
+def called(module: nn.Module, path: str) -> torch.Tensor:
+    torch.manual_seed(1)
+    part, given = module.get_submodule(path), PARTS[path]
+    return part(**given) if isinstance(given, dict) else part(given)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("path", PARTS)
+def test_a_submodule_is_called_on_its_own(
+    model: TwoTowers, with_parts: fxlora.CapturedModule, path: str, training: bool
+) -> None:
+    lora = copy.deepcopy(with_parts).train(training)
+    source = copy.deepcopy(model).train(training)
+    merged = fxlora.merged(model, fxlora.fold(lora)).train(training)
+    host = fxlora.hosted(model, copy.deepcopy(lora))
+    wanted = called(merged, path)
+    assert (wanted - called(source, path)).abs().max() > 1e-3
+    for module in (lora, host):
+        assert (called(module, path) - wanted).abs().max() <= 1e-10
+    buffers = dict(lora.named_buffers())  # a call of the batch norm's module counts as one
+    assert all(torch.allclose(b, buffers[n], 1e-10) for n, b in merged.named_buffers())
+    plain = fxlora.remove(with_parts).train(training)
+    assert torch.equal(called(plain, path), called(copy.deepcopy(model).train(training), path))
+
+
+def test_a_submodules_own_hooks_run_and_the_models_do_not() -> None:
+    torch.manual_seed(0)
+    model = TwoTowers().double().eval()
+    model.text.register_forward_hook(lambda *call: call[-1] * 2)
+    model.register_forward_hook(lambda *call: call[-1] * 3)
+    gm = fxlora.capture(model, (IMAGES, IDS), methods={"text": FEATURES})
+    assert torch.equal(gm.text(FEATURES), model.text(FEATURES))
+    assert torch.equal(gm(IMAGES, IDS), model(IMAGES, IDS))
+
+
+def test_a_submodule_that_was_not_captured_is_refused_with_advice_that_works(
+    model: TwoTowers, with_parts: fxlora.CapturedModule
+) -> None:
+    x = torch.randn(3, 9, dtype=torch.float64)
+    given = {"capture": fxlora.capture, "model": model, "args": (x,), "kwargs": {}}
+    for module in (with_parts, fxlora.hosted(model, with_parts)):
+        with pytest.raises(fxlora.SubmoduleError) as refused:
+            module.get_submodule("project")(x)
+        advice = str(refused.value).partition("Capture its calls too: ")[2].partition(". Or")[0]
+        gm = eval(advice.replace(" …,", ""), given)
+        assert torch.equal(gm.project(x), model.project(x))
+    with pytest.raises(fxlora.InputError, match="called with torch"):
+        with_parts.text(FEATURES.float())
 
 
 # ---- what a method may do -----------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 import fxlora
 from fxlora import LoraConfig
 
+from .laws import randomise
+
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
@@ -151,6 +153,169 @@ def test_what_a_host_with_adapters_cannot_save(tmp_path: Path) -> None:
         host(False).save_pretrained(tmp_path, push_to_hub=True)
 
 
+# ---- TRL -----------------------------------------------------------------------------------------
+
+
+def fine_tune(model: Any, folder: Path, steps: int = 4, resume: Path | None = None) -> list[float]:
+    """Train with TRL's SFTTrainer and return the loss of each step."""
+    trl = pytest.importorskip("trl", reason="TRL is optional")
+    datasets = pytest.importorskip("datasets", reason="TRL needs datasets")
+    tokenizers = pytest.importorskip("tokenizers", reason="TRL needs tokenizers")
+    names = {f"w{number}": number for number in range(48)} | {"<pad>": 48, "<eos>": 49}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, "<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+    )
+    texts = [
+        {"text": " ".join(f"w{(5 * i + j) % 48}" for j in range(4 + i % 5))} for i in range(24)
+    ]
+    arguments = trl.SFTConfig(
+        str(folder),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_steps=steps,
+        logging_steps=1,
+        save_steps=2,
+        learning_rate=3e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    data = datasets.Dataset.from_list(texts)
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def decoder() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, **HEADS, eos_token_id=49)
+    )
+
+
+@functools.cache
+def captured_decoder() -> fxlora.CapturedModule:
+    ids = torch.randint(1, 48, (4, 9))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    shorter = {name: value[:3, :6] for name, value in given.items() if name != "use_cache"}
+    methods: Any = {"model": [((), given), ((), shorter | {"use_cache": False})]}
+    counted = given | {"labels": ids, "num_items_in_batch": torch.tensor(32)}
+    return fxlora.capture(decoder(), kwargs=counted, methods=methods)
+
+
+def fine_tuned_host(targets: list[str]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a host with random adapters, and these by PEFT's names."""
+    gm = captured_decoder()
+    lora = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=4, target_modules=targets)))
+    randomise(lora)
+    return fxlora.hosted(decoder(), lora.train()), merged_trainables(lora)
+
+
+def test_trl_trains_as_with_peft_and_resumes(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is optional")
+    targets = ["q_proj", "v_proj"]
+    ours, start = fine_tuned_host(targets)
+    theirs = peft.get_peft_model(decoder(), peft.LoraConfig(r=4, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name.removeprefix("base_model.model.")])
+    losses: list[list[float]] = []
+    for name, module in (("ours", ours), ("theirs", theirs)):
+        torch.manual_seed(1)
+        losses.append(fine_tune(module, tmp_path / name))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] != losses[0][-1]
+    torch.manual_seed(1)
+    again, _ = fine_tuned_host(targets)
+    torch.manual_seed(1)
+    resumed = fine_tune(again, tmp_path / "again", resume=tmp_path / "ours" / "checkpoint-2")
+    assert resumed == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_trl_reads_the_adapted_head(tmp_path: Path) -> None:
+    """SFTTrainer multiplies by `lm_head.weight` itself."""
+    ours, start = fine_tuned_host(["lm_head"])
+    source = decoder()
+    a, b = (start[f"lm_head.lora_{part}.default.weight"] for part in "AB")
+    with torch.no_grad():
+        source.lm_head.weight += 2 * b @ a
+    bare, wanted, found = (
+        fine_tune(model, tmp_path / str(number), steps=1)[0]
+        for number, model in enumerate((decoder(), source, ours))
+    )
+    assert abs(wanted - bare) > 1e-2 and found == pytest.approx(wanted, rel=1e-5)
+    assert any(not torch.equal(p, start[n]) for n, p in merged_trainables(ours).items())
+
+
+# ---- Lightning ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_host", [False, True])
+def test_lightning(in_host: bool, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="Lightning is optional")
+    data = torch.utils.data.TensorDataset(torch.randn(12, 6), torch.randint(0, 3, (12,)))
+
+    def batches() -> Any:
+        return torch.utils.data.DataLoader(data, batch_size=4)
+
+    def adapted() -> Any:
+        model = torch.nn.Sequential(plain(), torch.nn.BatchNorm1d(3))
+        config = LoraConfig(r=2, target_modules="all-linear")
+        lora = fxlora.adapt(model, X, rules=config)
+        return lora, (fxlora.hosted(model, lora) if in_host else lora)
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            lora, self.net = adapted()
+            self.trained = list(fxlora.lora_parameters(lora))
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            assert not self.net.training
+            self.net(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.trained, 1e-1)
+
+    def fit(epochs: int, **options: Any) -> Any:
+        module = Classifier()
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, batches(), batches(), **options)
+        return module, trainer.checkpoint_callback.best_model_path
+
+    whole, _ = fit(4)
+    _, checkpoint = fit(2)
+    resumed, _ = fit(4, ckpt_path=checkpoint)
+    assert resumed.losses == whole.losses[6:] and whole.losses[-1] < whole.losses[0]
+    loop = Classifier().train()
+    optimizer = loop.configure_optimizers()
+    for _ in range(4):
+        for batch in batches():
+            optimizer.zero_grad()
+            loop.training_step(batch, 0).backward()
+            optimizer.step()
+    assert loop.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
 # ---- wrappers -----------------------------------------------------------------------------------
 
 
@@ -230,6 +395,12 @@ def test_accelerate(mixed: str, tmp_path: Path) -> None:
     accelerator.load_state(str(tmp_path))
     assert [step(), step()] == losses[1:] and losses[2] < losses[0]
     assert accelerator.unwrap_model(model) is lora
+
+
+def test_a_host_is_refused_with_the_module_to_pass() -> None:
+    lora = fxlora.adapt(plain(), X, rules=LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(fxlora.NotCapturedError, match="that hosted\\(model, module\\) was given"):
+        fxlora.lora_parameters(fxlora.hosted(plain(), lora))
 
 
 def test_an_average_of_the_adapters() -> None:

@@ -333,6 +333,44 @@ def test_generate_with_a_cache() -> None:
             assert torch.equal(generate(host, ids), generate(expected, ids))
 
 
+def marian() -> Any:
+    layers = {f"{side}_{name}": number for side in ("encoder", "decoder") for name, number in SIDES}
+    special = {"pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": None}
+    return build(
+        "MarianMTModel", "MarianConfig", vocab_size=97, d_model=24, **layers, **special,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+
+
+def t5() -> Any:
+    special = {"decoder_start_token_id": 1, "eos_token_id": None}
+    return build("T5ForConditionalGeneration", "T5Config", **T5, **special)
+
+
+SIDES = [("layers", 1), ("attention_heads", 4), ("ffn_dim", 40)]
+
+
+@pytest.mark.parametrize(
+    ("make", "encoder"),
+    [(t5, "encoder"), pytest.param(marian, "model.encoder", marks=pytest.mark.slow)],
+)
+def test_generate_with_an_encoder(make: Any, encoder: str) -> None:
+    """`generate` calls the encoder on its own, then the model with what came out of it."""
+    torch.manual_seed(0)
+    model = make()
+    with (
+        fxlora.recorded_calls(model) as calls,
+        fxlora.recorded_calls(model.get_submodule(encoder)) as of_encoder,
+    ):
+        for ids in (IDS, IDS[:, :3]):
+            model.generate(ids, max_new_tokens=3)
+    lora = adapted(fxlora.capture(model, calls=calls, methods={encoder: of_encoder}))
+    host, expected = fxlora.hosted(model, lora), merged(model, lora)
+    for ids in (IDS, IDS[:1, :4]):  # a batch of 1 and a text of 4 are no example's
+        assert not torch.equal(generate(expected, ids), generate(model, ids))
+        assert torch.equal(generate(host, ids), generate(expected, ids))
+
+
 def test_two_towers_by_their_methods() -> None:
     size = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
     text = SMALL | size | {"eos_token_id": 2, "max_position_embeddings": 12}

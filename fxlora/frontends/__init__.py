@@ -5,7 +5,6 @@ Whichever frontend makes a graph, the ops in it that read weights are aten overl
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,26 +18,24 @@ from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.chosen_modules import Modules, chosen_modules
 from ..module.compiled import uncompiled
-from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
+from ..module.example_calls import Call, MethodCalls
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.program import MODES, Program
 from ..module.state import State
-from ..names import shown
 from ..tables import some
+from .arguments import check_model, given_calls, shapes_of
 from .autocast_proof import callers_autocast
 from .call_sources import Sources
-from .examples import in_signature_order
 from .exported import Source
 from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
 from .kept.containers import register_containers
-from .kept.hooks import refuse_backward_hooks
 from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
 from .traced import trace_mode, traced_autocasts
-from .tree import attach, build_tree, read_by_own_names, refuse_lazy
+from .tree import attach, build_tree, read_by_own_names
 
 
 @torch.inference_mode(False)  # inference tensors can never be trained
@@ -74,8 +71,9 @@ def capture(
             that is called in several ways (with labels or without, with a cache or without). The
             result runs the first graph that holds for a call. `recorded_calls` records them.
         methods: example calls of methods other than the forward, by name, which the result then
-            has: `methods={"encode_text": ids}`. Each is a tensor, a dict of keyword arguments, a
-            pair `(args, kwargs)` or a list of such pairs.
+            has: `methods={"encode_text": ids}`; or of submodules that are called from outside, by
+            path: `methods={"model.encoder": ids}`. Each is a tensor, a dict of keyword arguments,
+            a pair `(args, kwargs)` or a list of such pairs.
         dynamic_shapes: torch.export's specification of the dynamic dimensions. By default the
             batch (dimension 0 of the first tensor, and of every tensor with the same size there)
             is dynamic, and all other dimensions are fixed to their sizes in the example. A
@@ -102,7 +100,7 @@ def capture(
         (True, torch.Size([2, 4]))
     """
     model = uncompiled(model, CaptureError)
-    _check_model(model)
+    check_model(model)
     try:
         with callers_autocast():
             given = given_calls(model, args, kwargs, calls, methods)
@@ -145,120 +143,8 @@ def _capture(
     shapes = {method: [None] * len(calls) for method, calls in given.items()}
     if dynamic_shapes is not None:
         number = len(given["forward"])
-        shapes["forward"] = _shapes_of(number, dynamic_shapes) if several else [dynamic_shapes]
+        shapes["forward"] = shapes_of(number, dynamic_shapes) if several else [dynamic_shapes]
     return _capture_exported(model, given, shapes, parts)
-
-
-def given_calls(
-    model: nn.Module, args: Any, kwargs: Any, calls: Any, methods: Any
-) -> dict[str, list[Call]]:
-    """Return the user's example calls of each method, with keywords in the order of its signature.
-
-    Args:
-        model, args, kwargs, calls, methods: as for `capture`.
-
-    Raises:
-        CaptureError: they are no example calls of the model.
-    """
-    of_methods = {} if methods is None else calls_of_methods(methods, CaptureError)
-    for name in of_methods:
-        _check_method(model, name)
-    forward = _example_calls(args, kwargs, calls)
-    if "forward" in of_methods:
-        raise CaptureError("give the calls of the forward as args and kwargs, or as calls=[…].")
-    given = {"forward": forward, **of_methods} if forward else of_methods
-    return {
-        method: [(args, in_signature_order(getattr(model, method), kwargs)) for args, kwargs in all]
-        for method, all in given.items()
-    }
-
-
-def _example_calls(args: Any, kwargs: Any, calls: Any) -> list[Call]:
-    """Return the user's example calls; none if no inputs were given."""
-    if calls is not None:
-        if args is not None or kwargs is not None:
-            raise CaptureError("give args and kwargs as one of calls=[(args, kwargs), …].")
-        return calls_of(calls, CaptureError)
-    if args is None and kwargs is None:
-        return []
-    if isinstance(args, torch.Tensor):
-        args = (args,)
-    if not isinstance(args, tuple | list | None):
-        raise CaptureError(f"args must be a tuple of example inputs, not {type(args).__name__}.")
-    if not isinstance(kwargs, Mapping | None):
-        raise CaptureError(
-            f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
-            "Give several positional inputs as one tuple: capture(model, (a, b))."
-        )
-    return [(tuple(args or ()), dict(kwargs or {}))]
-
-
-def _shapes_of(number: int, dynamic_shapes: Any) -> list[Any]:
-    """Return the specification of the dynamic dimensions for each of several calls."""
-    if not isinstance(dynamic_shapes, list | tuple) or len(dynamic_shapes) != number:
-        raise CaptureError(f"dynamic_shapes must be a list of {number}, one for each call.")
-    return list(dynamic_shapes)
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raise CaptureError for a model that neither torch.export nor the tracer can capture."""
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            f"{type(model).__name__} is compiled by TorchScript. Capture the module that it was "
-            "compiled from or, with example inputs, nn.Sequential(model); names then start with "
-            "'0.'."
-        )
-    if isinstance(model, CapturedModule):
-        raise CaptureError(
-            "the module is captured already: pass it to match, inject, fold, … directly. To "
-            "capture it for other inputs, capture the source model again."
-        )
-    if hidden := _hidden_name(model):
-        raise CaptureError(
-            f"{type(model).__name__} has a submodule or tensor named '{hidden}', which the "
-            "captured module's attribute of that name would hide. Wrap the model: "
-            "capture(nn.Sequential(model), …); names then start with '0.'."
-        )
-    refuse_backward_hooks(model)
-    refuse_lazy(model)
-    if any(p.is_inference() for p in model.parameters()):
-        raise CaptureError(
-            f"{type(model).__name__} was created under torch.inference_mode, and inference "
-            "tensors can never be trained. Create it outside, or capture copy.deepcopy(model)."
-        )
-
-
-def _hidden_name(model: nn.Module) -> str | None:
-    """Return the first name of a child or tensor that CapturedModule already uses, or None."""
-    taken = _empty()
-    held = (
-        *model.named_children(),
-        *model.named_parameters(recurse=False),
-        *model.named_buffers(recurse=False),
-    )
-    return next((name for name, _ in held if hasattr(taken, name)), None)
-
-
-def _check_method(model: nn.Module, name: object) -> None:
-    """Raise CaptureError unless a captured module can have the model's method of this name."""
-    kind = type(model).__name__
-    if not isinstance(name, str) or not inspect.isroutine(getattr(type(model), name, None)):
-        raise CaptureError(f"the class {kind} has no method {shown(name)}.")
-    if name != "forward" and hasattr(_empty(), name):
-        raise CaptureError(
-            f"{kind}.{name} cannot be captured, because every captured module has an attribute "
-            "of that name. Give the method another name in a subclass."
-        )
-
-
-def _empty() -> CapturedModule:
-    """Return a captured module that computes nothing, to ask which attributes every one has."""
-    graph = fx.Graph()
-    graph.output(None)
-    programs = [Program(dict.fromkeys(MODES, graph), dict.fromkeys(MODES))]
-    return CapturedModule(nn.Module(), programs, class_name="Empty", training=False)
 
 
 def _capture_exported(

@@ -58,23 +58,46 @@ class Sources:
         if asked is not None:
             self._make(call, examples_for(*call, asked))
         elif held is None:
-            kind = [c for c in others if _told_alike(call, c) and self._first_that_holds(c) is None]
-            self._make(call, examples_for_kind(kind))
-            if not self.made[-1].holds_for(*call):
-                self._make(call, examples_for(*call, None))
+            self._make_for_kind(call, [c for c in others if self._first_that_holds(c) is None])
 
     def _first_that_holds(self, call: Call) -> int | None:
         """Return the number of the graphs that will run a call, or None."""
         holding = (n for n, source in enumerate(self.made) if source.holds_for(*call))
         return next(holding, None)
 
+    def _make_for_kind(self, call: Call, others: Collection[Call]) -> None:
+        """Make a graph for a call, dynamic for others that differ from it in sizes.
+
+        Their tensors may also lie in memory in another order (slices of one batch), if the model
+        does the same with them.
+        """
+        alike = [other for other in others if _told_alike(call, other)]
+        in_any_order = [other for other in others if _told_alike(call, other, order=False)]
+        if len(in_any_order) > len(alike) and (source := self._common_graph(in_any_order)):
+            self._keep(call, source)
+            return
+        self._make(call, examples_for_kind(alike))
+        if not self.made[-1].holds_for(*call):
+            self._make(call, examples_for(*call, None))
+
+    def _common_graph(self, calls: Sequence[Call]) -> Source | None:
+        """Return a graph that does what the model does in each of the calls, or None."""
+        try:
+            source = self._exported(examples_for_kind(calls), self.parts)
+        except CaptureError:
+            return None
+        holds = all(source.holds_for(*call) and self._does_same(source, call) for call in calls)
+        return source if holds else None
+
     def _make(self, given: Call, examples: list[Example]) -> None:
+        self._keep(given, self._exported(examples, self.parts))
+
+    def _keep(self, given: Call, source: Source) -> None:
         if len(self.made) >= MOST_GRAPHS:
             raise CaptureError(
                 f"{type(self.model).__name__}: the calls need more than {MOST_GRAPHS} graphs. Give "
                 "one example of each kind, and dynamic_shapes for its sizes."
             )
-        source = self._exported(examples, self.parts)
         self.made.append(source)
         self._examples.append(given)
         if source.changes.counts and not self._is_same_with(source.changes.counts, source, given):
@@ -135,15 +158,19 @@ class Sources:
 
     def _check_same(self, source: Source, call: Call) -> None:
         """Raise if the model does something else in a call that an earlier one's graphs accept."""
-        static = examples_for(*call, None)[-1]
-        own = self._exported([static])
-        if all(_same_graphs(source, own, mode, call) for mode in MODES):
+        if self._does_same(source, call):
             return
         raise CaptureError(
             f"{type(self.model).__name__} does something else in one of the calls than in an "
             "earlier one, and they differ in nothing that a call is told by (requires_grad, "
             "strides, a type of tensor). Pass a constant that says which is meant."
         )
+
+    def _does_same(self, source: Source, call: Call) -> bool:
+        """Whether graphs do what the model does in a call."""
+        static = examples_for(*call, None)[-1]
+        own = self._exported([static])
+        return all(_same_graphs(source, own, mode, call) for mode in MODES)
 
 
 def _listed(attributes: Collection[Attribute]) -> str:
@@ -158,16 +185,21 @@ def _same_graphs(source: Source, own: Source, mode: str, call: Call) -> bool:
     return same_graph_except_sizes(*graphs, spec.symbols(*call))
 
 
-def _told_alike(call: Call, other: Call) -> bool:
-    """Whether two calls are alike in all that a forward may ask of a tensor, except for sizes."""
-    leaves, others = pytree.tree_leaves(call), pytree.tree_leaves(other)
-    return same_but_for_sizes(call, other) and all(map(_same_traits, leaves, others))
+def _told_alike(call: Call, other: Call, order: bool = True) -> bool:
+    """Whether two calls are alike in all that a forward may ask of a tensor, except for sizes.
+
+    Args:
+        call, other: the calls.
+        order: whether the tensors' order in memory counts.
+    """
+    leaves = zip(pytree.tree_leaves(call), pytree.tree_leaves(other), strict=False)
+    return same_but_for_sizes(call, other) and all(_same_traits(*pair, order) for pair in leaves)
 
 
-def _same_traits(one: Any, other: Any) -> bool:
+def _same_traits(one: Any, other: Any, order: bool) -> bool:
     if not isinstance(one, torch.Tensor):
         return True
-    traits = [(type(t), t.requires_grad, _order(t)) for t in (one, other)]
+    traits = [(type(t), t.requires_grad, order and _order(t)) for t in (one, other)]
     return traits[0] == traits[1]
 
 

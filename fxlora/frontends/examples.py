@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +109,9 @@ def _also_dynamic(example: Example, varied: Sequence[set[int]]) -> Example:
     return dataclasses.replace(example, dynamic_shapes=shapes)
 
 
-def in_signature_order(method: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Sort keyword arguments as a method declares them, the order that torch.export uses."""
-    declared = [name for name in inspect.signature(method).parameters if name in kwargs]
+def in_signature_order(signature: inspect.Signature, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Sort keyword arguments as a signature declares them, the order that torch.export uses."""
+    declared = [name for name in signature.parameters if name in kwargs]
     return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 

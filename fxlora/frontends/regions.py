@@ -21,6 +21,7 @@ from .examples import Example, in_signature_order
 from .exported import Source, depends_on_data, export_modes, widened_if_proved
 from .failures import unable
 from .kept.undisturbed import mode_of
+from .methods import signature_of
 from .observe import Call, Observation, TensorLike, observe, refuse_closures
 from .tree import separate_copy, working_copy
 
@@ -155,7 +156,7 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
     module = root.get_submodule(path)
     examples = list(_examples(calls))
     for example in examples:
-        kwargs = in_signature_order(module.forward, example.kwargs)
+        kwargs = in_signature_order(signature_of(module), example.kwargs)
         patience = math.inf if example is examples[-1] else EXPORT_TIMEOUT
         ordered = replace(example, kwargs=kwargs, patience=patience)
         try:

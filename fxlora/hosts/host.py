@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import InjectError, InputError
+from ..frontends.methods import method_of, signature_of
 from ..fx.literals import same_literal
 from ..module.captured import CapturedModule, check_captured
 from ..module.compiled import uncompiled
@@ -38,9 +39,10 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     `eval()` and `to()` act on the captured module too. The model itself does not change.
 
     A call with an argument that the graph was not captured with raises InputError, unless the
-    value is the argument's default. Submodules of a host with adapters cannot be called, because
-    their own code would not apply the adapters. Submodules of a host without adapters run the
-    source's code on the captured module's weights.
+    value is the argument's default. A submodule whose calls were captured
+    (`methods={"model.encoder": …}`) runs its graph. The others cannot be called on a host with
+    adapters, which their own code would not apply; on one without adapters, they run the source's
+    code on the captured module's weights.
 
     Args:
         model: the source model.
@@ -71,7 +73,8 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     _check_fits(model, module)
     _refuse_code_around(model)
     methods = dict.fromkeys(("forward", *module.captured_methods))
-    signatures = {name: inspect.signature(getattr(model, name)) for name in methods}
+    signatures = {name: signature_of(model, name) for name in methods}
+    parts = {name for name in methods if isinstance(method_of(model, name), nn.Module)}
     try:
         host = copy.deepcopy(model, _tensors_of(model, module))
     except Exception as error:
@@ -82,10 +85,11 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     # The captured graphs contain a forward or a method that was set on the instance.
     for name in methods:
         host.__dict__.pop(name, None)
-    host.__class__ = _host_class(type(model), module, signatures)
+    own = {name: signature for name, signature in signatures.items() if name not in parts}
+    host.__class__ = _host_class(type(model), module, own)
     host.__dict__["_captured"] = module
     host.__dict__["_held"] = list(_share_tensors(host, module))
-    _seal(host, module)
+    _seal(host, module, {name: signatures[name] for name in parts})
     return host.train(module.training)
 
 
@@ -103,10 +107,20 @@ def _refuse_code_around(model: nn.Module) -> None:
         )
 
 
-def _seal(host: Any, module: CapturedModule) -> None:
-    """Have the host's own submodules refuse changes without effect on the graph."""
+def _seal(
+    host: Any, module: CapturedModule, callable_parts: Mapping[str, inspect.Signature]
+) -> None:
+    """Have the host's own submodules refuse changes without effect on the graph.
+
+    Args:
+        callable_parts: signatures of the submodules whose calls were captured, by path.
+    """
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
+    seal.calls = {
+        path: functools.partial(_run, host, path, signature)
+        for path, signature in callable_parts.items()
+    }
     containers = {id(part) for part in module.modules()}
     for path, part in host.named_modules():
         if path and id(part) not in containers:
@@ -263,19 +277,27 @@ def _running(
 
     @functools.wraps(original)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_held(self)
-        captured: CapturedModule = self._captured
-        if captured.training is not self.training:  # set without train(), perhaps
-            captured.train(self.training)
-        self._seal.refuse_apart()
-        args, kwargs = _align(captured, method, signature, args, kwargs)
-        call = captured if method == "forward" else getattr(captured, method)
-        return call(*args, **kwargs)
+        return _run(self, method, signature, *args, **kwargs)
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     kept = [p for p in signature.parameters.values() if takes_more or p.kind is not p.VAR_KEYWORD]
     run.__dict__["__signature__"] = signature.replace(parameters=[own, *kept])
     return run
+
+
+def _run(
+    host: Host, method: str, signature: inspect.Signature, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a captured method or submodule of a host."""
+    _check_held(host)
+    captured = host._captured
+    if captured.training is not host.training:  # set without train(), perhaps
+        captured.train(host.training)
+    host._seal.refuse_apart()
+    args, kwargs = _align(captured, method, signature, args, kwargs)
+    if method == "forward":
+        return captured(*args, **kwargs)
+    return captured._call_method(method, *args, **kwargs)
 
 
 # ---- weights ------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ class CapturedModule(ProgramModule):
 
     Attributes:
         programs: one program for each call that was captured, or one or more for each region.
-        captured_methods: the methods of the model that were captured, which the module has too.
+        captured_methods: the methods of the model that were captured, which the module has too,
+            and the paths of submodules that were captured for calls from outside.
         parent_module: the source's Python code around the regions, or None if one graph covers
             the whole model.
         known: all other state that a copy carries over.
@@ -130,6 +131,7 @@ class CapturedModule(ProgramModule):
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
         seal.adapted = self.adapted
+        seal.calls = {m: functools.partial(self._call_method, m) for m in self.captured_methods}
         seal.matters = functools.cache(self.mode_matters)
         seal.owners = {}
         for path, part in self.named_modules():
@@ -209,7 +211,7 @@ class CapturedModule(ProgramModule):
         return super().get_parameter(target) if found is None else found
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("captured_methods", ()):
+        if name in self.__dict__.get("captured_methods", ()) and name not in self._modules:
             return functools.partial(self._call_method, name)
         value = super().__getattr__(name)
         seal: Seal | None = self.__dict__.get("_seal")
@@ -721,6 +723,11 @@ def check_captured(module: object, verb: str) -> None:
         SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
     """
     if not isinstance(module, CapturedModule):
+        if isinstance(getattr(module, "__dict__", {}).get("_captured"), CapturedModule):
+            raise NotCapturedError(
+                f"{verb} takes the captured module itself, not a host that runs it: pass the "
+                "module that hosted(model, module) was given."
+            )
         if inside := _captured_inside(module):
             raise NotCapturedError(
                 f"{verb} takes the captured module itself, not the {type(module).__name__} around "

@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import SubmoduleError
+from ..fx.literals import same_literal
 from .adapted_tensor import AdaptedTensor, is_called_by, reads_as_it_is
 
 
@@ -41,6 +42,7 @@ class Seal:
         matters: whether a submodule's part of the graph differs by mode.
         replaceable: paths of children that may be replaced, because they are called.
         adapted: functions that compute the adapted weights, by name.
+        calls: functions that run the submodules that were captured for calls from outside, by path.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -52,6 +54,7 @@ class Seal:
         self.matters: Callable[[str], bool] = lambda path: True
         self.replaceable: frozenset[str] = frozenset()
         self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
+        self.calls: Mapping[str, Callable[..., Any]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # the module that a copy belongs to seals it again
@@ -234,7 +237,10 @@ class Part(Guarded):
             return True  # the graph reads the tensor that is there at the call
         # Private attributes are notes of the framework that sets them (FSDP's, accelerate's).
         private = name.startswith("_") and not name.startswith("__")
-        return name == "training" or (private and name not in _MACHINERY)
+        if name == "training" or (private and name not in _MACHINERY):
+            return True
+        # Setting a flag to the value that it has changes nothing.
+        return isinstance(value, _PLAIN) and same_literal(value, getattr(self, name, _MISSING))
 
     def __delattr__(self, name: str) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
@@ -261,10 +267,13 @@ class HostPart(Part):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seal: Seal = self.__dict__["_seal"]
+        if run := seal.calls.get(self._path):
+            return run(*args, **kwargs)
         if seal.adapted:
             raise SubmoduleError(
-                f"'{self._path}' of a host with adapters cannot be called on its own: only the "
-                "whole graph applies them. Fold the adapters (fxlora.fold) and host that."
+                f"'{self._path}' of a host with adapters cannot be called on its own: only graphs "
+                f"apply them. Capture its calls too: capture(model, …, methods={{{self._path!r}: "
+                "(args, kwargs)}). Or fold the adapters (fxlora.fold) and host that."
             )
         with seal.opened():
             return super().__call__(*args, **kwargs)
@@ -302,9 +311,14 @@ class Container(Part, _Pinned):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal and (run := seal.calls.get(self._path)):
+            return run(*args, **kwargs)
         raise SubmoduleError(
             f"'{self._path}' of a captured module cannot be called: the graph computes the whole "
-            f"model. Make it a module of its own: capture(model, …, modules={self._path!r})."
+            f"model. Capture its calls too: capture(model, …, methods={{{self._path!r}: "
+            f"(args, kwargs)}}). Or make it a module of its own: capture(model, …, "
+            f"modules={self._path!r})."
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -319,6 +333,9 @@ class Container(Part, _Pinned):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return object.__new__(cls)
 
+
+_MISSING = object()
+_PLAIN = (bool, int, float, str, type(None))
 
 # The attributes of every nn.Module; its dicts of hooks, other than those for state_dict.
 _MACHINERY = frozenset(vars(nn.Module()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def run(
     The inputs are copied and the module's state is restored, because a graph may write to both.
     """
     args, kwargs = copied_values((args, kwargs))
-    call = module if method == "forward" else getattr(module, method)
+    call = module if method == "forward" else functools.partial(module._call_method, method)
     with fixed_seed(module), _state_restored(module):
         return call(*args, **kwargs)
 
