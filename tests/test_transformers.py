@@ -75,7 +75,8 @@ def mistral() -> Any:
 
 
 def t5() -> Any:
-    return build("T5ForConditionalGeneration", "T5Config", **T5)
+    special = {"decoder_start_token_id": 1, "eos_token_id": None}
+    return build("T5ForConditionalGeneration", "T5Config", **T5, **special)
 
 
 def mamba() -> Any:
@@ -340,11 +341,6 @@ def marian() -> Any:
         "MarianMTModel", "MarianConfig", vocab_size=97, d_model=24, **layers, **special,
         forced_eos_token_id=None,
     )  # fmt: skip
-
-
-def t5() -> Any:
-    special = {"decoder_start_token_id": 1, "eos_token_id": None}
-    return build("T5ForConditionalGeneration", "T5Config", **T5, **special)
 
 
 SIDES = [("layers", 1), ("attention_heads", 4), ("ffn_dim", 40)]

@@ -150,6 +150,8 @@ def test_a_weight_that_only_the_train_graph_reads() -> None:
 def test_what_has_nothing_to_verify(lora: fxlora.CapturedModule) -> None:
     with pytest.raises(InjectError, match="nothing to verify"):
         fxlora.verify(fxlora.fold(lora), X)
+    with pytest.raises(fxlora.InputError, match=r"as one tuple: verify\(module, \(a, b\)\)"):
+        fxlora.verify(lora, X, X)  # type: ignore[arg-type]
 
 
 # ---- each law, broken on purpose ----------------------------------------------------------------

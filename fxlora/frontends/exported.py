@@ -43,6 +43,7 @@ from .kept.hooks import no_tensor_hooks
 from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.python_state import Changes, noted
+from .kept.recurrent import any_number_of_steps, restore_recurrent
 from .kept.undisturbed import mode_of, refuse_state
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
@@ -386,14 +387,16 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
     """
     config: Any = export_config  # torch installs `patch` on the module at run time
     patience = nullcontext() if example.patience == math.inf else _Patience(example.patience)
-    with config.patch(backed_size_oblivious=True), patience:
-        return torch.export.export(
+    with config.patch(backed_size_oblivious=True), any_number_of_steps(), patience:
+        program = torch.export.export(
             model,
             example.args,
             example.kwargs,
             dynamic_shapes=example.dynamic_shapes,
             strict=False,
         )
+    restore_recurrent(program.graph_module)
+    return program
 
 
 class _Patience(TorchFunctionMode):

@@ -131,6 +131,11 @@ def _calls_of_forward(args: Any, kwargs: Any, calls: Any, none: bool) -> list[Ca
         return calls_of(calls, InputError)
     if none and args is None and kwargs is None:
         return []
+    if not isinstance(kwargs, Mapping | None):
+        raise InputError(
+            f"kwargs must be a mapping of names to inputs, not {type(kwargs).__name__}. "
+            "Give several positional inputs as one tuple: verify(module, (a, b))."
+        )
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     return [(args, dict(kwargs or {}))]
 
