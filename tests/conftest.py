@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxlora.frontends.kept import caches
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # pytest attaches its handlers to loggers that do not propagate. With a handler, torch's trace
 # writes a record for each symbol and each tensor of a capture.
 logging.getLogger("torch.__trace").propagate = True
+
+# A capture searches the code that its model reaches for caches. An `assert` in a test's model
+# reaches pytest, which takes longer to search than the capture takes otherwise.
+caches._LIBRARIES.update(("_pytest", "pytest", "pluggy"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
