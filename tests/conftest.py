@@ -8,17 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxlora.frontends.kept import caches
-
 GOLDEN = Path(__file__).parent / "golden"
 
 # pytest attaches its handlers to loggers that do not propagate. With a handler, torch's trace
 # writes a record for each symbol and each tensor of a capture.
 logging.getLogger("torch.__trace").propagate = True
-
-# A capture searches the code that its model reaches for caches. An `assert` in a test's model
-# reaches pytest, which takes longer to search than the capture takes otherwise.
-caches._LIBRARIES.update(("_pytest", "pytest", "pluggy"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +32,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    _search_no_caches_of_pytest()
+
+
+def _search_no_caches_of_pytest() -> None:
+    """Leave pytest out of the code that a capture searches for caches.
+
+    An `assert` in a test's model reaches pytest, whose search takes longer than the capture itself.
+    """
+    from fxlora.frontends.kept import caches  # not in the process that only starts the workers
+
+    caches._LIBRARIES.update(("_pytest", "pytest", "pluggy"))
 
 
 @pytest.fixture(autouse=True)
