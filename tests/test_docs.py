@@ -142,10 +142,10 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def shallow(resnet: Callable[..., Any], block: Any, layers: list[int], **how: Any) -> Any:
-    """Return a ResNet with one block of each of the first two sizes: the others are alike."""
+    """Return a ResNet with one block of the first size: the others are alike."""
     model = resnet(block, [1] * len(layers), **how)
-    model.layer3 = model.layer4 = torch.nn.Identity()
-    model.fc = torch.nn.Linear(128, 1000)
+    model.layer2 = model.layer3 = model.layer4 = torch.nn.Identity()
+    model.fc = torch.nn.Linear(64, 1000)
     return model
 
 
