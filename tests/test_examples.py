@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     from torchvision.models import _api, resnet
 
     def small(weights: None = None) -> torch.nn.Module:
-        model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+        model: Any = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
         model.layer3 = model.layer4 = torch.nn.Identity()  # wider, and like layer2
         model.fc = torch.nn.Linear(128, 1000)
         return model
