@@ -38,13 +38,13 @@ def main() -> None:
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """Return a Llama of two layers with initial weights, so that nothing is downloaded."""
+    """Return a Llama of one layer with initial weights, so that nothing is downloaded."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=2,
             use_cache=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from fxlora.fx.autocast import by_autocast
 from fxlora.passes import ToWeightForm
 
 from .laws import distance, merged_weights, randomise
+from .models import Several
 
 pytestmark = pytest.mark.autocast
 
@@ -169,9 +171,23 @@ FOLLOWED = [
 ]
 
 
+@pytest.mark.parametrize("first", range(0, len(FOLLOWED), 4))
+def test_what_the_source_reads_follows(first: int) -> None:
+    """With several steps in one graph, each with outputs of its own."""
+    assert_follows(Several(Reads(step) for step in FOLLOWED[first : first + 4]), X)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", FOLLOWED, ids=lambda step: step.__name__)
-def test_what_the_source_reads_follows(step: Any) -> None:
+def test_what_the_source_reads_follows_alone(step: Any) -> None:
     assert_follows(Reads(step), X)
+
+
+@functools.cache
+def casting() -> tuple[Reads, fxlora.CapturedModule]:
+    """Return a model and its capture, which serve several tests: no verb changes them."""
+    model = Reads(cast_to_read_dtype).eval()
+    return model, fxlora.capture(model, X)
 
 
 def test_in_a_region() -> None:
@@ -228,7 +244,7 @@ def test_a_capture_under_autocast_follows_the_caller() -> None:
 
 
 def test_a_choice_is_one_node() -> None:
-    gm = fxlora.capture(Reads(cast_to_read_dtype), X)
+    gm = casting()[1]
     chosen = [node for node in gm.graph.nodes if node.target is by_autocast]
     assert [node.args for node in chosen] == [
         (torch.float32, *(("cpu", half, half) for half in HALF))
@@ -240,7 +256,7 @@ def test_a_choice_is_one_node() -> None:
 
 
 def test_inputs_of_another_dtype_are_refused() -> None:
-    gm = fxlora.capture(Reads(cast_to_read_dtype), X)
+    gm = casting()[1]
     for on in (False, True):
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=on),
@@ -417,11 +433,16 @@ def reference_gradients(
     return loss, list(torch.autograd.grad(loss, list(factors.values())))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
-def test_adapters_keep_dtypes(options: dict[str, Any]) -> None:
+@functools.cache
+def convolving() -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
     model = nn.Sequential(*convolutions(), nn.Linear(4, 6), nn.Linear(6, 5)).eval()
     x = torch.randn(2, 3, 5, 5)
-    gm = fxlora.capture(model, x)
+    return model, x, fxlora.capture(model, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_adapters_keep_dtypes(options: dict[str, Any]) -> None:
+    model, x, gm = convolving()
     config = LoraConfig(r=2, target_modules=["0", "4", "5", "6"], **options)
     lora = fxlora.inject(gm, fxlora.match(gm, config))
     for dtype in HALF:
@@ -433,8 +454,7 @@ def test_adapters_keep_dtypes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("form", ["branch", "weight"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_training(dtype: torch.dtype, form: str) -> None:
-    model = Reads(cast_to_read_dtype).eval()
-    gm = fxlora.capture(model, X)
+    model, gm = casting()
     plan = fxlora.match(gm, LoraConfig(r=2, target_modules=["first", "last"]))
     lora = fxlora.inject(gm, plan)
     assert all(map(torch.equal, run(lora, (X,), {}, dtype), run(gm, (X,), {}, dtype)))

@@ -165,9 +165,11 @@ def test_the_signature_names_every_argument(lora: fxlora.CapturedModule) -> None
     assert required == ["ids"]
 
 
-def test_on_disk(tmp_path: Path, model: Tagger, lora: fxlora.CapturedModule) -> None:
+def test_on_disk(
+    tmp_path: Path, captured: fxlora.CapturedModule, lora: fxlora.CapturedModule
+) -> None:
     fxlora.save_adapter(lora, tmp_path / "adapter")
-    again = fxlora.load_adapter(fxlora.capture(model, calls=CALLS), tmp_path / "adapter")
+    again = fxlora.load_adapter(captured, tmp_path / "adapter")
     assert all(equal(again, lora, call) for call in CALLS)
     for number in (1, 2):
         args, kwargs = CALLS[number]
@@ -187,7 +189,7 @@ def test_hosted(model: Tagger, lora: fxlora.CapturedModule) -> None:
 
 def test_compiled(lora: fxlora.CapturedModule) -> None:
     torch._dynamo.reset()
-    compiled: Any = torch.compile(copy.deepcopy(lora), fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(copy.deepcopy(lora), fullgraph=True, backend="eager")
     assert all(equal(compiled, lora, call) for call in CALLS)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -730,6 +731,18 @@ def test_a_full_disk_behind_stdout(
     )
 
 
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("plan", "house:loud", "--target", "emb", "-r", "2", "--json")
+    monkeypatch.setattr(sys, "argv", ["fxlora", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("fxlora", run_name="__main__")
+    out, err = capfd.readouterr()
+    assert end.value.code == 0
+    assert json.loads(out)["site"][0]["op"] == "embedding"
+    assert err == "I am being built\n"
+
+
+@pytest.mark.slow
 def test_as_a_program() -> None:
     command = (sys.executable, "-m", "fxlora")
     words = ("plan", "house:loud", *IDS, "--target", "emb", "-r", "2", "--json")

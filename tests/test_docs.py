@@ -55,7 +55,10 @@ def shown(expected: str) -> re.Pattern[str]:
 RUN = [
     pytest.param(
         page,
-        marks=pytest.mark.autocast if "autocast(" in str(sessions(page)) else [],
+        marks=[
+            *([pytest.mark.autocast] if "autocast(" in str(sessions(page)) else []),
+            *([pytest.mark.slow] if page.name == "README.md" else []),  # runs below, on less
+        ],
         id=str(page.relative_to(ROOT)),
     )
     for page in PAGES
@@ -69,10 +72,44 @@ def test_a_page_is_a_session(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for package in OPTIONAL:
         if package in page.read_text("utf-8"):
             pytest.importorskip(package, reason=f"{package} is optional")
+    run_page(page, sessions(page), tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("_tables")
+def test_the_readme_on_fewer_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a ResNet of its last stage alone, and a Swin of 2 blocks in place of 12."""
+    models = pytest.importorskip("torchvision.models", reason="torchvision is optional")
+    pytest.importorskip("peft", reason="peft is optional")
+
+    def resnet18(num_classes: int) -> torch.nn.Module:
+        block = models.resnet.BasicBlock
+        model = models.ResNet(block, [1, 1, 1, 1], num_classes)
+        model.layer1 = model.layer2 = model.layer3 = torch.nn.Identity()
+        model.inplanes = 64
+        model.layer4 = model._make_layer(block, 512, 2, stride=2)
+        return model
+
+    def swin_t() -> torch.nn.Module:
+        return models.SwinTransformer([4, 4], 12, [2], [2], [3, 3])
+
+    monkeypatch.setattr(models, "resnet18", resnet18)
+    monkeypatch.setattr(models, "swin_t", swin_t)
+    page, said = ROOT / "README.md", {"0 of 12\n": "0 of 2\n", "12 of 12\n": "2 of 2\n"}
+    found = [(code, said.get(text or "", text)) for code, text in sessions(page)]
+    run_page(page, found, tmp_path, monkeypatch)
+
+
+def run_page(
+    page: Path,
+    found: list[tuple[str, str | None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Run the blocks of a page in one namespace, and compare what they print with the page."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: True)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for code, expected in sessions(page):
+    for code, expected in found:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), warnings.catch_warnings():
             exec(compile(code, str(page), "exec"), namespace)
@@ -105,10 +142,10 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def shallow(resnet: Callable[..., Any], block: Any, layers: list[int], **how: Any) -> Any:
-    """Return a ResNet with one block of each of the first two sizes: the others are alike."""
+    """Return a ResNet with one block of the first size: the others are alike."""
     model = resnet(block, [1] * len(layers), **how)
-    model.layer3 = model.layer4 = torch.nn.Identity()
-    model.fc = torch.nn.Linear(128, 1000)
+    model.layer2 = model.layer3 = model.layer4 = torch.nn.Identity()
+    model.fc = torch.nn.Linear(64, 1000)
     return model
 
 

@@ -30,7 +30,11 @@ def inputs(kind: type[nn.Module]) -> tuple[torch.Tensor, ...]:
     }[kind]
 
 
-@pytest.mark.parametrize("kind", [Mlp, Convolutions, Readers, Tied, Attention, Normed])
+# The quick run has the laws of attention in test_models.py, on a ViT and a Swin.
+SLOW = pytest.param(Attention, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", [Mlp, Convolutions, Readers, Tied, SLOW, Normed])
 def test_exported(kind: type[nn.Module]) -> None:
     check_laws(kind(), inputs(kind), rules=EVERY)
 

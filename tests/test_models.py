@@ -92,7 +92,9 @@ def efficientnet() -> nn.Module:
     return net.EfficientNet(settings, dropout=0.2, last_channel=40, num_classes=7)
 
 
-SMALL = (resnet, vit, swin, convnext, mobilenet, efficientnet)
+# An EfficientNet has all the kinds of layers that a MobileNet has.
+MOBILE = pytest.param(mobilenet, marks=pytest.mark.slow)
+SMALL = (resnet, vit, swin, convnext, MOBILE, efficientnet)
 
 
 @pytest.mark.parametrize("make", SMALL)

@@ -98,10 +98,22 @@ def checked(
     return lora, folded
 
 
+WHICH = ["head", "emb", "both", "two rules", "share"]
+TWO = ("both", "two rules")  # as in the plain model, from the graph of any other
+
+
 @pytest.mark.parametrize(
-    ("kind", "road"), [*((kind, "exported") for kind in HEADS), (Model, "traced")]
+    ("kind", "road", "which"),
+    [
+        *((Model, road, which) for road in ROADS for which in WHICH),
+        *(
+            pytest.param(kind, "exported", which, marks=pytest.mark.slow if which in TWO else ())
+            for kind in HEADS
+            for which in WHICH
+            if kind is not Model
+        ),
+    ],
 )
-@pytest.mark.parametrize("which", ["head", "emb", "both", "two rules", "share"])
 def test_who_is_adapted(kind: type[Model], road: str, which: str) -> None:
     head = HEADS[kind]
     rules = {
