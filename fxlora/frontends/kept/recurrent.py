@@ -121,8 +121,12 @@ class _Opaque(TorchFunctionMode):
             if isinstance(args[0].shape[1 if args[8] else 0], torch.SymInt):
                 return of_steps(*args)
         if func in _FACTORIES:
-            args = tuple(a.item() if isinstance(a, FakeTensor) else a for a in args)
+            args = tuple(a.item() if _is_size(a) else a for a in args)
         return func(*args, **kwargs)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, FakeTensor) and value.ndim == 0 and not value.dtype.is_floating_point
 
 
 def restore_recurrent(module: fx.GraphModule) -> None:
