@@ -810,6 +810,30 @@ def test_what_no_graph_takes_is_a_capture_error(model: Any, args: Any, said: str
         fxlora.capture(model(), args)
 
 
+def test_nested_tensors_are_refused_with_advice_that_works() -> None:
+    model = nn.Linear(5, 3).eval()
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([_X, _X[:1]], layout=layout)
+        with pytest.raises(CaptureError, match=r"torch\.nested\.to_padded_tensor"):
+            fxlora.capture(model, nested)
+        padded = torch.nested.to_padded_tensor(nested, 0.0)
+        gm = fxlora.capture(model, padded)
+        assert torch.equal(gm(padded), model(padded))
+        with pytest.raises(InputError, match=r"nested one\. Pad it: torch\.nested\.to_padded"):
+            gm(nested)
+
+
+def test_offloaded_weights_are_refused_with_advice_that_works() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is optional")
+    source = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).eval()
+    model = accelerate.cpu_offload(copy.deepcopy(source), torch.device("cpu"))
+    with pytest.raises(CaptureError, match="'0.weight' is on the meta device") as refused:
+        fxlora.capture(model, _X)
+    advice = str(refused.value).rpartition("first: ")[2].rstrip(".")
+    exec(advice, {"accelerate": accelerate, "model": model})
+    assert torch.equal(fxlora.capture(model, _X)(_X), source(_X))
+
+
 def test_a_lazy_model_is_untouched() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(CaptureError, match="no shape yet"):

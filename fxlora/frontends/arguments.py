@@ -24,9 +24,8 @@ def check_model(model: nn.Module) -> None:
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
-            f"{type(model).__name__} is compiled by TorchScript. Capture the module that it was "
-            "compiled from or, with example inputs, nn.Sequential(model); names then start with "
-            "'0.'."
+            f"{type(model).__name__} is compiled by TorchScript, and a graph cannot see inside. "
+            "Capture the module that it was compiled from."
         )
     if isinstance(model, CapturedModule):
         raise CaptureError(

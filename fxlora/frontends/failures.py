@@ -61,8 +61,14 @@ def _advice(error: BaseException, leaves: Iterable[Any], model: nn.Module) -> st
     if kinds := {*map(_unsupported_kind, (*tensors, *model.parameters(), *model.buffers()))} - {""}:
         return (
             "A graph can hold dense tensors only; among the inputs and weights are "
-            f"{', '.join(sorted(kinds))} ones. Convert those (to_dense, to_padded_tensor, "
-            "dequantize)."
+            f"{', '.join(sorted(kinds))} ones. Convert those (to_dense, "
+            "torch.nested.to_padded_tensor, dequantize)."
+        )
+    if any(not tensor.is_meta for tensor in tensors) and (offloaded := _offloaded(model)):
+        return (
+            f"The weight '{offloaded}' is on the meta device: hooks that load weights for each "
+            "call (accelerate's offloading) cannot be in a graph. Take them off first: "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
         )
     if packed := _packed(model):
         return (
@@ -79,6 +85,11 @@ def _unsupported_kind(tensor: torch.Tensor) -> str:
     if tensor.is_quantized:
         return "quantized"
     return "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
+
+
+def _offloaded(model: nn.Module) -> str:
+    """Return the name of the first weight on the meta device, or ""."""
+    return next((name for name, p in model.named_parameters() if p.is_meta), "")
 
 
 def _packed(model: nn.Module) -> str:

@@ -82,6 +82,11 @@ class TensorInput:
                 f"{self.name}: captured as a tensor, called with {type(value).__name__}. "
                 "Give a tensor (torch.as_tensor makes one from an array or a number)."
             )
+        if value.is_nested:
+            raise InputError(
+                f"{self.name}: captured as a dense tensor, called with a nested one. Pad it: "
+                "torch.nested.to_padded_tensor(value, 0.0)."
+            )
         # The source may decide by any dtype, of integers too.
         if self.dtype not in (None, value.dtype):
             raise InputError(
