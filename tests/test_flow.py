@@ -74,6 +74,7 @@ PASSES: dict[str, Op] = {
     "sort": lambda y: y.sort(-1).values,
     "softmax": lambda y: y.softmax(-1),
     "norm": lambda y: y / y.norm(dim=-1, keepdim=True),
+    "norm over pixels": lambda y: F.instance_norm(y[None])[0],
     "beside its own step": lambda y: y * torch.sign(y).detach(),
 }
 REGIONS = {

@@ -66,7 +66,11 @@ _KNOWN: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]] | None] = {}
 
 def _kind(node: fx.Node, owner: nn.Module) -> Hashable:
     tensor = _known_tensor(node, owner)
-    return None if tensor is None else (_sizes(tensor.shape), _sizes(tensor.stride()), tensor.dtype)
+    return (
+        None
+        if tensor is None
+        else (concrete_sizes(tensor.shape), concrete_sizes(tensor.stride()), tensor.dtype)
+    )
 
 
 def _known_tensor(node: fx.Node, owner: nn.Module) -> Tensor | None:
@@ -132,7 +136,7 @@ def _combined(shapes: Sequence[tuple[int, ...]], count: int) -> Iterator[tuple[A
 def _example(value: Any) -> Any:
     """Return the value of a node in the example: tensors without data, sizes as numbers."""
     value = pytree.tree_map_only(Tensor, lambda tensor: _like(tensor, "meta"), value)
-    return pytree.tree_map_only(torch.SymInt, lambda size: _sizes((size,))[0], value)
+    return pytree.tree_map_only(torch.SymInt, lambda size: concrete_sizes((size,))[0], value)
 
 
 def _guesses(node: fx.Node, known: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -155,13 +159,16 @@ def _guesses(node: fx.Node, known: Sequence[Tensor]) -> list[tuple[int, ...]]:
 def _like(tensor: Tensor, device: str) -> Tensor:
     """Return a tensor of the same shape, strides and dtype in memory of its own."""
     made = torch.empty_strided(
-        _sizes(tensor.shape), _sizes(tensor.stride()), dtype=tensor.dtype, device=device
+        concrete_sizes(tensor.shape),
+        concrete_sizes(tensor.stride()),
+        dtype=tensor.dtype,
+        device=device,
     )
     real = tensor.is_floating_point() or tensor.is_complex()
     return made.fill_(0.5 if real else 0)
 
 
-def _sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
+def concrete_sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
     """Return sizes as integers: for a dynamic one, its value in the example, or 2."""
     return tuple(int(s) if not isinstance(s, torch.SymInt) else _hint(s) for s in sizes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from ..fx.calls import example_value, frozen, is_torch_call
+from ..fx.trials import concrete_sizes
 
 
 def passes_gradient(node: fx.Node, source: fx.Node) -> bool:
@@ -23,12 +25,13 @@ def passes_gradient(node: fx.Node, source: fx.Node) -> bool:
         return False
     if not (is_torch_call(node) and _can_be_tried(node)):
         return True
+    shape = _shape(source)
     try:
-        key = node.op, node.target, frozen(node, lambda given: given is source)
+        key = node.op, node.target, frozen(node, lambda given: given is source), shape
     except TypeError:  # an argument that cannot be hashed
         return True
     if key not in _KNOWN:
-        _KNOWN[key] = _tried(node, source)
+        _KNOWN[key] = _tried(node, source, shape)
     return _KNOWN[key]
 
 
@@ -36,7 +39,7 @@ _KNOWN: dict[Hashable, bool] = {}
 
 
 def _can_be_tried(node: fx.Node) -> bool:
-    """Whether a call can be tried on small matrices: it is pointwise, or has one input node."""
+    """Whether a call can be tried on random numbers: it is pointwise, or has one input node."""
     alone = len(node.all_input_nodes) == 1 and not _is_private(node.target)
     return alone or _is_pointwise(node)
 
@@ -52,21 +55,43 @@ def _is_private(target: object) -> bool:
     return not registered and "._" in module
 
 
-def _tried(node: fx.Node, source: fx.Node) -> bool:
-    """Whether any of several trials has a nonzero gradient; True if no trial runs."""
+def _shape(source: fx.Node) -> tuple[int, ...] | None:
+    """Return the shape of an input in the example, or None if it is unknown or large."""
+    value = example_value(source)
+    sizes = None if value is None else concrete_sizes(value.shape)
+    return None if sizes is None or math.prod(sizes) > _MOST_NUMBERS else sizes
+
+
+_MOST_NUMBERS = 2**22
+
+
+def _tried(node: fx.Node, source: fx.Node, shape: tuple[int, ...] | None) -> bool:
+    """Whether any of several trials has a nonzero gradient; True if no trial runs.
+
+    A call that is not pointwise may have no gradient for small matrices only: normalising over the
+    pixels of an image does nothing if there is one. Then it is tried on inputs of its own shape.
+    """
+    found = _any_gradient(node, source, (4, 4))
+    if found is False and not _is_pointwise(node):
+        found = None if shape is None else _any_gradient(node, source, shape)
+    return found is not False
+
+
+def _any_gradient(node: fx.Node, source: fx.Node, shape: tuple[int, ...]) -> bool | None:
+    """Whether any of several trials has a nonzero gradient; None if none runs."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        trials = [_gradient(node, source, values) for values in _values()]
+        trials = [_gradient(node, source, values) for values in _values(shape)]
     ran = [found for found in trials if found is not None]
-    return any(ran) or not ran
+    return any(ran) if ran else None
 
 
-def _values() -> Iterator[Tensor]:
-    """Yield 4x4 matrices: numbers of many magnitudes and both signs, and probabilities."""
+def _values(shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield numbers of many magnitudes and both signs, and probabilities."""
     for _ in range(3):
-        sizes = 10 ** torch.empty(4, 4, dtype=torch.float64).uniform_(-3, 3)
-        yield sizes * torch.randn(4, 4, dtype=torch.float64)
-        yield torch.empty(4, 4, dtype=torch.float64).uniform_(0.1, 0.9)
+        sizes = 10 ** torch.empty(shape, dtype=torch.float64).uniform_(-3, 3)
+        yield sizes * torch.randn(shape, dtype=torch.float64)
+        yield torch.empty(shape, dtype=torch.float64).uniform_(0.1, 0.9)
 
 
 def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
