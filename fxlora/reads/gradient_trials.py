@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -25,17 +26,36 @@ def passes_gradient(node: fx.Node, source: fx.Node) -> bool:
         return False
     if not (is_torch_call(node) and _can_be_tried(node)):
         return True
-    shape = _shape(source)
-    try:
-        key = node.op, node.target, frozen(node, lambda given: given is source), shape
-    except TypeError:  # an argument that cannot be hashed
-        return True
-    if key not in _KNOWN:
-        _KNOWN[key] = _tried(node, source, shape)
-    return _KNOWN[key]
+    found = _outcome(node, source, _SMALL)
+    example = example_value(source)
+    if found is Outcome.ZERO and example is not None and not _is_pointwise(node):
+        # Perhaps of small matrices only: normalising over pixels gives a constant if there is one.
+        shape = concrete_sizes(example.shape)
+        if math.prod(shape) > _MOST_NUMBERS:
+            return True
+        found = _outcome(node, source, shape)
+    return found in (Outcome.PASSES, Outcome.UNKNOWN)
 
 
-_KNOWN: dict[Hashable, bool] = {}
+class Outcome(Enum):
+    """The result of trials of a call: whether a gradient of its result reached an input.
+
+    Attributes:
+        PASSES: it did, in some trial.
+        ZERO: autograd records the call, but all gradients were zero.
+        STOPS: autograd does not record the call, or has no derivative of it.
+        UNKNOWN: no trial ran.
+    """
+
+    PASSES = "passes"
+    ZERO = "zero"
+    STOPS = "stops"
+    UNKNOWN = "unknown"
+
+
+_SMALL = (4, 4)
+_MOST_NUMBERS = 2**22  # of an input that is tried in its own shape
+_KNOWN: dict[Hashable, Outcome] = {}
 
 
 def _can_be_tried(node: fx.Node) -> bool:
@@ -55,35 +75,18 @@ def _is_private(target: object) -> bool:
     return not registered and "._" in module
 
 
-def _shape(source: fx.Node) -> tuple[int, ...] | None:
-    """Return the shape of an input in the example, or None if it is unknown or large."""
-    value = example_value(source)
-    sizes = None if value is None else concrete_sizes(value.shape)
-    return None if sizes is None or math.prod(sizes) > _MOST_NUMBERS else sizes
-
-
-_MOST_NUMBERS = 2**22
-
-
-def _tried(node: fx.Node, source: fx.Node, shape: tuple[int, ...] | None) -> bool:
-    """Whether any of several trials has a nonzero gradient; True if no trial runs.
-
-    A call that is not pointwise may have no gradient for small matrices only: normalising over the
-    pixels of an image does nothing if there is one. Then it is tried on inputs of its own shape.
-    """
-    found = _any_gradient(node, source, (4, 4))
-    if found is False and not _is_pointwise(node):
-        found = None if shape is None else _any_gradient(node, source, shape)
-    return found is not False
-
-
-def _any_gradient(node: fx.Node, source: fx.Node, shape: tuple[int, ...]) -> bool | None:
-    """Whether any of several trials has a nonzero gradient; None if none runs."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        trials = [_gradient(node, source, values) for values in _values(shape)]
-    ran = [found for found in trials if found is not None]
-    return any(ran) if ran else None
+def _outcome(node: fx.Node, source: fx.Node, shape: tuple[int, ...]) -> Outcome:
+    """Try a call on inputs of this shape, unless a like one was tried before."""
+    try:
+        key = node.op, node.target, frozen(node, lambda given: given is source), shape
+    except TypeError:  # an argument that cannot be hashed
+        return Outcome.UNKNOWN
+    if key not in _KNOWN:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            found = {_trial(node, source, values) for values in _values(shape)}
+        _KNOWN[key] = next((o for o in Outcome if o in found), Outcome.UNKNOWN)
+    return _KNOWN[key]
 
 
 def _values(shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -94,11 +97,8 @@ def _values(shape: tuple[int, ...]) -> Iterator[Tensor]:
         yield torch.empty(shape, dtype=torch.float64).uniform_(0.1, 0.9)
 
 
-def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
-    """Whether the gradient with respect to `source` is nonzero at these values.
-
-    None if the call does not run on them.
-    """
+def _trial(node: fx.Node, source: fx.Node, values: Tensor) -> Outcome:
+    """Take the gradient of a call with respect to `source` at these values."""
     x = values.clone().requires_grad_()
     # Each other input has its own values: no gradient passes a clamp between equal limits.
     inputs = [given for given in node.all_input_nodes if given is not source]
@@ -125,7 +125,7 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
             if isinstance(result, Tensor)
         ]
         if any(not tensor.numel() for tensor in tensors):
-            return None  # for example, a slice beyond the end of these small matrices
+            return Outcome.UNKNOWN  # a slice beyond the end of these small matrices, perhaps
         reals = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
         sums = [
             (real * torch.randn(real.shape, dtype=torch.float64)).sum()
@@ -133,11 +133,11 @@ def _gradient(node: fx.Node, source: fx.Node, values: Tensor) -> bool | None:
             if real.requires_grad
         ]
         if not sums:
-            return False
+            return Outcome.STOPS
     except Exception:  # noqa: BLE001 - for inputs that it does not support, a call raises anything
-        return None
+        return Outcome.UNKNOWN
     try:
         (gradient,) = torch.autograd.grad(sum(sums[1:], sums[0]), x, materialize_grads=True)
     except Exception:  # noqa: BLE001 - in a pointwise op, only a missing derivative can fail
-        return False if _is_pointwise(node) else None
-    return bool((gradient != 0).any())
+        return Outcome.STOPS if _is_pointwise(node) else Outcome.UNKNOWN
+    return Outcome.PASSES if (gradient != 0).any() else Outcome.ZERO
