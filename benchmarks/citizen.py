@@ -30,6 +30,7 @@ import transformers
 import trl
 from accelerate import Accelerator
 from common import Report, copy_adapters, randomise_b, start, untimed_parser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from tokenizers import Tokenizer
@@ -238,7 +239,7 @@ def accelerated(trained: Trained, folder: Path, steps: int, resume: Path | None)
     return losses
 
 
-def _options(folder: Path, steps: int) -> dict[str, Any]:
+def _options(folder: Path, steps: int, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,
@@ -251,6 +252,7 @@ def _options(folder: Path, steps: int) -> dict[str, Any]:
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
+        **more,
     }
 
 
@@ -300,11 +302,12 @@ def lightning_trained(trained: Trained, folder: Path, steps: int, resume: Path |
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(trained.parameters(), RATE)
 
-    every = lightning.pytorch.callbacks.ModelCheckpoint(
+    every = ModelCheckpoint(
         folder, every_n_train_steps=steps // 2, save_top_k=-1, filename="checkpoint-{step}"
     )
     module = Module()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    off = ("logger", "enable_progress_bar", "enable_model_summary")
+    quiet: dict[str, Any] = dict.fromkeys(off, False)
     found = lightning.Trainer(
         max_steps=steps, accelerator="cpu", callbacks=[every], default_root_dir=folder, **quiet
     )
@@ -377,7 +380,7 @@ def child(folder: Path, steps: int) -> None:
     trained = pair(captured(decoder=False))["fxlora"]
     (folder / "ready").touch()
     resume = last_whole(folder)
-    arguments = transformers.TrainingArguments(**_options(folder, steps) | {"save_steps": 1})
+    arguments = transformers.TrainingArguments(**_options(folder, steps, save_steps=1))
     found = transformers.Trainer(trained.model, arguments, train_dataset=Texts())
     found.train(resume_from_checkpoint=resume and str(resume))
     (folder / "losses.json").write_text(json.dumps(_losses(found)))

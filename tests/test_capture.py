@@ -827,7 +827,7 @@ def test_offloaded_weights_are_refused_with_advice_that_works() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is optional")
     source = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).eval()
     model = accelerate.cpu_offload(copy.deepcopy(source), torch.device("cpu"))
-    with pytest.raises(CaptureError, match="'0.weight' is on the meta device") as refused:
+    with pytest.raises(CaptureError, match=r"'0\.weight' is on the meta device") as refused:
         fxlora.capture(model, _X)
     advice = str(refused.value).rpartition("first: ")[2].rstrip(".")
     exec(advice, {"accelerate": accelerate, "model": model})

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import Dim
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 import fxlora
 
@@ -64,7 +65,7 @@ def sequences(*sizes: int) -> torch.Tensor:
 
 def outputs(module: nn.Module, args: tuple[Any, ...]) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    return torch.utils._pytree.tree_leaves(module(*args))
+    return pytree.tree_leaves(module(*args))
 
 
 def check(model: nn.Module, gm: fxlora.CapturedModule, calls: list[tuple[Any, ...]]) -> None:
@@ -82,7 +83,7 @@ def check(model: nn.Module, gm: fxlora.CapturedModule, calls: list[tuple[Any, ..
             bare = outputs(model, args)
             assert all(map(torch.equal, outputs(gm, args), bare))
             torch.manual_seed(1)
-            wanted = torch.utils._pytree.tree_leaves(functional_call(model, merged, args))
+            wanted = pytree.tree_leaves(functional_call(model, merged, args))
             assert (wanted[0] - bare[0]).abs().max() > 1e-2
             for module in (lora, folded):
                 for found, value in zip(outputs(module, args), wanted, strict=True):

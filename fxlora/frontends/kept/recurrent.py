@@ -74,7 +74,7 @@ for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         _define(_name, _op.input, _of_steps(_op.input)),
         _define(f"{_name}_packed", _op.data, _of_packed(_op.input)),
     )
-    _OPAQUE |= dict.fromkeys((getattr(torch, _name), _op.input, _op.data), _both)
+    _OPAQUE.update(dict.fromkeys((getattr(torch, _name), _op.input, _op.data), _both))
 
 
 @contextmanager
