@@ -361,3 +361,42 @@ def test_symbolic_sizes_choose_as_the_example_does() -> None:
     for x in inputs:
         program = torch.export.export(Wrapper(), (x,), dynamic_shapes=({0: Dim.AUTO},))
         assert torch.equal(program.module()(x), model(x))
+
+
+class Strides(nn.Module):
+    """Computes with something that depends on how a tensor lies in memory."""
+
+    def __init__(self, scale: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.scale = nn.Linear(4, 3), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.scale(x)
+
+
+@pytest.mark.parametrize(
+    ("scale", "graphs"),
+    [
+        (lambda x: 1, 1),
+        (lambda x: x.shape[1], 1),
+        (lambda x: 2 if x.is_contiguous() else 3, 2),
+        (lambda x: x.clone().stride(0), 2),
+        (lambda x: x.stride(0), 2),
+    ],
+    ids=["nothing", "a size", "is_contiguous", "stride of a copy", "stride"],
+)
+def test_examples_in_another_memory_order(scale: Any, graphs: int) -> None:
+    model, batch = Strides(scale).eval(), torch.randn(8, 6, 4)
+    examples = [batch[:5].clone(), batch[:4, 1:5]]
+    gm = fxlora.capture(model, calls=[((x,), {}) for x in examples])
+    assert len(gm.programs) == graphs
+    for x in examples:
+        assert torch.equal(gm(x), model(x))
+    if graphs == 1:
+        assert torch.equal(gm(batch[:2, :3]), model(batch[:2, :3]))
+
+
+def test_a_stride_of_a_copy_of_a_transposed_input() -> None:
+    model, x = Strides(lambda x: x.clone().stride(0)).eval(), torch.randn(6, 5, 4).transpose(0, 1)
+    assert torch.equal(fxlora.capture(model, x)(x), model(x))

@@ -262,6 +262,50 @@ def test_a_submodules_own_hooks_run_and_the_models_do_not() -> None:
     assert torch.equal(gm(IMAGES, IDS), model(IMAGES, IDS))
 
 
+class TwoNames(nn.Module):
+    """Has one submodule under two names and a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.again = self.body
+        self.head = nn.Linear(4, 2)
+
+    @property
+    def base(self) -> nn.Module:
+        return self.body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x) + self.again(x))
+
+
+@pytest.mark.parametrize("name", ["body", "again", "base"])
+def test_a_submodule_has_all_its_names(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = TwoNames().double().eval(), torch.randn(3, 6, dtype=torch.float64)
+    config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+    lora = fxlora.adapt(model, x, methods={name: x}, rules=config)
+    randomise(lora)
+    assert lora.captured_methods == ("forward", "body")
+    wanted = fxlora.merged(model, fxlora.fold(lora)).eval().body(x)
+    host = fxlora.hosted(model, lora)
+    for found in (lora.body(x), lora.again(x), host.body(x), host.again(x), host.base(x)):
+        assert (found - wanted).abs().max() <= 1e-10 < (wanted - model.body(x)).abs().max()
+    with pytest.raises(fxlora.SubmoduleError, match="Copy the host"):
+        copy.deepcopy(host.body)(x)
+
+
+def test_the_sources_code_in_a_host_calls_its_own_submodules() -> None:
+    """Without adapters, a submodule that was not captured runs its own code, inside and out."""
+    torch.manual_seed(0)
+    model, x = TwoNames().double().eval(), torch.randn(3, 6, dtype=torch.float64)
+    host = fxlora.hosted(model, fxlora.capture(model, x, methods={"body.0": x}))
+    wide = torch.randn(2, 3, 6, dtype=torch.float64)
+    assert torch.equal(host.body(wide), model.body(wide))  # "body.0" was captured for (3, 6)
+    with pytest.raises(fxlora.InputError, match="captured with 2 dimensions"):
+        host.body[0](wide)
+
+
 def test_a_submodule_that_was_not_captured_is_refused_with_advice_that_works(
     model: TwoTowers, with_parts: fxlora.CapturedModule
 ) -> None:

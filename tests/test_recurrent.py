@@ -127,6 +127,42 @@ def test_under_autocast() -> None:
     assert found.dtype == wanted.dtype == torch.bfloat16 and torch.equal(found, wanted)
 
 
+class TellsDtypes(Tagger):
+    """Its layer runs in another dtype under autocast, and its Python asks for that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.layer(x)[0]
+        return found * 2 if found.dtype == torch.bfloat16 else found
+
+
+@pytest.mark.autocast
+def test_a_model_that_asks_for_the_dtype_under_autocast() -> None:
+    model, x = TellsDtypes("RNN").eval(), sequences(7, 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        gm = fxlora.capture(model, x)  # the steps come first, so their number is dynamic
+        for given in (x, sequences(4, 3).float()):
+            found, wanted = gm(given), model(given)
+            assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
+
+
+class TakesGradients(Tagger):
+    """Takes a gradient through its layer in the forward, which an opaque op cannot give."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            energy = self.layer(x)[0].sum() + (x**2).sum()
+            (gradient,) = torch.autograd.grad(energy, x)
+        return gradient @ self.layer.weight_ih_l0.T
+
+
+def test_a_gradient_in_the_forward() -> None:
+    model = TakesGradients("RNN").double()
+    with pytest.warns(fxlora.FxLoraWarning, match="submodules are captured instead"):
+        gm = fxlora.capture(model, sequences(7, 3))
+    assert torch.equal(gm(sequences(7, 3)), model(sequences(7, 3)))
+
+
 @pytest.mark.parametrize("is_sorted", [True, False])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN, relu"])
 def test_packed_sequences(kind: str, is_sorted: bool) -> None:

@@ -14,7 +14,7 @@ from ..module.example_calls import Call, calls_of, calls_of_methods
 from ..module.program import MODES, Program
 from .examples import in_signature_order
 from .kept.hooks import refuse_backward_hooks
-from .methods import method_of, signature_of
+from .methods import method_of, own_name, signature_of
 from .tree import refuse_lazy
 
 
@@ -90,9 +90,11 @@ def given_calls(
     Raises:
         CaptureError: they are no example calls of the model.
     """
-    of_methods = {} if methods is None else calls_of_methods(methods, CaptureError)
-    for name in of_methods:
+    named = {} if methods is None else calls_of_methods(methods, CaptureError)
+    of_methods: dict[str, list[Call]] = {}
+    for name, calls_of_one in named.items():
         _check_method(model, name)
+        of_methods.setdefault(own_name(model, name), []).extend(calls_of_one)
     forward = _example_calls(args, kwargs, calls)
     if "forward" in of_methods:
         raise CaptureError("give the calls of the forward as args and kwargs, or as calls=[…].")

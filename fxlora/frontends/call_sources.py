@@ -16,7 +16,7 @@ from ..module.example_calls import Call
 from ..module.program import MODES
 from ..tables import some
 from .examples import Example, examples_for, examples_for_kind, same_but_for_sizes
-from .exported import Source, export_modes
+from .exported import Source, export_modes, reads_strides
 from .kept.python_state import Attribute, Unknown, holding
 from .methods import called_by
 from .tree import working_copy
@@ -86,6 +86,8 @@ class Sources:
             source = self._exported(examples_for_kind(calls), self.parts)
         except CaptureError:
             return None
+        if any(reads_strides(module) for module in source.modules.values()):
+            return None  # export has the strides of the one example
         holds = all(source.holds_for(*call) and self._does_same(source, call) for call in calls)
         return source if holds else None
 

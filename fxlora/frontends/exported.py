@@ -221,6 +221,7 @@ def _attempt(
         program, module = _exported(model, example)
     module.meta[RECORDED] = calls.taken(module.graph)
     _refuse_unknown_squeezes(model, module.graph)
+    _refuse_strides(model, module, example)
     spec = contract_of(program, module, model, example)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
@@ -337,6 +338,33 @@ def _refuse_unknown_squeezes(model: nn.Module, graph: fx.Graph) -> None:
                 "cannot decide whether that drops a dimension. Pass squeeze the dimension whose "
                 "size is 1."
             )
+
+
+def reads_strides(module: fx.GraphModule) -> bool:
+    """Whether a graph computes with how a tensor lies in memory."""
+    packets = (torch.ops.aten.sym_stride, torch.ops.aten.sym_storage_offset)
+    graphs = (m.graph for m in module.modules() if isinstance(m, fx.GraphModule))
+    return any(
+        getattr(node.target, "overloadpacket", None) in packets
+        for graph in graphs
+        for node in graph.nodes
+    )
+
+
+def _refuse_strides(model: nn.Module, module: fx.GraphModule, example: Example) -> None:
+    """Raise CaptureError if a dynamic graph may compute with strides that another tensor has.
+
+    torch.export writes the stride of a copy of an input as a stride of the input, whose symbol is
+    the same in the example. If the input does not lie in memory as its copies do, that is wrong.
+    """
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+    if all(t.is_contiguous() for t in tensors) or not reads_strides(module):
+        return
+    raise CaptureError(
+        f"{type(model).__name__} computes with strides, and an example input is not contiguous: "
+        "its graph holds for no other size. Give contiguous examples (x.contiguous())."
+    )
 
 
 def _allow_batch_of_one(

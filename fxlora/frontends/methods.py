@@ -38,6 +38,12 @@ def method_of(model: nn.Module, name: object) -> Callable[..., Any]:
     )
 
 
+def own_name(model: nn.Module, name: str) -> str:
+    """Return the first path of a submodule that has several; the name of a method as it is."""
+    called = method_of(model, name)
+    return next((path for path, part in model.named_modules() if part is called), name)
+
+
 def signature_of(model: nn.Module, name: str = "forward") -> inspect.Signature:
     """Return the signature of a method, or of a submodule's forward."""
     called = method_of(model, name)

@@ -337,7 +337,7 @@ def _share_tensors(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module
         mine = host._modules.get(name)
         if mine is None:
             host._modules[name] = mine = child
-        else:
+        elif mine is not child:  # as in a submodule with two names, the second time
             yield from _share_tensors(mine, child)
         yield host, name, mine
 

@@ -266,8 +266,13 @@ class HostPart(Part):
     source_class: type[nn.Module] = nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        seal: Seal = self.__dict__["_seal"]
-        if run := seal.calls.get(self._path):
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal is None:
+            raise SubmoduleError(
+                f"a copy of the host's submodule '{self._path}' cannot be called. Copy the host."
+            )
+        # While it is open, the source's own code runs, for which no adapters have to act.
+        if not seal.open and (run := seal.calls.get(self._path)):
             return run(*args, **kwargs)
         if seal.adapted:
             raise SubmoduleError(
