@@ -139,7 +139,8 @@ class TellsDtypes(Tagger):
 def test_a_model_that_asks_for_the_dtype_under_autocast() -> None:
     model, x = TellsDtypes("RNN").eval(), sequences(7, 3).float()
     with torch.autocast("cpu", torch.bfloat16):
-        gm = fxlora.capture(model, x)  # the steps come first, so their number is dynamic
+        with pytest.warns(fxlora.FxLoraWarning, match="captured with torch.autocast"):
+            gm = fxlora.capture(model, x)  # the steps come first, so their number is dynamic
         for given in (x, sequences(4, 3).float()):
             found, wanted = gm(given), model(given)
             assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
