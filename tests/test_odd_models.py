@@ -94,13 +94,15 @@ def test_recurrent_cells(cell: type[nn.Module]) -> None:
     assert len(plan_of(lora)) == 2
 
 
-def test_packed_sequences_are_refused() -> None:
+def test_sequences_that_the_forward_packs_are_a_region() -> None:
     def packs(model: Any, x: torch.Tensor) -> torch.Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 5]), batch_first=True)
         return model.lstm(packed)[0].data
 
-    with pytest.raises(CaptureError, match=__file__):
-        fxlora.capture(Odd(packs, lstm=nn.LSTM(5, 6).double()), normal(2, 7, 5))
+    model, x = Odd(packs, lstm=nn.LSTM(5, 6, batch_first=True).double()), normal(2, 7, 5)
+    with pytest.warns(fxlora.FxLoraWarning, match="submodules are captured instead"):
+        gm = fxlora.capture(model, x)
+    assert gm.regions == ("lstm",) and torch.equal(gm(x), model(x))
 
 
 # ---- parametrized weights -----------------------------------------------------------------------

@@ -75,6 +75,7 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
 # Files outside passes/ that write to a graph, and to which graph or part of one.
 GRAPH_WRITERS = {
     "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
+    "frontends/arguments.py": "no graph: an empty one, to ask what every captured module has",
     "frontends/assumptions.py": "a graph of its own for each guard",
     "frontends/autocast_proof.py": "assertions of torch.export, in a graph just exported",
     "frontends/autocast_choices.py": "constants that depend on autocast, in a graph just exported",
@@ -83,6 +84,7 @@ GRAPH_WRITERS = {
     "frontends/kept/module_calls.py": "marks of the calls to outline, in a graph just exported",
     "frontends/kept/checkpoints.py": "checkpoints become nested graphs while a capture is made",
     "frontends/kept/functions.py": "calls of autograd.Functions, in a graph just exported",
+    "frontends/kept/recurrent.py": "torch's ops for opaque ones, in a graph just exported",
     "frontends/spellings.py": "aten overloads for Python's spellings, in a graph just traced",
     "frontends/tree.py": "tied weights under each module's name, in a capture that is being made",
     "fx/nested.py": "operands of calls of nested graphs: the helper that passes write with",

@@ -16,6 +16,7 @@ _TORCH = f"{inspect.getfile(torch).rpartition('/')[0]}/"
 _FXLORA = f"{errors.__file__.rpartition('/')[0]}/"
 _SYMPY = f"{inspect.getfile(sympy).rpartition('/')[0]}/"
 _STDLIB = f"{sysconfig.get_path('stdlib')}/"
+_HANDLERS = ("__torch_function__", "__torch_dispatch__")  # of modes: between a model and its ops
 _PACKAGES = tuple(f"{sysconfig.get_path(kind)}/" for kind in ("purelib", "platlib"))
 
 
@@ -49,7 +50,7 @@ def _up(frame: FrameType | None) -> Iterable[tuple[str, int]]:
     inside = False
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_FXLORA) and inside:
+        if name.startswith(_FXLORA) and inside and frame.f_code.co_name not in _HANDLERS:
             return
         inside = inside or not name.startswith(_FXLORA)
         yield name, frame.f_lineno
