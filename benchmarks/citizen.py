@@ -33,6 +33,8 @@ from common import Report, copy_adapters, randomise_b, start, untimed_parser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -117,9 +119,6 @@ class Trained:
             self.model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-        from safetensors.torch import load_file
-
         if self.module:
             saved = load_file(folder / "adapter_model.safetensors")
             own = dict(self.module.named_parameters())
@@ -260,9 +259,9 @@ def _losses(trainer: Any) -> Losses:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trainer(trained: Trained, folder: Path, steps: int, resume: Path | None, **more: Any) -> Losses:
+def trainer(trained: Trained, folder: Path, steps: int, resume: Path | None) -> Losses:
     torch.manual_seed(2)  # the order of the texts
-    arguments = transformers.TrainingArguments(**_options(folder, steps) | more)
+    arguments = transformers.TrainingArguments(**_options(folder, steps))
     found = transformers.Trainer(trained.model, arguments, train_dataset=Texts())
     found.train(resume_from_checkpoint=resume and str(resume))
     losses = _losses(found)
