@@ -260,11 +260,10 @@ READ = [
     *("RepVGG: another read in eval", "a head in training only", "packed QKV: q and v"),
     *("head.weight = emb.weight, rule on head", "head.weight = emb.weight, tied=share"),
     *("stacked experts, bmm", "a clone of W, changed in place", "a weight times a weight"),
-    *("checkpoint", "experts chosen by Python"),
+    *("checkpoint", "torch.cond", "experts chosen by Python", "LSTM, projected, both ways"),
 ]
 READ_ALIKE = [  # in form, or in how many graphs they are read in
     *("DoRA", "PiSSA: F.linear(x, self.lin.weight)", "weight_norm"),
-    *("LSTM, projected, both ways", "torch.cond"),
     *("MultiheadAttention: q and v", "one module under two names"),
     *("DoRA: embedding", "EmbeddingBag, sum"),
 ]
