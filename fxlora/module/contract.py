@@ -370,7 +370,7 @@ class InputSpec:
                 f"called with {len(args)} positional arguments, captured with {most}: {others}. "
                 "Leave out the others, give them by name, or capture again with them."
             )
-        if twice := kwargs.keys() & self.names[: len(args)]:
+        if twice := {name for name in self.names[: len(args)] if name in kwargs}:
             raise InputError(f"{min(twice)}: given twice, by position and by name.")
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         for name in given:
