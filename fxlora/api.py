@@ -19,7 +19,7 @@ from .errors import (
     UnsupportedOpError,
     warn,
 )
-from .frontends import capture
+from .frontends import capture, capture_recorded
 from .frontends.arguments import given_calls
 from .frontends.joined import check_same_model, joined
 from .lora.dtypes import dtype_rule
@@ -176,10 +176,10 @@ def capture_more(
     check_captured(module, "capture_more")
     if module.folded:
         raise InputError("a folded module has other weights than its model: capture before fold.")
-    if module.parent_module or module.known.outlined or not module.exported:
+    if module.parent_module or not module.exported:
         raise CaptureError(
-            "only a module of whole graphs from example inputs, without modules=, can get more of "
-            "them: capture the model with all its calls."
+            "only a module of whole graphs from example inputs can get more of them: capture the "
+            "model with all its calls."
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(f"capture_more takes the nn.Module, not {type(model).__name__}.")
@@ -190,7 +190,15 @@ def capture_more(
     for method, of_method in given.items():
         for call in of_method:
             _refuse_captured(module, method, call)
-    more = capture(model, args, kwargs, calls=calls, methods=methods, dynamic_shapes=dynamic_shapes)
+    more = capture_recorded(
+        model,
+        args,
+        kwargs,
+        calls=calls,
+        methods=methods,
+        dynamic_shapes=dynamic_shapes,
+        modules=module.known.outlined,
+    )
     if more.parent_module:
         raise CaptureError(f"the further calls have no whole graph: {more.parent_module.why}")
     check_same_model(module, more)

@@ -99,17 +99,44 @@ def capture(
         >>> torch.equal(gm(x), model(x)), gm.train()(x[:2]).shape
         (True, torch.Size([2, 4]))
     """
+    return _from_examples(model, (args, kwargs, calls, methods), dynamic_shapes, modules)
+
+
+@torch.inference_mode(False)
+def capture_recorded(
+    model: nn.Module,
+    args: tuple[Any, ...] | torch.Tensor | None,
+    kwargs: dict[str, Any] | None,
+    *,
+    calls: Sequence[Call] | None,
+    methods: Mapping[str, MethodCalls] | None,
+    dynamic_shapes: Any,
+    modules: Sequence[str],
+) -> CapturedModule:
+    """Capture a model with the calls of submodules recorded, so that they can be outlined later."""
+    examples = (args, kwargs, calls, methods)
+    return _from_examples(model, examples, dynamic_shapes, modules, outline=False)
+
+
+def _from_examples(
+    model: nn.Module,
+    examples: tuple[Any, Any, Sequence[Call] | None, Mapping[str, MethodCalls] | None],
+    dynamic_shapes: Any,
+    modules: Modules | None,
+    outline: bool = True,
+) -> CapturedModule:
+    """Capture a model by the user's examples: args, kwargs, calls and methods of `capture`."""
     model = uncompiled(model, CaptureError)
     check_model(model)
     try:
         with callers_autocast():
-            given = given_calls(model, args, kwargs, calls, methods)
-            return _capture(model, given, calls is not None, dynamic_shapes, modules)
+            given = given_calls(model, *examples)
+            several = examples[2] is not None
+            return _capture(model, given, several, dynamic_shapes, modules, outline)
     except (FxLoraError, Warning):  # a filter may turn warnings into errors
         raise
     except Exception as error:
-        values = (args, kwargs, calls, methods)
-        raise capture_error(model, "either", error, values=values, otherwise=_REPORT) from error
+        raise capture_error(model, "either", error, values=examples, otherwise=_REPORT) from error
 
 
 _REPORT = "fxlora did not expect this error: please report it, with the model."
@@ -121,11 +148,13 @@ def _capture(
     several: bool,
     dynamic_shapes: Any,
     modules: Modules | None,
+    outline: bool,
 ) -> CapturedModule:
     """Capture a model by the example calls of each of its methods.
 
     Args:
         several: whether `dynamic_shapes` is a list with an item for each call of the forward.
+        outline: whether the chosen modules are to be outlined, and not only their calls recorded.
     """
     parts = () if modules is None else chosen_modules(model, modules)
     if dynamic_shapes is not None and "forward" not in given:
@@ -134,17 +163,11 @@ def _capture(
         if parts:
             raise CaptureError("modules needs example inputs: capture(model, args, modules=...).")
         return _capture_traced(model)
-    if parts and {method: len(calls) for method, calls in given.items()} != {"forward": 1}:
-        raise CaptureError(
-            "modules goes with one example call of the forward. Capture the training's call with "
-            "it, and the others without: save_adapter and load_adapter take "
-            "the adapters from one to the other."
-        )
     shapes = {method: [None] * len(calls) for method, calls in given.items()}
     if dynamic_shapes is not None:
         number = len(given["forward"])
         shapes["forward"] = shapes_of(number, dynamic_shapes) if several else [dynamic_shapes]
-    return _capture_exported(model, given, shapes, parts)
+    return _capture_exported(model, given, shapes, parts, outline)
 
 
 def _capture_exported(
@@ -152,6 +175,7 @@ def _capture_exported(
     given: Mapping[str, list[Call]],
     shapes: Mapping[str, Sequence[Any]],
     parts: tuple[str, ...],
+    outline: bool,
 ) -> CapturedModule:
     """Export the model for each call of each method, or else its submodules for all of them."""
     register_containers(model)
@@ -169,7 +193,7 @@ def _capture_exported(
         if parts or any(asked is not None for asked in shapes["forward"]):  # a whole graph is asked
             raise
         return _capture_by_regions(model, given["forward"], failure)
-    return _assemble(model, sources, parts=parts)
+    return _assemble(model, sources, outlined=parts if outline else ())
 
 
 def _sources(
@@ -200,7 +224,7 @@ def _capture_by_regions(
         f"{failure} Its submodules are captured instead, and its Python calls them: "
         f"{some(module.regions)}. Print the module for details.",
         FxLoraWarning,
-        stacklevel=6,  # the decorator of `capture` adds a frame
+        stacklevel=7,  # the decorator of `capture` adds a frame
     )
     return module
 
@@ -222,7 +246,7 @@ def _assemble(
     model: nn.Module,
     sources: Sequence[Source],
     parent: ParentModule | None = None,
-    parts: tuple[str, ...] = (),
+    outlined: tuple[str, ...] = (),
 ) -> CapturedModule:
     """Build the captured module: the sources' graphs of both modes over one parameter tree."""
     found = _Held(model)
@@ -253,7 +277,7 @@ def _assemble(
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
         outputs=_output_embeddings(model),
-        outlined=parts,
+        outlined=outlined,
         written=_all_names(tree, found.written),
         changes=frozenset(".".join(name) for s in sources for name in s.changes.names),
         apart=frozenset(p for p, m in model.named_modules() if m.training != model.training),

@@ -117,6 +117,11 @@ def part_of(graph: fx.Graph, path: str) -> list[Hashable]:
     ]
 
 
+def is_in(node: fx.Node, path: str) -> bool:
+    """Whether a node is known to be of a call in the forward of the module at a path."""
+    return bool(_stack(node)) and _may_be_in(node, path)
+
+
 def _may_be_in(node: fx.Node, path: str) -> bool:
     stack = [str(place).partition("@")[0] for place, _ in _stack(node)]
     return not stack or any(place == path or place.startswith(f"{path}.") for place in stack)

@@ -66,7 +66,10 @@ def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule
 
 
 def same_graph_except_sizes(
-    dynamic: fx.Graph, static: fx.Graph, symbols: Mapping[str, int]
+    dynamic: fx.Graph,
+    static: fx.Graph,
+    symbols: Mapping[str, int],
+    others: Mapping[str, int] | None = None,
 ) -> bool:
     """Whether two exported graphs have the same ops on the same inputs, and equal sizes.
 
@@ -76,6 +79,7 @@ def same_graph_except_sizes(
 
     Args:
         symbols: the value of each symbol of the dynamic graph, by name.
+        others: the value of each symbol of the static graph, if only a part of it is static.
     """
     graphs = (dynamic, static)
     ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
@@ -90,11 +94,11 @@ def same_graph_except_sizes(
         a = left.popleft()
         numbers[a] = numbers[b] = index
         if inner := _nested_pair(a, b):
-            if not same_graph_except_sizes(inner[0].graph, inner[1].graph, symbols):
+            if not same_graph_except_sizes(inner[0].graph, inner[1].graph, symbols, others):
                 return False
         elif a.op != b.op or (a.op != "placeholder" and a.target != b.target):
             return False
-        first, second = (_flat(node, numbers, symbols) for node in (a, b))
+        first, second = _flat(a, numbers, symbols), _flat(b, numbers, others or {})
         if len(first) != len(second) or not all(map(same_literal, first, second)):
             return False
     return not left

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, SubmoduleError
 from ..fx.autocast import current_autocast
-from .autocasts import UNKNOWN
+from .block_calls import BlockCall, Calls
 from .block_checks import same
-from .block_contract import of_any_dtype, within
 from .contract import ConstantInput, InputSpec
-from .outlining import FACADE, OUTER, ModuleCall, OutlinedGraph
-from .program import Program, ProgramModule, code_of, forward_function, tensors_of
+from .outlining import FACADE, OUTER
+from .program import MODES, Program, ProgramModule, code_of, forward_function, tensors_of
+from .several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
 from .submodules import (
     Container,
     Guarded,
@@ -30,53 +32,106 @@ from .submodules import (
 )
 
 
-class Block(Guarded, ProgramModule):
-    """A submodule whose part of the graph is a graph of its own, per mode.
+class BlockGraphs(ProgramModule):
+    """Runs one graph of a block in each mode.
 
-    It takes the source's arguments and returns the source's result. Hooks, wrappers, `train()` and
-    `eval()` work on it as on any module, and it may be replaced.
+    It takes the source's arguments and returns the source's result.
 
     Attributes:
-        path: its path in the whole model.
-        calls: the recorded call, by mode.
-        alike: pairs of leaves of the arguments, by index, that were one value at capture, by mode.
-        any_dtype: the contract for calls under autocast, which accepts any dtype, by mode.
+        path: the block's path in the whole model.
+        only: the call that each mode's graph was captured for; empty if the graph is one that
+            chooses among several.
     """
 
-    calls: Mapping[str, ModuleCall]
-    alike: Mapping[str, Sequence[tuple[int, int]]]
-    any_dtype: Mapping[str, InputSpec]
+    path: str
+    only: Mapping[str, BlockCall]
 
-    def __new__(
-        cls, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
-    ) -> Block:
-        code = (code_of(made.graph) for made in graphs.values())
+    @property
+    def contract(self) -> InputSpec | None:
+        call = self.only.get(self.mode)
+        return call and (call.any_dtype if current_autocast() else call.inputs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.only:
+            return super().run(args, kwargs)
+        call = self.only[self.mode]
+        pairs = call.inputs.pairs(args, kwargs)
+        given = [value for leaf, value in pairs if not isinstance(leaf, ConstantInput)]
+        leaves = self._forwards[self.training](self._view, *given)
+        return pytree.tree_unflatten(leaves, call.recorded.output.structure)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._check(args, kwargs)
+        call = self.only.get(self.mode)
+        pairs = call.inputs.pairs(args, kwargs) if call and call.alike else []
+        for index, other in call.alike if call else ():
+            (one, value), (two, second) = pairs[index], pairs[other]
+            if not same(value, second):
+                raise self._refusal(
+                    InputError(
+                        f"{one.name} and {two.name}: captured as one value that was given for "
+                        "both, called with different ones (or with one whose gradient goes "
+                        "elsewhere). Give the same for both, or capture a model that gives "
+                        "different ones."
+                    )
+                )
+
+    def _refusal(self, error: InputError) -> InputError:
+        return InputError(f"'{self.path}': {error}")
+
+
+class _CallRunner(BlockGraphs):
+    """Runs one of the calls of a block that has several in a mode, on the block's tensors."""
+
+    def __new__(cls, block: Block, call: BlockCall) -> _CallRunner:
+        return object.__new__(_runner_class(code_of(call.graph)))
+
+    def __init__(self, block: Block, call: BlockCall) -> None:
+        only = dict.fromkeys(MODES, call)
+        self.__dict__.update(_block=block, path=block.path, only=only)
+        super().__init__(block, _program(block.path, only), type(block).__name__, training=True)
+
+    def look(self) -> None:
+        self.__dict__["_view"] = self._block.view()
+
+
+class Block(Guarded, BlockGraphs):
+    """A submodule whose part of the graph is a graph of its own, per mode and way of calling it.
+
+    Hooks, wrappers, `train()` and `eval()` work on it as on any module, and it may be replaced.
+
+    Attributes:
+        calls: the calls of it, by mode.
+        runners: what runs them, by mode, if a mode has another number of them than one.
+    """
+
+    calls: Calls
+    runners: Mapping[str, Sequence[_CallRunner]]
+
+    def __new__(cls, held: nn.Module, path: str, calls: Calls) -> Block:
+        code = (code_of(graph) for graph in _program_for(path, calls).graphs.values())
         return object.__new__(_block_class(_source_class(held), *code))
 
-    def __init__(
-        self, held: nn.Module, path: str, graphs: Mapping[str, OutlinedGraph], whole: Program
-    ) -> None:
-        self.__dict__["_kind"] = _source_class(held)
-        program = _program(path, graphs, whole)
-        super().__init__(held, program, _source_class(held).__name__, held.training)
-        self.path = path
-        self._note(graphs)
+    def __init__(self, held: nn.Module, path: str, calls: Calls) -> None:
+        kind = _source_class(held)
+        self.__dict__.update(_kind=kind, path=path, runners={})
+        self._note(calls)
+        super().__init__(held, _program_for(path, calls), kind.__name__, held.training)
+        self._make_runners()
 
-    def _note(self, graphs: Mapping[str, OutlinedGraph]) -> None:
-        """Store the recorded calls, and the contracts that a call is checked against."""
-        self.calls = {mode: made.call for mode, made in graphs.items()}
-        self.alike = {mode: sorted(made.alike) for mode, made in graphs.items()}
-        inputs = self.program.inputs.items()
-        self.any_dtype = {mode: of_any_dtype(spec) for mode, spec in inputs if spec}
+    def _note(self, calls: Calls) -> None:
+        self.__dict__.update(calls=calls, only=_only(calls))
 
-    def renew(self, graphs: Mapping[str, OutlinedGraph], whole: Program) -> None:
+    def _make_runners(self) -> None:
+        made = {} if self.only else self.calls
+        self.runners = {mode: [_CallRunner(self, c) for c in of] for mode, of in made.items()}
+
+    def renew(self, calls: Calls) -> None:
         """Take the graphs of the whole model after a change; hooks and wrappers stay."""
-        self.program = _program(self.path, graphs, whole)
-        self._note(graphs)
-        self._generated.clear()
-        self._forwards.clear()
-        self.look()
-        self._select_graph()
+        self._note(calls)
+        self.program = _program_for(self.path, calls)
+        self._make_runners()
+        self.forget_code()
 
     def look_from(self, outer: nn.Module) -> None:
         """Have the graphs' code find the tensors of the whole model, as `outer`."""
@@ -84,51 +139,56 @@ class Block(Guarded, ProgramModule):
         self.look()
 
     def look(self) -> None:
+        self.__dict__["_view"] = self.view()
+        for runner in (runner for runners in self.runners.values() for runner in runners):
+            runner.look()
+
+    def view(self) -> nn.Module:
+        """Return what the code of the block's graphs runs on."""
         view = plain_view(self)
-        view.__dict__.update({FACADE: self, OUTER: self.__dict__.get("_outer")})
-        self.__dict__["_view"] = view
+        view.__dict__.update({FACADE: self, OUTER: self.__dict__.get("_outer"), CHOOSER: self})
+        return view
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call, contract = self.calls[self.mode], self.contract
-        assert contract is not None
-        pairs = contract.pairs(args, kwargs)
-        given = [value for leaf, value in pairs if not isinstance(leaf, ConstantInput)]
-        leaves = self._forwards[self.training](self._view, *given)
-        return pytree.tree_unflatten(leaves, call.output.structure)
+    @property
+    def call_chooser(self) -> Block:
+        """The block itself, for the graph that chooses (see several_calls.py)."""
+        return self
 
-    def _refusal(self, error: InputError) -> InputError:
-        return InputError(f"'{self.path}': {error}")
+    def chosen_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraphs:
+        """Return the module whose graph runs a call in the block's mode.
+
+        Raises:
+            InputError: none of the captured calls is like this one.
+        """
+        return self._chosen(self.mode, args, kwargs)
+
+    def _chosen(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraphs:
+        if self.only:
+            return self
+        if not self.runners[mode]:
+            raise self._refusal(InputError(f"the model was not seen to call it in {mode} mode."))
+        try:
+            return first_that_holds(self.runners[mode], args, kwargs)
+        except InputError as error:
+            raise self._refusal(error) from None
+
+    def _sign(self, signature: inspect.Signature) -> None:
+        contracts = [call.inputs for mode in MODES for call in self.calls[mode]]
+        super()._sign(signature_of_all(contracts))
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seal: Seal = self.__dict__["_seal"]
-        if self.training is not seal.owner.training and not self._alike():
+        if self.training is not seal.owner.training and not self._modes_fit(args, kwargs):
             raise SubmoduleError(
                 f"'{self.path}' takes or returns other things in train mode than in eval mode, so "
                 "its mode cannot be set apart from the module's."
             )
-        contract = self.any_dtype[self.mode] if current_autocast() else self.contract
-        assert contract is not None
-        try:
-            contract.check(args, kwargs)
-            self._check_alike(contract, args, kwargs)
-            self.program.autocasts.get(self.mode, UNKNOWN).check()
-        except InputError as error:
-            raise self._refusal(error) from None
+        super()._check(args, kwargs)
 
-    def _check_alike(self, contract: InputSpec, args: Any, kwargs: dict[str, Any]) -> None:
-        """Raise InputError for two tensors where the graph has one, as for `self(x, x)`."""
-        pairs = contract.pairs(args, kwargs) if self.alike[self.mode] else []
-        for index, other in self.alike[self.mode]:
-            (one, value), (two, second) = pairs[index], pairs[other]
-            if not same(value, second):
-                raise InputError(
-                    f"{one.name} and {two.name}: captured as one value that was given for both, "
-                    "called with different ones (or with one whose gradient goes elsewhere). Give "
-                    "the same for both, or capture a model that gives different ones."
-                )
-
-    def _alike(self) -> bool:
-        train, evaluation = self.calls["train"], self.calls["eval"]
+    def _modes_fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether both modes take these arguments, and return the same structure."""
+        chosen = (self._chosen(mode, args, kwargs).only[mode].recorded for mode in MODES)
+        train, evaluation = chosen
         return train.names == evaluation.names and train.output == evaluation.output
 
     def __getattr__(self, name: str) -> Any:
@@ -184,10 +244,30 @@ def _block_class(kind: type[nn.Module], *code: str) -> type[Block]:
     return subclass(kind, (Block,), names)
 
 
-def _program(path: str, graphs: Mapping[str, OutlinedGraph], whole: Program) -> Program:
-    made = {mode: found.graph for mode, found in graphs.items()}
-    inputs = {mode: within(found.inputs, whole.inputs[mode]) for mode, found in graphs.items()}
-    return Program(made, dict(inputs), path, autocasts=whole.autocasts)
+@functools.cache
+def _runner_class(code: str) -> type[_CallRunner]:
+    """Return the class of all runners whose graph has this code, as `_block_class` does."""
+    names = {"__module__": __name__, "forward": forward_function()}
+    return types.new_class("_CallRunner", (_CallRunner,), exec_body=lambda ns: ns.update(names))
+
+
+def _only(calls: Calls) -> dict[str, BlockCall]:
+    """Return the call of each mode if each has one, else nothing."""
+    only = all(len(found) == 1 for found in calls.values())
+    return {mode: found[0] for mode, found in calls.items()} if only else {}
+
+
+def _program_for(path: str, calls: Calls) -> Program:
+    return _program(path, only) if (only := _only(calls)) else choosing_program()
+
+
+def _program(path: str, calls: Mapping[str, BlockCall]) -> Program:
+    return Program(
+        {mode: call.graph for mode, call in calls.items()},
+        {mode: call.inputs for mode, call in calls.items()},
+        path,
+        autocasts={mode: call.autocasts for mode, call in calls.items()},
+    )
 
 
 def _source_class(held: nn.Module) -> type[nn.Module]:

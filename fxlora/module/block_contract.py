@@ -10,9 +10,19 @@ from typing import Any, NamedTuple
 
 import sympy
 import torch
+from torch import fx
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from .contract import Dimension, Guard, Input, InputSpec, IntegerInput, TensorInput
+from ..fx.literals import same_literal
+from .contract import (
+    ConstantInput,
+    Dimension,
+    Guard,
+    Input,
+    InputSpec,
+    IntegerInput,
+    TensorInput,
+)
 
 
 def dimension_of(size: Any) -> int | Dimension:
@@ -85,6 +95,85 @@ def _dimension_of_both(one: int | Dimension, other: int | Dimension) -> int | Di
     (low, high), (least, most) = _sizes_of(one), _sizes_of(other)
     highest = None if high is None or most is None else max(high, most)
     return Dimension(f"{_name_of(one)}|{_name_of(other)}", min=min(low, least), max=highest)
+
+
+def may_overlap(one: InputSpec, other: InputSpec) -> bool:
+    """Whether there may be a call that two contracts hold for; their guards are not asked."""
+    if set(one.names) != set(other.names):
+        return False
+    ours, theirs = (
+        dict(zip(spec.names, zip(spec.structures, spec.leaves, strict=True), strict=True))
+        for spec in (one, other)
+    )
+    return all(_arguments_may_be_equal(ours[name], theirs[name]) for name in ours)
+
+
+_Argument = tuple[Any, tuple[Input, ...]]  # its structure and its leaves
+
+
+def _arguments_may_be_equal(one: _Argument, other: _Argument) -> bool:
+    (structure, leaves), (another, others) = one, other
+    if structure == another:
+        return all(map(_inputs_may_be_equal, leaves, others))
+    whole = [found for tree, held in (one, other) if tree.is_leaf() for found in held]
+    return any(isinstance(leaf, ConstantInput) for leaf in whole)  # a constant may be a container
+
+
+def _inputs_may_be_equal(one: Input, other: Input) -> bool:
+    if isinstance(one, TensorInput) and isinstance(other, TensorInput):
+        same_rank = len(one.dims) == len(other.dims)
+        same_dtype = None in (one.dtype, other.dtype) or one.dtype == other.dtype
+        return same_rank and same_dtype and all(map(_sizes_may_be_equal, one.dims, other.dims))
+    if isinstance(one, ConstantInput) and isinstance(other, ConstantInput):
+        return same_literal(one.value, other.value)
+    if isinstance(one, IntegerInput) and isinstance(other, IntegerInput):
+        return _sizes_may_be_equal(one.dim, other.dim)
+    constant = next((leaf.value for leaf in (one, other) if isinstance(leaf, ConstantInput)), None)
+    plain = isinstance(constant, (str, float, type(None)))
+    tensor = isinstance(one, TensorInput) or isinstance(other, TensorInput)
+    return not plain and not (tensor and isinstance(constant, int))
+
+
+def _sizes_may_be_equal(one: int | Dimension, other: int | Dimension) -> bool:
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    if isinstance(one, Dimension) and isinstance(other, Dimension):
+        (low, high), (least, most) = _sizes_of(one), _sizes_of(other)
+        return not ((high is not None and high < least) or (most is not None and most < low))
+    size, dim = (one, other) if isinstance(one, int) else (other, one)
+    return isinstance(dim, Dimension) and isinstance(size, int) and dim.solve(size) is not None
+
+
+def symbols_of_both(
+    one: fx.Graph, other: fx.Graph
+) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Return values of two graphs' symbols with which their inputs have the sizes of the first's.
+
+    None if there are none.
+    """
+    values = [[node.meta.get("val") for node in g.find_nodes(op="placeholder")] for g in (one, other)]
+    shapes = [[size for value in of_one for size in _sizes(value)] for of_one in values]
+    if len(shapes[0]) != len(shapes[1]):
+        return None
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in shapes[0]]
+    found = [_solved(shape, sizes) for shape in shapes]
+    return None if None in found else (found[0] or {}, found[1] or {})
+
+
+def _sizes(value: Any) -> Sequence[Any]:
+    return value.shape if isinstance(value, torch.Tensor) else (value,)
+
+
+def _solved(dims: Sequence[Any], sizes: Sequence[Any]) -> dict[str, int] | None:
+    """Return the values of symbols with which dimensions have these sizes, or None."""
+    symbols: dict[str, int] = {}
+    for dim, size in zip(map(dimension_of, dims), sizes, strict=True):
+        value = dim.solve(size) if isinstance(dim, Dimension) and size is not None else None
+        if isinstance(dim, int) and dim == size:
+            continue
+        if isinstance(dim, int) or value is None or symbols.setdefault(dim.symbol, value) != value:
+            return None
+    return symbols
 
 
 def _sizes_of(dim: int | Dimension) -> tuple[int, int | None]:

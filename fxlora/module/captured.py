@@ -19,16 +19,23 @@ from ..plan import Plan
 from ..tables import some
 from .adapted_weight import adapted_weight
 from .block import Block
+from .block_calls import outline
 from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .memory import memory_id, overlaps_of
-from .outlining import FACADE, OutlinedGraph, split_at_calls
+from .outlining import FACADE
 from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
-from .several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
+from .several_calls import (
+    CHOOSER,
+    CallRunner,
+    choosing_program,
+    first_that_holds,
+    signature_of_all,
+)
 from .sharing import copy_memory, copy_when_trained, is_shared
 from .state import State
 from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
@@ -82,7 +89,7 @@ class CapturedModule(ProgramModule):
         self.parent_module = parent_module
         self.look()
         others = self.programs if whole not in self.programs else ()
-        self.runners = [ProgramModule(self, p, class_name, training) for p in others]
+        self.runners = [CallRunner(self, p, training) for p in others]
         self._bind_parent()
         self._outline()
         self._select_graph()
@@ -93,30 +100,22 @@ class CapturedModule(ProgramModule):
 
     def _outline(self) -> None:
         """Put the outlined submodules into the tree, over the containers of their tensors."""
-        self._running = {}
         paths = self.known.outlined
+        self._running, calls = outline(self.programs, paths) if paths else ({}, {})
         if not paths:
             return
-        made: dict[str, dict[str, OutlinedGraph]] = {path: {} for path in paths}
-        for mode in MODES:
-            graph = self.graphs[mode]
-            rest, parts = split_at_calls(graph, self.program.calls[mode], paths)
-            self._running[id(graph)] = rest
-            for path, part in parts.items():
-                made[path][mode] = part
         with self.editing():
             for path in sorted(paths, key=lambda path: path.count(".")):
                 if path in self.outlined_modules:  # with its hooks, perhaps in a wrapper
-                    self.outlined_modules[path].renew(made[path], self.program)
+                    self.outlined_modules[path].renew(calls[path])
                     continue
                 held = self.get_submodule(path)
-                self.outlined_modules[path] = Block(held, path, made[path], self.program)
+                self.outlined_modules[path] = Block(held, path, calls[path])
                 self.set_submodule(path, self.outlined_modules[path])
-        self.look()
+        for module in (self, *self.runners):
+            module.forget_code()
         for block in self.outlined_modules.values():
             block.look_from(self._view)
-        self._generated.clear()
-        self._select_graph()
 
     def look(self) -> None:
         super().look()

@@ -18,12 +18,13 @@ from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
-from ..fx.calls import example_value, named_argument
+from ..fx.calls import example_value, is_in, named_argument
 from ..fx.effects import written_nodes
 from ..fx.literals import literal
+from ..fx.nested import every_call
 from ..fx.trials import memory_use
 from .block_checks import check_sizes, check_unchanged, leaves_of
-from .block_contract import contract_of_both, dimension_of
+from .block_contract import dimension_of
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
@@ -132,7 +133,7 @@ class OutlinedGraph:
 
 def split_at_calls(
     graph: fx.Graph, calls: Sequence[ModuleCall], paths: Iterable[str]
-) -> tuple[fx.Graph, dict[str, OutlinedGraph]]:
+) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
     """Split a graph at the calls of submodules.
 
     Args:
@@ -141,24 +142,24 @@ def split_at_calls(
         paths: the submodules to outline.
 
     Returns:
-        A graph that calls the submodules, as "facade.<path>", and the graph of each submodule.
+        A graph that calls the submodules, as "facade.<path>", and the graph of each call of each
+        submodule.
 
     Raises:
-        SubmoduleError: a submodule has no call in the graph, shares more than arguments and results
-            with the code around it, or is called in several ways.
+        SubmoduleError: a submodule has a part in the graph other than by its calls, or it shares
+            more than arguments and results with the code around it.
     """
     rest, written = _prepared_copy(graph)
-    made: dict[str, OutlinedGraph] = {}
+    made: dict[str, list[OutlinedGraph]] = {}
     for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the innermost first
         own = [call for call in calls if call.path == path]
-        if not own:
+        if not own and _is_in(graph, path):
             raise SubmoduleError(
-                f"'{path}' has no call in the graph: it is not called, or under torch.no_grad or "
-                "torch.autocast in the forward. Outline the module around it, or those inside."
+                f"'{path}' has no call of its own in the graph: it is called under torch.no_grad "
+                "or torch.autocast in the forward, or only by one of its methods. Outline the "
+                "module around it, or those inside."
             )
-        for call in own:
-            found = _Outliner(rest, call, written).outline()
-            made[path] = _merged(made.get(path, found), found)
+        made[path] = [_Outliner(rest, call, written).outline() for call in own]
     rest.lint()
     return rest, made
 
@@ -175,15 +176,12 @@ def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[object]]:
     return rest, written
 
 
-def _merged(known: OutlinedGraph, found: OutlinedGraph) -> OutlinedGraph:
-    """Return the graph for both of two calls of a submodule."""
-    inputs = contract_of_both(known.inputs, found.inputs) if _same(known, found) else None
-    if inputs is None:
-        raise SubmoduleError(
-            f"'{known.call.path}' is called in several ways, which have different graphs. Outline "
-            "the module around it, or those inside."
-        )
-    return replace(known, inputs=inputs, alike=known.alike & found.alike)
+def _is_in(graph: fx.Graph, path: str) -> bool:
+    """Whether a graph, or one nested in it, has a node of the submodule at a path."""
+    owner = graph.owning_module
+    assert owner is not None
+    nested = (inner.graph for call in every_call(graph, owner) for inner in call.graphs)
+    return any(is_in(node, path) for found in (graph, *nested) for node in found.nodes)
 
 
 def _annotate(graph: fx.Graph) -> None:
@@ -200,7 +198,7 @@ def _common(stacks: Sequence[tuple[CallKey, ...]]) -> tuple[CallKey, ...]:
     return tuple(stacks[0][:count]) if stacks else ()
 
 
-def _same(one: OutlinedGraph, other: OutlinedGraph) -> bool:
+def same_graph(one: OutlinedGraph, other: OutlinedGraph) -> bool:
     """Whether two calls of a submodule have the same graph and structure."""
     if one is other:
         return True

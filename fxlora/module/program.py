@@ -198,6 +198,10 @@ class ProgramModule(fx.GraphModule):
         """Lint the graphs after a rewrite, and discard the code generated before it."""
         for graph in self.program.distinct_graphs():
             graph.lint()
+        self.forget_code()
+
+    def forget_code(self) -> None:
+        """Discard the generated code, and generate it anew for the tree as it is now."""
         self.look()
         self._generated.clear()
         self._forwards.clear()

@@ -1,17 +1,18 @@
-"""A module with graphs for several calls of the whole model: the graph that chooses one of them."""
+"""A module with graphs for several calls: what runs each, and the graph that chooses one."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx
 
 from ..errors import InputError
 from .autocasts import EVERY
 from .contract import InputSpec
+from .outlining import FACADE
 from .program import MODES, Program, ProgramModule
 
 CHOOSER = "call_chooser"  # name under which the graph finds the captured module
@@ -32,6 +33,21 @@ def choosing_program() -> Program:
     )
 
 
+class CallRunner(ProgramModule):
+    """Runs one of the captured calls of a module, or one of its regions, on its tensors."""
+
+    def __init__(self, owner: ProgramModule, program: Program, training: bool) -> None:
+        self.__dict__["_owner"] = owner
+        super().__init__(owner, program, type(owner).__name__, training)
+
+    def look(self) -> None:
+        super().look()
+        self._view.__dict__[FACADE] = self._owner
+
+    def running(self, graph: fx.Graph) -> fx.Graph:
+        return self._owner.running(graph)
+
+
 def run_chosen(module: Any, args: Any, kwargs: Any) -> Any:
     """Run the graph of a captured module that holds for a call.
 
@@ -42,9 +58,12 @@ def run_chosen(module: Any, args: Any, kwargs: Any) -> Any:
     return module.chosen_call(args, kwargs)(*args, **kwargs)
 
 
+_Runner = TypeVar("_Runner", bound=ProgramModule)
+
+
 def first_that_holds(
-    calls: Sequence[ProgramModule], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ProgramModule:
+    calls: Sequence[_Runner], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Runner:
     """Return the first module whose graph holds for a call.
 
     Raises:

@@ -1,0 +1,146 @@
+"""The ways in which a module's graphs call a block: the graph and the contract of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ..errors import SubmoduleError
+from ..fx.compare import same_graph_except_sizes
+from .autocasts import UNKNOWN, Autocasts
+from .block_contract import contract_of_both, may_overlap, of_any_dtype, symbols_of_both, within
+from .contract import InputSpec
+from .outlining import ModuleCall, OutlinedGraph, same_graph, split_at_calls
+from .program import MODES, Program
+
+Calls = Mapping[str, Sequence["BlockCall"]]  # by mode
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One way of calling a block in one mode.
+
+    Attributes:
+        outlined: its graph.
+        inputs: its contract, with the bounds and guards of the whole model's.
+        any_dtype: the contract under autocast, which determines the dtypes: any is valid.
+        autocasts: the callers' autocasts that the graph holds for.
+    """
+
+    outlined: OutlinedGraph
+    inputs: InputSpec
+    any_dtype: InputSpec
+    autocasts: Autocasts
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.outlined.graph
+
+    @property
+    def recorded(self) -> ModuleCall:
+        """The call as capture recorded it."""
+        return self.outlined.call
+
+    @property
+    def alike(self) -> Sequence[tuple[int, int]]:
+        """Pairs of leaves of the arguments, by index, that were one value at capture."""
+        return sorted(self.outlined.alike)
+
+    @classmethod
+    def of(cls, outlined: OutlinedGraph, whole: Program, mode: str) -> BlockCall:
+        inputs = within(outlined.inputs, whole.inputs[mode])
+        autocasts = whole.autocasts.get(mode, UNKNOWN)
+        return cls(outlined, inputs, of_any_dtype(inputs), autocasts)
+
+
+def outline(
+    programs: Iterable[Program], paths: Collection[str]
+) -> tuple[dict[int, fx.Graph], dict[str, Calls]]:
+    """Outline submodules in the graphs of all programs.
+
+    Args:
+        programs: the programs, whose graphs stay as they are.
+        paths: the submodules.
+
+    Returns:
+        By the id of each graph, the graph that calls the submodules; by path, the submodule's calls
+        in each mode, without duplicates.
+
+    Raises:
+        SubmoduleError: no graph calls a submodule, or one does not do so as a module could be
+            called, or two calls with different graphs have arguments that do not tell them apart.
+    """
+    running: dict[int, fx.Graph] = {}
+    split: dict[int, dict[str, list[OutlinedGraph]]] = {}
+    found = {path: {mode: list[BlockCall]() for mode in MODES} for path in paths}
+    for program in programs:
+        for mode in MODES:
+            graph = program.graphs[mode]
+            if id(graph) not in running:
+                running[id(graph)], parts = split_at_calls(graph, program.calls[mode], paths)
+                split[id(graph)] = {path: _merged(calls) for path, calls in parts.items()}
+            for path, calls in split[id(graph)].items():
+                made = (BlockCall.of(outlined, program, mode) for outlined in calls)
+                _add(found[path][mode], made)
+    for path, calls in found.items():
+        if not any(calls.values()):
+            raise SubmoduleError(
+                f"'{path}' has no call in the graph: it is not called. Outline the module around "
+                "it, or those inside."
+            )
+    return running, dict(found)
+
+
+def _merged(calls: Sequence[OutlinedGraph]) -> list[OutlinedGraph]:
+    """Return the calls in one graph, with one contract for those that do the same."""
+    made: list[OutlinedGraph] = []
+    for found in calls:
+        for index, known in enumerate(made):
+            same = same_graph(known, found)
+            inputs = contract_of_both(known.inputs, found.inputs) if same else None
+            if inputs is not None:
+                made[index] = replace(known, inputs=inputs, alike=known.alike & found.alike)
+                break
+        else:
+            made.append(found)
+    return made
+
+
+def _add(known: list[BlockCall], calls: Iterable[BlockCall]) -> None:
+    """Add calls, unless they are known.
+
+    Raises:
+        SubmoduleError: a call's arguments could be those of a known one that has another graph.
+    """
+    for call in calls:
+        if any(_same(call, other) for other in known):
+            continue
+        for other in known:
+            if may_overlap(call.any_dtype, other.any_dtype) and not _do_the_same(call.outlined, other.outlined):
+                raise SubmoduleError(
+                    f"'{call.recorded.path}' is called in several ways, which have different "
+                    "graphs and are not told apart by the arguments. Outline the module around "
+                    "it, or those inside."
+                )
+        known.append(call)
+
+
+def _same(one: BlockCall, other: BlockCall) -> bool:
+    same_terms = (one.inputs, one.autocasts) == (other.inputs, other.autocasts)
+    return same_terms and same_graph(one.outlined, other.outlined)
+
+
+def _do_the_same(one: OutlinedGraph, other: OutlinedGraph) -> bool:
+    """Whether two calls do the same where both contracts hold: either may then be run."""
+    pairs = (one, other), (other, one)
+    return same_graph(one, other) or any(_same_on_sizes_of(*pair) for pair in pairs)
+
+
+def _same_on_sizes_of(one: OutlinedGraph, other: OutlinedGraph) -> bool:
+    """Whether two graphs have the same ops and sizes on the sizes that the first was made with."""
+    if one.call.names != other.call.names or one.call.output != other.call.output:
+        return False
+    symbols = symbols_of_both(one.graph, other.graph)
+    return symbols is not None and same_graph_except_sizes(one.graph, other.graph, *symbols)
