@@ -172,11 +172,6 @@ def refusals() -> dict[str, Callable[[Gated, fxlora.CapturedModule], Any]]:
         "capture before fold": lambda model, lora: (folded(lora), model, (X, GATE)),
         "up.weight.*differ from the module's": lambda model, lora: (lora, other, (X, GATE)),
         "with the same ties": lambda model, lora: (lora, Tied(), torch.tensor([1])),
-        "without modules=": lambda model, lora: (
-            fxlora.capture(model, X, modules="up"),
-            model,
-            (X, GATE),
-        ),
         "takes a captured module": lambda model, lora: (model, lora, X),
     }
 

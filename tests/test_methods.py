@@ -207,12 +207,6 @@ def test_refusals_of_capture(model: TwoTowers, methods: Any, message: str) -> No
         fxlora.capture(model, (IMAGES, IDS), methods=methods)
 
 
-def test_modules_go_with_one_call(model: TwoTowers) -> None:
-    for args in (None, (IMAGES, IDS)):
-        with pytest.raises(fxlora.CaptureError, match="one example call of the forward"):
-            fxlora.capture(model, args, methods={"encode_text": IDS}, modules="text")
-
-
 # ---- submodules that are called from outside -----------------------------------------------------
 
 FEATURES = torch.randn(3, 4, 5, dtype=torch.float64)

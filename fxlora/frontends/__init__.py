@@ -18,6 +18,7 @@ from ..fx.effects import written_attributes
 from ..module import CapturedModule
 from ..module.chosen_modules import Modules, chosen_modules
 from ..module.compiled import uncompiled
+from ..module.constants import CONSTANTS
 from ..module.example_calls import Call, MethodCalls
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
@@ -419,7 +420,7 @@ def _adopt(
                 mirrors.setdefault(parameter, set()).add(node.target)
         if node.target in known:
             continue
-        node.target = f"_constants.{label}_{name.replace('.', '_')}"
+        node.target = f"{CONSTANTS}.{label}_{name.replace('.', '_')}"
         if node.target not in taken:
             taken.add(node.target)
             attach(tree, node.target, tensors.get(id(value), value))

@@ -10,9 +10,8 @@ from torch import fx, nn
 from ..errors import InputError
 from ..module import CapturedModule
 from ..module.captured import copy_hooks
+from ..module.constants import CONSTANTS
 from ..tables import some
-
-_CONSTANTS = "_constants"  # the container of what graphs hold besides the model's own tensors
 
 
 def joined(base: CapturedModule, more: CapturedModule) -> CapturedModule:
@@ -94,7 +93,7 @@ def _other_buffers(module: CapturedModule, more: CapturedModule) -> list[str]:
     found: list[str] = []
     for name, buffer in more.named_buffers(remove_duplicate=False):
         mine = held.get(name)
-        own = not name.startswith(f"{_CONSTANTS}.")
+        own = not name.startswith(f"{CONSTANTS}.")
         form = None if mine is None else (mine.shape, mine.dtype, mine.device)
         if own and form != (buffer.shape, buffer.dtype, buffer.device):
             found.append(name)
@@ -107,10 +106,10 @@ def _adopt_constants(
     """Move what a graph holds besides the model's tensors into the module, under new names."""
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        if not name.startswith(f"{_CONSTANTS}."):
+        if not name.startswith(f"{CONSTANTS}."):
             continue
         node.target = name.replace(".", f".{label}_", 1)
-        container = module._modules.setdefault(_CONSTANTS, nn.Module())
+        container = module._modules.setdefault(CONSTANTS, nn.Module())
         assert container is not None
         own = node.target.partition(".")[2]
         if not hasattr(container, own):

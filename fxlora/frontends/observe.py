@@ -18,6 +18,7 @@ from ..errors import CaptureError
 from ..fx.effects import arguments_of
 from ..fx.literals import same_literal
 from ..module import example_calls
+from ..module.constants import CONSTANTS
 from ..module.memory import memory_id
 from ..module.program import MODES
 from .kept.generators import Draws, current
@@ -25,7 +26,7 @@ from .kept.undisturbed import mode_of, undisturbed
 from .places import called_at
 from .tree import attribute_that_reaches_modules, separate_copy
 
-_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_LITERALS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Call:
     @property
     def opaque(self) -> bool:
         """Whether a leaf is neither a plain tensor nor a constant."""
-        return not all(isinstance(leaf, (TensorLike, *_CONSTANTS)) for leaf in self.leaves)
+        return not all(isinstance(leaf, (TensorLike, *_LITERALS)) for leaf in self.leaves)
 
     def like(self, other: Call) -> bool:
         """Whether the calls differ at most in tensor sizes, so that one graph may serve both."""
@@ -158,7 +159,7 @@ def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     current().seed_all(0)
     leaves = pytree.tree_leaves(module(*args, **kwargs))
     _refuse_traces(module, leaves)
-    buffers = [b for name, b in module.named_buffers() if not name.startswith("_constants")]
+    buffers = [b for name, b in module.named_buffers() if not name.startswith(CONSTANTS)]
     return [t.detach() for t in (*leaves, *buffers) if isinstance(t, torch.Tensor)]
 
 

@@ -173,12 +173,13 @@ def _same_constants(first: fx.Graph, second: fx.Graph) -> bool:
         if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
             if not _same_constants(a.graph, b.graph):
                 return False
-        elif not _equal_tensors(a, b):
+        elif not equal_tensors(a, b):
             return False
     return True
 
 
-def _equal_tensors(a: object, b: object) -> bool:
+def equal_tensors(a: object, b: object) -> bool:
+    """Whether two values are tensors of one dtype and shape with equal entries, which are known."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
     return a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)

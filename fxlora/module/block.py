@@ -83,11 +83,13 @@ class BlockGraphs(ProgramModule):
 class _CallRunner(BlockGraphs):
     """Runs one of the calls of a block that has several in a mode, on the block's tensors."""
 
+    _block: Block
+
     def __new__(cls, block: Block, call: BlockCall) -> _CallRunner:
         return object.__new__(_runner_class(code_of(call.graph)))
 
     def __init__(self, block: Block, call: BlockCall) -> None:
-        only = dict.fromkeys(MODES, call)
+        only: dict[str, BlockCall] = dict.fromkeys(MODES, call)
         self.__dict__.update(_block=block, path=block.path, only=only)
         super().__init__(block, _program(block.path, only), type(block).__name__, training=True)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import fx, nn
 
 from ..errors import SubmoduleError
 from ..fx.compare import same_graph_except_sizes
 from .autocasts import UNKNOWN, Autocasts
 from .block_contract import contract_of_both, may_overlap, of_any_dtype, symbols_of_both, within
+from .constants import EqualConstants
 from .contract import InputSpec
 from .outlining import ModuleCall, OutlinedGraph, same_graph, split_at_calls
 from .program import MODES, Program
@@ -56,12 +57,13 @@ class BlockCall:
 
 
 def outline(
-    programs: Iterable[Program], paths: Collection[str]
+    owner: nn.Module, programs: Sequence[Program], paths: Collection[str]
 ) -> tuple[dict[int, fx.Graph], dict[str, Calls]]:
     """Outline submodules in the graphs of all programs.
 
     Args:
-        programs: the programs, whose graphs stay as they are.
+        owner: the captured module.
+        programs: its programs, whose graphs stay as they are.
         paths: the submodules.
 
     Returns:
@@ -74,12 +76,13 @@ def outline(
     """
     running: dict[int, fx.Graph] = {}
     split: dict[int, dict[str, list[OutlinedGraph]]] = {}
+    equal = EqualConstants(owner, (g for program in programs for g in program.distinct_graphs()))
     found = {path: {mode: list[BlockCall]() for mode in MODES} for path in paths}
     for program in programs:
         for mode in MODES:
             graph = program.graphs[mode]
             if id(graph) not in running:
-                running[id(graph)], parts = split_at_calls(graph, program.calls[mode], paths)
+                running[id(graph)], parts = split_at_calls(graph, program.calls[mode], paths, equal)
                 split[id(graph)] = {path: _merged(calls) for path, calls in parts.items()}
             for path, calls in split[id(graph)].items():
                 made = (BlockCall.of(outlined, program, mode) for outlined in calls)
@@ -118,7 +121,9 @@ def _add(known: list[BlockCall], calls: Iterable[BlockCall]) -> None:
         if any(_same(call, other) for other in known):
             continue
         for other in known:
-            if may_overlap(call.any_dtype, other.any_dtype) and not _do_the_same(call.outlined, other.outlined):
+            if may_overlap(call.any_dtype, other.any_dtype) and not _do_the_same(
+                call.outlined, other.outlined
+            ):
                 raise SubmoduleError(
                     f"'{call.recorded.path}' is called in several ways, which have different "
                     "graphs and are not told apart by the arguments. Outline the module around "

@@ -144,14 +144,14 @@ def _sizes_may_be_equal(one: int | Dimension, other: int | Dimension) -> bool:
     return isinstance(dim, Dimension) and isinstance(size, int) and dim.solve(size) is not None
 
 
-def symbols_of_both(
-    one: fx.Graph, other: fx.Graph
-) -> tuple[dict[str, int], dict[str, int]] | None:
+def symbols_of_both(one: fx.Graph, other: fx.Graph) -> tuple[dict[str, int], dict[str, int]] | None:
     """Return values of two graphs' symbols with which their inputs have the sizes of the first's.
 
     None if there are none.
     """
-    values = [[node.meta.get("val") for node in g.find_nodes(op="placeholder")] for g in (one, other)]
+    values = [
+        [node.meta.get("val") for node in g.find_nodes(op="placeholder")] for g in (one, other)
+    ]
     shapes = [[size for value in of_one for size in _sizes(value)] for of_one in values]
     if len(shapes[0]) != len(shapes[1]):
         return None

@@ -101,7 +101,7 @@ class CapturedModule(ProgramModule):
     def _outline(self) -> None:
         """Put the outlined submodules into the tree, over the containers of their tensors."""
         paths = self.known.outlined
-        self._running, calls = outline(self.programs, paths) if paths else ({}, {})
+        self._running, calls = outline(self, self.programs, paths) if paths else ({}, {})
         if not paths:
             return
         with self.editing():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..fx.nested import every_call
 from ..fx.trials import memory_use
 from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import dimension_of
+from .constants import EqualConstants
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 aten = torch.ops.aten
@@ -132,7 +133,7 @@ class OutlinedGraph:
 
 
 def split_at_calls(
-    graph: fx.Graph, calls: Sequence[ModuleCall], paths: Iterable[str]
+    graph: fx.Graph, calls: Sequence[ModuleCall], paths: Iterable[str], equal: EqualConstants
 ) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
     """Split a graph at the calls of submodules.
 
@@ -140,6 +141,7 @@ def split_at_calls(
         graph: the graph, which stays as it is.
         calls: all recorded calls in it.
         paths: the submodules to outline.
+        equal: the names of constants in the submodules' graphs.
 
     Returns:
         A graph that calls the submodules, as "facade.<path>", and the graph of each call of each
@@ -159,7 +161,7 @@ def split_at_calls(
                 "or torch.autocast in the forward, or only by one of its methods. Outline the "
                 "module around it, or those inside."
             )
-        made[path] = [_Outliner(rest, call, written).outline() for call in own]
+        made[path] = [_Outliner(rest, call, written, equal).outline() for call in own]
     rest.lint()
     return rest, made
 
@@ -217,6 +219,7 @@ class _Outliner:
         rest: the graph around the call, which is rewritten.
         call: the call.
         written: the tensors that the graph writes to (see `_written`).
+        equal: the names of constants.
         inside: the nodes of the call.
         given: the nodes of the computed leaves of its arguments, by index.
         results: the nodes of the computed leaves of its output, by index.
@@ -224,10 +227,17 @@ class _Outliner:
         copies: its nodes, by the nodes of `rest` that they are copied from.
     """
 
-    def __init__(self, rest: fx.Graph, call: ModuleCall, written: frozenset[object]) -> None:
+    def __init__(
+        self,
+        rest: fx.Graph,
+        call: ModuleCall,
+        written: frozenset[object],
+        equal: EqualConstants,
+    ) -> None:
         self.rest = rest
         self.call = call
         self.written = written
+        self.equal = equal
         self.inside = {node for node in rest.nodes if call.key in node.meta.get(CALLS, ())}
         self.given = self._values(output=False)
         self.results = self._values(output=True)
@@ -329,7 +339,7 @@ class _Outliner:
         own = f"{self.call.path}."
         if name.startswith(own):
             return prefix + name.removeprefix(own)
-        return f"{OUTER}.{prefix}{name}"
+        return f"{OUTER}.{prefix}{self.equal.name_of(name)}"
 
     def _contract(self) -> InputSpec:
         """Return the contract: names, structure, constants, shapes and dtypes."""
@@ -377,17 +387,24 @@ class _Outliner:
             raise self._refusal(f"hands a value out other than by its return{line}")
 
     def _move_size(self, node: fx.Node, users: Sequence[fx.Node]) -> None:
-        """Compute a size that the submodule computed from an input of the whole graph instead."""
+        """Compute a size that the submodule computed from inputs of the whole graph instead."""
+        with self.rest.inserting_before(node):
+            size = self._size_outside(node)
+        node.replace_all_uses_with(size, delete_user_cb=lambda user: user in users)
+
+    def _size_outside(self, node: fx.Node) -> fx.Node:
+        if node not in self.inside:
+            return node
         for source in self.rest.find_nodes(op="placeholder"):
             if (axis := _axis(source, node.meta["val"])) is not None:
-                with self.rest.inserting_before(users[0]):
-                    size = self.rest.call_function(aten.sym_size.int, (source, axis))
+                size = self.rest.call_function(aten.sym_size.int, (source, axis))
                 size.meta = {"val": node.meta["val"], CALLS: ()}
-                first = min([node, *users])
-                first.prepend(size)
-                node.replace_all_uses_with(size, delete_user_cb=lambda user: user in users)
-                return
-        raise self._refusal(f"computes the size '{node.name}', which is used outside")
+                return size
+        if node.op != "call_function" or not all(map(_is_size, node.all_input_nodes)):
+            raise self._refusal(f"computes the size '{node.name}', which is used outside")
+        size = self.rest.node_copy(node, self._size_outside)
+        size.meta = {"val": node.meta["val"], CALLS: ()}
+        return size
 
     def _replace(self, inside: Sequence[fx.Node]) -> None:
         leaves: list[Any] = [

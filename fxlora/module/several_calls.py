@@ -36,6 +36,8 @@ def choosing_program() -> Program:
 class CallRunner(ProgramModule):
     """Runs one of the captured calls of a module, or one of its regions, on its tensors."""
 
+    _owner: ProgramModule
+
     def __init__(self, owner: ProgramModule, program: Program, training: bool) -> None:
         self.__dict__["_owner"] = owner
         super().__init__(owner, program, type(owner).__name__, training)

@@ -1,0 +1,328 @@
+"""Submodules that are modules of their own, in models that are captured for several calls."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils import _pytree as pytree
+
+import fxlora
+from fxlora import LoraConfig
+
+from .laws import assert_close, assert_same, randomise
+
+CONFIG = LoraConfig(r=2, target_modules="all-linear")
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, h: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        inner = self.up(self.norm(h))
+        return h + self.drop(self.down(inner if mask is None else inner * mask))
+
+
+class Model(nn.Module):
+    """Called with ids or embeddings, with a mask or labels or without; and by two methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.patches = nn.Linear(4, 6)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, ids: Any = None, mask: Any = None, labels: Any = None, h: Any = None) -> Any:
+        logits = self.head(self.through(self.emb(ids) if h is None else h, mask))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.through(self.patches(images), None).mean(1)
+
+    def through(self, h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layers:
+            h = layer(h, mask)
+        return h
+
+
+IDS = torch.randint(0, 11, (3, 5))
+MASK = torch.rand(3, 5, 1, dtype=torch.double)
+IMAGES = torch.randn(3, 7, 4, dtype=torch.double)
+CALLS: list[tuple[Any, Any]] = [
+    ((IDS,), {}),
+    ((IDS[:2, :4],), {}),
+    ((IDS, MASK), {}),
+    ((IDS,), {"labels": IDS}),
+    ((), {"h": torch.randn(3, 5, 6, dtype=torch.double)}),
+]
+
+
+@pytest.fixture(scope="module")
+def source() -> Model:
+    torch.manual_seed(0)
+    return Model().double().eval()
+
+
+@pytest.fixture(scope="module")
+def flat(source: Model) -> fxlora.CapturedModule:
+    return adapted(fxlora.capture(source, calls=CALLS, methods={"encode": IMAGES}))
+
+
+@pytest.fixture(scope="module")
+def captured(source: Model) -> fxlora.CapturedModule:
+    return fxlora.capture(source, calls=CALLS, methods={"encode": IMAGES}, modules="layers.*")
+
+
+@pytest.fixture
+def lora(captured: fxlora.CapturedModule, flat: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    made = adapted(captured)
+    made.load_state_dict(flat.state_dict())
+    return made
+
+
+def adapted(module: fxlora.CapturedModule) -> fxlora.CapturedModule:
+    made = fxlora.inject(module, fxlora.match(module, CONFIG))
+    randomise(made)
+    return made
+
+
+def outputs(module: Any, training: bool) -> list[Any]:
+    """Return the outputs of all calls, of a smaller one, and of the method."""
+    module.train(training)
+    made: list[Any] = []
+    for args, kwargs in [*CALLS, ((IDS[:1, :2],), {})]:
+        torch.manual_seed(3)
+        made += pytree.tree_leaves(module(*args, **kwargs))
+    torch.manual_seed(3)
+    return [*made, module.encode(IMAGES)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_call_is_the_sources(
+    source: Model, captured: fxlora.CapturedModule, training: bool
+) -> None:
+    assert_same(outputs(captured, training), outputs(copy.deepcopy(source), training))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_call_is_a_flat_modules(
+    source: Model, lora: fxlora.CapturedModule, flat: fxlora.CapturedModule, training: bool
+) -> None:
+    assert float((lora(IDS) - source(IDS)).detach().abs().max()) > 1e-3
+    assert_same(outputs(lora, training), outputs(flat, training))
+    assert_same(outputs(copy.deepcopy(lora), training), outputs(flat, training))
+    assert_same(outputs(fxlora.fold(lora), training), outputs(fxlora.fold(flat), training))
+    assert_same(outputs(fxlora.remove(lora), training), outputs(copy.deepcopy(source), training))
+
+
+def test_hooks_parts_and_replacement_act_on_every_call(lora: fxlora.CapturedModule) -> None:
+    seen: list[int] = []
+    layer: Any = lora.get_submodule("layers.1")
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(len(args)))
+    outputs(lora, training=False)
+    assert len(seen) == len(CALLS) + 2
+    handle.remove()
+    lora.train()
+    assert not torch.equal(lora(IDS), lora(IDS))  # dropout
+    for part in lora.get_submodule("layers").children():
+        part.eval()
+    frozen = [lora(IDS), lora(IDS, MASK)]
+    assert_same(frozen, [lora.eval()(IDS), lora(IDS, MASK)])
+    lora.set_submodule("layers.1", nn.Identity())
+    with pytest.raises(TypeError, match="positional argument"):
+        lora(IDS)
+    lora.set_submodule("layers.1", Layer().double().eval())
+    assert float((lora(IDS) - frozen[0]).detach().abs().max()) > 1e-3
+
+
+def test_checkpointed_and_compiled(lora: fxlora.CapturedModule, flat: Any) -> None:
+    def gradients(module: Any) -> list[Any]:
+        module.train(False).zero_grad()
+        (
+            module(IDS, MASK).sum() + module(IDS, labels=IDS)[0] + module.encode(IMAGES).sum()
+        ).backward()
+        held = {n: p.grad for n, p in module.named_parameters() if "lora_" in n}
+        return [held[name.replace("_checkpoint_wrapped_module.", "")] for name in sorted(held)]
+
+    wanted = gradients(flat)
+    assert all(float(grad.abs().max()) > 1e-6 for grad in wanted)
+    assert_same(gradients(lora), wanted)
+    for layer in lora.get_submodule("layers").children():
+        layer.compile(backend="eager")
+    assert_same(gradients(lora), wanted)
+    other = copy.deepcopy(lora)
+    for number in (0, 1):
+        path = f"layers.{number}"
+        other.set_submodule(path, checkpoint_wrapper(other.get_submodule(path)))
+    assert_same(gradients(other), wanted)
+
+
+def test_a_block_called_by_itself(source: Model, captured: fxlora.CapturedModule) -> None:
+    layer, theirs = captured.eval().get_submodule("layers.0"), source.layers[0]
+    h = torch.randn(3, 5, 6, dtype=torch.double)
+    assert_same([layer(h, None), layer(h, mask=MASK)], [theirs(h), theirs(h, MASK)])
+    with pytest.raises(fxlora.InputError, match=r"'layers.0': none of the \d captured calls"):
+        layer(h, MASK, MASK)
+
+
+def test_saved_more_captured_and_moved(
+    source: Model, lora: fxlora.CapturedModule, tmp_path: Path
+) -> None:
+    fxlora.save_adapter(lora, tmp_path)
+    methods = {"encode": IMAGES}
+    single = fxlora.capture(source, IDS, methods=methods, modules="layers.*")
+    single = fxlora.load_adapter(single, tmp_path)
+    more = fxlora.capture_more(single, source, (IDS, MASK)).eval()
+    assert_same([more(IDS, MASK), more.encode(IMAGES)], [lora(IDS, MASK), lora.encode(IMAGES)])
+    seen: list[Any] = []
+    more.get_submodule("layers.0").register_forward_hook(lambda *given: seen.append(given))
+    assert len([more(IDS, MASK), more.encode(IMAGES), more(IDS)]) == len(seen)
+    moved = more.float()
+    assert moved.encode(IMAGES.float()).dtype is torch.float32
+    assert float((moved(IDS, MASK.float()).double() - lora(IDS, MASK)).detach().abs().max()) < 1e-3
+
+
+class Stateful(nn.Module):
+    """Its part reads an attribute that the forward sets, or how it is called in one forward."""
+
+    def __init__(self, part: nn.Module, how: str) -> None:
+        super().__init__()
+        self.part, self.how = part, how
+        self.part.scale = 1.0  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
+        if self.how == "by an attribute":
+            self.part.scale = 2.0 if flag else 3.0  # pyright: ignore[reportArgumentType]
+        if self.how == "without gradient" and flag:
+            with torch.no_grad():
+                return self.part(x)
+        if self.how == "twice":
+            return self.part(self.part(x), x)
+        return self.part(x)
+
+
+class Part(nn.Module):
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return self.fc(x) * self.scale + (0 if y is None else y)
+
+
+X = torch.randn(3, 6)
+BOTH: list[tuple[Any, Any]] = [((X,), {"flag": True}), ((X,), {"flag": False})]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("by an attribute", "not told apart by the arguments"),
+        ("without gradient", "under torch.no_grad"),
+    ],
+)
+def test_refusals(how: str, message: str) -> None:
+    with pytest.raises(fxlora.SubmoduleError, match=f"'part'.*{message}"):
+        fxlora.capture(Stateful(Part(), how), calls=BOTH, modules="part")
+    fxlora.capture(Stateful(Part(), how), calls=BOTH)
+
+
+def with_constant(part: Any, x: torch.Tensor) -> torch.Tensor:
+    return part.fc(x * torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=x.dtype))
+
+
+def with_nested_graph(part: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        mean = x.mean()
+    return part.fc(x - mean)
+
+
+class Loss(nn.Module):
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        part: Any = type("Part", (Part,), {"forward": forward})
+        self.one, self.two = part(), part()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.two(self.one(x))
+        return h if y is None else (h - y).pow(2).mean()
+
+
+@pytest.mark.parametrize("forward", [with_constant, with_nested_graph])
+def test_equal_graphs_with_constants_and_nested_graphs(forward: Any) -> None:
+    model, x = Loss(forward).double(), X.double()
+    lora = adapted(fxlora.capture(model, calls=[((x,), {}), ((x, x), {})], modules="*"))
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x), lora(x, x)], [merged(x), merged(x, x)])
+    parts: list[Any] = [lora.get_submodule(name) for name in ("one", "two")]
+    one, two = (type(part.chosen_call((x,), {})) for part in parts)
+    assert one is two  # torch.compile compiles them once
+
+
+def test_called_in_several_ways_in_one_forward() -> None:
+    model = Stateful(Part(), "twice").double()
+    x = X.double()
+    gm = fxlora.capture(model, x, modules="part")
+    lora = adapted(gm)
+    seen: list[int] = []
+    lora.get_submodule("part").register_forward_hook(lambda m, args, out: seen.append(len(args)))
+    folded: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert_same([gm(x)], [model(x)])
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x)], [folded(x)])
+    assert seen[:2] == [1, 2]
+
+
+class Auxiliary(nn.Module):
+    """Has a head that is called in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.body(x)
+        return (self.head(h), self.aux(h)) if self.training else self.head(h)
+
+
+def test_called_in_one_mode_only() -> None:
+    model = Auxiliary().eval()
+    gm = fxlora.capture(model, X, modules=["head", "aux"])
+    seen: list[Any] = []
+    gm.get_submodule("aux").register_forward_hook(lambda *given: seen.append(given))
+    assert_same([gm(X), *gm.train()(X)], [model(X), *model.train()(X)])
+    assert len(seen) == 1
+    h = torch.randn(3, 5)
+    assert_same([gm.get_submodule("aux")(h)], [model.aux(h)])
+    with pytest.raises(fxlora.InputError, match=r"'aux'.*in eval mode"):
+        gm.eval().get_submodule("aux")(h)
+
+
+def test_sizes_that_only_one_call_fixes() -> None:
+    """One graph is dynamic in the length, the other is not: either may run where both hold."""
+    model = Model().double().eval()
+    gm = fxlora.capture(model, calls=[CALLS[0], CALLS[1], CALLS[3]], modules="layers.*")
+    block: Any = gm.get_submodule("layers.0")
+    assert [len(calls) for calls in block.calls.values()] == [2, 2]
+    assert_same([gm(*a, **k) for a, k in CALLS[:2]], [model(*a, **k) for a, k in CALLS[:2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        h = torch.randn(3, 5, 6, dtype=torch.double)
+        assert_same([block(h, None)], [model.layers[0](h)])
