@@ -226,7 +226,6 @@ def test_by_regions() -> None:
         ({"calls": [(IDS,)]}, "calls must be a list of pairs"),
         ({"calls": CALLS, "args": IDS}, "one of calls"),
         ({"calls": CALLS, "dynamic_shapes": {"ids": None}}, "a list of 4"),
-        ({"calls": CALLS, "modules": "proj"}, "one example call"),
     ],
 )
 def test_what_is_no_call(model: Tagger, given: dict[str, Any], said: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -30,7 +30,9 @@ from ..module.contract import (
     by_position,
     defaults_of,
 )
+from ..module.memory_order import Order
 from .examples import Example
+from .kept.strides import Strides
 
 
 def contract_of(
@@ -72,6 +74,33 @@ def contract_of(
         positional=positional,
         defaults=defaults_of(model, names),
     )
+
+
+def with_orders(
+    spec: InputSpec, module: fx.GraphModule, strides: Strides, model: nn.Module
+) -> InputSpec:
+    """Return a contract that asks for the example's order in memory, if the forward reads it.
+
+    Raises:
+        CaptureError: the order is that of no other size than the example's.
+    """
+    if not strides.read:
+        return spec
+    values = iter(n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder")
+
+    def ordered(leaf: Input, value: Any) -> Input:
+        if not isinstance(leaf, TensorInput) or value.layout is not torch.strided:
+            return leaf
+        if order := Order.of(value, strides.offset_read):
+            return replace(leaf, order=order)
+        raise CaptureError(
+            f"{type(model).__name__} reads how {leaf.name} lies in memory, and its example is not "
+            "contiguous: a graph holds for no other size. Give a contiguous example "
+            "(x.contiguous())."
+        )
+
+    leaves = tuple(tuple(ordered(leaf, next(values)) for leaf in group) for group in spec.leaves)
+    return replace(spec, leaves=leaves)
 
 
 def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:

@@ -31,7 +31,7 @@ from ..module.autocasts import Autocasts
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.outlining import ModuleCall
 from ..module.program import MODES
-from .assumptions import contract_of
+from .assumptions import contract_of, with_orders
 from .autocast_proof import Proof, inside_autocast, remove_metadata_assertions, wanted
 from .examples import Example
 from .failures import capture_error
@@ -44,6 +44,7 @@ from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.python_state import Changes, noted
 from .kept.recurrent import any_number_of_steps, restore_recurrent
+from .kept.strides import Strides, kept_strides
 from .kept.undisturbed import mode_of, refuse_state
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
@@ -218,18 +219,22 @@ def _attempt(
 ) -> tuple[fx.GraphModule, InputSpec]:
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
     with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
-        program, module = _exported(model, example)
+        program, module, strides = _exported(model, example)
     module.meta[RECORDED] = calls.taken(module.graph)
     _refuse_unknown_squeezes(model, module.graph)
     _refuse_strides(model, module, example)
-    spec = contract_of(program, module, model, example)
+    spec = with_orders(contract_of(program, module, model, example), module, strides, model)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
     return module, _allow_batch_of_one(model, module, spec, example)
 
 
-def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.GraphModule]:
+def _exported(
+    model: nn.Module, example: Example
+) -> tuple[ExportedProgram, fx.GraphModule, Strides]:
+    """Export a model; return the program, it as a module, and whether its forward reads strides."""
     with ExitStack() as stack:
+        strides = stack.enter_context(kept_strides(model))
         functions = stack.enter_context(opaque_functions())
         stack.enter_context(no_tensor_hooks())
         stack.enter_context(marked_checkpoints())
@@ -243,7 +248,7 @@ def _exported(model: nn.Module, example: Example) -> tuple[ExportedProgram, fx.G
     _refuse_assigned_state(model, module, assigned)
     functions.restore(module)
     remove_metadata_assertions(module)
-    return program, module
+    return program, module, strides
 
 
 def _as_module(program: ExportedProgram) -> fx.GraphModule:
@@ -309,7 +314,7 @@ def widened_if_proved(
     if wider is None or (wider == spec and not _squeezes(module.graph)):
         return wider
     try:
-        _, static = _exported(model, single)
+        _, static, _ = _exported(model, single)
     except Exception:  # noqa: BLE001 - the source may raise anything for these inputs
         return None
     sizes = spec.symbols(single.args, single.kwargs)

@@ -12,7 +12,7 @@ from ..fx.compare import same_graph_except_sizes
 from .autocasts import UNKNOWN, Autocasts
 from .block_contract import contract_of_both, may_overlap, of_any_dtype, symbols_of_both, within
 from .constants import EqualConstants
-from .contract import InputSpec
+from .contract import InputSpec, TensorInput
 from .outlining import ModuleCall, OutlinedGraph, same_graph, split_at_calls
 from .program import MODES, Program
 
@@ -82,11 +82,9 @@ def outline(
         for mode in MODES:
             graph = program.graphs[mode]
             if id(graph) not in running:
-                running[id(graph)], parts = split_at_calls(graph, program.calls[mode], paths, equal)
-                split[id(graph)] = {path: _merged(calls) for path, calls in parts.items()}
-            for path, calls in split[id(graph)].items():
-                made = (BlockCall.of(outlined, program, mode) for outlined in calls)
-                _add(found[path][mode], made)
+                running[id(graph)], split[id(graph)] = _split(program, mode, paths, equal)
+            for path, outlined in split[id(graph)].items():
+                _add(found[path][mode], (BlockCall.of(one, program, mode) for one in outlined))
     for path, calls in found.items():
         if not any(calls.values()):
             raise SubmoduleError(
@@ -94,6 +92,21 @@ def outline(
                 "it, or those inside."
             )
     return running, dict(found)
+
+
+def _split(
+    program: Program, mode: str, paths: Collection[str], equal: EqualConstants
+) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
+    """Return a mode's graph with calls of submodules, and these by path."""
+    ordered = _ordered(program.inputs[mode])
+    calls = program.calls[mode]
+    graph, found = split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
+    return graph, {path: _merged(outlined) for path, outlined in found.items()}
+
+
+def _ordered(inputs: InputSpec | None) -> bool:
+    leaves = [leaf for group in inputs.leaves for leaf in group] if inputs else []
+    return any(isinstance(leaf, TensorInput) and leaf.order for leaf in leaves)
 
 
 def _merged(calls: Sequence[OutlinedGraph]) -> list[OutlinedGraph]:

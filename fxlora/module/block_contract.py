@@ -77,9 +77,9 @@ def _input_of_both(one: Input, other: Input) -> Input | None:
     if isinstance(one, TensorInput) and isinstance(other, TensorInput):
         pairs = list(zip(one.dims, other.dims, strict=False))
         dims = tuple(d for pair in pairs if (d := _dimension_of_both(*pair)) is not None)
-        if not len(dims) == len(one.dims) == len(other.dims):
+        if not len(dims) == len(one.dims) == len(other.dims) or one.order != other.order:
             return None
-        return TensorInput(one.name, dims, one.dtype if one.dtype == other.dtype else None)
+        return replace(one, dims=dims, dtype=one.dtype if one.dtype == other.dtype else None)
     if isinstance(one, IntegerInput) and isinstance(other, IntegerInput):
         dim = _dimension_of_both(one.dim, other.dim)
         return IntegerInput(one.name, dim) if isinstance(dim, Dimension) else None

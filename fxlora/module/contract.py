@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from ..fx.literals import same_literal
 from ..tables import did_you_mean
+from .memory_order import Order
 
 _PLAIN = (type(None), bool, int, float, str)
 # The value of each symbol at a call, with the size that gave it and that size's place.
@@ -70,11 +71,19 @@ class Dimension:
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor input: its dimensions, and its dtype, or None for any."""
+    """A tensor input.
+
+    Attributes:
+        name: the argument's name.
+        dims: its dimensions.
+        dtype: its dtype, or None for any.
+        order: how it lies in memory, or None for any way.
+    """
 
     name: str
     dims: tuple[int | Dimension, ...]
     dtype: torch.dtype | None
+    order: Order | None = None
 
     def check(self, value: object, bound: Bound, assume: bool = True) -> None:
         if not isinstance(value, torch.Tensor):
@@ -101,6 +110,13 @@ class TensorInput:
             )
         for axis, dim in enumerate(self.dims):
             self._check_dimension(axis, dim, value.shape[axis], bound, assume)
+        if self.order and (difference := self.order.difference(value)):
+            contiguous = self.order.strides is None and self.order.offset is None
+            advice = f"Give {self.name}.contiguous(), or capture" if contiguous else "Capture"
+            raise InputError(
+                f"{self.name}: called with {difference}, and the source reads how its tensors lie "
+                f"in memory. {advice} again with an example that lies like this one."
+            )
 
     def _check_dimension(
         self, axis: int, dim: int | Dimension, size: int, bound: Bound, assume: bool

@@ -27,6 +27,7 @@ from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import dimension_of
 from .constants import EqualConstants
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
+from .memory_order import Order
 
 aten = torch.ops.aten
 
@@ -133,7 +134,11 @@ class OutlinedGraph:
 
 
 def split_at_calls(
-    graph: fx.Graph, calls: Sequence[ModuleCall], paths: Iterable[str], equal: EqualConstants
+    graph: fx.Graph,
+    calls: Sequence[ModuleCall],
+    paths: Iterable[str],
+    equal: EqualConstants,
+    ordered: bool,
 ) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
     """Split a graph at the calls of submodules.
 
@@ -142,6 +147,7 @@ def split_at_calls(
         calls: all recorded calls in it.
         paths: the submodules to outline.
         equal: the names of constants in the submodules' graphs.
+        ordered: whether the forward reads how its tensors lie in memory.
 
     Returns:
         A graph that calls the submodules, as "facade.<path>", and the graph of each call of each
@@ -161,7 +167,7 @@ def split_at_calls(
                 "or torch.autocast in the forward, or only by one of its methods. Outline the "
                 "module around it, or those inside."
             )
-        made[path] = [_Outliner(rest, call, written, equal).outline() for call in own]
+        made[path] = [_Outliner(rest, call, written, equal, ordered).outline() for call in own]
     rest.lint()
     return rest, made
 
@@ -220,6 +226,7 @@ class _Outliner:
         call: the call.
         written: the tensors that the graph writes to (see `_written`).
         equal: the names of constants.
+        ordered: whether the contract asks for the order of tensors in memory.
         inside: the nodes of the call.
         given: the nodes of the computed leaves of its arguments, by index.
         results: the nodes of the computed leaves of its output, by index.
@@ -233,11 +240,13 @@ class _Outliner:
         call: ModuleCall,
         written: frozenset[object],
         equal: EqualConstants,
+        ordered: bool,
     ) -> None:
         self.rest = rest
         self.call = call
         self.written = written
         self.equal = equal
+        self.ordered = ordered
         self.inside = {node for node in rest.nodes if call.key in node.meta.get(CALLS, ())}
         self.given = self._values(output=False)
         self.results = self._values(output=True)
@@ -364,7 +373,15 @@ class _Outliner:
             known = isinstance(size, Dimension)
             return IntegerInput(name, size if known else Dimension(f"size_{index}"))
         dtype = None if self.given[index].meta.get(MOVED) else value.dtype
-        return TensorInput(name, tuple(map(dimension_of, value.shape)), dtype)
+        dims = tuple(map(dimension_of, value.shape))
+        return TensorInput(name, dims, dtype, self._order(value) if self.ordered else None)
+
+    def _order(self, value: torch.Tensor) -> Order:
+        if order := Order.of(value, offset=True):
+            return order
+        raise self._refusal(
+            "may read how a tensor lies in memory, where the order is not the same for every size"
+        )
 
     # ---- the graph around it ----------------------------------------------------------------
 

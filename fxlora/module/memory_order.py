@@ -1,0 +1,58 @@
+"""The order of a tensor in memory, where a graph depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a tensor lies in memory.
+
+    Attributes:
+        strides: its strides in elements, or None for those of a contiguous tensor.
+        offset: its offset in its storage, or None for any.
+    """
+
+    strides: tuple[int, ...] | None
+    offset: int | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, offset: bool = False) -> Order | None:
+        """Return the order of an example tensor, or None if it depends on symbolic sizes."""
+        begin: Any = tensor.storage_offset() if offset else None
+        strides = [_expression(stride) for stride in tensor.stride()]
+        if strides == _contiguous([_expression(size) for size in tensor.shape]):
+            return cls(None, begin)
+        known = all(isinstance(stride, int) for stride in tensor.stride())
+        return cls(tuple(tensor.stride()), begin) if known else None
+
+    def difference(self, tensor: torch.Tensor) -> str:
+        """Describe how a tensor's order differs from this one, or return ""."""
+        if tensor.layout is not torch.strided:
+            return f"a tensor of layout {tensor.layout}"
+        wanted = _contiguous(tensor.shape) if self.strides is None else list(self.strides)
+        if list(tensor.stride()) != wanted:
+            return f"strides {tuple(tensor.stride())} instead of {tuple(wanted)}"
+        if self.offset is not None and tensor.storage_offset() != self.offset:
+            return f"storage offset {tensor.storage_offset()} instead of {self.offset}"
+        return ""
+
+
+def _contiguous(sizes: Sequence[Any]) -> list[Any]:
+    """Return the strides of a contiguous tensor of these sizes."""
+    strides: list[Any] = []
+    last: Any = 1
+    for size in reversed(sizes):
+        strides.insert(0, strides[0] * last if strides else 1)
+        last = max(size, 1) if isinstance(size, int) else size
+    return strides
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

@@ -1,0 +1,118 @@
+"""A forward that reads how a tensor lies in memory: its graph has the example's strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+
+from .laws import assert_same
+
+
+class Frames(nn.Module):
+    """Overlapping frames of a signal, made in a way that depends on the signal's strides."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.project = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(getattr(self, self.how)(x))
+
+    def strided(self, x: torch.Tensor) -> torch.Tensor:
+        return x.as_strided((x.shape[0], 5, 8), (x.stride(0), 4, x.stride(1)))
+
+    def strides_of_an_inner_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        return self.strided(x.sin())
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unfold(1, 8, 4) * (1 if x.is_contiguous() else 2)
+
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unfold(1, 8, 4) * (1 if x.dim_order() == (0, 1) else 2)
+
+    def offset(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unfold(1, 8, 4) + x.storage_offset()
+
+    def memory_format(self, x: torch.Tensor) -> torch.Tensor:
+        images = x.unflatten(1, (4, 3, 2))
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        return images.flatten(1).unfold(1, 8, 4) * (2 if last else 1)
+
+    # Independent of strides:
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = (
+            x.size(0),
+            x.shape[1] // 4 - 1,
+            8 if x.ndim == 2 and x.dtype.is_floating_point else 1,
+        )
+        return x.reshape(x.shape[0], -1).unfold(1, 8, 4).reshape(sizes)
+
+    def contiguous(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().view(x.shape[0], 3, 8)
+
+
+WAVES = torch.randn(5, 48, dtype=torch.double)
+X = WAVES[:3, :24].clone()
+OTHERS = {
+    "a slice": WAVES[:3, :24],
+    "every second": WAVES[:3, ::2],
+    "transposed": X.t().contiguous().t(),
+    "in the middle": WAVES.flatten()[7:79].view(3, 24),
+    "channels last": X.view(3, 4, 3, 2).to(memory_format=torch.channels_last).flatten(1),
+    "a larger batch": WAVES[:, :24].clone(),
+}
+DEPENDENT = [
+    "strided",
+    "strides_of_an_inner_tensor",
+    "branch",
+    "order",
+    "offset",
+    "memory_format",
+]
+
+
+@pytest.mark.parametrize("how", [*DEPENDENT, "shaped", "contiguous"])
+def test_right_or_refused_for_every_order_in_memory(how: str) -> None:
+    torch.manual_seed(0)
+    model = Frames(how).double().eval()
+    gm = fxlora.capture(model, X)
+    assert_same([gm(X)], [model(X)])
+    refused = 0
+    for x in OTHERS.values():
+        try:
+            found = gm(x)
+        except fxlora.InputError:
+            with pytest.raises(fxlora.InputError, match="reads how its tensors lie in memory"):
+                gm(x)
+            refused += 1
+            x = x.clone(memory_format=torch.contiguous_format)
+            found = gm(x)
+        assert_same([found], [model(x)])
+    assert bool(refused) is (how in DEPENDENT)
+
+
+def test_the_order_of_the_example_holds() -> None:
+    torch.manual_seed(0)
+    model, x = Frames("strided").double().eval(), OTHERS["a slice"]
+    gm = fxlora.capture(model, x)
+    assert_same([gm(x), gm(WAVES[2:, 24:])], [model(x), model(WAVES[2:, 24:])])
+    with pytest.raises(fxlora.InputError, match=r"strides \(24, 1\) instead of \(48, 1\)"):
+        gm(X)
+    both = fxlora.capture(model, calls=[((X,), {}), ((x,), {})])
+    assert_same([both(X), both(x)], [model(X), model(x)])
+
+
+def test_a_part_that_reads_strides() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), Frames("branch")).double().eval()
+    gm: Any = fxlora.capture(model, X, modules="1")
+    assert_same([gm(X), gm.get_submodule("1")(X)], [model(X), model[1](X)])
+    with pytest.raises(fxlora.InputError, match=r"'1'.*lie in memory"):
+        gm.get_submodule("1")(OTHERS["transposed"])
