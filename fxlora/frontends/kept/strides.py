@@ -54,8 +54,8 @@ def kept_strides(model: nn.Module) -> Generator[Strides]:
     """Within the context, export a model, and note whether its forward reads strides."""
     noting = _Noting()
     handles = (
-        model.register_forward_pre_hook(lambda *_: noting.begin()),
-        model.register_forward_hook(lambda *_: noting.end(), always_call=True),
+        model.register_forward_pre_hook(noting.begin),
+        model.register_forward_hook(noting.end, always_call=True),
     )
     try:
         with noting:
@@ -71,10 +71,10 @@ class _Noting(TorchFunctionMode):
         self.found = Strides()
         self._depth = 0
 
-    def begin(self) -> None:
+    def begin(self, *_: Any) -> None:
         self._depth += 1
 
-    def end(self) -> None:
+    def end(self, *_: Any) -> None:
         self._depth -= 1
 
     def __torch_function__(
