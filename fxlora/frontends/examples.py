@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch.export import Dim, ShapesCollection
+from torch.export.dynamic_shapes import _combine_args, _tree_map_with_path
 from torch.utils import _pytree as pytree
 
 from ..fx.literals import same_literal
 from ..module.contract import Dimension, InputSpec, TensorInput
 from ..module.example_calls import Call
+from .kept.containers import integers_of_containers
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,30 +86,61 @@ def same_but_for_sizes(one: Call, other: Call) -> bool:
     leaves, others = pytree.tree_leaves(one), pytree.tree_leaves(other)
     if pytree.tree_structure(one) != pytree.tree_structure(other):
         return False
-    return all(map(_same_kind, leaves, others))
+    return all(map(_same_kind, leaves, others, integers_of_containers(one)))
 
 
-def _same_kind(leaf: Any, other: Any) -> bool:
+def _same_kind(leaf: Any, other: Any, counts: bool) -> bool:
     if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
         kinds = [(len(t.shape), t.dtype, t.device, t.layout) for t in (leaf, other)]
         return kinds[0] == kinds[1]
-    return same_literal(leaf, other)
+    return (counts and type(other) is int) or same_literal(leaf, other)
 
 
-def _sizes(call: Call) -> list[torch.Size]:
-    return [leaf.shape for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+def _sizes(call: Call) -> list[tuple[int, ...]]:
+    """Return the shape of each leaf that is a tensor, and each integer of a container."""
+    pairs = zip(pytree.tree_leaves(call), integers_of_containers(call), strict=True)
+    return [
+        tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else (leaf,)
+        for leaf, counts in pairs
+        if counts or isinstance(leaf, torch.Tensor)
+    ]
 
 
 def _also_dynamic(example: Example, varied: Sequence[set[int]]) -> Example:
-    """Make more dimensions of an example dynamic: the given axes of each of its tensors."""
-    leaves = pytree.tree_leaves((example.args, example.kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    """Make more dimensions of an example dynamic: those that vary, as `_sizes` lists them."""
+    given = example.args, example.kwargs
     known: Any = example.dynamic_shapes
-    shapes = ShapesCollection()
-    for tensor, axes in zip(tensors, varied, strict=True):
-        before = {} if known is None else known[tensor]
-        shapes[tensor] = {**before, **dict.fromkeys(axes, Dim.AUTO)}
+    left = iter(varied)
+    shapes = _Shapes()
+    for number, (leaf, counts) in enumerate(
+        zip(pytree.tree_leaves(given), integers_of_containers(given), strict=True)
+    ):
+        if isinstance(leaf, torch.Tensor):
+            before = {} if known is None else known[leaf]
+            shapes[leaf] = {**before, **dict.fromkeys(next(left), Dim.AUTO)}
+        elif counts and next(left):
+            shapes.integers.add(number)
     return dataclasses.replace(example, dynamic_shapes=shapes)
+
+
+class _Shapes(ShapesCollection):
+    """Dynamic dimensions of tensors, and dynamic integers by the number of the leaf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.integers: set[int] = set()
+
+    def dynamic_shapes(self, m: Any, args: Any, kwargs: Any = None) -> Any:
+        """Return the specification for torch.export, in the structure of the arguments."""
+        shapes = super().dynamic_shapes(m, args, kwargs)
+        if not self.integers:
+            return shapes
+        numbers = itertools.count()
+
+        def specified(_path: Any, _leaf: Any, shape: Any) -> Any:
+            return Dim.AUTO if next(numbers) in self.integers else shape
+
+        return _tree_map_with_path(specified, _combine_args(m, args, kwargs), shapes)
 
 
 def in_signature_order(signature: inspect.Signature, kwargs: dict[str, Any]) -> dict[str, Any]:

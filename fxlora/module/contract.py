@@ -69,6 +69,17 @@ class Dimension:
         return f"from {low} to {high}{steps}"
 
 
+def bind(dim: Dimension, value: int, size: int, where: str, bound: Bound) -> None:
+    """Note the value of a symbol; raise InputError if another size of the call gives another."""
+    first, size_there, place = bound.setdefault(dim.symbol, (value, size, where))
+    if value != first:
+        raise InputError(
+            f"{where}: is {size}, but must be {dim.at(first)} where {place} is {size_there}: "
+            "in the captured graph one follows from the other. Give sizes that fit, or "
+            "capture again with an example like this call."
+        )
+
+
 @dataclass(frozen=True)
 class TensorInput:
     """A tensor input.
@@ -140,13 +151,7 @@ class TensorInput:
                 "with an example of this size, and without bounds in dynamic_shapes that exclude "
                 "it."
             )
-        first, size_there, place = bound.setdefault(dim.symbol, (value, size, where))
-        if value != first:
-            raise InputError(
-                f"{where}: is {size}, but must be {dim.at(first)} where {place} is {size_there}: "
-                "in the captured graph one follows from the other. Give sizes that fit, or "
-                "capture again with an example like this call."
-            )
+        bind(dim, value, size, where, bound)
 
 
 @dataclass(frozen=True)
@@ -174,12 +179,15 @@ class IntegerInput:
     def check(self, value: object, bound: Bound, assume: bool = True) -> None:
         if assume and isinstance(value, torch.SymInt):
             self.dim.assume(value)
-        elif type(value) not in (int, torch.SymInt) or self.dim.solve(value) is None:  # pyright: ignore[reportArgumentType]
+            return
+        known = self.dim.solve(value) if type(value) in (int, torch.SymInt) else None  # pyright: ignore[reportArgumentType]
+        if known is None:
             raise InputError(
                 f"{self.name}: captured for integers {self.dim.describe()}, called with "
                 f"{value!r}. Capture again with this value as the example, and without bounds in "
                 "dynamic_shapes that exclude it."
             )
+        bind(self.dim, known, value, self.name, bound)  # pyright: ignore[reportArgumentType]
 
 
 Input = TensorInput | ConstantInput | IntegerInput
@@ -301,13 +309,16 @@ class InputSpec:
 
     def symbols(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
         """Return the value of each symbol for these inputs."""
-        return {
-            dim.symbol: (size - dim.offset) // dim.scale
-            for leaf, value in self.pairs(args, kwargs)
-            if isinstance(leaf, TensorInput) and isinstance(value, torch.Tensor)
-            for dim, size in zip(leaf.dims, value.shape, strict=False)
-            if isinstance(dim, Dimension)
-        }
+        found: dict[str, int] = {}
+        for leaf, value in self.pairs(args, kwargs):
+            pairs: list[tuple[Any, Any]] = []
+            if isinstance(leaf, TensorInput) and isinstance(value, torch.Tensor):
+                pairs = list(zip(leaf.dims, value.shape, strict=False))
+            elif isinstance(leaf, IntegerInput) and isinstance(value, int):
+                pairs = [(leaf.dim, value)]
+            dynamic = ((dim, size) for dim, size in pairs if isinstance(dim, Dimension))
+            found |= {dim.symbol: (size - dim.offset) // dim.scale for dim, size in dynamic}
+        return found
 
     def batches(self) -> list[str]:
         """Return the symbols of the tensors' first dimensions."""

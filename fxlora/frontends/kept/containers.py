@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.export.dynamic_shapes import _IntWrapper
 from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
@@ -43,11 +44,88 @@ def _register_caches(module: nn.Module) -> None:
     reports the unregistered cache.
     """
     try:
-        exporter = importlib.import_module("transformers.exporters.exporter_dynamo")
+        exporter: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
         register: Callable[[nn.Module], None] = exporter.register_cache_pytrees_for_model
     except (ImportError, AttributeError):
         return
     register(module)
+    for kind, node in list(pytree.SUPPORTED_NODES.items()):
+        if node.flatten_fn is exporter._pytree_flatten:
+            pytree.SUPPORTED_NODES[kind] = _with_integers(node)
+            _COUNTING.add(kind)
+
+
+def _with_integers(node: pytree.NodeDef) -> pytree.NodeDef:
+    """Return how to flatten a cache, with its integers as leaves.
+
+    The number of tokens that a sliding-window layer has seen is an integer. In the structure, it
+    would be a constant of the graph.
+    """
+
+    def flatten(cache: Any) -> tuple[list[Any], Any]:
+        tensors, context = node.flatten_fn(cache)
+        leaves: list[Any] = []
+        return leaves, _with_number_leaves(context, cache, list(tensors), leaves)
+
+    def flatten_with_keys(cache: Any) -> tuple[list[Any], Any]:
+        leaves, context = flatten(cache)
+        return [(pytree.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], context
+
+    return node._replace(flatten_fn=flatten, flatten_with_keys_fn=flatten_with_keys)
+
+
+def _with_number_leaves(context: Any, value: Any, known: Sequence[Any], leaves: list[Any]) -> Any:
+    """Return transformers' context of a cache, with its integers as leaves.
+
+    Args:
+        context: the context, whose leaves are `known`.
+        value: what it describes.
+        known: the leaves of the context.
+        leaves: the leaves of the result, which are added to, in the order of the context.
+    """
+
+    def inner(context: Any, value: Any) -> Any:
+        return _with_number_leaves(context, value, known, leaves)
+
+    def of_each(items: Mapping[str, Any], values: Any) -> dict[str, Any]:
+        return {key: inner(item, values[key]) for key, item in items.items()}
+
+    match context:
+        case {"_t": "tensor" | "sym" as kind, "i": index}:
+            leaves.append(known[index])
+            return {"_t": kind, "i": len(leaves) - 1}
+        case int() if type(context) is int:
+            leaves.append(context)
+            return {"_t": "sym", "i": len(leaves) - 1}
+        case {"_t": "obj"} if type(value) is _IntWrapper:  # torch.export wraps integers
+            leaves.append(value)
+            return {"_t": "sym", "i": len(leaves) - 1}
+        case {"_t": "obj", "s": state}:
+            return {**context, "s": of_each(state, vars(value))}
+        case {"_t": "map", "v": items}:
+            return {**context, "v": of_each(items, value)}
+        case {"_t": "items", "v": pairs}:
+            return {**context, "v": [[key, inner(item, value[key])] for key, item in pairs]}
+        case {"_t": "seq", "v": items}:
+            return {**context, "v": inner(items, list(value))}
+        case list():
+            return [inner(*pair) for pair in zip(context, value, strict=True)]
+        case dict() if "_t" not in context:
+            return of_each(context, value)
+        case _:  # a constant
+            return context
+
+
+_COUNTING: set[type] = set()  # the kinds of containers whose integers are leaves
+
+
+def integers_of_containers(values: Any) -> list[bool]:
+    """Return, for each leaf, whether it is an integer of a container such as a cache."""
+    found: list[bool] = []
+    for item in pytree.tree_leaves(values, is_leaf=lambda value: type(value) in _COUNTING):
+        counting = type(item) in _COUNTING
+        found += [counting and type(leaf) is int for leaf in pytree.tree_leaves(item)]
+    return found
 
 
 _REGISTRARS: dict[str, Callable[[nn.Module], None]] = {"transformers": _register_caches}
