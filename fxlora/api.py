@@ -224,7 +224,8 @@ def _adapted_like(module: CapturedModule, plan: Plan, result: CapturedModule) ->
     result.update_state(
         originals=module.known.originals, base_fingerprints=module.known.base_fingerprints
     )
-    return result.train(module.training)
+    result.training = module.training
+    return result
 
 
 def _refuse_captured(module: CapturedModule, method: str, call: Call) -> None:

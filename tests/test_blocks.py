@@ -243,6 +243,187 @@ def test_refusals(how: str, message: str) -> None:
     fxlora.capture(Stateful(Part(), how), calls=BOTH)
 
 
+class Hidden(nn.Module):
+    """Its part reads a state that the forward sets to other values in its other call."""
+
+    def __init__(self, part: nn.Module, value: Any, flagged: Any) -> None:
+        super().__init__()
+        self.part, self.values = part, (value, flagged)
+
+    def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
+        part: Any = self.part
+        part.scale = self.values[flag](x)
+        return part(x)
+
+
+class Applies(nn.Module):
+    scale: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale(self.fc(x))
+
+
+def with_gradients_times(factor: float) -> Any:
+    """Return a function whose gradient is scaled; all such functions have one name."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return grads[0] * factor
+
+    return lambda x: Scaled.apply
+
+
+def size(x: torch.Tensor) -> Any:
+    return x.shape[0]  # 3 in the examples
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "flagged"),
+    [
+        (Part(), lambda x: 3, size),
+        (Part(), lambda x: 0.0, lambda x: -0.0),
+        (Applies(), with_gradients_times(2.0), with_gradients_times(3.0)),
+    ],
+    ids=["a size", "the sign of zero", "a function of the same name"],
+)
+def test_hidden_values_that_look_alike(part: nn.Module, value: Any, flagged: Any) -> None:
+    with pytest.raises(fxlora.SubmoduleError, match="not told apart by the arguments"):
+        fxlora.capture(Hidden(part, value, flagged), calls=BOTH, modules="part")
+
+
+class Signs(nn.Module):
+    def __init__(self, zero: float) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.copysign(x, torch.tensor([self.zero] * 6, dtype=x.dtype))
+
+
+def test_zeros_of_both_signs() -> None:
+    model, x = nn.Sequential(Signs(0.0), nn.Linear(6, 6), Signs(-0.0)).double(), X.double()
+    assert_same([fxlora.capture(model, x, modules=["0", "2"])(x)], [model(x)])
+
+
+class Attends(nn.Module):
+    """Has views, whose sizes are computed, between its adapted weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = h.shape
+        q, k, v = self.qkv(h).view(batch, length, 3, 2, 3).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, 6))
+
+
+class Repeats(nn.Module):
+    """Calls its part once, or twice with labels."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.head = part, nn.Linear(6, 4)
+
+    def forward(self, h: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.part(h)
+        return self.head(h) if labels is None else (self.head(self.part(h)) * labels).sum()
+
+
+def test_sizes_that_differ_and_other_numbers_of_calls() -> None:
+    torch.manual_seed(0)
+    model = Repeats(Attends()).double()
+    h, labels = torch.randn(3, 5, 6).double(), torch.randn(3, 5, 4).double()
+    calls: list[Any] = [((h,), {}), ((h[:2, :4],), {}), ((h, labels), {})]
+    lora = adapted(fxlora.capture(model, calls=calls, modules="part"))
+    folded = fxlora.fold(lora)
+    fxlora.verify(lora, calls=calls, folded=folded)
+    merged: Any = fxlora.merged(model, folded)
+    assert float((lora(h) - model(h)).detach().abs().max()) > 1e-3
+    found = [lora(h), lora(h[:1, :3]), lora(h, labels)]
+    assert_close(found, [merged(h), merged(h[:1, :3]), merged(h, labels)])
+
+
+class Past(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, past: Any = None, mask: Any = None) -> torch.Tensor:
+        x = x if past is None else x + past[0] * past[1]
+        if mask is not None:
+            x = x.masked_fill(mask, 0.0) if mask.dtype is torch.bool else x * mask
+        return self.fc(x)
+
+
+class Around(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor, past: Any = None, mask: Any = None) -> torch.Tensor:
+        return self.part(x, past, mask)
+
+
+def test_arguments_of_other_kinds_tell_calls_apart() -> None:
+    model, x = Around(Past()).double(), X.double()
+    calls: list[Any] = [((x,), {}), ((x, (x, x)), {}), ((x, None, x > 0), {}), ((x, None, x), {})]
+    gm = fxlora.capture(model, calls=calls, modules="part")
+    assert_same([gm(*args) for args, _ in calls], [model(*args) for args, _ in calls])
+
+
+def test_a_value_that_only_one_call_gives_twice() -> None:
+    class Ignores(nn.Linear):
+        def forward(self, x: torch.Tensor, y: Any = None) -> torch.Tensor:
+            return super().forward(x)
+
+    class Doubles(Around):
+        def forward(self, x: torch.Tensor, y: Any = None) -> torch.Tensor:
+            return self.part(x, x if y is None else y)
+
+    model = Doubles(Ignores(6, 4))
+    gm = fxlora.capture(model, calls=[((X,), {}), ((X, X + 1), {})], modules="part")
+    assert_same([gm(X), gm(X, X + 1)], [model(X), model(X, X + 1)])
+
+
+def test_called_without_gradient_besides() -> None:
+    class Target(Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                target = self.part(x + 1)
+            return self.part(x) - target
+
+    with pytest.raises(fxlora.SubmoduleError, match=r"under torch.no_grad"):
+        fxlora.capture(Target(nn.Linear(6, 4)), X, modules="part")
+
+
+def test_a_module_of_two_names_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    model.append(model[0])
+    with pytest.raises(fxlora.SubmoduleError, match="several names"):
+        fxlora.capture(model, X, modules="0")
+
+
+def test_a_mode_set_apart_stays_when_more_is_captured(
+    source: Model, captured: fxlora.CapturedModule
+) -> None:
+    lora = adapted(captured).train()
+    lora.get_submodule("layers.0").eval()
+    more = fxlora.capture_more(lora, source, kwargs={"ids": IDS, "mask": MASK, "labels": IDS})
+    assert more.training
+    assert not more.get_submodule("layers.0").training
+
+
 def with_constant(part: Any, x: torch.Tensor) -> torch.Tensor:
     return part.fc(x * torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=x.dtype))
 

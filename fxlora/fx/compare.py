@@ -68,8 +68,8 @@ def _nested_pair(a: fx.Node, b: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule
 def same_graph_except_sizes(
     dynamic: fx.Graph,
     static: fx.Graph,
-    symbols: Mapping[str, int],
-    others: Mapping[str, int] | None = None,
+    symbols: Mapping[str, Any],
+    others: Mapping[str, Any] | None = None,
 ) -> bool:
     """Whether two exported graphs have the same ops on the same inputs, and equal sizes.
 
@@ -78,8 +78,8 @@ def same_graph_except_sizes(
     torch.export leaves out `contiguous()`, which does nothing there in the dynamic graph either.
 
     Args:
-        symbols: the value of each symbol of the dynamic graph, by name.
-        others: the value of each symbol of the static graph, if only a part of it is static.
+        symbols: the value of each symbol of the dynamic graph, by name: a number, or an expression.
+        others: the value of each symbol of the other graph, if it is not static.
     """
     graphs = (dynamic, static)
     ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
@@ -108,6 +108,9 @@ def _is_size(node: fx.Node) -> bool:
     """Whether a call returns no tensor: it computes a size, or asserts something about one."""
     if node.op != "call_function":
         return False
+    if "val" not in node.meta:  # inserted by a pass
+        declared: Any = getattr(node.target, "_schema", None)
+        return declared is not None and not any("Tensor" in str(r.type) for r in declared.returns)
     return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
@@ -127,7 +130,7 @@ def _is_whole(node: fx.Node) -> bool:
     return node.args[2:] in ((0, _END), (None, _END))
 
 
-def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, int]) -> list[Any]:
+def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, Any]) -> list[Any]:
     """Return a node's arguments as a flat list, without whole slices and with computed sizes."""
 
     def number(value: fx.Node) -> Any:
@@ -144,15 +147,16 @@ class _Number:
     index: int
 
 
-def _size(node: fx.Node, symbols: Mapping[str, int]) -> Any:
+def _size(node: fx.Node, symbols: Mapping[str, Any]) -> Any:
     """Return a size for these values of the symbols, or the node itself if it is not known."""
     value = node.meta.get("val")
     if not isinstance(value, torch.SymInt):
         return value if isinstance(value, int) else node
     expression: Any = value.node.expr
-    known = {s: symbols[str(s)] for s in expression.free_symbols if str(s) in symbols}
-    number: Any = expression.subs(known)
-    return int(number) if number.is_number else node
+    if any(str(symbol) not in symbols for symbol in expression.free_symbols):
+        return node
+    found: Any = expression.subs({s: symbols[str(s)] for s in expression.free_symbols})
+    return int(found) if found.is_number else found
 
 
 def _form(node: fx.Node, numbers: dict[fx.Node, int]) -> Any:
@@ -179,10 +183,16 @@ def _same_constants(first: fx.Graph, second: fx.Graph) -> bool:
 
 
 def equal_tensors(a: object, b: object) -> bool:
-    """Whether two values are tensors of one dtype and shape with equal entries, which are known."""
+    """Whether two values are tensors of one dtype and shape with the same entries, which are known.
+
+    0.0 and -0.0 differ, as in `same_literal`.
+    """
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
-    return a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
+    if a.dtype != b.dtype or a.is_meta or not torch.equal(a, b):
+        return False
+    parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a, b)]
+    return torch.equal(*(torch.signbit(part) for part in parts))
 
 
 def _get(module: nn.Module | None, path: str) -> Any:

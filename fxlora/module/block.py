@@ -49,7 +49,7 @@ class BlockGraphs(ProgramModule):
     @property
     def contract(self) -> InputSpec | None:
         call = self.only.get(self.mode)
-        return call and (call.any_dtype if current_autocast() else call.inputs)
+        return call and (call.any_float if current_autocast() else call.inputs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.only:
@@ -60,20 +60,30 @@ class BlockGraphs(ProgramModule):
         leaves = self._forwards[self.training](self._view, *given)
         return pytree.tree_unflatten(leaves, call.recorded.output.structure)
 
+    def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().check_arguments(args, kwargs)
+        self._check_alike(args, kwargs)
+
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._check(args, kwargs)
+        try:
+            self._check_alike(args, kwargs)
+        except InputError as error:
+            raise self._refusal(error) from None
+
+    def _check_alike(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise InputError for two tensors where the graph has one, as for `self(x, x)`."""
         call = self.only.get(self.mode)
-        pairs = call.inputs.pairs(args, kwargs) if call and call.alike else []
-        for index, other in call.alike if call else ():
+        if call is None or not call.alike:
+            return
+        pairs = call.inputs.pairs(args, kwargs)
+        for index, other in call.alike:
             (one, value), (two, second) = pairs[index], pairs[other]
             if not same(value, second):
-                raise self._refusal(
-                    InputError(
-                        f"{one.name} and {two.name}: captured as one value that was given for "
-                        "both, called with different ones (or with one whose gradient goes "
-                        "elsewhere). Give the same for both, or capture a model that gives "
-                        "different ones."
-                    )
+                raise InputError(
+                    f"{one.name} and {two.name}: captured as one value that was given for both, "
+                    "called with different ones (or with one whose gradient goes elsewhere). Give "
+                    "the same for both, or capture a model that gives different ones."
                 )
 
     def _refusal(self, error: InputError) -> InputError:

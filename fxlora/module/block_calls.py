@@ -10,7 +10,7 @@ from torch import fx, nn
 from ..errors import SubmoduleError
 from ..fx.compare import same_graph_except_sizes
 from .autocasts import UNKNOWN, Autocasts
-from .block_contract import contract_of_both, may_overlap, of_any_dtype, symbols_of_both, within
+from .block_contract import contract_of_both, may_overlap, symbols_of_both, under_autocast, within
 from .constants import EqualConstants
 from .contract import InputSpec, TensorInput
 from .outlining import ModuleCall, OutlinedGraph, same_graph, split_at_calls
@@ -26,13 +26,13 @@ class BlockCall:
     Attributes:
         outlined: its graph.
         inputs: its contract, with the bounds and guards of the whole model's.
-        any_dtype: the contract under autocast, which determines the dtypes: any is valid.
+        any_float: the contract under autocast, which determines the dtypes of floats.
         autocasts: the callers' autocasts that the graph holds for.
     """
 
     outlined: OutlinedGraph
     inputs: InputSpec
-    any_dtype: InputSpec
+    any_float: InputSpec
     autocasts: Autocasts
 
     @property
@@ -53,7 +53,7 @@ class BlockCall:
     def of(cls, outlined: OutlinedGraph, whole: Program, mode: str) -> BlockCall:
         inputs = within(outlined.inputs, whole.inputs[mode])
         autocasts = whole.autocasts.get(mode, UNKNOWN)
-        return cls(outlined, inputs, of_any_dtype(inputs), autocasts)
+        return cls(outlined, inputs, under_autocast(inputs), autocasts)
 
 
 def outline(
@@ -131,10 +131,13 @@ def _add(known: list[BlockCall], calls: Iterable[BlockCall]) -> None:
         SubmoduleError: a call's arguments could be those of a known one that has another graph.
     """
     for call in calls:
-        if any(_same(call, other) for other in known):
+        same = next((n for n, other in enumerate(known) if _same(call, other)), None)
+        if same is not None:
+            alike = known[same].outlined.alike & call.outlined.alike
+            known[same] = replace(known[same], outlined=replace(known[same].outlined, alike=alike))
             continue
         for other in known:
-            if may_overlap(call.any_dtype, other.any_dtype) and not _do_the_same(
+            if may_overlap(call.any_float, other.any_float) and not _do_the_same(
                 call.outlined, other.outlined
             ):
                 raise SubmoduleError(

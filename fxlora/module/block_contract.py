@@ -116,13 +116,15 @@ def _arguments_may_be_equal(one: _Argument, other: _Argument) -> bool:
     if structure == another:
         return all(map(_inputs_may_be_equal, leaves, others))
     whole = [found for tree, held in (one, other) if tree.is_leaf() for found in held]
-    return any(isinstance(leaf, ConstantInput) for leaf in whole)  # a constant may be a container
+    constants = [leaf.value for leaf in whole if isinstance(leaf, ConstantInput)]
+    plain = (bool, int, float, str, type(None))
+    return any(not isinstance(value, plain) for value in constants)  # it may be a container
 
 
 def _inputs_may_be_equal(one: Input, other: Input) -> bool:
     if isinstance(one, TensorInput) and isinstance(other, TensorInput):
         same_rank = len(one.dims) == len(other.dims)
-        same_dtype = None in (one.dtype, other.dtype) or one.dtype == other.dtype
+        same_dtype = one.takes(other.dtype) or other.takes(one.dtype)
         return same_rank and same_dtype and all(map(_sizes_may_be_equal, one.dims, other.dims))
     if isinstance(one, ConstantInput) and isinstance(other, ConstantInput):
         return same_literal(one.value, other.value)
@@ -144,36 +146,63 @@ def _sizes_may_be_equal(one: int | Dimension, other: int | Dimension) -> bool:
     return isinstance(dim, Dimension) and isinstance(size, int) and dim.solve(size) is not None
 
 
-def symbols_of_both(one: fx.Graph, other: fx.Graph) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Return values of two graphs' symbols with which their inputs have the sizes of the first's.
+def symbols_of_both(one: fx.Graph, other: fx.Graph) -> tuple[_Symbols, _Symbols] | None:
+    """Return values of two graphs' symbols with which their inputs have the same sizes.
 
-    None if there are none.
+    The values are numbers, or expressions in further symbols, which stand for any size. None if
+    the values cannot be told.
     """
-    values = [
-        [node.meta.get("val") for node in g.find_nodes(op="placeholder")] for g in (one, other)
-    ]
-    shapes = [[size for value in of_one for size in _sizes(value)] for of_one in values]
-    if len(shapes[0]) != len(shapes[1]):
+    sizes = [_expressions(graph, name) for graph, name in ((one, "one"), (other, "other"))]
+    if None in sizes or len(sizes[0] or ()) != len(sizes[1] or ()):
         return None
-    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in shapes[0]]
-    found = [_solved(shape, sizes) for shape in shapes]
-    return None if None in found else (found[0] or {}, found[1] or {})
-
-
-def _sizes(value: Any) -> Sequence[Any]:
-    return value.shape if isinstance(value, torch.Tensor) else (value,)
-
-
-def _solved(dims: Sequence[Any], sizes: Sequence[Any]) -> dict[str, int] | None:
-    """Return the values of symbols with which dimensions have these sizes, or None."""
-    symbols: dict[str, int] = {}
-    for dim, size in zip(map(dimension_of, dims), sizes, strict=True):
-        value = dim.solve(size) if isinstance(dim, Dimension) and size is not None else None
-        if isinstance(dim, int) and dim == size:
+    values: dict[Any, Any] = {}
+    for left, right in zip(*(found or () for found in sizes), strict=True):
+        difference: Any = sympy.expand((left - right).subs(values))
+        if difference == 0:
             continue
-        if isinstance(dim, int) or value is None or symbols.setdefault(dim.symbol, value) != value:
+        solved = [s for s in difference.free_symbols if difference.coeff(s) in (1, -1)]
+        if not solved or difference.has(sympy.Function):
             return None
-    return symbols
+        symbol = min(solved, key=str)
+        value = symbol - difference / difference.coeff(symbol)
+        if symbol in value.free_symbols:
+            return None
+        values = {s: v.subs(symbol, value) for s, v in values.items()} | {symbol: value}
+    named = [_renamed(graph, name) for graph, name in ((one, "one"), (other, "other"))]
+    ours, theirs = ({s: v.subs(values) for s, v in of_one.items()} for of_one in named)
+    return ours, theirs
+
+
+_Symbols = Mapping[str, Any]  # the value of each symbol, by its name
+
+
+def _inputs(graph: fx.Graph) -> Iterator[Any]:
+    """Yield the sizes of a graph's inputs, and its inputs that are sizes."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        yield from value.shape if isinstance(value, torch.Tensor) else (value,)
+
+
+def _renamed(graph: fx.Graph, name: str) -> dict[str, Any]:
+    """Return a symbol of its own for each symbol in a graph's inputs: two graphs share none."""
+    symbolic = (size for size in _inputs(graph) if isinstance(size, torch.SymInt))
+    symbols = (symbol for size in symbolic for symbol in size.node.expr.free_symbols)
+    return {str(symbol): sympy.Symbol(f"{name}_{symbol}", integer=True) for symbol in symbols}
+
+
+def _expressions(graph: fx.Graph, name: str) -> list[Any] | None:
+    """Return the sizes of a graph's inputs in its renamed symbols, or None if one is unknown."""
+    renamed = _renamed(graph, name)
+    found: list[Any] = []
+    for size in _inputs(graph):
+        if isinstance(size, torch.SymInt):
+            expression: Any = size.node.expr
+            found.append(expression.subs({s: renamed[str(s)] for s in expression.free_symbols}))
+        elif isinstance(size, int):
+            found.append(sympy.Integer(size))
+        else:
+            return None
+    return found
 
 
 def _sizes_of(dim: int | Dimension) -> tuple[int, int | None]:
@@ -301,10 +330,10 @@ def _stand_ins(leaves: Sequence[Input], values: Mapping[str, Any]) -> list[Any]:
     return made
 
 
-def of_any_dtype(spec: InputSpec) -> InputSpec:
-    """Return the contract for a call under autocast, which determines the dtypes: any is valid."""
+def under_autocast(spec: InputSpec) -> InputSpec:
+    """Return the contract for a call under autocast, which determines the dtypes of floats."""
 
     def changed(leaf: Input) -> Input:
-        return replace(leaf, dtype=None) if isinstance(leaf, TensorInput) else leaf
+        return replace(leaf, any_float=True) if isinstance(leaf, TensorInput) else leaf
 
     return replace(spec, leaves=tuple(tuple(map(changed, group)) for group in spec.leaves))

@@ -288,7 +288,7 @@ class CapturedModule(ProgramModule):
 
     def _call_method(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         self._seal.refuse_apart()
-        return self.chosen_call(args, kwargs, method)(*args, **kwargs)
+        return self.chosen_call(args, kwargs, method).forward(*args, **kwargs)
 
     def _sign(self, signature: inspect.Signature) -> None:
         calls = self.captured_calls() if "runners" in self.__dict__ else ()

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..errors import NoMatchError
+from ..errors import NoMatchError, SubmoduleError
+from ..tables import some
 
 Modules = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 
@@ -23,15 +24,24 @@ def chosen_modules(model: nn.Module, modules: Modules) -> tuple[str, ...]:
 
     Raises:
         NoMatchError: a pattern or class matches no submodule.
+        SubmoduleError: a chosen submodule has several names.
     """
     choices = [modules] if isinstance(modules, str | type) else list(modules)
     named = [(path, module) for path, module in model.named_modules() if path]
     for choice in choices:
         if not any(_matches(choice, *item) for item in named):
             raise NoMatchError(_no_match(choice, [path for path, _ in named]))
-    return tuple(
-        path for path, module in named if any(_matches(choice, path, module) for choice in choices)
-    )
+    chosen = [item for item in named if any(_matches(choice, *item) for choice in choices)]
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+    for path, module in chosen:
+        if len(names := names_of[id(module)]) > 1:
+            raise SubmoduleError(
+                f"'{path}' cannot be a module of its own: it has several names ({some(names)}). "
+                "Outline the modules around it, or those inside."
+            )
+    return tuple(path for path, _ in chosen)
 
 
 def _matches(choice: str | type[nn.Module], path: str, module: nn.Module) -> bool:

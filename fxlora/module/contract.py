@@ -89,12 +89,20 @@ class TensorInput:
         dims: its dimensions.
         dtype: its dtype, or None for any.
         order: how it lies in memory, or None for any way.
+        any_float: whether any other floating-point dtype will do if `dtype` is one.
     """
 
     name: str
     dims: tuple[int | Dimension, ...]
     dtype: torch.dtype | None
     order: Order | None = None
+    any_float: bool = False
+
+    def takes(self, dtype: torch.dtype | None) -> bool:
+        """Whether a tensor may have this dtype; None stands for any."""
+        if dtype is None or self.dtype in (None, dtype):
+            return True
+        return self.any_float and self.dtype.is_floating_point and dtype.is_floating_point
 
     def check(self, value: object, bound: Bound, assume: bool = True) -> None:
         if not isinstance(value, torch.Tensor):
@@ -108,7 +116,7 @@ class TensorInput:
                 "torch.nested.to_padded_tensor(value, 0.0)."
             )
         # The source may decide by any dtype, of integers too.
-        if self.dtype not in (None, value.dtype):
+        if not self.takes(value.dtype):
             raise InputError(
                 f"{self.name}: captured as {self.dtype}, called with {value.dtype}. Convert it "
                 f"with .to({self.dtype}), or capture again with an example of {value.dtype}."

@@ -21,7 +21,7 @@ from ..errors import SubmoduleError
 from ..fx.calls import example_value, is_in, named_argument
 from ..fx.effects import written_nodes
 from ..fx.literals import literal
-from ..fx.nested import every_call
+from ..fx.nested import call_of, every_call
 from ..fx.trials import memory_use
 from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import dimension_of
@@ -157,23 +157,23 @@ def split_at_calls(
         SubmoduleError: a submodule has a part in the graph other than by its calls, or it shares
             more than arguments and results with the code around it.
     """
-    rest, written = _prepared_copy(graph)
+    rest, repeatable = _prepared_copy(graph)
     made: dict[str, list[OutlinedGraph]] = {}
     for path in sorted(paths, key=lambda path: (-path.count("."), path)):  # the innermost first
         own = [call for call in calls if call.path == path]
-        if not own and _is_in(graph, path):
+        if _is_called_otherwise(graph, path, recorded=bool(own)):
             raise SubmoduleError(
-                f"'{path}' has no call of its own in the graph: it is called under torch.no_grad "
-                "or torch.autocast in the forward, or only by one of its methods. Outline the "
-                "module around it, or those inside."
+                f"'{path}' cannot be a module of its own: it is called under torch.no_grad or "
+                "torch.autocast in the forward, or only by one of its methods. Outline the module "
+                "around it, or those inside."
             )
-        made[path] = [_Outliner(rest, call, written, equal, ordered).outline() for call in own]
+        made[path] = [_Outliner(rest, call, repeatable, equal, ordered).outline() for call in own]
     rest.lint()
     return rest, made
 
 
-def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[object]]:
-    """Return a copy of a graph that can be split, and the tensors that it writes to."""
+def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[fx.Node]]:
+    """Return a copy of a graph that can be split, and its nodes that can be recomputed."""
     rest = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     rest.output(rest.graph_copy(graph, copies))
@@ -181,15 +181,29 @@ def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[object]]:
     written = _written(graph, copies)
     _bypass_in_place_results(rest)
     _annotate(rest)
-    return rest, written
+    return rest, _repeatable_nodes(rest, written)
 
 
-def _is_in(graph: fx.Graph, path: str) -> bool:
-    """Whether a graph, or one nested in it, has a node of the submodule at a path."""
+def _is_called_otherwise(graph: fx.Graph, path: str, recorded: bool) -> bool:
+    """Whether a submodule has a part in a graph that no recorded call has.
+
+    Args:
+        graph: the graph.
+        path: the submodule's path.
+        recorded: whether there are recorded calls of it; else each node of it counts.
+    """
     owner = graph.owning_module
     assert owner is not None
-    nested = (inner.graph for call in every_call(graph, owner) for inner in call.graphs)
-    return any(is_in(node, path) for found in (graph, *nested) for node in found.nodes)
+    for node in graph.nodes:
+        if not recorded and is_in(node, path):
+            return True
+        call = call_of(node, owner)
+        if call and path not in {key[0] for key in node.meta.get(CALLS, ())}:
+            deeper = (inner for g in call.graphs for inner in every_call(g.graph, g))
+            graphs = (*call.graphs, *(g for inner in deeper for g in inner.graphs))
+            if any(is_in(found, path) for g in graphs for found in g.graph.nodes):
+                return True
+    return False
 
 
 def _annotate(graph: fx.Graph) -> None:
@@ -211,11 +225,10 @@ def same_graph(one: OutlinedGraph, other: OutlinedGraph) -> bool:
     if one is other:
         return True
     same = one.call.inputs == other.call.inputs and one.call.output == other.call.output
-    return same and one.call.names == other.call.names and _text(one.graph) == _text(other.graph)
-
-
-def _text(graph: fx.Graph) -> str:
-    return graph.python_code("self").src
+    if not same or one.call.names != other.call.names:
+        return False
+    ours, theirs = (made.graph.python_code("self") for made in (one, other))
+    return (ours.src, ours.globals) == (theirs.src, theirs.globals)
 
 
 class _Outliner:
@@ -224,7 +237,7 @@ class _Outliner:
     Attributes:
         rest: the graph around the call, which is rewritten.
         call: the call.
-        written: the tensors that the graph writes to (see `_written`).
+        repeatable: the nodes that can be computed again (see `_repeatable_nodes`).
         equal: the names of constants.
         ordered: whether the contract asks for the order of tensors in memory.
         inside: the nodes of the call.
@@ -238,13 +251,13 @@ class _Outliner:
         self,
         rest: fx.Graph,
         call: ModuleCall,
-        written: frozenset[object],
+        repeatable: frozenset[fx.Node],
         equal: EqualConstants,
         ordered: bool,
     ) -> None:
         self.rest = rest
         self.call = call
-        self.written = written
+        self.repeatable = repeatable
         self.equal = equal
         self.ordered = ordered
         self.inside = {node for node in rest.nodes if call.key in node.meta.get(CALLS, ())}
@@ -264,7 +277,7 @@ class _Outliner:
             placeholder.meta = {k: v for k, v in node.meta.items() if k == "val"}
             self.copies.setdefault(node, placeholder)
         for node in inside:
-            if node.op != "get_attr" and not _is_size(node):  # those are copied where they are used
+            if not (node in self.repeatable or _is_size(node)):  # those are copied at their use
                 self._copy_of(node)
         returned = [
             self._copy_of(self.results[index]) if index in self.results else constant
@@ -326,7 +339,7 @@ class _Outliner:
             return fetched
         if _is_size(node):
             return self._size(node)
-        if node in self.inside or _can_be_recomputed(node, self.written):
+        if node in self.inside or node in self.repeatable:
             return self._copy(node)
         raise self._refusal(f"takes the value of '{node.name}' other than as an argument")
 
@@ -395,7 +408,7 @@ class _Outliner:
             outside = [user for user in node.users if user not in self.inside]
             if not outside or node in returned or node.op == "get_attr":
                 continue
-            if _can_be_recomputed(node, self.written):
+            if node in self.repeatable:
                 continue
             if _is_size(node):
                 self._move_size(node, outside)
@@ -559,23 +572,20 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _can_be_recomputed(node: fx.Node, written: frozenset[object]) -> bool:
-    """Whether a node depends on parameters and constants only, so that a copy of it is the same.
+def _repeatable_nodes(graph: fx.Graph, written: frozenset[object]) -> frozenset[fx.Node]:
+    """Return the nodes that depend on parameters and constants only, so that copies are the same.
 
-    False for a value that is written to, and for anything computed from one.
+    Without values that are written to, and anything computed from one.
     """
-    ahead = [node]
-    while ahead:
-        found = ahead.pop()
-        if found.op not in ("get_attr", "call_function"):
-            return False
-        if found.op == "get_attr":
-            if found.target in written:
-                return False
-        elif found in written or not _repeatable(found):
-            return False
-        ahead += found.all_input_nodes
-    return True
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            fixed = node.target not in written
+        else:
+            fixed = node.op == "call_function" and node not in written and _repeatable(node)
+        if fixed and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def _repeatable(node: fx.Node) -> bool:

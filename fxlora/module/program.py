@@ -114,6 +114,11 @@ class ProgramModule(fx.GraphModule):
         """Whether the current mode's graph accepts these arguments."""
         return self.contract is None or self.contract.holds_for(args, kwargs)
 
+    def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise InputError unless the current mode's graph is one for these arguments."""
+        if self.contract is not None:
+            self.contract.check(args, kwargs, assume=False)
+
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise InputError unless the current mode's graph accepts these arguments."""
         try:

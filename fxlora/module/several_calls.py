@@ -57,7 +57,7 @@ def run_chosen(module: Any, args: Any, kwargs: Any) -> Any:
     no keywords, gives all arguments in a list.
     """
     args, kwargs = tuple(args), dict(kwargs)
-    return module.chosen_call(args, kwargs)(*args, **kwargs)
+    return module.chosen_call(args, kwargs).forward(*args, **kwargs)  # hooks have run
 
 
 _Runner = TypeVar("_Runner", bound=ProgramModule)
@@ -73,10 +73,8 @@ def first_that_holds(
     """
     refusals: list[InputError] = []
     for call in calls:
-        if call.contract is None:  # the tracer's
-            return call
         try:
-            call.contract.check(args, kwargs, assume=False)
+            call.check_arguments(args, kwargs)
         except InputError as error:
             refusals.append(error)
         else:

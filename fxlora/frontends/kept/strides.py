@@ -89,7 +89,11 @@ class _Noting(TorchFunctionMode):
         plain = [
             leaf for leaf in pytree.tree_leaves(result) if not isinstance(leaf, _TENSOR | None)
         ]
-        if plain and func not in _INDEPENDENT:
+        if plain and func not in _INDEPENDENT and _has_tensor(args, kwargs):
             self.found.read = True
             self.found.offset_read |= func not in (_TENSOR.stride, _TENSOR.is_contiguous)
         return result
+
+
+def _has_tensor(*values: Any) -> bool:
+    return any(isinstance(leaf, _TENSOR) for leaf in pytree.tree_leaves(values))
