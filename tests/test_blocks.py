@@ -367,16 +367,17 @@ class Past(nn.Module):
 
 
 class Around(nn.Module):
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, forward: Any) -> None:
         super().__init__()
-        self.part = part
+        self.part, self.run = part, forward
 
-    def forward(self, x: torch.Tensor, past: Any = None, mask: Any = None) -> torch.Tensor:
-        return self.part(x, past, mask)
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self.run(self.part, *args)
 
 
 def test_arguments_of_other_kinds_tell_calls_apart() -> None:
-    model, x = Around(Past()).double(), X.double()
+    model = Around(Past(), lambda part, x, past=None, mask=None: part(x, past, mask)).double()
+    x = X.double()
     calls: list[Any] = [((x,), {}), ((x, (x, x)), {}), ((x, None, x > 0), {}), ((x, None, x), {})]
     gm = fxlora.capture(model, calls=calls, modules="part")
     assert_same([gm(*args) for args, _ in calls], [model(*args) for args, _ in calls])
@@ -384,27 +385,22 @@ def test_arguments_of_other_kinds_tell_calls_apart() -> None:
 
 def test_a_value_that_only_one_call_gives_twice() -> None:
     class Ignores(nn.Linear):
-        def forward(self, x: torch.Tensor, y: Any = None) -> torch.Tensor:
-            return super().forward(x)
+        def forward(self, input: torch.Tensor, y: Any = None) -> torch.Tensor:
+            return super().forward(input)
 
-    class Doubles(Around):
-        def forward(self, x: torch.Tensor, y: Any = None) -> torch.Tensor:
-            return self.part(x, x if y is None else y)
-
-    model = Doubles(Ignores(6, 4))
+    model = Around(Ignores(6, 4), lambda part, x, y=None: part(x, x if y is None else y))
     gm = fxlora.capture(model, calls=[((X,), {}), ((X, X + 1), {})], modules="part")
     assert_same([gm(X), gm(X, X + 1)], [model(X), model(X, X + 1)])
 
 
 def test_called_without_gradient_besides() -> None:
-    class Target(Around):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                target = self.part(x + 1)
-            return self.part(x) - target
+    def to_target(part: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = part(x + 1)
+        return part(x) - target
 
     with pytest.raises(fxlora.SubmoduleError, match=r"under torch.no_grad"):
-        fxlora.capture(Target(nn.Linear(6, 4)), X, modules="part")
+        fxlora.capture(Around(nn.Linear(6, 4), to_target), X, modules="part")
 
 
 def test_a_module_of_two_names_is_refused() -> None:

@@ -137,6 +137,19 @@ def test_a_call_like_none_is_refused(lora: fxlora.CapturedModule) -> None:
     assert str(refused.value).count("called with 2 positional") == 1  # the same for three calls
 
 
+def test_the_nearest_calls_are_named(lora: fxlora.CapturedModule) -> None:
+    with pytest.raises(fxlora.InputError, match="The nearest: ") as refused:
+        lora(IDS.float(), labels=LABELS)
+    assert str(refused.value).count("ids: captured as torch.int64") == 1
+    assert "missing" not in str(refused.value)
+
+
+def test_torch_exports_a_call_with_optional_arguments(lora: fxlora.CapturedModule) -> None:
+    program = torch.export.export(lora, (IDS, MASK), {"labels": LABELS})
+    loss, expected = (m(IDS, MASK, labels=LABELS)[0] for m in (program.module(), lora))
+    assert torch.equal(loss, expected)
+
+
 def test_defaults_may_be_given(model: Tagger, captured: fxlora.CapturedModule) -> None:
     one = fxlora.capture(model, IDS)
     compiled: Any = torch.compile(captured, backend="eager", fullgraph=True)
@@ -160,7 +173,7 @@ def test_a_position_means_what_it_means_in_the_source(captured: fxlora.CapturedM
 
 def test_the_signature_names_every_argument(lora: fxlora.CapturedModule) -> None:
     parameters = inspect.signature(lora.forward).parameters
-    assert list(parameters) == ["ids", "labels", "mask", "wide"]
+    assert list(parameters) == ["ids", "mask", "labels", "wide"]
     required = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
     assert required == ["ids"]
 

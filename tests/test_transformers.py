@@ -188,7 +188,7 @@ def test_what_a_sliding_window_has_counted_is_part_of_the_capture() -> None:
     theirs = copy.deepcopy(step)
     gm = fxlora.capture(model, (), step).eval()
     assert_close([call(gm, step).logits], [call(model, theirs).logits], 1e-6)
-    with pytest.raises(InputError, match="'cumulative_length': 8"):
+    with pytest.raises(InputError, match="captured as the constant 7, called with 8"):
         gm(**step)
 
 
@@ -303,7 +303,9 @@ def test_what_a_host_refuses(generating: Any) -> None:
         generate(host, IDS)
     with pytest.raises(InputError, match="position_ids: missing"):
         host(IDS)
-    with pytest.raises(SubmoduleError, match="'model' of a host with adapters cannot be called"):
+    with pytest.raises(
+        SubmoduleError, match="'model' of a host has adapters, and cannot be called"
+    ):
         host.model(IDS)
     with pytest.raises(InjectError, match="source model"):
         fxlora.hosted(host, gm)
@@ -316,15 +318,26 @@ def test_what_a_host_refuses(generating: Any) -> None:
         generate(host, IDS, use_cache=False)
 
 
-def test_generate_with_a_cache() -> None:
-    """A prompt's graph and a step's have one set of adapters, and the sizes that vary may vary."""
+def gemma() -> Any:
+    """A decoder with a window of 5 tokens in one layer, and without one in the other."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    window = {"sliding_window": 5, "tie_word_embeddings": False, "head_dim": 6}
+    return build("Gemma3ForCausalLM", "Gemma3TextConfig", **SMALL | layers | window)
+
+
+@pytest.mark.parametrize(("make", "graphs"), [(lambda: llama(num_hidden_layers=1), 2), (gemma, 3)])
+def test_generate_with_a_cache(make: Any, graphs: int) -> None:
+    """A prompt's graph and a step's have one set of adapters, and the sizes that vary may vary.
+
+    So may the number of tokens that a window has seen; a full window has graphs of its own.
+    """
     torch.manual_seed(0)
-    model = llama(num_hidden_layers=1)
+    model = make()
     with fxlora.recorded_calls(model) as calls:
         for ids in (IDS, IDS[:, :3]):
             model.generate(ids, max_new_tokens=3)
     gm = fxlora.capture(model, calls=calls)
-    assert len(gm.programs) == 2
+    assert len(gm.programs) == graphs
     lora = adapted(gm)
     expected = merged(model, lora)
     for module in (lora, fxlora.fold(lora)):

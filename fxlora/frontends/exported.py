@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import ScriptObject, fx, nn
 from torch.export import ExportedProgram, _unlift
 from torch.export.unflatten import _assign_attr
 from torch.fx.experimental import _config as export_config
@@ -246,6 +246,7 @@ def _exported(
     module = _as_module(program)
     assert isinstance(module, fx.GraphModule)
     _refuse_assigned_state(model, module, assigned)
+    _refuse_other_constants(model, module)
     functions.restore(module)
     remove_metadata_assertions(module)
     return program, module, strides
@@ -285,6 +286,19 @@ def _refuse_assigned_state(
                 f"{type(model).__name__} keeps state in its attribute '{name}', which a graph "
                 f"cannot do. Use register_buffer('{name.rpartition('.')[2]}', …), and write to "
                 "the buffer in place."
+            )
+
+
+def _refuse_other_constants(model: nn.Module, module: fx.GraphModule) -> None:
+    """Raise CaptureError if a graph holds anything but tensors and graphs."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(owner), name)
+        if not isinstance(value, torch.Tensor | fx.GraphModule | ScriptObject):
+            raise CaptureError(
+                f"{type(model).__name__}: torch.export puts a {type(value).__name__} into its "
+                "graph, as it does for an index inside torch.vmap. Compute this outside of vmap "
+                "(transformers: a mask from a function), or in a submodule of its own."
             )
 
 

@@ -28,6 +28,14 @@ _PLAIN = (type(None), bool, int, float, str)
 Bound = dict[str, tuple[int, int, str]]
 
 
+class OtherArgumentsError(InputError):
+    """A call has other arguments than the capture."""
+
+
+class OtherStructureError(InputError):
+    """An argument of a call has another structure than in the capture."""
+
+
 @dataclass(frozen=True)
 class Dimension:
     """A dynamic dimension of size `scale * symbol + offset`, with bounds on the symbol."""
@@ -401,22 +409,22 @@ class InputSpec:
         most = len(self.names) if self.positional is None else self.positional
         if len(args) > most:
             others = ", ".join(self.names[:most]) or "none"
-            raise InputError(
+            raise OtherArgumentsError(
                 f"called with {len(args)} positional arguments, captured with {most}: {others}. "
                 "Leave out the others, give them by name, or capture again with them."
             )
         if twice := {name for name in self.names[: len(args)] if name in kwargs}:
-            raise InputError(f"{min(twice)}: given twice, by position and by name.")
+            raise OtherArgumentsError(f"{min(twice)}: given twice, by position and by name.")
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         for name in given:
             if name not in self.names:
-                raise InputError(
+                raise OtherArgumentsError(
                     f"{name}: not among the captured arguments ({', '.join(self.names)})."
                     f"{did_you_mean(name, self.names)} Capture again with it."
                 )
         for name in self.names:
             if name not in given:
-                raise InputError(
+                raise OtherArgumentsError(
                     f"{name}: missing; it was given when the model was captured. Give it, or "
                     "capture again without it."
                 )
@@ -430,7 +438,7 @@ class InputSpec:
         items, found = pytree.tree_flatten(value)
         if found != structure:
             names = ", ".join(leaf.name for leaf in leaves)
-            raise InputError(
+            raise OtherStructureError(
                 f"captured with the structure {names}; called with another one: "
                 f"{first_difference(found, structure)} Give the captured structure, or capture "
                 "again with an example like this."

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..errors import InputError
 from .autocasts import EVERY
-from .contract import InputSpec
+from .contract import InputSpec, OtherArgumentsError, OtherStructureError
 from .outlining import FACADE
 from .program import MODES, Program, ProgramModule
 
@@ -83,26 +83,48 @@ def first_that_holds(
 
 
 def signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature:
-    """Return a signature with the arguments of every call; those that not all have are optional."""
+    """Return a signature with the arguments of every call; those that not all have are optional.
+
+    Those that have the same position in all calls may be given by position.
+    """
     names = [contract.names if contract else () for contract in contracts]
-    always = [name for name in names[0] if all(name in others for others in names)]
-    optional = [name for name in dict.fromkeys(itertools.chain(*names)) if name not in always]
-    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
-        [
-            *(inspect.Parameter(name, by_position) for name in ("self", *always)),
-            *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in optional),
-        ]
-    )
+    leading = [found[: c and c.positional] for found, c in zip(names, contracts, strict=True)]
+    columns = itertools.zip_longest(*leading)
+    agreed = itertools.takewhile(lambda column: len({*column} - {None}) == 1, columns)
+    positional = [next(name for name in column if name) for column in agreed]
+    made: list[inspect.Parameter] = []
+    for name in dict.fromkeys((*positional, *itertools.chain(*names))):
+        always = all(name in found for found in names)
+        made.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if name in positional
+                else inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if always else None,
+            )
+        )
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Signature([own, *sorted(made, key=lambda parameter: parameter.kind)])
 
 
 def no_call_like(calls: Sequence[ProgramModule], refusals: Sequence[InputError]) -> InputError:
-    """Return the error about a call that no graph holds for, with the reason of each."""
+    """Return the error about a call that no graph holds for, with the reasons of the nearest."""
     if len(refusals) == 1:
         return refusals[0]
+    nearest = min(map(_distance, refusals))
     reasons: dict[str, list[str]] = {}
     for call, error in zip(calls, refusals, strict=True):
-        names = call.contract.names if call.contract else ()
-        reasons.setdefault(str(error), []).append(f"({', '.join(names)})")
+        if _distance(error) == nearest:
+            names = call.contract.names if call.contract else ()
+            reasons.setdefault(str(error), []).append(f"({', '.join(names)})")
     why = " ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-    return InputError(f"none of the {len(calls)} captured calls is like this one. {why}")
+    only = "" if sum(map(len, reasons.values())) == len(calls) else " The nearest:"
+    return InputError(f"none of the {len(calls)} captured calls is like this one.{only} {why}")
+
+
+def _distance(error: InputError) -> int:
+    """Return how far a call is from a captured one: a size or value, a structure, or arguments."""
+    if isinstance(error, OtherArgumentsError):
+        return 2
+    return 1 if isinstance(error, OtherStructureError) else 0

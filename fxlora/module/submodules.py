@@ -36,6 +36,7 @@ class Seal:
             path.
         open: whether the module is being rewritten: its submodules may change, and its weights
             are read as they are.
+        reads_adapted: whether they are read as adapted even then.
         own: paths of submodules whose `training` flag was set on its own. The other flags follow
             their owner's.
         apart: those of them whose flag differs from their owner's although the mode matters there.
@@ -49,6 +50,7 @@ class Seal:
         self.owner = owner
         self.owners: dict[str, nn.Module] = {}
         self.open = True
+        self.reads_adapted = False
         self.own: set[str] = set()
         self.apart: set[str] = set()
         self.matters: Callable[[str], bool] = lambda path: True
@@ -60,13 +62,18 @@ class Seal:
         return None  # the module that a copy belongs to seals it again
 
     @contextmanager
-    def opened(self) -> Generator[None]:
-        """Allow changes in a `with` block."""
-        before, self.open = self.open, True
+    def opened(self, reads_adapted: bool = False) -> Generator[None]:
+        """Allow changes in a `with` block.
+
+        Args:
+            reads_adapted: whether adapted weights are read as adapted, as they are from outside.
+        """
+        before = self.open, self.reads_adapted
+        self.open, self.reads_adapted = True, reads_adapted
         try:
             yield
         finally:
-            self.open = before
+            self.open, self.reads_adapted = before
 
     def mode_set(self, path: str, training: bool) -> None:
         """Note that a submodule's flag was set on its own."""
@@ -114,7 +121,8 @@ class Seal:
         Called by `__getattr__` only.
         """
         compute = self.adapted.get(_joined(path, name)) if self.adapted else None
-        if compute is None or self.open or reads_as_it_is(sys._getframe(1)):
+        as_it_is = self.open and not self.reads_adapted
+        if compute is None or as_it_is or reads_as_it_is(sys._getframe(1)):
             return value
         adapted = compute()
         return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
@@ -274,13 +282,14 @@ class HostPart(Part):
         # While it is open, the source's own code runs, for which no adapters have to act.
         if not seal.open and (run := seal.calls.get(self._path)):
             return run(*args, **kwargs)
-        if seal.adapted:
+        if any(name.startswith(f"{self._path}.") for name in seal.adapted):
             raise SubmoduleError(
-                f"'{self._path}' of a host with adapters cannot be called on its own: only graphs "
-                f"apply them. Capture its calls too: capture(model, …, methods={{{self._path!r}: "
-                "(args, kwargs)}). Or fold the adapters (fxlora.fold) and host that."
+                f"'{self._path}' of a host has adapters, and cannot be called on its own: only "
+                "graphs apply them. Capture its calls too: capture(model, …, methods="
+                f"{{{self._path!r}: (args, kwargs)}}). Or fold the adapters (fxlora.fold) and host "
+                "that."
             )
-        with seal.opened():
+        with seal.opened(reads_adapted=True):
             return super().__call__(*args, **kwargs)
 
 

@@ -142,6 +142,8 @@ def opaque_functions() -> Generator[Functions]:
     with ExitStack() as patches:
 
         def watch(function: type[Function]) -> None:
+            if _is_torchs_own(function):
+                return
             forward = staticmethod(_replacement(functions, function))
             patches.enter_context(patched(function, forward=forward))
 
@@ -172,11 +174,16 @@ def _replacement(functions: Functions, function: type[Function]) -> Callable[...
 
 
 def _subclasses(of: type[Function]) -> Iterator[type[Function]]:
-    """Yield all subclasses except those in `torch._*` modules, which tracing itself is made of."""
+    """Yield all subclasses except those that tracing itself is made of."""
     for function in of.__subclasses__():
-        if not function.__module__.startswith("torch._"):
+        if not _is_torchs_own(function):
             yield function
             yield from _subclasses(function)
+
+
+def _is_torchs_own(function: type[Function]) -> bool:
+    """Whether a Function is of a module that tracing itself is made of."""
+    return function.__module__.startswith("torch._")
 
 
 def _is_open(leaf: object) -> bool:
