@@ -30,9 +30,9 @@ from ..module.contract import (
     by_position,
     defaults_of,
 )
-from ..module.memory_order import Order
+from ..module.tensor_state import Order, gradient_of
 from .examples import Example
-from .kept.strides import Strides
+from .kept.tensor_state import StateReads
 
 
 def contract_of(
@@ -76,31 +76,35 @@ def contract_of(
     )
 
 
-def with_orders(
-    spec: InputSpec, module: fx.GraphModule, strides: Strides, model: nn.Module
+def with_state(
+    spec: InputSpec, module: fx.GraphModule, reads: StateReads, example: Example, model: nn.Module
 ) -> InputSpec:
-    """Return a contract that asks for the example's order in memory, if the forward reads it.
+    """Return a contract that asks for the state of the example's tensors that the forward reads.
 
     Raises:
-        CaptureError: the order is that of no other size than the example's.
+        CaptureError: the order in memory is that of no other size than the example's.
     """
-    if not strides.read:
+    if not (reads.strides or reads.gradient):
         return spec
-    values = iter(n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder")
+    fakes = iter(n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder")
+    given = iter(value for _, value in spec.pairs(example.args, example.kwargs))
 
-    def ordered(leaf: Input, value: Any) -> Input:
-        if not isinstance(leaf, TensorInput) or value.layout is not torch.strided:
+    def noted(leaf: Input) -> Input:
+        fake, value = next(fakes), next(given)
+        if not isinstance(leaf, TensorInput):
             return leaf
-        if order := Order.of(value, strides.offset_read):
-            return replace(leaf, order=order)
+        gradient = gradient_of(value) if reads.gradient else None
+        if not reads.strides or value.layout is not torch.strided:
+            return replace(leaf, gradient=gradient)
+        if order := Order.of(fake, reads.offset):
+            return replace(leaf, gradient=gradient, order=order)
         raise CaptureError(
             f"{type(model).__name__} reads how {leaf.name} lies in memory, and its example is not "
             "contiguous: a graph holds for no other size. Give a contiguous example "
             "(x.contiguous())."
         )
 
-    leaves = tuple(tuple(ordered(leaf, next(values)) for leaf in group) for group in spec.leaves)
-    return replace(spec, leaves=leaves)
+    return replace(spec, leaves=tuple(tuple(map(noted, group)) for group in spec.leaves))
 
 
 def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:

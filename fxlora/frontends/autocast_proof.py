@@ -25,11 +25,13 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.utils import _pytree as pytree
 
 from ..fx.autocast import Context, current_autocast
+from ..fx.compare import alike
 from ..module.autocasts import Autocasts, Facts
 from ..module.contract import first_difference
 from .autocast_choices import choose
 from .examples import Example
 from .fake_moves import on_device, same_versions
+from .kept.patches import patched
 from .kept.undisturbed import undisturbed
 from .run_values import Run, Unknown, Values
 
@@ -83,6 +85,16 @@ def under(context: Context) -> Generator[None]:
         torch.set_autocast_cache_enabled(cached)
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
+
+
+_NO_GRADIENTS: Context = (("no_grad", torch.float32),)  # stands for calls without gradients
+
+
+@contextmanager
+def _disabled_gradients() -> Generator[None]:
+    """Within the context, gradients are disabled, and code that asks is in inference mode."""
+    with torch.no_grad(), patched(torch, is_inference_mode_enabled=lambda: True):
+        yield
 
 
 @contextmanager
@@ -147,6 +159,7 @@ class Proof:
 
     def autocasts(self) -> Autocasts:
         """Return the autocasts that the graph holds for, and why it does not for others."""
+        without = self._without_gradients()
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
         held = (*self.model.parameters(), *self.model.buffers(), *given)
         types = {tensor.device.type for tensor in held if isinstance(tensor, torch.Tensor)}
@@ -158,7 +171,18 @@ class Proof:
         self._target = accelerator()
         if self._target and types == {"cpu"}:
             known.append((self._target.type, self._facts([self._target.type])))
-        return Autocasts(*here, by_device=tuple(known))
+        return Autocasts(*here, by_device=tuple(known), gradients=without)
+
+    def _without_gradients(self) -> str:
+        """Return why the graph differs from its source where gradients are disabled, or ""."""
+        why = self._differs(_NO_GRADIENTS)
+        if not isinstance(why, str):
+            return self._told(_NO_GRADIENTS, why) if why else ""
+        try:  # they cannot be compared by their values
+            with undisturbed(self.model), _disabled_gradients():
+                return "" if alike(self.export(), self.module) else why
+        except Exception:  # noqa: BLE001 - the source may raise anything
+            return why
 
     def _facts(self, devices: Iterable[str]) -> Facts:
         """Return the autocasts proved with weights on types of device, and why others are not."""
@@ -212,7 +236,7 @@ class Proof:
             kept,
             same_versions((call, given)),
             on_device(call, given, target, self.values, constants=constants) as (args, kwargs),
-            under(context),
+            _disabled_gradients() if context == _NO_GRADIENTS else under(context),
             _compiling_state_context(),
         ):
             return run.of(call, args, kwargs), run

@@ -31,7 +31,7 @@ from ..module.autocasts import Autocasts
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.outlining import ModuleCall
 from ..module.program import MODES
-from .assumptions import contract_of, with_orders
+from .assumptions import contract_of, with_state
 from .autocast_proof import Proof, inside_autocast, remove_metadata_assertions, wanted
 from .examples import Example
 from .failures import capture_error
@@ -44,7 +44,7 @@ from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.python_state import Changes, noted
 from .kept.recurrent import any_number_of_steps, restore_recurrent
-from .kept.strides import Strides, kept_strides
+from .kept.tensor_state import StateReads, kept_state
 from .kept.undisturbed import mode_of, refuse_state
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
@@ -168,7 +168,13 @@ def _proved(
         f"({dict(found.differs).get(context, found.otherwise)}). It was captured with "
         f"{described(context)} inside, which every call of it runs under."
     )
-    return module, Autocasts((context,), otherwise="the graph was captured for another autocast")
+    return module, replace(
+        found,
+        proved=(context,),
+        differs=(),
+        otherwise="the graph was captured for another autocast",
+        by_device=(),
+    )
 
 
 def _export_mode(
@@ -219,11 +225,11 @@ def _attempt(
 ) -> tuple[fx.GraphModule, InputSpec]:
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
     with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
-        program, module, strides = _exported(model, example)
+        program, module, reads = _exported(model, example)
     module.meta[RECORDED] = calls.taken(module.graph)
     _refuse_unknown_squeezes(model, module.graph)
     _refuse_strides(model, module, example)
-    spec = with_orders(contract_of(program, module, model, example), module, strides, model)
+    spec = with_state(contract_of(program, module, model, example), module, reads, example, model)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
     return module, _allow_batch_of_one(model, module, spec, example)
@@ -231,10 +237,10 @@ def _attempt(
 
 def _exported(
     model: nn.Module, example: Example
-) -> tuple[ExportedProgram, fx.GraphModule, Strides]:
-    """Export a model; return the program, it as a module, and whether its forward reads strides."""
+) -> tuple[ExportedProgram, fx.GraphModule, StateReads]:
+    """Export a model; return the program, it as a module, and what its forward reads of state."""
     with ExitStack() as stack:
-        strides = stack.enter_context(kept_strides(model))
+        reads = stack.enter_context(kept_state(model))
         functions = stack.enter_context(opaque_functions())
         stack.enter_context(no_tensor_hooks())
         stack.enter_context(marked_checkpoints())
@@ -249,7 +255,7 @@ def _exported(
     _refuse_other_constants(model, module)
     functions.restore(module)
     remove_metadata_assertions(module)
-    return program, module, strides
+    return program, module, reads
 
 
 def _as_module(program: ExportedProgram) -> fx.GraphModule:

@@ -7,7 +7,7 @@ on them, without autocast. Under autocast the source may read other dtypes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Autocasts:
         every: whether the graph holds for all, because it only calls the source's Python code.
         by_device: `proved` and `differs` as they are when all weights are on one type of device,
             by that type.
+        gradients: why the graph does not hold where gradients are disabled, or "".
     """
 
     proved: tuple[Context, ...] = ()
@@ -36,9 +37,16 @@ class Autocasts:
     otherwise: str = "capture did not try this autocast"
     every: bool = False
     by_device: tuple[tuple[str, Facts], ...] = ()
+    gradients: str = ""
 
     def check(self) -> None:
-        """Raise InputError under an autocast that the graph does not hold for."""
+        """Raise InputError under an autocast, or a mode of gradients, that it does not hold for."""
+        if self.gradients and not torch.is_grad_enabled():
+            raise InputError(
+                "called under torch.no_grad or inference_mode, where the source does something "
+                f"else than in the capture: {self.gradients}. Call it under torch.enable_grad(), "
+                "or change the source: a graph cannot ask torch.is_grad_enabled()."
+            )
         context = current_autocast()
         if context and not self.every and context not in self.proved:
             raise InputError(self._refusal(context))
@@ -64,10 +72,10 @@ class Autocasts:
         reached = {device.type for device in moves.values()} if only_devices else set[str]()
         for device, (proved, differs) in known:
             if reached == {device}:
-                return Autocasts(proved, differs, by_device=known)
+                return replace(self, proved=proved, differs=differs)
         to = ", ".join(map(str, moves.values()))
         why = f"its weights were moved to {to} after capture (capture the source there instead)"
-        return Autocasts(otherwise=why, by_device=known)
+        return replace(self, proved=(), differs=(), otherwise=why, by_device=known)
 
 
 EVERY = Autocasts(every=True)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from ..fx.literals import same_literal
 from ..tables import did_you_mean
-from .memory_order import Order
+from .tensor_state import Gradient, Order, gradient_of
 
 _PLAIN = (type(None), bool, int, float, str)
 # The value of each symbol at a call, with the size that gave it and that size's place.
@@ -97,6 +97,7 @@ class TensorInput:
         dims: its dimensions.
         dtype: its dtype, or None for any.
         order: how it lies in memory, or None for any way.
+        gradient: whether it has a gradient, or None if that does not matter.
         any_float: whether any other floating-point dtype will do if `dtype` is one.
     """
 
@@ -104,6 +105,7 @@ class TensorInput:
     dims: tuple[int | Dimension, ...]
     dtype: torch.dtype | None
     order: Order | None = None
+    gradient: Gradient | None = None
     any_float: bool = False
 
     def takes(self, dtype: torch.dtype | None) -> bool:
@@ -137,6 +139,15 @@ class TensorInput:
             )
         for axis, dim in enumerate(self.dims):
             self._check_dimension(axis, dim, value.shape[axis], bound, assume)
+        if self.gradient and self.gradient != gradient_of(value):
+            states = ("requires_grad", "is_leaf", "is_inference()")
+            pairs = zip(states, self.gradient, gradient_of(value), strict=True)
+            name, ours, theirs = next(pair for pair in pairs if pair[1] is not pair[2])
+            raise InputError(
+                f"{self.name}: captured with {name} {ours}, called with {theirs}, and the source "
+                "reads whether its tensors have gradients. Capture again with an example like "
+                "this one."
+            )
         if self.order and (difference := self.order.difference(value)):
             contiguous = self.order.strides is None and self.order.offset is None
             advice = f"Give {self.name}.contiguous(), or capture" if contiguous else "Capture"

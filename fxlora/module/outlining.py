@@ -27,7 +27,7 @@ from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import dimension_of
 from .constants import EqualConstants
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
-from .memory_order import Order
+from .tensor_state import Order
 
 aten = torch.ops.aten
 

@@ -1,8 +1,8 @@
-"""Keep what a forward does with the order of tensors in memory.
+"""Keep what a forward does with the state of tensors: their order in memory, their gradients.
 
-A graph has the strides that Python reads as constants, and lacks each `contiguous()` of a tensor
-that is contiguous in the example. Here such a call becomes an op of the graph; and whether the
-forward reads strides is noted, so that the contract can ask for those of the example.
+A graph has what Python reads of it as constants, and lacks each `contiguous()` of a tensor that is
+contiguous in the example. Here such a call becomes an op of the graph; and what the forward reads
+is noted, so that the contract can ask for the state of the example.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.utils import _pytree as pytree
 
 _TENSOR = torch.Tensor
 
-# What a tensor is asked whose answer, though no tensor, does not depend on its order in memory.
+# What a tensor is asked whose answer, though no tensor, does not depend on its state.
 # Whatever is not among these is taken for a read of strides.
 _METHODS = """
     size dim ndimension numel nelement element_size get_device type is_floating_point is_complex
-    is_signed is_inference is_nonzero is_same_size item tolist equal allclose register_hook
+    is_signed is_nonzero is_same_size item tolist equal allclose register_hook
     __len__ __iter__ __hash__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__
 """
 _FUNCTIONS = """
     numel is_floating_point is_complex is_nonzero is_tensor result_type equal allclose
 """
 _ATTRIBUTES = """
-    shape ndim dtype device layout itemsize nbytes names name grad grad_fn requires_grad output_nr
-    is_leaf is_cpu is_cuda is_hpu is_ipu is_maia is_meta is_mkldnn is_mps is_mtia is_nested
-    is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu _version
+    shape ndim dtype device layout itemsize nbytes names name is_cpu is_cuda is_hpu is_ipu is_maia
+    is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla
+    is_xpu
 """
 _INDEPENDENT = {
     *(getattr(_TENSOR, name, None) for name in _METHODS.split()),
@@ -41,17 +41,32 @@ _INDEPENDENT = {
 }
 
 
-@dataclass
-class Strides:
-    """Whether a forward reads how its tensors lie in memory, and where in their storage."""
+# What autograd knows of a tensor.
+_GRADIENT = {
+    *(getattr(_TENSOR, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn", "grad")),
+    *(getattr(_TENSOR, name).__get__ for name in ("output_nr", "_version", "retains_grad")),
+    *(_TENSOR.is_inference, torch.is_inference),
+}
 
-    read: bool = False
-    offset_read: bool = False
+
+@dataclass
+class StateReads:
+    """What a forward reads of the state of tensors.
+
+    Attributes:
+        strides: how they lie in memory.
+        offset: where they begin in their storage.
+        gradient: whether they have a gradient.
+    """
+
+    strides: bool = False
+    offset: bool = False
+    gradient: bool = False
 
 
 @contextmanager
-def kept_strides(model: nn.Module) -> Generator[Strides]:
-    """Within the context, export a model, and note whether its forward reads strides."""
+def kept_state(model: nn.Module) -> Generator[StateReads]:
+    """Within the context, export a model, and note what its forward reads of tensors' state."""
     noting = _Noting()
     handles = (
         model.register_forward_pre_hook(noting.begin),
@@ -68,7 +83,7 @@ def kept_strides(model: nn.Module) -> Generator[Strides]:
 class _Noting(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found = Strides()
+        self.found = StateReads()
         self._depth = 0
 
     def begin(self, *_: Any) -> None:
@@ -86,13 +101,16 @@ class _Noting(TorchFunctionMode):
         if func is _TENSOR.contiguous:
             return torch.ops.aten.contiguous.default(*args, **kwargs)
         result = func(*args, **kwargs)
-        plain = [
-            leaf for leaf in pytree.tree_leaves(result) if not isinstance(leaf, _TENSOR | None)
-        ]
-        if plain and func not in _INDEPENDENT and _has_tensor(args, kwargs):
-            self.found.read = True
-            self.found.offset_read |= func not in (_TENSOR.stride, _TENSOR.is_contiguous)
+        if func in _GRADIENT:
+            self.found.gradient = True
+        elif func not in _INDEPENDENT and _is_plain(result) and _has_tensor(args, kwargs):
+            self.found.strides = True
+            self.found.offset |= func not in (_TENSOR.stride, _TENSOR.is_contiguous)
         return result
+
+
+def _is_plain(result: Any) -> bool:
+    return any(not isinstance(leaf, _TENSOR | None) for leaf in pytree.tree_leaves(result))
 
 
 def _has_tensor(*values: Any) -> bool:

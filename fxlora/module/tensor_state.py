@@ -1,4 +1,4 @@
-"""The order of a tensor in memory, where a graph depends on it."""
+"""The state of a tensor, where a graph depends on it: its order in memory, its gradient."""
 
 from __future__ import annotations
 
@@ -56,3 +56,11 @@ def _contiguous(sizes: Sequence[Any]) -> list[Any]:
 
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+Gradient = tuple[bool, bool, bool]
+
+
+def gradient_of(tensor: torch.Tensor) -> Gradient:
+    """Return whether a tensor requires a gradient, is a leaf, and is of inference mode."""
+    return tensor.requires_grad, tensor.is_leaf, tensor.is_inference()

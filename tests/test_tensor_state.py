@@ -1,12 +1,13 @@
-"""A forward that reads how a tensor lies in memory: its graph has the example's strides."""
+"""A forward that reads the state of a tensor: its graph has that of the example."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 
 import fxlora
 
@@ -116,3 +117,57 @@ def test_a_part_that_reads_strides() -> None:
     assert_same([gm(X), gm.get_submodule("1")(X)], [model(X), model[1](X)])
     with pytest.raises(fxlora.InputError, match=r"'1'.*lie in memory"):
         gm.get_submodule("1")(OTHERS["transposed"])
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    """Doubles its result if something about gradients is so."""
+
+    def __init__(self, asked: Callable[[torch.Tensor, torch.Tensor], bool]) -> None:
+        super().__init__()
+        self.fc, self.asked = nn.Linear(24, 5), asked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return y * (2 if self.asked(x, y) else 1)
+
+
+CALLS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
+    "plain": lambda module: module(X),
+    "no_grad": torch.no_grad()(lambda module: module(X)),
+    "inference": torch.inference_mode()(lambda module: module(X)),
+    "inference tensor": torch.inference_mode()(lambda module: module(X.clone())),
+    "leaf": lambda module: module(X.clone().requires_grad_()),
+    "inner": lambda module: module(X.clone().requires_grad_() * 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        (lambda x, y: torch.is_grad_enabled(), {"no_grad", "inference", "inference tensor"}),
+        (lambda x, y: is_grad_enabled(), {"no_grad", "inference", "inference tensor"}),
+        (lambda x, y: torch.is_inference_mode_enabled(), {"inference", "inference tensor"}),
+        (lambda x, y: x.requires_grad, {"leaf", "inner"}),
+        (lambda x, y: y.requires_grad, {"no_grad", "inference", "inference tensor"}),
+        (lambda x, y: y.grad_fn is not None, {"no_grad", "inference", "inference tensor"}),
+        (lambda x, y: x.is_leaf, {"inner"}),
+        (lambda x, y: x.is_inference(), {"inference tensor"}),
+        (lambda x, y: torch.is_grad_enabled() or not torch.is_grad_enabled(), set()),
+    ],
+)
+def test_right_or_refused_with_and_without_gradients(asked: Any, refused: set[str]) -> None:
+    model = Asks(asked).double()
+    gm = fxlora.capture(model, X)
+    for name, call in CALLS.items():
+        try:
+            found = call(gm)
+        except fxlora.InputError:
+            continue
+        assert name not in refused
+        assert torch.equal(found, call(model)), name
+    assert torch.equal(CALLS["plain"](gm), CALLS["plain"](model))
+    with torch.no_grad(), torch.enable_grad():
+        assert torch.equal(gm(X), model(X))
