@@ -447,6 +447,40 @@ def test_code_that_a_method_does_not_run_is_refused() -> None:
         handle.remove()
 
 
+class ReadsAnother(nn.Module):
+    """Reads the weight of a module that is not its child."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.held = [other]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) @ self.held[0].weight.T
+
+
+class WithReader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.plain = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.reader = ReadsAnother(self.fc)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + self.reader(x) + self.plain(x)
+
+
+def test_a_submodule_without_adapters_runs_its_own_code_in_a_host() -> None:
+    torch.manual_seed(0)
+    model, x = WithReader().double(), torch.randn(3, 6, dtype=torch.float64)
+    lora = fxlora.adapt(model, x, rules=fxlora.LoraConfig(r=2, target_modules=["fc"]))
+    randomise(lora)
+    host, merged = fxlora.hosted(model, lora), fxlora.merged(model, fxlora.fold(lora))
+    assert torch.equal(host.plain(x), model.plain(x))
+    assert not torch.allclose(merged.reader(x), model.reader(x))
+    assert torch.allclose(host.reader(x), merged.reader(x), rtol=1e-10)
+    with pytest.raises(fxlora.SubmoduleError, match="'fc' of a host has adapters"):
+        host.fc(x)
+
+
 def test_a_host_does_not_run_the_models_hooks_twice(model: TwoTowers) -> None:
     hooked = copy.deepcopy(model)
     handle = hooked.register_forward_hook(lambda *call: call[-1] * 2)
