@@ -287,10 +287,24 @@ class ByGrad(nn.Module):
 
 
 @pytest.mark.parametrize("size", [3, 7])
-def test_calls_that_nothing_tells_apart_are_captured_by_regions(size: int) -> None:
-    """Also where the second call is the larger one, of which a graph for both would be made."""
+def test_calls_that_a_gradient_tells_apart(size: int) -> None:
     model, other = ByGrad().double(), torch.randn(size, 4, dtype=torch.float64)
     calls: list[Call] = [((X,), {}), ((other.requires_grad_(),), {})]
+    gm = fxlora.capture(model, calls=calls)
+    assert gm.regions == ("",)
+    assert all(equal(gm, model, call) for call in calls)
+
+
+class ByKind(ByGrad):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) if isinstance(x, nn.Parameter) else self.second(x)
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_calls_that_nothing_tells_apart_are_captured_by_regions(size: int) -> None:
+    """Also where the second call is the larger one, of which a graph for both would be made."""
+    model, other = ByKind().double(), torch.randn(size, 4, dtype=torch.float64)
+    calls: list[Call] = [((X,), {}), ((nn.Parameter(other),), {})]
     with pytest.warns(fxlora.FxLoraWarning, match="differ in nothing that a call is told by"):
         gm = fxlora.capture(model, calls=calls)
     assert all(equal(gm, model, call) for call in calls)

@@ -87,10 +87,14 @@ def test_where_entries_go(shape: tuple[int, ...], names: list[str]) -> None:
         return
     found = outcome(chain, shape)
     assert found is not None and found.whole and found.dims == there.ndim
-    assert found.same == (there.shape == numbers.shape and torch.equal(there, numbers))
+    # After entries were there twice on the way, the answer may be no: that costs speed only.
+    told = {True} if "twice" not in names else {True, False}
     turned = numbers.mT
+    same = there.shape == numbers.shape and torch.equal(there, numbers)
+    assert found.same in (told if same else {False})
     if not torch.equal(numbers, turned) if numbers.shape == turned.shape else True:
-        assert found.transposed == (there.shape == turned.shape and torch.equal(there, turned))
+        transposed = there.shape == turned.shape and torch.equal(there, turned)
+        assert found.transposed in (told if transposed else {False})
     for dim, size in enumerate(shape):
         coordinate = there // math.prod(shape[dim + 1 :]) % size
         assert torch.equal(found.reached[dim], coordinate.unique())

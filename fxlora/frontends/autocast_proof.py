@@ -31,7 +31,7 @@ from ..module.contract import first_difference
 from .autocast_choices import choose
 from .examples import Example
 from .fake_moves import on_device, same_versions
-from .kept.patches import patched
+from .kept.tensor_state import replaced_function
 from .kept.undisturbed import undisturbed
 from .run_values import Run, Unknown, Values
 
@@ -91,9 +91,10 @@ _NO_GRADIENTS: Context = (("no_grad", torch.float32),)  # stands for calls witho
 
 
 @contextmanager
-def _disabled_gradients() -> Generator[None]:
+def _disabled_gradients(model: nn.Module) -> Generator[None]:
     """Within the context, gradients are disabled, and code that asks is in inference mode."""
-    with torch.no_grad(), patched(torch, is_inference_mode_enabled=lambda: True):
+    asked = torch.is_inference_mode_enabled
+    with torch.no_grad(), replaced_function(model, asked, lambda: True):
         yield
 
 
@@ -146,6 +147,7 @@ class Proof:
         example: the inputs that it was exported with.
         export: exports the source again, under the current autocast.
         values: shared by all proofs of a capture.
+        asks: whether the source asks if gradients are enabled.
     """
 
     model: nn.Module
@@ -153,13 +155,14 @@ class Proof:
     example: Example
     export: Callable[[], fx.GraphModule]
     values: Values
+    asks: bool = False
     _expected: dict[Context, Any] = field(default_factory=dict[Context, Any])
     _found: dict[Context, Any] = field(default_factory=dict[Context, Any])
     _target: torch.device | None = None  # where the weights are moved to
 
     def autocasts(self) -> Autocasts:
         """Return the autocasts that the graph holds for, and why it does not for others."""
-        without = self._without_gradients()
+        without = self._without_gradients() if self.asks else ""
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
         held = (*self.model.parameters(), *self.model.buffers(), *given)
         types = {tensor.device.type for tensor in held if isinstance(tensor, torch.Tensor)}
@@ -179,7 +182,7 @@ class Proof:
         if not isinstance(why, str):
             return self._told(_NO_GRADIENTS, why) if why else ""
         try:  # they cannot be compared by their values
-            with undisturbed(self.model), _disabled_gradients():
+            with undisturbed(self.model), _disabled_gradients(self.model):
                 return "" if alike(self.export(), self.module) else why
         except Exception:  # noqa: BLE001 - the source may raise anything
             return why
@@ -236,7 +239,7 @@ class Proof:
             kept,
             same_versions((call, given)),
             on_device(call, given, target, self.values, constants=constants) as (args, kwargs),
-            _disabled_gradients() if context == _NO_GRADIENTS else under(context),
+            _disabled_gradients(self.model) if context == _NO_GRADIENTS else under(context),
             _compiling_state_context(),
         ):
             return run.of(call, args, kwargs), run

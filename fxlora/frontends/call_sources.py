@@ -164,8 +164,8 @@ class Sources:
             return
         raise CaptureError(
             f"{type(self.model).__name__} does something else in one of the calls than in an "
-            "earlier one, and they differ in nothing that a call is told by (requires_grad, "
-            "strides, a type of tensor). Pass a constant that says which is meant."
+            "earlier one, and they differ in nothing that a call is told by (but in the type "
+            "of a tensor, for example). Pass a constant that says which is meant."
         )
 
     def _does_same(self, source: Source, call: Call) -> bool:

@@ -50,6 +50,7 @@ from .run_values import Values
 from .sizes import refuse_fixed_sizes
 
 RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
+ASKS = "asks_gradients"  # key there: whether the forward asks if gradients are enabled
 
 
 @dataclass(eq=False)
@@ -157,7 +158,8 @@ def _proved(
     def export() -> fx.GraphModule:
         return _exported(model, example)[1]
 
-    found = Proof(model, module, example, export, values).autocasts()
+    asks = module.meta.pop(ASKS, False)
+    found = Proof(model, module, example, export, values, asks).autocasts()
     context = wanted()
     if not context or context in found.proved:
         return module, found
@@ -227,6 +229,7 @@ def _attempt(
     with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
         program, module, reads = _exported(model, example)
     module.meta[RECORDED] = calls.taken(module.graph)
+    module.meta[ASKS] = reads.gradient
     _refuse_unknown_squeezes(model, module.graph)
     _refuse_strides(model, module, example)
     spec = with_state(contract_of(program, module, model, example), module, reads, example, model)

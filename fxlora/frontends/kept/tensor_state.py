@@ -7,8 +7,9 @@ is noted, so that the contract can ask for the state of the example.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from .patches import patched
 
 _TENSOR = torch.Tensor
 
@@ -56,7 +59,7 @@ class StateReads:
     Attributes:
         strides: how they lie in memory.
         offset: where they begin in their storage.
-        gradient: whether they have a gradient.
+        gradient: whether they have a gradient, or whether gradients are enabled.
     """
 
     strides: bool = False
@@ -73,11 +76,50 @@ def kept_state(model: nn.Module) -> Generator[StateReads]:
         model.register_forward_hook(noting.end, always_call=True),
     )
     try:
-        with noting:
+        with noting, _noted_modes(model, noting.found):
             yield noting.found
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _noted_modes(model: nn.Module, found: StateReads) -> Generator[None]:
+    """Within the context, note whether code other than torch's asks for autograd's mode."""
+
+    def noting(original: Callable[[], bool]) -> Callable[[], bool]:
+        def ask() -> bool:
+            asker = sys._getframe(2)  # 1 is the patch
+            found.gradient |= not _is_torchs(asker.f_globals.get("__name__", ""))
+            return original()
+
+        return ask
+
+    with ExitStack() as stack:
+        for original in (torch.is_grad_enabled, torch.is_inference_mode_enabled):
+            stack.enter_context(replaced_function(model, original, noting(original)))
+        yield
+
+
+@contextmanager
+def replaced_function(
+    model: nn.Module, original: Callable[[], bool], new: Callable[[], bool]
+) -> Generator[None]:
+    """Within the context, replace one of torch's functions for this thread.
+
+    It is replaced in torch, and where a module that defines a class of the model imported it.
+    """
+    kinds = {kind for part in model.modules() for kind in type(part).__mro__}
+    names = sorted({kind.__module__ for kind in kinds if not _is_torchs(kind.__module__)})
+    with ExitStack() as stack:
+        for scope in (torch, *(sys.modules[name] for name in names if name in sys.modules)):
+            for name in [n for n, value in vars(scope).items() if value is original]:
+                stack.enter_context(patched(scope, **{name: new}))
+        yield
+
+
+def _is_torchs(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
 
 
 class _Noting(TorchFunctionMode):
