@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -443,7 +444,8 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
     """
     config: Any = export_config  # torch installs `patch` on the module at run time
     patience = nullcontext() if example.patience == math.inf else _Patience(example.patience)
-    with config.patch(backed_size_oblivious=True), any_number_of_steps(), patience:
+    named = _declared_keywords(model, example)
+    with config.patch(backed_size_oblivious=True), any_number_of_steps(), patience, named:
         program = torch.export.export(
             model,
             example.args,
@@ -453,6 +455,39 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
         )
     restore_recurrent(program.graph_module)
     return program
+
+
+@contextmanager
+def _declared_keywords(model: nn.Module, example: Example) -> Generator[None]:
+    """Within the context, a forward declares the keywords that it gets as `**kwargs`.
+
+    torch 2.11 takes no dynamic shapes for a model with such keywords. A user's specification may
+    have them as an item of its own.
+    """
+    signature = inspect.signature(model.forward)
+    every = signature.parameters.values()
+    named = [p for p in every if p.kind is not p.VAR_KEYWORD]
+    others = [name for name in example.kwargs if name not in signature.parameters]
+    asked = example.dynamic_shapes if example.asked else {}
+    flat = isinstance(asked, dict) and not any(p.name in asked for p in every if p not in named)
+    if not (others and flat):
+        yield
+        return
+    forward, own = model.forward, model.__dict__.get("forward")
+
+    @functools.wraps(forward)
+    def declared(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others]
+    declared.__dict__["__signature__"] = signature.replace(parameters=named)
+    model.__dict__["forward"] = declared
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own
 
 
 class _Patience(TorchFunctionMode):
