@@ -26,6 +26,7 @@ from .lora.dtypes import dtype_rule
 from .matching import match
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
+from .module.chosen_modules import Modules
 from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .names import shown
@@ -92,6 +93,7 @@ def adapt(
     methods: Mapping[str, MethodCalls] | None = None,
     budget: int | str | None = None,
     dynamic_shapes: Any = None,
+    modules: Modules | None = None,
     adapter_name: str = "default",
     adapter_dtype: bool | str | torch.dtype | None = None,
 ) -> CapturedModule:
@@ -102,7 +104,7 @@ def adapt(
         args, kwargs, calls, methods: example inputs, as for `capture`.
         rules: a LoraConfig, a Rule, a list of these, or the path of a rules file, as for `match`.
         budget: the most parameters of all A and B together, as for `match`.
-        dynamic_shapes: as for `capture`.
+        dynamic_shapes, modules: as for `capture`.
         adapter_name: the adapter's name.
         adapter_dtype: the dtype of all adapters, as for `inject`.
 
@@ -124,7 +126,13 @@ def adapt(
     if rules is None:
         raise ConfigError("adapt needs rules: a LoraConfig, Rules, or the path of a rules file.")
     module = capture(
-        model, args, kwargs, calls=calls, methods=methods, dynamic_shapes=dynamic_shapes
+        model,
+        args,
+        kwargs,
+        calls=calls,
+        methods=methods,
+        dynamic_shapes=dynamic_shapes,
+        modules=modules,
     )
     plan = match(module, rules, adapter_name=adapter_name, budget=budget)
     return inject(module, plan, adapter_dtype=adapter_dtype)

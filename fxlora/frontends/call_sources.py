@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -16,7 +15,7 @@ from ..module.example_calls import Call
 from ..module.program import MODES
 from ..tables import some
 from .examples import Example, examples_for, examples_for_kind, same_but_for_sizes
-from .exported import Source, export_modes, reads_strides
+from .exported import Source, export_modes
 from .kept.python_state import Attribute, Unknown, holding
 from .methods import called_by
 from .tree import working_copy
@@ -66,30 +65,10 @@ class Sources:
         return next(holding, None)
 
     def _make_for_kind(self, call: Call, others: Collection[Call]) -> None:
-        """Make a graph for a call, dynamic for others that differ from it in sizes.
-
-        Their tensors may also lie in memory in another order (slices of one batch), if the model
-        does the same with them.
-        """
-        alike = [other for other in others if _told_alike(call, other)]
-        in_any_order = [other for other in others if _told_alike(call, other, order=False)]
-        if len(in_any_order) > len(alike) and (source := self._common_graph(in_any_order)):
-            self._keep(call, source)
-            return
-        self._make(call, examples_for_kind(alike))
+        """Make a graph for a call, dynamic for others that differ from it in sizes."""
+        self._make(call, examples_for_kind([c for c in others if _told_alike(call, c)]))
         if not self.made[-1].holds_for(*call):
             self._make(call, examples_for(*call, None))
-
-    def _common_graph(self, calls: Sequence[Call]) -> Source | None:
-        """Return a graph that does what the model does in each of the calls, or None."""
-        try:
-            source = self._exported(examples_for_kind(calls), self.parts)
-        except CaptureError:
-            return None
-        if any(reads_strides(module) for module in source.modules.values()):
-            return None  # export has the strides of the one example
-        holds = all(source.holds_for(*call) and self._does_same(source, call) for call in calls)
-        return source if holds else None
 
     def _make(self, given: Call, examples: list[Example]) -> None:
         self._keep(given, self._exported(examples, self.parts))
@@ -187,27 +166,7 @@ def _same_graphs(source: Source, own: Source, mode: str, call: Call) -> bool:
     return same_graph_except_sizes(*graphs, spec.symbols(*call))
 
 
-def _told_alike(call: Call, other: Call, order: bool = True) -> bool:
-    """Whether two calls are alike in all that a forward may ask of a tensor, except for sizes.
-
-    Args:
-        call, other: the calls.
-        order: whether the tensors' order in memory counts.
-    """
+def _told_alike(call: Call, other: Call) -> bool:
+    """Whether two calls are alike in all that a contract does not tell, except for sizes."""
     leaves = zip(pytree.tree_leaves(call), pytree.tree_leaves(other), strict=False)
-    return same_but_for_sizes(call, other) and all(_same_traits(*pair, order) for pair in leaves)
-
-
-def _same_traits(one: Any, other: Any, order: bool) -> bool:
-    if not isinstance(one, torch.Tensor):
-        return True
-    traits = [(type(t), t.requires_grad, order and _order(t)) for t in (one, other)]
-    return traits[0] == traits[1]
-
-
-def _order(tensor: torch.Tensor) -> Any:
-    """Return the order in which a tensor's dimensions are in memory, and whether without gaps."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return tensor.layout
-    strides = tensor.stride()
-    return sorted(range(tensor.ndim), key=lambda n: -strides[n]), tensor.is_contiguous()
+    return same_but_for_sizes(call, other) and all(type(a) is type(b) for a, b in leaves)

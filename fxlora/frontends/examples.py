@@ -31,6 +31,8 @@ class Example:
         asked: whether the user gave `dynamic_shapes`: it is then an error if the model fixes
             one of those dimensions.
         patience: time limit for the export, in seconds.
+        reordered: whether tensors are contiguous copies of the user's: a graph of it is good only
+            if the forward does not read how tensors lie in memory.
     """
 
     args: tuple[Any, ...]
@@ -38,6 +40,7 @@ class Example:
     dynamic_shapes: Any
     asked: bool = False
     patience: float = math.inf
+    reordered: bool = False
 
 
 def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:
@@ -46,9 +49,27 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     If the user gave `shapes`, only those are tried; else a dynamic batch, then a static one. The
     batch is dimension 0 of the first tensor, and of every tensor with the same size there. For
     the dynamic batch, an example batch of 1 is widened to 2, because torch.export fixes
-    dimensions of size 1.
+    dimensions of size 1. Tensors that are not contiguous (slices) are given as contiguous copies
+    first: of their strides, torch.export would make sizes.
     """
     args, kwargs = _with_distinct_tensors(args, kwargs)
+    given = _examples_of(args, kwargs, shapes)
+    copied = pytree.tree_map(_in_order, (args, kwargs))
+    pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(copied), strict=True)
+    if all(leaf is copy for leaf, copy in pairs):
+        return given
+    first = [dataclasses.replace(e, reordered=True) for e in _examples_of(*copied, shapes)]
+    return [*first, *given]
+
+
+def _in_order(leaf: Any) -> Any:
+    plain = type(leaf) is torch.Tensor and leaf.layout is torch.strided and not leaf.is_nested
+    if not plain or leaf.is_contiguous():
+        return leaf
+    return leaf.detach().contiguous().requires_grad_(leaf.requires_grad)
+
+
+def _examples_of(args: Any, kwargs: Any, shapes: Any) -> list[Example]:
     if shapes is not None:
         return [Example(args, kwargs, shapes, asked=True)]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_batch(leaf)]

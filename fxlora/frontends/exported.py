@@ -229,6 +229,8 @@ def _attempt(
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
     with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
         program, module, reads = _exported(model, example)
+    if example.reordered and reads.strides:
+        raise CaptureError(f"{type(model).__name__} reads how its tensors lie in memory.")
     module.meta[RECORDED] = calls.taken(module.graph)
     module.meta[ASKS] = reads.gradient
     _refuse_unknown_squeezes(model, module.graph)

@@ -488,8 +488,9 @@ def children_of(children: Mapping[str, Any], path: str, seal: Seal) -> dict[str,
 def refusal(path: str, action: str) -> SubmoduleError:
     return SubmoduleError(
         f"'{path}' of a captured module is a part of one graph, so {action} would have no effect. "
-        f"Make it a module of its own: capture(model, …, modules={path!r}). Or change the source "
-        "model: capture it afterwards, or give it folded weights (fxlora.merged)."
+        f"Make it a module of its own: capture(model, …, modules={path!r}). Or give the source "
+        "model the folded weights (fxlora.merged), and change that; or change the source's "
+        "computation, and capture it afterwards."
     )
 
 

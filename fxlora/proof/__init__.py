@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..api import FOLD
 from ..errors import InjectError, InputError, VerificationError
+from ..fx.autocast import by_autocast
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
@@ -314,9 +315,12 @@ def _rounded_weights(module: CapturedModule, folded: CapturedModule) -> Generato
 
 
 def _named(module: CapturedModule) -> set[torch.dtype]:
-    """Return the dtypes that are arguments in the graphs, as those of casts and autocast are."""
+    """Return the dtypes that are arguments in the graphs, as those of casts and autocast are.
+
+    Without those that a graph takes only under the caller's autocast.
+    """
     graphs = [*module.distinct_graphs(), *(nested.graph for nested in module.nested_graphs())]
-    nodes = [node for graph in graphs for node in graph.nodes]
+    nodes = [node for graph in graphs for node in graph.nodes if node.target is not by_autocast]
     given = [(node.args, dict(node.kwargs)) for node in nodes if not _disables_autocast(node)]
     return {value for value in pytree.tree_leaves(given) if isinstance(value, torch.dtype)}
 
