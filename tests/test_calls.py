@@ -137,6 +137,22 @@ def test_a_call_like_none_is_refused(lora: fxlora.CapturedModule) -> None:
     assert str(refused.value).count("called with 2 positional") == 1  # the same for three calls
 
 
+def test_a_signature_with_an_optional_argument_before_others() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor, mask: Any = None, y: Any = None) -> torch.Tensor:
+            return self.fc(x if mask is None else x * mask) + y
+
+    model, y = Padded().double(), torch.randn(3, 3, dtype=torch.float64)
+    calls: list[Call] = [((X,), {"y": y}), ((X,), {"mask": X, "y": y})]
+    gm = fxlora.capture(model, calls=calls)
+    assert str(inspect.signature(gm.forward)) == "(x, mask=None, y=None)"
+    assert all(equal(gm, model, call) for call in calls)
+
+
 def test_the_nearest_calls_are_named(lora: fxlora.CapturedModule) -> None:
     with pytest.raises(fxlora.InputError, match="The nearest: ") as refused:
         lora(IDS.float(), labels=LABELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,9 @@ class Frames(nn.Module):
         return images.flatten(1).unfold(1, 8, 4) * (2 if last else 1)
 
     # Independent of strides:
+
+    def first_contiguous(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().unfold(1, 8, 4)
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
         sizes = (
@@ -99,6 +103,60 @@ def test_right_or_refused_for_every_order_in_memory(how: str) -> None:
     assert bool(refused) is (how in DEPENDENT)
 
 
+class CopiesInOrder(nn.Module):
+    """Writes to a contiguous copy, which is the tensor itself if that is contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = x.sin()
+        y = z.contiguous()
+        y.mul_(2)
+        return self.fc(y) + self.fc(z)
+
+
+def test_what_is_written_to_a_contiguous_tensor_is_written_to_it() -> None:
+    torch.manual_seed(0)
+    model = CopiesInOrder().double()
+    for example in (X, OTHERS["transposed"]):
+        gm = fxlora.capture(model, example)
+        for x in (X, OTHERS["transposed"]):
+            assert_same([gm(x)], [model(x)])
+
+
+def test_a_block_whose_input_is_read_besides() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Frames("first_contiguous")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 2
+            return self.part(x) + x[:, None, :5]
+
+    model = Residual().double()
+    assert_same([fxlora.capture(model, X, modules="part")(X)], [model(X)])
+
+
+def test_vmap_reads_no_state() -> None:
+    model = nn.Sequential(nn.Linear(24, 5), Vmapped()).double()
+    gm = fxlora.capture(model, X)
+    assert_same([gm(x) for x in OTHERS.values()], [model(x) for x in OTHERS.values()])
+
+
+class Vmapped(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: row * row.sum())(x)
+
+
+def test_a_file_does_not_check_the_order(tmp_path: Path) -> None:
+    gm = fxlora.capture(Frames("branch").double(), X)
+    with pytest.warns(fxlora.FxLoraWarning, match="holds for x like the example's only"):
+        fxlora.export(gm, tmp_path / "m.pt2", X)
+
+
 def test_the_order_of_the_example_holds() -> None:
     torch.manual_seed(0)
     model, x = Frames("strided").double().eval(), OTHERS["a slice"]
@@ -142,6 +200,21 @@ CALLS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
     "leaf": lambda module: module(X.clone().requires_grad_()),
     "inner": lambda module: module(X.clone().requires_grad_() * 1),
 }
+
+
+def test_verify_runs_without_gradients() -> None:
+    model = Asks(lambda x, y: torch.is_grad_enabled()).double()
+    lora = fxlora.adapt(model, X, rules=fxlora.LoraConfig(r=2, target_modules=["fc"]))
+    assert fxlora.verify(lora, X).tolerance < 1e-9
+
+
+def test_asking_for_the_mode_alone_says_nothing_about_inputs() -> None:
+    asked = Asks(lambda x, y: torch.is_grad_enabled() or not torch.is_grad_enabled()).double()
+    gm: Any = fxlora.capture(asked, X)
+    assert torch.equal(CALLS["leaf"](gm), CALLS["leaf"](asked))
+    reads = Asks(lambda x, y: x.requires_grad).double()
+    compiled: Any = torch.compile(fxlora.capture(reads, X), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), reads(X))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..data import as_path
-from ..errors import ConfigError, ExportError, InputError
+from ..errors import ConfigError, ExportError, InputError, warn
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.exported import run_export
+from ..frontends.kept.containers import counts
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from ..module.contract import InputSpec
+from ..module.contract import InputSpec, TensorInput
 from ..module.program import ProgramModule
 from ..tables import some
 from .files import whole_file
@@ -113,6 +114,8 @@ def exported(
     call: ProgramModule = evaluation
     if evaluation.captured_calls(method) != (evaluation,):
         call = evaluation.chosen_call(args, kwargs, method)
+    _refuse_counts(args, kwargs)
+    _warn_of_state(call)
     program = _checked(call)
     failure: Exception | None = None
     for example in _examples(call.contract, args, kwargs, dynamic_shapes):
@@ -122,6 +125,27 @@ def exported(
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
+
+
+def _refuse_counts(args: Any, kwargs: Any) -> None:
+    """Raise ExportError for a cache of which only this process knows that it has integers."""
+    if counts((args, kwargs)):
+        raise ExportError(
+            "the cache among the inputs counts tokens in integers, which are inputs of the graph: "
+            "a file could be called by fxlora only. Export without a cache (use_cache=False), or "
+            "capture this one call, in a process of its own."
+        )
+
+
+def _warn_of_state(call: ProgramModule) -> None:
+    groups = call.contract.leaves if call.contract else ()
+    tensors = [leaf for group in groups for leaf in group if isinstance(leaf, TensorInput)]
+    if names := [leaf.name for leaf in tensors if leaf.order or leaf.gradient]:
+        warn(
+            f"the source reads how its tensors lie in memory, or their gradients: the file holds "
+            f"for {some(names)} like the example's only (strides, requires_grad), and does not "
+            "check it."
+        )
 
 
 def _checked(module: ProgramModule) -> nn.Module:

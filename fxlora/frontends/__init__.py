@@ -31,7 +31,7 @@ from .call_sources import Sources
 from .exported import Source
 from .failures import capture_error
 from .kept.checkpoints import gather_checkpoints
-from .kept.containers import register_containers
+from .kept.containers import count_in_containers, register_containers
 from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
@@ -180,6 +180,7 @@ def _capture_exported(
 ) -> CapturedModule:
     """Export the model for each call of each method, or else its submodules for all of them."""
     register_containers(model)
+    count_in_containers([call for calls in given.values() for call in calls])
     try:
         of_methods = [_sources(model, m, calls, shapes[m], parts) for m, calls in given.items()]
         sources = [source for of_one in of_methods for source in of_one.made]

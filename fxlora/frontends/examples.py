@@ -58,7 +58,9 @@ def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> 
     pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(copied), strict=True)
     if all(leaf is copy for leaf, copy in pairs):
         return given
-    first = [dataclasses.replace(e, reordered=True) for e in _examples_of(*copied, shapes)]
+    first = [
+        dataclasses.replace(e, reordered=True) for e in _examples_of(copied[0], copied[1], shapes)
+    ]
     return [*first, *given]
 
 

@@ -45,7 +45,7 @@ from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.python_state import Changes, noted
 from .kept.recurrent import any_number_of_steps, restore_recurrent
-from .kept.tensor_state import StateReads, kept_state
+from .kept.tensor_state import StateReads, kept_state, remove_aliases
 from .kept.undisturbed import mode_of, refuse_state
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
@@ -232,7 +232,7 @@ def _attempt(
     if example.reordered and reads.strides:
         raise CaptureError(f"{type(model).__name__} reads how its tensors lie in memory.")
     module.meta[RECORDED] = calls.taken(module.graph)
-    module.meta[ASKS] = reads.gradient
+    module.meta[ASKS] = reads.gradient or reads.mode
     _refuse_unknown_squeezes(model, module.graph)
     _refuse_strides(model, module, example)
     spec = with_state(contract_of(program, module, model, example), module, reads, example, model)
@@ -456,6 +456,7 @@ def run_export(model: nn.Module, example: Example) -> ExportedProgram:
             strict=False,
         )
     restore_recurrent(program.graph_module)
+    remove_aliases(program.graph_module)
     return program
 
 

@@ -78,8 +78,7 @@ class Choice:
         weights that are also looked up (embeddings).
         """
         spared = self.module.known.outputs & set(site.names)
-        of_weight = [s for s in self.sites if s is site or s.parameter in site.tied]
-        looked_up = any(is_lookup(reader.kind) for s in of_weight for reader in s.readers)
+        looked_up = any(is_lookup(reader.kind) for reader in site.readers)
         layer, behind, _ = site.parameter.partition(".parametrizations.")
         read = any(r.kind == site.op and r.moved and r.moved.intact for r in site.readers)
         own = read or (behind and layer in site.aliases)

@@ -6,7 +6,9 @@ on them, without autocast. Under autocast the source may read other dtypes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +43,7 @@ class Autocasts:
 
     def check(self) -> None:
         """Raise InputError under an autocast, or a mode of gradients, that it does not hold for."""
-        if self.gradients and not torch.is_grad_enabled():
+        if self.gradients and not (torch.is_grad_enabled() or _assumed.get()):
             raise InputError(
                 "called under torch.no_grad or inference_mode, where the source does something "
                 f"else than in the capture: {self.gradients}. Call it under torch.enable_grad(), "
@@ -76,6 +78,20 @@ class Autocasts:
         to = ", ".join(map(str, moves.values()))
         why = f"its weights were moved to {to} after capture (capture the source there instead)"
         return replace(self, proved=(), differs=(), otherwise=why, by_device=known)
+
+
+_assumed: ContextVar[bool] = ContextVar("gradients assumed", default=False)
+
+
+@contextmanager
+def no_gradients() -> Generator[None]:
+    """Within the context, gradients are disabled, and calls are as if they were not."""
+    token = _assumed.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _assumed.reset(token)
 
 
 EVERY = Autocasts(every=True)

@@ -150,7 +150,8 @@ class TensorInput:
             )
         if self.order and (difference := self.order.difference(value)):
             contiguous = self.order.strides is None and self.order.offset is None
-            advice = f"Give {self.name}.contiguous(), or capture" if contiguous else "Capture"
+            copy = f"{self.name}.clone(memory_format=torch.contiguous_format)"
+            advice = f"Give {copy}, or capture" if contiguous else "Capture"
             raise InputError(
                 f"{self.name}: called with {difference}, and the source reads how its tensors lie "
                 f"in memory. {advice} again with an example that lies like this one."

@@ -92,20 +92,23 @@ def signature_of_all(contracts: Sequence[InputSpec | None]) -> inspect.Signature
     columns = itertools.zip_longest(*leading)
     agreed = itertools.takewhile(lambda column: len({*column} - {None}) == 1, columns)
     positional = [next(name for name in column if name) for column in agreed]
-    made: list[inspect.Parameter] = []
-    for name in dict.fromkeys((*positional, *itertools.chain(*names))):
-        always = all(name in found for found in names)
-        made.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD
-                if name in positional
-                else inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if always else None,
-            )
-        )
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Signature([own, *sorted(made, key=lambda parameter: parameter.kind)])
+    by_position, by_name = (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    made = [inspect.Parameter("self", by_position)]
+    for name in positional:
+        after_optional = made[-1].default is None
+        always = all(name in found for found in names) and not after_optional
+        made.append(inspect.Parameter(name, by_position, default=_EMPTY if always else None))
+    for name in dict.fromkeys(itertools.chain(*names)):
+        if name not in positional:
+            always = all(name in found for found in names)
+            made.append(inspect.Parameter(name, by_name, default=_EMPTY if always else None))
+    return inspect.Signature(made)
+
+
+_EMPTY = inspect.Parameter.empty
 
 
 def no_call_like(calls: Sequence[ProgramModule], refusals: Sequence[InputError]) -> InputError:

@@ -17,20 +17,23 @@ class Order:
     Attributes:
         strides: its strides in elements, or None for those of a contiguous tensor.
         offset: its offset in its storage, or None for any.
+        lazy: whether it is still to be conjugated, and to be negated.
     """
 
     strides: tuple[int, ...] | None
     offset: int | None = None
+    lazy: tuple[bool, bool] = (False, False)
 
     @classmethod
     def of(cls, tensor: torch.Tensor, offset: bool = False) -> Order | None:
         """Return the order of an example tensor, or None if it depends on symbolic sizes."""
         begin: Any = tensor.storage_offset() if offset else None
+        lazy = tensor.is_conj(), tensor.is_neg()
         strides = [_expression(stride) for stride in tensor.stride()]
         if strides == _contiguous([_expression(size) for size in tensor.shape]):
-            return cls(None, begin)
+            return cls(None, begin, lazy)
         known = all(isinstance(stride, int) for stride in tensor.stride())
-        return cls(tuple(tensor.stride()), begin) if known else None
+        return cls(tuple(tensor.stride()), begin, lazy) if known else None
 
     def difference(self, tensor: torch.Tensor) -> str:
         """Describe how a tensor's order differs from this one, or return ""."""
@@ -39,6 +42,8 @@ class Order:
         wanted = _contiguous(tensor.shape) if self.strides is None else list(self.strides)
         if list(tensor.stride()) != wanted:
             return f"strides {tuple(tensor.stride())} instead of {tuple(wanted)}"
+        if (tensor.is_conj(), tensor.is_neg()) != self.lazy:
+            return "a tensor that is a lazy conjugate or negative, or is none"
         if self.offset is not None and tensor.storage_offset() != self.offset:
             return f"storage offset {tensor.storage_offset()} instead of {self.offset}"
         return ""
@@ -63,4 +68,5 @@ Gradient = tuple[bool, bool, bool]
 
 def gradient_of(tensor: torch.Tensor) -> Gradient:
     """Return whether a tensor requires a gradient, is a leaf, and is of inference mode."""
-    return tensor.requires_grad, tensor.is_leaf, tensor.is_inference()
+    compiling = torch.compiler.is_compiling()  # which cannot ask this
+    return tensor.requires_grad, tensor.is_leaf, not compiling and tensor.is_inference()

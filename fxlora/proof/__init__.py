@@ -16,6 +16,7 @@ from ..errors import InjectError, InputError, VerificationError
 from ..fx.autocast import by_autocast
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.autocasts import no_gradients
 from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.parent import RegionCall
 from ..module.program import MODES
@@ -190,7 +191,7 @@ def _check_identity(
     """Raise unless with B = 0 the outputs are bit for bit those without adapters."""
     # torch selects attention kernels by requires_grad, even under no_grad.
     modules = [module.eval().requires_grad_(False) for module in (started, base)]
-    with torch.no_grad():
+    with no_gradients():
         adapted, plain = (
             [out for call in calls for out in float_tensors(run(module, *call))]
             for module in modules
@@ -232,7 +233,7 @@ def _modes_differ(module: CapturedModule) -> bool:
     return any(program.graphs["train"] is not program.graphs["eval"] for program in programs)
 
 
-@torch.no_grad()
+@no_gradients()
 def _copy_adapters(source: CapturedModule, target: CapturedModule) -> None:
     for name in source.adapter_parameters():
         target.get_parameter(name).copy_(source.get_parameter(name))
@@ -251,7 +252,7 @@ def _output_error(
     folded.train(module.training)
     for each in (module, folded):  # torch selects attention kernels by requires_grad
         each.requires_grad_(False)
-    with torch.no_grad():
+    with no_gradients():
         made = record_calls(module, calls)
         expected = [out for call in made for out in float_tensors(call.output)]
         if module.parent_module and module.training:  # each call under the same seed

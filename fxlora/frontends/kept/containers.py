@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 
+_EXPORTER = "transformers.exporters.exporter_dynamo"
+
 # ---- registration -------------------------------------------------------------------------------
 
 
@@ -44,23 +46,35 @@ def _register_caches(module: nn.Module) -> None:
     reports the unregistered cache.
     """
     try:
-        exporter: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
+        exporter: Any = importlib.import_module(_EXPORTER)
         register: Callable[[nn.Module], None] = exporter.register_cache_pytrees_for_model
     except (ImportError, AttributeError):
         return
     register(module)
-    for kind, node in list(pytree.SUPPORTED_NODES.items()):
-        if node.flatten_fn is exporter._pytree_flatten:
-            pytree.SUPPORTED_NODES[kind] = _with_integers(node)
-            _COUNTING.add(kind)
+
+
+def count_in_containers(calls: Sequence[Any]) -> None:
+    """Make the integers of caches leaves, if they differ in calls that are alike but for them.
+
+    The number of tokens that a sliding-window layer has seen is an integer. In the structure, it
+    would be a constant of the graph. This holds for the process, as the registration does.
+    """
+    flatten = getattr(sys.modules.get(_EXPORTER), "_pytree_flatten", None)
+    nodes = {k: n for k, n in pytree.SUPPORTED_NODES.items() if flatten and n.flatten_fn is flatten}
+    counting = {kind: _with_integers(node) for kind, node in nodes.items()}
+    seen: dict[str, list[int]] = {}
+    for item in pytree.tree_leaves(list(calls), is_leaf=lambda value: type(value) in counting):
+        if type(item) in counting:
+            leaves, context = counting[type(item)].flatten_fn(item)
+            counts = [leaf for leaf in leaves if type(leaf) is int]
+            if seen.setdefault(f"{type(item)} {context}", counts) != counts:
+                pytree.SUPPORTED_NODES.update(counting)
+                _COUNTING.update(counting)
+                return
 
 
 def _with_integers(node: pytree.NodeDef) -> pytree.NodeDef:
-    """Return how to flatten a cache, with its integers as leaves.
-
-    The number of tokens that a sliding-window layer has seen is an integer. In the structure, it
-    would be a constant of the graph.
-    """
+    """Return how to flatten a cache, with its integers as leaves."""
 
     def flatten(cache: Any) -> tuple[list[Any], Any]:
         tensors, context = node.flatten_fn(cache)
@@ -117,6 +131,11 @@ def _with_number_leaves(context: Any, value: Any, known: Sequence[Any], leaves: 
 
 
 _COUNTING: set[type] = set()  # the kinds of containers whose integers are leaves
+
+
+def counts(values: Any) -> bool:
+    """Whether there is a container among values whose integers are leaves."""
+    return any(integers_of_containers(values))
 
 
 def integers_of_containers(values: Any) -> list[bool]:

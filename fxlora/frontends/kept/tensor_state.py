@@ -8,19 +8,21 @@ is noted, so that the contract can ask for the state of the example.
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .patches import patched
 
 _TENSOR = torch.Tensor
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 
 # What a tensor is asked whose answer, though no tensor, does not depend on its state.
 # Whatever is not among these is taken for a read of strides.
@@ -59,12 +61,14 @@ class StateReads:
     Attributes:
         strides: how they lie in memory.
         offset: where they begin in their storage.
-        gradient: whether they have a gradient, or whether gradients are enabled.
+        gradient: whether they have a gradient.
+        mode: whether gradients are enabled.
     """
 
     strides: bool = False
     offset: bool = False
     gradient: bool = False
+    mode: bool = False
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def kept_state(model: nn.Module) -> Generator[StateReads]:
     """Within the context, export a model, and note what its forward reads of tensors' state."""
     noting = _Noting()
     handles = (
-        model.register_forward_pre_hook(noting.begin),
+        model.register_forward_pre_hook(noting.begin, prepend=True),
         model.register_forward_hook(noting.end, always_call=True),
     )
     try:
@@ -90,7 +94,7 @@ def _noted_modes(model: nn.Module, found: StateReads) -> Generator[None]:
     def noting(original: Callable[[], bool]) -> Callable[[], bool]:
         def ask() -> bool:
             asker = sys._getframe(2)  # 1 is the patch
-            found.gradient |= not _is_torchs(asker.f_globals.get("__name__", ""))
+            found.mode |= not _is_torchs(asker.f_globals.get("__name__", ""))
             return original()
 
         return ask
@@ -118,6 +122,15 @@ def replaced_function(
         yield
 
 
+def _asker(frame: types.FrameType | None) -> str:
+    """Return the name of the module whose code called a function of a tensor."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":  # of another mode
+        frame = frame.f_back
+    if frame and frame.f_globals.get("__name__") == "torch.overrides":  # a method in Python
+        frame = frame.f_back and frame.f_back.f_back
+    return str(frame.f_globals.get("__name__", "")) if frame else ""
+
+
 def _is_torchs(module: str) -> bool:
     return module.partition(".")[0] == "torch"
 
@@ -141,8 +154,12 @@ class _Noting(TorchFunctionMode):
         if not self._depth or (args and isinstance(args[0], nn.Parameter)):
             return func(*args, **kwargs)  # a parameter lies as it did
         if func is _TENSOR.contiguous:
-            return torch.ops.aten.contiguous.default(*args, **kwargs)
+            # Of a contiguous tensor, the op returns the same one, whose earlier node would be lost.
+            alias = torch.ops.aten.alias.default(args[0])
+            return _CONTIGUOUS(alias, *args[1:], **kwargs)
         result = func(*args, **kwargs)
+        if _is_torchs(_asker(sys._getframe(1))):
+            return result
         if func in _GRADIENT:
             self.found.gradient = True
         elif func not in _INDEPENDENT and _is_plain(result) and _has_tensor(args, kwargs):
@@ -153,6 +170,19 @@ class _Noting(TorchFunctionMode):
 
 def _is_plain(result: Any) -> bool:
     return any(not isinstance(leaf, _TENSOR | None) for leaf in pytree.tree_leaves(result))
+
+
+def remove_aliases(module: fx.GraphModule) -> None:
+    """Take the aliases that `contiguous` is recorded with out of a graph and its nested graphs."""
+    for inner in module.modules():
+        if isinstance(inner, fx.GraphModule):
+            for node in inner.graph.find_nodes(op="call_function", target=_CONTIGUOUS):
+                alias = node.args[0]
+                if isinstance(alias, fx.Node) and alias.target is torch.ops.aten.alias.default:
+                    node.replace_input_with(alias, alias.all_input_nodes[0])
+                    if not alias.users:
+                        inner.graph.erase_node(alias)
+            inner.recompile()
 
 
 def _has_tensor(*values: Any) -> bool:
