@@ -158,7 +158,8 @@ class _Noting(TorchFunctionMode):
             alias = torch.ops.aten.alias.default(args[0])
             return _CONTIGUOUS(alias, *args[1:], **kwargs)
         result = func(*args, **kwargs)
-        if _is_torchs(_asker(sys._getframe(1))):
+        inlined = torch.compiler.is_dynamo_compiling()  # a branch of a cond: dynamo sees no frames
+        if not inlined and _is_torchs(_asker(sys._getframe(1))):
             return result
         if func in _GRADIENT:
             self.found.gradient = True
