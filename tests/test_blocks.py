@@ -89,7 +89,7 @@ def captured(source: Model) -> fxlora.CapturedModule:
 
 @pytest.fixture
 def lora(captured: fxlora.CapturedModule, flat: fxlora.CapturedModule) -> fxlora.CapturedModule:
-    made = adapted(captured)
+    made = adapted(captured).eval()
     made.load_state_dict(flat.state_dict())
     return made
 
