@@ -220,7 +220,7 @@ class Part(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(6, 6)
+        self.fc = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         return self.fc(x) * self.scale + (0 if y is None else y)
