@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import is_grad_enabled, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import fxlora
 
@@ -155,6 +156,24 @@ def test_a_file_does_not_check_the_order(tmp_path: Path) -> None:
     gm = fxlora.capture(Frames("branch").double(), X)
     with pytest.warns(fxlora.FxLoraWarning, match="holds for x like the example's only"):
         fxlora.export(gm, tmp_path / "m.pt2", X)
+
+
+def test_calls_whose_difference_is_not_noted_are_proved() -> None:
+    """Reads inside a function that handles `__torch_function__` are not seen."""
+
+    class Hidden(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(doubled_if_contiguous(input))
+
+    calls: list[Any] = [((X,), {}), ((OTHERS["transposed"],), {})]
+    with pytest.warns(fxlora.FxLoraWarning, match="differ in nothing that a call is told by"):
+        fxlora.capture(nn.Sequential(Hidden(24, 5).double(), nn.Linear(5, 3).double()), calls=calls)
+
+
+def doubled_if_contiguous(x: torch.Tensor) -> torch.Tensor:
+    if has_torch_function_unary(x):
+        return handle_torch_function(doubled_if_contiguous, (x,), x)
+    return x * 2 if x.is_contiguous() else x
 
 
 def test_the_order_of_the_example_holds() -> None:

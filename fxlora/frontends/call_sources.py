@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -52,7 +53,7 @@ class Sources:
             CaptureError: the call has no graph, or none that a call can be told by.
         """
         held = self._first_that_holds(call)
-        if held is not None and not _told_alike(call, self._examples[held]):
+        if held is not None and not _of_one_state(call, self._examples[held]):
             self._check_same(self.made[held], call)
         if asked is not None:
             self._make(call, examples_for(*call, asked))
@@ -170,3 +171,24 @@ def _told_alike(call: Call, other: Call) -> bool:
     """Whether two calls are alike in all that a contract does not tell, except for sizes."""
     leaves = zip(pytree.tree_leaves(call), pytree.tree_leaves(other), strict=False)
     return same_but_for_sizes(call, other) and all(type(a) is type(b) for a, b in leaves)
+
+
+def _of_one_state(call: Call, other: Call) -> bool:
+    """Whether two calls are alike in all that a forward may ask of a tensor, except for sizes.
+
+    If not, and one graph holds for both, it is proved for both: not every read of a tensor's state
+    is noted.
+    """
+    leaves = zip(pytree.tree_leaves(call), pytree.tree_leaves(other), strict=False)
+    return _told_alike(call, other) and all(_state(a) == _state(b) for a, b in leaves)
+
+
+def _state(leaf: Any) -> Any:
+    """Return whether a tensor has a gradient, and its order in memory."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    if leaf.layout is not torch.strided or leaf.is_nested:
+        return leaf.requires_grad, leaf.layout
+    strides = leaf.stride()
+    order = sorted(range(leaf.ndim), key=lambda axis: -strides[axis])
+    return leaf.requires_grad, order, leaf.is_contiguous()
