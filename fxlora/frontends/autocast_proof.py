@@ -8,15 +8,18 @@ the caller's autocast. Then the proof is tried again.
 
 A model on the CPU may be moved to an accelerator after the capture. So where there is one, the
 proofs are repeated with fake tensors on it.
+
+torch.export also evaluates `torch.is_grad_enabled()`. A source that asks is proved in the same way
+for calls without gradients; its graph cannot be repaired.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import fx, nn
@@ -87,7 +90,8 @@ def under(context: Context) -> Generator[None]:
             torch.clear_autocast_cache()
 
 
-_NO_GRADIENTS: Context = (("no_grad", torch.float32),)  # stands for calls without gradients
+_NO_GRADIENTS: Final = "no gradients"
+_Mode = Context | Literal["no gradients"]  # of the caller
 
 
 @contextmanager
@@ -156,8 +160,8 @@ class Proof:
     export: Callable[[], fx.GraphModule]
     values: Values
     asks: bool = False
-    _expected: dict[Context, Any] = field(default_factory=dict[Context, Any])
-    _found: dict[Context, Any] = field(default_factory=dict[Context, Any])
+    _expected: dict[_Mode, Any] = field(default_factory=dict[_Mode, Any])
+    _found: dict[_Mode, Any] = field(default_factory=dict[_Mode, Any])
     _target: torch.device | None = None  # where the weights are moved to
 
     def autocasts(self) -> Autocasts:
@@ -174,7 +178,7 @@ class Proof:
         self._target = accelerator()
         if self._target and types == {"cpu"}:
             known.append((self._target.type, self._facts([self._target.type])))
-        return Autocasts(*here, by_device=tuple(known), gradients=without)
+        return Autocasts(*here, by_device=tuple(known), needs_gradients=without)
 
     def _without_gradients(self) -> str:
         """Return why the graph differs from its source where gradients are disabled, or ""."""
@@ -208,18 +212,18 @@ class Proof:
         choose(self.module, other, autocast, guesses)
         self._found.clear()
 
-    def _differs(self, context: Context) -> Any:
+    def _differs(self, mode: _Mode) -> Any:
         """Return None if graph and source compute the same; else a reason as text, or both runs."""
-        if context not in self._found:
-            self._found[context] = self._compared(context)
-        return self._found[context]
+        if mode not in self._found:
+            self._found[mode] = self._compared(mode)
+        return self._found[mode]
 
-    def _compared(self, context: Context) -> Any:
+    def _compared(self, mode: _Mode) -> Any:
         try:
-            if context not in self._expected:
-                self._expected[context] = self._run(self.model, context)
-            expected, run = self._expected[context]
-            found, own = self._run(self.module, context)
+            if mode not in self._expected:
+                self._expected[mode] = self._run(self.model, mode)
+            expected, run = self._expected[mode]
+            found, own = self._run(self.module, mode)
             if expected[0] == found[0] and (where := self._structures(expected, found)):
                 return f"what it returns has another attribute or structure: {where}"
         except Exception as error:  # noqa: BLE001 - the source may raise anything
@@ -230,7 +234,7 @@ class Proof:
     def _structures(self, expected: Any, found: Any) -> str:
         return "" if expected[1] == found[1] else first_difference(expected[1], found[1])
 
-    def _run(self, call: nn.Module, context: Context, locate: int = -1) -> Any:
+    def _run(self, call: nn.Module, mode: _Mode, locate: int = -1) -> Any:
         run = Run(self.values, locate)
         given, target = (self.example.args, self.example.kwargs), self._target
         kept = undisturbed(call) if call is self.model or target else nullcontext()
@@ -239,12 +243,15 @@ class Proof:
             kept,
             same_versions((call, given)),
             on_device(call, given, target, self.values, constants=constants) as (args, kwargs),
-            _disabled_gradients(self.model) if context == _NO_GRADIENTS else under(context),
+            self._within(mode),
             _compiling_state_context(),
         ):
             return run.of(call, args, kwargs), run
 
-    def _told(self, context: Context, why: Any) -> str:
+    def _within(self, mode: _Mode) -> AbstractContextManager[None]:
+        return _disabled_gradients(self.model) if mode == _NO_GRADIENTS else under(mode)
+
+    def _told(self, mode: _Mode, why: Any) -> str:
         """Describe the first op of the source that the graph does not compute, with its line."""
         if isinstance(why, str):
             return why
@@ -255,7 +262,7 @@ class Proof:
         if number is None:
             return "they return different results"
         try:
-            _, again = self._run(self.model, context, number)
+            _, again = self._run(self.model, mode, number)
         except Exception:  # noqa: BLE001 - only the place of the difference stays unknown
             again = run
         func = run.ops[number][0].made[0]

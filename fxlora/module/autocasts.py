@@ -20,6 +20,10 @@ from ..fx.autocast import Context, current_autocast, described
 Facts = tuple[tuple[Context, ...], tuple[tuple[Context, str], ...]]  # proved; why not others
 
 
+class OtherModeError(InputError):
+    """A call under an autocast, or a mode of gradients, that the graph does not hold for."""
+
+
 @dataclass(frozen=True)
 class Autocasts:
     """The callers' autocasts that a graph holds for.
@@ -31,7 +35,7 @@ class Autocasts:
         every: whether the graph holds for all, because it only calls the source's Python code.
         by_device: `proved` and `differs` as they are when all weights are on one type of device,
             by that type.
-        gradients: why the graph does not hold where gradients are disabled, or "".
+        needs_gradients: why the graph does not hold where gradients are disabled, or "".
     """
 
     proved: tuple[Context, ...] = ()
@@ -39,19 +43,20 @@ class Autocasts:
     otherwise: str = "capture did not try this autocast"
     every: bool = False
     by_device: tuple[tuple[str, Facts], ...] = ()
-    gradients: str = ""
+    needs_gradients: str = ""
 
     def check(self) -> None:
-        """Raise InputError under an autocast, or a mode of gradients, that it does not hold for."""
-        if self.gradients and not (torch.is_grad_enabled() or _assumed.get()):
-            raise InputError(
+        """Raise OtherModeError where the caller's mode is one that the graph does not hold for."""
+        if self.needs_gradients and not (torch.is_grad_enabled() or _assumed.get()):
+            raise OtherModeError(
                 "called under torch.no_grad or inference_mode, where the source does something "
-                f"else than in the capture: {self.gradients}. Call it under torch.enable_grad(), "
-                "or change the source: a graph cannot ask torch.is_grad_enabled()."
+                f"else than in the capture: {self.needs_gradients}. Call it under "
+                "torch.enable_grad(), or change the source: a graph cannot ask "
+                "torch.is_grad_enabled()."
             )
         context = current_autocast()
         if context and not self.every and context not in self.proved:
-            raise InputError(self._refusal(context))
+            raise OtherModeError(self._refusal(context))
 
     def _refusal(self, context: Context) -> str:
         why = dict(self.differs).get(context, self.otherwise)

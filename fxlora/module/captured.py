@@ -18,6 +18,7 @@ from ..fx.calls import part_of
 from ..plan import Plan
 from ..tables import some
 from .adapted_weight import adapted_weight
+from .autocasts import OtherModeError
 from .block import Block
 from .block_calls import outline
 from .casts import base_tensors, keeping_dtypes, set_casts
@@ -261,6 +262,12 @@ class CapturedModule(ProgramModule):
         self._seal.refuse_apart()
         super()._check(args, kwargs)
 
+    def _refusal(self, error: InputError) -> InputError:
+        addable = self.exported and not self.parent_module and not self.folded
+        if isinstance(error, OtherModeError) or not addable:
+            return super()._refusal(error)
+        return type(error)(f"{error} fxlora.capture_more adds a call to a captured module.")
+
     @property
     def call_chooser(self) -> CapturedModule:
         """The module itself, for the graph that chooses (see several_calls.py)."""
@@ -280,7 +287,10 @@ class CapturedModule(ProgramModule):
             InputError: none of the captured calls of the method is like this one.
         """
         if calls := self.captured_calls(method):
-            return first_that_holds(calls, args, kwargs)
+            try:
+                return first_that_holds(calls, args, kwargs)
+            except InputError as error:
+                raise self._refusal(error) from None
         raise InputError(
             f"the method {method} was not captured ({some(self.captured_methods)} were): capture "
             "again with an example call of it."

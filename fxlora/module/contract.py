@@ -242,8 +242,8 @@ class Guard:
         elif not holds:
             raise InputError(
                 f"the captured graph holds only where {self.text}: the source model takes "
-                "another branch for this call. Capture again with inputs like these, as one of "
-                "several calls=[…]."
+                "another branch for this call, or fails. Capture again with inputs like these, as "
+                "one of several calls=[…]."
             )
 
 
