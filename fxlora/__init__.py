@@ -32,6 +32,7 @@ from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
 from .passes.eva import Initialized, initialize_from
+from .passes.placements import ShardedTensor, ShardPlan, shard_plan
 from .pictures import draw
 from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify
@@ -63,6 +64,8 @@ __all__ = [
     "Read",
     "Reader",
     "Rule",
+    "ShardPlan",
+    "ShardedTensor",
     "Site",
     "SiteCheck",
     "SubmoduleError",
@@ -90,5 +93,6 @@ __all__ = [
     "remove",
     "report",
     "save_adapter",
+    "shard_plan",
     "verify",
 ]

@@ -21,6 +21,8 @@ import torch
 from ..fx.calls import call_site, module_classes, named_argument
 from ..module import CapturedModule
 from ..module.adapted_weight import factors
+from ..module.sharded import has_fsdp
+from ..module.skeleton import skeleton
 from ..passes import Remove
 from ..plan import Entry, Plan
 from ..reads.readers import Reader
@@ -76,7 +78,7 @@ def owner_of(entry: Entry) -> str:
 
 def why_not(module: CapturedModule, plan: Plan) -> str | None:
     """Return why PEFT would compute another result from this adapter, or None if it would not."""
-    base = Remove(restore=False)(module)
+    base = Remove(restore=False)(skeleton(module) if has_fsdp(module) else module)
     readers: dict[str, list[Reader]] = {}
     for site in find_sites(base):
         for name in site.names:

@@ -22,6 +22,7 @@ from ..data import as_path
 from ..errors import AdapterError, warn
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.sharded import is_first, is_sharded, mesh_of, once, reshard, whole
 from ..plan import Plan
 from ..tables import some
 from .files import whole_file
@@ -41,6 +42,10 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     become plain LoRA of twice the rank, and the parts of a packed weight one block-diagonal pair.
     Otherwise the peft_type is "FXLORA", with which PEFT raises an error, and the configuration
     gives the reason as `why_not_peft`.
+
+    Where parameters are sharded over processes (FSDP2, tensor parallelism), every process calls
+    this: their shards are gathered, and the first process writes the folder. Where they are not
+    (DDP), one process calls it.
 
     Args:
         module: an adapted module.
@@ -75,18 +80,35 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
             "its module into modules_to_save and train again."
         )
     folder = as_path(folder, AdapterError)
+    reshard(module)
     why = why_not(module, module.plan)
     layout = layout_of(module, module.plan, why is None)
     changed = _changed(module, layout)
-    _check_worth_saving(module, layout, changed)
+    mesh = mesh_of(module)
+    with once(mesh, AdapterError) as first:
+        if first:
+            _check_worth_saving(module, layout, changed)
+            _write(module, module.plan, folder, changed, why)
+    if why and is_first(mesh):
+        warn(f"PEFT cannot read {folder}, which fxlora can: {why}.")
+
+
+def _write(
+    module: CapturedModule,
+    plan: Plan,
+    folder: Path,
+    changed: dict[str, torch.Tensor],
+    why: str | None,
+) -> None:
+    """Write the two files of an adapter folder."""
     tensors = {key: _plain(tensor) for key, tensor in changed.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
     # A single key: safetensors writes several in random order, and files should be reproducible.
-    header = {"fxlora": json.dumps(_plan_data(module.plan, why is None))}
-    config = {"peft_type": OURS, WHY: why} if why else configuration(module, module.plan)
+    header = {"fxlora": json.dumps(_plan_data(plan, why is None))}
+    config = {"peft_type": OURS, WHY: why} if why else configuration(module, plan)
     with (
         whole_file(folder / CONFIG, AdapterError) as config_file,
         whole_file(folder / WEIGHTS, AdapterError) as weights,
@@ -96,8 +118,6 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         except SafetensorError as error:  # raised for a full disk
             raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}.") from error
         config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if why:
-        warn(f"PEFT cannot read {folder}, which fxlora can: {why}.")
 
 
 def _check_worth_saving(
@@ -106,7 +126,9 @@ def _check_worth_saving(
     """Raise if the tensors have no values, or values that training left NaN or infinite."""
     if any(tensor.is_meta for tensor in tensors.values()):
         raise AdapterError("nothing to save: the module is on the meta device, without values.")
-    before = {layout.key(name): tensor for name, tensor in module.known.originals.items()}
+    before = {
+        layout.key(name): t for name, t in module.known.originals.items() if not is_sharded(t)
+    }
     diverged = [key for key, t in tensors.items() if not_finite(t, before.get(key))]
     if diverged:
         raise AdapterError(
@@ -122,13 +144,14 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _changed(module: CapturedModule, layout: FileLayout) -> dict[str, torch.Tensor]:
-    """Return the tensors that differ from the base, by their keys in the file."""
+    """Return the tensors that differ from the base, whole, by their keys in the file."""
     names = [name for entry in layout.plan for name in entry.tensors]
-    tensors = layout.adapters({name: module.get_parameter(name) for name in names})
-    for name in module.trained:
-        tensors[layout.key(name)] = module.get_parameter(name)
+    tensors = layout.adapters({name: whole(module.get_parameter(name)) for name in names})
+    for name in sorted(module.trained):  # in one order, as gathering is collective
+        tensors[layout.key(name)] = whole(module.get_parameter(name))
     for name, buffer in module.named_buffers():
-        if not same(buffer, module.known.originals.get(name)):
+        before = module.known.originals.get(name)
+        if not same(buffer := whole(buffer), None if before is None else whole(before)):
             tensors[layout.key(name)] = buffer
     return tensors
 

@@ -122,6 +122,20 @@ class Layout:
         kernel_a, kernel_b = (ones, kernel) if self.in_first else (kernel, ones)
         return (*stack, r, size_i, *kernel_a), (*stack, size_o, r, *kernel_b)
 
+    def factor_dims(self, dim: int) -> tuple[int | None, int | None]:
+        """Return the dimension of A, and the one of B, that a dimension of the weight is.
+
+        An input is one of A, an output one of B, the index in a stack one of both. Both are None
+        where A and B have no such dimension: a kernel is flattened, and so are several inputs.
+        """
+        role, stack = self.roles[dim], self.roles.count(STACK)
+        if role == STACK:
+            index = self.roles[:dim].count(STACK)
+            return index, index
+        if role == KERNEL or self.roles.count(role) > 1:
+            return None, None
+        return (stack + 1, None) if role == INPUT else (None, stack)
+
     def transpose_factor(self, factor: Any) -> Any:
         """Exchange the rank dimension and the feature dimension of A or B."""
         if self.is_matrix:

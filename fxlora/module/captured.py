@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed, fx, nn
+from torch import fx, nn
 
-from ..errors import FxLoraError, InjectError, InputError, NotCapturedError, SubmoduleError
+from ..errors import FxLoraError, InputError, NotCapturedError, SubmoduleError
 from ..fx.calls import part_of
 from ..plan import Plan
 from ..tables import some
@@ -37,6 +37,7 @@ from .several_calls import (
     first_that_holds,
     signature_of_all,
 )
+from .sharded import refuse_copy
 from .sharing import copy_memory, copy_when_trained, is_shared
 from .state import State
 from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
@@ -406,6 +407,7 @@ class CapturedModule(ProgramModule):
         plan trains and those that a call may write to are copied at once. So training or calling
         one module leaves the other unchanged.
         """
+        refuse_copy(self)
         trains, kept = self.known.adapter_parameters | self.trained, self.state_parameters()
         memo: dict[int, Any] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
@@ -414,32 +416,34 @@ class CapturedModule(ProgramModule):
             tensor = parameter.detach()
             tensor = tensor.clone() if name in trains else tensor
             memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-        result = self._rebuilt(memo, self.known.with_originals(torch.clone))
+        result = self.rebuilt(memo, self.known.with_originals(torch.clone))
         copy_hooks(self, result, copy.copy)
         for module in (self, result):
             module.copy_when_trained()
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        refuse_copy(self)
         self.check_blocks("deepcopy")
         originals = copy.deepcopy(dict(self.known.originals), memo)
-        result = self._rebuilt(memo, dataclasses.replace(self.known, originals=originals))
+        result = self.rebuilt(memo, dataclasses.replace(self.known, originals=originals))
         memo[id(self)] = result
         copy_hooks(self, result, functools.partial(copy.deepcopy, memo=memo))
         return result
 
     def __copy__(self) -> CapturedModule:
         """Return a module with its own graphs and containers over the same tensors."""
+        refuse_copy(self)
         tensors = (
             *self.named_parameters(remove_duplicate=False),
             *self.named_buffers(remove_duplicate=False),
         )
-        result = self._rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
+        result = self.rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
         copy_when_trained(result, filter(is_shared, result.parameters()))
         return result
 
-    def _rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
-        self._refuse_sharded()
+    def rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
+        """Return a copy of the graphs and containers, with the tensors that `memo` has for ours."""
         for path, block in self.outlined_modules.items():
             standing = self._standing(path)
             if standing is not block:  # a wrapper: the copy is the block itself
@@ -463,22 +467,6 @@ class CapturedModule(ProgramModule):
         )
         result.meta = copy.copy(self.meta)
         return result
-
-    def _refuse_sharded(self) -> None:
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return
-        from torch.distributed.tensor import DTensor  # exists only where torch.distributed does
-
-        sharded = (name for name, p in self.named_parameters() if isinstance(p, DTensor))
-        if name := next(sharded, None):
-            raise InjectError(
-                f"'{name}' is sharded over processes, and torch cannot copy such a module, which "
-                "fold, remove, save_adapter and verify do. Load its state into a module that is "
-                "made in the same way without sharding (capture, inject): "
-                "plain.load_state_dict(get_model_state_dict(sharded, "
-                "options=StateDictOptions(full_state_dict=True))), both from "
-                "torch.distributed.checkpoint.state_dict."
-            )
 
     def tree(self) -> nn.Module:
         """Return the containers, parameters and buffers, without this module's own graphs."""

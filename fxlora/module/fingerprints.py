@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .sharded import is_sharded, whole
+
 _ROW = 8192  # 64-bit words in a row: few enough that their factors stay in the cache
 _ROWS = {"cpu": 32}  # rows hashed at a time: few enough that the temporaries stay in the cache
 _MANY_ROWS = 1024  # on other devices, where a kernel launch costs more
@@ -29,10 +31,13 @@ _MANY_ROWS = 1024  # on other devices, where a kernel launch costs more
 def fingerprint(tensor: torch.Tensor) -> int:
     """Return a hash of a tensor's bits in their logical order, its shape and its dtype.
 
-    A traceable wrapper subclass is hashed by its inner tensors. The hash is 0 for tensors whose
-    bits cannot be read: on the meta device, in a layout that is not strided, or of another
+    A tensor that is sharded over processes has the hash of the whole one; the call is collective.
+    Another traceable wrapper subclass is hashed by its inner tensors. The hash is 0 for tensors
+    whose bits cannot be read: on the meta device, in a layout that is not strided, or of another
     subclass.
     """
+    if is_sharded(tensor):
+        return fingerprint(whole(tensor.detach()))
     if is_traceable_wrapper_subclass(tensor):
         inner: Any = tensor.__tensor_flatten__()[0]
         return _digest([fingerprint(getattr(tensor, name)) for name in inner])

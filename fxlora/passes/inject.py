@@ -18,6 +18,7 @@ from ..matching.refusals import why_unsupported
 from ..module import CapturedModule
 from ..module.casts import mark, set_casts
 from ..module.program import Program
+from ..module.sharded import whole
 from ..module.state import State
 from ..names import shown
 from ..plan import Entry, Plan
@@ -25,6 +26,7 @@ from ..reads.sites import Site, find_sites, merged
 from ..tables import some
 from .base import Pass
 from .initialize import new_tensors
+from .placements import shard_like_weight, share_whole_adapters
 from .structure import WeightNodes, insert_branch, insert_weight
 
 
@@ -61,6 +63,7 @@ class Inject(Pass):
         _set_dtypes(module, plan)
         module.known = replace(module.known, plan=plan, originals=originals)
         set_casts(module)
+        share_whole_adapters(module)
         return replace(module.known, base_fingerprints=module.fingerprints_under(module.known))
 
 
@@ -259,15 +262,15 @@ def _add_tensors(module: CapturedModule, entry: Entry, starts: Mapping[str, torc
     dtype = entry.dtype_over(weight.dtype)
     given = {
         name: nn.Parameter(
-            starts[name].detach().to(weight.device, dtype, copy=True).contiguous(),
+            whole(starts[name]).detach().to(weight.device, dtype, copy=True).contiguous(),
             name in entry.trainable,
         )
         for name in entry.tensors
         if name in starts
     }
-    fresh = {} if len(given) == len(entry.tensors) else new_tensors(entry, weight)
+    fresh = {} if len(given) == len(entry.tensors) else new_tensors(entry, whole(weight))
     for name, parameter in (fresh | given).items():
-        module.set_parameter(name, parameter)
+        module.set_parameter(name, shard_like_weight(entry, name, parameter, weight))
 
 
 def _insert(program: Program, plan: Plan, sites: Mapping[tuple[str, ...], Site]) -> None:

@@ -20,13 +20,15 @@ from ..module.autocasts import no_gradients
 from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.parent import RegionCall
 from ..module.program import MODES
+from ..module.sharded import mesh_of
 from ..passes import Inject
 from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import draw_adapters, effects
 from .graph_checks import check_code, check_folded_graphs, check_modes, without_adapters
-from .result import SiteCheck, Verification
+from .result import SiteCheck, Verification, sizes_of
 from .runs import MethodCall, equal_tensors, float_tensors, record_calls, replay, run
+from .sharded import verified_sharded
 from .weight_checks import (
     check_adapters,
     check_base,
@@ -77,6 +79,9 @@ def verify(
 
     Modes of the caller, such as autocast, do not affect the result.
 
+    Where parameters are sharded over processes (FSDP2, tensor parallelism), every process calls
+    this, and what fails in one fails in all. The fold is not checked then, nor outputs with B = 0.
+
     Args:
         module: an adapted module; it is not changed. To check an adapter on disk, load it and pass
             the loaded module, with `folded` made from the module that was saved.
@@ -118,6 +123,13 @@ def verify(
             f"the module has no method {some(sorted(unknown))}: {some(module.captured_methods)} "
             "were captured."
         )
+    if mesh_of(module) is not None:
+        if folded is not None:
+            raise InputError(
+                "the module is sharded over processes, and its fold cannot be compared. Leave "
+                "folded out, or load the adapter into a module that is not sharded."
+            )
+        return verified_sharded(module, given)
     return _verified(module, given, folded)
 
 
@@ -182,7 +194,7 @@ def _verified(
         )
         for entry, found in zip(module.plan, reads, strict=True)
     ]
-    return Verification(tuple(checks), error, tolerance)
+    return Verification(tuple(checks), error, tolerance, **sizes_of(module))
 
 
 def _check_identity(

@@ -9,15 +9,16 @@ step of the backward rescales to a maximum of 1. It is dead if it has none in an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
+from ..module.sharded import whole, write
 from ..plan import Entry
 from .runs import MethodCall, float_tensors, record_calls
 
@@ -42,6 +43,13 @@ class Effect:
     @property
     def live(self) -> bool:
         return self.finite and min(self.effect, self.by_a, self.by_b) > 0
+
+
+# Returns the gradients of a module's outputs with respect to named parameters, for cotangents of
+# the outputs.
+Gradients = Callable[
+    [CapturedModule, Sequence[str], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,17 @@ _DRAWS = (
 )
 
 
+class Values(Protocol):
+    """The user's values of A and B: an adapted module, or a copy of its parameters."""
+
+    def get_parameter(self, target: str) -> Tensor: ...
+
+
 def effects(
     module: CapturedModule,
-    trained: CapturedModule,
+    trained: Values,
     calls: Sequence[MethodCall],
+    gradients: Gradients | None = None,
 ) -> dict[str, Effect]:
     """Return the effect of each adapter, by the name of its A.
 
@@ -80,6 +95,7 @@ def effects(
         module: an adapted module, whose A and B are overwritten.
         trained: the same module with the user's values of A and B.
         calls: the inputs to run on.
+        gradients: computes the gradients of outputs; by default, torch.autograd.grad.
 
     Raises:
         VerificationError: an adapter has no effect in either mode, or its gradients are not
@@ -92,7 +108,9 @@ def effects(
             dead = [entry for entry in module.plan if not found[entry.name_a].live]
             if dead:
                 _fill(module, trained, draw)
-                better = _gradients(module.train(mode == "train"), dead, calls, draw.unit)
+                better = _gradients(
+                    module.train(mode == "train"), dead, calls, draw.unit, gradients or _autograd
+                )
                 found |= {name: e for name, e in better.items() if e.live or found[name].finite}
     dead = [entry.site for entry in module.plan if not found[entry.name_a].live]
     endless = [entry.site for entry in module.plan if not found[entry.name_a].finite]
@@ -116,7 +134,7 @@ def effects(
 # ---- values -------------------------------------------------------------------------------------
 
 
-def draw_adapters(module: CapturedModule, trained: CapturedModule) -> None:
+def draw_adapters(module: CapturedModule, trained: Values) -> None:
     """Write the adapters of `trained` into a module, and add random values to each B.
 
     An A that is zero is drawn at random, too. B is not replaced by random values, because PiSSA and
@@ -127,21 +145,22 @@ def draw_adapters(module: CapturedModule, trained: CapturedModule) -> None:
 
 
 @torch.no_grad()
-def _fill(module: CapturedModule, trained: CapturedModule, draw: _Draw) -> None:
+def _fill(module: CapturedModule, trained: Values, draw: _Draw) -> None:
     """Write A and B into the module as a draw says, with a fixed seed for each tensor."""
     for number, entry in enumerate(module.plan or ()):
         a, b = (module.get_parameter(name).requires_grad_(True) for name in _pair(entry))
         for name in entry.tensors:  # also the tensors of variants
             module.get_parameter(name).copy_(trained.get_parameter(name))
-        size = draw.size * _size_of(module.get_parameter(entry.parameter))
+        size = draw.size * _size_of(whole(module.get_parameter(entry.parameter)))
         # An entry of s·BA has a standard deviation of s·√r·std(A)·std(B).
         product = size / abs(entry.scaling or 1.0) / entry.r**0.5  # std(A)·std(B)
-        kept = draw.trained and bool(a.any())
-        std = _size_of(a) if kept else product**0.5
+        now_a, now_b = whole(a), whole(b)
+        kept = draw.trained and bool(now_a.any())
+        std = _size_of(now_a) if kept else product**0.5
         if not kept:
-            a.copy_(_drawn(a, std, 2 * number))
-        more = _drawn(b, product / std, 2 * number + 1)
-        b.copy_(b + more if draw.trained else more)
+            write(a, _drawn(now_a, std, 2 * number))
+        more = _drawn(now_b, product / std, 2 * number + 1)
+        write(b, now_b + more if draw.trained else more)
 
 
 def _pair(entry: Entry) -> tuple[str, str]:
@@ -172,6 +191,7 @@ def _gradients(
     entries: list[Entry],
     calls: Sequence[MethodCall],
     unit: bool,
+    gradients: Gradients,
 ) -> dict[str, Effect]:
     """Return the effects of some entries, from one forward and one backward pass."""
     outputs = [
@@ -186,15 +206,23 @@ def _gradients(
         _scale_to_one(outputs)
     # Unequal cotangents, because the plain sum of a softmax's or layer norm's outputs is constant.
     loads = [_load(output) for output in outputs]
-    factors = [module.get_parameter(name) for entry in entries for name in _pair(entry)]
-    found = iter(
-        torch.autograd.grad(outputs, factors, loads, allow_unused=True, materialize_grads=True)
-    )
+    names = [name for entry in entries for name in _pair(entry)]
+    found = iter(gradients(module, names, outputs, loads))
     return {e.name_a: _effect(module, e, next(found), next(found)) for e in entries}
 
 
+def _autograd(
+    module: CapturedModule,
+    names: Sequence[str],
+    outputs: Sequence[Tensor],
+    loads: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    inputs = [module.get_parameter(name) for name in names]
+    return torch.autograd.grad(outputs, inputs, loads, allow_unused=True, materialize_grads=True)
+
+
 def _effect(module: CapturedModule, entry: Entry, by_a: Tensor, by_b: Tensor) -> Effect:
-    b = module.get_parameter(entry.name_b).detach()
+    b = whole(module.get_parameter(entry.name_b).detach())
     moved = abs(float((by_b.double() * b.double()).sum()))  # <∂/∂B, B>, as s·BA is linear in B
     return Effect(moved, float(by_a.abs().max()), float(by_b.abs().max()))
 

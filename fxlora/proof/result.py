@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..module import CapturedModule
 from ..module.program import MODES
 from ..tables import render
 from .coverage import AdaptedRead
@@ -24,7 +26,8 @@ class SiteCheck:
         gradient_a, gradient_b: largest absolute gradient of that sum with respect to A and to B.
         weight_error: difference between the folded weight and W0 + s·BA, at the entry where it is
             largest relative to its tolerance.
-        weight_tolerance: largest difference that rounding may cause at that entry.
+        weight_tolerance: largest difference that rounding may cause at that entry. Both are NaN if
+            the module is sharded, so that its fold was not checked.
     """
 
     site: str
@@ -33,8 +36,8 @@ class SiteCheck:
     effect: float
     gradient_a: float
     gradient_b: float
-    weight_error: float
-    weight_tolerance: float
+    weight_error: float = math.nan
+    weight_tolerance: float = math.nan
 
     def reads_in(self, mode: str) -> int:
         """Return the number of reads in the graphs of a mode."""
@@ -55,18 +58,26 @@ class Verification:
         sites: one item per entry of the plan.
         output_error: largest difference between folded and unfolded outputs, relative to the
             largest entry of the output.
-        tolerance: largest output_error that rounding may cause.
+        tolerance: largest output_error that rounding may cause. Both are NaN if the module is
+            sharded, so that its fold was not checked.
+        trainable: number of parameters that train, of all processes together.
+        parameters: number of all parameters.
     """
 
     sites: tuple[SiteCheck, ...]
-    output_error: float
-    tolerance: float
+    output_error: float = math.nan
+    tolerance: float = math.nan
+    trainable: int = 0
+    parameters: int = 0
+
+    @property
+    def fold_checked(self) -> bool:
+        """Whether the fold was checked, for which a process needs the whole weights."""
+        return not math.isnan(self.output_error)
 
     def __str__(self) -> str:
-        header = (
-            *("site", "form", "reads train/eval", "modes", "base", "effect", "grad A", "grad B"),
-            *("folded: error", "tolerance"),
-        )
+        header = ["site", "form", "reads train/eval", "modes", "base", "effect", "grad A", "grad B"]
+        folded = ["folded: error", "tolerance"] if self.fold_checked else []
         rows = [
             [
                 check.site,
@@ -77,16 +88,30 @@ class Verification:
                 f"{check.effect:.1e}",
                 f"{check.gradient_a:.1e}",
                 f"{check.gradient_b:.1e}",
-                f"{check.weight_error:.1e}",
-                f"{check.weight_tolerance:.1e}",
+                *(
+                    f"{value:.1e}"
+                    for value in (check.weight_error, check.weight_tolerance)
+                    if folded
+                ),
             ]
             for check in self.sites
         ]
+        return f"{render([*header, *folded], rows)}\n{self._summary()}"
+
+    def _summary(self) -> str:
         count = sum(len(check.reads) for check in self.sites)
-        return (
-            f"{render(header, rows)}\n"
+        common = (
             f"Each of the {count} reads of these weights has its adapter. The graph of each mode "
-            "is the captured one\nwith these adapters and nothing else; with B = 0 the outputs are "
+            "is the captured one\nwith these adapters and nothing else; "
+        )
+        if not self.fold_checked:
+            return (
+                f"{common}the base is unchanged on every process.\n"
+                f"{self.trainable:,} of {self.parameters:,} parameters train. The fold was not "
+                "checked: it needs the whole weights."
+            )
+        return (
+            f"{common}with B = 0 the outputs are "
             "bit for bit those without adapters.\nThe folded graphs are the captured ones, node "
             f"for node; their outputs differ by {self.output_error:.1e} of the\nlargest entry "
             f"(tolerance {self.tolerance:.0e})."
@@ -108,3 +133,10 @@ class Verification:
 
     def to_json(self) -> str:
         return json.dumps(self.to_data(), indent=2)
+
+
+def sizes_of(module: CapturedModule) -> dict[str, int]:
+    """Return how many of a module's parameters train, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    trains = sum(size for size, requires_grad in sizes if requires_grad)
+    return {"trainable": trains, "parameters": sum(size for size, _ in sizes)}

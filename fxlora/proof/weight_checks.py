@@ -9,6 +9,7 @@ from ..errors import VerificationError
 from ..module import CapturedModule
 from ..module.adapted_weight import factors
 from ..module.casts import base_dtype
+from ..module.sharded import whole
 from ..plan import Entry
 from ..tables import some
 from .coverage import adapted_names
@@ -69,7 +70,9 @@ def _parameter(module: CapturedModule, name: str) -> Tensor | None:
 
 def _moves_padding(module: CapturedModule, entry: Entry, row: int) -> bool:
     """Whether an embedding's adapter changes a row: whether that column of A is not zero."""
-    a, _ = factors(entry, {name: module.get_parameter(name).detach() for name in entry.tensors})
+    a, _ = factors(
+        entry, {name: whole(module.get_parameter(name).detach()) for name in entry.tensors}
+    )
     return bool(a.select(-1, row).any())
 
 
@@ -99,7 +102,7 @@ def check_base(module: CapturedModule) -> None:
 def check_finite(module: CapturedModule) -> None:
     """Raise if an adapter has NaN or infinities."""
     for tensor in sorted(module.adapter_parameters()):
-        if not bool(module.get_parameter(tensor).isfinite().all()):
+        if not bool(whole(module.get_parameter(tensor).detach()).isfinite().all()):
             raise VerificationError(
                 f"adapter: '{tensor}' holds values that are not finite: the training diverged."
             )
