@@ -1,91 +1,164 @@
-"""fully_shard on outlined submodules: two processes train as one does."""
+"""Several processes: DDP, FSDP2 and tensor parallelism train as one process does.
+
+One run of tests/sharded.py on two processes makes what the tests compare.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 
 import fxlora
-from fxlora import InjectError, LoraConfig
 
-from .laws import assert_close, randomise
+if not dist.is_available():
+    pytest.skip("torch without torch.distributed", allow_module_level=True)
 
+from . import sharded
+from .laws import assert_close
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(12)
-        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+SHARDED = [kind for kind in sharded.KINDS if kind != "ddp"]
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(17, 12)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.head = nn.Linear(12, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.embed(ids)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return self.head(hidden.mean(1))
-
-
-def adapted() -> Any:
-    torch.manual_seed(0)
-    gm = fxlora.capture(Model().double(), torch.randint(17, (4, 6)), modules="layers.*")
-    config = LoraConfig(r=2, target_modules=["up", "down"], modules_to_save=["head"])
-    lora = fxlora.inject(gm, fxlora.match(gm, config))
-    randomise(lora)
-    return lora.train()
+def launch(processes: int, folder: Path, *kinds: str) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    worker = ["-m", "tests.sharded", str(folder), *kinds]
+    root = Path(fxlora.__file__).parents[1]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *command, *worker],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def train(lora: Any, rows: slice) -> None:
-    generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.SGD(fxlora.lora_parameters(lora), 0.1)
-    for _ in range(3):
-        ids = torch.randint(17, (4, 6), generator=generator)
-        lora(ids[rows]).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sharded")
+    launch(2, made, *sharded.KINDS)
+    return made
 
 
-def work(rank: int, folder: str) -> None:
-    """Train on half of each batch, and save all parameters (a process of its own)."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    lora = adapted()
-    for layer in (*lora.layers, lora):
-        fully_shard(layer)
-    train(lora, slice(2 * rank, 2 * rank + 2))
-    for verb in (fxlora.fold, fxlora.remove, lambda m: fxlora.save_adapter(m, folder)):
-        with pytest.raises(InjectError, match=r"plain\.load_state_dict"):
-            verb(lora)
-    state = get_model_state_dict(lora, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
-        torch.save(state, f"{folder}/state.pt")
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def single() -> Any:
+    lora = sharded.adapted(sharded.captured())
+    losses, gradients, _ = sharded.train(lora, lora, slice(None))
+    return lora, losses, gradients
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
-    single, plain = adapted(), adapted()
-    before = fxlora.fold(single)(ids := torch.arange(12).view(2, 6))
-    train(single, slice(None))
-    plain.load_state_dict(torch.load(tmp_path / "state.pt"))
-    expected = fxlora.fold(single)(ids)
-    assert float((expected - before).abs().max()) > 1e-3
-    assert_close([fxlora.fold(plain)(ids)], [expected])
+def made(folder: Path, kind: str) -> dict[str, Any]:
+    return torch.load(folder / f"{kind}.pt")
+
+
+def named(name: str) -> str:
+    """Return the name of a parameter without that of a wrapper around its module."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+@pytest.mark.parametrize("kind", sharded.KINDS)
+def test_losses_and_gradients_are_those_of_one_process(
+    folder: Path, single: Any, kind: str
+) -> None:
+    lora, losses, gradients = single
+    found = made(folder, kind)
+    assert losses[0] - losses[-1] > 1e-2
+    assert found["losses"] == pytest.approx(losses, rel=1e-12)  # float64
+    theirs = {named(name): gradient for name, gradient in found["gradients"].items()}
+    assert theirs.keys() == gradients.keys()  # and so no frozen weight has one
+    assert gradients.keys() >= lora.adapter_parameters()
+    for name, expected in gradients.items():
+        assert float(expected.abs().max()) > 1e-6
+        assert_close([theirs[name]], [expected])
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_a_process_holds_less_than_the_whole(folder: Path, single: Any, kind: str) -> None:
+    whole = sum(parameter.numel() for parameter in single[0].parameters())
+    held = made(folder, kind)["held"]
+    assert held < (0.75 if kind == "tensor_parallel" else 0.6) * whole
+
+
+@pytest.mark.parametrize("kind", sharded.KINDS)
+def test_the_adapter_is_saved_once_and_loads_anywhere(folder: Path, single: Any, kind: str) -> None:
+    trained = single[0]
+    loaded = fxlora.load_adapter(sharded.captured(modules=None), folder / kind)
+    ids = torch.arange(12).view(2, 6)
+    base = sharded.captured(modules=None).eval()(ids)
+    expected = trained.eval()(ids)
+    assert float((expected - base).abs().max().detach()) > 1e-3
+    assert_close([loaded.eval()(ids)], [expected])
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_verify_looks_at_the_shards(folder: Path, single: Any, kind: str) -> None:
+    verified = made(folder, kind)["verified"]
+    lora = single[0]
+    assert [site["site"] for site in verified["sites"]] == [entry.site for entry in lora.plan]
+    for site in verified["sites"]:
+        assert min(site["effect"], site["gradient_a"], site["gradient_b"]) > 1e-6
+        assert len(site["reads"]) == 2
+    assert verified["trainable"] == sum(p.numel() for p in fxlora.lora_parameters(lora))
+    assert verified["parameters"] == sum(p.numel() for p in lora.parameters())
+    assert math.isnan(verified["output_error"])
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_an_error_in_one_process_is_one_in_all(folder: Path, kind: str) -> None:
+    told = made(folder, kind)["failed"]
+    assert sum("cannot write" in text for text in told) == 1
+    assert sum("another process failed" in text for text in told) == 1
+    assert sum("'layers.1.up' was written to" in text for text in told) == 2
+
+
+@pytest.mark.parametrize("kind", ["root", "blocks", "checkpointed"])
+def test_fully_sharded_modules_are_folded_as_the_error_says(
+    folder: Path, single: Any, kind: str
+) -> None:
+    found = made(folder, kind)
+    assert sum("plain.load_state_dict(" in text for text in found["failed"]) == 2
+    plain = sharded.adapted(sharded.captured())
+    state = {named(name): tensor for name, tensor in found["state"].items()}
+    plain.load_state_dict(state)
+    expected = fxlora.fold(single[0]).state_dict()
+    for name, tensor in fxlora.fold(plain).state_dict().items():
+        assert_close([tensor], [expected[name]])
+
+
+def test_tensor_parallel_modules_are_folded_where_they_are(folder: Path, single: Any) -> None:
+    found = made(folder, "tensor_parallel")
+    unfolded, folded = found["outputs"]
+    assert float((unfolded - found["base"]).abs().max()) > 1e-3
+    assert_close([folded], [unfolded])
+    ids = torch.randint(17, (sharded.SAMPLES, 6), generator=torch.Generator().manual_seed(2))
+    assert_close([unfolded], [single[0].eval()(ids)])
+    assert_close([found["base"]], [sharded.captured(modules=None).eval()(ids)])
+
+
+def test_adapters_are_sharded_as_their_weights_are(folder: Path) -> None:
+    rows = made(folder, "tensor_parallel")["plan"].splitlines()[2:6]
+    assert [row.split()[-2:] for row in rows] == [
+        ["S(0)", "R"],  # up, by outputs: A, B
+        ["S(0)", "S(0)"],
+        ["S(1)", "S(1)"],  # down, by inputs
+        ["S(1)", "R"],
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_checkpoint_resumes_on_another_number_of_processes(
+    folder: Path, single: Any, processes: int
+) -> None:
+    launch(processes, folder, "resumed")
+    assert made(folder, "resumed")["losses"] == pytest.approx(single[1][-1:], rel=1e-12)

@@ -1,0 +1,255 @@
+"""Train an adapted module on several processes: python -m torch.distributed.run -m tests.sharded.
+
+Each process runs all KINDS in turn; the first writes what tests/test_sharded.py compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import fxlora
+from fxlora import AdapterError, LoraConfig, VerificationError
+from fxlora.module.sharded import is_sharded, whole, write
+
+SAMPLES, STEPS = 4, 3
+KINDS = ("ddp", "root", "blocks", "checkpointed", "tensor_parallel")
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(17, 12)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(hidden.mean(1))
+
+
+def captured(modules: Any = "layers.*", dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    return fxlora.capture(model, torch.randint(17, (SAMPLES, 6)), modules=modules)
+
+
+def adapted(gm: Any) -> Any:
+    """Adapt linear layers and the embedding, and train the head; A and B are random."""
+    config = LoraConfig(
+        r=2, lora_alpha=5, target_modules=["up", "down", "embed"], modules_to_save=["head"]
+    )
+    lora = fxlora.inject(gm, fxlora.match(gm, config)).train()
+    generator = torch.Generator().manual_seed(5)
+    for name in sorted(lora.adapter_parameters()):
+        held = lora.get_parameter(name)
+        write(held, 0.3 * torch.randn(held.shape, generator=generator, dtype=held.dtype))
+    return lora
+
+
+def train(lora: Any, run: nn.Module, rows: slice, start: int = 0, save: Any = None) -> Any:
+    """Train with AdamW; return the losses, the first gradients and the optimizer.
+
+    Args:
+        lora: the captured module.
+        run: the module to call: `lora`, or a wrapper around it.
+        rows: the rows of each batch that this process takes.
+        start: the first step, for a resumed run.
+        save: called after each step with its number and the optimizer.
+    """
+    optimizer = torch.optim.AdamW(fxlora.lora_parameters(lora), 1e-2)
+    if start:
+        resume(lora, optimizer, Path(sys.argv[1]) / "checkpoint")
+    generator = torch.Generator().manual_seed(1)
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        batch = torch.randint(17, (SAMPLES, 6), generator=generator)
+        if step < start:
+            continue
+        loss = run(batch[rows]).square().mean()
+        loss.backward()
+        if step == 0:
+            gradients = {n: whole(p.grad) for n, p in lora.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean(loss.detach()))
+        if save:
+            save(step, optimizer)
+    return losses, gradients, optimizer
+
+
+def mean(value: torch.Tensor) -> float:
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return float(value)
+
+
+def resume(lora: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model, state = get_state_dict(lora, optimizer, options=OPTIONS)
+    held = {"model": model, "optimizer": state}
+    dcp.load(held, checkpoint_id=folder)
+    set_state_dict(
+        lora,
+        optimizer,
+        model_state_dict=held["model"],
+        optim_state_dict=held["optimizer"],
+        options=OPTIONS,
+    )
+
+
+def checkpoint_at(lora: Any, folder: Path) -> Callable[[int, Any], None]:
+    def save(step: int, optimizer: Any) -> None:
+        if step == STEPS - 2:
+            model, state = get_state_dict(lora, optimizer, options=OPTIONS)
+            dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+
+    return save
+
+
+# ---- ways of sharding ---------------------------------------------------------------------------
+
+
+def sharded(kind: str) -> tuple[Any, nn.Module]:
+    """Return an adapted module that is sharded in one way, and the module to call."""
+    if kind == "tensor_parallel":
+        gm = captured([f"layers.*.{name}" for name in ("up", "down")])
+        styles = {
+            "layers.*.up": ColwiseParallel(use_local_output=False),
+            "layers.*.down": RowwiseParallel(),
+        }
+        parallelize_module(gm, init_device_mesh("cpu", (dist.get_world_size(),)), styles)
+        torch.manual_seed(dist.get_rank())  # each process would start elsewhere
+        lora = adapted(gm)
+        return lora, lora
+    lora = adapted(captured())
+    if kind == "ddp":
+        return lora, nn.parallel.DistributedDataParallel(lora)
+    for index in range(2 if kind in ("blocks", "checkpointed") else 0):
+        if kind == "checkpointed":
+            lora.layers[index] = checkpoint_wrapper(lora.layers[index])
+        fully_shard(lora.layers[index])
+    fully_shard(lora)
+    return lora, lora
+
+
+def run_kind(kind: str, folder: Path) -> dict[str, Any]:
+    """Train, verify and save a module that is sharded in one way; return what to compare."""
+    rank = dist.get_rank()
+    lora, run = sharded(kind)
+    each = SAMPLES // dist.get_world_size()
+    rows = slice(None) if kind == "tensor_parallel" else slice(rank * each, (rank + 1) * each)
+    save = checkpoint_at(lora, folder / "checkpoint") if kind == "blocks" else None
+    losses, gradients, _ = train(lora, run, rows, save=save)
+    found: dict[str, Any] = {
+        "losses": losses,
+        "gradients": gradients,
+        "held": sum(
+            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in lora.parameters()
+        ),
+    }
+    ids = torch.randint(17, (SAMPLES, 6), generator=torch.Generator().manual_seed(2))
+    gradient = {n: p.grad for n, p in lora.named_parameters()}
+    found["verified"] = fxlora.verify(lora, ids).to_data()
+    assert all(p.grad is gradient[n] for n, p in lora.named_parameters())
+    if kind == "tensor_parallel":
+        found["outputs"] = [m.eval()(ids).detach() for m in (lora, fxlora.fold(lora))]
+        found["base"] = fxlora.remove(lora).eval()(ids).detach()
+        found["plan"] = str(fxlora.shard_plan(lora))
+    if kind != "ddp":
+        full = StateDictOptions(full_state_dict=True)
+        found["state"] = get_model_state_dict(lora, options=full)
+        fxlora.save_adapter(lora, folder / kind)
+        found["failed"] = failures(kind, lora, ids, folder)
+    elif rank == 0:
+        fxlora.save_adapter(lora, folder / kind)
+    return found
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def failures(kind: str, lora: Any, ids: torch.Tensor, folder: Path) -> list[str]:
+    """Return the errors of every process where one has a bad value, or cannot write."""
+    told: list[str] = []
+    (folder / f"{kind}-file").write_text("not a folder")
+    try:
+        fxlora.save_adapter(lora, folder / f"{kind}-file")
+    except AdapterError as error:
+        told.append(str(error))
+    weight = local(lora.get_parameter("layers.1.up.weight")).detach()
+    if dist.get_rank() == 1:
+        weight[0, 0] += 1
+    try:
+        fxlora.verify(lora, ids)
+    except VerificationError as error:
+        told.append(str(error))
+    if dist.get_rank() == 1:
+        weight[0, 0] -= 1
+    try:
+        fxlora.fold(lora)
+        told.append("folded")
+    except fxlora.InjectError as error:
+        told.append(str(error))
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, told)
+    return [text for process in every for text in process]
+
+
+def main(folder: Path, kinds: list[str]) -> None:
+    dist.init_process_group("gloo")
+    for kind in kinds:
+        found = resumed() if kind == "resumed" else run_kind(kind, folder)
+        if dist.get_rank() == 0:
+            torch.save(found, folder / f"{kind}.pt")
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def resumed() -> dict[str, Any]:
+    lora, run = sharded("blocks")
+    each = SAMPLES // dist.get_world_size()
+    rows = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+    return {"losses": train(lora, run, rows, start=STEPS - 1)[0]}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
