@@ -442,3 +442,36 @@ def test_examples_in_another_memory_order(scale: Any, graphs: int) -> None:
 def test_a_stride_of_a_copy_of_a_transposed_input() -> None:
     model, x = Strides(lambda x: x.clone().stride(0)).eval(), torch.randn(6, 5, 4).transpose(0, 1)
     assert torch.equal(fxlora.capture(model, x)(x), model(x))
+
+
+class Slices(nn.Module):
+    """Takes parts of a table and of its input, by the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 5)
+        self.table = nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        half = x[:, : length // 2].sum(1, keepdim=True)
+        near = x[:, : min(length, 7)].sum(1, keepdim=True)
+        return self.lin(x + half + near) + self.table[:length] + self.table[None, :length].cos()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("size", [5, 8])  # of the other example; 8 takes the whole table
+@pytest.mark.parametrize("state", ["gradient", "transposed"])
+def test_one_graph_that_slices_is_proved_for_calls_in_two_states(
+    state: str, size: int, first: int
+) -> None:
+    model = Slices().double()
+    x = torch.randn(4, 6, 3).double()
+    other = torch.randn(2, size, 3).double().requires_grad_()
+    if state == "transposed":
+        other = torch.randn(3, size, 2).double().permute(2, 1, 0)
+    given: list[Any] = [((x,), {}), ((other,), {})]
+    gm = fxlora.capture(model, calls=given[first:] + given[:first])
+    assert not gm.parent_module
+    for call in (x, other, torch.randn(3, 7, 3).double()):
+        assert torch.equal(gm(call), model(call))

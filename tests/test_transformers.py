@@ -325,8 +325,15 @@ def gemma() -> Any:
     return build("Gemma3ForCausalLM", "Gemma3TextConfig", **SMALL | layers | window)
 
 
-@pytest.mark.parametrize(("make", "graphs"), [(lambda: llama(num_hidden_layers=1), 2), (gemma, 3)])
-def test_generate_with_a_cache(make: Any, graphs: int) -> None:
+@pytest.mark.parametrize(
+    ("make", "graphs", "prompts"),
+    [
+        (lambda: llama(num_hidden_layers=1), 2, (IDS, IDS[:, :3])),
+        (gemma, 3, (IDS, IDS[:, :3])),
+        pytest.param(gemma, 4, (IDS[:, :3], IDS), marks=pytest.mark.slow),
+    ],
+)
+def test_generate_with_a_cache(make: Any, graphs: int, prompts: Any) -> None:
     """A prompt's graph and a step's have one set of adapters, and the sizes that vary may vary.
 
     So may the number of tokens that a window has seen; a full window has graphs of its own.
@@ -334,7 +341,7 @@ def test_generate_with_a_cache(make: Any, graphs: int) -> None:
     torch.manual_seed(0)
     model = make()
     with fxlora.recorded_calls(model) as calls:
-        for ids in (IDS, IDS[:, :3]):
+        for ids in prompts:
             model.generate(ids, max_new_tokens=3)
     gm = fxlora.capture(model, calls=calls)
     assert len(gm.programs) == graphs

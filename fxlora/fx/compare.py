@@ -15,6 +15,7 @@ from .literals import literal, same_literal
 from .nested import nested_graph
 
 _CONTIGUOUS = torch.ops.aten.contiguous.default
+_SLICE = torch.ops.aten.slice.Tensor
 _END = torch.iinfo(torch.int64).max
 
 
@@ -81,14 +82,17 @@ def same_graph_except_sizes(
         symbols: the value of each symbol of the dynamic graph, by name: a number, or an expression.
         others: the value of each symbol of the other graph, if it is not static.
     """
-    graphs = (dynamic, static)
-    ours, theirs = ([n for n in g.nodes if not (_is_size(n) or _is_whole(n))] for g in graphs)
+    pairs = (dynamic, symbols), (static, others or {})
+    ours, theirs = (
+        [n for n in graph.nodes if not (_is_size(n) or _is_whole(n, known))]
+        for graph, known in pairs
+    )
     numbers: dict[fx.Node, int] = {}
     left = deque(ours)
     for index, b in enumerate(theirs):
         while left and left[0].target is _CONTIGUOUS and b.target is not _CONTIGUOUS:
             copied = left.popleft()
-            numbers[copied] = numbers[_whole(copied.all_input_nodes[0])]
+            numbers[copied] = numbers[_whole(copied.all_input_nodes[0], symbols)]
         if not left:
             return False
         a = left.popleft()
@@ -114,30 +118,57 @@ def _is_size(node: fx.Node) -> bool:
     return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
-def _whole(node: fx.Node) -> fx.Node:
+def _whole(node: fx.Node, symbols: Mapping[str, Any]) -> fx.Node:
     """Return the tensor that a node is the whole of."""
-    while _is_whole(node):
+    while _is_whole(node, symbols):
         node = node.all_input_nodes[0]
     return node
 
 
-def _is_whole(node: fx.Node) -> bool:
+def _is_whole(node: fx.Node, symbols: Mapping[str, Any]) -> bool:
     """Whether a node slices a whole dimension, as `x[:, 0]` does with its first, or none."""
     if node.target is torch.ops.aten.alias.default:
         return True
-    if node.target is not torch.ops.aten.slice.Tensor or len(node.args) != 4:
-        return False
-    return node.args[2:] in ((0, _END), (None, _END))
+    return _is_slice(node) and _slice(node, symbols)[1:] == [0, _END, 1]
+
+
+def _is_slice(node: fx.Node) -> bool:
+    return node.target is _SLICE and not node.kwargs
+
+
+def _slice(node: fx.Node, symbols: Mapping[str, Any]) -> list[Any]:
+    """Return the dimension, start, end and step of a slice; an end at or after the last is _END."""
+    given = [node.args[0], 0, None, None, 1]
+    given[: len(node.args)] = node.args
+    taken, dim, start, end, step = given
+    if isinstance(end, fx.Node):
+        end = _size(end, symbols)
+    if end is not None and isinstance(taken, fx.Node) and _reaches(end, taken, dim, symbols):
+        end = None
+    return [dim, start or 0, _END if end is None else end, step]
+
+
+def _reaches(end: Any, taken: fx.Node, dim: Any, symbols: Mapping[str, Any]) -> bool:
+    """Whether an end of a slice is the size of the dimension that is sliced, or larger."""
+    value = taken.meta.get("val")
+    size = _known(value.shape[dim], symbols) if isinstance(value, torch.Tensor) else None
+    if isinstance(end, int) and isinstance(size, int):
+        return end >= size
+    return size is not None and bool(end == size)
 
 
 def _flat(node: fx.Node, numbers: dict[fx.Node, int], symbols: Mapping[str, Any]) -> list[Any]:
     """Return a node's arguments as a flat list, without whole slices and with computed sizes."""
 
     def number(value: fx.Node) -> Any:
-        value = _whole(value)
-        return _Number(numbers[value]) if value in numbers else _size(value, symbols)
+        value = _whole(value, symbols)
+        size = _size(value, symbols)  # an input that is a size is a literal in a static graph
+        return _Number(numbers[value]) if size is value and value in numbers else size
 
-    return pytree.tree_leaves(fx.map_arg((node.args, dict(node.kwargs)), number))
+    args: Any = node.args
+    if _is_slice(node):
+        args = (args[0], *_slice(node, symbols))
+    return pytree.tree_leaves(fx.map_arg((args, dict(node.kwargs)), number))
 
 
 @dataclass(frozen=True)
@@ -149,12 +180,17 @@ class _Number:
 
 def _size(node: fx.Node, symbols: Mapping[str, Any]) -> Any:
     """Return a size for these values of the symbols, or the node itself if it is not known."""
-    value = node.meta.get("val")
+    found = _known(node.meta.get("val"), symbols)
+    return node if found is None else found
+
+
+def _known(value: Any, symbols: Mapping[str, Any]) -> Any:
+    """Return a size for these values of the symbols: a number or an expression, None if unknown."""
     if not isinstance(value, torch.SymInt):
-        return value if isinstance(value, int) else node
+        return value if isinstance(value, int) else None
     expression: Any = value.node.expr
     if any(str(symbol) not in symbols for symbol in expression.free_symbols):
-        return node
+        return None
     found: Any = expression.subs({s: symbols[str(s)] for s in expression.free_symbols})
     return int(found) if found.is_number else found
 
