@@ -178,8 +178,12 @@ def run_kind(kind: str, folder: Path) -> dict[str, Any]:
     rows = slice(None) if kind == "tensor_parallel" else slice(rank * each, (rank + 1) * each)
     save = checkpoint_at(lora, folder / "checkpoint") if kind == "blocks" else None
     losses, gradients, _ = train(lora, run, rows, save=save)
+    held = sum(local(parameter).numel() for parameter in lora.parameters())
+    with torch.no_grad():
+        run(torch.zeros(SAMPLES, 6, dtype=torch.long))
     found: dict[str, Any] = {
         "losses": losses,
+        "after a forward": is_sharded(lora.get_parameter("layers.0.up.weight")),
         "gradients": gradients,
         "held": sum(
             p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in lora.parameters()

@@ -90,6 +90,11 @@ def test_a_process_holds_less_than_the_whole(folder: Path, single: Any, kind: st
     assert held < (0.75 if kind == "tensor_parallel" else 0.6) * whole
 
 
+@pytest.mark.parametrize("kind", ["blocks", "checkpointed"])
+def test_a_layer_gives_its_whole_weights_up_after_its_forward(folder: Path, kind: str) -> None:
+    assert made(folder, kind)["after a forward"]
+
+
 @pytest.mark.parametrize("kind", sharded.KINDS)
 def test_the_adapter_is_saved_once_and_loads_anywhere(folder: Path, single: Any, kind: str) -> None:
     trained = single[0]

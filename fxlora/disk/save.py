@@ -22,7 +22,7 @@ from ..data import as_path
 from ..errors import AdapterError, warn
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from ..module.sharded import is_first, is_sharded, mesh_of, once, reshard, whole
+from ..module.sharded import is_first, is_sharded, mesh_of, once, whole
 from ..plan import Plan
 from ..tables import some
 from .files import whole_file
@@ -80,11 +80,10 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
             "its module into modules_to_save and train again."
         )
     folder = as_path(folder, AdapterError)
-    reshard(module)
+    mesh = mesh_of(module)
     why = why_not(module, module.plan)
     layout = layout_of(module, module.plan, why is None)
     changed = _changed(module, layout)
-    mesh = mesh_of(module)
     with once(mesh, AdapterError) as first:
         if first:
             _check_worth_saving(module, layout, changed)

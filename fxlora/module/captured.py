@@ -150,7 +150,7 @@ class CapturedModule(ProgramModule):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
-        """Yield the modules by the source's names: a wrapper around a block counts as the block."""
+        """Yield the modules by the source's names: a wrapper of a block has the block's name."""
         blocks = self.outlined_modules
         wrappers = {id(self._standing(path)): block for path, block in blocks.items()}
         if all(id(block) in wrappers for block in blocks.values()):
@@ -676,7 +676,16 @@ def _named(
         if child is not None:
             path = f"{prefix}.{name}" if prefix else name
             inner = wrappers.get(id(child), child)
+            yield from ((path, part) for part in _around(child, inner) if part not in seen)
             yield from _named(inner, path, wrappers, seen, remove_duplicate)
+
+
+def _around(wrapper: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
+    """Yield a wrapper, and all that is in it, without the module that it is around."""
+    if wrapper is not inner:
+        yield wrapper
+        for child in wrapper.children():
+            yield from _around(child, inner)
 
 
 def copy_hooks(

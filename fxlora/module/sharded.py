@@ -35,7 +35,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
-    """Return the largest mesh that a module's parameters are sharded over, or None."""
+    """Return the largest mesh that a module's parameters are sharded over, or None.
+
+    FSDP2's are sharded again first: after a forward, it may still hold them whole.
+    """
+    reshard(module)
     meshes = [p.device_mesh for p in module.parameters() if is_sharded(p)]
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
@@ -49,6 +53,7 @@ def reshard(module: nn.Module) -> None:
 def refuse_copy(module: nn.Module) -> None:
     """Raise InjectError if FSDP2 shards a module: its hooks belong to this module only."""
     if has_fsdp(module):
+        reshard(module)
         name = next((n for n, p in module.named_parameters() if is_sharded(p)), "")
         raise InjectError(
             f"'{name}' is sharded by fully_shard, and torch cannot copy such a module, which fold "

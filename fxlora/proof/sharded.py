@@ -27,7 +27,6 @@ from .weight_checks import check_adapters, check_base, check_finite
 def verified_sharded(module: CapturedModule, calls: Sequence[MethodCall]) -> Verification:
     """Run every check that needs no whole copy of the module; the first that fails raises."""
     assert module.plan is not None
-    reshard(module)
     mesh = mesh_of(module)
     with together(mesh, VerificationError):
         check_code(module, "the adapted module")
