@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -88,8 +88,8 @@ def llama(layers: int = 4) -> nn.Module:
         num_attention_heads=8,
         num_key_value_heads=8,
         use_cache=False,
-        attn_implementation="eager",  # torch has no sharding of its CPU attention kernel
     )
+    config._attn_implementation = "eager"  # torch cannot shard its CPU attention kernel
     return LlamaForCausalLM(config)
 
 
@@ -99,8 +99,10 @@ def inputs(step: int = 0) -> torch.Tensor:
 
 
 def styles() -> dict[str, ParallelStyle]:
-    columns = {f"{LAYERS}.{name}": ColwiseParallel(use_local_output=False) for name in COLUMNS}
-    return columns | {f"{LAYERS}.{name}": RowwiseParallel() for name in ROWS}
+    found: dict[str, ParallelStyle] = {f"{LAYERS}.{name}": RowwiseParallel() for name in ROWS}
+    for name in COLUMNS:
+        found[f"{LAYERS}.{name}"] = ColwiseParallel(use_local_output=False)
+    return found
 
 
 def draw(adapters: Iterator[tuple[str, nn.Parameter]]) -> None:
@@ -111,7 +113,7 @@ def draw(adapters: Iterator[tuple[str, nn.Parameter]]) -> None:
         with torch.no_grad():
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
-                parameter.copy_(dist.tensor.distribute_tensor(value, mesh, placements))
+                parameter.copy_(distribute_tensor(value, mesh, placements))
             else:
                 parameter.copy_(value)
 

@@ -185,9 +185,7 @@ def run_kind(kind: str, folder: Path) -> dict[str, Any]:
         "losses": losses,
         "after a forward": is_sharded(lora.get_parameter("layers.0.up.weight")),
         "gradients": gradients,
-        "held": sum(
-            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in lora.parameters()
-        ),
+        "held": held,
     }
     ids = torch.randint(17, (SAMPLES, 6), generator=torch.Generator().manual_seed(2))
     gradient = {n: p.grad for n, p in lora.named_parameters()}
