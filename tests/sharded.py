@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fxlora
-from fxlora import AdapterError, LoraConfig, VerificationError
+from fxlora import LoraConfig
 from fxlora.module.sharded import is_sharded, whole, write
 
 SAMPLES, STEPS = 4, 3
@@ -209,28 +209,28 @@ def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except fxlora.FxLoraError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
 def failures(kind: str, lora: Any, ids: torch.Tensor, folder: Path) -> list[str]:
     """Return the errors of every process where one has a bad value, or cannot write."""
-    told: list[str] = []
     (folder / f"{kind}-file").write_text("not a folder")
-    try:
-        fxlora.save_adapter(lora, folder / f"{kind}-file")
-    except AdapterError as error:
-        told.append(str(error))
     weight = local(lora.get_parameter("layers.1.up.weight")).detach()
+    told = [error_of(lambda: fxlora.save_adapter(lora, folder / f"{kind}-file"))]
     if dist.get_rank() == 1:
         weight[0, 0] += 1
-    try:
-        fxlora.verify(lora, ids)
-    except VerificationError as error:
-        told.append(str(error))
+    told.append(error_of(lambda: fxlora.verify(lora, ids)))
     if dist.get_rank() == 1:
         weight[0, 0] -= 1
-    try:
-        fxlora.fold(lora)
-        told.append("folded")
-    except fxlora.InjectError as error:
-        told.append(str(error))
+    told.append(error_of(lambda: fxlora.fold(lora)))
+    told.append(error_of(lambda: fxlora.export(lora, folder / "model.pt2", ids)))
+    source: Any = fully_shard(Model())
+    told.append(error_of(lambda: fxlora.capture(source, ids)))
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, told)
     return [text for process in every for text in process]

@@ -122,6 +122,8 @@ def test_verify_looks_at_the_shards(folder: Path, single: Any, kind: str) -> Non
 @pytest.mark.parametrize("kind", SHARDED)
 def test_an_error_in_one_process_is_one_in_all(folder: Path, kind: str) -> None:
     told = made(folder, kind)["failed"]
+    assert sum("ExportError: the module is sharded" in text for text in told) == 2
+    assert sum("Capture it before, and shard" in text for text in told) == 2
     assert sum("cannot write" in text for text in told) == 1
     assert sum("another process failed" in text for text in told) == 1
     assert sum("'layers.1.up' was written to" in text for text in told) == 2

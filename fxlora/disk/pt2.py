@@ -20,6 +20,7 @@ from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.contract import InputSpec, TensorInput
 from ..module.program import ProgramModule
+from ..module.sharded import mesh_of
 from ..tables import some
 from .files import whole_file
 
@@ -69,6 +70,12 @@ def export(
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
     check_captured(module, "export")
     path = as_path(path, ConfigError)
+    if mesh_of(module) is not None:
+        raise ExportError(
+            "the module is sharded over processes, and a file holds whole weights. Load its "
+            "adapter (save_adapter, load_adapter) into a module that is not sharded, and export "
+            "the fold of that."
+        )
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     try:
         program = exported(module, positional, dict(kwargs or {}), dynamic_shapes, method)

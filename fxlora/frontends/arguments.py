@@ -12,6 +12,7 @@ from ..errors import CaptureError
 from ..module import CapturedModule
 from ..module.example_calls import Call, calls_of, calls_of_methods
 from ..module.program import MODES, Program
+from ..module.sharded import mesh_of
 from .examples import in_signature_order
 from .kept.hooks import refuse_backward_hooks
 from .methods import method_of, own_name, signature_of
@@ -40,6 +41,12 @@ def check_model(model: nn.Module) -> None:
         )
     refuse_backward_hooks(model)
     refuse_lazy(model)
+    if mesh_of(model) is not None:
+        raise CaptureError(
+            f"{type(model).__name__} is sharded over processes, which torch.export cannot follow. "
+            "Capture it before, and shard the captured module: fully_shard after inject, "
+            "parallelize_module before."
+        )
     if any(p.is_inference() for p in model.parameters()):
         raise CaptureError(
             f"{type(model).__name__} was created under torch.inference_mode, and inference "
