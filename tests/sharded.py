@@ -35,6 +35,7 @@ from fxlora import LoraConfig
 from fxlora.module.sharded import is_sharded, whole, write
 
 SAMPLES, STEPS = 4, 3
+BOTH = "both"  # FSDP2 over two groups of processes, tensor parallelism inside each
 KINDS = ("ddp", "root", "blocks", "checkpointed", "tensor_parallel")
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -149,15 +150,20 @@ def checkpoint_at(lora: Any, folder: Path) -> Callable[[int, Any], None]:
 
 def sharded(kind: str) -> tuple[Any, nn.Module]:
     """Return an adapted module that is sharded in one way, and the module to call."""
-    if kind == "tensor_parallel":
-        gm = captured([f"layers.*.{name}" for name in ("up", "down")])
+    if kind in ("tensor_parallel", BOTH):
+        mesh = init_device_mesh(
+            "cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor")
+        )
+        gm = captured(["layers.*", "layers.*.up", "layers.*.down"])
         styles = {
             "layers.*.up": ColwiseParallel(use_local_output=False),
             "layers.*.down": RowwiseParallel(),
         }
-        parallelize_module(gm, init_device_mesh("cpu", (dist.get_world_size(),)), styles)
+        parallelize_module(gm, mesh["tensor"], styles)
         torch.manual_seed(dist.get_rank())  # each process would start elsewhere
         lora = adapted(gm)
+        for layer in (*lora.layers, lora) if kind == BOTH else ():
+            fully_shard(layer, mesh=mesh["data"])
         return lora, lora
     lora = adapted(captured())
     if kind == "ddp":
@@ -174,8 +180,9 @@ def run_kind(kind: str, folder: Path) -> dict[str, Any]:
     """Train, verify and save a module that is sharded in one way; return what to compare."""
     rank = dist.get_rank()
     lora, run = sharded(kind)
-    each = SAMPLES // dist.get_world_size()
-    rows = slice(None) if kind == "tensor_parallel" else slice(rank * each, (rank + 1) * each)
+    group = 2 if kind in ("tensor_parallel", BOTH) else 1  # processes that take the same rows
+    each = SAMPLES * group // dist.get_world_size()
+    rows = slice(rank // group * each, (rank // group + 1) * each)
     save = checkpoint_at(lora, folder / "checkpoint") if kind == "blocks" else None
     losses, gradients, _ = train(lora, run, rows, save=save)
     held = sum(local(parameter).numel() for parameter in lora.parameters())

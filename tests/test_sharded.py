@@ -163,6 +163,17 @@ def test_adapters_are_sharded_as_their_weights_are(folder: Path) -> None:
     ]
 
 
+@pytest.mark.slow
+def test_fsdp_over_tensor_parallel_layers(folder: Path, single: Any) -> None:
+    launch(4, folder, sharded.BOTH)
+    found = made(folder, sharded.BOTH)
+    assert found["losses"] == pytest.approx(single[1], rel=1e-12)
+    assert_close([found["gradients"][name] for name in single[2]], list(single[2].values()))
+    loaded = fxlora.load_adapter(sharded.captured(modules=None), folder / sharded.BOTH)
+    ids = torch.arange(12).view(2, 6)
+    assert_close([loaded.eval()(ids)], [single[0].eval()(ids)])
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     folder: Path, single: Any, processes: int
