@@ -503,3 +503,62 @@ def test_sizes_that_only_one_call_fixes() -> None:
         warnings.simplefilter("error")
         h = torch.randn(3, 5, 6, dtype=torch.double)
         assert_same([block(h, None)], [model.layers[0](h)])
+
+
+class WithSize(nn.Linear):
+    """Returns the size of its result beside it."""
+
+    def forward(self, input: torch.Tensor) -> Any:
+        out = super().forward(input)
+        return out, out.shape[0]
+
+
+def test_a_size_that_is_returned_is_there_after_fold() -> None:
+    """Fold puts the op on the changed weight before the size that the graph computes."""
+    torch.manual_seed(0)
+    model = Around(WithSize(6, 4), lambda part, x: torch.div(*part(x))).double()
+    x = X.double()
+    lora = adapted(fxlora.capture(model, x, modules="part"))
+    folded = fxlora.fold(lora)
+    merged: Any = fxlora.merged(model, folded)
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x), lora(x[:2]), folded(x[:2])], [merged(x), merged(x[:2]), merged(x[:2])])
+    folded.get_submodule("part").register_forward_hook(lambda m, args, out: (out[0], 5))
+    with pytest.raises(fxlora.SubmoduleError, match=r"'part'.*changed its output 1"):
+        folded(x)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(6, 5), nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(self.up(x)))
+
+
+class TwiceOrOnce(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(self.part(x))
+
+    def once(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)
+
+
+def test_a_buffer_that_is_written_to_in_several_calls() -> None:
+    """The first of two calls has what both write to before its own nodes."""
+    torch.manual_seed(0)
+    model, x = TwiceOrOnce(Normed()).double(), X.double()
+    gm = fxlora.capture(model, x, methods={"once": x}, modules="part")
+    lora = adapted(gm)
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora.eval()(x) - model.eval()(x)).detach().abs().max()) > 1e-3
+    merged.eval()
+    assert_close([lora(x), lora.once(x)], [merged(x), merged.once(x)])
+    copied: Any = copy.deepcopy(model).train()
+    assert_same([gm.train()(x), gm.once(x)], [copied(x), copied.once(x)])
+    assert_same(list(gm.buffers()), list(copied.buffers()))

@@ -168,8 +168,19 @@ def split_at_calls(
                 "around it, or those inside."
             )
         made[path] = [_Outliner(rest, call, repeatable, equal, ordered).outline() for call in own]
-    rest.lint()
+    _lint(rest, "the graph around the submodules")
     return rest, made
+
+
+def _lint(graph: fx.Graph, what: str) -> None:
+    """Raise SubmoduleError for a graph in which a value is used before it is computed."""
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise SubmoduleError(
+            f"{what} cannot be split from the rest ({str(error).splitlines()[0]}). Outline other "
+            "modules, or none, and report this to fxlora."
+        ) from error
 
 
 def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[fx.Node]]:
@@ -277,14 +288,15 @@ class _Outliner:
             placeholder.meta = {k: v for k, v in node.meta.items() if k == "val"}
             self.copies.setdefault(node, placeholder)
         for node in inside:
-            if not (node in self.repeatable or _is_size(node)):  # those are copied at their use
+            at_use = node.op == "get_attr" or node in self.repeatable or _is_size(node)
+            if not at_use:  # those are copied at their first use, so that equal calls are alike
                 self._copy_of(node)
         returned = [
             self._copy_of(self.results[index]) if index in self.results else constant
             for index, constant in enumerate(self.call.output.constants)
         ]
         self.graph.output(returned)
-        self.graph.lint()
+        _lint(self.graph, f"'{self.call.path}'")
         inputs = self._contract()
         self._replace(inside)
         return OutlinedGraph(self.call, self.graph, inputs, self._alike())
@@ -461,7 +473,8 @@ class _Outliner:
                     new.meta = {**old.meta, CALLS: around}
                     taken[old] = new
                 elif used[index]:
-                    self._insert_check(check_unchanged, around, index, new, taken.get(old, old))
+                    expected = taken.get(old) or self._before(old, node, around)
+                    self._insert_check(check_unchanged, around, index, new, expected)
                 if any(user.op != "output" for user in used[index]):
                     self._insert_size_check(index, new, around)
         for old, new in taken.items():
@@ -469,6 +482,19 @@ class _Outliner:
         for old in reversed(inside):
             if not old.users:
                 self.rest.erase_node(old)
+
+    def _before(self, value: fx.Node, call: fx.Node, around: tuple[CallKey, ...]) -> fx.Node:
+        """Return a value from outside of the submodule, or a copy of it where it comes too late.
+
+        A pass may have moved the submodule's ops before the size that the submodule returns.
+        """
+        if value < call:
+            return value
+        if not (value.op == "get_attr" or value in self.repeatable or _is_size(value)):
+            raise self._refusal(f"returns '{value.name}', which is computed after it")
+        copied = self.rest.node_copy(value, lambda given: self._before(given, call, around))
+        copied.meta = {**{k: v for k, v in value.meta.items() if k != VALUES}, CALLS: around}
+        return copied
 
     def _users_after(self, result: fx.Node, place: fx.Node) -> list[fx.Node]:
         """Return a result's users that are outside the submodule and after its call."""
