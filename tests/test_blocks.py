@@ -11,13 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.utils import _pytree as pytree
 
 import fxlora
 from fxlora import LoraConfig
 
 from .laws import assert_close, assert_same, randomise
+from .typed import grad_of
 
 CONFIG = LoraConfig(r=2, target_modules="all-linear")
 
@@ -562,3 +566,114 @@ def test_a_buffer_that_is_written_to_in_several_calls() -> None:
     copied: Any = copy.deepcopy(model).train()
     assert_same([gm.train()(x), gm.once(x)], [copied(x), copied.once(x)])
     assert_same(list(gm.buffers()), list(copied.buffers()))
+
+
+class ReadsGradient(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out = super().forward(input)
+        return out * 2 if input.requires_grad else out
+
+
+def test_a_block_that_reads_whether_its_argument_has_a_gradient() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 5), ReadsGradient(5, 4), nn.Linear(4, 3)).double()
+    x, h = X.double(), torch.randn(3, 5).double()
+    gm = fxlora.capture(model, x, modules=["1", "2"])
+    one, two = (gm.get_submodule(name) for name in "12")
+    given = model[0](x)
+    assert_same([gm(x), one(given)], [model(x), model[1](given)])
+    assert_same([two(h[:, :4])], [model[2](h[:, :4])])  # it reads none, so that any will do
+    lora = adapted(gm)
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x)], [merged(x)])
+    last_only = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["2"])))
+    other_state = r"'1': input: captured with requires_grad True, called with False"
+    for call in (lambda: one(h), lambda: last_only(x)):  # there no weight before the block trains
+        with pytest.raises(fxlora.InputError, match=other_state):
+            call()
+    with pytest.raises(fxlora.InputError, match=r"'1': input: captured with is_leaf False"):
+        one(h.clone().requires_grad_())
+    one.register_forward_pre_hook(lambda part, args: (args[0].detach(),))
+    with pytest.raises(fxlora.InputError, match=other_state):
+        gm(x)
+
+
+def test_a_block_that_reads_a_gradient_without_effect() -> None:
+    """Under no_grad, what a graph computes has none; capture has seen that it does not matter."""
+
+    class Reads(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            assert input.requires_grad or not torch.is_grad_enabled()
+            return super().forward(input)
+
+    model: Any = nn.Sequential(nn.Linear(6, 5), Reads(5, 4)).double()
+    x = X.double()
+    gm: Any = fxlora.capture(model, x, modules="1")
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert_same([gm(x)], [model(x)])
+
+
+class Asks(nn.Module):
+    """Has two methods that call its part; one of them does not hold for every mode."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.part, self.run = nn.Linear(6, 4), forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(self.part(x))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)
+
+
+def test_gradients_that_only_the_code_around_a_block_asks_for() -> None:
+    torch.manual_seed(0)
+    model, x = Asks(lambda h: h * 2 if torch.is_grad_enabled() else h).double(), X.double()
+    lora = adapted(fxlora.capture(model, x, methods={"encode": x}, modules="part"))
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    part: Any = lora.get_submodule("part")
+    with torch.no_grad():
+        assert_close([lora.encode(x), part(x)], [merged.encode(x), merged.part(x)])
+        with pytest.raises(fxlora.InputError, match=r"called under torch.no_grad"):
+            lora(x)
+    reentrant: Any = CheckpointImpl.REENTRANT  # runs the part under no_grad, and then again
+    lora.set_submodule("part", checkpoint_wrapper(part, checkpoint_impl=reentrant))
+    leaf = x.clone().requires_grad_()
+    lora(leaf).sum().backward()
+    assert_close([lora(x), grad_of(leaf)], [merged(x), 2 * merged.part.weight.sum(0).expand(3, 6)])
+
+
+def test_gradients_that_a_block_asks_for() -> None:
+    class Doubles(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            out = super().forward(input)
+            return out * 2 if torch.is_grad_enabled() else out
+
+    model: Any = nn.Sequential(Doubles(6, 5), nn.Linear(5, 4)).double()
+    gm: Any = fxlora.capture(model, X.double(), modules="0")
+    with (
+        torch.no_grad(),
+        pytest.raises(fxlora.InputError, match=r"'0': called under torch.no_grad"),
+    ):
+        gm.get_submodule("0")(X.double())
+
+
+def in_single_precision_only(h: torch.Tensor) -> torch.Tensor:
+    if h.dtype is not torch.float32:
+        raise ValueError(h.dtype)
+    return h * 3
+
+
+@pytest.mark.autocast
+def test_an_autocast_that_only_one_of_two_methods_holds_for() -> None:
+    model = Asks(in_single_precision_only)
+    gm = fxlora.capture(model, X, methods={"encode": X}, modules="part")
+    part: Any = gm.get_submodule("part")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same([gm.encode(X), part(X)], [model.encode(X), model.part(X)])
+        with pytest.raises(fxlora.InputError, match=r"called under torch.autocast"):
+            gm(X)

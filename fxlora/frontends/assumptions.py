@@ -30,7 +30,7 @@ from ..module.contract import (
     by_position,
     defaults_of,
 )
-from ..module.tensor_state import Order, gradient_of
+from ..module.tensor_state import Gradient, Order
 from .examples import Example
 from .kept.tensor_state import StateReads
 
@@ -93,7 +93,7 @@ def with_state(
         fake, value = next(fakes), next(given)
         if not isinstance(leaf, TensorInput):
             return leaf
-        gradient = gradient_of(value) if reads.gradient else None
+        gradient = Gradient.of(value) if reads.gradient else None
         if not reads.strides or value.layout is not torch.strided:
             return replace(leaf, gradient=gradient)
         if order := Order.of(fake, reads.offset):

@@ -54,6 +54,8 @@ class BlockCall:
     def of(cls, outlined: OutlinedGraph, whole: Program, mode: str) -> BlockCall:
         inputs = within(outlined.inputs, whole.inputs[mode])
         autocasts = whole.autocasts.get(mode, UNKNOWN)
+        if not outlined.asks:  # code around the block may ask, and is checked by the whole model
+            autocasts = replace(autocasts, needs_gradients="")
         return cls(outlined, inputs, under_autocast(inputs), autocasts)
 
 
@@ -118,7 +120,8 @@ def _merged(calls: Sequence[OutlinedGraph]) -> list[OutlinedGraph]:
             same = same_graph(known, found)
             inputs = contract_of_both(known.inputs, found.inputs) if same else None
             if inputs is not None:
-                made[index] = replace(known, inputs=inputs, alike=known.alike & found.alike)
+                alike, asks = known.alike & found.alike, known.asks or found.asks
+                made[index] = replace(known, inputs=inputs, alike=alike, asks=asks)
                 break
         else:
             made.append(found)

@@ -74,7 +74,8 @@ def _input_of_both(one: Input, other: Input) -> Input | None:
     if isinstance(one, TensorInput) and isinstance(other, TensorInput):
         pairs = list(zip(one.dims, other.dims, strict=False))
         dims = tuple(d for pair in pairs if (d := _dimension_of_both(*pair)) is not None)
-        if not len(dims) == len(one.dims) == len(other.dims) or one.order != other.order:
+        same_state = (one.order, one.gradient) == (other.order, other.gradient)
+        if not len(dims) == len(one.dims) == len(other.dims) or not same_state:
             return None
         return replace(one, dims=dims, dtype=one.dtype if one.dtype == other.dtype else None)
     if isinstance(one, IntegerInput) and isinstance(other, IntegerInput):

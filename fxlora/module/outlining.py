@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import dimension_of
 from .constants import EqualConstants
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
-from .tensor_state import Order
+from .tensor_state import Gradient, Order
 
 aten = torch.ops.aten
 
@@ -99,6 +99,9 @@ class ModuleCall:
         structures: the pytree structure of each argument.
         inputs: the leaves of the list of arguments.
         output: the leaves of the result.
+        asks: whether it reads if gradients are enabled, or if tensors have one.
+        gradients: the gradient state of each leaf of the arguments, if it reads whether tensors
+            have a gradient; None for a leaf that is no tensor.
     """
 
     key: CallKey
@@ -108,6 +111,8 @@ class ModuleCall:
     structures: tuple[Any, ...]
     inputs: Leaves
     output: Leaves
+    asks: bool = False
+    gradients: tuple[Gradient | None, ...] = ()
 
     @property
     def path(self) -> str:
@@ -125,12 +130,14 @@ class OutlinedGraph:
             "outer." and are relative to the whole model.
         inputs: its input contract.
         alike: pairs of indices among the arguments' leaves that were one value.
+        asks: whether the call reads if gradients are enabled, or if tensors have one.
     """
 
     call: ModuleCall
     graph: fx.Graph
     inputs: InputSpec
     alike: frozenset[tuple[int, int]]
+    asks: bool
 
 
 def split_at_calls(
@@ -299,7 +306,7 @@ class _Outliner:
         _lint(self.graph, f"'{self.call.path}'")
         inputs = self._contract()
         self._replace(inside)
-        return OutlinedGraph(self.call, self.graph, inputs, self._alike())
+        return OutlinedGraph(self.call, self.graph, inputs, self._alike(), self.call.asks)
 
     def _alike(self) -> frozenset[tuple[int, int]]:
         """Return pairs of arguments that are one value: the graph has the first for both."""
@@ -399,7 +406,14 @@ class _Outliner:
             return IntegerInput(name, size if known else Dimension(f"size_{index}"))
         dtype = None if self.given[index].meta.get(MOVED) else value.dtype
         dims = tuple(map(dimension_of, value.shape))
-        return TensorInput(name, dims, dtype, self._order(value) if self.ordered else None)
+        order = self._order(value) if self.ordered else None
+        return TensorInput(name, dims, dtype, order, self._gradient(index))
+
+    def _gradient(self, index: int) -> Gradient | None:
+        """Return the gradient state that a tensor must have, or None if it does not matter."""
+        known = self.call.gradients[index] if self.call.gradients else None
+        computed = self.given[index].op == "call_function"
+        return replace(known, computed=computed) if known else None
 
     def _order(self, value: torch.Tensor) -> Order:
         if order := Order.of(value, offset=True):
