@@ -677,3 +677,94 @@ def test_an_autocast_that_only_one_of_two_methods_holds_for() -> None:
         assert_same([gm.encode(X), part(X)], [model.encode(X), model.part(X)])
         with pytest.raises(fxlora.InputError, match=r"called under torch.autocast"):
             gm(X)
+
+
+class OfSize(nn.Linear):
+    """Does something else for some sizes of its arguments."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__(6, 4)
+        self.other = other
+
+    def forward(self, input: torch.Tensor, other: Any = None) -> torch.Tensor:
+        out = super().forward(input)
+        return out * 2 if self.other(input, other) else out
+
+
+ROWS = [torch.randn(*sizes, 6, dtype=torch.double) for sizes in ((3, 4), (2, 7))]
+ONE_ROW = lambda x, y: x.shape[0] == 1  # noqa: E731
+GUARDED: dict[str, Any] = {
+    "flat": (ONE_ROW, lambda part, x: part(x.flatten(0, 1)), "input.shape[0] != 1"),
+    "longer": (
+        ONE_ROW,
+        lambda part, x: part(torch.cat([x, x[:, :1]], 1).flatten(0, 1)),
+        "input.shape[0] != 1",
+    ),
+    "two calls": (
+        ONE_ROW,
+        lambda part, x: part(x.flatten(0, 1)).sum() + part(x[:, 0]),
+        "input.shape[0] != 1",
+    ),
+    "a ratio": (
+        lambda x, y: x.shape[0] // y.shape[0] == 1,
+        lambda part, x: part(x.flatten(0, 1), x[:, 0]),
+        "(input.shape[0] // max(1, other.shape[0])) != 1",
+    ),
+    "an integer": (
+        lambda x, n: n == 1,
+        lambda part, x: part(x, x.shape[0] * x.shape[1]),
+        "other != 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(GUARDED))
+def test_sizes_that_a_block_gets_multiplied(how: str) -> None:
+    """A guard on the whole model's sizes is one on the block's, which it may be called with."""
+    other, forward, text = GUARDED[how]
+    torch.manual_seed(0)
+    model = Around(OfSize(other), forward).double()
+    gm = fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")
+    lora = adapted(gm)
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(ROWS[1]) - model(ROWS[1])).detach().abs().max()) > 1e-3
+    assert_close([lora(x) for x in ROWS], [merged(x) for x in ROWS])
+    part: Any = gm.get_submodule("part")
+    calls = [call for of_mode in part.calls.values() for call in of_mode]
+    assert {guard.text for call in calls for guard in call.inputs.guards} == {text}
+    assert_same([part(*given(how, 5))], [model.part(*given(how, 5))])
+    branch, ours = model.part(*given(how, 1)).detach(), part(*given(how, 5)).detach()
+    assert float((branch / 2 - ours[..., :1, :]).abs().max()) < 1e-10
+    with pytest.raises(fxlora.InputError, match=r"'part': the captured graph holds only where"):
+        part(*given(how, 1))
+
+
+def given(how: str, rows: int) -> tuple[Any, ...]:
+    """Return arguments of a block with a number of rows, or this many for each of another."""
+    x = ROWS[0].flatten(0, 1)[:rows]
+    return {"a ratio": (x, x[:1]), "an integer": (x[None], rows)}.get(how, (x,))
+
+
+def test_sizes_that_only_the_code_around_a_block_assumes() -> None:
+    """They are no functions of the block's sizes, so that its own code cannot assume them."""
+
+    def forward(part: Any, x: torch.Tensor) -> torch.Tensor:
+        h = part(x.flatten(0, 1))
+        return h if x.shape[0] != 9 and x.shape[1] <= 512 else h * 2
+
+    model = Around(nn.Linear(6, 4), forward).double()
+    gm = fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")
+    for rows in (1, 9):
+        h = torch.randn(rows, 6, dtype=torch.double)
+        assert_same([gm.get_submodule("part")(h)], [model.part(h)])
+    with pytest.raises(fxlora.InputError, match=r"holds only where .*shape\[0\] != 9"):
+        gm(torch.randn(9, 2, 6, dtype=torch.double))
+
+
+def test_sizes_that_cannot_be_told_from_a_blocks() -> None:
+    def forward(part: Any, x: torch.Tensor) -> torch.Tensor:
+        return part((x[:, :, None] + x[:, None]).flatten(0, 2), x.flatten(0, 1))
+
+    model = Around(OfSize(lambda x, y: x.shape[0] // y.shape[0] == 1), forward).double()
+    with pytest.raises(fxlora.SubmoduleError, match=r"'part'.*its arguments' sizes do not tell"):
+        fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")

@@ -226,11 +226,13 @@ class Guard:
         text: the condition as a Python expression in the inputs' sizes.
         holds: the condition as a function of the leaves.
         excludes_small: whether only a size of 0 or 1 can violate it.
+        condition: the condition as an expression in the symbols of the dimensions.
     """
 
     text: str
     holds: Callable[[Sequence[Any]], Any] = field(compare=False)
     excludes_small: bool = False
+    condition: Any = field(default=None, compare=False)
 
     def check(self, leaves: Sequence[Any], assume: bool = True) -> None:
         holds = self.holds(leaves)

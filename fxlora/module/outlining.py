@@ -130,14 +130,12 @@ class OutlinedGraph:
             "outer." and are relative to the whole model.
         inputs: its input contract.
         alike: pairs of indices among the arguments' leaves that were one value.
-        asks: whether the call reads if gradients are enabled, or if tensors have one.
     """
 
     call: ModuleCall
     graph: fx.Graph
     inputs: InputSpec
     alike: frozenset[tuple[int, int]]
-    asks: bool
 
 
 def split_at_calls(
@@ -306,7 +304,7 @@ class _Outliner:
         _lint(self.graph, f"'{self.call.path}'")
         inputs = self._contract()
         self._replace(inside)
-        return OutlinedGraph(self.call, self.graph, inputs, self._alike(), self.call.asks)
+        return OutlinedGraph(self.call, self.graph, inputs, self._alike())
 
     def _alike(self) -> frozenset[tuple[int, int]]:
         """Return pairs of arguments that are one value: the graph has the first for both."""
