@@ -644,7 +644,9 @@ def test_gradients_that_only_the_code_around_a_block_asks_for() -> None:
     lora.set_submodule("part", checkpoint_wrapper(part, checkpoint_impl=reentrant))
     leaf = x.clone().requires_grad_()
     lora(leaf).sum().backward()
-    assert_close([lora(x), grad_of(leaf)], [merged(x), 2 * merged.part.weight.sum(0).expand(3, 6)])
+    assert_close(
+        [lora(leaf), grad_of(leaf)], [merged(x), 2 * merged.part.weight.sum(0).expand(3, 6)]
+    )
 
 
 def test_gradients_that_a_block_asks_for() -> None:
@@ -768,3 +770,31 @@ def test_sizes_that_cannot_be_told_from_a_blocks() -> None:
     model = Around(OfSize(lambda x, y: x.shape[0] // y.shape[0] == 1), forward).double()
     with pytest.raises(fxlora.SubmoduleError, match=r"'part'.*its arguments' sizes do not tell"):
         fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")
+
+
+def test_keywords_in_another_order() -> None:
+    class Subtracts(nn.Linear):
+        def forward(self, input: torch.Tensor, other: Any = None) -> torch.Tensor:
+            return super().forward(input) - other
+
+    class InBothWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Subtracts(6, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.part(x, y)
+
+        def by_name(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.part(other=y, input=x)
+
+    torch.manual_seed(0)
+    model, x, y = InBothWays().double(), X.double(), torch.randn(3, 4).double()
+    lora = adapted(
+        fxlora.capture(model, (x, y), methods={"by_name": {"x": x, "y": y}}, modules="part")
+    )
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x, y) - model(x, y)).detach().abs().max()) > 1e-3
+    assert_close([lora(x, y), lora.by_name(x, y)], [merged(x, y), merged.by_name(x, y)])
+    part: Any = lora.get_submodule("part")
+    assert_close([part(x, y), part(other=y, input=x)], [merged.part(x, y)] * 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +71,7 @@ class Calls:
         key = (path, self._counts[path])
         self._counts[path] += 1
         self._open.append(key)
+        kwargs = _as_declared(module, kwargs)
         names = _names(module, len(args), kwargs)
         values = [*args, *kwargs.values()]
         structures = tuple(pytree.tree_structure(value) for value in values)
@@ -173,6 +174,15 @@ def _gradients(values: Any) -> tuple[Gradient | None, ...]:
     with torch._C.DisableTorchFunction():
         leaves = pytree.tree_leaves(values)
         return tuple(Gradient.of(v) if isinstance(v, torch.Tensor) else None for v in leaves)
+
+
+def _as_declared(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments in the order in which the forward declares them.
+
+    So calls that give the same arguments in another order are the same call.
+    """
+    declared = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 
 def _names(module: nn.Module, positional: int, kwargs: Collection[str]) -> tuple[str, ...]:
