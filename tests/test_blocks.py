@@ -532,6 +532,29 @@ def test_a_size_that_is_returned_is_there_after_fold() -> None:
         folded(x)
 
 
+class Nests(nn.Module):
+    """Returns a size that it got from a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = WithSize(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h, rows = self.inner(x)
+        return self.out(h / rows), rows
+
+
+def test_a_size_that_blocks_in_each_other_return() -> None:
+    torch.manual_seed(0)
+    model = Around(Nests(), lambda part, x: torch.div(*part(x))).double()
+    x = X.double()
+    lora = adapted(fxlora.capture(model, x, modules=["part", "part.inner"]))
+    folded = fxlora.fold(lora)
+    merged: Any = fxlora.merged(model, folded)
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x), lora(x[:2]), folded(x[:2])], [merged(x), merged(x[:2]), merged(x[:2])])
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

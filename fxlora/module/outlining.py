@@ -567,7 +567,10 @@ class _Outliner:
         given = (node, self.call.path, plain, len(output.constants), constants)
         flat = self.rest.call_function(leaves_of, given)
         flat.meta[CALLS] = around
-        return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
+        found = {i: self.rest.call_function(_leaf_of, (flat, i)) for i in self.results}
+        for leaf in found.values():  # of a value from outside, too: else it counts as outside
+            leaf.meta[CALLS] = around
+        return found
 
     def _check_plain(self, given: Any) -> None:
         """Raise SubmoduleError for an argument that a graph's node cannot hold, such as a cache."""
