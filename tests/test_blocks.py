@@ -11,13 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.utils import _pytree as pytree
 
 import fxlora
 from fxlora import LoraConfig
 
 from .laws import assert_close, assert_same, randomise
+from .typed import grad_of
 
 CONFIG = LoraConfig(r=2, target_modules="all-linear")
 
@@ -503,3 +507,317 @@ def test_sizes_that_only_one_call_fixes() -> None:
         warnings.simplefilter("error")
         h = torch.randn(3, 5, 6, dtype=torch.double)
         assert_same([block(h, None)], [model.layers[0](h)])
+
+
+class WithSize(nn.Linear):
+    """Returns the size of its result beside it."""
+
+    def forward(self, input: torch.Tensor) -> Any:
+        out = super().forward(input)
+        return out, out.shape[0]
+
+
+def test_a_size_that_is_returned_is_there_after_fold() -> None:
+    """Fold puts the op on the changed weight before the size that the graph computes."""
+    torch.manual_seed(0)
+    model = Around(WithSize(6, 4), lambda part, x: torch.div(*part(x))).double()
+    x = X.double()
+    lora = adapted(fxlora.capture(model, x, modules="part"))
+    folded = fxlora.fold(lora)
+    merged: Any = fxlora.merged(model, folded)
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x), lora(x[:2]), folded(x[:2])], [merged(x), merged(x[:2]), merged(x[:2])])
+    folded.get_submodule("part").register_forward_hook(lambda m, args, out: (out[0], 5))
+    with pytest.raises(fxlora.SubmoduleError, match=r"'part'.*changed its output 1"):
+        folded(x)
+
+
+class Nests(nn.Module):
+    """Returns a size that it got from a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = WithSize(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h, rows = self.inner(x)
+        return self.out(h / rows), rows
+
+
+def test_a_size_that_blocks_in_each_other_return() -> None:
+    torch.manual_seed(0)
+    model = Around(Nests(), lambda part, x: torch.div(*part(x))).double()
+    x = X.double()
+    lora = adapted(fxlora.capture(model, x, modules=["part", "part.inner"]))
+    folded = fxlora.fold(lora)
+    merged: Any = fxlora.merged(model, folded)
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x), lora(x[:2]), folded(x[:2])], [merged(x), merged(x[:2]), merged(x[:2])])
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(6, 5), nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(self.up(x)))
+
+
+class TwiceOrOnce(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(self.part(x))
+
+    def once(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)
+
+
+def test_a_buffer_that_is_written_to_in_several_calls() -> None:
+    """The first of two calls has what both write to before its own nodes."""
+    torch.manual_seed(0)
+    model, x = TwiceOrOnce(Normed()).double(), X.double()
+    gm = fxlora.capture(model, x, methods={"once": x}, modules="part")
+    lora = adapted(gm)
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora.eval()(x) - model.eval()(x)).detach().abs().max()) > 1e-3
+    merged.eval()
+    assert_close([lora(x), lora.once(x)], [merged(x), merged.once(x)])
+    copied: Any = copy.deepcopy(model).train()
+    assert_same([gm.train()(x), gm.once(x)], [copied(x), copied.once(x)])
+    assert_same(list(gm.buffers()), list(copied.buffers()))
+
+
+class ReadsGradient(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out = super().forward(input)
+        return out * 2 if input.requires_grad else out
+
+
+def test_a_block_that_reads_whether_its_argument_has_a_gradient() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 5), ReadsGradient(5, 4), nn.Linear(4, 3)).double()
+    x, h = X.double(), torch.randn(3, 5).double()
+    gm = fxlora.capture(model, x, modules=["1", "2"])
+    one, two = (gm.get_submodule(name) for name in "12")
+    given = model[0](x)
+    assert_same([gm(x), one(given)], [model(x), model[1](given)])
+    assert_same([two(h[:, :4])], [model[2](h[:, :4])])  # it reads none, so that any will do
+    lora = adapted(gm)
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    assert_close([lora(x)], [merged(x)])
+    last_only = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["2"])))
+    other_state = r"'1': input: captured with requires_grad True, called with False"
+    for call in (lambda: one(h), lambda: last_only(x)):  # there no weight before the block trains
+        with pytest.raises(fxlora.InputError, match=other_state):
+            call()
+    with pytest.raises(fxlora.InputError, match=r"'1': input: captured with is_leaf False"):
+        one(h.clone().requires_grad_())
+    one.register_forward_pre_hook(lambda part, args: (args[0].detach(),))
+    with pytest.raises(fxlora.InputError, match=other_state):
+        gm(x)
+
+
+def test_a_block_that_reads_a_gradient_without_effect() -> None:
+    """Under no_grad, what a graph computes has none; capture has seen that it does not matter."""
+
+    class Reads(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            assert input.requires_grad or not torch.is_grad_enabled()
+            return super().forward(input)
+
+    model: Any = nn.Sequential(nn.Linear(6, 5), Reads(5, 4)).double()
+    x = X.double()
+    gm: Any = fxlora.capture(model, x, modules="1")
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert_same([gm(x)], [model(x)])
+
+
+class Asks(nn.Module):
+    """Has two methods that call its part; one of them does not hold for every mode."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.part, self.run = nn.Linear(6, 4), forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(self.part(x))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)
+
+
+def test_gradients_that_only_the_code_around_a_block_asks_for() -> None:
+    torch.manual_seed(0)
+    model, x = Asks(lambda h: h * 2 if torch.is_grad_enabled() else h).double(), X.double()
+    lora = adapted(fxlora.capture(model, x, methods={"encode": x}, modules="part"))
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x) - model(x)).detach().abs().max()) > 1e-3
+    part: Any = lora.get_submodule("part")
+    with torch.no_grad():
+        assert_close([lora.encode(x), part(x)], [merged.encode(x), merged.part(x)])
+        with pytest.raises(fxlora.InputError, match=r"called under torch.no_grad"):
+            lora(x)
+    reentrant: Any = CheckpointImpl.REENTRANT  # runs the part under no_grad, and then again
+    lora.set_submodule("part", checkpoint_wrapper(part, checkpoint_impl=reentrant))
+    leaf = x.clone().requires_grad_()
+    lora(leaf).sum().backward()
+    assert_close(
+        [lora(leaf), grad_of(leaf)], [merged(x), 2 * merged.part.weight.sum(0).expand(3, 6)]
+    )
+
+
+def test_gradients_that_a_block_asks_for() -> None:
+    class Doubles(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            out = super().forward(input)
+            return out * 2 if torch.is_grad_enabled() else out
+
+    model: Any = nn.Sequential(Doubles(6, 5), nn.Linear(5, 4)).double()
+    gm: Any = fxlora.capture(model, X.double(), modules="0")
+    with (
+        torch.no_grad(),
+        pytest.raises(fxlora.InputError, match=r"'0': called under torch.no_grad"),
+    ):
+        gm.get_submodule("0")(X.double())
+
+
+def in_single_precision_only(h: torch.Tensor) -> torch.Tensor:
+    if h.dtype is not torch.float32:
+        raise ValueError(h.dtype)
+    return h * 3
+
+
+@pytest.mark.autocast
+def test_an_autocast_that_only_one_of_two_methods_holds_for() -> None:
+    model = Asks(in_single_precision_only)
+    gm = fxlora.capture(model, X, methods={"encode": X}, modules="part")
+    part: Any = gm.get_submodule("part")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same([gm.encode(X), part(X)], [model.encode(X), model.part(X)])
+        with pytest.raises(fxlora.InputError, match=r"called under torch.autocast"):
+            gm(X)
+
+
+class OfSize(nn.Linear):
+    """Does something else for some sizes of its arguments."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__(6, 4)
+        self.other = other
+
+    def forward(self, input: torch.Tensor, other: Any = None) -> torch.Tensor:
+        out = super().forward(input)
+        return out * 2 if self.other(input, other) else out
+
+
+ROWS = [torch.randn(*sizes, 6, dtype=torch.double) for sizes in ((3, 4), (2, 7))]
+ONE_ROW = lambda x, y: x.shape[0] == 1  # noqa: E731
+GUARDED: dict[str, Any] = {
+    "flat": (ONE_ROW, lambda part, x: part(x.flatten(0, 1)), "input.shape[0] != 1"),
+    "longer": (
+        ONE_ROW,
+        lambda part, x: part(torch.cat([x, x[:, :1]], 1).flatten(0, 1)),
+        "input.shape[0] != 1",
+    ),
+    "two calls": (
+        ONE_ROW,
+        lambda part, x: part(x.flatten(0, 1)).sum() + part(x[:, 0]),
+        "input.shape[0] != 1",
+    ),
+    "a ratio": (
+        lambda x, y: x.shape[0] // y.shape[0] == 1,
+        lambda part, x: part(x.flatten(0, 1), x[:, 0]),
+        "(input.shape[0] // max(1, other.shape[0])) != 1",
+    ),
+    "an integer": (
+        lambda x, n: n == 1,
+        lambda part, x: part(x, x.shape[0] * x.shape[1]),
+        "other != 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(GUARDED))
+def test_sizes_that_a_block_gets_multiplied(how: str) -> None:
+    """A guard on the whole model's sizes is one on the block's, which it may be called with."""
+    other, forward, text = GUARDED[how]
+    torch.manual_seed(0)
+    model = Around(OfSize(other), forward).double()
+    gm = fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")
+    lora = adapted(gm)
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(ROWS[1]) - model(ROWS[1])).detach().abs().max()) > 1e-3
+    assert_close([lora(x) for x in ROWS], [merged(x) for x in ROWS])
+    part: Any = gm.get_submodule("part")
+    calls = [call for of_mode in part.calls.values() for call in of_mode]
+    assert {guard.text for call in calls for guard in call.inputs.guards} == {text}
+    assert_same([part(*given(how, 5))], [model.part(*given(how, 5))])
+    branch, ours = model.part(*given(how, 1)).detach(), part(*given(how, 5)).detach()
+    assert float((branch / 2 - ours[..., :1, :]).abs().max()) < 1e-10
+    with pytest.raises(fxlora.InputError, match=r"'part': the captured graph holds only where"):
+        part(*given(how, 1))
+
+
+def given(how: str, rows: int) -> tuple[Any, ...]:
+    """Return arguments of a block with a number of rows, or this many for each of another."""
+    x = ROWS[0].flatten(0, 1)[:rows]
+    return {"a ratio": (x, x[:1]), "an integer": (x[None], rows)}.get(how, (x,))
+
+
+def test_sizes_that_only_the_code_around_a_block_assumes() -> None:
+    """They are no functions of the block's sizes, so that its own code cannot assume them."""
+
+    def forward(part: Any, x: torch.Tensor) -> torch.Tensor:
+        h = part(x.flatten(0, 1))
+        return h if x.shape[0] != 9 and x.shape[1] <= 512 else h * 2
+
+    model = Around(nn.Linear(6, 4), forward).double()
+    gm = fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")
+    for rows in (1, 9):
+        h = torch.randn(rows, 6, dtype=torch.double)
+        assert_same([gm.get_submodule("part")(h)], [model.part(h)])
+    with pytest.raises(fxlora.InputError, match=r"holds only where .*shape\[0\] != 9"):
+        gm(torch.randn(9, 2, 6, dtype=torch.double))
+
+
+def test_sizes_that_cannot_be_told_from_a_blocks() -> None:
+    def forward(part: Any, x: torch.Tensor) -> torch.Tensor:
+        return part((x[:, :, None] + x[:, None]).flatten(0, 2), x.flatten(0, 1))
+
+    model = Around(OfSize(lambda x, y: x.shape[0] // y.shape[0] == 1), forward).double()
+    with pytest.raises(fxlora.SubmoduleError, match=r"'part'.*its arguments' sizes do not tell"):
+        fxlora.capture(model, calls=[((x,), {}) for x in ROWS], modules="part")
+
+
+def test_keywords_in_another_order() -> None:
+    class Subtracts(nn.Linear):
+        def forward(self, input: torch.Tensor, other: Any = None) -> torch.Tensor:
+            return super().forward(input) - other
+
+    class InBothWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Subtracts(6, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.part(x, y)
+
+        def by_name(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.part(other=y, input=x)
+
+    torch.manual_seed(0)
+    model, x, y = InBothWays().double(), X.double(), torch.randn(3, 4).double()
+    lora = adapted(
+        fxlora.capture(model, (x, y), methods={"by_name": {"x": x, "y": y}}, modules="part")
+    )
+    merged: Any = fxlora.merged(model, fxlora.fold(lora))
+    assert float((lora(x, y) - model(x, y)).detach().abs().max()) > 1e-3
+    assert_close([lora(x, y), lora.by_name(x, y)], [merged(x, y), merged.by_name(x, y)])
+    part: Any = lora.get_submodule("part")
+    assert_close([part(x, y), part(other=y, input=x)], [merged.part(x, y)] * 2)

@@ -76,7 +76,6 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
 GRAPH_WRITERS = {
     "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
     "frontends/arguments.py": "no graph: an empty one, to ask what every captured module has",
-    "frontends/assumptions.py": "a graph of its own for each guard",
     "frontends/autocast_proof.py": "assertions of torch.export, in a graph just exported",
     "frontends/autocast_choices.py": "constants that depend on autocast, in a graph just exported",
     "frontends/exported.py": "calls recorded during an export, in the meta of its module",
@@ -94,6 +93,7 @@ GRAPH_WRITERS = {
     "module/outlining.py": "graphs of outlined calls, derived from the flat one, which stays",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",
     "module/parent.py": "the one call that a module of regions consists of",
+    "module/size_guards.py": "a graph of its own for each guard",
     "module/several_calls.py": "the one call that chooses among the calls of a module",
 }
 

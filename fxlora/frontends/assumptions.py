@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -12,11 +12,6 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.printers import PythonPrinter
-from torch.utils._sympy.reference import PythonReferenceAnalysis
-from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ..errors import CaptureError
 from ..module.contract import (
@@ -30,7 +25,8 @@ from ..module.contract import (
     by_position,
     defaults_of,
 )
-from ..module.tensor_state import Order, gradient_of
+from ..module.size_guards import Size, guard_of
+from ..module.tensor_state import Gradient, Order
 from .examples import Example
 from .kept.tensor_state import StateReads
 
@@ -93,7 +89,7 @@ def with_state(
         fake, value = next(fakes), next(given)
         if not isinstance(leaf, TensorInput):
             return leaf
-        gradient = gradient_of(value) if reads.gradient else None
+        gradient = Gradient.of(value) if reads.gradient else None
         if not reads.strides or value.layout is not torch.strided:
             return replace(leaf, gradient=gradient)
         if order := Order.of(fake, reads.offset):
@@ -126,40 +122,12 @@ def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -
                 f"gives {unknown[0]}, so that this cannot be checked at a call. Make that "
                 "dimension static in dynamic_shapes."
             )
-        yield _guard(condition, {symbol: sizes[str(symbol)] for symbol in condition.free_symbols})
+        yield guard_of(condition, sizes)
 
 
-@dataclass(frozen=True)
-class _Size:
-    """The leaf that gives a symbol's value: a dimension of a tensor, or an integer.
-
-    Attributes:
-        leaf: index of the leaf.
-        axis: the tensor's dimension, or None for an integer.
-        name: name of the leaf.
-        dim: the size as `scale * symbol + offset`.
-    """
-
-    leaf: int
-    axis: int | None
-    name: str
-    dim: Dimension
-
-    def of(self, leaves: Any) -> Any:
-        value = leaves[self.leaf]
-        size = value if self.axis is None else value.shape[self.axis]
-        size = size - self.dim.offset if self.dim.offset else size
-        return size // self.dim.scale if self.dim.scale != 1 else size
-
-    def text(self) -> str:
-        size = self.name if self.axis is None else f"{self.name}.shape[{self.axis}]"
-        size = f"({size} - {self.dim.offset})" if self.dim.offset else size
-        return f"{size}/{self.dim.scale}" if self.dim.scale != 1 else size
-
-
-def _sizes(leaves: Sequence[Input]) -> dict[str, _Size]:
+def _sizes(leaves: Sequence[Input]) -> dict[str, Size]:
     """Map each symbol to a dimension that gives it, if possible without scale and offset."""
-    found: dict[str, _Size] = {}
+    found: dict[str, Size] = {}
     for number, leaf in enumerate(leaves):
         axes: list[tuple[int | None, Any]] = []
         if isinstance(leaf, TensorInput):
@@ -168,7 +136,7 @@ def _sizes(leaves: Sequence[Input]) -> dict[str, _Size]:
             axes.append((None, leaf.dim))
         for axis, dim in axes:
             if isinstance(dim, Dimension):
-                size = _Size(number, axis, leaf.name, dim)
+                size = Size(number, axis, leaf.name, dim)
                 known = found.setdefault(dim.symbol, size)
                 if (dim.scale, dim.offset) == (1, 0) != (known.dim.scale, known.dim.offset):
                     found[dim.symbol] = size
@@ -183,27 +151,6 @@ def _shape_env(module: fx.GraphModule) -> ShapeEnv | None:
             if isinstance(size, torch.SymInt):
                 return size.node.shape_env
     return None
-
-
-def _guard(condition: Any, sizes: dict[sympy.Symbol, _Size]) -> Guard:
-    """Return the Guard for a condition on symbols, as code over the leaves.
-
-    The code is that of an fx graph, which torch.compile and a re-export can trace.
-    """
-    graph = fx.Graph()
-    leaves = fx.Proxy(graph.placeholder("leaves"))
-    values = {symbol: size.of(leaves) for symbol, size in sizes.items()}
-    graph.output(sympy_interp(PythonReferenceAnalysis, values, condition).node)
-    holds = fx.GraphModule(nn.Module(), graph, "Guard").forward
-    names = {symbol: sympy.Symbol(size.text()) for symbol, size in sizes.items()}
-    text = PythonPrinter().doprint(condition.xreplace(names))
-    return Guard(text, holds, _excludes_small(condition))
-
-
-def _excludes_small(condition: Any) -> bool:
-    """Whether a condition is sure to hold where every symbol is at least 2."""
-    larger = {symbol: ValueRanges(2, int_oo) for symbol in condition.free_symbols}
-    return bound_sympy(condition, larger).lower is sympy.true
 
 
 def _bounds(limits: Any) -> tuple[int, int | None]:

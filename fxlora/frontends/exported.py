@@ -157,7 +157,7 @@ def _proved(
     """
 
     def export() -> fx.GraphModule:
-        return _exported(model, example)[1]
+        return _exported(model, example, StateReads())[1]
 
     asks = module.meta.pop(ASKS, False)
     found = Proof(model, module, example, export, values, asks).autocasts()
@@ -226,13 +226,14 @@ def depends_on_data(error: BaseException | None) -> bool:
 def _attempt(
     model: nn.Module, example: Example, mode: str, parts: Sequence[str]
 ) -> tuple[fx.GraphModule, InputSpec]:
+    reads = StateReads()
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
-    with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts) as calls:
-        program, module, reads = _exported(model, example)
+    with fixed, watch_updates(model) as updates, recorded_calls_of(model, parts, reads) as calls:
+        program, module = _exported(model, example, reads)
     if example.reordered and reads.strides:
         raise CaptureError(f"{type(model).__name__} reads how its tensors lie in memory.")
     module.meta[RECORDED] = calls.taken(module.graph)
-    module.meta[ASKS] = reads.gradient or reads.mode
+    module.meta[ASKS] = bool(reads.gradient or reads.mode)
     _refuse_unknown_squeezes(model, module.graph)
     _refuse_strides(model, module, example)
     spec = with_state(contract_of(program, module, model, example), module, reads, example, model)
@@ -242,11 +243,11 @@ def _attempt(
 
 
 def _exported(
-    model: nn.Module, example: Example
-) -> tuple[ExportedProgram, fx.GraphModule, StateReads]:
-    """Export a model; return the program, it as a module, and what its forward reads of state."""
+    model: nn.Module, example: Example, reads: StateReads
+) -> tuple[ExportedProgram, fx.GraphModule]:
+    """Export a model, and note what its forward reads of state; return the program and a module."""
     with ExitStack() as stack:
-        reads = stack.enter_context(kept_state(model))
+        stack.enter_context(kept_state(model, reads))
         functions = stack.enter_context(opaque_functions())
         stack.enter_context(no_tensor_hooks())
         stack.enter_context(marked_checkpoints())
@@ -261,7 +262,7 @@ def _exported(
     _refuse_other_constants(model, module)
     functions.restore(module)
     remove_metadata_assertions(module)
-    return program, module, reads
+    return program, module
 
 
 def _as_module(program: ExportedProgram) -> fx.GraphModule:
@@ -340,7 +341,7 @@ def widened_if_proved(
     if wider is None or (wider == spec and not _squeezes(module.graph)):
         return wider
     try:
-        _, static, _ = _exported(model, single)
+        _, static = _exported(model, single, StateReads())
     except Exception:  # noqa: BLE001 - the source may raise anything for these inputs
         return None
     sizes = spec.symbols(single.args, single.kwargs)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, SubmoduleError
 from ..fx.autocast import current_autocast
+from .autocasts import UNKNOWN
 from .block_calls import BlockCall, Calls
 from .block_checks import same
 from .contract import ConstantInput, InputSpec
@@ -63,6 +64,7 @@ class BlockGraphs(ProgramModule):
     def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().check_arguments(args, kwargs)
         self._check_alike(args, kwargs)
+        self.program.autocasts.get(self.mode, UNKNOWN).check()
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._check(args, kwargs)

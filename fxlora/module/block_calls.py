@@ -52,8 +52,11 @@ class BlockCall:
 
     @classmethod
     def of(cls, outlined: OutlinedGraph, whole: Program, mode: str) -> BlockCall:
-        inputs = within(outlined.inputs, whole.inputs[mode])
+        call, contract = outlined.call, whole.inputs[mode]
+        inputs = within(outlined.inputs, outlined.graph, contract, call.path)
         autocasts = whole.autocasts.get(mode, UNKNOWN)
+        if not call.asks:  # code around the block may ask, and is checked by the whole model
+            autocasts = replace(autocasts, needs_gradients="")
         return cls(outlined, inputs, under_autocast(inputs), autocasts)
 
 
@@ -85,7 +88,8 @@ def outline(
             if id(graph) not in running:
                 running[id(graph)], split[id(graph)] = _split(program, mode, paths, equal)
             for path, outlined in split[id(graph)].items():
-                _add(found[path][mode], (BlockCall.of(one, program, mode) for one in outlined))
+                made = _merged(BlockCall.of(one, program, mode) for one in outlined)
+                _add(found[path][mode], made)
     for path, calls in found.items():
         if not any(calls.values()):
             raise SubmoduleError(
@@ -101,8 +105,7 @@ def _split(
     """Return a mode's graph with calls of submodules, and these by path."""
     ordered = _ordered(program.inputs[mode])
     calls = program.calls[mode]
-    graph, found = split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
-    return graph, {path: _merged(outlined) for path, outlined in found.items()}
+    return split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
 
 
 def _ordered(inputs: InputSpec | None) -> bool:
@@ -110,19 +113,27 @@ def _ordered(inputs: InputSpec | None) -> bool:
     return any(isinstance(leaf, TensorInput) and leaf.order for leaf in leaves)
 
 
-def _merged(calls: Sequence[OutlinedGraph]) -> list[OutlinedGraph]:
+def _merged(calls: Iterable[BlockCall]) -> list[BlockCall]:
     """Return the calls in one graph, with one contract for those that do the same."""
-    made: list[OutlinedGraph] = []
+    made: list[BlockCall] = []
     for found in calls:
         for index, known in enumerate(made):
-            same = same_graph(known, found)
-            inputs = contract_of_both(known.inputs, found.inputs) if same else None
-            if inputs is not None:
-                made[index] = replace(known, inputs=inputs, alike=known.alike & found.alike)
+            if both := _of_both(known, found):
+                made[index] = both
                 break
         else:
             made.append(found)
     return made
+
+
+def _of_both(one: BlockCall, other: BlockCall) -> BlockCall | None:
+    """Return a call that holds wherever one of two does, or None if these differ."""
+    same = one.autocasts == other.autocasts and same_graph(one.outlined, other.outlined)
+    inputs = contract_of_both(one.inputs, other.inputs) if same else None
+    if inputs is None:
+        return None
+    outlined = replace(one.outlined, alike=one.outlined.alike & other.outlined.alike)
+    return BlockCall(outlined, inputs, under_autocast(inputs), one.autocasts)
 
 
 def _add(known: list[BlockCall], calls: Iterable[BlockCall]) -> None:

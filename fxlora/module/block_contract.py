@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
+from torch import fx
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
+from .block_guards import Expressions, Ranges, guards_of_block
 from .contract import (
     Dimension,
     Guard,
@@ -20,6 +24,7 @@ from .contract import (
     IntegerInput,
     TensorInput,
 )
+from .size_guards import Size
 
 
 def dimension_of(size: Any) -> int | Dimension:
@@ -43,12 +48,18 @@ def _bounds(size: torch.SymInt, expression: Any) -> tuple[int, int | None]:
     and `within` then takes the bounds from the whole model's contract.
     """
     environment: Any = size.node.shape_env
-    ranges = {symbol: environment.var_to_range.get(symbol) for symbol in expression.free_symbols}
-    if None in ranges.values():
+    ranges = {str(s): environment.var_to_range.get(s) for s in expression.free_symbols}
+    known = {name: r for name, r in ranges.items() if r is not None}
+    lifted = {s: ValueRanges(0, r.upper) if r.lower <= 2 else r for s, r in known.items()}
+    return _limits(expression, lifted)
+
+
+def _limits(expression: Any, ranges: Ranges) -> tuple[int, int | None]:
+    """Return the bounds of an expression, which has none where its symbols' are not known."""
+    if expression is None or not {str(s) for s in expression.free_symbols} <= ranges.keys():
         return 0, None
-    lifted = {s: ValueRanges(0, r.upper) if r.lower <= 2 else r for s, r in ranges.items()}
     try:
-        limits: Any = bound_sympy(expression, lifted)
+        limits: Any = bound_sympy(expression, {s: ranges[str(s)] for s in expression.free_symbols})
         lower, upper = limits.lower, limits.upper
         low = max(0, int(lower)) if lower.is_finite else 0
         return low, int(upper) if upper.is_finite and upper < sys.maxsize - 1 else None
@@ -60,6 +71,8 @@ def contract_of_both(one: InputSpec, other: InputSpec) -> InputSpec | None:
     """Return a contract that two calls with the same graph satisfy, or None if there is none."""
     if one == other:
         return one
+    if one.guards != other.guards:
+        return None
     groups = [
         tuple(_input_of_both(*pair) for pair in zip(*groups, strict=True))
         for groups in zip(one.leaves, other.leaves, strict=True)
@@ -74,7 +87,8 @@ def _input_of_both(one: Input, other: Input) -> Input | None:
     if isinstance(one, TensorInput) and isinstance(other, TensorInput):
         pairs = list(zip(one.dims, other.dims, strict=False))
         dims = tuple(d for pair in pairs if (d := _dimension_of_both(*pair)) is not None)
-        if not len(dims) == len(one.dims) == len(other.dims) or one.order != other.order:
+        same_state = (one.order, one.gradient) == (other.order, other.gradient)
+        if not len(dims) == len(one.dims) == len(other.dims) or not same_state:
             return None
         return replace(one, dims=dims, dtype=one.dtype if one.dtype == other.dtype else None)
     if isinstance(one, IntegerInput) and isinstance(other, IntegerInput):
@@ -107,16 +121,43 @@ def _name_of(dim: int | Dimension) -> str:
     return str(dim) if isinstance(dim, int) else f"{dim.scale}*{dim.symbol}+{dim.offset}"
 
 
-def within(spec: InputSpec, whole: InputSpec | None) -> InputSpec:
-    """Return the contract of a call, with the bounds and guards that the whole model has."""
+def input_sizes(graph: fx.Graph) -> Iterator[Any]:
+    """Yield the sizes of a graph's inputs, and its inputs that are sizes."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        yield from value.shape if isinstance(value, torch.Tensor) else (value,)
+
+
+def _expressions(graph: fx.Graph) -> Expressions:
+    """Return the expressions of a graph's inputs that `dimension_of` names by a symbol."""
+    sizes = (size for size in input_sizes(graph) if isinstance(size, torch.SymInt))
+    made = {str(size.node.expr): size.node.expr for size in sizes}
+    return {name: found for name, found in made.items() if not found.is_Symbol}
+
+
+def within(spec: InputSpec, graph: fx.Graph, whole: InputSpec | None, path: str) -> InputSpec:
+    """Return the contract of a call, with the bounds and guards that the whole model has.
+
+    Args:
+        spec: the contract of the call's graph.
+        graph: that graph.
+        whole: the contract of the whole model.
+        path: path of the called block.
+    """
     if whole is None:
         return spec
-    known = {dim.symbol: dim for _, _, dim in _dimensions(whole)}
+    known = {dim.symbol: dim for _, _, _, dim in _dimensions(whole)}
+    ranges = {s: ValueRanges(d.min, int_oo if d.max is None else d.max) for s, d in known.items()}
+    names = {dim.symbol for _, _, _, dim in _dimensions(spec)}
+    expressions = {name: of for name, of in _expressions(graph).items() if name in names}
 
     def bounded(dim: int | Dimension) -> int | Dimension:
-        if isinstance(dim, int) or dim.symbol not in known:
+        if isinstance(dim, int):
             return dim
-        return replace(dim, min=known[dim.symbol].min, max=known[dim.symbol].max)
+        if dim.symbol in known:
+            return replace(dim, min=known[dim.symbol].min, max=known[dim.symbol].max)
+        low, high = _limits(expressions.get(dim.symbol), ranges)
+        return replace(dim, min=max(low, dim.min), max=high if dim.max is None else dim.max)
 
     def changed(leaf: Input) -> Input:
         if isinstance(leaf, TensorInput):
@@ -126,97 +167,34 @@ def within(spec: InputSpec, whole: InputSpec | None) -> InputSpec:
         return leaf
 
     leaves = tuple(tuple(map(changed, group)) for group in spec.leaves)
-    places: _Places = {}
-    for leaf, axis, dim in sorted(_dimensions(spec), key=lambda found: found[1] is None):
-        places.setdefault(dim.symbol, (leaf, axis, dim))  # tensors before integers
-    guards = (*_guards(whole, places), *_integers(spec, places))
-    return replace(spec, leaves=leaves, guards=guards)
+    sizes: dict[str, Size] = {}
+    for size in sorted(_dimensions(spec), key=lambda found: found[1] is None):
+        sizes.setdefault(size[3].symbol, Size(*size))  # tensors before integers
+    guards = guards_of_block(whole.guards, sizes, expressions, ranges, path)
+    return replace(spec, leaves=leaves, guards=(*guards, *_integers(spec, sizes)))
 
 
-_Places = dict[str, tuple[int, int | None, Dimension]]  # where a call has each symbol
-
-
-def _dimensions(spec: InputSpec) -> Iterator[tuple[int, int | None, Dimension]]:
-    """Yield the index of a leaf, the axis of a tensor, and the dimension, for each dynamic one."""
+def _dimensions(spec: InputSpec) -> Iterator[tuple[int, int | None, str, Dimension]]:
+    """Yield what a `Size` is made of for each dynamic dimension."""
     for number, leaf in enumerate(leaf for group in spec.leaves for leaf in group):
         if isinstance(leaf, TensorInput):
             found = enumerate(leaf.dims)
-            yield from ((number, axis, dim) for axis, dim in found if isinstance(dim, Dimension))
+            yield from ((number, a, leaf.name, d) for a, d in found if isinstance(d, Dimension))
         elif isinstance(leaf, IntegerInput):
-            yield number, None, leaf.dim
+            yield number, None, leaf.name, leaf.dim
 
 
-class _Shaped(NamedTuple):
-    """A stand-in for a tensor input of the whole model, of which only the shape is known."""
-
-    shape: tuple[Any, ...]
-
-
-class _Unknown:
-    """A stand-in for a size that no argument of a call has: nothing can be computed with it."""
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("the size is not known")
-
-
-_UNKNOWN = _Unknown()
-
-
-def _guards(whole: InputSpec, places: _Places) -> Iterator[Guard]:
-    """Yield the guards of the whole model that the sizes of a call's arguments decide."""
-    leaves = [leaf for group in whole.leaves for leaf in group]
-    for guard in whole.guards:
-        try:
-            guard.holds(_stand_ins(leaves, dict.fromkeys(places, 2)))
-        except (TypeError, AttributeError, ArithmeticError):  # it needs a size that no argument has
-            continue
-        yield replace(guard, holds=functools.partial(_holds, guard, leaves, places))
-
-
-def _integers(spec: InputSpec, places: _Places) -> Iterator[Guard]:
+def _integers(spec: InputSpec, sizes: Mapping[str, Size]) -> Iterator[Guard]:
     """Yield a guard for each integer that must fit a tensor's size: the graph may read either."""
-    names = [leaf.name for group in spec.leaves for leaf in group]
-    for number, axis, dim in _dimensions(spec):
-        if axis is None and places[dim.symbol][0] != number:
-            text = f"{names[number]} fits the sizes of {names[places[dim.symbol][0]]}"
-            yield Guard(text, functools.partial(_fits, number, dim, places[dim.symbol]))
+    for size in itertools.starmap(Size, _dimensions(spec)):
+        other = sizes[size.dim.symbol]
+        if size.axis is None and other.leaf != size.leaf:
+            text = f"{size.name} fits the sizes of {other.name}"
+            yield Guard(text, functools.partial(_fits, size, other))
 
 
-def _fits(
-    number: int, dim: Dimension, place: tuple[int, int | None, Dimension], given: Sequence[Any]
-) -> Any:
-    return (given[number] - dim.offset) // dim.scale == _value_at(place, given)
-
-
-def _value_at(place: tuple[int, int | None, Dimension], given: Sequence[Any]) -> Any:
-    """Return the value of a symbol that a call's argument gives."""
-    index, axis, dim = place
-    size = given[index] if axis is None else given[index].shape[axis]
-    return (size - dim.offset) // dim.scale
-
-
-def _holds(guard: Guard, leaves: Sequence[Input], places: _Places, given: Sequence[Any]) -> Any:
-    values = {symbol: _value_at(place, given) for symbol, place in places.items()}
-    return guard.holds(_stand_ins(leaves, values))
-
-
-def _stand_ins(leaves: Sequence[Input], values: Mapping[str, Any]) -> list[Any]:
-    """Return stand-ins for the whole model's inputs."""
-
-    def size_of(dim: int | Dimension) -> Any:
-        if isinstance(dim, int):
-            return dim
-        return dim.at(values[dim.symbol]) if dim.symbol in values else _UNKNOWN
-
-    made: list[Any] = []
-    for leaf in leaves:
-        if isinstance(leaf, TensorInput):
-            made.append(_Shaped(tuple(size_of(dim) for dim in leaf.dims)))
-        else:
-            made.append(size_of(leaf.dim) if isinstance(leaf, IntegerInput) else None)
-    return made
+def _fits(size: Size, other: Size, given: Sequence[Any]) -> Any:
+    return size.of(given) == other.of(given)
 
 
 def under_autocast(spec: InputSpec) -> InputSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..fx.literals import same_literal
-from .block_contract import size_range
+from .block_contract import input_sizes, size_range
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
 
 _Argument = tuple[Any, tuple[Input, ...]]  # its structure and its leaves
@@ -90,16 +90,9 @@ def symbols_of_both(one: fx.Graph, other: fx.Graph) -> tuple[_Symbols, _Symbols]
     return ours, theirs
 
 
-def _inputs(graph: fx.Graph) -> Iterator[Any]:
-    """Yield the sizes of a graph's inputs, and its inputs that are sizes."""
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        yield from value.shape if isinstance(value, torch.Tensor) else (value,)
-
-
 def _renamed(graph: fx.Graph, name: str) -> dict[str, Any]:
     """Return a symbol of its own for each symbol in a graph's inputs: two graphs share none."""
-    symbolic = (size for size in _inputs(graph) if isinstance(size, torch.SymInt))
+    symbolic = (size for size in input_sizes(graph) if isinstance(size, torch.SymInt))
     symbols = (symbol for size in symbolic for symbol in size.node.expr.free_symbols)
     return {str(symbol): sympy.Symbol(f"{name}_{symbol}", integer=True) for symbol in symbols}
 
@@ -108,7 +101,7 @@ def _expressions(graph: fx.Graph, name: str) -> list[Any] | None:
     """Return the sizes of a graph's inputs in its renamed symbols, or None if one is unknown."""
     renamed = _renamed(graph, name)
     found: list[Any] = []
-    for size in _inputs(graph):
+    for size in input_sizes(graph):
         if isinstance(size, torch.SymInt):
             expression: Any = size.node.expr
             found.append(expression.subs({s: renamed[str(s)] for s in expression.free_symbols}))

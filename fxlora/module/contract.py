@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from ..fx.literals import same_literal
 from ..tables import did_you_mean
-from .tensor_state import Gradient, Order, gradient_of
+from .tensor_state import Gradient, Order
 
 _PLAIN = (type(None), bool, int, float, str)
 # The value of each symbol at a call, with the size that gave it and that size's place.
@@ -139,14 +139,11 @@ class TensorInput:
             )
         for axis, dim in enumerate(self.dims):
             self._check_dimension(axis, dim, value.shape[axis], bound, assume)
-        if self.gradient and self.gradient != gradient_of(value):
-            states = ("requires_grad", "is_leaf", "is_inference()")
-            pairs = zip(states, self.gradient, gradient_of(value), strict=True)
-            name, ours, theirs = next(pair for pair in pairs if pair[1] is not pair[2])
+        if self.gradient and (difference := self.gradient.difference(value)):
             raise InputError(
-                f"{self.name}: captured with {name} {ours}, called with {theirs}, and the source "
-                "reads whether its tensors have gradients. Capture again with an example like "
-                "this one."
+                f"{self.name}: captured with {difference}, and the source reads whether its "
+                "tensors have gradients. Capture again with an example like this one, and with the "
+                "same weights frozen."
             )
         if self.order and (difference := self.order.difference(value)):
             contiguous = self.order.strides is None and self.order.offset is None
@@ -229,11 +226,13 @@ class Guard:
         text: the condition as a Python expression in the inputs' sizes.
         holds: the condition as a function of the leaves.
         excludes_small: whether only a size of 0 or 1 can violate it.
+        condition: the condition as an expression in the symbols of the dimensions.
     """
 
     text: str
     holds: Callable[[Sequence[Any]], Any] = field(compare=False)
     excludes_small: bool = False
+    condition: Any = field(default=None, compare=False)
 
     def check(self, leaves: Sequence[Any], assume: bool = True) -> None:
         holds = self.holds(leaves)

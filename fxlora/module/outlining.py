@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .block_checks import check_sizes, check_unchanged, leaves_of
 from .block_contract import dimension_of
 from .constants import EqualConstants
 from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
-from .tensor_state import Order
+from .tensor_state import Gradient, Order
 
 aten = torch.ops.aten
 
@@ -99,6 +99,9 @@ class ModuleCall:
         structures: the pytree structure of each argument.
         inputs: the leaves of the list of arguments.
         output: the leaves of the result.
+        asks: whether it reads if gradients are enabled, or if tensors have one.
+        gradients: the gradient state of each leaf of the arguments, if it reads whether tensors
+            have a gradient; None for a leaf that is no tensor.
     """
 
     key: CallKey
@@ -108,6 +111,8 @@ class ModuleCall:
     structures: tuple[Any, ...]
     inputs: Leaves
     output: Leaves
+    asks: bool = False
+    gradients: tuple[Gradient | None, ...] = ()
 
     @property
     def path(self) -> str:
@@ -168,8 +173,19 @@ def split_at_calls(
                 "around it, or those inside."
             )
         made[path] = [_Outliner(rest, call, repeatable, equal, ordered).outline() for call in own]
-    rest.lint()
+    _lint(rest, "the graph around the submodules")
     return rest, made
+
+
+def _lint(graph: fx.Graph, what: str) -> None:
+    """Raise SubmoduleError for a graph in which a value is used before it is computed."""
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise SubmoduleError(
+            f"{what} cannot be split from the rest ({str(error).splitlines()[0]}). Outline other "
+            "modules, or none, and report this to fxlora."
+        ) from error
 
 
 def _prepared_copy(graph: fx.Graph) -> tuple[fx.Graph, frozenset[fx.Node]]:
@@ -277,14 +293,15 @@ class _Outliner:
             placeholder.meta = {k: v for k, v in node.meta.items() if k == "val"}
             self.copies.setdefault(node, placeholder)
         for node in inside:
-            if not (node in self.repeatable or _is_size(node)):  # those are copied at their use
+            at_use = node.op == "get_attr" or node in self.repeatable or _is_size(node)
+            if not at_use:  # those are copied at their first use, so that equal calls are alike
                 self._copy_of(node)
         returned = [
             self._copy_of(self.results[index]) if index in self.results else constant
             for index, constant in enumerate(self.call.output.constants)
         ]
         self.graph.output(returned)
-        self.graph.lint()
+        _lint(self.graph, f"'{self.call.path}'")
         inputs = self._contract()
         self._replace(inside)
         return OutlinedGraph(self.call, self.graph, inputs, self._alike())
@@ -387,7 +404,14 @@ class _Outliner:
             return IntegerInput(name, size if known else Dimension(f"size_{index}"))
         dtype = None if self.given[index].meta.get(MOVED) else value.dtype
         dims = tuple(map(dimension_of, value.shape))
-        return TensorInput(name, dims, dtype, self._order(value) if self.ordered else None)
+        order = self._order(value) if self.ordered else None
+        return TensorInput(name, dims, dtype, order, self._gradient(index))
+
+    def _gradient(self, index: int) -> Gradient | None:
+        """Return the gradient state that a tensor must have, or None if it does not matter."""
+        known = self.call.gradients[index] if self.call.gradients else None
+        computed = self.given[index].op == "call_function"
+        return replace(known, computed=computed) if known else None
 
     def _order(self, value: torch.Tensor) -> Order:
         if order := Order.of(value, offset=True):
@@ -461,7 +485,8 @@ class _Outliner:
                     new.meta = {**old.meta, CALLS: around}
                     taken[old] = new
                 elif used[index]:
-                    self._insert_check(check_unchanged, around, index, new, taken.get(old, old))
+                    expected = taken.get(old) or self._before(old, node, around)
+                    self._insert_check(check_unchanged, around, index, new, expected)
                 if any(user.op != "output" for user in used[index]):
                     self._insert_size_check(index, new, around)
         for old, new in taken.items():
@@ -469,6 +494,19 @@ class _Outliner:
         for old in reversed(inside):
             if not old.users:
                 self.rest.erase_node(old)
+
+    def _before(self, value: fx.Node, call: fx.Node, around: tuple[CallKey, ...]) -> fx.Node:
+        """Return a value from outside of the submodule, or a copy of it where it comes too late.
+
+        A pass may have moved the submodule's ops before the size that the submodule returns.
+        """
+        if value < call:
+            return value
+        if not (value.op == "get_attr" or value in self.repeatable or _is_size(value)):
+            raise self._refusal(f"returns '{value.name}', which is computed after it")
+        copied = self.rest.node_copy(value, lambda given: self._before(given, call, around))
+        copied.meta = {**{k: v for k, v in value.meta.items() if k != VALUES}, CALLS: around}
+        return copied
 
     def _users_after(self, result: fx.Node, place: fx.Node) -> list[fx.Node]:
         """Return a result's users that are outside the submodule and after its call."""
@@ -529,7 +567,10 @@ class _Outliner:
         given = (node, self.call.path, plain, len(output.constants), constants)
         flat = self.rest.call_function(leaves_of, given)
         flat.meta[CALLS] = around
-        return {index: self.rest.call_function(_leaf_of, (flat, index)) for index in self.results}
+        found = {i: self.rest.call_function(_leaf_of, (flat, i)) for i in self.results}
+        for leaf in found.values():  # of a value from outside, too: else it counts as outside
+            leaf.meta[CALLS] = around
+        return found
 
     def _check_plain(self, given: Any) -> None:
         """Raise SubmoduleError for an argument that a graph's node cannot hold, such as a cache."""

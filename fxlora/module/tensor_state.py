@@ -63,10 +63,36 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-Gradient = tuple[bool, bool, bool]
+@dataclass(frozen=True)
+class Gradient:
+    """What autograd knows of a tensor.
 
+    Attributes:
+        requires_grad: whether it requires a gradient.
+        is_leaf: whether it is a leaf.
+        is_inference: whether it is of inference mode.
+        computed: whether a graph computes it, so that it has no gradient where these are disabled.
+    """
 
-def gradient_of(tensor: torch.Tensor) -> Gradient:
-    """Return whether a tensor requires a gradient, is a leaf, and is of inference mode."""
-    compiling = torch.compiler.is_compiling()  # which cannot ask this
-    return tensor.requires_grad, tensor.is_leaf, not compiling and tensor.is_inference()
+    requires_grad: bool
+    is_leaf: bool
+    is_inference: bool
+    computed: bool = False
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Gradient:
+        compiling = torch.compiler.is_compiling()  # which cannot ask this
+        return cls(tensor.requires_grad, tensor.is_leaf, not compiling and tensor.is_inference())
+
+    def difference(self, tensor: torch.Tensor) -> str:
+        """Describe how a tensor differs from this one, or return ""."""
+        found = Gradient.of(tensor)
+        if self.computed and not (found.requires_grad or torch.is_grad_enabled()):
+            return ""
+        if self.requires_grad is not found.requires_grad:
+            return f"requires_grad {self.requires_grad}, called with {found.requires_grad}"
+        if self.is_leaf is not found.is_leaf:
+            return f"is_leaf {self.is_leaf}, called with {found.is_leaf}"
+        if self.is_inference is not found.is_inference:
+            return f"is_inference() {self.is_inference}, called with {found.is_inference}"
+        return ""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from ...module.contract import by_position
 from ...module.outlining import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
+from ...module.tensor_state import Gradient
+from .tensor_state import StateReads
 
 
 def _nothing(*given: Any) -> None:
@@ -34,12 +37,33 @@ _MARK = torch.ops.fxlora.boundary.default
 has_side_effect(_MARK)
 
 
-class Calls:
-    """The calls of submodules during one export."""
+@dataclass(frozen=True)
+class _Begun:
+    """What is known of a call at its beginning.
 
-    def __init__(self) -> None:
+    Attributes:
+        recorded: the fields of `ModuleCall` from its names to its inputs.
+        gradients: the gradient state of each leaf of its arguments; None where that is no tensor.
+        reads: what the forward had read before.
+    """
+
+    recorded: tuple[tuple[str, ...], int, int, tuple[Any, ...], Leaves]
+    gradients: tuple[Gradient | None, ...]
+    reads: StateReads
+
+
+class Calls:
+    """The calls of submodules during one export.
+
+    Attributes:
+        calls: the calls that ended.
+        reads: what the forward has read of the state of tensors.
+    """
+
+    def __init__(self, reads: StateReads) -> None:
         self.calls: dict[CallKey, ModuleCall] = {}
-        self._begun: dict[CallKey, tuple[tuple[str, ...], int, int, tuple[Any, ...], Leaves]] = {}
+        self.reads = reads
+        self._begun: dict[CallKey, _Begun] = {}
         self._open: list[CallKey] = []
         self._counts: Counter[str] = Counter()
 
@@ -47,18 +71,25 @@ class Calls:
         key = (path, self._counts[path])
         self._counts[path] += 1
         self._open.append(key)
+        kwargs = _as_declared(module, kwargs)
         names = _names(module, len(args), kwargs)
         values = [*args, *kwargs.values()]
         structures = tuple(pytree.tree_structure(value) for value in values)
         positional = len(args), by_position(module, names, len(args))
-        self._begun[key] = names, *positional, structures, _marked(values, key, end=False)
+        inputs = _marked(values, key, end=False)
+        recorded = names, *positional, structures, inputs
+        self._begun[key] = _Begun(recorded, _gradients(values), replace(self.reads))
 
     def end(self, path: str, output: Any) -> None:
         key = self._open.pop()
         assert key[0] == path
         leaves = _marked(output, key, end=True)
-        names, positional, by_place, structures, inputs = self._begun[key]
-        self.calls[key] = ModuleCall(key, names, positional, by_place, structures, inputs, leaves)
+        begun = self._begun[key]
+        reads = self.reads.gradient > begun.reads.gradient
+        asks = reads or self.reads.mode > begun.reads.mode
+        self.calls[key] = ModuleCall(
+            key, *begun.recorded, leaves, asks, begun.gradients if reads else ()
+        )
 
     def taken(self, graph: fx.Graph) -> tuple[ModuleCall, ...]:
         """Take the marks out of a graph; return the calls that are in it, not in a nested graph."""
@@ -96,9 +127,17 @@ def _in_order(leaves: Leaves, tensors: Any, sizes: Any) -> list[Any]:
 
 
 @contextmanager
-def recorded_calls_of(model: nn.Module, paths: Collection[str]) -> Generator[Calls]:
-    """Mark the calls of these submodules while a model is exported in a `with` block."""
-    calls = Calls()
+def recorded_calls_of(
+    model: nn.Module, paths: Collection[str], reads: StateReads
+) -> Generator[Calls]:
+    """Mark the calls of these submodules while a model is exported in a `with` block.
+
+    Args:
+        model: the model.
+        paths: the submodules.
+        reads: where the export notes what the forward reads of the state of tensors.
+    """
+    calls = Calls(reads)
     with ExitStack() as stack:
         for path in paths:
             module = model.get_submodule(path)
@@ -128,6 +167,22 @@ def _marked(values: Any, key: CallKey, end: bool) -> Leaves:
         tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)),
         frozenset(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)),
     )
+
+
+def _gradients(values: Any) -> tuple[Gradient | None, ...]:
+    """Return the gradient state of each tensor in `values`; to ask for it is no read."""
+    with torch._C.DisableTorchFunction():
+        leaves = pytree.tree_leaves(values)
+        return tuple(Gradient.of(v) if isinstance(v, torch.Tensor) else None for v in leaves)
+
+
+def _as_declared(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments in the order in which the forward declares them.
+
+    So calls that give the same arguments in another order are the same call.
+    """
+    declared = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in dict.fromkeys([*declared, *kwargs])}
 
 
 def _names(module: nn.Module, positional: int, kwargs: Collection[str]) -> tuple[str, ...]:

@@ -61,27 +61,27 @@ class StateReads:
     Attributes:
         strides: how they lie in memory.
         offset: where they begin in their storage.
-        gradient: whether they have a gradient.
-        mode: whether gradients are enabled.
+        gradient: how often it reads whether they have a gradient.
+        mode: how often it reads whether gradients are enabled.
     """
 
     strides: bool = False
     offset: bool = False
-    gradient: bool = False
-    mode: bool = False
+    gradient: int = 0
+    mode: int = 0
 
 
 @contextmanager
-def kept_state(model: nn.Module) -> Generator[StateReads]:
+def kept_state(model: nn.Module, reads: StateReads) -> Generator[None]:
     """Within the context, export a model, and note what its forward reads of tensors' state."""
-    noting = _Noting()
+    noting = _Noting(reads)
     handles = (
         model.register_forward_pre_hook(noting.begin, prepend=True),
         model.register_forward_hook(noting.end, always_call=True),
     )
     try:
-        with noting, _noted_modes(model, noting.found):
-            yield noting.found
+        with noting, _noted_modes(model, reads):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -94,7 +94,7 @@ def _noted_modes(model: nn.Module, found: StateReads) -> Generator[None]:
     def noting(original: Callable[[], bool]) -> Callable[[], bool]:
         def ask() -> bool:
             asker = sys._getframe(2)  # 1 is the patch
-            found.mode |= not _is_torchs(asker.f_globals.get("__name__", ""))
+            found.mode += not _is_torchs(asker.f_globals.get("__name__", ""))
             return original()
 
         return ask
@@ -136,9 +136,9 @@ def _is_torchs(module: str) -> bool:
 
 
 class _Noting(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, found: StateReads) -> None:
         super().__init__()
-        self.found = StateReads()
+        self.found = found
         self._depth = 0
 
     def begin(self, *_: Any) -> None:
@@ -162,7 +162,7 @@ class _Noting(TorchFunctionMode):
         if not inlined and _is_torchs(_asker(sys._getframe(1))):
             return result
         if func in _GRADIENT:
-            self.found.gradient = True
+            self.found.gradient += 1
         elif func not in _INDEPENDENT and _is_plain(result) and _has_tensor(args, kwargs):
             self.found.strides = True
             self.found.offset |= func not in (_TENSOR.stride, _TENSOR.is_contiguous)
