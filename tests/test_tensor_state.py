@@ -107,24 +107,47 @@ def test_right_or_refused_for_every_order_in_memory(how: str) -> None:
 class CopiesInOrder(nn.Module):
     """Writes to a contiguous copy, which is the tensor itself if that is contiguous."""
 
-    def __init__(self) -> None:
+    def __init__(self, contiguous: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.fc = nn.Linear(24, 5)
+        self.fc, self.contiguous = nn.Linear(24, 5), contiguous
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = x.sin()
-        y = z.contiguous()
+        y = self.contiguous(z)
         y.mul_(2)
         return self.fc(y) + self.fc(z)
 
 
-def test_what_is_written_to_a_contiguous_tensor_is_written_to_it() -> None:
+@pytest.mark.parametrize(
+    "contiguous",
+    [torch.Tensor.contiguous, torch.ops.aten.contiguous, torch.ops.aten.contiguous.default],
+)
+def test_what_is_written_to_a_contiguous_tensor_is_written_to_it(contiguous: Any) -> None:
     torch.manual_seed(0)
-    model = CopiesInOrder().double()
+    model = CopiesInOrder(contiguous).double()
     for example in (X, OTHERS["transposed"]):
         gm = fxlora.capture(model, example)
         for x in (X, OTHERS["transposed"]):
             assert_same([gm(x)], [model(x)])
+
+
+class DoublesOneInPlace(nn.Linear):
+    """For a batch of 1, writes by an op that returns nothing."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = super().forward(input)
+        if len(input) == 1:
+            torch._foreach_mul_([y], 2.0)
+        return y
+
+
+def test_a_write_by_an_op_without_results_is_no_size() -> None:
+    model = DoublesOneInPlace(24, 5).double()
+    gm = fxlora.capture(model, X)
+    assert_same([gm(X)], [model(X)])
+    with pytest.raises(fxlora.InputError, match="called with 1"):
+        gm(X[:1])
+    assert_same([fxlora.capture(model, X[:1])(X[:1])], [model(X[:1])])
 
 
 def test_a_block_whose_input_is_read_besides() -> None:

@@ -23,6 +23,7 @@ from .patches import patched
 
 _TENSOR = torch.Tensor
 _CONTIGUOUS = torch.ops.aten.contiguous.default
+_AS_CONTIGUOUS = (_TENSOR.contiguous, torch.ops.aten.contiguous, _CONTIGUOUS)
 
 # What a tensor is asked whose answer, though no tensor, does not depend on its state.
 # Whatever is not among these is taken for a read of strides.
@@ -153,7 +154,7 @@ class _Noting(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._depth or (args and isinstance(args[0], nn.Parameter)):
             return func(*args, **kwargs)  # a parameter lies as it did
-        if func is _TENSOR.contiguous:
+        if func in _AS_CONTIGUOUS:
             # Of a contiguous tensor, the op returns the same one, whose earlier node would be lost.
             alias = torch.ops.aten.alias.default(args[0])
             return _CONTIGUOUS(alias, *args[1:], **kwargs)
