@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import is_grad_enabled, nn
+from torch import _prims_common, is_grad_enabled, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import fxlora
@@ -37,6 +37,12 @@ class Frames(nn.Module):
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         return x.unfold(1, 8, 4) * (1 if x.is_contiguous() else 2)
+
+    def branch_by_a_helper_of_torch(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unfold(1, 8, 4) * (1 if _prims_common.is_contiguous(x) else 2)
+
+    def strides_by_an_op(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unfold(1, 8, 4) * torch.ops.aten.sym_stride.int(x, 1)
 
     def order(self, x: torch.Tensor) -> torch.Tensor:
         return x.unfold(1, 8, 4) * (1 if x.dim_order() == (0, 1) else 2)
@@ -80,6 +86,8 @@ DEPENDENT = [
     "strided",
     "strides_of_an_inner_tensor",
     "branch",
+    "branch_by_a_helper_of_torch",
+    "strides_by_an_op",
     "order",
     "offset",
     "memory_format",

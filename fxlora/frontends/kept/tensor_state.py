@@ -7,9 +7,10 @@ is noted, so that the contract can ask for the state of the example.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,13 +132,29 @@ def _noted_modes(found: StateReads) -> Generator[None]:
         yield
 
 
-def _asker(frame: types.FrameType | None) -> str:
-    """Return the name of the module whose code called a function of a tensor."""
+# Where torch records and describes the graph of an export.
+_RECORDING = ("torch.fx.", "torch._subclasses.", "torch._dynamo.")
+
+
+def _askers(frame: types.FrameType | None) -> Iterator[str]:
+    """Yield the modules whose code called a function of a tensor, from the innermost outwards."""
     while frame is not None and frame.f_code.co_name == "__torch_function__":  # of another mode
         frame = frame.f_back
     if frame and frame.f_globals.get("__name__") == "torch.overrides":  # a method in Python
         frame = frame.f_back and frame.f_back.f_back
-    return str(frame.f_globals.get("__name__", "")) if frame else ""
+    while frame is not None:
+        yield str(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+
+
+def _is_torchs_own(func: Any, frame: types.FrameType | None) -> bool:
+    """Whether a read is torch's: what the model computes does not depend on it.
+
+    A function of torch may tell the model's code how a tensor lies, but torch's modules and ops ask
+    for gradients only to choose among equal ways.
+    """
+    own = list(itertools.takewhile(is_torchs, _askers(frame)))
+    return any(name.startswith(_RECORDING) for name in own) or bool(own and func in _GRADIENT)
 
 
 class _Noting(TorchFunctionMode):
@@ -167,9 +184,14 @@ class _Noting(TorchFunctionMode):
             alias = torch.ops.aten.alias.default(args[0])
             return _CONTIGUOUS(alias, *args[1:], **kwargs)
         result = func(*args, **kwargs)
-        inlined = torch.compiler.is_dynamo_compiling()  # a branch of a cond: dynamo sees no frames
-        if func in _INDEPENDENT or (not inlined and is_torchs(_asker(sys._getframe(1)))):
-            return result
+        is_read = _is_attribute(func) or _is_plain(result)
+        if is_read and func not in _INDEPENDENT and _has_tensor(args, kwargs):
+            inlined = torch.compiler.is_dynamo_compiling()  # a branch of a cond: it sees no frames
+            if inlined or not _is_torchs_own(func, sys._getframe(1)):
+                self._note(func, args, inlined)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], inlined: bool) -> None:
         if func in _GRADIENT:
             self.found.gradient = True
             given = not inlined and any(args[0] is leaf for leaf in self._given)
@@ -177,9 +199,8 @@ class _Noting(TorchFunctionMode):
         elif func in _ORDER:
             self.found.strides = True
             self.found.offset |= func in _OFFSET
-        elif (_is_plain(result) or _is_attribute(func)) and _has_tensor(args, kwargs):
+        else:
             self.found.unanswered = self.found.unanswered or _told(func, inlined)
-        return result
 
 
 def _told(func: Any, inlined: bool) -> str:
