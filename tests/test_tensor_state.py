@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -279,7 +281,7 @@ def test_what_changes_of_a_parameter_is_refused() -> None:
     [
         lambda x: torch.is_signed(x) and torch.is_same_size(x, x) and torch.get_device(x) < 0,
         lambda x: not x.is_distributed() and not torch.is_distributed(x),
-        lambda x: x.T.mT.real.data is not None and x is not None,
+        lambda x: x.T.mT.real.data is not None and x.__eq__(None) is NotImplemented,
         lambda x: torch.ops.aten.sym_size.int(x, 0) > 0 and torch.ops.aten.sym_size(x, 1) > 0,
     ],
 )
@@ -343,6 +345,43 @@ def test_asking_for_the_mode_alone_says_nothing_about_inputs() -> None:
     reads = Asks(lambda x, y: x.requires_grad).double()
     compiled: Any = torch.compile(fxlora.capture(reads, X), backend="eager", fullgraph=True)
     assert torch.equal(compiled(X), reads(X))
+
+
+def test_a_module_imported_by_the_forward_keeps_torchs_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "late_of_tensor_state.py").write_text("from torch import is_grad_enabled")
+
+    def asks(x: torch.Tensor, y: torch.Tensor) -> bool:
+        late: Any = importlib.import_module("late_of_tensor_state")
+        return late.is_grad_enabled()
+
+    for _ in range(2):
+        gm = fxlora.capture(Asks(asked=asks).double(), X)
+        for mode in (True, False):
+            with torch.no_grad(), pytest.raises(fxlora.InputError, match="no_grad"):
+                gm.train(mode)(X)
+    late: Any = importlib.import_module("late_of_tensor_state")
+    assert late.is_grad_enabled is torch.is_grad_enabled
+    assert HELPER.on is torch._C.is_grad_enabled is torch.is_grad_enabled
+
+
+AFTER_A_COND = """
+import torch, fxlora
+class Cond(torch.nn.Linear):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda h: h * 2, lambda h: h * 3, (super().forward(x),))
+fxlora.capture(Cond(3, 2), torch.ones(4, 3))
+double = torch.compile(lambda x: x * (2 if torch.is_grad_enabled() else 1), backend="eager",
+                       fullgraph=True)
+assert double(torch.ones(1)) == 2
+"""
+
+
+def test_torch_compile_knows_torchs_functions_after_a_capture() -> None:
+    """In a process of its own: dynamo looks for them once, here in the capture of the cond."""
+    subprocess.run([sys.executable, "-c", AFTER_A_COND], check=True)
 
 
 UNTRIED = {"enabled inference"}

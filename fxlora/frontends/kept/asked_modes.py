@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 from .patches import patched
 
@@ -35,6 +36,7 @@ def answered(answers: Mapping[str, Callable[[Ask], bool]]) -> Generator[None]:
     Args:
         answers: by name of torch's function, the answer, which gets the function.
     """
+    _let_dynamo_look_first()
     before: list[tuple[ModuleType, str]] = []
     with ExitStack() as stack:
         for module, attribute, name in list(_places()):
@@ -50,6 +52,13 @@ def answered(answers: Mapping[str, Callable[[Ask], bool]]) -> Generator[None]:
                     setattr(module, attribute, _FUNCTIONS[name])
 
 
+def _let_dynamo_look_first() -> None:
+    """Have torch.compile note torch's functions, which it does once, before they are replaced."""
+    look = getattr(TorchInGraphFunctionVariable, "_get_handlers", None)
+    if look:
+        look()
+
+
 def _places() -> Iterator[tuple[ModuleType, str, str]]:
     """Yield each module that holds one of the functions, its name there, and torch's name of it."""
     held = [
@@ -58,15 +67,22 @@ def _places() -> Iterator[tuple[ModuleType, str, str]]:
     ]
     wanted = set(map(id, held))
     for path, module in list(sys.modules.items()):
-        names: dict[str, Any] = vars(module) if isinstance(module, ModuleType) else {}
-        *form, found = _SEARCHED.get(path, (0, 0, ()))
-        if form != [id(module), len(names)]:
-            found = tuple(n for n, value in list(names.items()) if id(value) in wanted)
-            _SEARCHED[path] = id(module), len(names), found
-        for attribute in found:
-            function = inspect.unwrap(names.get(attribute, _places))
-            for name in (name for name, known in _FUNCTIONS.items() if known is function):
-                yield module, attribute, name
+        if isinstance(module, ModuleType):
+            for attribute in _found(path, module, wanted):
+                function = inspect.unwrap(vars(module).get(attribute, _places))
+                for name in (name for name, known in _FUNCTIONS.items() if known is function):
+                    yield module, attribute, name
+
+
+def _found(path: str, module: ModuleType, wanted: Collection[int]) -> tuple[str, ...]:
+    """Return the names in a module of objects at these addresses, when it had as many names."""
+    names: dict[str, Any] = vars(module)
+    known = _SEARCHED.get(path)
+    if known and known[0] == id(module) and known[1] == len(names):
+        return known[2]
+    found = tuple(name for name, value in list(names.items()) if id(value) in wanted)
+    _SEARCHED[path] = id(module), len(names), found
+    return found
 
 
 def _asking(before: Ask, answer: Callable[[Ask], bool]) -> Ask:

@@ -215,7 +215,8 @@ def _is_attribute(func: Any) -> bool:
 
 
 def _is_plain(result: Any) -> bool:
-    return any(not isinstance(leaf, _TENSOR | None) for leaf in pytree.tree_leaves(result))
+    tensors = _TENSOR | types.NotImplementedType | None  # `x == None` is not implemented
+    return any(not isinstance(leaf, tensors) for leaf in pytree.tree_leaves(result))
 
 
 def remove_aliases(module: fx.GraphModule) -> None:
