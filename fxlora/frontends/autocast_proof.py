@@ -9,17 +9,18 @@ the caller's autocast. Then the proof is tried again.
 A model on the CPU may be moved to an accelerator after the capture. So where there is one, the
 proofs are repeated with fake tensors on it.
 
-torch.export also evaluates `torch.is_grad_enabled()`. A source that asks is proved in the same way
-for calls without gradients; its graph cannot be repaired.
+torch.export also evaluates `torch.is_grad_enabled()` and `torch.is_inference_mode_enabled()`. A
+source that asks is proved in the same way for calls in the other modes of gradients; its graph
+cannot be repaired.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,12 +30,13 @@ from torch.utils import _pytree as pytree
 
 from ..fx.autocast import Context, current_autocast
 from ..fx.compare import alike
-from ..module.autocasts import Autocasts, Facts
+from ..module.autocasts import Autocasts, Facts, GradientMode
 from ..module.contract import first_difference
 from .autocast_choices import choose
 from .examples import Example
 from .fake_moves import on_device, same_versions
-from .kept.tensor_state import replaced_function
+from .kept.asked_modes import answered
+from .kept.tensor_state import StateReads
 from .kept.undisturbed import undisturbed
 from .run_values import Run, Unknown, Values
 
@@ -90,15 +92,22 @@ def under(context: Context) -> Generator[None]:
             torch.clear_autocast_cache()
 
 
-_NO_GRADIENTS: Final = "no gradients"
-_Mode = Context | Literal["no gradients"]  # of the caller
+# The modes of gradients besides that of a capture. In the last, code is told that gradients are
+# enabled, and no tensor has one: no run can be made that is like it.
+_NO_GRADIENTS = GradientMode(enabled=False, inference=False)
+_INFERENCE = GradientMode(enabled=False, inference=True)
+_UNTRIED = GradientMode(enabled=True, inference=True)
+_Mode = Context | GradientMode  # of the caller
 
 
 @contextmanager
-def _disabled_gradients(model: nn.Module) -> Generator[None]:
-    """Within the context, gradients are disabled, and code that asks is in inference mode."""
-    asked = torch.is_inference_mode_enabled
-    with torch.no_grad(), replaced_function(model, asked, lambda: True):
+def _in_gradient_mode(mode: GradientMode) -> Generator[None]:
+    """Within the context, gradients are as in a mode, and so is what code is told that asks.
+
+    Inference mode itself is not entered: it would make tensors that no other run can use.
+    """
+    told = answered({"is_inference_mode_enabled": lambda _: mode.inference})
+    with torch.set_grad_enabled(mode.enabled), told:
         yield
 
 
@@ -151,7 +160,7 @@ class Proof:
         example: the inputs that it was exported with.
         export: exports the source again, under the current autocast.
         values: shared by all proofs of a capture.
-        asks: whether the source asks if gradients are enabled.
+        reads: what the source reads of the state of tensors, and of gradients.
     """
 
     model: nn.Module
@@ -159,14 +168,14 @@ class Proof:
     example: Example
     export: Callable[[], fx.GraphModule]
     values: Values
-    asks: bool = False
+    reads: StateReads = field(default_factory=StateReads)
     _expected: dict[_Mode, Any] = field(default_factory=dict[_Mode, Any])
     _found: dict[_Mode, Any] = field(default_factory=dict[_Mode, Any])
     _target: torch.device | None = None  # where the weights are moved to
 
     def autocasts(self) -> Autocasts:
         """Return the autocasts that the graph holds for, and why it does not for others."""
-        without = self._without_gradients() if self.asks else ""
+        gradients = tuple(self._gradient_modes())
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
         held = (*self.model.parameters(), *self.model.buffers(), *given)
         types = {tensor.device.type for tensor in held if isinstance(tensor, torch.Tensor)}
@@ -178,15 +187,25 @@ class Proof:
         self._target = accelerator()
         if self._target and types == {"cpu"}:
             known.append((self._target.type, self._facts([self._target.type])))
-        return Autocasts(*here, by_device=tuple(known), needs_gradients=without)
+        return Autocasts(*here, by_device=tuple(known), gradients=gradients)
 
-    def _without_gradients(self) -> str:
-        """Return why the graph differs from its source where gradients are disabled, or ""."""
-        why = self._differs(_NO_GRADIENTS)
+    def _gradient_modes(self) -> Iterator[tuple[GradientMode, str]]:
+        """Yield the modes of gradients that the graph is not proved for, each with the reason."""
+        if self.reads.gradient or self.reads.mode:
+            yield _UNTRIED, "it asks for gradients, and capture cannot try this mode"
+            for mode in (_NO_GRADIENTS, _INFERENCE):
+                if why := self._unproved(mode):
+                    yield mode, why
+
+    def _unproved(self, mode: GradientMode) -> str:
+        """Return why the graph may differ from its source in a mode of gradients, or ""."""
+        if mode is _INFERENCE and self.reads.inference:
+            return "it asks whether a tensor that it computes is one of inference mode"
+        why = self._differs(mode)
         if not isinstance(why, str):
-            return self._told(_NO_GRADIENTS, why) if why else ""
+            return self._told(mode, why) if why else ""
         try:  # they cannot be compared by their values
-            with undisturbed(self.model), _disabled_gradients(self.model):
+            with undisturbed(self.model), _in_gradient_mode(mode):
                 return "" if alike(self.export(), self.module) else why
         except Exception:  # noqa: BLE001 - the source may raise anything
             return why
@@ -249,7 +268,9 @@ class Proof:
             return run.of(call, args, kwargs), run
 
     def _within(self, mode: _Mode) -> AbstractContextManager[None]:
-        return _disabled_gradients(self.model) if mode == _NO_GRADIENTS else under(mode)
+        if isinstance(mode, GradientMode):
+            return _in_gradient_mode(mode)
+        return under(mode)
 
     def _told(self, mode: _Mode, why: Any) -> str:
         """Describe the first op of the source that the graph does not compute, with its line."""

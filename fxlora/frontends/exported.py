@@ -51,7 +51,7 @@ from .run_values import Values
 from .sizes import refuse_fixed_sizes
 
 RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
-ASKS = "asks_gradients"  # key there: whether the forward asks if gradients are enabled
+_READS = "state_reads"  # key there: what the forward reads of the state of tensors
 
 
 @dataclass(eq=False)
@@ -159,13 +159,14 @@ def _proved(
     def export() -> fx.GraphModule:
         return _exported(model, example, StateReads())[1]
 
-    asks = module.meta.pop(ASKS, False)
-    found = Proof(model, module, example, export, values, asks).autocasts()
+    reads = module.meta.pop(_READS)
+    found = Proof(model, module, example, export, values, reads).autocasts()
     context = wanted()
     if not context or context in found.proved:
         return module, found
     with inside_autocast(model, context):
         module, _ = again()
+    module.meta.pop(_READS)
     warn(
         f"{type(model).__name__}: its graph does not follow the caller's autocast "
         f"({dict(found.differs).get(context, found.otherwise)}). It was captured with "
@@ -233,7 +234,7 @@ def _attempt(
     if example.reordered and reads.strides:
         raise CaptureError(f"{type(model).__name__} reads how its tensors lie in memory.")
     module.meta[RECORDED] = calls.taken(module.graph)
-    module.meta[ASKS] = bool(reads.gradient or reads.mode)
+    module.meta[_READS] = reads
     _refuse_unknown_squeezes(model, module.graph)
     _refuse_strides(model, module, example)
     spec = with_state(contract_of(program, module, model, example), module, reads, example, model)
@@ -254,6 +255,7 @@ def _exported(
         stack.enter_context(refuse_constant_draws(type(model).__name__))
         assigned = stack.enter_context(refuse_state(model))
         program = run_export(model, example)
+    _refuse_unanswered(model, reads)
     # Before `_as_module`, which generates code from these names.
     refuse_unwritable_names(spec.target for spec in program.graph_signature.input_specs)
     module = _as_module(program)
@@ -263,6 +265,16 @@ def _exported(
     functions.restore(module)
     remove_metadata_assertions(module)
     return program, module
+
+
+def _refuse_unanswered(model: nn.Module, reads: StateReads) -> None:
+    """Raise CaptureError if the forward reads of a tensor what no call is asked for."""
+    if reads.unanswered:
+        raise CaptureError(
+            f"{type(model).__name__} reads {reads.unanswered}: a graph has the answer of the "
+            "example only, and calls cannot be told by it. Take it out of the forward, or pass "
+            "what follows from it as an argument."
+        )
 
 
 def _as_module(program: ExportedProgram) -> fx.GraphModule:

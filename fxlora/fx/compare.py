@@ -110,12 +110,20 @@ def same_graph_except_sizes(
 
 def _is_size(node: fx.Node) -> bool:
     """Whether a call returns no tensor: it computes a size, or asserts something about one."""
-    if node.op != "call_function":
+    if node.op != "call_function" or _may_write(node.target):
         return False
     if "val" not in node.meta:  # inserted by a pass
         declared: Any = getattr(node.target, "_schema", None)
         return declared is not None and not any("Tensor" in str(r.type) for r in declared.returns)
     return not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
+
+
+def _may_write(target: Any) -> bool:
+    """Whether an op may change its arguments: by its schema, or if it has none, as nested ones."""
+    declared: Any = getattr(target, "_schema", None)
+    if declared is None:
+        return isinstance(target, torch._ops.OperatorBase)
+    return declared.is_mutable
 
 
 def _whole(node: fx.Node, symbols: Mapping[str, Any]) -> fx.Node:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,26 @@ from ..errors import InputError
 from ..fx.autocast import Context, current_autocast, described
 
 Facts = tuple[tuple[Context, ...], tuple[tuple[Context, str], ...]]  # proved; why not others
+
+
+class GradientMode(NamedTuple):
+    """A mode of autograd: whether gradients are enabled, and whether it is of inference."""
+
+    enabled: bool
+    inference: bool
+
+    def may_be_here(self) -> bool:
+        """Whether this is the caller's mode; torch.compile cannot ask for that of inference."""
+        if self.enabled is not torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():
+            return not self.enabled
+        return self.inference is torch.is_inference_mode_enabled()
+
+    def described(self) -> str:
+        if self.inference:
+            return "torch.inference_mode" + (" and torch.enable_grad" if self.enabled else "")
+        return "torch.enable_grad" if self.enabled else "torch.no_grad"
 
 
 class OtherModeError(InputError):
@@ -35,7 +55,8 @@ class Autocasts:
         every: whether the graph holds for all, because it only calls the source's Python code.
         by_device: `proved` and `differs` as they are when all weights are on one type of device,
             by that type.
-        needs_gradients: why the graph does not hold where gradients are disabled, or "".
+        gradients: the callers' modes of gradients that the graph does not hold for, each with the
+            reason.
     """
 
     proved: tuple[Context, ...] = ()
@@ -43,17 +64,18 @@ class Autocasts:
     otherwise: str = "capture did not try this autocast"
     every: bool = False
     by_device: tuple[tuple[str, Facts], ...] = ()
-    needs_gradients: str = ""
+    gradients: tuple[tuple[GradientMode, str], ...] = ()
 
     def check(self) -> None:
         """Raise OtherModeError where the caller's mode is one that the graph does not hold for."""
-        if self.needs_gradients and not (torch.is_grad_enabled() or _assumed.get()):
-            raise OtherModeError(
-                "called under torch.no_grad or inference_mode, where the source does something "
-                f"else than in the capture: {self.needs_gradients}. Call it under "
-                "torch.enable_grad(), or change the source: a graph cannot ask "
-                "torch.is_grad_enabled()."
-            )
+        for mode, why in self.gradients:
+            if mode.may_be_here() and not _assumed.get():
+                raise OtherModeError(
+                    f"called under {mode.described()}, where the source is not known to do what "
+                    f"it does in the capture: {why}. Call it with gradients enabled and outside of "
+                    "torch.inference_mode, or change the source: a graph cannot ask "
+                    "torch.is_grad_enabled()."
+                )
         context = current_autocast()
         if context and not self.every and context not in self.proved:
             raise OtherModeError(self._refusal(context))

@@ -56,7 +56,7 @@ class BlockCall:
         inputs = within(outlined.inputs, outlined.graph, contract, call.path)
         autocasts = whole.autocasts.get(mode, UNKNOWN)
         if not call.asks:  # code around the block may ask, and is checked by the whole model
-            autocasts = replace(autocasts, needs_gradients="")
+            autocasts = replace(autocasts, gradients=())
         return cls(outlined, inputs, under_autocast(inputs), autocasts)
 
 

@@ -7,10 +7,11 @@ is noted, so that the contract can ask for the state of the example.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,39 +20,67 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .patches import patched
+from ..places import called_at
+from .asked_modes import Ask, answered, is_torchs
 
 _TENSOR = torch.Tensor
 _CONTIGUOUS = torch.ops.aten.contiguous.default
+_AS_CONTIGUOUS = (_TENSOR.contiguous, torch.ops.aten.contiguous, _CONTIGUOUS)
 
 # What a tensor is asked whose answer, though no tensor, does not depend on its state.
-# Whatever is not among these is taken for a read of strides.
 _METHODS = """
     size dim ndimension numel nelement element_size get_device type is_floating_point is_complex
-    is_signed is_nonzero is_same_size item tolist equal allclose register_hook
+    is_signed is_nonzero is_same_size is_distributed item tolist equal allclose register_hook
     __len__ __iter__ __hash__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__
 """
 _FUNCTIONS = """
-    numel is_floating_point is_complex is_nonzero is_tensor result_type equal allclose
+    numel get_device is_floating_point is_complex is_signed is_nonzero is_same_size is_distributed
+    is_tensor result_type equal allclose
 """
+_OPS = "sym_size sym_numel"
 _ATTRIBUTES = """
     shape ndim dtype device layout itemsize nbytes names name is_cpu is_cuda is_hpu is_ipu is_maia
     is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla
     is_xpu
 """
+_TENSORS = "T mT H mH real imag data"  # attributes that are tensors, which ops make
+
+
+def _functions(scope: Any, names: str) -> set[Any]:
+    return {getattr(scope, name, None) for name in names.split()} - {None}
+
+
+def _attributes(names: str) -> set[Any]:
+    """Return what a mode is told when these attributes of a tensor are read."""
+    return {attribute.__get__ for attribute in _functions(_TENSOR, names)}
+
+
+def _ops(names: str) -> set[Any]:
+    """Return torch's ops of these names, each with its overloads."""
+    packets = _functions(torch.ops.aten, names)
+    return packets | {getattr(op, overload) for op in packets for overload in op.overloads()}
+
+
 _INDEPENDENT = {
-    *(getattr(_TENSOR, name, None) for name in _METHODS.split()),
-    *(getattr(torch, name, None) for name in _FUNCTIONS.split()),
-    *(getattr(getattr(_TENSOR, name, None), "__get__", None) for name in _ATTRIBUTES.split()),
+    *_functions(_TENSOR, _METHODS),
+    *_functions(torch, _FUNCTIONS),
+    *_attributes(f"{_ATTRIBUTES} {_TENSORS}"),
+    *_ops(_OPS),
 }
-
-
-# What autograd knows of a tensor.
-_GRADIENT = {
-    *(getattr(_TENSOR, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn", "grad")),
-    *(getattr(_TENSOR, name).__get__ for name in ("output_nr", "_version", "retains_grad")),
-    *(_TENSOR.is_inference, torch.is_inference),
+# What the contract on the order of tensors in memory answers, and what its offset does.
+_OFFSET = _functions(_TENSOR, "storage_offset") | _ops("sym_storage_offset")
+_ORDER = {
+    *_functions(_TENSOR, "stride is_contiguous is_conj is_neg dim_order"),
+    *_functions(torch, "is_conj is_neg"),
+    *_ops("sym_stride sym_is_contiguous"),
+    *_OFFSET,
 }
+# What the contract on gradients answers, with the proof in each mode of autograd.
+_INFERENCE = {_TENSOR.is_inference, torch.is_inference}
+_GRADIENT = _attributes("requires_grad is_leaf grad_fn") | _INFERENCE
+# Whatever is in none of these sets is not known to be answered. Of a parameter, only what changes
+# from one call to another is not: it lies in memory as it did.
+_CHANGING = _attributes("grad _version")
 
 
 @dataclass
@@ -62,13 +91,17 @@ class StateReads:
         strides: how they lie in memory.
         offset: where they begin in their storage.
         gradient: how often it reads whether they have a gradient.
+        inference: whether it reads if one that it computes is of inference mode.
         mode: how often it reads whether gradients are enabled.
+        unanswered: the first read that no contract asks of a call, with its place, or "".
     """
 
     strides: bool = False
     offset: bool = False
     gradient: int = 0
+    inference: bool = False
     mode: int = 0
+    unanswered: str = ""
 
 
 @contextmanager
@@ -76,11 +109,11 @@ def kept_state(model: nn.Module, reads: StateReads) -> Generator[None]:
     """Within the context, export a model, and note what its forward reads of tensors' state."""
     noting = _Noting(reads)
     handles = (
-        model.register_forward_pre_hook(noting.begin, prepend=True),
+        model.register_forward_pre_hook(noting.begin, prepend=True, with_kwargs=True),
         model.register_forward_hook(noting.end, always_call=True),
     )
     try:
-        with noting, _noted_modes(model, reads):
+        with noting, _noted_modes(reads):
             yield
     finally:
         for handle in handles:
@@ -88,51 +121,40 @@ def kept_state(model: nn.Module, reads: StateReads) -> Generator[None]:
 
 
 @contextmanager
-def _noted_modes(model: nn.Module, found: StateReads) -> Generator[None]:
+def _noted_modes(found: StateReads) -> Generator[None]:
     """Within the context, note whether code other than torch's asks for autograd's mode."""
 
-    def noting(original: Callable[[], bool]) -> Callable[[], bool]:
-        def ask() -> bool:
-            asker = sys._getframe(2)  # 1 is the patch
-            found.mode += not _is_torchs(asker.f_globals.get("__name__", ""))
-            return original()
+    def note(ask: Ask) -> bool:
+        found.mode += 1
+        return ask()
 
-        return ask
-
-    with ExitStack() as stack:
-        for original in (torch.is_grad_enabled, torch.is_inference_mode_enabled):
-            stack.enter_context(replaced_function(model, original, noting(original)))
+    with answered({"is_grad_enabled": note, "is_inference_mode_enabled": note}):
         yield
 
 
-@contextmanager
-def replaced_function(
-    model: nn.Module, original: Callable[[], bool], new: Callable[[], bool]
-) -> Generator[None]:
-    """Within the context, replace one of torch's functions for this thread.
-
-    It is replaced in torch, and where a module that defines a class of the model imported it.
-    """
-    kinds = {kind for part in model.modules() for kind in type(part).__mro__}
-    names = sorted({kind.__module__ for kind in kinds if not _is_torchs(kind.__module__)})
-    with ExitStack() as stack:
-        for scope in (torch, *(sys.modules[name] for name in names if name in sys.modules)):
-            for name in [n for n, value in vars(scope).items() if value is original]:
-                stack.enter_context(patched(scope, **{name: new}))
-        yield
+# Where torch records and describes the graph of an export.
+_RECORDING = ("torch.fx.", "torch._subclasses.", "torch._dynamo.")
 
 
-def _asker(frame: types.FrameType | None) -> str:
-    """Return the name of the module whose code called a function of a tensor."""
+def _askers(frame: types.FrameType | None) -> Iterator[str]:
+    """Yield the modules whose code called a function of a tensor, from the innermost outwards."""
     while frame is not None and frame.f_code.co_name == "__torch_function__":  # of another mode
         frame = frame.f_back
     if frame and frame.f_globals.get("__name__") == "torch.overrides":  # a method in Python
         frame = frame.f_back and frame.f_back.f_back
-    return str(frame.f_globals.get("__name__", "")) if frame else ""
+    while frame is not None:
+        yield str(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
 
 
-def _is_torchs(module: str) -> bool:
-    return module.partition(".")[0] == "torch"
+def _is_torchs_own(func: Any, frame: types.FrameType | None) -> bool:
+    """Whether a read is torch's: what the model computes does not depend on it.
+
+    A function of torch may tell the model's code how a tensor lies, but torch's modules and ops ask
+    for gradients only to choose among equal ways.
+    """
+    own = list(itertools.takewhile(is_torchs, _askers(frame)))
+    return any(name.startswith(_RECORDING) for name in own) or bool(own and func in _GRADIENT)
 
 
 class _Noting(TorchFunctionMode):
@@ -140,8 +162,11 @@ class _Noting(TorchFunctionMode):
         super().__init__()
         self.found = found
         self._depth = 0
+        self._given: list[Any] = []
 
-    def begin(self, *_: Any) -> None:
+    def begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._depth:
+            self._given = pytree.tree_leaves((args, kwargs))
         self._depth += 1
 
     def end(self, *_: Any) -> None:
@@ -151,26 +176,47 @@ class _Noting(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._depth or (args and isinstance(args[0], nn.Parameter)):
-            return func(*args, **kwargs)  # a parameter lies as it did
-        if func is _TENSOR.contiguous:
+        parameter = args and isinstance(args[0], nn.Parameter)
+        if not self._depth or (parameter and func not in _CHANGING):
+            return func(*args, **kwargs)
+        if func in _AS_CONTIGUOUS:
             # Of a contiguous tensor, the op returns the same one, whose earlier node would be lost.
             alias = torch.ops.aten.alias.default(args[0])
             return _CONTIGUOUS(alias, *args[1:], **kwargs)
         result = func(*args, **kwargs)
-        inlined = torch.compiler.is_dynamo_compiling()  # a branch of a cond: dynamo sees no frames
-        if not inlined and _is_torchs(_asker(sys._getframe(1))):
-            return result
+        is_read = _is_attribute(func) or _is_plain(result)
+        if is_read and func not in _INDEPENDENT and _has_tensor(args, kwargs):
+            inlined = torch.compiler.is_dynamo_compiling()  # a branch of a cond: it sees no frames
+            if inlined or not _is_torchs_own(func, sys._getframe(1)):
+                self._note(func, args, inlined)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], inlined: bool) -> None:
         if func in _GRADIENT:
             self.found.gradient += 1
-        elif func not in _INDEPENDENT and _is_plain(result) and _has_tensor(args, kwargs):
+            given = not inlined and any(args[0] is leaf for leaf in self._given)
+            self.found.inference |= func in _INFERENCE and not given
+        elif func in _ORDER:
             self.found.strides = True
-            self.found.offset |= func not in (_TENSOR.stride, _TENSOR.is_contiguous)
-        return result
+            self.found.offset |= func in _OFFSET
+        else:
+            self.found.unanswered = self.found.unanswered or _told(func, inlined)
+
+
+def _told(func: Any, inlined: bool) -> str:
+    """Describe a read of a tensor, with the line of the model that is running."""
+    of = func.__self__ if _is_attribute(func) else func
+    place = "" if inlined else called_at()
+    return f"'{getattr(of, '__name__', of)}' of a tensor{place and f', at {place}'}"
+
+
+def _is_attribute(func: Any) -> bool:
+    return getattr(func, "__name__", "") == "__get__"
 
 
 def _is_plain(result: Any) -> bool:
-    return any(not isinstance(leaf, _TENSOR | None) for leaf in pytree.tree_leaves(result))
+    tensors = _TENSOR | types.NotImplementedType | None  # `x == None` is not implemented
+    return any(not isinstance(leaf, tensors) for leaf in pytree.tree_leaves(result))
 
 
 def remove_aliases(module: fx.GraphModule) -> None:
