@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,8 @@ def run_kind(kind: str, folder: Path) -> dict[str, Any]:
     gradient = {n: p.grad for n, p in lora.named_parameters()}
     found["verified"] = fxlora.verify(lora, ids).to_data()
     assert all(p.grad is gradient[n] for n, p in lora.named_parameters())
+    if kind != "ddp":
+        found["left"] = left_by_verify(kind, lora, ids)
     if kind == "tensor_parallel":
         found["outputs"] = [m.eval()(ids).detach() for m in (lora, fxlora.fold(lora))]
         found["base"] = fxlora.remove(lora).eval()(ids).detach()
@@ -214,6 +217,46 @@ def run_kind(kind: str, folder: Path) -> dict[str, Any]:
 
 def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def left_by_verify(kind: str, lora: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Return what `verify` leaves where it fails, and in the middle of a step."""
+    before = {n: p.detach().clone() for n, p in lora.named_parameters()}
+    found: dict[str, Any] = {}
+    given = ids.float() if dist.get_rank() else ids  # one process has another input
+    found["told"] = error_of(lambda: fxlora.verify(lora, given))
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("in a hook")
+
+    handle = lora.layers[1].register_forward_hook(fail)
+    with suppress(ArithmeticError):
+        fxlora.verify(lora, ids)
+    handle.remove()
+    lora.layers[0].eval()
+    fxlora.verify(lora, ids)
+    found["modes"] = (lora.training, lora.layers[0].training, lora.layers[1].training)
+    lora.train()
+    if kind != "tensor_parallel":
+        found["accumulated"] = [accumulated(lora, ids, verifies) for verifies in (False, True)]
+    same = [torch.equal(local(before[n]), local(p)) for n, p in lora.named_parameters()]
+    found["same"] = all(same)
+    return found
+
+
+def accumulated(lora: Any, ids: torch.Tensor, verifies: bool) -> torch.Tensor:
+    """Return a gradient of two micro-batches, with a `verify` between them or not."""
+    lora.set_requires_gradient_sync(False)
+    lora(ids).square().mean().backward()
+    if verifies:
+        fxlora.verify(lora, ids)
+    lora.set_requires_gradient_sync(True)
+    lora(ids.flip(0)).square().mean().backward()
+    parameter = lora.get_parameter("layers.0.up.lora_B.default.weight")
+    gradient = whole(parameter.grad)
+    for each in lora.parameters():
+        each.grad = None
+    return gradient
 
 
 def error_of(call: Callable[[], object]) -> str:

@@ -120,6 +120,18 @@ def test_verify_looks_at_the_shards(folder: Path, single: Any, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", SHARDED)
+def test_verify_leaves_values_gradients_and_modes(folder: Path, kind: str) -> None:
+    left = made(folder, kind)["left"]
+    assert "another process failed" in left["told"]
+    assert left["same"]
+    assert left["modes"] == (True, False, True)
+    if kind != "tensor_parallel":
+        alone, with_verify = left["accumulated"]
+        assert float(alone.abs().max()) > 1e-3
+        assert torch.equal(alone, with_verify)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
 def test_an_error_in_one_process_is_one_in_all(folder: Path, kind: str) -> None:
     told = made(folder, kind)["failed"]
     assert sum("ExportError: the module is sharded" in text for text in told) == 2

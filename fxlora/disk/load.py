@@ -13,6 +13,7 @@ from ..errors import AdapterError, ConfigError, InjectError, MisfitError, Unsupp
 from ..lora.dtypes import dtype_rule
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.sharded import whole, write
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..passes.inject import with_dtypes
 from ..plan import Plan
@@ -99,7 +100,7 @@ def load_adapter(
         raise AdapterError(f"{content.path} does not fit the module: {error}") from error
     with torch.no_grad():
         for name, value in stored.items():
-            tensor_of(result, name).copy_(value)
+            write(tensor_of(result, name), value)
     if content.header is None and (why := why_not(result, plan)):
         warn(
             f"PEFT computes another result from {content.path}: {why}. Here every read of the "
@@ -177,7 +178,7 @@ def _check_tensors(module: CapturedModule, layout: FileLayout, content: Folder) 
 def _same_there(content: Folder, key: str, parameter: torch.Tensor) -> bool:
     """Whether the file holds, under this key, the present values of a parameter."""
     found = content.tensors.get(key)
-    return found is not None and same(parameter.detach().cpu(), found.to(parameter.dtype))
+    return found is not None and same(whole(parameter.detach()).cpu(), found.to(parameter.dtype))
 
 
 def _of_other_names(plan: Plan, keys: list[str]) -> str | None:

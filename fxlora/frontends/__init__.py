@@ -30,6 +30,7 @@ from .autocast_proof import callers_autocast
 from .call_sources import Sources
 from .exported import Source
 from .failures import capture_error
+from .kept.asked_modes import forget_searches
 from .kept.checkpoints import gather_checkpoints
 from .kept.containers import count_in_containers, register_containers
 from .kept.undisturbed import plain_tensors
@@ -129,6 +130,7 @@ def _from_examples(
     """Capture a model by the user's examples: args, kwargs, calls and methods of `capture`."""
     model = uncompiled(model, CaptureError)
     check_model(model)
+    forget_searches()
     try:
         with callers_autocast():
             given = given_calls(model, *examples)

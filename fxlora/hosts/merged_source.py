@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import InjectError, warn
 from ..module.captured import CapturedModule, check_captured
 from ..module.compiled import uncompiled
+from ..module.sharded import whole
 from ..tables import some
 from .host import Host
 
@@ -74,10 +75,10 @@ def _write(model: nn.Module, held: dict[str, torch.Tensor]) -> list[str]:
     split: list[str] = []
     for name, tensor in _tensors(model).items():
         before = first.setdefault(id(tensor), name)
-        value = held[name].detach()
+        value = whole(held[name].detach())
         if before == name:
             _copied(tensor, value)
-        elif held[before] is not held[name] and not torch.equal(held[before], held[name]):
+        elif held[before] is not held[name] and not torch.equal(whole(held[before]), value):
             owner, _, attribute = name.rpartition(".")
             own = nn.Parameter(torch.empty_like(tensor), tensor.requires_grad)
             _copied(own, value)

@@ -45,9 +45,54 @@ def mesh_of(module: nn.Module) -> DeviceMesh | None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Put back the shards of parameters that FSDP2 still holds whole, and maybe rounded."""
+    """Put back the shards of parameters that FSDP2 still holds whole, and maybe rounded.
+
+    Also after a call that failed, which leaves FSDP2 in the middle of a forward; torch has no
+    public function for that.
+    """
     for part in _fsdp_units(module):
+        from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+        for held in (part._get_fsdp_state(), *_fsdp_groups(part)):
+            held._training_state = TrainingState.IDLE
         part.reshard()
+
+
+@contextmanager
+def gradients_reduced(module: nn.Module) -> Generator[None]:
+    """Within the context, FSDP2 reduces gradients at each backward, and has not kept any.
+
+    Those that it kept, of a step whose gradients are accumulated, are put back.
+    """
+    groups = [group for part in _fsdp_units(module) for group in _fsdp_groups(part)]
+    parameters = [parameter for group in groups for parameter in group.fsdp_params]
+    kept = [(p, p.unsharded_accumulated_grad) for p in parameters]
+    wholes = [p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")]
+    held = [(tensor, tensor.grad) for tensor in wholes]
+    reduced = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
+    for parameter, _ in kept:
+        parameter.unsharded_accumulated_grad = None
+    for tensor in wholes:
+        tensor.grad = None
+    for group in groups:
+        group.reduce_grads = group.all_reduce_grads = True
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.unsharded_accumulated_grad = gradient
+        for tensor, gradient in held:
+            tensor.grad = gradient
+        for group, reduces, reduces_all in reduced:
+            group.reduce_grads, group.all_reduce_grads = reduces, reduces_all
+
+
+def _fsdp_groups(unit: Any) -> list[Any]:
+    """Return the groups of parameters of a unit of FSDP2."""
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # before torch 2.12
 
 
 def refuse_copy(module: nn.Module) -> None:
@@ -173,3 +218,11 @@ def once(mesh: DeviceMesh | None, error: type[FxLoraError]) -> Generator[bool]:
     """
     with together(mesh, error):
         yield is_first(mesh)
+
+
+def mean_over(mesh: DeviceMesh, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over the processes of a mesh. Collective."""
+    total = tensor.detach().clone()
+    for dim in range(mesh.ndim):
+        distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total / mesh.size()

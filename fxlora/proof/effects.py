@@ -195,7 +195,7 @@ def _gradients(
 ) -> dict[str, Effect]:
     """Return the effects of some entries, from one forward and one backward pass."""
     outputs = [
-        out
+        whole(out)
         for call in record_calls(module, calls)
         for out in float_tensors(call.output)
         if out.requires_grad

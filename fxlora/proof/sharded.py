@@ -6,15 +6,26 @@ whole weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
-from ..module.sharded import mesh_of, reshard, together, whole
+from ..module.program import MODES
+from ..module.sharded import (
+    gradients_reduced,
+    is_sharded,
+    mean_over,
+    mesh_of,
+    reshard,
+    together,
+    whole,
+)
 from ..module.skeleton import skeleton
 from .coverage import prove_coverage
 from .effects import effects
@@ -23,11 +34,15 @@ from .result import SiteCheck, Verification, sizes_of
 from .runs import MethodCall
 from .weight_checks import check_adapters, check_base, check_finite
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 def verified_sharded(module: CapturedModule, calls: Sequence[MethodCall]) -> Verification:
     """Run every check that needs no whole copy of the module; the first that fails raises."""
     assert module.plan is not None
     mesh = mesh_of(module)
+    assert mesh is not None
     with together(mesh, VerificationError):
         check_code(module, "the adapted module")
         graphs = skeleton(module)
@@ -41,7 +56,9 @@ def verified_sharded(module: CapturedModule, calls: Sequence[MethodCall]) -> Ver
     with together(mesh, VerificationError):
         check_finite(module)
     with _kept(module) as values:
-        moved = effects(module, values, calls, _backward)
+        with together(mesh, VerificationError):
+            _check_calls(module, calls)
+        moved = effects(module, values, calls, functools.partial(_backward, mesh))
     checks = [
         SiteCheck(
             site=entry.site,
@@ -57,11 +74,12 @@ def verified_sharded(module: CapturedModule, calls: Sequence[MethodCall]) -> Ver
 
 
 class _Values:
-    """The values of a module's parameters at one time."""
+    """The values of a module's adapters at one time, by name."""
 
     def __init__(self, module: CapturedModule) -> None:
         names = module.adapter_parameters()
-        self.held = {name: module.get_parameter(name).detach().clone() for name in names}
+        self.parameters = {name: module.get_parameter(name) for name in names}
+        self.held = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def get_parameter(self, target: str) -> Tensor:
         return self.held[target]
@@ -69,36 +87,54 @@ class _Values:
 
 @contextmanager
 def _kept(module: CapturedModule) -> Generator[_Values]:
-    """Restore the adapters, all gradients and the mode after a `with` block."""
-    values, training = _Values(module), module.training
-    trains = {p: p.requires_grad for p in module.parameters()}
-    gradients = {p: p.grad for p in module.parameters()}
-    for parameter in gradients:
+    """Restore the adapters, all gradients and all modes after a `with` block, also if it fails."""
+    values = _Values(module)
+    modes = [(part, part.training) for part in module.modules()]
+    states = [(p, p.grad, p.requires_grad) for p in module.parameters()]
+    for parameter, _, _ in states:
         parameter.grad = None
     try:
-        yield values
+        with gradients_reduced(module):
+            yield values
     finally:
         reshard(module)
-        with torch.no_grad():
+        with torch.no_grad():  # into the shards, whatever the module holds
             for name, value in values.held.items():
-                module.get_parameter(name).copy_(value)
-        for parameter, gradient in gradients.items():
+                values.parameters[name].copy_(value)
+        for parameter, gradient, requires_grad in states:
             parameter.grad = gradient
-            parameter.requires_grad_(trains[parameter])
-        module.train(training)
+            parameter.requires_grad_(requires_grad)
+        for part, training in modes:
+            if part.training is not training:
+                part.training = training
+
+
+def _check_calls(module: CapturedModule, calls: Sequence[MethodCall]) -> None:
+    """Raise InputError for a call that the module would refuse, before any process waits in one."""
+    training = module.training
+    for mode in MODES:
+        module.train(mode == "train")
+        for call in calls:
+            if not module.parent_module:  # Python decides about those of regions
+                module.chosen_call(call.args, call.kwargs, call.method)
+    module.train(training)
 
 
 def _backward(
+    mesh: DeviceMesh,
     module: CapturedModule,
     names: Sequence[str],
     outputs: Sequence[Tensor],
     loads: Sequence[Tensor],
 ) -> Sequence[Tensor]:
-    """Return whole gradients, from a backward as in training: FSDP2's hooks reduce them."""
+    """Return whole gradients, the same on all processes, from a backward as in training."""
     for parameter in module.parameters():
         parameter.grad = None
     torch.autograd.backward(outputs, loads)
     reshard(module)
-    parameters = [module.get_parameter(name) for name in names]
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    return [whole(gradient.detach()) for gradient in found]
+    found: list[Tensor] = []
+    for parameter in map(module.get_parameter, names):
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        sharded = is_sharded(gradient)  # and so the same on all processes
+        found.append(whole(gradient) if sharded else mean_over(mesh, gradient))
+    return found

@@ -19,6 +19,8 @@ from .runs import equal_tensors
 
 def check_adapters(module: CapturedModule) -> None:
     """Raise unless the plan's tensors exist, can train, and leave padding rows unchanged."""
+    padded = [e for e in module.plan or () if e.padding_idx is not None and _is_whole(module, e)]
+    moved = {e.name_a for e in padded if _moves_padding(module, e, e.padding_idx or 0)}
     for entry in module.plan or ():
         for name, shape in entry.tensors.items():
             tensor = _parameter(module, name)
@@ -32,7 +34,7 @@ def check_adapters(module: CapturedModule) -> None:
         if weight is not None:
             for name in entry.tensors:
                 _check_dtype(module, name, entry.dtype_over(weight.dtype))
-        if entry.padding_idx is not None and _moves_padding(module, entry, entry.padding_idx):
+        if entry.name_a in moved:
             raise VerificationError(
                 f"adapter: '{entry.name_a}' changes row {entry.padding_idx} of '{entry.site}', its "
                 f"padding_idx, which no gradient reaches. Set column {entry.padding_idx} to zero."
@@ -68,6 +70,12 @@ def _parameter(module: CapturedModule, name: str) -> Tensor | None:
         return None
 
 
+def _is_whole(module: CapturedModule, entry: Entry) -> bool:
+    """Whether a module has all tensors of an entry, in the shapes of the plan."""
+    found = {name: _parameter(module, name) for name in entry.tensors}
+    return all(t is not None and t.shape == entry.tensors[n] for n, t in found.items())
+
+
 def _moves_padding(module: CapturedModule, entry: Entry, row: int) -> bool:
     """Whether an embedding's adapter changes a row: whether that column of A is not zero."""
     a, _ = factors(
@@ -101,11 +109,12 @@ def check_base(module: CapturedModule) -> None:
 
 def check_finite(module: CapturedModule) -> None:
     """Raise if an adapter has NaN or infinities."""
-    for tensor in sorted(module.adapter_parameters()):
-        if not bool(whole(module.get_parameter(tensor).detach()).isfinite().all()):
-            raise VerificationError(
-                f"adapter: '{tensor}' holds values that are not finite: the training diverged."
-            )
+    held = {name: module.get_parameter(name) for name in sorted(module.adapter_parameters())}
+    finite = {name: bool(whole(t.detach()).isfinite().all()) for name, t in held.items()}
+    if diverged := [name for name in finite if not finite[name]]:
+        raise VerificationError(
+            f"adapter: '{diverged[0]}' holds values that are not finite: the training diverged."
+        )
 
 
 def folded_weights(

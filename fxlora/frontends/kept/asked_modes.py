@@ -24,9 +24,15 @@ _FUNCTIONS: dict[str, Ask] = {
     "is_grad_enabled": torch.is_grad_enabled,
     "is_inference_mode_enabled": torch.is_inference_mode_enabled,
 }
-# By module: its address, how many names it has, and those of them that are functions of these. A
-# search of the thousands of modules that a program loads takes longer than some exports.
-_SEARCHED: dict[str, tuple[int, int, tuple[str, ...]]] = {}
+# During a capture, by the address of a module: how many names it has, and those of them that are
+# functions of these. A search of the thousands of modules that a program loads takes longer than
+# some of a capture's exports.
+_SEARCHED: dict[int, tuple[int, tuple[str, ...]]] = {}
+
+
+def forget_searches() -> None:
+    """Search the modules anew, as before a capture: a name in them may be another function now."""
+    _SEARCHED.clear()
 
 
 @contextmanager
@@ -66,22 +72,22 @@ def _places() -> Iterator[tuple[ModuleType, str, str]]:
         *(vars(m)[name] for m in (torch, torch._C) for name in _FUNCTIONS),
     ]
     wanted = set(map(id, held))
-    for path, module in list(sys.modules.items()):
+    for module in {id(m): m for m in list(sys.modules.values())}.values():  # some have two names
         if isinstance(module, ModuleType):
-            for attribute in _found(path, module, wanted):
+            for attribute in _found(module, wanted):
                 function = inspect.unwrap(vars(module).get(attribute, _places))
                 for name in (name for name, known in _FUNCTIONS.items() if known is function):
                     yield module, attribute, name
 
 
-def _found(path: str, module: ModuleType, wanted: Collection[int]) -> tuple[str, ...]:
+def _found(module: ModuleType, wanted: Collection[int]) -> tuple[str, ...]:
     """Return the names in a module of objects at these addresses, when it had as many names."""
     names: dict[str, Any] = vars(module)
-    known = _SEARCHED.get(path)
-    if known and known[0] == id(module) and known[1] == len(names):
-        return known[2]
+    known = _SEARCHED.get(id(module))
+    if known and known[0] == len(names):
+        return known[1]
     found = tuple(name for name, value in list(names.items()) if id(value) in wanted)
-    _SEARCHED[path] = id(module), len(names), found
+    _SEARCHED[id(module)] = len(names), found
     return found
 
 
