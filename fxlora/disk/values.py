@@ -7,6 +7,7 @@ import torch
 from ..errors import AdapterError, warn
 from ..lora.dtypes import name_of, rounds
 from ..module import CapturedModule
+from ..module.sharded import whole
 from ..plan import Plan
 from ..tables import count, some
 from .folder import Folder
@@ -57,7 +58,7 @@ def values_of(
     starts = {n: _held(content, n, t, dtypes[n], None) for n, t in decoded.items()}
     own = [name for name, _ in module.named_buffers()] + list(layout.plan.trained)
     stored = {n: content.tensors[key] for n in own if (key := layout.key(n)) in content.tensors}
-    now = {name: tensor_of(module, name) for name in stored}
+    now = {name: whole(tensor_of(module, name)) for name in stored}
     for name in stored:
         held = plan.trained_dtype(name, now[name].dtype) if name in plan.trained else None
         dtypes[name] = held or now[name].dtype
