@@ -36,6 +36,7 @@ from fxlora import LoraConfig
 from fxlora.module.sharded import is_sharded, whole, write
 
 SAMPLES, STEPS = 4, 3
+HALF = "bfloat16"  # FSDP2 per layer over a base in bfloat16, with adapters in float32
 BOTH = "both"  # FSDP2 over two groups of processes, tensor parallelism inside each
 KINDS = ("ddp", "root", "blocks", "checkpointed", "tensor_parallel")
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -104,7 +105,7 @@ def train(lora: Any, run: nn.Module, rows: slice, start: int = 0, save: Any = No
         batch = torch.randint(17, (SAMPLES, 6), generator=generator)
         if step < start:
             continue
-        loss = run(batch[rows]).square().mean()
+        loss = run(batch[rows]).double().square().mean()
         loss.backward()
         if step == 0:
             gradients = {n: whole(p.grad) for n, p in lora.named_parameters() if p.grad is not None}
@@ -166,10 +167,10 @@ def sharded(kind: str) -> tuple[Any, nn.Module]:
         for layer in (*lora.layers, lora) if kind == BOTH else ():
             fully_shard(layer, mesh=mesh["data"])
         return lora, lora
-    lora = adapted(captured())
+    lora = adapted(captured(dtype=torch.bfloat16 if kind == HALF else torch.float64))
     if kind == "ddp":
         return lora, nn.parallel.DistributedDataParallel(lora)
-    for index in range(2 if kind in ("blocks", "checkpointed") else 0):
+    for index in range(2 if kind in ("blocks", "checkpointed", HALF) else 0):
         if kind == "checkpointed":
             lora.layers[index] = checkpoint_wrapper(lora.layers[index])
         fully_shard(lora.layers[index])

@@ -47,7 +47,7 @@ def launch(processes: int, folder: Path, *kinds: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("sharded")
-    launch(2, made, *sharded.KINDS)
+    launch(2, made, *sharded.KINDS, sharded.HALF)
     return made
 
 
@@ -80,7 +80,19 @@ def test_losses_and_gradients_are_those_of_one_process(
     assert gradients.keys() >= lora.adapter_parameters()
     for name, expected in gradients.items():
         assert float(expected.abs().max()) > 1e-6
-        assert_close([theirs[name]], [expected])
+        assert_close([theirs[name]], [expected], 1e-12)
+
+
+def test_adapters_in_float32_over_a_base_in_bfloat16(folder: Path) -> None:
+    lora = sharded.adapted(sharded.captured(dtype=torch.bfloat16))
+    losses, gradients, _ = sharded.train(lora, lora, slice(None))
+    found = made(folder, sharded.HALF)
+    assert {p.dtype for p in fxlora.lora_parameters(lora)} == {torch.float32}
+    assert found["losses"][0] == pytest.approx(losses[0], rel=1e-6)  # then gradients are rounded
+    assert found["losses"] == pytest.approx(losses, rel=1e-2)
+    assert found["gradients"].keys() == gradients.keys()
+    assert all(g.dtype == torch.float32 for g in found["gradients"].values())
+    assert found["verified"]["trainable"] == sum(p.numel() for p in fxlora.lora_parameters(lora))
 
 
 @pytest.mark.parametrize("kind", SHARDED)
