@@ -21,7 +21,7 @@ import torch
 from ..fx.calls import call_site, module_classes, named_argument
 from ..module import CapturedModule
 from ..module.adapted_weight import factors
-from ..module.sharded import has_fsdp
+from ..module.fsdp import has_fsdp
 from ..module.skeleton import skeleton
 from ..passes import Remove
 from ..plan import Entry, Plan

@@ -19,8 +19,8 @@ from ..frontends.kept.containers import counts
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.contract import InputSpec, TensorInput
+from ..module.fsdp import mesh_of
 from ..module.program import ProgramModule
-from ..module.sharded import mesh_of
 from ..tables import some
 from .files import whole_file
 

@@ -22,7 +22,8 @@ from ..data import as_path
 from ..errors import AdapterError, warn
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from ..module.sharded import is_first, is_sharded, mesh_of, once, whole
+from ..module.fsdp import mesh_of
+from ..module.sharded import is_first, is_sharded, once, whole
 from ..plan import Plan
 from ..tables import some
 from .files import whole_file

@@ -11,8 +11,8 @@ from torch import fx, nn
 from ..errors import CaptureError
 from ..module import CapturedModule
 from ..module.example_calls import Call, calls_of, calls_of_methods
+from ..module.fsdp import mesh_of
 from ..module.program import MODES, Program
-from ..module.sharded import mesh_of
 from .examples import in_signature_order
 from .kept.hooks import refuse_backward_hooks
 from .methods import method_of, own_name, signature_of

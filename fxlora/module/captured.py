@@ -24,6 +24,7 @@ from .block_calls import outline
 from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
+from .fsdp import refuse_copy
 from .memory import memory_id, overlaps_of
 from .outlining import FACADE
 from .parent import ParentModule, parent_program
@@ -37,7 +38,6 @@ from .several_calls import (
     first_that_holds,
     signature_of_all,
 )
-from .sharded import refuse_copy
 from .sharing import copy_memory, copy_when_trained, is_shared
 from .state import State
 from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import InjectError
 from .captured import CapturedModule
-from .sharded import has_fsdp, without_fsdp
+from .fsdp import has_fsdp, without_fsdp
 
 
 def skeleton(module: CapturedModule) -> CapturedModule:

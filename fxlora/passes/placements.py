@@ -21,7 +21,8 @@ from torch import nn
 
 from ..errors import InjectError
 from ..module import CapturedModule, check_captured
-from ..module.sharded import distribute, from_first, is_sharded, mesh_of, placements_like
+from ..module.fsdp import mesh_of
+from ..module.sharded import distribute, from_first, is_sharded, placements_like
 from ..plan import Entry, Plan
 from ..tables import render
 

@@ -18,9 +18,9 @@ from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.autocasts import no_gradients
 from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
+from ..module.fsdp import mesh_of
 from ..module.parent import RegionCall
 from ..module.program import MODES
-from ..module.sharded import mesh_of
 from ..passes import Inject
 from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage

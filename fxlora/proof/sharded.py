@@ -16,16 +16,9 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
+from ..module.fsdp import gradients_reduced, mesh_of, reshard
 from ..module.program import MODES
-from ..module.sharded import (
-    gradients_reduced,
-    is_sharded,
-    mean_over,
-    mesh_of,
-    reshard,
-    together,
-    whole,
-)
+from ..module.sharded import is_sharded, mean_over, together, whole
 from ..module.skeleton import skeleton
 from .coverage import prove_coverage
 from .effects import effects
