@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     RowwiseParallel,
     parallelize_module,
 )
@@ -268,6 +269,27 @@ def error_of(call: Callable[[], object]) -> str:
     return "nothing raised"
 
 
+def diverged(lora: Any, ids: torch.Tensor, folder: Path) -> list[str]:
+    """Return the errors where one process of a tensor-parallel group has another copy of an A."""
+    copied = local(lora.get_parameter("layers.0.up.lora_A.default.weight")).detach()
+    before = copied.clone()
+    if dist.get_rank() == 1:
+        copied.mul_(3)
+    told = [
+        error_of(lambda: fxlora.verify(lora, ids)),
+        error_of(lambda: fxlora.save_adapter(lora, folder)),
+    ]
+    copied.copy_(before)
+    told.append(error_of(parallelize_adapted))
+    return [f"diverged: {text}" for text in told]
+
+
+def parallelize_adapted() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    styles: dict[str, ParallelStyle] = {"layers.*.up": ColwiseParallel(use_local_output=False)}
+    parallelize_module(adapted(captured("layers.*.up")), mesh, styles)
+
+
 def failures(kind: str, lora: Any, ids: torch.Tensor, folder: Path) -> list[str]:
     """Return the errors of every process where one has a bad value, or cannot write."""
     (folder / f"{kind}-file").write_text("not a folder")
@@ -278,6 +300,8 @@ def failures(kind: str, lora: Any, ids: torch.Tensor, folder: Path) -> list[str]
     told.append(error_of(lambda: fxlora.verify(lora, ids)))
     if dist.get_rank() == 1:
         weight[0, 0] -= 1
+    if kind in ("tensor_parallel", BOTH):
+        told += diverged(lora, ids, folder / f"{kind}-diverged")
     told.append(error_of(lambda: fxlora.fold(lora)))
     told.append(error_of(lambda: fxlora.export(lora, folder / "model.pt2", ids)))
     source: Any = fully_shard(Model())

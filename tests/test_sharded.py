@@ -177,6 +177,14 @@ def test_tensor_parallel_modules_are_folded_where_they_are(folder: Path, single:
     assert_close([found["base"]], [sharded.captured(modules=None).eval()(ids)])
 
 
+def test_copies_that_differ_are_told(folder: Path) -> None:
+    told = made(folder, "tensor_parallel")["failed"]
+    named = "diverged: {}: layers.0.up.lora_A.default.weight is another in each process"
+    assert sum(text.startswith(named.format("VerificationError: processes")) for text in told) == 2
+    assert sum(text.startswith(named.format("AdapterError")) for text in told) == 2
+    assert sum("parallelize_module on the captured module before inject" in t for t in told) == 2
+
+
 def test_adapters_are_sharded_as_their_weights_are(folder: Path) -> None:
     rows = made(folder, "tensor_parallel")["plan"].splitlines()[2:6]
     assert [row.split()[-2:] for row in rows] == [

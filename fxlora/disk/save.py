@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from ..data import as_path
 from ..errors import AdapterError, warn
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
+from ..module.fingerprints import differing_copies
 from ..module.fsdp import mesh_of
 from ..module.sharded import is_first, is_sharded, once, whole
 from ..plan import Plan
@@ -30,6 +31,9 @@ from .files import whole_file
 from .keys import CONFIG, OURS, VERSION, WEIGHTS, WHY, FileLayout, layout_of
 from .peft import configuration, why_not
 from .values import not_finite, same
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # ---- saving -------------------------------------------------------------------------------------
 
@@ -86,6 +90,7 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     layout = layout_of(module, module.plan, why is None)
     changed = _changed(module, layout)
     with once(mesh, AdapterError) as first:
+        _check_copies(module, mesh)
         if first:
             _check_worth_saving(module, layout, changed)
             _write(module, module.plan, folder, changed, why)
@@ -118,6 +123,18 @@ def _write(
         except SafetensorError as error:  # raised for a full disk
             raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}.") from error
         config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _check_copies(module: CapturedModule, mesh: DeviceMesh | None) -> None:
+    """Raise unless all processes have the same values of what they have copies of."""
+    names = sorted({*module.adapter_parameters(), *module.trained})
+    held = {name: module.get_parameter(name) for name in names}
+    if mesh is not None and (differing := differing_copies(mesh, held)):
+        raise AdapterError(
+            f"{some(differing)} is another in each process, which should have copies of it, as "
+            "after training on other data in each process of a tensor-parallel group. Nothing was "
+            "written."
+        )
 
 
 def _check_worth_saving(

@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .sharded import is_sharded, whole
+from .sharded import is_sharded, local, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _ROW = 8192  # 64-bit words in a row: few enough that their factors stay in the cache
 _ROWS = {"cpu": 32}  # rows hashed at a time: few enough that the temporaries stay in the cache
@@ -48,6 +52,35 @@ def fingerprint(tensor: torch.Tensor) -> int:
     while level == 0 or len(words) > 1:
         words, level = _hashed(words, level), level + 1
     return int(words.sum()) ^ _digest((tuple(tensor.shape), tensor.dtype))
+
+
+def differing_copies(mesh: DeviceMesh, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors whose copies on the processes of a mesh differ. Collective.
+
+    A plain tensor is copied to all processes, a sharded one along the dimensions of its mesh that
+    its placements say.
+    """
+    found: set[str] = set()
+    for dim in range(mesh.ndim):
+        copied = [name for name in sorted(tensors) if _is_copied(tensors[name], mesh, dim)]
+        hashes = [fingerprint(local(tensors[name].detach())) for name in copied]
+        least = torch.tensor(hashes, dtype=torch.int64, device=mesh.device_type)
+        most = least.clone()
+        distributed.all_reduce(least, distributed.ReduceOp.MIN, mesh.get_group(dim))
+        distributed.all_reduce(most, distributed.ReduceOp.MAX, mesh.get_group(dim))
+        unlike: list[bool] = (least != most).tolist()
+        found |= {name for name, differs in zip(copied, unlike, strict=True) if differs}
+    return sorted(found)
+
+
+def _is_copied(tensor: torch.Tensor, mesh: DeviceMesh, dim: int) -> bool:
+    """Whether the processes along a dimension of a mesh have copies of a tensor."""
+    if not is_sharded(tensor):
+        return True
+    if tensor.device_mesh == mesh:
+        return tensor.placements[dim].is_replicate()
+    whole_mesh = tensor.device_mesh.ndim == 1 and mesh.ndim == 1
+    return whole_mesh and tensor.placements[0].is_replicate()
 
 
 def _digest(value: object) -> int:

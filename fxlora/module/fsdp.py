@@ -85,9 +85,10 @@ def refuse_copy(module: nn.Module) -> None:
         reshard(module)
         name = next((n for n, p in module.named_parameters() if is_sharded(p)), "")
         raise InjectError(
-            f"'{name}' is sharded by fully_shard, and torch cannot copy such a module, which fold "
-            "and remove do. Load its state into a module that is made in the same way without "
-            "sharding (capture, inject): plain.load_state_dict(get_model_state_dict(sharded, "
+            f"'{name}' is sharded by fully_shard, and torch cannot copy such a module. Inject, or "
+            "load an adapter, before you shard. To fold or remove, load its state into a module "
+            "that is made in the same way without sharding: "
+            "plain.load_state_dict(get_model_state_dict(sharded, "
             "options=StateDictOptions(full_state_dict=True))), both from "
             "torch.distributed.checkpoint.state_dict."
         )

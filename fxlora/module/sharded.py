@@ -34,6 +34,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process has."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def placements_like(weight: DTensor, dim_of: Callable[[int], int | None]) -> list[Placement]:
     """Return placements for a tensor, on the mesh of a weight, by the placements of the weight.
 

@@ -137,6 +137,12 @@ class Guarded(nn.Module):
     """A submodule that refuses tensors of another kind, and never writes to the source's."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if "." in name:  # torch's parallelize_module shards all parameters inside a layer
+            raise SubmoduleError(
+                f"'{name}' is not a parameter of '{self.__dict__.get('_path', '')}' itself, but of "
+                "its adapter. Call parallelize_module on the captured module before inject, which "
+                "then shards A and B as their weight is."
+            )
         check_tensor(self, name, param)
         super().register_parameter(name, param)
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
+from ..module.fingerprints import differing_copies
 from ..module.fsdp import gradients_reduced, mesh_of, reshard
 from ..module.program import MODES
 from ..module.sharded import is_sharded, mean_over, together, whole
 from ..module.skeleton import skeleton
+from ..tables import some
 from .coverage import prove_coverage
 from .effects import effects
 from .graph_checks import check_code, check_modes, without_adapters
@@ -44,6 +46,8 @@ def verified_sharded(module: CapturedModule, calls: Sequence[MethodCall]) -> Ver
         check_modes(graphs, base)
     with together(mesh, VerificationError):
         check_adapters(module)
+    with together(mesh, VerificationError):
+        _check_copies(module, mesh)
     with together(mesh, VerificationError):
         check_base(module)
     with together(mesh, VerificationError):
@@ -100,6 +104,16 @@ def _kept(module: CapturedModule) -> Generator[_Values]:
         for part, training in modes:
             if part.training is not training:
                 part.training = training
+
+
+def _check_copies(module: CapturedModule, mesh: DeviceMesh) -> None:
+    """Raise unless all processes have the same values of what they have copies of."""
+    if differing := differing_copies(mesh, dict(module.named_parameters())):
+        raise VerificationError(
+            f"processes: {some(differing)} is another in each process, which should have copies of "
+            "it. Start from the same weights (one seed), give the processes of one "
+            "tensor-parallel group the same data, and shard all that trains with fully_shard."
+        )
 
 
 def _check_calls(module: CapturedModule, calls: Sequence[MethodCall]) -> None:
