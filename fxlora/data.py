@@ -40,12 +40,12 @@ def as_path(path: Any, error: type[FxLoraError]) -> Path:
     return Path(path)
 
 
-def parsed(text: str, what: str, error: type[FxLoraError], suffix: str = ".json") -> Any:
+def parsed(text: str, source: str, error: type[FxLoraError], suffix: str = ".json") -> Any:
     """Parse JSON or TOML.
 
     Args:
         text: the text to parse.
-        what: the source of the text, for messages.
+        source: the source of the text, for messages.
         error: the type of the error to raise.
         suffix: ".json" for JSON; any other suffix means TOML.
 
@@ -56,20 +56,20 @@ def parsed(text: str, what: str, error: type[FxLoraError], suffix: str = ".json"
     try:
         data = parse(text)
     except RecursionError as cause:
-        raise error(f"{what} is not valid: it is nested too deeply.") from cause
+        raise error(f"{source} is not valid: it is nested too deeply.") from cause
     except ValueError as cause:
-        raise error(f"{what} is not valid: {cause}.") from cause
+        raise error(f"{source} is not valid: {cause}.") from cause
     if _deeper(data, MAX_DEPTH):
-        raise error(f"{what} is not valid: it is nested more than {MAX_DEPTH} levels deep.")
+        raise error(f"{source} is not valid: it is nested more than {MAX_DEPTH} levels deep.")
     return data
 
 
-def read_text(path: Path, what: str, error: type[FxLoraError]) -> str:
+def read_text(path: Path, source: str, error: type[FxLoraError]) -> str:
     """Return the content of a UTF-8 text file.
 
     Args:
         path: the file.
-        what: the file's description, for messages.
+        source: the file's description, for messages.
         error: the type of the error to raise.
 
     Raises:
@@ -78,9 +78,9 @@ def read_text(path: Path, what: str, error: type[FxLoraError]) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as cause:
-        raise error(f"{what}: {cause.strerror or cause}.") from cause
+        raise error(f"{source}: {cause.strerror or cause}.") from cause
     except UnicodeDecodeError as cause:
-        raise error(f"{what} is not valid: it is not UTF-8 text ({cause}).") from cause
+        raise error(f"{source} is not valid: it is not UTF-8 text ({cause}).") from cause
 
 
 def _deeper(data: Any, limit: int) -> bool:

@@ -126,7 +126,7 @@ def _write(
 
 
 def _check_copies(module: CapturedModule, mesh: DeviceMesh | None) -> None:
-    """Raise unless all processes have the same values of what they have copies of."""
+    """Raise unless copied tensors have the same values on all processes."""
     names = sorted({*module.adapter_parameters(), *module.trained})
     held = {name: module.get_parameter(name) for name in names}
     if mesh is not None and (differing := differing_copies(mesh, held)):

@@ -149,7 +149,7 @@ class Sources:
         )
 
     def _does_same(self, source: Source, call: Call) -> bool:
-        """Whether graphs do what the model does in a call."""
+        """Whether graphs compute the same as the model in a call."""
         static = examples_for(*call, None)[-1]
         own = self._exported([static])
         return all(_same_graphs(source, own, mode, call) for mode in MODES)

@@ -51,7 +51,7 @@ from .run_values import Values
 from .sizes import refuse_fixed_sizes
 
 RECORDED = "module_calls"  # key in a fresh graph module's meta: the calls in its graph
-_READS = "state_reads"  # key there: what the forward reads of the state of tensors
+_READS = "state_reads"  # key there: the StateReads of the forward
 
 
 @dataclass(eq=False)
@@ -246,7 +246,7 @@ def _attempt(
 def _exported(
     model: nn.Module, example: Example, reads: StateReads
 ) -> tuple[ExportedProgram, fx.GraphModule]:
-    """Export a model, and note what its forward reads of state; return the program and a module."""
+    """Export a model, and record its forward's reads of state; return the program and a module."""
     with ExitStack() as stack:
         stack.enter_context(kept_state(model, reads))
         functions = stack.enter_context(opaque_functions())
@@ -268,7 +268,7 @@ def _exported(
 
 
 def _refuse_unanswered(model: nn.Module, reads: StateReads) -> None:
-    """Raise CaptureError if the forward reads of a tensor what no call is asked for."""
+    """Raise CaptureError if the forward reads tensor state that the contract does not check."""
     if reads.unanswered:
         raise CaptureError(
             f"{type(model).__name__} reads {reads.unanswered}: a graph has the answer of the "

@@ -100,12 +100,12 @@ def _packed(model: nn.Module) -> str:
     return ""
 
 
-def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> CaptureError:
+def unable(model: nn.Module, failure: str, error: BaseException, advice: str) -> CaptureError:
     """Return a CaptureError that names the line of the model's code where `error` was raised.
 
     Args:
         model: the source model.
-        what: the failure, as the predicate of a sentence about the model.
+        failure: the failure, as the predicate of a sentence about the model.
         error: the exception, which becomes the cause.
         advice: how to proceed, or "".
     """
@@ -115,6 +115,6 @@ def unable(model: nn.Module, what: str, error: BaseException, advice: str) -> Ca
     where = f", at {place}" if place else f", in the forward at {defined_at(model.forward)}"
     reason = reason.rstrip(".")
     message = f"{type(error).__name__}{f': {reason}' if reason else ''}. {advice}"
-    result = CaptureError(f"{type(model).__name__} {what}{where}: {message}".rstrip())
+    result = CaptureError(f"{type(model).__name__} {failure}{where}: {message}".rstrip())
     result.__cause__ = error
     return result

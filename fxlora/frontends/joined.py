@@ -103,7 +103,7 @@ def _other_buffers(module: CapturedModule, more: CapturedModule) -> list[str]:
 def _adopt_constants(
     module: CapturedModule, graph: fx.Graph, more: CapturedModule, label: str
 ) -> None:
-    """Move what a graph holds besides the model's tensors into the module, under new names."""
+    """Move a graph's constants into the module, under new names."""
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if not name.startswith(f"{CONSTANTS}."):

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what trains, for whatever resumes it by `load_state_dict`."""
+"""Training checkpoints: the parameters that train, resumed by `load_state_dict`."""
 
 from __future__ import annotations
 

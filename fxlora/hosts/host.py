@@ -196,7 +196,7 @@ class Host(nn.Module):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as the model's own method does; of a module with adapters, save those.
 
-        So a library's training loop writes and resumes checkpoints of what trains (see
+        So a library's training loop writes and resumes checkpoints of the trained part (see
         `save_checkpoint`). A plain checkpoint of all weights needs a fold:
         `hosted(model, fold(lora))`.
         """
@@ -221,7 +221,7 @@ def _save_adapted(
     safe_serialization: bool = True,
     **options: Any,
 ) -> None:
-    """Save what trains, given the arguments of transformers' `save_pretrained`."""
+    """Save the adapter, given the arguments of transformers' `save_pretrained`."""
     options["safe_serialization=False"] = not safe_serialization
     if given := [name for name, value in options.items() if value]:
         raise InjectError(
@@ -271,8 +271,8 @@ def _running(
 ) -> Callable[..., Any]:
     """Return a method that runs the captured module, with the signature of the model's own.
 
-    Libraries read there what a model takes. A graph takes no further keywords, so that `**kwargs`
-    is left out unless a captured call needs it (transformers' Trainer then counts items for it).
+    Libraries read a model's arguments from it. A graph takes no further keywords, so `**kwargs` is
+    left out unless a captured call needs it (transformers' Trainer then counts items for it).
     """
 
     @functools.wraps(original)

@@ -28,12 +28,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_rule(value: Any, what: str) -> DtypeRule:
+def dtype_rule(value: Any, argument: str) -> DtypeRule:
     """Return a rule that a user gave, with a dtype as its name.
 
     Args:
         value: True, False, a dtype or the name of one ("float32", "torch.float32").
-        what: the argument's name, for the message.
+        argument: the argument's name, for the message.
 
     Raises:
         ConfigError: it is none of these, or a dtype in which nothing can be trained.
@@ -45,7 +45,7 @@ def dtype_rule(value: Any, what: str) -> DtypeRule:
         if name in DTYPES:
             return name
     raise ConfigError(
-        f"{what} must be True, False or one of {', '.join(DTYPES)} (as a torch.dtype or a name), "
+        f"{argument} must be True, False or one of {', '.join(DTYPES)} (as a torch.dtype or a name), "
         f"not {shown(value)}."
     )
 

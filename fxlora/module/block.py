@@ -116,7 +116,7 @@ class Block(Guarded, BlockGraphs):
 
     Attributes:
         calls: the calls of it, by mode.
-        runners: what runs them, by mode, if a mode has another number of them than one.
+        runners: runners of the calls, by mode; empty if each mode has one call.
     """
 
     calls: Calls
@@ -158,7 +158,7 @@ class Block(Guarded, BlockGraphs):
             runner.look()
 
     def view(self) -> nn.Module:
-        """Return what the code of the block's graphs runs on."""
+        """Return the module that the code of the block's graphs runs on."""
         view = plain_view(self)
         view.__dict__.update({FACADE: self, OUTER: self.__dict__.get("_outer"), CHOOSER: self})
         return view

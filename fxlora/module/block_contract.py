@@ -175,7 +175,7 @@ def within(spec: InputSpec, graph: fx.Graph, whole: InputSpec | None, path: str)
 
 
 def _dimensions(spec: InputSpec) -> Iterator[tuple[int, int | None, str, Dimension]]:
-    """Yield what a `Size` is made of for each dynamic dimension."""
+    """Yield the fields of a `Size` for each dynamic dimension."""
     for number, leaf in enumerate(leaf for group in spec.leaves for leaf in group):
         if isinstance(leaf, TensorInput):
             found = enumerate(leaf.dims)

@@ -14,7 +14,7 @@ def uncompiled(model: Any, error: type[FxLoraError]) -> Any:
     """Return the model inside of `torch.compile(model)`, with a warning; any other as it is.
 
     Args:
-        model: what a user gave.
+        model: the user's argument.
         error: the error to raise if a submodule is such a wrapper.
     """
     if isinstance(model, OptimizedModule):

@@ -1,4 +1,4 @@
-"""The constants of graphs: what they hold besides the model's own tensors, and nested graphs."""
+"""The constants of graphs: values other than the model's own tensors and nested graphs."""
 
 from __future__ import annotations
 

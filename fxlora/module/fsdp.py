@@ -1,4 +1,4 @@
-"""Modules that FSDP2 shards (fully_shard): its units, and what it keeps between calls.
+"""Modules that FSDP2 shards (fully_shard): its units, and the state that it keeps between calls.
 
 torch has no public functions for some of this; the private names are those of torch 2.11 to 2.14.
 """

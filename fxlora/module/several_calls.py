@@ -1,4 +1,4 @@
-"""A module with graphs for several calls: what runs each, and the graph that chooses one."""
+"""A module with graphs for several calls: the runner of each, and the graph that chooses one."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 @contextmanager
 def together(mesh: DeviceMesh | None, error: type[FxLoraError]) -> Generator[None]:
-    """Have all processes of a mesh fail if what is in a `with` block fails in one. Collective.
+    """Have a `with` block fail on all processes of a mesh if it fails on one. Collective.
 
     Raises:
         FxLoraError: of type `error`, where only other processes failed.
@@ -107,7 +107,7 @@ def from_first(mesh: DeviceMesh, tensors: Iterable[torch.Tensor]) -> None:
 
 @contextmanager
 def once(mesh: DeviceMesh | None, error: type[FxLoraError]) -> Generator[bool]:
-    """Have the first process of a mesh do what is in a `with` block, and the others wait for it.
+    """Have the first process of a mesh run a `with` block, and the others wait for it.
 
     If it fails, the others raise `error`, instead of waiting for ever. Collective.
 

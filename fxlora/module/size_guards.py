@@ -51,7 +51,7 @@ def guard_of(condition: Any, sizes: Mapping[str, Size]) -> Guard:
 
     Args:
         condition: the condition, a sympy expression.
-        sizes: what gives each symbol's value, by its name.
+        sizes: the source of each symbol's value, by its name.
     """
     symbols = sorted(condition.free_symbols, key=str)
     return _guard(condition, tuple((symbol, sizes[str(symbol)]) for symbol in symbols))

@@ -65,7 +65,7 @@ def _expression(size: Any) -> Any:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What autograd knows of a tensor.
+    """The autograd state of a tensor.
 
     Attributes:
         requires_grad: whether it requires a gradient.

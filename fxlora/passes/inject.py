@@ -132,7 +132,7 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.parameter}' that is one tensor under these names and no others: "
             f"{some(entry.names)}."
         )
-    # W + s·BA is the same whatever the graph does with it; the plan says what BA's dimensions are.
+    # W + s·BA is the same for all uses of it; the plan gives the meaning of BA's dimensions.
     same_layout = site.layout == entry.layout or entry.form == "weight"
     if site.shape != entry.shape or not same_layout:
         raise MisfitError(

@@ -6,8 +6,8 @@ B need no communication besides that of the layer itself:
     column-wise   W (out/n, in)   A is copied, B is sharded by its outputs: so is B(A(x))
     row-wise      W (out, in/n)   A is sharded by its inputs, B is copied: s·A(x) is a partial sum
 
-What is sharded in another way (parts of a packed weight, flattened dimensions) has A and B copied:
-right, with more communication.
+Weights sharded in other ways (parts of a packed weight, flattened dimensions) have A and B copied:
+correct, with more communication.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def verify(
     Modes of the caller, such as autocast, do not affect the result.
 
     Where parameters are sharded over processes (FSDP2, tensor parallelism), every process calls
-    this, and what fails in one fails in all. The fold is not checked then, nor outputs with B = 0.
+    this, and it fails on all if on one. The fold is not checked then, nor outputs with B = 0.
 
     Args:
         module: an adapted module; it is not changed. To check an adapter on disk, load it and pass

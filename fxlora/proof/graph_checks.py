@@ -19,16 +19,16 @@ from ..tables import some
 from .runs import fixed_seed
 
 
-def check_code(module: CapturedModule, what: str) -> None:
+def check_code(module: CapturedModule, subject: str) -> None:
     """Raise unless the code that runs was generated from the graphs as they are now.
 
     Args:
         module: the module to check.
-        what: its description in the message.
+        subject: its description in the message.
     """
     if stale := module.stale_graphs():
         raise VerificationError(
-            f"code: in {what}, the graph of {some(stale)} was edited, but the code that runs is "
+            f"code: in {subject}, the graph of {some(stale)} was edited, but the code that runs is "
             "still that from before. Call refresh() on the captured module after an edit."
         )
 

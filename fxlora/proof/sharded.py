@@ -1,7 +1,7 @@
 """verify for modules whose parameters are sharded over processes: on the shards, without a copy.
 
-Every process calls it, and what fails in one fails in all. A fold is not checked: it needs the
-whole weights.
+Every process calls it, and it fails on all if on one. A fold is not checked: it needs the whole
+weights.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _kept(module: CapturedModule) -> Generator[_Values]:
 
 
 def _check_copies(module: CapturedModule, mesh: DeviceMesh) -> None:
-    """Raise unless all processes have the same values of what they have copies of."""
+    """Raise unless copied tensors have the same values on all processes."""
     if differing := differing_copies(mesh, dict(module.named_parameters())):
         raise VerificationError(
             f"processes: {some(differing)} is another in each process, which should have copies of "

@@ -307,7 +307,7 @@ class _Replay:
             names = step.run([_side(v, "names") for v in values], _wide)
             found = step.run([_side(v, "values") for v in values], _wide)
             return self._agreed(names, found, verbatim, all(s.intact for s in stands))
-        except Exception:  # noqa: BLE001 - a call raises anything for what it does not support
+        except Exception:  # noqa: BLE001 - a call raises anything for unsupported inputs
             return self._pointwise(step, given)
 
     def _agreed(self, names: Any, values: Any, verbatim: bool, intact: bool) -> Any:

@@ -108,7 +108,7 @@ class _Reach:
             (self._left if reached else self._waiting.setdefault(name, [])).append(value)
 
     def _visit(self, value: Any) -> None:
-        kind = type(value)  # what the value says of its class may be the user's code
+        kind = type(value)  # `__class__` may be a property that runs the user's code
         if issubclass(kind, functools._lru_cache_wrapper):
             self.lru_caches.append(value)
             self._left.append(value.__wrapped__)

@@ -93,7 +93,7 @@ def _with_number_leaves(context: Any, value: Any, known: Sequence[Any], leaves: 
 
     Args:
         context: the context, whose leaves are `known`.
-        value: what it describes.
+        value: the described value.
         known: the leaves of the context.
         leaves: the leaves of the result, which are added to, in the order of the context.
     """

@@ -39,12 +39,12 @@ has_side_effect(_MARK)
 
 @dataclass(frozen=True)
 class _Begun:
-    """What is known of a call at its beginning.
+    """A call that has begun.
 
     Attributes:
         recorded: the fields of `ModuleCall` from its names to its inputs.
         gradients: the gradient state of each leaf of its arguments; None where that is no tensor.
-        reads: what the forward had read before.
+        reads: the forward's reads before the call.
     """
 
     recorded: tuple[tuple[str, ...], int, int, tuple[Any, ...], Leaves]
@@ -57,7 +57,7 @@ class Calls:
 
     Attributes:
         calls: the calls that ended.
-        reads: what the forward has read of the state of tensors.
+        reads: the forward's reads of tensor state so far.
     """
 
     def __init__(self, reads: StateReads) -> None:
@@ -135,7 +135,7 @@ def recorded_calls_of(
     Args:
         model: the model.
         paths: the submodules.
-        reads: where the export notes what the forward reads of the state of tensors.
+        reads: the record of the forward's reads of tensor state, which the export fills.
     """
     calls = Calls(reads)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Find what a model's Python code keeps in attributes from one call to the next."""
+"""Find attributes that a model's Python code keeps from one call to the next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), "forward"}
 
 
 class Unknown:
-    """A value that no code can compute with or ask: it stands for what another call leaves."""
+    """A placeholder for a value that another call leaves; any use of it raises."""
 
     def _refused(self, *_: Any) -> Any:
         raise TypeError("a call reads an attribute that another call assigns")

@@ -1,8 +1,8 @@
-"""Keep what a forward does with the state of tensors: their order in memory, their gradients.
+"""Keep a forward's dependence on tensor state: memory layout (strides, offset) and requires_grad.
 
-A graph has what Python reads of it as constants, and lacks each `contiguous()` of a tensor that is
-contiguous in the example. Here such a call becomes an op of the graph; and what the forward reads
-is noted, so that the contract can ask for the state of the example.
+torch.export turns each read of this state into a constant, and drops a `contiguous()` of a tensor
+that is contiguous in the example. Here such a call becomes an op of the graph, and every read is
+recorded, so that the contract can check that a call's tensors are in the example's state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TENSOR = torch.Tensor
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 _AS_CONTIGUOUS = (_TENSOR.contiguous, torch.ops.aten.contiguous, _CONTIGUOUS)
 
-# What a tensor is asked whose answer, though no tensor, does not depend on its state.
+# Queries of a tensor whose answer, though not a tensor, does not depend on this state.
 _METHODS = """
     size dim ndimension numel nelement element_size get_device type is_floating_point is_complex
     is_signed is_nonzero is_same_size is_distributed item tolist equal allclose register_hook
@@ -51,7 +51,7 @@ def _functions(scope: Any, names: str) -> set[Any]:
 
 
 def _attributes(names: str) -> set[Any]:
-    """Return what a mode is told when these attributes of a tensor are read."""
+    """Return the functions that a TorchFunctionMode gets when these attributes are read."""
     return {attribute.__get__ for attribute in _functions(_TENSOR, names)}
 
 
@@ -67,7 +67,7 @@ _INDEPENDENT = {
     *_attributes(f"{_ATTRIBUTES} {_TENSORS}"),
     *_ops(_OPS),
 }
-# What the contract on the order of tensors in memory answers, and what its offset does.
+# Queries that the contract on memory layout answers, and those that its offset does.
 _OFFSET = _functions(_TENSOR, "storage_offset") | _ops("sym_storage_offset")
 _ORDER = {
     *_functions(_TENSOR, "stride is_contiguous is_conj is_neg dim_order"),
@@ -75,17 +75,17 @@ _ORDER = {
     *_ops("sym_stride sym_is_contiguous"),
     *_OFFSET,
 }
-# What the contract on gradients answers, with the proof in each mode of autograd.
+# Queries that the contract on gradients answers, with the proof in each mode of autograd.
 _INFERENCE = {_TENSOR.is_inference, torch.is_inference}
 _GRADIENT = _attributes("requires_grad is_leaf grad_fn") | _INFERENCE
-# Whatever is in none of these sets is not known to be answered. Of a parameter, only what changes
-# from one call to another is not: it lies in memory as it did.
+# A query in none of these sets is not known to be answered. Of a parameter, only those that change
+# from one call to another count: its memory layout stays.
 _CHANGING = _attributes("grad _version")
 
 
 @dataclass
 class StateReads:
-    """What a forward reads of the state of tensors.
+    """A forward's reads of tensor state.
 
     Attributes:
         strides: how they lie in memory.
@@ -106,7 +106,7 @@ class StateReads:
 
 @contextmanager
 def kept_state(model: nn.Module, reads: StateReads) -> Generator[None]:
-    """Within the context, export a model, and note what its forward reads of tensors' state."""
+    """Within the context, record the forward's reads of tensor state during an export."""
     noting = _Noting(reads)
     handles = (
         model.register_forward_pre_hook(noting.begin, prepend=True, with_kwargs=True),
@@ -148,7 +148,7 @@ def _askers(frame: types.FrameType | None) -> Iterator[str]:
 
 
 def _is_torchs_own(func: Any, frame: types.FrameType | None) -> bool:
-    """Whether a read is torch's: what the model computes does not depend on it.
+    """Whether a read is torch's own, so that the model's outputs do not depend on it.
 
     A function of torch may tell the model's code how a tensor lies, but torch's modules and ops ask
     for gradients only to choose among equal ways.
