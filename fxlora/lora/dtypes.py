@@ -45,8 +45,8 @@ def dtype_rule(value: Any, argument: str) -> DtypeRule:
         if name in DTYPES:
             return name
     raise ConfigError(
-        f"{argument} must be True, False or one of {', '.join(DTYPES)} (as a torch.dtype or a name), "
-        f"not {shown(value)}."
+        f"{argument} must be True, False or one of {', '.join(DTYPES)} (as a torch.dtype or a "
+        f"name), not {shown(value)}."
     )
 
 

@@ -1,4 +1,15 @@
-"""Readers: the nodes, in every graph of a captured module, that combine a weight with data."""
+"""Readers: the nodes, in every graph of a captured module, that combine a weight with data.
+
+The search starts at each node that fetches the weight. It follows the users of a value as long as
+they compute a function of weights only (a transpose, a slice, W1 * mask), into nested graphs too,
+and ends at each
+
+    product          that a branch may be added to, even with another weight: W1 @ W2
+    other call       that takes data as well, or the graph's output
+
+Calls that read only the shape or dtype of a value are skipped, and so are calls that neither an
+output nor a side effect depends on. Each call that writes to a weight is its writer.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +23,7 @@ from torch import fx, nn
 
 from ..fx.calls import call_site, flat_inputs, kind_of, source_line
 from ..fx.effects import written_attributes
-from ..fx.nested import Call, Path, call_of, every_call, operand_of, shared
+from ..fx.nested import Call, Path, call_of, every_call, shared
 from ..lora.layout import Layout
 from ..lora.ops import is_product, layout_given, row_of
 from ..lora.row import Op
@@ -22,6 +33,7 @@ from .facts import reads_no_values
 from .gradient_flow import Flow
 from .gradient_trials import passes_gradient
 from .moves import Moved, moved
+from .weights_only import WeightsOnly
 
 
 @dataclass(frozen=True)
@@ -100,50 +112,27 @@ def readers_and_writers(
     writers: dict[str, Reader] = {}
     graphs = module.distinct_graphs()
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    seen = _Seen(module, frozenset(parameters), Flow.of(graphs, module))
+    weights = WeightsOnly(parameters.keys())
+    flow = Flow.of(graphs, module)
     for node in itertools.chain(*(graph.nodes for graph in graphs)):
         if node.op == "get_attr":
             name = str(node.target)
-            walk = _Walk(seen, name, parameters.get(name, torch.empty(())))
-            readers.setdefault(name, []).extend(_once(walk.follow(node, module)))
+            weight = parameters.get(name, torch.empty(()))
+            search = _Search(module, weights, flow, name, weight)
+            readers.setdefault(name, []).extend(_unique(search.follow(node, module)))
         if node.op == "call_module":
-            for name in _inside(module, str(node.target)):
+            for name in _parameters_in(module, str(node.target)):
                 readers.setdefault(name, []).append(_reader(node, node, None))
         for name in written_attributes(node, module):
             writers.setdefault(name, _reader(node, node, None))
-    together = shared(call for graph in graphs for call in every_call(graph, module))
-    return {name: [_marked(r, together) for r in found] for name, found in readers.items()}, writers
+    several = shared(call for graph in graphs for call in every_call(graph, module))
+    marked = {name: [_mark_shared(r, several) for r in found] for name, found in readers.items()}
+    return marked, writers
 
 
-def _inside(module: CapturedModule, path: str) -> list[str]:
+def _parameters_in(module: CapturedModule, path: str) -> list[str]:
     """Return the names of the parameters of a module that the tracer did not enter."""
     return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters()]
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The facts about a module's graphs that all walks share.
-
-    Attributes:
-        parameters: names of all parameters.
-        flow: the nodes that are live, and those that a gradient reaches.
-    """
-
-    module: CapturedModule
-    parameters: frozenset[str]
-    flow: Flow
-    _constants: dict[fx.Graph, set[fx.Node]] = field(default_factory=dict[fx.Graph, set[fx.Node]])
-
-    def constants(self, graph: fx.Graph) -> set[fx.Node]:
-        """Return the nodes of a graph that depend on parameters and buffers only."""
-        if graph not in self._constants:
-            found = self._constants[graph] = set[fx.Node]()
-            for node in graph.nodes:
-                called = node.op in ("call_function", "call_method")
-                computed = called and found.issuperset(node.all_input_nodes)
-                if computed or node.op == "get_attr":
-                    found.add(node)
-        return self._constants[graph]
 
 
 @dataclass(frozen=True)
@@ -171,140 +160,115 @@ class _OpChain:
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """Finds the nodes that use a weight, or a function of weights only, in a product or with data.
+class _Search:
+    """The search for the readers of one weight, from one node that fetches it.
 
-    The search also covers the nested graphs that the weight is passed to. It follows the graph
-    order, because a copy of a graph does not keep the order of `users`.
+    It follows the graph order, because a copy of a graph does not keep the order of `users`.
+
+    Attributes:
+        module: the captured module.
+        weights: the nodes that are computed from weights only.
+        flow: the nodes that are live, and those that a gradient reaches.
+        name: the weight's name in the graphs.
+        weight: the weight; without entries if the name is not a parameter's.
+        visited: the calls that were followed, each with the op that cut off the gradient before.
     """
 
-    seen: _Seen
+    module: CapturedModule
+    weights: WeightsOnly
+    flow: Flow
     name: str
     weight: torch.Tensor
-    done: set[tuple[fx.Node, str]] = field(default_factory=set[tuple[fx.Node, str]])
+    visited: set[tuple[fx.Node, str]] = field(default_factory=set[tuple[fx.Node, str]])
 
     def follow(
-        self, value: fx.Node, owner: nn.Module, way: _OpChain = _OpChain()
+        self, value: fx.Node, owner: nn.Module, chain: _OpChain = _OpChain()
     ) -> Iterator[Reader]:
+        """Yield the readers of a value, in a graph of the module `owner`."""
         for user in sorted(value.users):
-            if reads_no_values(user, value) or user not in self.seen.flow.live:
+            if reads_no_values(user, value) or user not in self.flow.live:
                 continue
-            if (user, way.cut) in self.done:
+            if (user, chain.cut) in self.visited:
                 continue
             inputs = _nested_inputs(user, value, owner)
             for call, given, graph in inputs:
-                yield from self.follow(given, graph, way.into(call))
+                yield from self.follow(given, graph, chain.into(call))
             if inputs:
                 continue
-            if self._goes_on(user, value, way):
-                self.done.add((user, way.cut))
-                yield from self.follow(user, owner, way.over(user, value))
+            if self._continues(user, value, chain):
+                self.visited.add((user, chain.cut))
+                yield from self.follow(user, owner, chain.over(user, value))
             else:
-                yield self._reader(user, value, way)
+                yield self._reader(user, value, chain)
 
-    def _goes_on(self, node: fx.Node, value: fx.Node, way: _OpChain) -> bool:
+    def _continues(self, node: fx.Node, value: fx.Node, chain: _OpChain) -> bool:
         """Whether the search continues at the users of a call.
 
         It does if the call computes a function of weights only. It ends at a product that a branch
         may be added to, unless this product only moves entries.
         """
-        if not (node.users and self._alone(node, value)):
+        if not (node.users and self.weights.include(node, value)):
             return False
-        if not is_product(node) or self._moved(node, way) is not None:
+        if not is_product(node) or self._moved(node, chain) is not None:
             return True
-        return not self._is_plain(row_of(node, value), self._moved(value, way), way)
+        return not self._is_plain(row_of(node, value), self._moved(value, chain), chain)
 
-    def _alone(self, node: fx.Node, value: fx.Node) -> bool:
-        """Whether a call depends on parameters and buffers only."""
-        constants = node in self.seen.constants(node.graph)
-        return constants or (node.op != "output" and node.all_input_nodes == [value])
-
-    def _moved(self, node: fx.Node, way: _OpChain) -> Moved | None:
+    def _moved(self, node: fx.Node, chain: _OpChain) -> Moved | None:
         names = frozenset((self.name,))
-        return moved(node, self.weight, names, self.seen.module, way.path)
+        return moved(node, self.weight, names, self.module, chain.path)
 
     @staticmethod
-    def _is_plain(row: Op | None, given: Moved | None, way: _OpChain) -> bool:
+    def _is_plain(row: Op | None, given: Moved | None, chain: _OpChain) -> bool:
         """Whether the op takes the weight in a form that a branch may be added for."""
-        if given is None or way.cut:
+        if given is None or chain.cut:
             return False
         return given.same or (
             given.transposed and row is not None and row.transposed_kind is not None
         )
 
-    def _reader(self, node: fx.Node, value: fx.Node, way: _OpChain) -> Reader:
-        row, given = row_of(node, value), self._moved(value, way)
+    def _reader(self, node: fx.Node, value: fx.Node, chain: _OpChain) -> Reader:
+        row, given = row_of(node, value), self._moved(value, chain)
         read = given and layout_given(node, value, row, given.dims)
         layout = given.layout(read) if given and read else None
-        alone = bool(node.users) and self._alone(node, value)
-        if alone and self._makes_weight(node):
+        weights_only = bool(node.users) and self.weights.include(node, value)
+        if weights_only and self.weights.becomes_weight(node):
             layout = None  # the outputs of this product are not a layer's outputs
-        ops = () if self._is_plain(row, given, way) else way.ops
+        ops = () if self._is_plain(row, given, chain) else chain.ops
         if ops and _grows(value, self.weight):
             row = None  # a magnitude or mask, broadcast over a weight: not a layer's weight
-        turned = row.transposed_kind if row and given and given.transposed and not ops else None
-        found = _reader(node, value, row, way.path)
+        transposed = row.transposed_kind if row and given and given.transposed and not ops else None
+        found = _reader(node, value, row, chain.path)
         return dataclasses.replace(
             found,
-            kind=turned or found.kind,
+            kind=transposed or found.kind,
             ops_between=ops,
             layout=layout,
             moved=given,
-            weights_only=alone,
-            other_weight=row is not None and self._other_weight(row, node, value, way.path),
-            untrained=self._untrained(node, value, way, given),
+            weights_only=weights_only,
+            other_weight=row is not None
+            and self.weights.other_operand(row, node, value, chain.path),
+            untrained=self._untrained(node, value, chain, given),
         )
 
-    def _makes_weight(self, node: fx.Node) -> bool:
-        """Whether the result becomes a product's weight, directly or by ops on weights only."""
-        constants = self.seen.constants(node.graph)
-        ahead, met = [node], set[fx.Node]()
-        while ahead:
-            value = ahead.pop()
-            if any(row_of(user, value) for user in value.users):
-                return True
-            met.add(value)
-            ahead += [user for user in value.users if user in constants and user not in met]
-        return False
-
-    def _untrained(self, node: fx.Node, value: fx.Node, way: _OpChain, given: Moved | None) -> str:
+    def _untrained(
+        self, node: fx.Node, value: fx.Node, chain: _OpChain, given: Moved | None
+    ) -> str:
         """Return why a read passes no gradient to the weight, or ""."""
-        flow = self.seen.flow
         if given and not all(len(coordinates) for coordinates in given.reached):
-            if not way.ops:
+            if not chain.ops:
                 return "as it has no entries"
-            return f"through {way.ops[0]}, which selects none of its entries"
-        if way.cut:
-            return f"through {way.cut}"
-        if node not in flow.recording:
+            return f"through {chain.ops[0]}, which selects none of its entries"
+        if chain.cut:
+            return f"through {chain.cut}"
+        if node not in self.flow.recording:
             return "under torch.no_grad()"
-        if node not in flow.trained:
+        if node not in self.flow.trained:
             return "where no gradient of the outputs arrives"
-        return "" if flow.reaches(node, value) else f"by {kind_of(node)}, which has no gradient"
-
-    def _other_weight(self, row: Op, node: fx.Node, value: fx.Node, path: Path) -> bool:
-        """Whether the op's other operand is computed from parameters only.
-
-        Branches for both weights would omit the term Δu·Δv. A look-up has indices instead of
-        another operand.
-        """
-        source = row.input_of(node, value) if row.dropout else None
-        ahead: list[tuple[fx.Node, Path]] = [(source, path)] if isinstance(source, fx.Node) else []
-        parameter, met = False, set[fx.Node]()
-        while ahead:
-            source, around = ahead.pop()
-            outside = operand_of(around[-1], source) if around else None
-            if source.op == "placeholder" and outside is None:
-                return False  # data, or a value that a loop carries
-            if outside is not None:
-                ahead.append((outside, around[:-1]))
-            parameter |= source.op == "get_attr" and source.target in self.seen.parameters
-            met.add(source)
-            ahead += [(given, around) for given in source.all_input_nodes if given not in met]
-        return parameter
+        reached = self.flow.reaches(node, value)
+        return "" if reached else f"by {kind_of(node)}, which has no gradient"
 
 
-def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
+def _unique(readers: Iterator[Reader]) -> Iterator[Reader]:
     """Yield each read once: two chains may lead to it, one of them cut off (straight-through)."""
     found: dict[tuple[fx.Node, fx.Node, Path], Reader] = {}
     for reader in readers:
@@ -318,8 +282,8 @@ def _once(readers: Iterator[Reader]) -> Iterator[Reader]:
 
 def _grows(value: fx.Node, weight: torch.Tensor) -> bool:
     """Whether a value computed from a weight has more entries than the weight."""
-    seen = value.meta.get("val")
-    return isinstance(seen, torch.Tensor) and seen.numel() > weight.numel()
+    example = value.meta.get("val")
+    return isinstance(example, torch.Tensor) and example.numel() > weight.numel()
 
 
 def _nested_inputs(
@@ -346,6 +310,7 @@ def _reader(node: fx.Node, weight: fx.Node, op: Op | None, path: Path = ()) -> R
     return Reader(node, weight, op, kind, site, line, path=path)
 
 
-def _marked(reader: Reader, together: set[fx.GraphModule]) -> Reader:
+def _mark_shared(reader: Reader, several: set[fx.GraphModule]) -> Reader:
+    """Return the reader with `shared` set, given the nested graphs that have several calls."""
     around = {graph for call in reader.path for graph in call.graphs}
-    return dataclasses.replace(reader, shared=bool(around & together))
+    return dataclasses.replace(reader, shared=bool(around & several))
