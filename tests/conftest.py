@@ -60,7 +60,7 @@ def _no_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_proofs_of_autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prove nothing of the caller's autocast, a fifth of a capture, unless the test is marked."""
     if not request.node.get_closest_marker("autocast"):
-        monkeypatch.setattr("fxlora.frontends.autocast_proof._HALF", ())
+        monkeypatch.setattr("fxlora.frontends.caller_modes._HALF", ())
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ GPU = [(("cuda", half),) for half in HALF]
 
 @pytest.fixture
 def _accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    for user in ("autocast_proof", "traced"):
+    for user in ("mode_proof", "traced"):
         monkeypatch.setattr(f"fxlora.frontends.{user}.accelerator", lambda: torch.device("cuda", 0))
 
 

@@ -76,8 +76,7 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
 GRAPH_WRITERS = {
     "frontends/__init__.py": "names of tensors and modules, in graphs that the capture is making",
     "frontends/arguments.py": "no graph: an empty one, to ask what every captured module has",
-    "frontends/autocast_proof.py": "assertions of torch.export, in a graph just exported",
-    "frontends/autocast_choices.py": "constants that depend on autocast, in a graph just exported",
+    "frontends/autocast_choices.py": "constants and assertions, in a graph just exported",
     "frontends/exported.py": "calls recorded during an export, in the meta of its module",
     "frontends/joined.py": "names of constants, in a capture that is being joined to another",
     "frontends/kept/module_calls.py": "marks of the calls to outline, in a graph just exported",

@@ -26,8 +26,8 @@ from ..module.program import MODES, Program
 from ..module.state import State
 from ..tables import some
 from .arguments import check_model, given_calls, shapes_of
-from .autocast_proof import callers_autocast
 from .call_sources import Sources
+from .caller_modes import callers_autocast
 from .exported import Source
 from .failures import capture_error
 from .kept.asked_modes import forget_searches

@@ -4,7 +4,7 @@ The two have the same calls in the same order, except for casts that one of them
 in dtypes and other constants, and in whether a call reads a tensor or a cast of it. (Without
 autocast, such a cast may return its input itself, and torch.export then takes one for the other.)
 Each difference becomes a choice by the caller's autocast. A proof then tells whether the result is
-right (`autocast_proof.py`).
+right (`mode_proof.py`).
 """
 
 from __future__ import annotations
@@ -245,3 +245,16 @@ def _equal(a: Any, b: Any) -> bool:
         same = (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
         return a is b or (same and (a.is_meta or bool(torch.equal(a, b))))
     return type(a) is type(b) and bool(a == b)
+
+
+def remove_metadata_assertions(module: fx.GraphModule) -> None:
+    """Remove torch.export's assertions that a tensor that is cast has the dtype of the capture.
+
+    They compute nothing, and under autocast the dtype may be another.
+    """
+    for inner in module.modules():
+        if isinstance(inner, fx.GraphModule):
+            target = torch.ops.aten._assert_tensor_metadata.default
+            for node in inner.graph.find_nodes(op="call_function", target=target):
+                inner.graph.erase_node(node)
+            inner.recompile()

@@ -33,7 +33,8 @@ from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.outlining import ModuleCall
 from ..module.program import MODES
 from .assumptions import contract_of, with_state
-from .autocast_proof import Proof, inside_autocast, remove_metadata_assertions, wanted
+from .autocast_choices import remove_metadata_assertions
+from .caller_modes import inside_autocast, wanted
 from .examples import Example
 from .failures import capture_error
 from .kept.checkpoints import marked_checkpoints, marks_of
@@ -47,6 +48,7 @@ from .kept.python_state import Changes, noted
 from .kept.recurrent import any_number_of_steps, restore_recurrent
 from .kept.tensor_state import StateReads, kept_state, remove_aliases
 from .kept.undisturbed import mode_of, refuse_state
+from .mode_proof import Proof
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
 

@@ -90,6 +90,22 @@ class Unknown(Exception):
     """The value of something in a run is not known, so that runs cannot be compared."""
 
 
+class Outcome(NamedTuple):
+    """The values that a run computed.
+
+    Attributes:
+        leaves: the value and the autograd state of each leaf of the results and of the inputs.
+        structure: the pytree structure of both, as text.
+        writes: pairs of values, before and after, of tensors that existed before the run.
+        draws: the number of ops that drew random numbers.
+    """
+
+    leaves: tuple[Any, ...]
+    structure: str
+    writes: frozenset[tuple[Value, Value]]
+    draws: int
+
+
 class Run(TorchDispatchMode):
     """One run on fake tensors.
 
@@ -122,7 +138,7 @@ class Run(TorchDispatchMode):
         self._kept: list[Any] = []  # so that no storage's key is used again
         self._faked: list[tuple[torch.Tensor, torch.Tensor]] = []  # real tensors and their fakes
 
-    def of(self, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def of(self, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Outcome:
         """Return the results of a call, and its writes to tensors that existed before, as values.
 
         Raises:
@@ -137,7 +153,7 @@ class Run(TorchDispatchMode):
                 self.values.renew()
         leaves, structure = pytree.tree_flatten((results, args, kwargs))
         described = tuple((_settled(self._described(leaf)), _gradient(leaf)) for leaf in leaves)
-        return described, str(structure), frozenset(self._written.items()), self.draws
+        return Outcome(described, str(structure), frozenset(self._written.items()), self.draws)
 
     def _changed(self, real: torch.Tensor, fake: torch.Tensor) -> bool:
         """Whether the run left a fake tensor unlike its real one: in its graph, or in its form."""
@@ -160,11 +176,13 @@ class Run(TorchDispatchMode):
             given, shape = _flat(args, kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.draws += drawn
-        what = tuple(map(self._described, given))
-        made = self.values.of((func, shape, tuple(map(_settled, what)), self.draws if drawn else 0))
+        operands = tuple(map(self._described, given))
+        made = self.values.of(
+            (func, shape, tuple(map(_settled, operands)), self.draws if drawn else 0)
+        )
         if len(self.ops) == self.locate:
             self.place = called_at()
-        result = self._result(func, args, kwargs, given, (func, shape, what))
+        result = self._result(func, args, kwargs, given, (func, shape, operands))
         self._note_all(func, given, result, made)
         if func._schema.is_mutable:
             self._write(func, args, kwargs, made)

@@ -17,7 +17,7 @@ from ..fx.compare import alike
 from ..fx.targets import refuse_unwritable
 from ..module.autocasts import Autocasts
 from ..module.memory import memory_id
-from .autocast_proof import accelerator, contexts, under
+from .caller_modes import accelerator, contexts, under
 from .failures import capture_error
 from .kept.functions import FunctionCall, opaque_functions
 from .kept.generators import refuse_constant_draws
