@@ -6,7 +6,7 @@ from typing import Any
 import fxlora
 
 project = "fxlora"
-author = "The fxlora authors"
+author = copyright = "The fxlora authors"
 release = version = fxlora.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
