@@ -525,12 +525,27 @@ class BranchesOnValues(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:BranchesOnValues could not be captured:fxlora.FxLoraWarning")
-def test_regions_under_autocast_are_refused_and_the_advice_works() -> None:
-    model, x = BranchesOnValues(), torch.randn(3, 4)
+def test_regions_get_tensors_that_autocast_cast() -> None:
+    gm = assert_follows(BranchesOnValues(), torch.randn(3, 4))
+    assert gm.regions == ("first", "second")
+
+
+class CallsTwice(BranchesOnValues):
+    """Calls a region with the float32 input, and with an output of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.first(-h if h.sum() > 1e6 else h)
+
+
+@pytest.mark.filterwarnings("ignore:CallsTwice could not be captured:fxlora.FxLoraWarning")
+def test_a_region_with_other_dtypes_than_were_proved_is_refused_and_the_advice_works() -> None:
+    model, x = CallsTwice(), torch.randn(3, 4)
+    model.first = nn.Linear(4, 4)
     gm = fxlora.capture(model, x)
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(InputError, match=r"'second'.*outside of autocast, or .*half precision"),
+        pytest.raises(InputError, match=r"'first'.*outside of autocast, or .*half precision"),
     ):
         gm(x)
     assert torch.equal(gm(x), model(x))

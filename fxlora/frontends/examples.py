@@ -33,6 +33,8 @@ class Example:
         patience: time limit for the export, in seconds.
         reordered: whether tensors are contiguous copies of the user's: a graph of it is good only
             if the forward does not read how tensors lie in memory.
+        autocast: numbers, among the inputs' leaves, of the tensors that have the dtype of the
+            caller's autocast under one, as outputs of ops that autocast casts.
     """
 
     args: tuple[Any, ...]
@@ -41,6 +43,28 @@ class Example:
     asked: bool = False
     patience: float = math.inf
     reordered: bool = False
+    autocast: frozenset[int] = frozenset()
+
+    def under(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the inputs as they are under an autocast to a dtype."""
+        leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
+        cast = [v.to(dtype) if n in self.autocast else v for n, v in enumerate(leaves)]
+        return pytree.tree_unflatten(cast, structure)
+
+    def marked(self, spec: InputSpec) -> InputSpec:
+        """Return the contract, with a mark on each input that autocast casts."""
+        if not self.autocast:
+            return spec
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        cast = {id(leaves[number]) for number in self.autocast}
+        marked = iter(
+            dataclasses.replace(leaf, autocast=True)
+            if isinstance(leaf, TensorInput) and id(value) in cast
+            else leaf
+            for leaf, value in spec.pairs(self.args, self.kwargs)
+        )
+        groups = tuple(tuple(itertools.islice(marked, len(group))) for group in spec.leaves)
+        return dataclasses.replace(spec, leaves=groups)
 
 
 def examples_for(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> list[Example]:

@@ -242,7 +242,7 @@ def _attempt(
     spec = with_state(contract_of(program, module, model, example), module, reads, example, model)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
-    return module, _allow_batch_of_one(model, module, spec, example)
+    return module, _allow_batch_of_one(model, module, example.marked(spec), example)
 
 
 def _exported(

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -174,7 +175,7 @@ class Proof:
     def _run(self, call: nn.Module, mode: Mode, locate: int = -1) -> tuple[Outcome, Run]:
         """Run the source or the graph on fake tensors, in a mode."""
         run = Run(self.values, locate)
-        given, target = (self.example.args, self.example.kwargs), self._target
+        given, target = self._inputs(mode), self._target
         kept = undisturbed(call) if call is self.model or target else nullcontext()
         constants = call is self.module  # `.to()` of a captured module moves them, too
         with (
@@ -185,6 +186,12 @@ class Proof:
             _compiling_state_context(),
         ):
             return run.of(call, args, kwargs), run
+
+    def _inputs(self, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(mode, GradientMode) or not self.example.autocast:
+            return self.example.args, self.example.kwargs
+        ((_, dtype),) = mode
+        return self.example.under(dtype)
 
     def _described(self, mode: Mode, difference: _Difference) -> str:
         """Describe the first op of the source that the graph does not compute, with its line."""

@@ -21,6 +21,7 @@ from ..module import example_calls
 from ..module.constants import CONSTANTS
 from ..module.memory import memory_id
 from ..module.program import MODES
+from .caller_modes import contexts, under
 from .kept.generators import Draws, current
 from .kept.undisturbed import mode_of, undisturbed
 from .places import called_at
@@ -66,6 +67,18 @@ class Call:
         pairs = zip(self.leaves, other.leaves, strict=True)
         return self.structure == other.structure and all(_alike(a, b) for a, b in pairs)
 
+    def cast_in(self, other: Call) -> frozenset[int] | None:
+        """Return the numbers of the float32 leaves that are bfloat16 in another call.
+
+        None if the calls differ in more.
+        """
+        if self.structure != other.structure:
+            return None
+        pairs = list(enumerate(zip(self.leaves, other.leaves, strict=True)))
+        cast = {number for number, (leaf, found) in pairs if _is_cast(leaf, found)}
+        same = all(number in cast or _alike(leaf, found) for number, (leaf, found) in pairs)
+        return frozenset(cast) if same else None
+
     def inputs(
         self, tensors: Sequence[torch.Tensor] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,9 +107,12 @@ class Observation:
         given: the model's inputs in each call.
         outcomes: the model's output tensors and its buffers after each call, by mode and
             number of the call.
+        under_autocast: the calls of each submodule, by path, when the model's is made under
+            autocast to bfloat16.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
+    under_autocast: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
     reads: dict[str, dict[tuple[str, ...], str]] = field(
         default_factory=dict[str, dict[tuple[str, ...], str]]
     )
@@ -151,6 +167,31 @@ def observe(model: nn.Module, calls: Sequence[example_calls.Call]) -> Observatio
         except Exception as error:  # noqa: BLE001 - the model may raise anything
             seen.failures[mode, number] = error
     return seen
+
+
+def observe_autocast(model: nn.Module, seen: Observation) -> None:
+    """Run copies of the model under autocast to bfloat16, and record the calls of its submodules.
+
+    They tell which inputs of a region autocast casts; to which dtype does not matter. A run that
+    fails tells nothing, and the graphs of the regions then hold for no autocast.
+    """
+    devices = {parameter.device.type for parameter in model.parameters()}
+    half = [context for context in contexts(devices) if context[0][1] is torch.bfloat16]
+    runs = [key for key in seen.outcomes if len(half) == 1]
+    for mode, number in runs:
+        copied, found = separate_copy(model), Observation()
+        try:
+            with (
+                mode_of(copied, mode == "train"),
+                Draws(),
+                _Watch(copied, mode, found),
+                under(half[0]),
+            ):
+                outcome(copied, *seen.given[number])
+        except Exception:  # noqa: BLE001 - the model may raise anything
+            continue
+        for path, calls in found.calls.items():
+            seen.under_autocast.setdefault(path, []).extend(calls)
 
 
 def outcome(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -276,6 +317,16 @@ def _described(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor) or type(leaf) not in (torch.Tensor, nn.Parameter):
         return leaf
     return TensorLike(tuple(leaf.shape), leaf.dtype, leaf.device)
+
+
+def _is_cast(first: Any, second: Any) -> bool:
+    """Whether two leaves are alike, but for the dtypes: float32 and bfloat16."""
+    return (
+        isinstance(first, TensorLike)
+        and isinstance(second, TensorLike)
+        and (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
+        and (len(first.shape), first.device) == (len(second.shape), second.device)
+    )
 
 
 def _alike(first: Any, second: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from ..module import CapturedModule, example_calls
@@ -22,7 +23,14 @@ from .exported import Source, depends_on_data, export_modes, widened_if_proved
 from .failures import unable
 from .kept.undisturbed import mode_of
 from .methods import signature_of
-from .observe import Call, Observation, TensorLike, observe, refuse_closures
+from .observe import (
+    Call,
+    Observation,
+    TensorLike,
+    observe,
+    observe_autocast,
+    refuse_closures,
+)
 from .tree import separate_copy, working_copy
 
 # The most kinds of calls of a submodule, and the most sizes per kind, that get a graph each. If
@@ -51,6 +59,7 @@ class Regions:
         self.seen = observe(model, calls)
         if failed := self.seen.unrun():
             raise unable(model, "does not run on the example inputs", failed, "")
+        observe_autocast(model, self.seen)
         self._left: set[str] = set()
         self._known: dict[str, list[Source]] = {}
 
@@ -90,7 +99,7 @@ class Regions:
         if path in self._left:
             raise CaptureError(f"'{path}' changes the model's outputs or buffers as a region.")
         if path not in self._known:
-            self._known[path] = _graphs(self._traced, path, self.seen.calls.get(path, ()))
+            self._known[path] = _graphs(self._traced, path, self.seen)
         return [source.copied() for source in self._known[path]]
 
 
@@ -123,42 +132,54 @@ def _children(module: nn.Module, path: str) -> list[str]:
     return [f"{path}.{name}" if path else name for name, _ in module.named_children()]
 
 
-def _graphs(root: nn.Module, path: str, calls: Sequence[Call]) -> list[Source]:
+def _graphs(root: nn.Module, path: str, seen: Observation) -> list[Source]:
     """Export a submodule in as few graphs as serve all its recorded calls.
 
     Raises:
         CaptureError: a call has no graph, there was no call, or there are too many kinds of calls.
     """
     kinds: list[list[Call]] = []
-    for call in calls:
+    for call in seen.calls.get(path, ()):
         if call.opaque:
             raise CaptureError(f"'{path}' is called with an object that a graph cannot take.")
         same = next((kind for kind in kinds if kind[0].like(call)), None)
         kinds.append([call]) if same is None else same.append(call)
     if not 0 < len(kinds) <= MOST_GRAPHS:
         raise CaptureError(f"'{path}' is called with {len(kinds)} kinds of arguments.")
-    return [source for same in kinds for source in _graphs_of_kind(root, path, same)]
+    under_autocast = seen.under_autocast.get(path, ())
+    return [s for same in kinds for s in _graphs_of_kind(root, path, same, under_autocast)]
 
 
-def _graphs_of_kind(root: nn.Module, path: str, calls: Sequence[Call]) -> list[Source]:
+def _graphs_of_kind(
+    root: nn.Module, path: str, calls: Sequence[Call], under_autocast: Sequence[Call]
+) -> list[Source]:
     """Export one graph for calls that differ only in sizes or, failing that, one graph per size."""
     try:
-        return [_graph(root, path, calls)]
+        return [_graph(root, path, calls, under_autocast)]
     except CaptureError:
         sizes = {tuple(_shapes(call)): call for call in calls}
         if not 1 < len(sizes) <= MOST_GRAPHS:
             raise
-        return [_graph(root, path, [call]) for call in sizes.values()]
+        return [_graph(root, path, [call], under_autocast) for call in sizes.values()]
 
 
-def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
+def _graph(
+    root: nn.Module, path: str, calls: Sequence[Call], under_autocast: Sequence[Call]
+) -> Source:
     failure: CaptureError | None = None
     module = root.get_submodule(path)
     examples = list(_examples(calls))
+    found = (cast for call in under_autocast if (cast := calls[0].cast_in(call)) is not None)
+    autocast = next(found, frozenset[int]())
     for example in examples:
         kwargs = in_signature_order(signature_of(module), example.kwargs)
         patience = math.inf if example is examples[-1] else EXPORT_TIMEOUT
-        ordered = replace(example, kwargs=kwargs, patience=patience)
+        ordered = replace(
+            example,
+            kwargs=kwargs,
+            patience=patience,
+            autocast=_after_order(example, kwargs, autocast),
+        )
         try:
             source = export_modes(module, [ordered], root=root, path=path)
             for call in calls:
@@ -170,6 +191,17 @@ def _graph(root: nn.Module, path: str, calls: Sequence[Call]) -> Source:
                 break
     assert failure is not None
     raise failure
+
+
+def _after_order(
+    example: Example, kwargs: dict[str, Any], numbers: frozenset[int]
+) -> frozenset[int]:
+    """Return the numbers of leaves after the keyword arguments were put into another order."""
+    leaves, ordered = (
+        pytree.tree_leaves((example.args, given)) for given in (example.kwargs, kwargs)
+    )
+    chosen = {id(leaves[number]) for number in numbers}
+    return frozenset(n for n, leaf in enumerate(ordered) if id(leaf) in chosen)
 
 
 def _require_holds(root: nn.Module, source: Source, call: Call) -> None:

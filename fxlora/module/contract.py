@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
+from ..fx.autocast import current_autocast
 from ..fx.literals import same_literal
 from ..tables import did_you_mean
 from .tensor_state import Gradient, Order
@@ -99,6 +100,7 @@ class TensorInput:
         order: how it lies in memory, or None for any way.
         gradient: whether it has a gradient, or None if that does not matter.
         any_float: whether any other floating-point dtype will do if `dtype` is one.
+        autocast: whether its dtype under the caller's autocast is that of the autocast.
     """
 
     name: str
@@ -107,12 +109,18 @@ class TensorInput:
     order: Order | None = None
     gradient: Gradient | None = None
     any_float: bool = False
+    autocast: bool = False
 
     def takes(self, dtype: torch.dtype | None) -> bool:
         """Whether a tensor may have this dtype; None stands for any."""
         if dtype is None or self.dtype in (None, dtype):
             return True
         return self.any_float and self.dtype.is_floating_point and dtype.is_floating_point
+
+    def expected(self) -> TensorInput:
+        """Return the input with the dtype that it has under the caller's autocast."""
+        dtypes = {dtype for _, dtype in current_autocast()}
+        return replace(self, dtype=dtypes.pop()) if len(dtypes) == 1 else self
 
     def check(self, value: object, bound: Bound, assume: bool = True) -> None:
         if not isinstance(value, torch.Tensor):
@@ -126,10 +134,11 @@ class TensorInput:
                 "torch.nested.to_padded_tensor(value, 0.0)."
             )
         # The source may decide by any dtype, of integers too.
-        if not self.takes(value.dtype):
+        expected = self.expected() if self.autocast else self
+        if not expected.takes(value.dtype):
             raise InputError(
-                f"{self.name}: captured as {self.dtype}, called with {value.dtype}. Convert it "
-                f"with .to({self.dtype}), or capture again with an example of {value.dtype}."
+                f"{self.name}: captured as {expected.dtype}, called with {value.dtype}. Convert it "
+                f"with .to({expected.dtype}), or capture again with an example of {value.dtype}."
             )
         if value.ndim != len(self.dims):
             raise InputError(
