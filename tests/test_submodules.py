@@ -805,6 +805,8 @@ WEIGHT_WRITES: dict[str, Callable[[Any], object]] = {
     "out": lambda part: torch.ones(8, 6, out=part.weight),
     "foreach": lambda part: torch._foreach_mul_([part.weight], 2.0),
     "in place": lambda part: F.relu(part.weight, inplace=True),
+    "norm": lambda part: F.embedding(torch.tensor([0]), part.weight, max_norm=1e-3),
+    "renorm": lambda part: torch.embedding_renorm_(part.weight, torch.tensor([0]), 1e-3, 2.0),
     "init": lambda part: nn.init.xavier_uniform_(part.weight),
     "init normal": lambda part: nn.init.normal_(part.weight),
     "reset": nn.Linear.reset_parameters,

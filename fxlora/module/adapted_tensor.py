@@ -39,18 +39,30 @@ class AdaptedTensor(torch.Tensor):
             )
         name: str = getattr(func, "__name__", "")
         if _writes(name, args, kwargs or {}):
-            raise SubmoduleError(
-                f"{name}: a write to an adapted weight that was read off a captured "
-                "module would have no effect, because W0 + s·BA is computed at each read. Write "
-                "to module.get_parameter(name), which is W0, or to its A and B. For a tensor of "
-                "your own, take weight.detach().clone()."
-            )
+            raise _no_effect(name)
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, AdaptedTensor)]
         with torch._C.DisableTorchFunctionSubclass():
+            versions = [_version(tensor) for tensor in given]
             plain, plain_kwargs = pytree.tree_map(_plain, (args, kwargs or {}))
             result = func(*plain, **plain_kwargs)
+            if versions != [_version(tensor) for tensor in given]:  # as embedding(max_norm=…) does
+                raise _no_effect(name)
         if func == _GET_BASE:  # Dynamo asks a tensor's base for its own base
             return result
         return _with_views_marked(name, result, (*args, *(kwargs or {}).values()))
+
+
+def _no_effect(name: str) -> SubmoduleError:
+    return SubmoduleError(
+        f"{name}: a write to an adapted weight that was read off a captured module would have no "
+        "effect, because W0 + s·BA is computed at each read. Write to module.get_parameter(name), "
+        "which is W0, or to its A and B. For a tensor of your own, take weight.detach().clone()."
+    )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return the number of writes to a tensor, 0 where torch does not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
