@@ -10,11 +10,13 @@ different: a failure.
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from sweep import Record, add_failures, grouped, options_given, reason, sweep_parser, swept
 from torch import nn
@@ -96,7 +98,8 @@ def compare(
 def outputs(module: nn.Module, given: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     args, kwargs = copy.deepcopy(given)
     device = next(module.parameters()).device.type
-    torch.manual_seed(1)
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):  # masks drawn by NumPy
+        seed(1)
     with torch.no_grad(), torch.autocast(device, dtype):
         results = pytree.tree_leaves(module(*args, **kwargs))
     return [leaf for leaf in results if isinstance(leaf, torch.Tensor)]

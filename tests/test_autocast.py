@@ -530,6 +530,19 @@ def test_regions_get_tensors_that_autocast_cast() -> None:
     assert gm.regions == ("first", "second")
 
 
+class ReadsBetweenRegions(BranchesOnValues):
+    """Makes a tensor of the dtype that autocast gives a region's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = Reads(made_with_read_dtype)
+
+
+@pytest.mark.filterwarnings("ignore:ReadsBetweenR.* could not be captured:fxlora.FxLoraWarning")
+def test_regions_make_tensors_of_the_dtypes_that_autocast_gives_them() -> None:
+    assert_follows(ReadsBetweenRegions(), torch.randn(3, 4))
+
+
 class CallsTwice(BranchesOnValues):
     """Calls a region with the float32 input, and with an output of it."""
 

@@ -15,6 +15,7 @@ from torch.export import Dim, ShapesCollection
 from torch.export.dynamic_shapes import _combine_args, _tree_map_with_path
 from torch.utils import _pytree as pytree
 
+from ..fx.autocast import Context
 from ..fx.literals import same_literal
 from ..module.contract import Dimension, InputSpec, TensorInput
 from ..module.example_calls import Call
@@ -45,11 +46,21 @@ class Example:
     reordered: bool = False
     autocast: frozenset[int] = frozenset()
 
-    def under(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the inputs as they are under an autocast to a dtype."""
+    def under(self, context: Context) -> Example:
+        """Return the example as it is under an autocast of one device."""
+        if not self.autocast:
+            return self
+        ((_, dtype),) = context
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         cast = [v.to(dtype) if n in self.autocast else v for n, v in enumerate(leaves)]
-        return pytree.tree_unflatten(cast, structure)
+        shapes = self.dynamic_shapes
+        if isinstance(shapes, ShapesCollection):  # by the identity of the tensors
+            shapes = ShapesCollection()
+            for leaf, new in zip(leaves, cast, strict=True):
+                if isinstance(leaf, torch.Tensor):
+                    shapes[new] = self.dynamic_shapes[leaf]
+        args, kwargs = pytree.tree_unflatten(cast, structure)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, dynamic_shapes=shapes)
 
     def marked(self, spec: InputSpec) -> InputSpec:
         """Return the contract, with a mark on each input that autocast casts."""

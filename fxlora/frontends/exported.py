@@ -158,8 +158,8 @@ def _proved(
     region inside it.
     """
 
-    def export() -> fx.GraphModule:
-        return _exported(model, example, StateReads())[1]
+    def export(given: Example) -> fx.GraphModule:
+        return _exported(model, given, StateReads())[1]
 
     reads = module.meta.pop(_READS)
     found = Proof(model, module, example, export, values, reads).autocasts()

@@ -70,7 +70,7 @@ class Proof:
         model: the source, in that mode.
         module: its graph, which a repair changes in place.
         example: the inputs that it was exported with.
-        export: exports the source again, under the current autocast.
+        export: exports the source again with an example, under the current autocast.
         values: shared by all proofs of a capture.
         reads: what the source reads of the state of tensors, and of gradients.
     """
@@ -78,7 +78,7 @@ class Proof:
     model: nn.Module
     module: fx.GraphModule
     example: Example
-    export: Callable[[], fx.GraphModule]
+    export: Callable[[Example], fx.GraphModule]
     values: Values
     reads: StateReads = field(default_factory=StateReads)
     _expected: dict[Mode, tuple[Outcome, Run]] = field(
@@ -127,7 +127,7 @@ class Proof:
         """Whether the source has the same graph when it is exported in a mode."""
         try:
             with undisturbed(self.model), in_gradient_mode(mode):
-                return alike(self.export(), self.module)
+                return alike(self.export(self.example), self.module)
         except Exception:  # noqa: BLE001 - the source may raise anything
             return False
 
@@ -141,7 +141,7 @@ class Proof:
         """Merge the source's graph under an autocast into the module's, if it has one."""
         try:
             with undisturbed(self.model), under(context):
-                other = self.export()
+                other = self.export(self.example.under(context))
         except Exception:  # noqa: BLE001 - the source may raise anything; the graph is refused there
             return
         (autocast,) = context
@@ -188,10 +188,8 @@ class Proof:
             return run.of(call, args, kwargs), run
 
     def _inputs(self, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if isinstance(mode, GradientMode) or not self.example.autocast:
-            return self.example.args, self.example.kwargs
-        ((_, dtype),) = mode
-        return self.example.under(dtype)
+        given = self.example if isinstance(mode, GradientMode) else self.example.under(mode)
+        return given.args, given.kwargs
 
     def _described(self, mode: Mode, difference: _Difference) -> str:
         """Describe the first op of the source that the graph does not compute, with its line."""
