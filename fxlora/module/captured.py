@@ -19,14 +19,14 @@ from ..plan import Plan
 from ..tables import some
 from .adapted_weight import adapted_weight
 from .autocasts import OtherModeError
-from .block import Block
-from .block_calls import outline
+from .blocks.block import Block
+from .blocks.calls import outline
+from .blocks.outlining import FACADE
 from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .fsdp import refuse_copy
 from .memory import memory_id, overlaps_of
-from .outlining import FACADE
 from .parent import ParentModule, parent_program
 from .program import MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..fx.autocast import current_autocast
 from ..fx.targets import refuse_unwritable
 from .autocasts import UNKNOWN, Autocasts
+from .blocks.outlining import ModuleCall
 from .contract import InputSpec
-from .outlining import ModuleCall
 from .submodules import plain_view
 
 MODES = ("train", "eval")

@@ -11,8 +11,8 @@ from torch.fx.node import map_aggregate
 
 from ..errors import CaptureError
 from ..fx.calls import example_value
+from .blocks.outlining import MOVED
 from .casts import is_cast
-from .outlining import MOVED
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 

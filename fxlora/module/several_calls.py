@@ -11,8 +11,8 @@ from torch import fx
 
 from ..errors import InputError
 from .autocasts import EVERY
+from .blocks.outlining import FACADE
 from .contract import InputSpec, OtherArgumentsError, OtherStructureError
-from .outlining import FACADE
 from .program import MODES, Program, ProgramModule
 
 CHOOSER = "call_chooser"  # name under which the graph finds the captured module

@@ -17,17 +17,17 @@ from torch import fx
 from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
-from ..errors import SubmoduleError
-from ..fx.calls import example_value, is_in, named_argument
-from ..fx.effects import written_nodes
-from ..fx.literals import literal
-from ..fx.nested import call_of, every_call
-from ..fx.trials import memory_use
-from .block_checks import check_sizes, check_unchanged, leaves_of
-from .block_contract import dimension_of
-from .constants import EqualConstants
-from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
-from .tensor_state import Gradient, Order
+from ...errors import SubmoduleError
+from ...fx.calls import example_value, is_in, named_argument
+from ...fx.effects import written_nodes
+from ...fx.literals import literal
+from ...fx.nested import call_of, every_call
+from ...fx.trials import memory_use
+from ..constants import EqualConstants
+from ..contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
+from ..tensor_state import Gradient, Order
+from .checks import check_sizes, check_unchanged, leaves_of
+from .contract import dimension_of
 
 aten = torch.ops.aten
 

@@ -15,8 +15,7 @@ from torch import fx
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from .block_guards import Expressions, Ranges, guards_of_block
-from .contract import (
+from ..contract import (
     Dimension,
     Guard,
     Input,
@@ -24,7 +23,8 @@ from .contract import (
     IntegerInput,
     TensorInput,
 )
-from .size_guards import Size
+from ..size_guards import Size
+from .guards import Expressions, Ranges, guards_of_block
 
 
 def dimension_of(size: Any) -> int | Dimension:
