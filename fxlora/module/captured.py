@@ -21,14 +21,13 @@ from .adapted_weight import adapted_weight
 from .autocasts import OtherModeError
 from .blocks.block import Block
 from .blocks.calls import outline
-from .blocks.outlining import FACADE
 from .casts import base_tensors, keeping_dtypes, set_casts
 from .contract import InputSpec
 from .fingerprints import fingerprint
 from .fsdp import refuse_copy
 from .memory import memory_id, overlaps_of
 from .parent import ParentModule, parent_program
-from .program import MODES, Program, ProgramModule, code_of, tensors_of
+from .program import FACADE, MODES, Program, ProgramModule, code_of, tensors_of
 from .regions import described, uncovered
 from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .several_calls import (

@@ -11,8 +11,9 @@ from torch.fx.node import map_aggregate
 
 from ..errors import CaptureError
 from ..fx.calls import example_value
-from .blocks.outlining import MOVED
 from .casts import is_cast
+
+MOVED = "module_moved"  # key in a node's meta: the dtype of its example may not be its dtype now
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 

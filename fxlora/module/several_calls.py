@@ -11,9 +11,8 @@ from torch import fx
 
 from ..errors import InputError
 from .autocasts import EVERY
-from .blocks.outlining import FACADE
 from .contract import InputSpec, OtherArgumentsError, OtherStructureError
-from .program import MODES, Program, ProgramModule
+from .program import FACADE, MODES, Program, ProgramModule
 
 CHOOSER = "call_chooser"  # name under which the graph finds the captured module
 

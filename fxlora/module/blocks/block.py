@@ -16,7 +16,16 @@ from ...errors import InputError, SubmoduleError
 from ...fx.autocast import current_autocast
 from ..autocasts import UNKNOWN
 from ..contract import ConstantInput, InputSpec
-from ..program import MODES, Program, ProgramModule, code_of, forward_function, tensors_of
+from ..program import (
+    FACADE,
+    MODES,
+    OUTER,
+    Program,
+    ProgramModule,
+    code_of,
+    forward_function,
+    tensors_of,
+)
 from ..several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
 from ..submodules import (
     Container,
@@ -30,7 +39,6 @@ from ..submodules import (
 )
 from .calls import BlockCall, Calls
 from .checks import same
-from .outlining import FACADE, OUTER
 
 
 class BlockGraphs(ProgramModule):

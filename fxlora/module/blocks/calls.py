@@ -14,8 +14,9 @@ from ..constants import EqualConstants
 from ..contract import InputSpec, TensorInput
 from ..program import MODES, Program
 from .contract import contract_of_both, under_autocast, within
-from .outlining import ModuleCall, OutlinedGraph, same_graph, split_at_calls
+from .outlining import OutlinedGraph, same_graph, split_at_calls
 from .overlap import may_overlap, symbols_of_both
+from .recorded import ModuleCall
 
 Calls = Mapping[str, Sequence["BlockCall"]]  # by mode
 
