@@ -7,5 +7,6 @@ submodule in its place (`around.py`), with checks of what the submodule returns 
 
 `calls.py`: all ways in which a module's graphs call a block, with the input contract of each
 (`contract.py`, with the guards on sizes in `guards.py`), and whether the arguments tell them apart
-(`overlap.py`). `block.py`: the module that is called.
+(`overlap.py`). `block.py`: the module that is called. `standing.py`: what
+stands in the module tree at its path, such as a wrapper around it.
 """
