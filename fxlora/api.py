@@ -26,7 +26,7 @@ from .lora.dtypes import dtype_rule
 from .matching import match
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
-from .module.chosen_modules import Modules
+from .module.blocks.chosen import Modules
 from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .names import shown

@@ -16,7 +16,7 @@ from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
-from ..module.chosen_modules import Modules, chosen_modules
+from ..module.blocks.chosen import Modules, chosen_modules
 from ..module.compiled import uncompiled
 from ..module.constants import CONSTANTS
 from ..module.example_calls import Call, MethodCalls

@@ -29,8 +29,8 @@ from ..fx.autocast import described
 from ..fx.compare import alike, same_graph_except_sizes
 from ..fx.targets import refuse_unwritable_names
 from ..module.autocasts import Autocasts
+from ..module.blocks.recorded import ModuleCall
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
-from ..module.outlining import ModuleCall
 from ..module.program import MODES
 from .assumptions import contract_of, with_state
 from .autocast_choices import remove_metadata_assertions

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from ..errors import InputError
 from ..module import CapturedModule
-from ..module.captured import copy_hooks
 from ..module.constants import CONSTANTS
+from ..module.copies import copy_hooks
 from ..tables import some
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import InjectError, InputError
 from ..frontends.methods import method_of, signature_of
 from ..fx.literals import same_literal
-from ..module.captured import CapturedModule, check_captured
+from ..module import CapturedModule, check_captured
 from ..module.compiled import uncompiled
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InjectError, warn
-from ..module.captured import CapturedModule, check_captured
+from ..module import CapturedModule, check_captured
 from ..module.compiled import uncompiled
 from ..module.sharded import whole
 from ..tables import some

@@ -6,31 +6,31 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..errors import FxLoraError, InputError, NotCapturedError, SubmoduleError
+from ..errors import FxLoraError, InputError
 from ..fx.calls import part_of
 from ..plan import Plan
 from ..tables import some
 from .adapted_weight import adapted_weight
 from .autocasts import OtherModeError
-from .block import Block
-from .block_calls import outline
-from .casts import base_tensors, keeping_dtypes, set_casts
+from .base import changed_fingerprints, loading
+from .blocks.block import Block
+from .blocks.calls import outline
+from .blocks.standing import block_around, check_standing, named_modules, place, wrapped
 from .contract import InputSpec
-from .fingerprints import fingerprint
-from .fsdp import refuse_copy
-from .memory import memory_id, overlaps_of
-from .outlining import FACADE
+from .copies import complete_memo, deep_copy, derived, shallow_copy
+from .memory import overlaps_of
+from .moving import moving
+from .parameters import aliases, remove_parameter, set_parameter
 from .parent import ParentModule, parent_program
-from .program import MODES, Program, ProgramModule, code_of, tensors_of
+from .program import FACADE, MODES, Program, ProgramModule, tensors_of
 from .regions import described, uncovered
-from .retarget import moves_of, refuse_ambiguous_casts, retarget
 from .several_calls import (
     CHOOSER,
     CallRunner,
@@ -38,9 +38,9 @@ from .several_calls import (
     first_that_holds,
     signature_of_all,
 )
-from .sharing import copy_memory, copy_when_trained, is_shared
+from .sharing import copy_when_trained, unshare
 from .state import State
-from .submodules import HOOKS, Container, Seal, check_kinds, children_of, container, seal_part
+from .submodules import Container, Seal, check_kinds, children_of, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -106,14 +106,7 @@ class CapturedModule(ProgramModule):
         self._running, calls = outline(self, self.programs, paths) if paths else ({}, {})
         if not paths:
             return
-        with self.editing():
-            for path in sorted(paths, key=lambda path: path.count(".")):
-                if path in self.outlined_modules:  # with its hooks, perhaps in a wrapper
-                    self.outlined_modules[path].renew(calls[path])
-                    continue
-                held = self.get_submodule(path)
-                self.outlined_modules[path] = Block(held, path, calls[path])
-                self.set_submodule(path, self.outlined_modules[path])
+        place(self, calls)
         for module in (self, *self.runners):
             module.forget_code()
         for block in self.outlined_modules.values():
@@ -139,7 +132,7 @@ class CapturedModule(ProgramModule):
             if path and isinstance(part, Container | Block):
                 seal_part(part, path, seal)
             if isinstance(part, Container):
-                seal.owners[path] = self._block_around(path)
+                seal.owners[path] = block_around(self, path)
         self.__dict__["_modules"] = children_of(self._modules, "", seal)
         for runner in self.runners:  # they run on this module's tensors
             runner.__dict__["_modules"] = self._modules
@@ -151,37 +144,15 @@ class CapturedModule(ProgramModule):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
         """Yield the modules by the source's names: a wrapper of a block has the block's name."""
-        blocks = self.outlined_modules
-        wrappers = {id(self._standing(path)): block for path, block in blocks.items()}
-        if all(id(block) in wrappers for block in blocks.values()):
+        if wrappers := wrapped(self):
+            seen = set[nn.Module]() if memo is None else memo
+            yield from named_modules(self, prefix, wrappers, seen, remove_duplicate)
+        else:
             yield from super().named_modules(memo, prefix, remove_duplicate)
-            return
-        yield from _named(self, prefix, wrappers, set() if memo is None else memo, remove_duplicate)
-
-    def _standing(self, path: str) -> nn.Module | None:
-        """Return the module that is at the path of a block: the block, unless somebody changed it.
-
-        A block inside a wrapper's block is found through the wrapper.
-        """
-        owner, _, name = path.rpartition(".")
-        around = self.outlined_modules.get(owner) or self.get_submodule(owner)
-        return around._modules.get(name)
 
     def check_blocks(self, verb: str) -> None:
         """Raise SubmoduleError if a block was replaced, and not only wrapped."""
-        for path, block in self.outlined_modules.items():
-            standing = self._standing(path)
-            if standing is None or not any(part is block for part in standing.modules()):
-                raise SubmoduleError(
-                    f"{verb}: '{path}' was replaced by a {type(standing).__name__}, which has no "
-                    "graph. Put the captured one back (a copy of this module still has none): "
-                    f"module.set_submodule({path!r}, module.outlined_modules[{path!r}])."
-                )
-
-    def _block_around(self, path: str) -> ProgramModule:
-        """Return the innermost called module around a submodule: a block, or this module."""
-        around = [outer for outer in self.outlined_modules if path.startswith(f"{outer}.")]
-        return self.outlined_modules[max(around, key=len)] if around else self
+        check_standing(self, verb)
 
     @property
     def adapted(self) -> Mapping[str, Callable[[], torch.Tensor]]:
@@ -257,7 +228,7 @@ class CapturedModule(ProgramModule):
         inner = part.named_parameters(remove_duplicate=False)
         held = {id(parameter) for name, parameter in inner if names is None or name in names}
         named = self.named_parameters(remove_duplicate=False)
-        self._unshare_storage({name for name, p in named if id(p) in held})
+        unshare(self, {name for name, p in named if id(p) in held})
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seal.refuse_apart()
@@ -378,21 +349,6 @@ class CapturedModule(ProgramModule):
             adapted = {name for entry in self.plan or () for name in entry.names}
             self.parent_module.bind(self, self.runners, adapted)
 
-    def stale_graphs(self) -> list[str]:
-        """Return the paths of graphs that were edited after their running code was generated."""
-        programs = [self, *self.runners]
-        found = [
-            f"'{m.program.path}'" if m.program.path else "the module"
-            for m in programs
-            if m.is_stale()
-        ]
-        nested = (
-            (name, m)
-            for name, m in self.named_modules()
-            if isinstance(m, fx.GraphModule) and not isinstance(m, ProgramModule)
-        )
-        return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
-
     def nested_graphs(self) -> list[fx.GraphModule]:
         """Return the nested graphs, at every depth."""
         found = (m for m in self.modules() if isinstance(m, fx.GraphModule))
@@ -407,55 +363,17 @@ class CapturedModule(ProgramModule):
         plan trains and those that a call may write to are copied at once. So training or calling
         one module leaves the other unchanged.
         """
-        refuse_copy(self)
-        trains, kept = self.known.adapter_parameters | self.trained, self.state_parameters()
-        memo: dict[int, Any] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            if name in kept:
-                continue
-            tensor = parameter.detach()
-            tensor = tensor.clone() if name in trains else tensor
-            memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
-        result = self.rebuilt(memo, self.known.with_originals(torch.clone))
-        copy_hooks(self, result, copy.copy)
-        for module in (self, result):
-            module.copy_when_trained()
-        return result
+        return derived(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        refuse_copy(self)
-        self.check_blocks("deepcopy")
-        originals = copy.deepcopy(dict(self.known.originals), memo)
-        result = self.rebuilt(memo, dataclasses.replace(self.known, originals=originals))
-        memo[id(self)] = result
-        copy_hooks(self, result, functools.partial(copy.deepcopy, memo=memo))
-        return result
+        return deep_copy(self, memo)
 
     def __copy__(self) -> CapturedModule:
-        """Return a module with its own graphs and containers over the same tensors."""
-        refuse_copy(self)
-        tensors = (
-            *self.named_parameters(remove_duplicate=False),
-            *self.named_buffers(remove_duplicate=False),
-        )
-        result = self.rebuilt({id(tensor): tensor for _, tensor in tensors}, self.known)
-        copy_when_trained(result, filter(is_shared, result.parameters()))
-        return result
+        return shallow_copy(self)
 
     def rebuilt(self, memo: dict[int, Any], state: State) -> CapturedModule:
         """Return a copy of the graphs and containers, with the tensors that `memo` has for ours."""
-        for path, block in self.outlined_modules.items():
-            standing = self._standing(path)
-            if standing is not block:  # a wrapper: the copy is the block itself
-                memo[id(standing)] = copy.deepcopy(block, memo)
-        # A buffer that a call wrote to may be part of an autograd graph, which deepcopy refuses.
-        for buffer in self.buffers():
-            if not buffer.is_leaf and id(buffer) not in memo:
-                memo[id(buffer)] = copy.deepcopy(buffer.detach(), memo)
-        for parameter in self.state_parameters().values():  # views of a buffer stay views of it
-            if id(parameter) not in memo:
-                data = copy.deepcopy(parameter.detach(), memo)
-                memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+        complete_memo(self, memo)
         result = CapturedModule(
             copy.deepcopy(self.tree(), memo),
             [program.copied() for program in self.programs],
@@ -489,30 +407,9 @@ class CapturedModule(ProgramModule):
         if assign:
             check_kinds(self, state_dict, "")
         else:
-            self._unshare_storage(state_dict)
-        changed = self._changed()
-        outcome = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self.take_fingerprints()  # the loaded weights are the new base
-        left = {n: mark for n, mark in changed.items() if state_dict.keys().isdisjoint(n)}
-        held = self.state_tensors()
-        given = {id(held[name]) for name in state_dict if name in held}
-        loaded = {
-            name: tensor.detach().clone()
-            for name, tensor in held.items()
-            if name in self.known.originals and id(tensor) in given
-        }
-        self.update_state(
-            base_fingerprints={**self.known.base_fingerprints, **left},
-            originals={**self.known.originals, **loaded},
-        )
-        return outcome
-
-    def _unshare_storage(self, names: Collection[str]) -> None:
-        """Copy the storage of the named parameters; those that share storage share the copy."""
-        held = list(self.named_parameters(remove_duplicate=False))
-        own = self.known.written  # no module shares these
-        memory = {memory_id(p) for name, p in held if name in names and name not in own}
-        copy_memory((p for _, p in held), memory)
+            unshare(self, state_dict)
+        with loading(self, state_dict.keys()):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def copy_when_trained(self) -> None:
         """Have the parameters, whose storage other modules share, copied when they first train."""
@@ -520,37 +417,9 @@ class CapturedModule(ProgramModule):
         held = self.named_parameters(remove_duplicate=False)
         copy_when_trained(self, (parameter for name, parameter in held if name not in own))
 
-    # ---- the base under adapters ------------------------------------------------------------
-
-    def fingerprints_under(self, state: State) -> dict[tuple[str, ...], int]:
-        """Return the fingerprints of the weights that a state's plan does not train.
-
-        Each is keyed by all names of its weight. Empty if the state has no plan.
-        """
-        trains = state.adapter_parameters | state.trained
-        return {
-            tuple(names): fingerprint(self.get_parameter(names[0]))
-            for names in self.aliases().values()
-            if state.plan is not None and trains.isdisjoint(names)
-            if self.known.written.isdisjoint(names)
-        }
-
-    def take_fingerprints(self) -> None:
-        """Record the fingerprints and the ties of the weights that the plan does not train."""
-        self.update_state(base_fingerprints=self.fingerprints_under(self.known))
-
     def changed_weights(self) -> list[str]:
         """Return the names of recorded weights that were written to or untied since."""
-        return [name for names in self._changed() for name in names]
-
-    def _changed(self) -> dict[tuple[str, ...], int]:
-        """Return the recorded fingerprints whose weights were written to or untied since."""
-        return {
-            names: mark
-            for names, mark in self.known.base_fingerprints.items()
-            if len({id(self.get_parameter(name)) for name in names}) > 1
-            or fingerprint(self.get_parameter(names[0])) != mark
-        }
+        return [name for names in changed_fingerprints(self) for name in names]
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -591,31 +460,15 @@ class CapturedModule(ProgramModule):
 
     def aliases(self) -> dict[str, list[str]]:
         """Return all names of each parameter, keyed by the first; tied weights have several."""
-        first: dict[int, str] = {}
-        names: dict[str, list[str]] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            names.setdefault(first.setdefault(id(parameter), name), []).append(name)
-        return names
+        return aliases(self)
 
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Register a parameter under a dotted name, creating containers as needed."""
-        owner, _, attribute = name.rpartition(".")
-        parent: nn.Module = self
-        with self.editing():
-            for part in owner.split(".") if owner else []:
-                if part not in parent._modules:
-                    parent.add_module(part, container())
-                parent = parent.get_submodule(part)
-            parent.register_parameter(attribute, parameter)
+        set_parameter(self, name, parameter)
 
     def remove_parameter(self, name: str) -> None:
         """Remove a parameter, and the containers that this leaves empty."""
-        owner, _, attribute = name.rpartition(".")
-        del self.get_submodule(owner)._parameters[attribute]
-        with self.editing():
-            while owner and next(_contents(self.get_submodule(owner)), None) is None:
-                owner, _, attribute = owner.rpartition(".")
-                del self.get_submodule(owner)._modules[attribute]
+        remove_parameter(self, name)
 
     # ---- device and dtype -------------------------------------------------------------------
 
@@ -624,123 +477,5 @@ class CapturedModule(ProgramModule):
 
         A, B and the parameters trained in full keep the dtypes that the plan asks for.
         """
-        moves = moves_of(base_tensors(self), fn)
-        nested = self.nested_graphs()
-        graphs = [*self.distinct_graphs(), *(module.graph for module in nested)]
-        for graph in graphs:
-            refuse_ambiguous_casts(graph, moves)
-        changed = self._changed()
-        with self.editing():  # the submodules move with the module
-            result = super()._apply(keeping_dtypes(self, fn), recurse)
-        self.take_fingerprints()
-        # Keep the fingerprints of weights written to before: a move must not hide that.
-        self.update_state(base_fingerprints={**self.known.base_fingerprints, **changed})
-        self.known = self.known.with_originals(fn)
-        if moves:
-            for graph in graphs:
-                retarget(graph, moves)
-            for program in self.programs:
-                specs = program.inputs.items()
-                program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
-                known = program.autocasts.items()
-                program.autocasts = {mode: casts.moved(moves) for mode, casts in known}
-            if self.plan is not None:
-                weights = dict(self.named_parameters(remove_duplicate=False))
-                self.update_state(plan=self.plan.over(weights))
-                set_casts(self)
-            for module in nested:
-                module.recompile()
-            self.refresh()
-        return result
-
-
-def _contents(module: nn.Module) -> Iterator[object]:
-    yield from module.children()
-    yield from module._parameters.values()
-    yield from module._buffers.values()
-
-
-def _named(
-    module: nn.Module,
-    prefix: str,
-    wrappers: Mapping[int, Block],
-    seen: set[nn.Module],
-    remove_duplicate: bool,
-) -> Iterator[tuple[str, nn.Module]]:
-    if module in seen:
-        return
-    if remove_duplicate:
-        seen.add(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            path = f"{prefix}.{name}" if prefix else name
-            inner = wrappers.get(id(child), child)
-            yield from ((path, part) for part in _around(child, inner) if part not in seen)
-            yield from _named(inner, path, wrappers, seen, remove_duplicate)
-
-
-def _around(wrapper: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
-    """Yield a wrapper, and all that is in it, without the module that it is around."""
-    if wrapper is not inner:
-        yield wrapper
-        for child in wrapper.children():
-            yield from _around(child, inner)
-
-
-def copy_hooks(
-    module: CapturedModule, copied: CapturedModule, copy_of: Callable[[Any], Any]
-) -> None:
-    """Give a copy the hooks of a module and of its blocks.
-
-    Raises:
-        SubmoduleError: the forward of a block was assigned: it may call the block of this module.
-    """
-    blocks = copied.outlined_modules
-    for path, block in module.outlined_modules.items():
-        if "forward" in block.__dict__:
-            raise SubmoduleError(
-                f"a copy of the module would lose the forward that was assigned to '{path}'. Take "
-                "it off, and assign it to the copy: del module.get_submodule("
-                f"{path!r}).forward."
-            )
-    pairs = [(module, copied), *((b, blocks[path]) for path, b in module.outlined_modules.items())]
-    for old, new in pairs:
-        for name in HOOKS:
-            new.__dict__[name] = copy_of(old.__dict__[name])
-
-
-def _captured_inside(module: object) -> str:
-    """Return the path of the only captured module inside a wrapper (compiled, DDP, EMA), or ""."""
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
-    found = [path for path, part in parts if isinstance(part, CapturedModule)]
-    return found[0] if len(found) == 1 else ""
-
-
-def check_captured(module: object, verb: str) -> None:
-    """Raise unless a function was given a captured module that runs only its own graphs.
-
-    Args:
-        module: the argument to check.
-        verb: the function's name, for the message.
-
-    Raises:
-        NotCapturedError: it is not a captured module.
-        SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
-    """
-    if not isinstance(module, CapturedModule):
-        if isinstance(getattr(module, "__dict__", {}).get("_captured"), CapturedModule):
-            raise NotCapturedError(
-                f"{verb} takes the captured module itself, not a host that runs it: pass the "
-                "module that hosted(model, module) was given."
-            )
-        if inside := _captured_inside(module):
-            raise NotCapturedError(
-                f"{verb} takes the captured module itself, not the {type(module).__name__} around "
-                f"it: pass it .get_submodule('{inside}') of that."
-            )
-        raise NotCapturedError(
-            f"{verb} takes a captured module, not {type(module).__name__}: "
-            "fxlora.capture(model, args) makes one."
-        )
-    module.check_blocks(verb)
+        with moving(self, fn) as move, self.editing():  # the submodules move with the module
+            return super()._apply(move, recurse)

@@ -17,11 +17,18 @@ from ..errors import InputError
 from ..fx.autocast import current_autocast
 from ..fx.targets import refuse_unwritable
 from .autocasts import UNKNOWN, Autocasts
+from .blocks.recorded import ModuleCall
 from .contract import InputSpec
-from .outlining import ModuleCall
 from .submodules import plain_view
 
 MODES = ("train", "eval")
+
+# Names under which a graph's code finds two modules besides its tensors. FACADE is the module as
+# its user has it: outlined submodules are called through it, and so with the hooks, wrappers and
+# replacements that the user gave them. OUTER, in the graph of an outlined submodule only, is the
+# whole model, for all that is outside of that submodule.
+FACADE = "facade"
+OUTER = "outer"
 
 
 @dataclass(eq=False)

@@ -12,7 +12,8 @@ from torch.fx.node import map_aggregate
 from ..errors import CaptureError
 from ..fx.calls import example_value
 from .casts import is_cast
-from .outlining import MOVED
+
+MOVED = "module_moved"  # key in a node's meta: the dtype of its example may not be its dtype now
 
 Moves = dict[Any, Any]  # old device → new device, old dtype → new dtype
 

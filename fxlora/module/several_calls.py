@@ -12,8 +12,7 @@ from torch import fx
 from ..errors import InputError
 from .autocasts import EVERY
 from .contract import InputSpec, OtherArgumentsError, OtherStructureError
-from .outlining import FACADE
-from .program import MODES, Program, ProgramModule
+from .program import FACADE, MODES, Program, ProgramModule
 
 CHOOSER = "call_chooser"  # name under which the graph finds the captured module
 

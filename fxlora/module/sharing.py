@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .memory import memory_id
+
+if TYPE_CHECKING:
+    from .captured import CapturedModule
 
 
 def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> None:
@@ -18,6 +22,14 @@ def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> 
     memo: dict[int, object] = {}
     for parameter in held.values():
         parameter.data = copy.deepcopy(parameter.data, memo)
+
+
+def unshare(module: CapturedModule, names: Collection[str]) -> None:
+    """Copy the storage of the named parameters; those that share storage share the copy."""
+    held = list(module.named_parameters(remove_duplicate=False))
+    own = module.known.written  # no module shares these
+    memory = {memory_id(p) for name, p in held if name in names and name not in own}
+    copy_memory((p for _, p in held), memory)
 
 
 def copy_when_trained(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

@@ -16,6 +16,7 @@ from ..matching.forms import branch_obstacle
 from ..matching.full import check_own_memory
 from ..matching.refusals import why_unsupported
 from ..module import CapturedModule
+from ..module.base import base_fingerprints
 from ..module.casts import mark, set_casts
 from ..module.program import Program
 from ..module.sharded import whole
@@ -64,7 +65,7 @@ class Inject(Pass):
         module.known = replace(module.known, plan=plan, originals=originals)
         set_casts(module)
         share_whole_adapters(module)
-        return replace(module.known, base_fingerprints=module.fingerprints_under(module.known))
+        return replace(module.known, base_fingerprints=base_fingerprints(module))
 
 
 def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site]:

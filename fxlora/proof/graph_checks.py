@@ -12,7 +12,7 @@ from ..errors import InjectError, VerificationError
 from ..fx.calls import kind_of, source_line
 from ..fx.compare import difference, first_difference
 from ..module import CapturedModule
-from ..module.program import MODES
+from ..module.program import MODES, ProgramModule, code_of
 from ..passes import Inject, Remove
 from ..passes.structure import MARK, Insertion, insertions
 from ..tables import some
@@ -26,11 +26,25 @@ def check_code(module: CapturedModule, subject: str) -> None:
         module: the module to check.
         subject: its description in the message.
     """
-    if stale := module.stale_graphs():
+    if stale := _stale_graphs(module):
         raise VerificationError(
             f"code: in {subject}, the graph of {some(stale)} was edited, but the code that runs is "
             "still that from before. Call refresh() on the captured module after an edit."
         )
+
+
+def _stale_graphs(module: CapturedModule) -> list[str]:
+    """Return the paths of graphs that were edited after their running code was generated."""
+    programs = [module, *module.runners]
+    found = [
+        f"'{m.program.path}'" if m.program.path else "the module" for m in programs if m.is_stale()
+    ]
+    nested = (
+        (name, m)
+        for name, m in module.named_modules()
+        if isinstance(m, fx.GraphModule) and not isinstance(m, ProgramModule)
+    )
+    return found + [f"'{name}'" for name, m in nested if m.code != code_of(m.graph)]
 
 
 def without_adapters(module: CapturedModule) -> CapturedModule:

@@ -20,8 +20,8 @@ from torch.fx.node import has_side_effect
 from torch.library import Library
 from torch.utils import _pytree as pytree
 
+from ...module.blocks.recorded import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
 from ...module.contract import by_position
-from ...module.outlining import CALLS, VALUES, CallKey, Leaves, ModuleCall, Value
 from ...module.tensor_state import Gradient
 from .tensor_state import StateReads
 

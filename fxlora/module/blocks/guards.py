@@ -19,9 +19,9 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from ..errors import SubmoduleError
-from .contract import Guard
-from .size_guards import Size, guard_of
+from ...errors import SubmoduleError
+from ..contract import Guard
+from ..size_guards import Size, guard_of
 
 Expressions = Mapping[str, Any]  # by the name of a symbol: the expression that it stands for
 Ranges = Mapping[str, ValueRanges[Any]]  # by the name of a symbol of the whole model

@@ -9,9 +9,9 @@ import sympy
 import torch
 from torch import fx
 
-from ..fx.literals import same_literal
-from .block_contract import input_sizes, size_range
-from .contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
+from ...fx.literals import same_literal
+from ..contract import ConstantInput, Dimension, Input, InputSpec, IntegerInput, TensorInput
+from .contract import input_sizes, size_range
 
 _Argument = tuple[Any, tuple[Input, ...]]  # its structure and its leaves
 _Symbols = Mapping[str, Any]  # the value of each symbol, by its name

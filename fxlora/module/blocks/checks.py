@@ -16,8 +16,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from ..errors import SubmoduleError
-from ..fx.literals import same_literal
+from ...errors import SubmoduleError
+from ...fx.literals import same_literal
 
 
 def same(one: Any, other: Any) -> bool:

@@ -15,8 +15,9 @@ from torch import fx
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from .block_guards import Expressions, Ranges, guards_of_block
-from .contract import (
+from ...fx.calls import example_value
+from ..contract import (
+    ConstantInput,
     Dimension,
     Guard,
     Input,
@@ -24,7 +25,66 @@ from .contract import (
     IntegerInput,
     TensorInput,
 )
-from .size_guards import Size
+from ..retarget import MOVED
+from ..size_guards import Size
+from ..tensor_state import Gradient, Order
+from .guards import Expressions, Ranges, guards_of_block
+from .part import CallPart
+
+
+def contract_of(part: CallPart, ordered: bool) -> InputSpec:
+    """Return the contract of a call: names, structure, constants, shapes and dtypes.
+
+    Args:
+        part: the call's part of the whole graph.
+        ordered: whether the contract asks for the order of tensors in memory.
+
+    Raises:
+        SubmoduleError: it asks for the order, which is not the same for every size.
+    """
+    call = part.call
+    groups: list[tuple[Input, ...]] = []
+    begin = 0
+    for name, structure in zip(call.names, call.structures, strict=True):
+        end = begin + structure.num_leaves
+        indices = range(begin, end)
+        named = [name] if len(indices) == 1 else [f"{name}[{i - begin}]" for i in indices]
+        groups.append(
+            tuple(_input(part, i, n, ordered) for i, n in zip(indices, named, strict=True))
+        )
+        begin = end
+    return InputSpec(call.names, call.structures, tuple(groups), positional=call.by_position)
+
+
+def _input(part: CallPart, index: int, name: str, ordered: bool) -> Input:
+    constant = part.call.inputs.constants[index]
+    if index not in part.call.inputs.computed:
+        return ConstantInput(name, constant)
+    node = part.given[index]
+    value = example_value(node)
+    if value is None:
+        size = dimension_of(node.meta.get("val"))
+        known = isinstance(size, Dimension)
+        return IntegerInput(name, size if known else Dimension(f"size_{index}"))
+    dtype = None if node.meta.get(MOVED) else value.dtype
+    dims = tuple(map(dimension_of, value.shape))
+    order = _order(part, value) if ordered else None
+    return TensorInput(name, dims, dtype, order, _gradient(part, index))
+
+
+def _gradient(part: CallPart, index: int) -> Gradient | None:
+    """Return the gradient state that a tensor must have, or None if it does not matter."""
+    known = part.call.gradients[index] if part.call.gradients else None
+    computed = part.given[index].op == "call_function"
+    return replace(known, computed=computed) if known else None
+
+
+def _order(part: CallPart, value: torch.Tensor) -> Order:
+    if order := Order.of(value, offset=True):
+        return order
+    raise part.refusal(
+        "may read how a tensor lies in memory, where the order is not the same for every size"
+    )
 
 
 def dimension_of(size: Any) -> int | Dimension:

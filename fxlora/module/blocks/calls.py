@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from ..errors import SubmoduleError
-from ..fx.compare import same_graph_except_sizes
-from .autocasts import UNKNOWN, Autocasts
-from .block_contract import contract_of_both, under_autocast, within
-from .block_overlap import may_overlap, symbols_of_both
-from .constants import EqualConstants
-from .contract import InputSpec, TensorInput
-from .outlining import ModuleCall, OutlinedGraph, same_graph, split_at_calls
-from .program import MODES, Program
+from ...errors import SubmoduleError
+from ...fx.compare import same_graph_except_sizes
+from ..autocasts import UNKNOWN, Autocasts
+from ..constants import EqualConstants
+from ..contract import InputSpec, TensorInput
+from ..program import MODES, Program
+from .contract import contract_of_both, under_autocast, within
+from .outlining import OutlinedGraph, same_graph, split_at_calls
+from .overlap import may_overlap, symbols_of_both
+from .recorded import ModuleCall
 
 Calls = Mapping[str, Sequence["BlockCall"]]  # by mode
 

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..errors import NoMatchError, SubmoduleError
-from ..tables import some
+from ...errors import NoMatchError, SubmoduleError
+from ...tables import some
 
 Modules = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 

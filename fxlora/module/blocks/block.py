@@ -12,16 +12,22 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, SubmoduleError
-from ..fx.autocast import current_autocast
-from .autocasts import UNKNOWN
-from .block_calls import BlockCall, Calls
-from .block_checks import same
-from .contract import ConstantInput, InputSpec
-from .outlining import FACADE, OUTER
-from .program import MODES, Program, ProgramModule, code_of, forward_function, tensors_of
-from .several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
-from .submodules import (
+from ...errors import InputError, SubmoduleError
+from ...fx.autocast import current_autocast
+from ..autocasts import UNKNOWN
+from ..contract import ConstantInput, InputSpec
+from ..program import (
+    FACADE,
+    MODES,
+    OUTER,
+    Program,
+    ProgramModule,
+    code_of,
+    forward_function,
+    tensors_of,
+)
+from ..several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
+from ..submodules import (
     Container,
     Guarded,
     NoAttributeError,
@@ -31,6 +37,8 @@ from .submodules import (
     plain_view,
     subclass,
 )
+from .calls import BlockCall, Calls
+from .checks import same
 
 
 class BlockGraphs(ProgramModule):
@@ -165,7 +173,7 @@ class Block(Guarded, BlockGraphs):
 
     @property
     def call_chooser(self) -> Block:
-        """The block itself, for the graph that chooses (see several_calls.py)."""
+        """The block itself, for the graph that chooses (see module/several_calls.py)."""
         return self
 
     def chosen_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraphs:

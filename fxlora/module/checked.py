@@ -1,0 +1,44 @@
+"""check_captured: what every function asks of the module that it is given."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import NotCapturedError
+from .captured import CapturedModule
+
+
+def check_captured(module: object, verb: str) -> None:
+    """Raise unless a function was given a captured module that runs only its own graphs.
+
+    Args:
+        module: the argument to check.
+        verb: the function's name, for the message.
+
+    Raises:
+        NotCapturedError: it is not a captured module.
+        SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
+    """
+    if not isinstance(module, CapturedModule):
+        if isinstance(getattr(module, "__dict__", {}).get("_captured"), CapturedModule):
+            raise NotCapturedError(
+                f"{verb} takes the captured module itself, not a host that runs it: pass the "
+                "module that hosted(model, module) was given."
+            )
+        if inside := _captured_inside(module):
+            raise NotCapturedError(
+                f"{verb} takes the captured module itself, not the {type(module).__name__} around "
+                f"it: pass it .get_submodule('{inside}') of that."
+            )
+        raise NotCapturedError(
+            f"{verb} takes a captured module, not {type(module).__name__}: "
+            "fxlora.capture(model, args) makes one."
+        )
+    module.check_blocks(verb)
+
+
+def _captured_inside(module: object) -> str:
+    """Return the path of the only captured module inside a wrapper (compiled, DDP, EMA), or ""."""
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    found = [path for path, part in parts if isinstance(part, CapturedModule)]
+    return found[0] if len(found) == 1 else ""
