@@ -22,7 +22,7 @@ from .autocasts import OtherModeError
 from .base import changed_fingerprints, loading
 from .blocks.block import Block
 from .blocks.calls import outline
-from .blocks.standing import block_around, check_standing, named_modules, place, wrapped
+from .blocks.tree import block_around, check_not_replaced, named_modules, place, wrapped
 from .contract import InputSpec
 from .copies import complete_memo, deep_copy, derived, shallow_copy
 from .memory import overlaps_of
@@ -152,7 +152,7 @@ class CapturedModule(ProgramModule):
 
     def check_blocks(self, verb: str) -> None:
         """Raise SubmoduleError if a block was replaced, and not only wrapped."""
-        check_standing(self, verb)
+        check_not_replaced(self, verb)
 
     @property
     def adapted(self) -> Mapping[str, Callable[[], torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""check_captured: what every function asks of the module that it is given."""
+"""check_captured: the check that every function makes of its module."""
 
 from __future__ import annotations
 

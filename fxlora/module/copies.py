@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import SubmoduleError
-from .blocks.standing import standing
+from .blocks.tree import module_at
 from .fsdp import refuse_copy
 from .sharing import copy_when_trained, is_shared
 from .submodules import HOOKS
@@ -64,9 +64,9 @@ def shallow_copy(module: CapturedModule) -> CapturedModule:
 
 
 def complete_memo(module: CapturedModule, memo: dict[int, Any]) -> None:
-    """Add copies of what deepcopy refuses, or would copy as something else, to its memo."""
+    """Add copies to deepcopy's memo that it would refuse to make, or make otherwise."""
     for path, block in module.outlined_modules.items():
-        found = standing(module, path)
+        found = module_at(module, path)
         if found is not block:  # a wrapper: the copy is the block itself
             memo[id(found)] = copy.deepcopy(block, memo)
     # A buffer that a call wrote to may be part of an autograd graph, which deepcopy refuses.

@@ -1,6 +1,7 @@
 """Modules that FSDP2 shards (fully_shard): its units, and the state that it keeps between calls.
 
 torch has no public functions for some of this; the private names are those of torch 2.11 to 2.14.
+It is imported inside the functions, because torch may be built without distributed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A captured module's move to another device or dtype: what follows the tensors."""
+"""Moving a captured module to another device or dtype: its graphs and its state follow."""
 
 from __future__ import annotations
 

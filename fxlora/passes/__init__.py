@@ -2,7 +2,7 @@
 
 A pass is a frozen dataclass that is called like a function. It takes a CapturedModule and returns a
 new one, which shares the storage of frozen parameters with it. Only passes rewrite captured graphs,
-except for `module/retarget.py`, which follows a module's `.to()`.
+except for `module/retarget.py` and `module/casts.py`, which follow a module's `.to()`.
 """
 
 from .base import Chain, Pass, as_pass

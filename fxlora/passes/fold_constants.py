@@ -36,13 +36,13 @@ class FoldConstants(Pass):
         _check_finite(module)
         folded: dict[str, nn.Parameter] = {}
         for graph in module.distinct_graphs():
-            standing = insertions(module, graph)
-            for chain in _by_weight(standing):
+            inserted = insertions(module, graph)
+            for chain in _by_weight(inserted):
                 entry = chain[0].entry
                 _check_tie(module, entry)
                 if entry.parameter not in folded:
                     folded |= dict.fromkeys(entry.names, _evaluated(module, chain))
-            for insertion in reversed(standing):
+            for insertion in reversed(inserted):
                 remove_insertion(insertion)
         for name, parameter in folded.items():
             module.set_parameter(name, parameter)
@@ -73,13 +73,13 @@ def _check_tie(module: CapturedModule, entry: Entry) -> None:
         )
 
 
-def _by_weight(standing: list[Insertion]) -> list[list[Insertion]]:
+def _by_weight(inserted: list[Insertion]) -> list[list[Insertion]]:
     """Group the adapters by weight, in graph order.
 
     A packed weight has one adapter per adapted part; each is applied to the previous one's output.
     """
     chains: dict[tuple[str, ...], list[Insertion]] = {}
-    for insertion in standing:
+    for insertion in inserted:
         if insertion.form != "weight":
             raise InjectError(
                 f"'{insertion.entry.site}' is in branch form: run the pass ToWeightForm first."

@@ -1,7 +1,7 @@
 """The graph around an outlined submodule: one call of a module replaces the nodes of the call.
 
-What a submodule returns may be changed by its hooks, wrappers or replacement. Checks after the call
-raise where the graph around it does not take a value from there that it depends on.
+Hooks, wrappers or a replacement may change a submodule's outputs. Checks after the call raise where
+the graph around it takes such a value from elsewhere.
 """
 
 from __future__ import annotations

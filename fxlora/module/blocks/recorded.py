@@ -1,4 +1,4 @@
-"""What capture records of the calls of submodules, in the meta of a graph's nodes and beside it."""
+"""Recorded calls of submodules: capture puts them into the meta of a graph's nodes and module."""
 
 from __future__ import annotations
 

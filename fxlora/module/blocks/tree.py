@@ -1,4 +1,4 @@
-"""What stands in the module tree at the path of a block: the block, or what users put there.
+"""Blocks in the module tree: they are put there, and found inside users' wrappers.
 
 A wrapper around a block leaves it in use, and the modules keep the source's names. A module that
 replaces a block runs, but has no graph that fxlora could adapt.
@@ -37,7 +37,7 @@ def place(module: CapturedModule, calls: Mapping[str, Calls]) -> None:
             module.set_submodule(path, module.outlined_modules[path])
 
 
-def standing(module: CapturedModule, path: str) -> nn.Module | None:
+def module_at(module: CapturedModule, path: str) -> nn.Module | None:
     """Return the module that is at the path of a block: the block, unless somebody changed it.
 
     A block inside a wrapper's block is found through the wrapper.
@@ -47,10 +47,10 @@ def standing(module: CapturedModule, path: str) -> nn.Module | None:
     return around._modules.get(name)
 
 
-def check_standing(module: CapturedModule, verb: str) -> None:
+def check_not_replaced(module: CapturedModule, verb: str) -> None:
     """Raise SubmoduleError if a block was replaced, and not only wrapped."""
     for path, block in module.outlined_modules.items():
-        found = standing(module, path)
+        found = module_at(module, path)
         if found is None or not any(part is block for part in found.modules()):
             raise SubmoduleError(
                 f"{verb}: '{path}' was replaced by a {type(found).__name__}, which has no "
@@ -66,9 +66,9 @@ def block_around(module: CapturedModule, path: str) -> ProgramModule:
 
 
 def wrapped(module: CapturedModule) -> dict[int, Block]:
-    """Return the blocks by the id of what stands at their paths; empty if that is the blocks."""
+    """Return the blocks by the id of the modules at their paths; empty if none is wrapped."""
     blocks = module.outlined_modules
-    found = {id(standing(module, path)): block for path, block in blocks.items()}
+    found = {id(module_at(module, path)): block for path, block in blocks.items()}
     return {} if all(id(block) in found for block in blocks.values()) else found
 
 
@@ -84,7 +84,7 @@ def named_modules(
     Args:
         module: the module to start at.
         prefix: its path.
-        wrappers: the blocks, by the id of what stands at their paths.
+        wrappers: the blocks, by the id of the modules at their paths.
         seen: modules to leave out.
         remove_duplicate: whether each module is yielded once.
     """
