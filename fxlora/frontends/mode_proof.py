@@ -85,6 +85,9 @@ class Proof:
         default_factory=dict[Mode, tuple[Outcome, Run]]
     )
     _found: dict[Mode, _Difference | None] = field(default_factory=dict[Mode, _Difference | None])
+    _inputs_in: dict[Mode, tuple[tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=dict[Any, Any]
+    )
     _target: torch.device | None = None  # where the weights are moved to
 
     def autocasts(self) -> Autocasts:
@@ -188,8 +191,11 @@ class Proof:
             return run.of(call, args, kwargs), run
 
     def _inputs(self, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = self.example if isinstance(mode, GradientMode) else self.example.under(mode)
-        return given.args, given.kwargs
+        """Return the inputs in a mode, the same tensors for both runs: memory gives them values."""
+        if mode not in self._inputs_in:
+            given = self.example if isinstance(mode, GradientMode) else self.example.under(mode)
+            self._inputs_in[mode] = given.args, given.kwargs
+        return self._inputs_in[mode]
 
     def _described(self, mode: Mode, difference: _Difference) -> str:
         """Describe the first op of the source that the graph does not compute, with its line."""
