@@ -387,6 +387,60 @@ def test_generate_with_an_encoder(make: Any, encoder: str) -> None:
         assert torch.equal(generate(host, ids), generate(expected, ids))
 
 
+def qwen_vl(version: str, **vision: Any) -> Any:
+    """A model whose `generate` keeps what it knows of positions in an attribute of its inside."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}
+    text = SMALL | {"num_hidden_layers": 1, "rope_parameters": rope}
+    size = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+    special = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92}
+    return build(
+        f"{version}ForConditionalGeneration", f"{version}Config", text_config=text,
+        vision_config=size | vision, vision_end_token_id=93, **special,
+    )  # fmt: skip
+
+
+def qwen2_vl() -> Any:
+    return qwen_vl("Qwen2VL", embed_dim=16, hidden_size=24)
+
+
+def qwen25_vl() -> Any:
+    sizes = {"hidden_size": 16, "out_hidden_size": 24, "intermediate_size": 20}
+    return qwen_vl("Qwen2_5_VL", window_size=16, fullatt_block_indexes=[0], **sizes)
+
+
+def with_image(ids: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments for a prompt that begins with an image of 4 tokens, of 2 × 2 patches."""
+    rows = len(ids)
+    image = torch.tensor([92, 90, 90, 90, 90, 93]).expand(rows, 6)
+    ids = torch.cat([image, ids.clamp(max=89)], 1)
+    pixels = torch.randn(rows * 16, 96, generator=torch.Generator().manual_seed(2))
+    grid = torch.tensor([[1, 4, 4]]).expand(rows, 3)
+    kinds = {"mm_token_type_ids": (ids == 90).int(), "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, **kinds}
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, pytest.param(qwen25_vl, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("given", [lambda ids: {"input_ids": ids}, with_image])
+def test_generate_that_sets_an_attribute_of_a_submodule(make: Any, given: Any) -> None:
+    torch.manual_seed(0)
+    model = make()
+    if not hasattr(model.model, "rope_deltas"):
+        pytest.skip("this release of transformers keeps it elsewhere")
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}
+    with fxlora.recorded_calls(model) as calls:
+        for prompt in (IDS[:2], IDS[:2, :5]):
+            model.generate(**given(prompt), **options)
+    lora = adapted(fxlora.capture(model, calls=calls))
+    assert lora.regions == ("",)
+    host, expected = fxlora.hosted(model, lora), merged(model, lora)
+    for ids in (IDS[:2, :7], IDS[:2]):
+        options["max_new_tokens"] = 8
+        wanted = expected.generate(**given(ids), **options)
+        assert not torch.equal(wanted, model.generate(**given(ids), **options))
+        assert torch.equal(host.generate(**given(ids), **options), wanted)
+        assert torch.equal(host.model.rope_deltas, expected.model.rope_deltas)
+
+
 def test_two_towers_by_their_methods() -> None:
     size = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
     text = SMALL | size | {"eos_token_id": 2, "max_position_embeddings": 12}

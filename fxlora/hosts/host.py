@@ -118,7 +118,7 @@ def _seal(
     """
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
-    seal.attributes = Attributes(module.reads)
+    seal.attributes = Attributes(module.reads, bool(module.changes))
     seal.calls = {
         path: functools.partial(_run, host, path, signature)
         for path, signature in callable_parts.items()
@@ -308,7 +308,7 @@ def _run(
     host._seal.refuse_apart()
     args, kwargs = _align(captured, method, signature, args, kwargs)
     attributes = host._seal.attributes
-    if attributes.before or captured.changes:
+    if attributes.before or attributes.changing:
         program = captured.chosen_call(args, kwargs, method).program
         attributes.called(program.reads, program.changes)
     if method == "forward":

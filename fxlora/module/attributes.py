@@ -51,11 +51,12 @@ class Attributes:
     Attributes:
         reads: names of those that captured calls read, or None where that is not known.
         before: the values in the capture of those that code of the host has set since.
-        left: names of those that the source would have set in the calls so far.
+        changing: whether the source changes any in captured calls.
+        left: names of those that it would have changed in the calls so far.
     """
 
-    def __init__(self, reads: frozenset[str] | None) -> None:
-        self.reads = reads
+    def __init__(self, reads: frozenset[str] | None, changing: bool = False) -> None:
+        self.reads, self.changing = reads, changing
         self.before: dict[str, Any] = {}
         self.left: set[str] = set()
 
@@ -64,21 +65,23 @@ class Attributes:
         self.before.update(other.before)
         self.left.update(other.left)
 
-    def knows(self, name: str) -> bool:
-        """Whether it is known which calls read an attribute, so that anyone may set it."""
-        return self.reads is not None and name not in OF_EVERY_MODULE
+    def knows(self, part: nn.Module, name: str) -> bool:
+        """Whether it is known which calls read a plain attribute, so that anyone may set it."""
+        tensors = (part._parameters, part._buffers, part._modules)
+        plain = name not in OF_EVERY_MODULE and not any(name in held for held in tensors)
+        return self.reads is not None and plain
 
     def note(self, part: nn.Module, path: str, name: str, value: Any) -> None:
         """Note that code of the host is about to set an attribute, or to delete it (MISSING)."""
-        tensors = (part._parameters, part._buffers, part._modules)
-        if not self.knows(name) or any(name in held for held in tensors):
+        if not self.knows(part, name):
             return
         if is_private(name) and not isinstance(value, _DATA) and value is not MISSING:
             return
         full = joined(path, name)
         if full not in self.before:
-            held = MISSING if full in self.left else getattr(part, name, MISSING)
-            self.before[full] = held
+            held = part.__dict__.get(name, MISSING)
+            left = held is not MISSING or full in self.left
+            self.before[full] = held if left else getattr(part, name, MISSING)
         if is_same(value, self.before[full]):
             del self.before[full]
 

@@ -261,14 +261,14 @@ class Part(Guarded):
         if name in self._parameters or name in self._buffers:
             check_tensor(self, name, value)
             return True  # the graph reads the tensor that is there at the call
-        if name == "training" or is_private(name) or seal.attributes.knows(name):
+        if name == "training" or is_private(name) or seal.attributes.knows(self, name):
             return True
         return is_same(value, getattr(self, name, MISSING))
 
     def __delattr__(self, name: str) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
         if seal is not None:
-            if not (seal.open or seal.attributes.knows(name)) or name in self._modules:
+            if not (seal.open or seal.attributes.knows(self, name)):
                 raise refusal(self._path, f"deleting its '{name}'")
             seal.attributes.note(self, self._path, name, MISSING)
         super().__delattr__(name)
