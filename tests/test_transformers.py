@@ -22,14 +22,17 @@ from fxlora import (
 
 from .laws import (
     assert_close,
+    assert_same,
     assert_untouched,
     called_with,
+    distance,
     floats,
     merged_weights,
     randomise,
     snapshot,
 )
 from .models import Mlp
+from .oracle import declare
 from .typed import grad_of, untyped
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
@@ -456,6 +459,75 @@ def test_two_towers_by_their_methods() -> None:
         found, wanted, bare = (output.pooler_output for output in outputs)
         assert (found - bare).abs().max() > 1e-3
         assert (found - wanted).abs().max() <= 1e-10 * bare.abs().max()
+
+
+def sam() -> Any:
+    encoder = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 20}
+    image = {"image_size": 16, "patch_size": 4}
+    decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 18}
+    embedding = {"output_channels": 32, "num_pos_feats": 16, "global_attn_indexes": [0]}
+    decoder |= {"iou_head_hidden_dim": 14, "iou_head_depth": 2}
+    model = build(
+        "SamModel", "SamConfig", vision_config=encoder | image | embedding,
+        prompt_encoder_config=image | {"hidden_size": 32, "mask_input_channels": 8},
+        mask_decoder_config=decoder,
+    )  # fmt: skip
+    declare(model, {"*positional_embedding": "io"})  # coordinates @ embedding
+    return model.double()
+
+
+def sam_prompts(rows: int = 2) -> list[dict[str, Any]]:
+    """Return the arguments of two calls: for three points in each image, and for three boxes.
+
+    Points get three masks each, and boxes the other one, which a network of its own makes.
+    """
+    drawn = torch.Generator().manual_seed(6)
+    pixels = torch.randn(2, 3, 16, 16, generator=drawn, dtype=torch.float64)
+    points = 16 * torch.rand(2, 3, 2, 2, generator=drawn, dtype=torch.float64)
+    labels = torch.randint(0, 2, (2, 3, 2), generator=drawn)
+    boxes = torch.cat([points[:, :, 0] / 2, points[:, :, 1] / 2 + 8], -1)
+    pixels, points, labels, boxes = (given[:rows] for given in (pixels, points, labels, boxes))
+    return [
+        {"pixel_values": pixels, "input_points": points, "input_labels": labels},
+        {"pixel_values": pixels, "input_boxes": boxes, "multimask_output": False},
+    ]
+
+
+def test_a_segmenter_by_its_prompts() -> None:
+    """Points and boxes get a whole graph each; what only one of them reads is adapted there."""
+    torch.manual_seed(0)
+    model, prompts = sam(), sam_prompts()
+    before = snapshot(model)
+    gm = fxlora.capture(model, calls=[((), prompt) for prompt in prompts])
+    assert len(gm.programs) == 2 and gm.regions == ("",)
+    small = LoraConfig(r=1)
+    rules = [
+        fxlora.Rule("shared_image_embedding.positional_embedding", lora=small),
+        fxlora.Rule("*.projection", lora=small),
+        fxlora.Rule("*.upscale_conv?", lora=small),
+        LoraConfig(r=2, lora_alpha=3, target_modules="all-linear"),
+    ]
+    lora = fxlora.inject(gm, fxlora.match(gm, rules))
+    # With B = 0. (torch chooses attention kernels by requires_grad.)
+    frozen = [copy.deepcopy(m).requires_grad_(False) for m in (lora, model)]
+    for prompt in (*prompts, *sam_prompts(rows=1)):
+        assert_same(*(floats(call(module, prompt)) for module in frozen))
+    randomise(lora)
+    folded = fxlora.fold(lora)
+    weights = merged_weights(model, lora, dict(lora.named_parameters()))
+    assert "shared_image_embedding.positional_embedding" in weights
+    for prompt in (*prompts, *sam_prompts(rows=1)):
+        base, found = floats(call(model, prompt)), floats(call(lora, prompt))
+        assert all(distance([a], [b]) > 1e-3 for a, b in zip(found, base, strict=True))
+        with torch.no_grad():
+            assert_close(found, called_with(model, weights, (), prompt))
+        assert_close(floats(call(folded, prompt)), found)
+    calls = [((), prompt) for prompt in prompts]
+    assert all(site.effect > 0 for site in fxlora.verify(lora, calls=calls).sites)
+    for module in (lora, fxlora.hosted(model, lora)):
+        with pytest.raises(InputError, match="none of the 2 captured calls"):
+            module(**prompts[0], input_boxes=prompts[1]["input_boxes"])
+    assert_untouched(model, before)
 
 
 # In the quick run, the captures for `generate` have examples of 3 rows and serve one of 1.
