@@ -22,14 +22,17 @@ from fxlora import (
 
 from .laws import (
     assert_close,
+    assert_same,
     assert_untouched,
     called_with,
+    distance,
     floats,
     merged_weights,
     randomise,
     snapshot,
 )
 from .models import Mlp
+from .oracle import declare
 from .typed import grad_of, untyped
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional")
@@ -387,6 +390,60 @@ def test_generate_with_an_encoder(make: Any, encoder: str) -> None:
         assert torch.equal(generate(host, ids), generate(expected, ids))
 
 
+def qwen_vl(version: str, **vision: Any) -> Any:
+    """A model whose `generate` keeps what it knows of positions in an attribute of its inside."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}
+    text = SMALL | {"num_hidden_layers": 1, "rope_parameters": rope}
+    size = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+    special = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92}
+    return build(
+        f"{version}ForConditionalGeneration", f"{version}Config", text_config=text,
+        vision_config=size | vision, vision_end_token_id=93, **special,
+    )  # fmt: skip
+
+
+def qwen2_vl() -> Any:
+    return qwen_vl("Qwen2VL", embed_dim=16, hidden_size=24)
+
+
+def qwen25_vl() -> Any:
+    sizes = {"hidden_size": 16, "out_hidden_size": 24, "intermediate_size": 20}
+    return qwen_vl("Qwen2_5_VL", window_size=16, fullatt_block_indexes=[0], **sizes)
+
+
+def with_image(ids: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments for a prompt that begins with an image of 4 tokens, of 2 × 2 patches."""
+    rows = len(ids)
+    image = torch.tensor([92, 90, 90, 90, 90, 93]).expand(rows, 6)
+    ids = torch.cat([image, ids.clamp(max=89)], 1)
+    pixels = torch.randn(rows * 16, 96, generator=torch.Generator().manual_seed(2))
+    grid = torch.tensor([[1, 4, 4]]).expand(rows, 3)
+    kinds = {"mm_token_type_ids": (ids == 90).int(), "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, **kinds}
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, pytest.param(qwen25_vl, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("given", [lambda ids: {"input_ids": ids}, with_image])
+def test_generate_that_sets_an_attribute_of_a_submodule(make: Any, given: Any) -> None:
+    torch.manual_seed(0)
+    model = make()
+    if not hasattr(model.model, "rope_deltas"):
+        pytest.skip("this release of transformers keeps it elsewhere")
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}
+    with fxlora.recorded_calls(model) as calls:
+        for prompt in (IDS[:2], IDS[:2, :5]):
+            model.generate(**given(prompt), **options)
+    lora = adapted(fxlora.capture(model, calls=calls))
+    assert lora.regions == ("",)
+    host, expected = fxlora.hosted(model, lora), merged(model, lora)
+    for ids in (IDS[:2, :7], IDS[:2]):
+        options["max_new_tokens"] = 8
+        wanted = expected.generate(**given(ids), **options)
+        assert not torch.equal(wanted, model.generate(**given(ids), **options))
+        assert torch.equal(host.generate(**given(ids), **options), wanted)
+        assert torch.equal(host.model.rope_deltas, expected.model.rope_deltas)
+
+
 def test_two_towers_by_their_methods() -> None:
     size = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
     text = SMALL | size | {"eos_token_id": 2, "max_position_embeddings": 12}
@@ -402,6 +459,75 @@ def test_two_towers_by_their_methods() -> None:
         found, wanted, bare = (output.pooler_output for output in outputs)
         assert (found - bare).abs().max() > 1e-3
         assert (found - wanted).abs().max() <= 1e-10 * bare.abs().max()
+
+
+def sam() -> Any:
+    encoder = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 20}
+    image = {"image_size": 16, "patch_size": 4}
+    decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 18}
+    embedding = {"output_channels": 32, "num_pos_feats": 16, "global_attn_indexes": [0]}
+    decoder |= {"iou_head_hidden_dim": 14, "iou_head_depth": 2}
+    model = build(
+        "SamModel", "SamConfig", vision_config=encoder | image | embedding,
+        prompt_encoder_config=image | {"hidden_size": 32, "mask_input_channels": 8},
+        mask_decoder_config=decoder,
+    )  # fmt: skip
+    declare(model, {"*positional_embedding": "io"})  # coordinates @ embedding
+    return model.double()
+
+
+def sam_prompts(rows: int = 2) -> list[dict[str, Any]]:
+    """Return the arguments of two calls: for three points in each image, and for three boxes.
+
+    Points get three masks each, and boxes the other one, which a network of its own makes.
+    """
+    drawn = torch.Generator().manual_seed(6)
+    pixels = torch.randn(2, 3, 16, 16, generator=drawn, dtype=torch.float64)
+    points = 16 * torch.rand(2, 3, 2, 2, generator=drawn, dtype=torch.float64)
+    labels = torch.randint(0, 2, (2, 3, 2), generator=drawn)
+    boxes = torch.cat([points[:, :, 0] / 2, points[:, :, 1] / 2 + 8], -1)
+    pixels, points, labels, boxes = (given[:rows] for given in (pixels, points, labels, boxes))
+    return [
+        {"pixel_values": pixels, "input_points": points, "input_labels": labels},
+        {"pixel_values": pixels, "input_boxes": boxes, "multimask_output": False},
+    ]
+
+
+def test_a_segmenter_by_its_prompts() -> None:
+    """Points and boxes get a whole graph each; what only one of them reads is adapted there."""
+    torch.manual_seed(0)
+    model, prompts = sam(), sam_prompts()
+    before = snapshot(model)
+    gm = fxlora.capture(model, calls=[((), prompt) for prompt in prompts])
+    assert len(gm.programs) == 2 and gm.regions == ("",)
+    small = LoraConfig(r=1)
+    rules = [
+        fxlora.Rule("shared_image_embedding.positional_embedding", lora=small),
+        fxlora.Rule("*.projection", lora=small),
+        fxlora.Rule("*.upscale_conv?", lora=small),
+        LoraConfig(r=2, lora_alpha=3, target_modules="all-linear"),
+    ]
+    lora = fxlora.inject(gm, fxlora.match(gm, rules))
+    # With B = 0. (torch chooses attention kernels by requires_grad.)
+    frozen = [copy.deepcopy(m).requires_grad_(False) for m in (lora, model)]
+    for prompt in (*prompts, *sam_prompts(rows=1)):
+        assert_same(*(floats(call(module, prompt)) for module in frozen))
+    randomise(lora)
+    folded = fxlora.fold(lora)
+    weights = merged_weights(model, lora, dict(lora.named_parameters()))
+    assert "shared_image_embedding.positional_embedding" in weights
+    for prompt in (*prompts, *sam_prompts(rows=1)):
+        base, found = floats(call(model, prompt)), floats(call(lora, prompt))
+        assert all(distance([a], [b]) > 1e-3 for a, b in zip(found, base, strict=True))
+        with torch.no_grad():
+            assert_close(found, called_with(model, weights, (), prompt))
+        assert_close(floats(call(folded, prompt)), found)
+    calls = [((), prompt) for prompt in prompts]
+    assert all(site.effect > 0 for site in fxlora.verify(lora, calls=calls).sites)
+    for module in (lora, fxlora.hosted(model, lora)):
+        with pytest.raises(InputError, match="none of the 2 captured calls"):
+            module(**prompts[0], input_boxes=prompts[1]["input_boxes"])
+    assert_untouched(model, before)
 
 
 # In the quick run, the captures for `generate` have examples of 3 rows and serve one of 1.

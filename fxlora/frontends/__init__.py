@@ -16,6 +16,7 @@ from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
+from ..module.attributes import dotted
 from ..module.blocks.chosen import Modules, chosen_modules
 from ..module.compiled import uncompiled
 from ..module.constants import CONSTANTS
@@ -273,6 +274,8 @@ def _assemble(
             source.calls,
             source.autocasts,
             source.method,
+            dotted(source.changes.names),
+            None if source.reads is None else dotted(source.reads),
         )
         for source in sources
     ]
@@ -283,7 +286,6 @@ def _assemble(
         outputs=_output_embeddings(model),
         outlined=outlined,
         written=_all_names(tree, found.written),
-        changes=frozenset(".".join(name) for s in sources for name in s.changes.names),
         apart=frozenset(p for p, m in model.named_modules() if m.training != model.training),
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
     )

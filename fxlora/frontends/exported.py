@@ -44,7 +44,7 @@ from .kept.generators import refuse_constant_draws
 from .kept.hooks import no_tensor_hooks
 from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
-from .kept.python_state import Changes, noted
+from .kept.python_state import Attribute, Changes, noted, noted_reads
 from .kept.recurrent import any_number_of_steps, restore_recurrent
 from .kept.tensor_state import StateReads, kept_state, remove_aliases
 from .kept.undisturbed import mode_of, refuse_state
@@ -68,6 +68,7 @@ class Source:
         autocasts: the callers' autocasts that each mode's graph holds for.
         method: the method of the model that was exported.
         changes: the Python attributes that the traces changed.
+        reads: the Python attributes that the traces read, or None where that is not known.
     """
 
     modules: dict[str, fx.GraphModule]
@@ -77,6 +78,7 @@ class Source:
     autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
     method: str = "forward"
     changes: Changes = field(default_factory=Changes)
+    reads: frozenset[Attribute] | None = None
 
     def copied(self) -> Source:
         """Copy the graphs; the copies share the tensors."""
@@ -128,12 +130,14 @@ def export_modes(
     calls: dict[str, tuple[ModuleCall, ...]] = {}
     inputs: dict[str, InputSpec | None] = {}
     autocasts: dict[str, Autocasts] = {}
-    values, changes = Values(), Changes()
+    values, changes, reads = Values(), Changes(), set[Attribute]()
     for mode in MODES:
-        with mode_of(root or model, mode == "train"), noted(model, changes):
+        of_mode = mode_of(root or model, mode == "train")
+        with of_mode, noted(model, changes), noted_reads(model, reads):
             modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
-        with mode_of(root or model, mode == "train"):  # without the attributes of the export
+        of_mode = mode_of(root or model, mode == "train")
+        with of_mode, noted_reads(model, reads):  # without the attributes of the export
             again = functools.partial(_attempt, model, used, mode, parts)
             modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values, again)
         calls[mode] = modules[mode].meta.pop(RECORDED, calls[mode])
@@ -142,7 +146,25 @@ def export_modes(
     same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
     if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
         modules["train"] = evaluation
-    return Source(modules, inputs, path, calls, autocasts, changes=changes)
+    known = None if any(map(_has_unseen_code, modules.values())) else frozenset(reads)
+    return Source(modules, inputs, path, calls, autocasts, changes=changes, reads=known)
+
+
+# torch.export makes these of code that runs in the trace like any other.
+_SEEN = (
+    torch.ops.higher_order.wrap_with_autocast,
+    torch.ops.higher_order.wrap_with_set_grad_enabled,
+)
+
+
+def _has_unseen_code(module: fx.GraphModule) -> bool:
+    """Whether torch.compile's tracer read code for a graph, as for the branches of a cond."""
+    graphs = (m.graph for m in module.modules() if isinstance(m, fx.GraphModule))
+    return any(
+        isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in _SEEN
+        for graph in graphs
+        for node in graph.nodes
+    )
 
 
 def _proved(

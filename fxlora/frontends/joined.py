@@ -42,7 +42,7 @@ def check_same_model(module: CapturedModule, more: CapturedModule) -> None:
 
     The module's adapters may be trained, its buffers updated and its parameters trained in full.
     """
-    if left := {*module.known.changes} ^ {*more.known.changes}:
+    if left := module.changes ^ more.changes:
         raise InputError(
             f"some of the calls change {some(sorted(left))} of the model, which others may read. "
             "Capture all calls together: capture(model, calls=[…])."

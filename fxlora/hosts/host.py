@@ -22,6 +22,7 @@ from ..errors import InjectError, InputError
 from ..frontends.methods import method_of, signature_of
 from ..fx.literals import same_literal
 from ..module import CapturedModule, check_captured
+from ..module.attributes import MISSING, Attributes, SetByCalls, set_by_calls
 from ..module.compiled import uncompiled
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
@@ -117,6 +118,7 @@ def _seal(
     """
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
+    seal.attributes = Attributes(module.reads, bool(module.changes))
     seal.calls = {
         path: functools.partial(_run, host, path, signature)
         for path, signature in callable_parts.items()
@@ -124,7 +126,7 @@ def _seal(
     containers = {id(part) for part in module.modules()}
     for path, part in host.named_modules():
         if path and id(part) not in containers:
-            host_part(part, path, seal)
+            host_part(part, path, seal, module.changes)
             seal.owners[path] = host
     host.__dict__["_seal"] = seal
     seal.open = False
@@ -176,9 +178,16 @@ class Host(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if seal := self.__dict__.get("_seal"):
+            seal.attributes.note(self, "", name, value)
         super().__setattr__(name, value)
         if name == "training" and "_seal" in self.__dict__:
             self._seal.owner_set(self)
+
+    def __delattr__(self, name: str) -> None:
+        if seal := self.__dict__.get("_seal"):
+            seal.attributes.note(self, "", name, MISSING)
+        super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -211,7 +220,9 @@ class Host(nn.Module):
         plain.__dict__.update(self.__dict__)
         for name in ("_captured", "_held", "_seal"):
             del plain.__dict__[name]
-        return hosted(plain, copy.deepcopy(self._captured, memo))
+        copied = hosted(plain, copy.deepcopy(self._captured, memo))
+        copied._seal.attributes.take(self._seal.attributes)
+        return copied
 
 
 def _save_adapted(
@@ -247,7 +258,8 @@ def _host_class(
     if taken := [name for name in signatures if name in _OWN]:
         raise InjectError(f"a host has an attribute {taken[0]} of its own: rename the method.")
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    own = {"__doc__": kind.__doc__, "_source_class": kind}
+    changed = set_by_calls(kind, "", module.changes)
+    own = {"__doc__": kind.__doc__, "_source_class": kind, **{n: SetByCalls(n) for n in changed}}
     captured = {
         name: _running(getattr(kind, name), name, signature, _takes_more(module, name, signature))
         for name, signature in signatures.items()
@@ -295,6 +307,10 @@ def _run(
         captured.train(host.training)
     host._seal.refuse_apart()
     args, kwargs = _align(captured, method, signature, args, kwargs)
+    attributes = host._seal.attributes
+    if attributes.before or attributes.changing:
+        program = captured.chosen_call(args, kwargs, method).program
+        attributes.called(program.reads, program.changes)
     if method == "forward":
         return captured(*args, **kwargs)
     return captured._call_method(method, *args, **kwargs)

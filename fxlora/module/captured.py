@@ -308,6 +308,24 @@ class CapturedModule(ProgramModule):
         """Record the effect of an in-place rewrite; `changes` are fields of `State`."""
         self.known = dataclasses.replace(self.known, **changes)
 
+    @property
+    def changes(self) -> frozenset[str]:
+        """Names of the Python attributes that the source changes in the captured calls.
+
+        (Around regions, the source's own code runs, and changes them.)
+        """
+        if self.parent_module:
+            return frozenset()
+        return frozenset(name for program in self.programs for name in program.changes)
+
+    @property
+    def reads(self) -> frozenset[str] | None:
+        """Names of the Python attributes that the source reads in them, or None if not known."""
+        known = [program.reads for program in self.programs]
+        if self.parent_module or None in known:
+            return None
+        return frozenset(name for names in known for name in names or ())
+
     # ---- graphs -----------------------------------------------------------------------------
 
     @property

@@ -43,6 +43,8 @@ class Program:
         calls: the calls of submodules that capture recorded, in each mode's graph.
         autocasts: the callers' autocasts that the graph of each mode holds for.
         method: the method of the model that the graphs run.
+        changes: names of the Python attributes that the source changes in these calls.
+        reads: names of the Python attributes that it reads in them, or None if that is not known.
     """
 
     graphs: dict[str, fx.Graph]
@@ -51,6 +53,8 @@ class Program:
     calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, Any])
     autocasts: dict[str, Autocasts] = field(default_factory=dict[str, Autocasts])
     method: str = "forward"
+    changes: frozenset[str] = frozenset()
+    reads: frozenset[str] | None = None
 
     def distinct_graphs(self) -> list[fx.Graph]:
         """Return the graphs without duplicates."""

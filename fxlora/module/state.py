@@ -25,7 +25,6 @@ class State:
         outlined: paths of the submodules that are modules of their own, which the graph calls.
         written: names of the parameters that the graphs write to, or whose memory they write to.
             They are treated as buffers are: each copy of the module has its own.
-        changes: names of the Python attributes that the captured calls change in the source.
         apart: paths of the submodules that were in another mode than the model at the capture.
         mirrors: by a parameter's name, the names of buffers, constants and other parameters in its
             memory, through which the graphs may read it too.
@@ -41,7 +40,6 @@ class State:
     outputs: frozenset[str] = frozenset()
     outlined: tuple[str, ...] = ()
     written: frozenset[str] = frozenset()
-    changes: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 

@@ -23,8 +23,17 @@ import torch
 from torch import fx, nn
 
 from ..errors import SubmoduleError
-from ..fx.literals import same_literal
 from .adapted_tensor import AdaptedTensor, is_called_by, reads_as_it_is
+from .attributes import (
+    MACHINERY,
+    MISSING,
+    Attributes,
+    SetByCalls,
+    is_private,
+    is_same,
+    joined,
+    set_by_calls,
+)
 
 
 class Seal:
@@ -44,6 +53,7 @@ class Seal:
         replaceable: paths of children that may be replaced, because they are called.
         adapted: functions that compute the adapted weights, by name.
         calls: functions that run the submodules that were captured for calls from outside, by path.
+        attributes: what became of a host's Python attributes.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -57,6 +67,7 @@ class Seal:
         self.replaceable: frozenset[str] = frozenset()
         self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
         self.calls: Mapping[str, Callable[..., Any]] = {}
+        self.attributes = Attributes(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # the module that a copy belongs to seals it again
@@ -120,7 +131,7 @@ class Seal:
 
         Called by `__getattr__` only.
         """
-        compute = self.adapted.get(_joined(path, name)) if self.adapted else None
+        compute = self.adapted.get(joined(path, name)) if self.adapted else None
         as_it_is = self.open and not self.reads_adapted
         if compute is None or as_it_is or reads_as_it_is(sys._getframe(1)):
             return value
@@ -154,7 +165,7 @@ class Guarded(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         for name, held in tensors_by_name(self).items() if _is_sealed(self) else ():
-            check_kind(held, fn(_empty(held)), _joined(self.__dict__["_path"], name))
+            check_kind(held, fn(_empty(held)), joined(self.__dict__["_path"], name))
         return super()._apply(fn, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
@@ -205,7 +216,7 @@ def check_tensor(part: nn.Module, name: str, value: Any) -> None:
         )
     held = known[name]
     if held is not None and isinstance(value, torch.Tensor):
-        check_kind(held, value, _joined(path, name))
+        check_kind(held, value, joined(path, name))
 
 
 def check_kinds(module: nn.Module, state_dict: Mapping[str, Any], path: str) -> None:
@@ -213,7 +224,7 @@ def check_kinds(module: nn.Module, state_dict: Mapping[str, Any], path: str) -> 
     held = tensors_by_name(module)
     for name in state_dict.keys() & held.keys():
         if isinstance(state_dict[name], torch.Tensor):
-            check_kind(held[name], state_dict[name], _joined(path, name))
+            check_kind(held[name], state_dict[name], joined(path, name))
 
 
 def check_kind(held: torch.Tensor, value: torch.Tensor, name: str) -> None:
@@ -236,30 +247,30 @@ class Part(Guarded):
 
     def __setattr__(self, name: str, value: Any) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
-        if seal is None or seal.open or self._may_set(name, value, seal):
-            super().__setattr__(name, value)
-        else:
+        if not (seal is None or seal.open or self._may_set(name, value, seal)):
             raise refusal(self._path, f"setting its '{name}'")
+        if seal is not None:
+            seal.attributes.note(self, self._path, name, value)
+        super().__setattr__(name, value)
         if name == "training" and seal is not None:
             seal.mode_set(self._path, value)
 
     def _may_set(self, name: str, value: Any, seal: Seal) -> bool:
         if isinstance(value, nn.Module) or name in self._modules:
-            return _joined(self._path, name) in seal.replaceable
+            return joined(self._path, name) in seal.replaceable
         if name in self._parameters or name in self._buffers:
             check_tensor(self, name, value)
             return True  # the graph reads the tensor that is there at the call
-        # Private attributes are notes of the framework that sets them (FSDP's, accelerate's).
-        private = name.startswith("_") and not name.startswith("__")
-        if name == "training" or (private and name not in _MACHINERY):
+        if name == "training" or is_private(name) or seal.attributes.knows(self, name):
             return True
-        # Setting a flag to the value that it has changes nothing.
-        return isinstance(value, _PLAIN) and same_literal(value, getattr(self, name, _MISSING))
+        return is_same(value, getattr(self, name, MISSING))
 
     def __delattr__(self, name: str) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
-        if seal is not None and not seal.open:
-            raise refusal(self._path, f"deleting its '{name}'")
+        if seal is not None:
+            if not (seal.open or seal.attributes.knows(self, name)):
+                raise refusal(self._path, f"deleting its '{name}'")
+            seal.attributes.note(self, self._path, name, MISSING)
         super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
@@ -274,7 +285,7 @@ class Part(Guarded):
 class HostPart(Part):
     """A submodule of a host: the source's own, with its code and attributes.
 
-    Its code may set its attributes while it runs; from outside, that would have no effect.
+    Code of the host may set attributes: a call that reads one then raises (see attributes.py).
     """
 
     source_class: type[nn.Module] = nn.Module
@@ -354,12 +365,8 @@ class Container(Part, _Pinned):
         return object.__new__(cls)
 
 
-_MISSING = object()
-_PLAIN = (bool, int, float, str, type(None))
-
-# The attributes of every nn.Module; its dicts of hooks, other than those for state_dict.
-_MACHINERY = frozenset(vars(nn.Module()))
-HOOKS = [name for name in _MACHINERY if "hooks" in name and "state_dict" not in name]
+# The dicts of hooks of every nn.Module, other than those for state_dict.
+HOOKS = [name for name in MACHINERY if "hooks" in name and "state_dict" not in name]
 
 
 def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
@@ -369,18 +376,24 @@ def container(kind: type[nn.Module] = nn.Module) -> nn.Module:
     return made
 
 
-def host_part(part: nn.Module, path: str, seal: Seal) -> None:
-    """Make a submodule of a host, in place, refuse changes without effect on the host's graph."""
+def host_part(part: nn.Module, path: str, seal: Seal, changes: Collection[str] = ()) -> None:
+    """Make a submodule of a host, in place, refuse changes without effect on the host's graph.
+
+    Args:
+        changes: names of the Python attributes that the source changes in the captured calls.
+    """
     kind = part.source_class if isinstance(part, HostPart) else type(part)
-    object.__setattr__(part, "__class__", _host_part_class(kind))
+    names = set_by_calls(kind, path, changes)
+    object.__setattr__(part, "__class__", _host_part_class(kind, names))
     seal_part(part, path, seal)
 
 
 @functools.cache
-def _host_part_class(kind: type[nn.Module]) -> type[HostPart]:
+def _host_part_class(kind: type[nn.Module], changed: frozenset[str]) -> type[HostPart]:
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "source_class": kind}
+    own = {**names, **{name: SetByCalls(name) for name in changed}}
     bases = (HostPart, kind)
-    return types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(names))
+    return types.new_class(kind.__name__, bases, exec_body=lambda ns: ns.update(own))
 
 
 @functools.cache
@@ -429,7 +442,7 @@ class _Children(dict[str, Any]):
         self.path, self.seal = path, seal
 
     def __setitem__(self, name: str, child: Any) -> None:
-        path = _joined(self.path, name)
+        path = joined(self.path, name)
         if not (self.seal is None or self.seal.open or path in self.seal.replaceable):
             verb = "replacing" if name in self else "adding"
             raise refusal(path, f"{verb} it")
@@ -437,7 +450,7 @@ class _Children(dict[str, Any]):
 
     def __delitem__(self, name: str) -> None:
         if not (self.seal is None or self.seal.open):
-            raise refusal(_joined(self.path, name), "deleting it")
+            raise refusal(joined(self.path, name), "deleting it")
         super().__delitem__(name)
 
     # dict's own versions of these do not call the methods above.
@@ -513,7 +526,3 @@ def plain_view(module: nn.Module) -> nn.Module:
         inner = plain_view(child) if isinstance(child, Container) else child
         view._modules[name] = inner
     return view
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

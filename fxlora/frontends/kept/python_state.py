@@ -1,8 +1,10 @@
-"""Find attributes that a model's Python code keeps from one call to the next."""
+"""Find attributes that a model's Python code reads, and those that it keeps for the next call."""
 
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from ...module.attributes import ALL, OF_EVERY_MODULE
+from .asked_modes import is_torchs
 from .containers import unchanged
+from .patches import patched
 
 Attribute = tuple[str, str]  # the path of a module, and the name of its attribute
 
@@ -98,6 +103,49 @@ def noted(model: nn.Module, changes: Changes) -> Generator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def noted_reads(model: nn.Module, reads: set[Attribute]) -> Generator[None]:
+    """Within the context, note which attributes of its modules a model's forward reads.
+
+    Python finds an attribute in the module's dict before it asks any code, so that the question
+    itself is patched. Code that torch.compile's tracer reads instead of running (the branches of a
+    `torch.cond`) is not noted.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    depth = 0
+
+    def read(self: nn.Module, name: str) -> Any:
+        whole = name == ALL and _is_models(sys._getframe(1))
+        if depth and (whole or name not in OF_EVERY_MODULE) and id(self) in paths:
+            reads.add((paths[id(self)], name))
+        return super(nn.Module, self).__getattribute__(name)
+
+    def begin(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def end(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    handles = (
+        model.register_forward_pre_hook(begin, prepend=True),
+        model.register_forward_hook(end, always_call=True),
+    )
+    try:
+        with patched(nn.Module, __getattribute__=read):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_models(frame: types.FrameType) -> bool:
+    """Whether code is neither torch's, which looks for tensors and hooks, nor fxlora's."""
+    name = str(frame.f_globals.get("__name__", ""))
+    return not is_torchs(name) and name.partition(".")[0] != __name__.partition(".")[0]
 
 
 def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[Attribute, Any]]:

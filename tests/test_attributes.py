@@ -1,0 +1,227 @@
+"""Python attributes of hosts: code may set those that no captured call reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+from fxlora import SubmoduleError
+
+from .laws import assert_close, assert_same, randomise
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+OFFSET = torch.linspace(-1, 1, 7, dtype=torch.float64)
+
+
+class Inner(nn.Module):
+    default = None  # of the class: forward may cover it
+    _factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, 7)
+        self.scale = 2.0
+        self.delta: Any = None
+        self.last: Any = None
+
+    def forward(
+        self, x: torch.Tensor, offset: torch.Tensor | None = None, keep: bool = False
+    ) -> torch.Tensor:
+        """With an offset, read no attribute; without one, delta, and in train mode the scale."""
+        y = self.up(x)
+        if keep:
+            self.last = self.default = y
+            return y
+        if offset is not None:
+            return y + offset
+        y = y if self.delta is None else y + self.delta
+        return y * self.scale * self._factor
+
+
+class Steps(nn.Module):
+    """Keeps a value on its submodule between the calls of a loop, as generate() may."""
+
+    scale = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.down = Inner(), nn.Linear(7, 5, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, offset: torch.Tensor | None = None, keep: bool = False
+    ) -> torch.Tensor:
+        y = self.down(self.inner(x, offset, keep))
+        return y * self.scale if keep else y
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        self.inner.delta = OFFSET * x.sum()
+        for _ in range(3):
+            x = self(x, offset=self.inner.delta)
+            self.inner.delta = self.inner.delta / 2
+        return x
+
+
+CALLS: list[Any] = [((X,), {"offset": OFFSET}), ((X,), {}), ((X,), {"keep": True})]
+
+
+@pytest.fixture(scope="module")
+def model() -> Steps:
+    torch.manual_seed(0)
+    return Steps().double().eval()
+
+
+@pytest.fixture(scope="module")
+def lora(model: Steps) -> fxlora.CapturedModule:
+    config = fxlora.LoraConfig(r=2, target_modules=["inner.up", "down"])
+    adapted = fxlora.adapt(model, calls=CALLS, rules=config).eval()
+    randomise(adapted)
+    return adapted
+
+
+@pytest.fixture
+def host(model: Steps, lora: fxlora.CapturedModule) -> Any:
+    return fxlora.hosted(model, lora)
+
+
+def test_what_captured_calls_read_and_change(lora: fxlora.CapturedModule) -> None:
+    with_offset, plain, keeping = lora.programs
+    own = [{n for n in p.reads or () if n.startswith("inner.")} for p in lora.programs]
+    weights = {"inner.up", "inner.up.weight", "inner.up.bias"}
+    assert own[0] == own[2] == weights
+    assert own[1] == weights | {"inner.delta", "inner.scale", "inner._factor"}
+    assert not with_offset.changes and not plain.changes
+    assert keeping.changes == {"inner.last", "inner.default"}
+    assert lora.reads is not None and "scale" in lora.reads
+
+
+def test_code_of_a_host_keeps_values_in_attributes(
+    model: Steps, lora: fxlora.CapturedModule, host: Any
+) -> None:
+    """The loop sets and reads an attribute that the calls in it do not read."""
+    source = fxlora.merged(model, fxlora.fold(lora))
+    expected, bare = source.run(X), copy.deepcopy(model).run(X)
+    assert (expected - bare).abs().max() > 1e-3
+    for module in (host, fxlora.hosted(model, fxlora.fold(lora))):
+        assert_close([module.run(X)], [expected])
+        assert torch.equal(module.inner.delta, source.inner.delta)
+    assert model.inner.delta is None
+
+
+def test_a_call_that_reads_what_was_set_raises(host: Any) -> None:
+    expected = host(X)
+    for part, name, value in (
+        (host.inner, "scale", 3.0),
+        (host.inner, "delta", OFFSET),
+        (host.inner, "_factor", 2.0),
+    ):
+        before = getattr(part, name)
+        setattr(part, name, value)
+        host(X, offset=OFFSET)  # does not read it
+        with pytest.raises(SubmoduleError, match=rf"'inner\.{name}' of the host was set"):
+            host(X)
+        with pytest.raises(SubmoduleError, match=f"Set it back .host.inner.{name} = {before}"):
+            copy.deepcopy(host)(X)
+        setattr(part, name, before)
+        assert torch.equal(host(X), expected)
+
+
+def test_an_attribute_of_the_host_itself(host: Any) -> None:
+    host.scale, host.note = 1.0, "of a training loop"
+    host(X)
+    with pytest.raises(SubmoduleError, match=r"host.scale = 0\.5"):
+        host(X, keep=True)
+    del host.scale  # the class still has it, but nobody compares
+    with pytest.raises(SubmoduleError, match="'scale' of the host"):
+        host(X, keep=True)
+    host.scale = 0.5
+    host(X, keep=True)
+
+
+def test_a_deleted_attribute(host: Any) -> None:
+    host(X)
+    del host.inner.scale
+    with pytest.raises(SubmoduleError, match=r"'inner\.scale'"):
+        host(X)
+    for name in ("up", "missing"):
+        with pytest.raises((SubmoduleError, AttributeError)):
+            delattr(host.inner, name)
+
+
+@pytest.mark.parametrize("name", ["last", "default"])
+def test_what_a_call_would_have_set_cannot_be_read(host: Any, name: str) -> None:
+    def reads(inner: Any) -> None:
+        for read in (getattr, hasattr, lambda part, name: getattr(part, name, None)):
+            with pytest.raises(SubmoduleError, match=rf"'inner\.{name}' is set by the source's"):
+                read(inner, name)
+
+    assert getattr(host.inner, name) is None
+    host(X)  # sets none
+    assert getattr(host.inner, name) is None
+    host(X, keep=True)
+    reads(host.inner)
+    reads(copy.deepcopy(host).inner)
+    setattr(host.inner, name, OFFSET)
+    assert getattr(host.inner, name) is OFFSET
+    host(X, keep=True)
+    reads(host.inner)
+    assert type(host.inner).default is None
+
+
+def test_other_changes_of_a_submodule_are_refused_as_before(host: Any) -> None:
+    for name, value in (
+        ("forward", print), ("up", nn.Linear(5, 7)), ("other", nn.Linear(5, 7)),
+        ("weight", nn.Parameter(OFFSET)),
+    ):  # fmt: skip
+        with pytest.raises(SubmoduleError):
+            setattr(host.inner, name, value)
+
+
+class ReadsItsDict(Inner):
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return self.up(x) * vars(self)["scale"]
+
+
+class Branching(Inner):
+    """What is read in the branches of a cond is not known."""
+
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        y = self.up(x)
+        return torch.cond(y.sum() > 0, lambda z: z * self.scale, lambda z: z.sin(), (y,))
+
+
+def hosting(inner: nn.Module) -> Any:
+    model = Steps()
+    model.inner = inner
+    return fxlora.hosted(model.double().eval(), fxlora.capture(model, X))
+
+
+def test_a_forward_that_reads_its_dict_reads_all_attributes() -> None:
+    host = hosting(ReadsItsDict())
+    host.inner.any_name = 1
+    with pytest.raises(SubmoduleError, match=r"'inner\.any_name' of the host was set"):
+        host(X)
+
+
+def test_where_reads_are_not_known_nothing_may_be_set() -> None:
+    host = hosting(Branching())
+    assert host._captured.reads is None
+    for name in ("scale", "delta"):
+        with pytest.raises(SubmoduleError, match=f"setting its '{name}'"):
+            setattr(host.inner, name, OFFSET)
+
+
+def test_a_folded_host_may_run_code_that_sets_attributes(
+    model: Steps, lora: fxlora.CapturedModule
+) -> None:
+    host, source = (
+        fxlora.hosted(model, fxlora.fold(lora)),
+        fxlora.merged(model, fxlora.fold(lora)),
+    )
+    host(X, keep=True)
+    assert_same([host.inner(X, None, True)], [source.inner(X, None, True)])  # the source's code
+    assert_same([host.inner.last], [source.inner.last])
