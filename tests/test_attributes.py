@@ -182,19 +182,19 @@ def test_other_changes_of_a_submodule_are_refused_as_before(host: Any) -> None:
 
 
 class ReadsItsDict(Inner):
-    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.up(x) * vars(self)["scale"]
 
 
 class Branching(Inner):
-    """What is read in the branches of a cond is not known."""
+    """Reads an attribute in a branch of a cond, which capture does not see."""
 
-    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y = self.up(x)
         return torch.cond(y.sum() > 0, lambda z: z * self.scale, lambda z: z.sin(), (y,))
 
 
-def hosting(inner: nn.Module) -> Any:
+def hosting(inner: Inner) -> Any:
     model = Steps()
     model.inner = inner
     return fxlora.hosted(model.double().eval(), fxlora.capture(model, X))
