@@ -13,6 +13,7 @@ import fxlora
 from fxlora import SubmoduleError
 
 from .laws import assert_close, assert_same, randomise
+from .typed import untyped
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 OFFSET = torch.linspace(-1, 1, 7, dtype=torch.float64)
@@ -182,21 +183,21 @@ def test_other_changes_of_a_submodule_are_refused_as_before(host: Any) -> None:
 
 
 class ReadsItsDict(Inner):
-    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return self.up(x) * vars(self)["scale"]
 
 
 class Branching(Inner):
     """Reads an attribute in a branch of a cond, which capture does not see."""
 
-    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         y = self.up(x)
         return torch.cond(y.sum() > 0, lambda z: z * self.scale, lambda z: z.sin(), (y,))
 
 
 def hosting(inner: Inner) -> Any:
     model = Steps()
-    model.inner = inner
+    untyped(model).inner = inner
     return fxlora.hosted(model.double().eval(), fxlora.capture(model, X))
 
 

@@ -105,10 +105,13 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         grads=frozenset(["lin.bias"]),
         outputs=frozenset(["other.weight"]),
         written=frozenset(["a name"]),
-        changes=frozenset(["an attribute"]),
         apart=frozenset(["other"]),
     )
-    found = COPIES[how](lora).known
+    for program in lora.programs:
+        program.changes, program.reads = frozenset(["an attribute"]), frozenset(["another"])
+    copied = COPIES[how](lora)
+    assert (copied.changes, copied.reads) == ({"an attribute"}, {"another"})
+    found = copied.known
     for field in dataclasses.fields(State):
         before, after = getattr(lora.known, field.name), getattr(found, field.name)
         assert before, f"the test says nothing of {field.name}"
