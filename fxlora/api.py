@@ -187,7 +187,8 @@ def capture_more(
     if module.parent_module or not module.exported:
         raise CaptureError(
             "only a module of whole graphs from example inputs can get more of them: capture the "
-            "model with all its calls."
+            "model with all its calls. Adapters that are trained already move to it: "
+            "new = inject(captured, lora.plan), and new.load_state_dict(lora.state_dict())."
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(f"capture_more takes the nn.Module, not {type(model).__name__}.")

@@ -208,12 +208,47 @@ def test_a_forward_that_reads_its_dict_reads_all_attributes() -> None:
         host(X)
 
 
+class ReadsObjects(Inner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets, self.table, self._act = [1.0, 2.0], torch.ones(7), torch.tanh
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self._act(self.up(x)) * self.table + sum(self.offsets)
+
+
+def add_to_list(part: Any) -> None:
+    part.offsets += [3.0]
+
+
+def add_to_tensor(part: Any) -> None:
+    part.table += 1
+
+
+def replace_function(part: Any) -> None:
+    part._act = torch.sin
+
+
+@pytest.mark.parametrize("change", [add_to_list, add_to_tensor, replace_function])
+def test_an_object_that_is_changed_and_set_again_counts_as_set(change: Any) -> None:
+    source, host = ReadsObjects().double(), hosting(ReadsObjects())
+    before = source(X)
+    change(source)
+    assert not torch.equal(source(X), before)
+    change(host.inner)
+    with pytest.raises(SubmoduleError, match="of the host was set"):
+        host(X)
+
+
 def test_where_reads_are_not_known_nothing_may_be_set() -> None:
     host = hosting(Branching())
     assert host._captured.reads is None
     for name in ("scale", "delta"):
         with pytest.raises(SubmoduleError, match=f"setting its '{name}'"):
             setattr(host.inner, name, OFFSET)
+    with pytest.raises(SubmoduleError, match="'scale' of the host cannot be set"):
+        host.scale = 3.0
+    host.scale, host.note = 0.5, "new"  # as it was, and an attribute that the source lacks
 
 
 def test_a_folded_host_may_run_code_that_sets_attributes(

@@ -547,6 +547,51 @@ def test_regions_make_tensors_of_the_dtypes_that_autocast_gives_them() -> None:
     assert_follows(ReadsBetweenRegions(), torch.randn(3, 4))
 
 
+class ChoosesByDtype(nn.Module):
+    """Chooses, by a dtype that autocast decides, between tensors that are equal in the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.unit = nn.Linear(4, 4), nn.Buffer(torch.ones(3, 4))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        return h * (mask if h.dtype == torch.float32 else other) * self.unit
+
+
+def test_tensors_with_equal_numbers_are_not_one_value() -> None:
+    x, ones = torch.randn(3, 4), torch.ones(3, 4)
+    gm = fxlora.capture(ChoosesByDtype(), (x, ones, ones.clone()))
+    for mask in (ones, ones * 0):  # the source takes the other one
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="differ"):
+            gm(x, mask, ones)
+
+
+class TakesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.layer(a - b if a.dtype == torch.float32 else b - a)
+
+
+class DiffersBetweenRegions(BranchesOnValues):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = TakesTwo()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.second(-h if h.sum() > 1e6 else h, self.first(2 * x))
+
+
+@pytest.mark.filterwarnings("ignore:DiffersB.* could not be captured:fxlora.FxLoraWarning")
+def test_inputs_of_a_region_are_not_one_value() -> None:
+    assert_follows(DiffersBetweenRegions(), torch.randn(3, 4), refused=HALF)
+
+
 class CallsTwice(BranchesOnValues):
     """Calls a region with the float32 input, and with an output of it."""
 

@@ -113,7 +113,9 @@ def exported(
     if module.parent_module:
         raise ExportError(
             f"there is no whole graph to export: the model was captured by regions "
-            f"({some(module.regions)}), between which its Python runs ({module.parent_module.why})"
+            f"({some(module.regions)}), between which its Python runs ({module.parent_module.why}) "
+            "Change the source's branch to torch.where or torch.cond; or run the source with the "
+            "folded weights: fxlora.merged(model, folded)."
         )
     evaluation = module.derive().eval()
     for parameter in evaluation.parameters():

@@ -30,6 +30,7 @@ from ..fx.autocast import Context
 from ..fx.compare import alike
 from ..module.autocasts import Autocasts, Facts, GradientMode
 from ..module.contract import first_difference
+from ..module.memory import memory_id
 from .autocast_choices import choose
 from .caller_modes import (
     INFERENCE,
@@ -191,10 +192,13 @@ class Proof:
             return run.of(call, args, kwargs), run
 
     def _inputs(self, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the inputs in a mode, the same tensors for both runs: memory gives them values."""
+        """Return the inputs in a mode, the same tensors for both runs, which know their memory."""
         if mode not in self._inputs_in:
             given = self.example if isinstance(mode, GradientMode) else self.example.under(mode)
             self._inputs_in[mode] = given.args, given.kwargs
+            leaves = pytree.tree_leaves((given.args, given.kwargs))
+            self.values.held |= _memory(t for t in leaves if isinstance(t, torch.Tensor))
+            self.values.held |= _memory(self.model.buffers()) & _memory(self.module.buffers())
         return self._inputs_in[mode]
 
     def _described(self, mode: Mode, difference: _Difference) -> str:
@@ -213,6 +217,10 @@ class Proof:
             again = run
         func = run.ops[number][0].made[0]
         return f"at {again.place or type(self.model).__name__}, the source's {func} differs"
+
+
+def _memory(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return set(map(memory_id, tensors))
 
 
 def _in_mode(mode: Mode) -> AbstractContextManager[None]:

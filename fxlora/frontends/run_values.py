@@ -49,6 +49,8 @@ class Values:
     Attributes:
         fakes: the mode of all runs, so that a real tensor has one fake tensor.
         outcomes: the results of ops, by the forms of their arguments.
+        held: the memory of the inputs, and of the buffers that are the graph's and the source's.
+            Two of them are two values, even if their numbers are equal in the example.
     """
 
     fakes: FakeTensorMode
@@ -57,6 +59,7 @@ class Values:
         self.renew()
         self._known: dict[Any, Value] = {}
         self.outcomes: dict[Any, tuple[list[_Outcome], Any] | None] = {}
+        self.held: set[int] = set()
 
     def renew(self) -> None:
         """Start with new fake tensors, as is necessary after a run that changed one in place."""
@@ -261,9 +264,10 @@ class Run(TorchDispatchMode):
         self._states[memory_id(fake)] = self._origins[memory_id(fake)] = value
 
     def _real(self, tensor: torch.Tensor) -> Value:
-        """Return the value of a real tensor: its memory, or its numbers if they are few."""
+        """Return the value of a real tensor: its memory, or few numbers of a constant."""
         is_number = tensor.layout is torch.strided and not tensor.is_meta
-        if isinstance(tensor, torch.nn.Parameter) or not is_number or tensor.numel() > _FEW:
+        held = isinstance(tensor, torch.nn.Parameter) or memory_id(tensor) in self.values.held
+        if held or not is_number or tensor.numel() > _FEW:
             return self.values.of(("memory", memory_id(tensor)))
         with _disable_current_modes():
             numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -179,6 +179,7 @@ class Host(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if seal := self.__dict__.get("_seal"):
+            seal.attributes.check_host(self, name, value)
             seal.attributes.note(self, "", name, value)
         super().__setattr__(name, value)
         if name == "training" and "_seal" in self.__dict__:
@@ -186,6 +187,7 @@ class Host(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if seal := self.__dict__.get("_seal"):
+            seal.attributes.check_host(self, name, MISSING)
             seal.attributes.note(self, "", name, MISSING)
         super().__delattr__(name)
 

@@ -7,6 +7,7 @@ forward sets is unknown after a call, until the host's own code sets it.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ PLAIN = (bool, int, float, str, type(None))
 MACHINERY = frozenset(vars(nn.Module()))
 OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
+_IMMUTABLE = (torch.dtype, torch.device, types.FunctionType, types.MethodType, type)
 _DATA = (torch.Tensor, list, tuple, dict, set, *PLAIN)
 
 
@@ -41,8 +43,13 @@ def is_private(name: str) -> bool:
 
 
 def is_same(value: object, other: object) -> bool:
-    """Whether setting an attribute to a value instead of another changes nothing."""
-    return value is other or (isinstance(value, PLAIN) and same_literal(value, other))
+    """Whether setting an attribute to a value instead of another changes nothing.
+
+    A mutable object may have been changed before it is set again, as by `part.items += […]`.
+    """
+    if isinstance(value, PLAIN):
+        return same_literal(value, other)
+    return value is other and isinstance(value, _IMMUTABLE)
 
 
 class Attributes:
@@ -71,13 +78,27 @@ class Attributes:
         plain = name not in OF_EVERY_MODULE and not any(name in held for held in tensors)
         return self.reads is not None and plain
 
+    def check_host(self, host: nn.Module, name: str, value: Any) -> None:
+        """Raise SubmoduleError for a host's own attribute that a call may read, for all we know."""
+        held = getattr(host, name, MISSING)
+        tensors = (host._parameters, host._buffers, host._modules)
+        plain = name not in OF_EVERY_MODULE and not any(name in group for group in tensors)
+        unknown = self.reads is None and plain and held is not MISSING and not is_private(name)
+        if unknown and not is_same(value, held):
+            raise SubmoduleError(
+                f"'{name}' of the host cannot be set: its graphs have the value of the capture, "
+                "and it is not known which calls read it. Set it on the source model, and capture "
+                "that."
+            )
+
     def note(self, part: nn.Module, path: str, name: str, value: Any) -> None:
         """Note that code of the host is about to set an attribute, or to delete it (MISSING)."""
         if not self.knows(part, name):
             return
-        if is_private(name) and not isinstance(value, _DATA) and value is not MISSING:
-            return
         full = joined(path, name)
+        read = not (self.reads or frozenset()).isdisjoint((full, joined(path, ALL)))
+        if is_private(name) and not (read or isinstance(value, _DATA) or value is MISSING):
+            return  # a note of a framework
         if full not in self.before:
             held = part.__dict__.get(name, MISSING)
             left = held is not MISSING or full in self.left

@@ -7,6 +7,8 @@ cannot honour (a hook, a mode of its own, a replaced child, an attribute, a call
 The graphs' code does not run on the containers, but on plain modules that share their dicts of
 tensors (`plain_view`). So an adapted weight that Python reads off a container can be the adapted
 one (`adapted_tensor.py`), while the graph reads W0.
+
+Submodules that a graph does call are in `blocks/`.
 """
 
 from __future__ import annotations
