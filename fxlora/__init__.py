@@ -32,7 +32,7 @@ from .lora.variants import Variant, register_variant
 from .matching import match
 from .module import CapturedModule
 from .passes.eva import Initialized, initialize_from
-from .passes.placements import ShardedTensor, ShardPlan, shard_plan
+from .passes.shard_adapters import ShardedTensor, ShardPlan, shard_plan
 from .pictures import draw
 from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify

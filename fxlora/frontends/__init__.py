@@ -16,11 +16,11 @@ from ..errors import CaptureError, FxLoraError, FxLoraWarning
 from ..fx.compare import alike
 from ..fx.effects import written_attributes
 from ..module import CapturedModule
-from ..module.attributes import dotted
 from ..module.blocks.chosen import Modules, chosen_modules
 from ..module.compiled import uncompiled
 from ..module.constants import CONSTANTS
 from ..module.example_calls import Call, MethodCalls
+from ..module.host_attributes import dotted
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.program import MODES, Program

@@ -34,8 +34,8 @@ class Example:
         patience: time limit for the export, in seconds.
         reordered: whether tensors are contiguous copies of the user's: a graph of it is good only
             if the forward does not read how tensors lie in memory.
-        autocast: numbers, among the inputs' leaves, of the tensors that have the dtype of the
-            caller's autocast under one, as outputs of ops that autocast casts.
+        autocast: ids of the tensors among the inputs that have the dtype of the caller's autocast
+            under one, as outputs of ops that autocast casts.
     """
 
     args: tuple[Any, ...]
@@ -52,7 +52,7 @@ class Example:
             return self
         ((_, dtype),) = context
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
-        cast = [v.to(dtype) if n in self.autocast else v for n, v in enumerate(leaves)]
+        cast = [v.to(dtype) if id(v) in self.autocast else v for v in leaves]
         shapes = self.dynamic_shapes
         if isinstance(shapes, ShapesCollection):  # by the identity of the tensors
             shapes = ShapesCollection()
@@ -60,17 +60,15 @@ class Example:
                 if isinstance(leaf, torch.Tensor):
                     shapes[new] = self.dynamic_shapes[leaf]
         args, kwargs = pytree.tree_unflatten(cast, structure)
-        return dataclasses.replace(self, args=args, kwargs=kwargs, dynamic_shapes=shapes)
+        return Example(args, kwargs, shapes, self.asked, self.patience, self.reordered)
 
     def marked(self, spec: InputSpec) -> InputSpec:
         """Return the contract, with a mark on each input that autocast casts."""
         if not self.autocast:
             return spec
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        cast = {id(leaves[number]) for number in self.autocast}
         marked = iter(
             dataclasses.replace(leaf, autocast=True)
-            if isinstance(leaf, TensorInput) and id(value) in cast
+            if isinstance(leaf, TensorInput) and id(value) in self.autocast
             else leaf
             for leaf, value in spec.pairs(self.args, self.kwargs)
         )

@@ -168,18 +168,12 @@ def _graph(
 ) -> Source:
     failure: CaptureError | None = None
     module = root.get_submodule(path)
-    examples = list(_examples(calls))
     found = (cast for call in under_autocast if (cast := calls[0].cast_in(call)) is not None)
-    autocast = next(found, frozenset[int]())
+    examples = list(_examples(calls, next(found, frozenset())))
     for example in examples:
         kwargs = in_signature_order(signature_of(module), example.kwargs)
         patience = math.inf if example is examples[-1] else EXPORT_TIMEOUT
-        ordered = replace(
-            example,
-            kwargs=kwargs,
-            patience=patience,
-            autocast=_after_order(example, kwargs, autocast),
-        )
+        ordered = replace(example, kwargs=kwargs, patience=patience)
         try:
             source = export_modes(module, [ordered], root=root, path=path)
             for call in calls:
@@ -191,17 +185,6 @@ def _graph(
                 break
     assert failure is not None
     raise failure
-
-
-def _after_order(
-    example: Example, kwargs: dict[str, Any], numbers: frozenset[int]
-) -> frozenset[int]:
-    """Return the numbers of leaves after the keyword arguments were put into another order."""
-    leaves, ordered = (
-        pytree.tree_leaves((example.args, given)) for given in (example.kwargs, kwargs)
-    )
-    chosen = {id(leaves[number]) for number in numbers}
-    return frozenset(n for n, leaf in enumerate(ordered) if id(leaf) in chosen)
 
 
 def _require_holds(root: nn.Module, source: Source, call: Call) -> None:
@@ -228,7 +211,7 @@ def _require_holds(root: nn.Module, source: Source, call: Call) -> None:
 # ---- examples to export with --------------------------------------------------------------------
 
 
-def _examples(calls: Sequence[Call]) -> Iterator[Example]:
+def _examples(calls: Sequence[Call], cast: frozenset[int]) -> Iterator[Example]:
     """Yield the examples to try, from the most dynamic to the least.
 
     All have the inputs of the largest recorded call. The dynamic dimensions are, in turn:
@@ -237,6 +220,10 @@ def _examples(calls: Sequence[Call]) -> Iterator[Example]:
     2. as 1, without those of size 1 (they may broadcast) that are not among 3;
     3. those that vary between calls, and the first of each tensor;
     4. those that vary between calls.
+
+    Args:
+        calls: calls that differ in sizes only.
+        cast: numbers of the leaves that autocast casts.
     """
     base = max(calls, key=lambda call: sum(math.prod(shape) for shape in _shapes(call)))
     varied = {
@@ -254,10 +241,10 @@ def _examples(calls: Sequence[Call]) -> Iterator[Example]:
     for dynamic in (every, larger | first | varied, first | varied, varied):
         if dynamic not in tried:
             tried.append(dynamic)
-            yield _example(base, dynamic)
+            yield _example(base, dynamic, cast)
 
 
-def _example(call: Call, dynamic: set[tuple[int, int]]) -> Example:
+def _example(call: Call, dynamic: set[tuple[int, int]], cast: frozenset[int]) -> Example:
     """Return inputs like a call's, dynamic in these `(number of the tensor, axis)` pairs."""
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, TensorLike)]
     shapes = ShapesCollection()
@@ -269,7 +256,9 @@ def _example(call: Call, dynamic: set[tuple[int, int]]) -> Example:
         made.append(tensor.make(tuple(sizes)))
         shapes[made[-1]] = dict.fromkeys(axes, Dim.AUTO)
     args, kwargs = call.inputs(made)
-    return Example(args, kwargs, shapes if dynamic else None)
+    leaves = pytree.tree_leaves((args, kwargs))
+    autocast = frozenset(id(leaves[number]) for number in cast)
+    return Example(args, kwargs, shapes if dynamic else None, autocast=autocast)
 
 
 def _shapes(call: Call) -> Iterator[tuple[int, ...]]:

@@ -22,10 +22,10 @@ from ..errors import InjectError, InputError
 from ..frontends.methods import method_of, signature_of
 from ..fx.literals import same_literal
 from ..module import CapturedModule, check_captured
-from ..module.attributes import MISSING, Attributes, SetByCalls, set_by_calls
 from ..module.compiled import uncompiled
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
+from ..module.host_attributes import MISSING, Attributes, SetByCalls, set_by_calls
 from ..module.several_calls import no_call_like
 from ..module.submodules import Seal, host_part
 from ..tables import said

@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from ..errors import SubmoduleError
 from .adapted_tensor import AdaptedTensor, is_called_by, reads_as_it_is
-from .attributes import (
+from .host_attributes import (
     MACHINERY,
     MISSING,
     Attributes,
@@ -287,7 +287,7 @@ class Part(Guarded):
 class HostPart(Part):
     """A submodule of a host: the source's own, with its code and attributes.
 
-    Code of the host may set attributes: a call that reads one then raises (see attributes.py).
+    Code of the host may set attributes: a call that reads one then raises (see host_attributes.py).
     """
 
     source_class: type[nn.Module] = nn.Module

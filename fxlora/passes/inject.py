@@ -27,7 +27,7 @@ from ..reads.sites import Site, find_sites, merged
 from ..tables import some
 from .base import Pass
 from .initialize import new_tensors
-from .placements import shard_like_weight, share_whole_adapters
+from .shard_adapters import shard_like_weight, share_whole_adapters
 from .structure import WeightNodes, insert_branch, insert_weight
 
 

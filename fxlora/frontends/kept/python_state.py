@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...module.attributes import ALL, OF_EVERY_MODULE
+from ...module.host_attributes import ALL, OF_EVERY_MODULE
 from .asked_modes import is_torchs
 from .containers import unchanged
 from .patches import patched

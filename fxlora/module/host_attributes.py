@@ -52,6 +52,12 @@ def is_same(value: object, other: object) -> bool:
     return value is other and isinstance(value, _IMMUTABLE)
 
 
+def _is_plain(part: nn.Module, name: str) -> bool:
+    """Whether a name is of no tensor, child or attribute that every module has."""
+    held = (part._parameters, part._buffers, part._modules)
+    return name not in OF_EVERY_MODULE and not any(name in group for group in held)
+
+
 class Attributes:
     """What became of the Python attributes of a host since the capture.
 
@@ -74,16 +80,13 @@ class Attributes:
 
     def knows(self, part: nn.Module, name: str) -> bool:
         """Whether it is known which calls read a plain attribute, so that anyone may set it."""
-        tensors = (part._parameters, part._buffers, part._modules)
-        plain = name not in OF_EVERY_MODULE and not any(name in held for held in tensors)
-        return self.reads is not None and plain
+        return self.reads is not None and _is_plain(part, name)
 
     def check_host(self, host: nn.Module, name: str, value: Any) -> None:
         """Raise SubmoduleError for a host's own attribute that a call may read, for all we know."""
         held = getattr(host, name, MISSING)
-        tensors = (host._parameters, host._buffers, host._modules)
-        plain = name not in OF_EVERY_MODULE and not any(name in group for group in tensors)
-        unknown = self.reads is None and plain and held is not MISSING and not is_private(name)
+        plain = _is_plain(host, name) and not is_private(name)
+        unknown = self.reads is None and plain and held is not MISSING
         if unknown and not is_same(value, held):
             raise SubmoduleError(
                 f"'{name}' of the host cannot be set: its graphs have the value of the capture, "
