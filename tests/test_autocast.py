@@ -526,12 +526,8 @@ class BranchesOnValues(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:BranchesOnValues could not be captured:fxlora.FxLoraWarning")
 def test_regions_get_tensors_that_autocast_cast() -> None:
-    for batch in (
-        3,
-        40,
-    ):  # the proof knows tensors by their numbers, and large ones by their memory
-        gm = assert_follows(BranchesOnValues(), torch.randn(batch, 4))
-        assert gm.regions == ("first", "second")
+    gm = assert_follows(BranchesOnValues(), torch.randn(3, 4))
+    assert gm.regions == ("first", "second")
 
 
 class ReadsBetweenRegions(BranchesOnValues):
