@@ -187,6 +187,30 @@ class ReadsItsDict(Inner):
         return self.up(x) * vars(self)["scale"]
 
 
+class KeepsInside(Inner):
+    """Writes into containers that its attribute contains."""
+
+    def __init__(self, kept: Any, inner: list[Any]) -> None:
+        super().__init__()
+        self.kept, self.list = kept, [inner]
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        y = self.up(x)
+        self.list[0].append(y)
+        return y
+
+
+@pytest.mark.parametrize("nested", [lambda a: {"seen": a}, lambda a: [[a]], lambda a: ({1: (a,)},)])
+def test_what_a_call_would_have_written_inside_a_container(nested: Any) -> None:
+    items: list[Any] = []
+    host = hosting(KeepsInside(nested(items), items))
+    assert host.inner.kept == nested([])
+    assert items == []
+    host(X)
+    with pytest.raises(SubmoduleError, match=r"'inner\.kept' is set by the source's"):
+        _ = host.inner.kept
+
+
 class Branching(Inner):
     """Reads an attribute in a branch of a cond, which capture does not see."""
 

@@ -20,6 +20,7 @@ from fxlora.errors import (
     ExportError,
     FxLoraWarning,
     InputError,
+    SubmoduleError,
     UnsupportedOpError,
     VerificationError,
 )
@@ -272,6 +273,30 @@ def test_there_is_no_whole_graph_to_export(gm: fxlora.CapturedModule, tmp_path: 
     with pytest.raises(ExportError, match=r"regions \(trunk, side, head\)"):
         fxlora.export(folded, tmp_path / "model.pt2", (images(*SIZES),))
     assert not list(tmp_path.iterdir())
+
+
+def test_actions_on_regions_advise_what_works(detector: Detector) -> None:
+    gm = _captured()
+    for action in (
+        lambda part: part.register_forward_hook(print),
+        lambda part: part.compile(),
+        lambda part: part(torch.randn(1)),
+        lambda part: setattr(part, "other", nn.Identity()),
+    ):
+        with pytest.raises(SubmoduleError, match=r"fxlora\.merged") as raised:
+            action(gm.get_submodule("trunk"))
+        assert "modules=" not in str(raised.value)
+        assert "methods=" not in str(raised.value)
+    called = []
+    merged = fxlora.merged(detector, gm)
+    merged.trunk.register_forward_hook(lambda *_: called.append(1))
+    merged(images((8, 8)))
+    assert called
+
+
+def test_submodules_of_their_own_need_a_whole_graph(detector: Detector) -> None:
+    with pytest.raises(CaptureError, match=r"With modules=, whole graphs are needed"):
+        fxlora.capture(detector, (images((8, 8)),), modules="trunk")
 
 
 def test_a_call_that_no_graph_of_a_region_holds_for(gm: fxlora.CapturedModule) -> None:

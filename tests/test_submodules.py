@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -693,6 +694,31 @@ def test_the_table_in_the_documentation() -> None:
     text = (Path(__file__).parents[1] / "docs" / "submodules.md").read_text(encoding="utf-8")
     rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
     assert rows[1:] == [[name, *cells] for name, (_, *cells) in ACTIONS.items()]
+
+
+def _note_call(called: list[Any], module: nn.Module, *_: Any) -> None:
+    called.append(module)
+
+
+@pytest.mark.parametrize("path", ["layers", "layers.1", "layers.1.up"])
+def test_the_advice_makes_modules_that_take_hooks(source: Model, path: str) -> None:
+    flat, x = fxlora.capture(source, ids()), ids()
+    for action in (
+        lambda part: part.register_forward_hook(print),
+        lambda part: part(x),
+        lambda part: part.extend([nn.Identity()]) if path == "layers" else part.compile(),
+    ):
+        with pytest.raises(SubmoduleError) as raised:
+            action(flat.get_submodule(path))
+        asked = re.findall(r"modules='([^']+)'", str(raised.value))
+        assert asked or "adding it" in str(raised.value)
+        for paths in asked:
+            gm = fxlora.capture(source, x, modules=paths)
+            called: list[Any] = []
+            hooked = gm.get_submodule(path if paths == path else f"{path}.1")
+            hooked.register_forward_hook(functools.partial(_note_call, called))
+            gm(x)
+            assert called
 
 
 def test_a_part_in_another_mode_raises_where_it_matters(flat: fxlora.CapturedModule) -> None:

@@ -190,15 +190,23 @@ def _capture_exported(
         for of_one in of_methods:
             of_one.refuse_state_of(sources)
     except CaptureError as failure:
-        if list(given) != ["forward"]:
+        if asked := _needs_whole_graphs(given, shapes, parts):
             raise CaptureError(
-                f"{failure} (Where methods are captured, each needs a whole graph: no submodules "
-                "are tried.)"
+                f"{failure} (With {asked}, whole graphs are needed: no submodules are tried.)"
             ) from failure
-        if parts or any(asked is not None for asked in shapes["forward"]):  # a whole graph is asked
-            raise
         return _capture_by_regions(model, given["forward"], failure)
     return _assemble(model, sources, outlined=parts if outline else ())
+
+
+def _needs_whole_graphs(
+    given: Mapping[str, list[Call]], shapes: Mapping[str, Sequence[Any]], parts: tuple[str, ...]
+) -> str:
+    """Return the argument of `capture` that graphs of submodules could not honour, or ""."""
+    if list(given) != ["forward"]:
+        return "methods="
+    if parts:
+        return "modules="
+    return "dynamic_shapes=" if any(asked is not None for asked in shapes["forward"]) else ""
 
 
 def _sources(

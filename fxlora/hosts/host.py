@@ -26,8 +26,9 @@ from ..module.compiled import uncompiled
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
 from ..module.host_attributes import MISSING, Attributes, SetByCalls, set_by_calls
+from ..module.seal import Seal
 from ..module.several_calls import no_call_like
-from ..module.submodules import Seal, host_part
+from ..module.submodules import host_part
 from ..tables import said
 from .checkpoint import save_checkpoint
 
@@ -118,6 +119,7 @@ def _seal(
     """
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
+    seal.regions = module.parent_module is not None
     seal.attributes = Attributes(module.reads, bool(module.changes))
     seal.calls = {
         path: functools.partial(_run, host, path, signature)

@@ -31,6 +31,7 @@ from .parameters import aliases, remove_parameter, set_parameter
 from .parent import ParentModule, parent_program
 from .program import FACADE, MODES, Program, ProgramModule, tensors_of
 from .regions import described, uncovered
+from .seal import Seal
 from .several_calls import (
     CHOOSER,
     CallRunner,
@@ -40,7 +41,7 @@ from .several_calls import (
 )
 from .sharing import copy_when_trained, unshare
 from .state import State
-from .submodules import Container, Seal, check_kinds, children_of, seal_part
+from .submodules import Container, check_kinds, children_of, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -124,6 +125,7 @@ class CapturedModule(ProgramModule):
         """Have all submodules refuse changes without effect on the graphs (see submodules.py)."""
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
+        seal.regions = self.parent_module is not None
         seal.adapted = self.adapted
         seal.calls = {m: functools.partial(self._call_method, m) for m in self.captured_methods}
         seal.matters = functools.cache(self.mode_matters)

@@ -17,129 +17,24 @@ import functools
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..errors import SubmoduleError
-from .adapted_tensor import AdaptedTensor, is_called_by, reads_as_it_is
+from .adapted_tensor import is_called_by
 from .host_attributes import (
     MACHINERY,
     MISSING,
-    Attributes,
     SetByCalls,
     is_private,
     is_same,
     joined,
     set_by_calls,
 )
-
-
-class Seal:
-    """The state that all submodules of one module share: it tells which changes they refuse.
-
-    Attributes:
-        owner: the captured or hosted module.
-        owners: the module whose mode selects the graph of a submodule's nodes, by the submodule's
-            path.
-        open: whether the module is being rewritten: its submodules may change, and its weights
-            are read as they are.
-        reads_adapted: whether they are read as adapted even then.
-        own: paths of submodules whose `training` flag was set on its own. The other flags follow
-            their owner's.
-        apart: those of them whose flag differs from their owner's although the mode matters there.
-        matters: whether a submodule's part of the graph differs by mode.
-        replaceable: paths of children that may be replaced, because they are called.
-        adapted: functions that compute the adapted weights, by name.
-        calls: functions that run the submodules that were captured for calls from outside, by path.
-        attributes: what became of a host's Python attributes.
-    """
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
-        self.owners: dict[str, nn.Module] = {}
-        self.open = True
-        self.reads_adapted = False
-        self.own: set[str] = set()
-        self.apart: set[str] = set()
-        self.matters: Callable[[str], bool] = lambda path: True
-        self.replaceable: frozenset[str] = frozenset()
-        self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
-        self.calls: Mapping[str, Callable[..., Any]] = {}
-        self.attributes = Attributes(None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # the module that a copy belongs to seals it again
-
-    @contextmanager
-    def opened(self, reads_adapted: bool = False) -> Generator[None]:
-        """Allow changes in a `with` block.
-
-        Args:
-            reads_adapted: whether adapted weights are read as adapted, as they are from outside.
-        """
-        before = self.open, self.reads_adapted
-        self.open, self.reads_adapted = True, reads_adapted
-        try:
-            yield
-        finally:
-            self.open, self.reads_adapted = before
-
-    def mode_set(self, path: str, training: bool) -> None:
-        """Note that a submodule's flag was set on its own."""
-        self.own.add(path)
-        if training is not self.owners[path].training and self.matters(path):
-            self.apart.add(path)
-        else:
-            self.apart.discard(path)
-
-    def owner_set(self, owner: nn.Module) -> None:
-        """Note that the flag of a module that other flags follow was set."""
-        for path, part in self._owned(owner):
-            if path in self.own:
-                self.mode_set(path, part.training)
-            else:
-                part.__dict__["training"] = owner.training
-
-    def all_set(self, owner: nn.Module) -> None:
-        """Note that `train()` set the flags of a module and of all its submodules."""
-        owned = {path for path, _ in self._owned(owner)}
-        self.own -= owned
-        self.apart -= owned
-
-    def refuse_apart(self) -> None:
-        """Raise if a submodule is in another mode than the module, and its part differs by mode."""
-        if self.apart:
-            path = min(self.apart)
-            mode = "eval" if self.owners[path].training else "train"
-            raise SubmoduleError(
-                f"'{path}' was set to {mode} mode apart from the module, and one graph "
-                "computes the whole model in one mode. Make it a module of its own: "
-                f"capture(model, …, modules={path!r}), or set the mode of the whole module."
-            )
-
-    def _owned(self, owner: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [
-            (path, part)
-            for path, part in self.owner.named_modules()
-            if self.owners.get(path) is owner
-        ]
-
-    def outside(self, path: str, name: str, value: Any) -> Any:
-        """Return an attribute as Python outside of the graph is to see it.
-
-        Called by `__getattr__` only.
-        """
-        compute = self.adapted.get(joined(path, name)) if self.adapted else None
-        as_it_is = self.open and not self.reads_adapted
-        if compute is None or as_it_is or reads_as_it_is(sys._getframe(1)):
-            return value
-        adapted = compute()
-        return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
-
+from .seal import Seal, call_refusal, refusal
 
 # Functions of a module that set a tensor. Code of torch.distributed may call them: FSDP sets its
 # shards, and casts them for a call.
@@ -250,7 +145,7 @@ class Part(Guarded):
     def __setattr__(self, name: str, value: Any) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
         if not (seal is None or seal.open or self._may_set(name, value, seal)):
-            raise refusal(self._path, f"setting its '{name}'")
+            raise self._set_refusal(name, value, seal)
         if seal is not None:
             seal.attributes.note(self, self._path, name, value)
         super().__setattr__(name, value)
@@ -267,11 +162,17 @@ class Part(Guarded):
             return True
         return is_same(value, getattr(self, name, MISSING))
 
+    def _set_refusal(self, name: str, value: Any, seal: Seal) -> SubmoduleError:
+        if isinstance(value, nn.Module) or name in self._modules:
+            action = "replacing it" if name in self._modules else "adding it"
+            return refusal(seal, joined(self._path, name), action)
+        return refusal(seal, self._path, f"setting its '{name}'")
+
     def __delattr__(self, name: str) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
         if seal is not None:
             if not (seal.open or seal.attributes.knows(self, name)):
-                raise refusal(self._path, f"deleting its '{name}'")
+                raise refusal(seal, self._path, f"deleting its '{name}'")
             seal.attributes.note(self, self._path, name, MISSING)
         super().__delattr__(name)
 
@@ -281,7 +182,7 @@ class Part(Guarded):
         return value if seal is None else seal.outside(self._path, name, value)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        raise refusal(self._path, "compiling it")
+        raise refusal(self.__dict__.get("_seal"), self._path, "compiling it")
 
 
 class HostPart(Part):
@@ -347,12 +248,7 @@ class Container(Part, _Pinned):
         seal: Seal | None = self.__dict__.get("_seal")
         if seal and (run := seal.calls.get(self._path)):
             return run(*args, **kwargs)
-        raise SubmoduleError(
-            f"'{self._path}' of a captured module cannot be called: the graph computes the whole "
-            f"model. Capture its calls too: capture(model, …, methods={{{self._path!r}: "
-            f"(args, kwargs)}}). Or make it a module of its own: capture(model, …, "
-            f"modules={self._path!r})."
-        )
+        raise call_refusal(seal, self._path)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -423,12 +319,12 @@ def subclass(kind: type[nn.Module], bases: tuple[type[Any], ...], names: dict[st
 class _NoHooks(OrderedDict[Any, Any]):
     """The hooks of a module that is not called: adding one raises."""
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", seal: Seal | None = None) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.seal = path, seal
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise refusal(self.path, "a hook on it")
+        raise refusal(self.seal, self.path, "a hook on it")
 
     def __reduce__(self) -> Any:
         return _NoHooks, (self.path,)
@@ -446,13 +342,12 @@ class _Children(dict[str, Any]):
     def __setitem__(self, name: str, child: Any) -> None:
         path = joined(self.path, name)
         if not (self.seal is None or self.seal.open or path in self.seal.replaceable):
-            verb = "replacing" if name in self else "adding"
-            raise refusal(path, f"{verb} it")
+            raise refusal(self.seal, path, "replacing it" if name in self else "adding it")
         super().__setitem__(name, child)
 
     def __delitem__(self, name: str) -> None:
         if not (self.seal is None or self.seal.open):
-            raise refusal(joined(self.path, name), "deleting it")
+            raise refusal(self.seal, joined(self.path, name), "deleting it")
         super().__delitem__(name)
 
     # dict's own versions of these do not call the methods above.
@@ -498,21 +393,14 @@ def seal_part(part: nn.Module, path: str, seal: Seal) -> None:
     part.__dict__.update(_path=path, _seal=seal, _unread=unread)
     part.__dict__["_modules"] = children_of(part._modules, path, seal)
     if not isinstance(part, fx.GraphModule):  # a block is called
-        part.__dict__.update({name: _NoHooks(path) for name in HOOKS if name in part.__dict__})
+        part.__dict__.update(
+            {name: _NoHooks(path, seal) for name in HOOKS if name in part.__dict__}
+        )
 
 
 def children_of(children: Mapping[str, Any], path: str, seal: Seal) -> dict[str, Any]:
     """Return a module's dict of children as one that refuses changes without effect."""
     return _Children(children, path, seal)
-
-
-def refusal(path: str, action: str) -> SubmoduleError:
-    return SubmoduleError(
-        f"'{path}' of a captured module is a part of one graph, so {action} would have no effect. "
-        f"Make it a module of its own: capture(model, …, modules={path!r}). Or give the source "
-        "model the folded weights (fxlora.merged), and change that; or change the source's "
-        "computation, and capture it afterwards."
-    )
 
 
 def plain_view(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...module.host_attributes import ALL, OF_EVERY_MODULE
 from .asked_modes import is_torchs
-from .containers import unchanged
+from .containers import items, unchanged
 from .patches import patched
 
 Attribute = tuple[str, str]  # the path of a module, and the name of its attribute
@@ -48,15 +48,15 @@ class Changes:
     plain: dict[Attribute, Any] = field(default_factory=dict[Attribute, Any])
     counts: dict[Attribute, int | float] = field(default_factory=dict[Attribute, Any])
 
-    def add(self, attribute: Attribute, old: Any, new: Any, content: Any) -> None:
+    def add(self, attribute: Attribute, old: Any, new: Any, content: list[Any]) -> None:
         """Add an attribute if it changed.
 
         Args:
             attribute: the attribute.
             old, new: its values before and after a forward.
-            content: a copy of the old value if that is a list, dict or set, else None.
+            content: the `_content` of the old value, before the forward.
         """
-        if new is not old or (content is not None and not unchanged(new, content)):
+        if not unchanged(_content(new), content):
             self.names.add(attribute)
             if _is_plain(new):
                 self.plain[attribute] = copy.copy(new)
@@ -73,6 +73,23 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (type(None), bool, int, float, str)
 
 
+def _content(value: Any) -> list[Any]:
+    """Return a value and, if it is a list, dict, set or tuple, all that it contains."""
+    content: list[Any] = []
+    containers: set[int] = set()
+
+    def visit(item: Any) -> None:
+        content.append(item)
+        if type(item) in (list, dict, set, tuple) and id(item) not in containers:
+            containers.add(id(item))
+            for inner in items(item):
+                visit(inner)
+            content.append(None)  # its end
+
+    visit(value)
+    return content
+
+
 @contextmanager
 def noted(model: nn.Module, changes: Changes) -> Generator[None]:
     """Within the context, trace a model, and add the attributes that its forward changes.
@@ -80,18 +97,17 @@ def noted(model: nn.Module, changes: Changes) -> Generator[None]:
     torch.export puts attributes back after a forward, some of them as copies.
     """
     modules = dict(model.named_modules())
-    before: dict[Attribute, tuple[Any, Any]] = {}
+    before: dict[Attribute, tuple[Any, list[Any]]] = {}
 
     def remember(*_: Any) -> None:
         before.clear()
         for attribute, value in _attributes(modules):
-            content = copy.copy(value) if type(value) in (list, dict, set) else None
-            before[attribute] = value, content
+            before[attribute] = value, _content(value)
 
     def compare(*_: Any) -> None:
         after = dict(_attributes(modules))
         for attribute in {*before, *after}:
-            old, content = before.get(attribute, (_ABSENT, None))
+            old, content = before.get(attribute, (_ABSENT, [_ABSENT]))
             changes.add(attribute, old, after.get(attribute, _ABSENT), content)
 
     handles = (

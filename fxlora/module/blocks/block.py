@@ -26,12 +26,12 @@ from ..program import (
     forward_function,
     tensors_of,
 )
+from ..seal import Seal
 from ..several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
 from ..submodules import (
     Container,
     Guarded,
     NoAttributeError,
-    Seal,
     check_tensor,
     container,
     plain_view,

@@ -74,9 +74,10 @@ def split_at_calls(
         own = [call for call in calls if call.path == path]
         if _is_called_otherwise(graph, path, recorded=bool(own)):
             raise SubmoduleError(
-                f"'{path}' cannot be a module of its own: it is called under torch.no_grad or "
-                "torch.autocast in the forward, or only by one of its methods. Outline the module "
-                "around it, or those inside."
+                f"'{path}' cannot be a module of its own: it is a container that is not called, or "
+                "it is called under torch.no_grad or torch.autocast in the forward, or only by one "
+                "of its methods. Outline the module around it, or those inside "
+                f"(modules='{path}.*')."
             )
         made[path] = [
             _outline(CallPart(rest, call, repeatable), equal, ordered)  # of what the last one left

@@ -1,0 +1,180 @@
+"""Seal: what the submodules of one captured module refuse, and what their errors advise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SubmoduleError
+from .adapted_tensor import AdaptedTensor, reads_as_it_is
+from .host_attributes import Attributes, joined
+
+
+def is_called(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class have a forward, which containers such as nn.ModuleList do not."""
+    return kind.forward is not nn.Module.forward
+
+
+class Seal:
+    """The state that all submodules of one module share: it tells which changes they refuse.
+
+    Attributes:
+        owner: the captured or hosted module.
+        owners: the module whose mode selects the graph of a submodule's nodes, by the submodule's
+            path.
+        open: whether the module is being rewritten: its submodules may change, and its weights
+            are read as they are.
+        reads_adapted: whether they are read as adapted even then.
+        own: paths of submodules whose `training` flag was set on its own. The other flags follow
+            their owner's.
+        apart: those of them whose flag differs from their owner's although the mode matters there.
+        matters: whether a submodule's part of the graph differs by mode.
+        replaceable: paths of children that may be replaced, because they are called.
+        adapted: functions that compute the adapted weights, by name.
+        calls: functions that run the submodules that were captured for calls from outside, by path.
+        attributes: what became of a host's Python attributes.
+        regions: whether Python calls graphs of submodules, because the model has no graph.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.owners: dict[str, nn.Module] = {}
+        self.open = True
+        self.reads_adapted = False
+        self.own: set[str] = set()
+        self.apart: set[str] = set()
+        self.matters: Callable[[str], bool] = lambda path: True
+        self.replaceable: frozenset[str] = frozenset()
+        self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
+        self.calls: Mapping[str, Callable[..., Any]] = {}
+        self.attributes = Attributes(None)
+        self.regions = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # the module that a copy belongs to seals it again
+
+    @contextmanager
+    def opened(self, reads_adapted: bool = False) -> Generator[None]:
+        """Allow changes in a `with` block.
+
+        Args:
+            reads_adapted: whether adapted weights are read as adapted, as they are from outside.
+        """
+        before = self.open, self.reads_adapted
+        self.open, self.reads_adapted = True, reads_adapted
+        try:
+            yield
+        finally:
+            self.open, self.reads_adapted = before
+
+    def mode_set(self, path: str, training: bool) -> None:
+        """Note that a submodule's flag was set on its own."""
+        self.own.add(path)
+        if training is not self.owners[path].training and self.matters(path):
+            self.apart.add(path)
+        else:
+            self.apart.discard(path)
+
+    def owner_set(self, owner: nn.Module) -> None:
+        """Note that the flag of a module that other flags follow was set."""
+        for path, part in self._owned(owner):
+            if path in self.own:
+                self.mode_set(path, part.training)
+            else:
+                part.__dict__["training"] = owner.training
+
+    def all_set(self, owner: nn.Module) -> None:
+        """Note that `train()` set the flags of a module and of all its submodules."""
+        owned = {path for path, _ in self._owned(owner)}
+        self.own -= owned
+        self.apart -= owned
+
+    def refuse_apart(self) -> None:
+        """Raise if a submodule is in another mode than the module, and its part differs by mode."""
+        if self.apart:
+            path = min(self.apart)
+            mode = "eval" if self.owners[path].training else "train"
+            advice = one_of(*_as_module(self, path), "set the mode of the whole module")
+            raise SubmoduleError(
+                f"'{path}' was set to {mode} mode apart from the module around it, and their graph "
+                f"is of one mode. {advice}"
+            )
+
+    def _owned(self, owner: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [
+            (path, part)
+            for path, part in self.owner.named_modules()
+            if self.owners.get(path) is owner
+        ]
+
+    def outside(self, path: str, name: str, value: Any) -> Any:
+        """Return an attribute as Python outside of the graph is to see it.
+
+        Called by `__getattr__` only.
+        """
+        compute = self.adapted.get(joined(path, name)) if self.adapted else None
+        as_it_is = self.open and not self.reads_adapted
+        if compute is None or as_it_is or reads_as_it_is(sys._getframe(1)):
+            return value
+        adapted = compute()
+        return adapted.as_subclass(AdaptedTensor) if type(adapted) is torch.Tensor else adapted
+
+
+def refusal(seal: Seal | None, path: str, action: str) -> SubmoduleError:
+    """Return the error for an action on a submodule that no graph can honour."""
+    advice = one_of(
+        *_as_module(seal, path),
+        "give the source model the folded weights (fxlora.merged), and change that",
+        "change the source's computation, and capture it afterwards",
+    )
+    return SubmoduleError(
+        f"'{path}' of a captured module is a part of a graph, so {action} would have no effect. "
+        f"{advice}"
+    )
+
+
+def call_refusal(seal: Seal | None, path: str) -> SubmoduleError:
+    """Return the error for a call of a submodule that only a graph computes."""
+    advice = one_of(
+        *_as_method(seal, path),
+        *_as_module(seal, path),
+        "give the source model the folded weights (fxlora.merged), and call that",
+    )
+    return SubmoduleError(
+        f"'{path}' of a captured module cannot be called: a graph computes it. {advice}"
+    )
+
+
+def _as_method(seal: Seal | None, path: str) -> list[str]:
+    """Return the advice that captures a submodule's calls from outside, if there can be any."""
+    if not (kind := _class_of(seal, path)) or not is_called(kind):
+        return []
+    return [f"capture its calls too: capture(model, …, methods={{{path!r}: (args, kwargs)}})"]
+
+
+def _as_module(seal: Seal | None, path: str) -> list[str]:
+    """Return the advice that makes a submodule one that is called, if there is a way."""
+    if not (kind := _class_of(seal, path)):
+        return []
+    if is_called(kind):
+        return [f"make it a module of its own: capture(model, …, modules={path!r})"]
+    return [f"make those in it modules of their own: capture(model, …, modules='{path}.*')"]
+
+
+def _class_of(seal: Seal | None, path: str) -> type[nn.Module] | None:
+    """Return the source's class of a submodule in a whole graph, or None if there is none."""
+    part = dict(seal.owner.named_modules()).get(path) if seal else None
+    if seal is None or part is None or seal.regions:
+        return None
+    return getattr(part, "source_class", type(part))
+
+
+def one_of(*ways: str) -> str:
+    """Return a sentence that advises one of some ways."""
+    said = "; or ".join(ways)
+    return f"{said[0].upper()}{said[1:]}."
