@@ -94,7 +94,7 @@ class Choice:
         for site, number in chosen:
             if site.parameter in done:
                 continue
-            others = [(s, n) for s, n in chosen if s.parameter in site.tied]
+            others = [(s, n) for s, n in chosen if s.parameter in site.tied] if site.tied else []
             sharing = next((n for _, n in [(site, number), *others] if self._shares(n)), None)
             if sharing is not None:
                 self._check_shared(sharing, [(site, number), *others])

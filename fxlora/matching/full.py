@@ -96,14 +96,16 @@ def trained(module: CapturedModule, paths: Iterable[str]) -> set[str]:
 
 def biases(choice: Choice, entries: Iterable[Entry]) -> dict[str, int]:
     """Return the names of the biases that `bias=` trains, each with the first rule that does."""
-    every = {n for n, _ in choice.module.named_parameters() if "bias" in n.rpartition(".")[2]}
+    every = [n for n, _ in choice.module.named_parameters() if "bias" in n.rpartition(".")[2]]
+    by_owner: dict[str, list[str]] = {}
+    for name in every:
+        by_owner.setdefault(name.rpartition(".")[0], []).append(name)
     found: dict[str, int] = {}
     for entry in entries:
         rule = choice.rule(entry.rule)
         lora = rule and rule.lora
-        owner = entry.parameter.rpartition(".")[0]
-        mine = {n for n in every if n.rpartition(".")[0] == owner}
-        chosen = {"all": every, "lora_only": mine}.get(lora.bias if lora else "none", set[str]())
+        mine = by_owner.get(entry.parameter.rpartition(".")[0], [])
+        chosen = {"all": every, "lora_only": mine}.get(lora.bias if lora else "none", [])
         for name in chosen:
             found.setdefault(name, entry.rule)
     return found

@@ -6,14 +6,36 @@ to be a parameter, depends on what reads it.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
 from ..fx.nested import Path, operand_of
 from ..lora.ops import row_of
 from ..lora.row import Op
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a node's value comes from.
+
+    Attributes:
+        placeholders: the placeholders of its graph that it depends on, a bit for each.
+        parameter: whether it depends on a parameter that its graph fetches.
+    """
+
+    placeholders: int
+    parameter: bool
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The placeholders of a graph that depend on data, and on parameters, a bit for each."""
+
+    data: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,8 @@ class WeightsOnly:
 
     parameters: Set[str]
     _nodes: dict[fx.Graph, set[fx.Node]] = field(default_factory=dict[fx.Graph, set[fx.Node]])
+    _found: dict[fx.Graph, dict[fx.Node, _Origin]] = field(default_factory=dict[Any, Any])
+    _passed: dict[tuple[Any, ...], _Given] = field(default_factory=dict[Any, Any])
 
     def nodes(self, graph: fx.Graph) -> Set[fx.Node]:
         """Return the nodes of a graph that depend on parameters and buffers only."""
@@ -71,16 +95,44 @@ class WeightsOnly:
             path: the calls of nested graphs around it, outermost first.
         """
         operand = row.input_of(node, weight) if row.dropout else None
-        worklist = [(operand, path)] if isinstance(operand, fx.Node) else []
-        from_parameter, visited = False, set[fx.Node]()
-        while worklist:
-            value, around = worklist.pop()
-            outside = operand_of(around[-1], value) if around else None
-            if value.op == "placeholder" and outside is None:
-                return False  # data, or a value that a loop carries
-            if outside is not None:
-                worklist.append((outside, around[:-1]))
-            from_parameter |= value.op == "get_attr" and value.target in self.parameters
-            visited.add(value)
-            worklist += [(n, around) for n in value.all_input_nodes if n not in visited]
-        return from_parameter
+        if not isinstance(operand, fx.Node):
+            return False
+        origin, given = self._origins(operand.graph)[operand], self._given(operand.graph, path)
+        if origin.placeholders & given.data:
+            return False
+        return origin.parameter or bool(origin.placeholders & given.parameters)
+
+    def _origins(self, graph: fx.Graph) -> Mapping[fx.Node, _Origin]:
+        """Return where the values of a graph's nodes come from."""
+        if graph not in self._found:
+            found = self._found[graph] = dict[fx.Node, _Origin]()
+            bit = 1
+            for node in graph.nodes:
+                placeholders = 0
+                if node.op == "placeholder":
+                    placeholders, bit = bit, bit << 1
+                parameter = node.op == "get_attr" and node.target in self.parameters
+                for value in node.all_input_nodes:
+                    placeholders |= found[value].placeholders
+                    parameter |= found[value].parameter
+                found[node] = _Origin(placeholders, parameter)
+        return self._found[graph]
+
+    def _given(self, graph: fx.Graph, path: Path) -> _Given:
+        """Return what the calls of nested graphs pass to the placeholders of a graph."""
+        key = (graph, *(call.node for call in path))
+        if key not in self._passed:
+            data = parameters = 0
+            for placeholder in graph.find_nodes(op="placeholder"):
+                bit = self._origins(graph)[placeholder].placeholders
+                outside = operand_of(path[-1], placeholder) if path else None
+                if outside is None:  # data, or a value that a loop carries
+                    data |= bit
+                    continue
+                origin = self._origins(outside.graph)[outside]
+                given = self._given(outside.graph, path[:-1])
+                data |= bit if origin.placeholders & given.data else 0
+                from_parameter = origin.parameter or origin.placeholders & given.parameters
+                parameters |= bit if from_parameter else 0
+            self._passed[key] = _Given(data, parameters)
+        return self._passed[key]
