@@ -135,6 +135,19 @@ class Call:
         behind = len(self.operands) - index
         return [(_inputs(graph)[-behind], graph) for graph in self.graphs]
 
+    def inputs_of(self, graph: fx.GraphModule) -> list[tuple[fx.Node, Any]]:
+        """Return the inputs of a graph that get operands, each with its operand."""
+        operands = self.operands
+        inputs = _inputs(graph)[-len(operands) :] if operands else []
+        return list(zip(inputs, operands, strict=True))
+
+    def index_of(self, given: fx.Node) -> int | None:
+        """Return the index of the operand that an input of a graph gets, or None."""
+        operands = self.operands
+        nested = next((graph for graph in self.graphs if graph.graph is given.graph), None)
+        inputs = _inputs(nested)[-len(operands) :] if nested and operands else []
+        return inputs.index(given) if given in inputs else None
+
     def seen_as(self, operand: fx.Node) -> list[fx.Node]:
         """Return each graph's input for an outer node, made an operand if it is none yet."""
         where = self.where
@@ -214,12 +227,18 @@ def graph_around(path: Path, node: fx.Node) -> fx.GraphModule:
     return next(graph for graph in path[-1].graphs if graph.graph is node.graph)
 
 
+def operands_of(call: Call, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Return the outer node that a call passes unchanged to each input of a graph, if any."""
+    nested = [nested for nested in call.graphs if nested.graph is graph]
+    pairs = call.inputs_of(nested[0]) if nested else []
+    return {given: operand for given, operand in pairs if isinstance(operand, fx.Node)}
+
+
 def operand_of(call: Call, given: fx.Node) -> fx.Node | None:
     """Return the outer node that a call passes unchanged to this input of a graph, or None."""
-    for index, operand in enumerate(call.operands):
-        if given in dict(call.inputs(index)) and isinstance(operand, fx.Node):
-            return operand
-    return None
+    index = call.index_of(given)
+    operand = None if index is None else call.operands[index]
+    return operand if isinstance(operand, fx.Node) else None
 
 
 def _name(node: fx.Node) -> str:
@@ -234,7 +253,7 @@ def _operands(node: fx.Node) -> Operands | None:
 
 
 def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return list(graph.graph.find_nodes(op="placeholder"))
 
 
 def _append_input(graph: fx.Graph, name: str) -> None:

@@ -303,7 +303,8 @@ def _drop_operand(given: fx.Node, path: Path) -> None:
     It stays an operand if another graph of the same call uses it.
     """
     call = path[-1]
-    index = next(i for i in range(len(call.operands)) if given in dict(call.inputs(i)))
+    index = call.index_of(given)
+    assert index is not None
     operand = call.operands[index]
     if any(sister.users for sister, _ in call.inputs(index)):
         return

@@ -27,9 +27,9 @@ def reads_no_values(node: fx.Node, value: fx.Node) -> bool:
     The ops in the tables use only these of their first argument. A fill value, as in `full_like`,
     is read.
     """
-    first = bool(node.args) and node.args[0] is value
-    once = sum(given is value for given in flat_inputs(node)) == 1
-    return first and once and torch_kind(node) in _DESCRIBING | _MADE_ALIKE
+    if not (node.args and node.args[0] is value and torch_kind(node) in _DESCRIBING | _MADE_ALIKE):
+        return False
+    return sum(given is value for given in flat_inputs(node)) == 1
 
 
 def padding_row(node: fx.Node, rows: int) -> int | None:

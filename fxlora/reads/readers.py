@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -112,13 +113,13 @@ def readers_and_writers(
     writers: dict[str, Reader] = {}
     graphs = module.distinct_graphs()
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    weights = WeightsOnly(parameters.keys())
+    weights, nested = WeightsOnly(parameters.keys()), _NestedInputs()
     flow = Flow.of(graphs, module)
     for node in itertools.chain(*(graph.nodes for graph in graphs)):
         if node.op == "get_attr":
             name = str(node.target)
             weight = parameters.get(name, torch.empty(()))
-            search = _Search(module, weights, flow, name, weight)
+            search = _Search(module, weights, flow, name, weight, nested)
             readers.setdefault(name, []).extend(_unique(search.follow(node, module)))
         if node.op == "call_module":
             for name in _parameters_in(module, str(node.target)):
@@ -171,6 +172,7 @@ class _Search:
         flow: the nodes that are live, and those that a gradient reaches.
         name: the weight's name in the graphs.
         weight: the weight; without entries if the name is not a parameter's.
+        nested: the inputs of nested graphs.
         visited: the calls that were followed, each with the op that cut off the gradient before.
     """
 
@@ -179,6 +181,7 @@ class _Search:
     flow: Flow
     name: str
     weight: torch.Tensor
+    nested: _NestedInputs
     visited: set[tuple[fx.Node, str]] = field(default_factory=set[tuple[fx.Node, str]])
 
     def follow(
@@ -190,7 +193,7 @@ class _Search:
                 continue
             if (user, chain.cut) in self.visited:
                 continue
-            inputs = _nested_inputs(user, value, owner)
+            inputs = self.nested.of(user, value, owner)
             for call, given, graph in inputs:
                 yield from self.follow(given, graph, chain.into(call))
             if inputs:
@@ -286,18 +289,38 @@ def _grows(value: fx.Node, weight: torch.Tensor) -> bool:
     return isinstance(example, torch.Tensor) and example.numel() > weight.numel()
 
 
-def _nested_inputs(
-    user: fx.Node, value: fx.Node, owner: nn.Module
-) -> list[tuple[Call, fx.Node, fx.GraphModule]]:
-    """Return the inputs of nested graphs that a call passes a value to.
+class _NestedInputs:
+    """The inputs of nested graphs that calls pass values to, found once per call."""
 
-    The list is empty if the call also uses the value in another way.
-    """
-    call = call_of(user, owner)
-    passed = [i for i, o in enumerate(call.operands) if o is value] if call else []
-    if call is None or len(passed) != sum(n is value for n in flat_inputs(user)):
-        return []
-    return [(call, given, graph) for i in passed for given, graph in call.inputs(i)]
+    def __init__(self) -> None:
+        self._by_call: dict[fx.Node, dict[fx.Node, list[_NestedInput]]] = {}
+
+    def of(self, user: fx.Node, value: fx.Node, owner: nn.Module) -> list[_NestedInput]:
+        """Return the inputs that a call passes a value to.
+
+        The list is empty if the call also uses the value in another way.
+        """
+        if user not in self._by_call:
+            self._by_call[user] = self._inputs(user, owner)
+        return self._by_call[user].get(value, [])
+
+    @staticmethod
+    def _inputs(user: fx.Node, owner: nn.Module) -> dict[fx.Node, list[_NestedInput]]:
+        call = call_of(user, owner)
+        if call is None:
+            return {}
+        operands = call.operands
+        passed = Counter(operand for operand in operands if isinstance(operand, fx.Node))
+        uses = Counter(flat_inputs(user))
+        found: dict[fx.Node, list[_NestedInput]] = {}
+        for graph in call.graphs:
+            for given, value in call.inputs_of(graph):
+                if isinstance(value, fx.Node) and passed[value] == uses[value]:
+                    found.setdefault(value, []).append((call, given, graph))
+        return found
+
+
+_NestedInput = tuple[Call, fx.Node, fx.GraphModule]
 
 
 def _reader(node: fx.Node, weight: fx.Node, op: Op | None, path: Path = ()) -> Reader:

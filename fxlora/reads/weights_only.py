@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from ..fx.nested import Path, operand_of
+from ..fx.nested import Path, operands_of
 from ..lora.ops import row_of
 from ..lora.row import Op
 
@@ -123,9 +123,10 @@ class WeightsOnly:
         key = (graph, *(call.node for call in path))
         if key not in self._passed:
             data = parameters = 0
+            around = operands_of(path[-1], graph) if path else {}
             for placeholder in graph.find_nodes(op="placeholder"):
                 bit = self._origins(graph)[placeholder].placeholders
-                outside = operand_of(path[-1], placeholder) if path else None
+                outside = around.get(placeholder)
                 if outside is None:  # data, or a value that a loop carries
                     data |= bit
                     continue
