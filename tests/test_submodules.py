@@ -1169,3 +1169,36 @@ def test_a_list_of_submodules_has_no_slices(source: Model, flat: Any) -> None:
     assert len(source.layers[:1]) == 1
     with pytest.raises(SubmoduleError, match="no slices"):
         flat.layers[:1]
+
+
+# ---- a weight of a called submodule, read by the code around it ------------------------------
+
+
+class ReadsItsBlocks(nn.Module):
+    """A tie by a functional call, and reads of weights of submodules that it also calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.part = nn.Embedding(11, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.part(self.emb(ids)) @ self.part[0].weight[:, :5]
+        return F.linear(F.pad(h, (0, 1)), self.emb.weight) + self.part[0].weight.square().sum()
+
+
+@pytest.mark.parametrize("modules", ["emb", "part", "*", ["part", "part.0"]])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_code_around_reads_weights_of_a_called_submodule(modules: Any, wrap: bool) -> None:
+    model, x = ReadsItsBlocks().double(), ids()
+    config = LoraConfig(r=2, target_modules=["emb", "part.0"])
+    lora = fxlora.adapt(model, x, rules=config, modules=modules)
+    randomise(lora)
+    if wrap:
+        for path in sorted(lora.outlined_modules, reverse=True):  # the innermost first
+            lora.set_submodule(path, checkpoint_wrapper(lora.get_submodule(path)))
+    for module in (lora, copy.deepcopy(lora)):
+        module.refresh()
+        merged = fxlora.merged(model, fxlora.fold(module))
+        assert (merged(x) - model(x)).abs().max() > 0.1
+        assert_close(run(module, (x,), {}), run(merged, (x,), {}))
+        assert fxlora.verify(module, x)

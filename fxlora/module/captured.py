@@ -118,6 +118,9 @@ class CapturedModule(ProgramModule):
         parent = self.__dict__.get("parent_module")
         self._view.__dict__.update({FACADE: self, CHOOSER: self, "parent_module": parent})
 
+    def wrapped_blocks(self) -> Mapping[int, nn.Module]:
+        return wrapped(self)
+
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._running.get(id(graph), graph)
 

@@ -203,7 +203,11 @@ class ProgramModule(fx.GraphModule):
 
     def look(self) -> None:
         """Have the graphs' code run on the tensors and nested graphs that the module holds now."""
-        self.__dict__["_view"] = plain_view(self)
+        self.__dict__["_view"] = plain_view(self, self.wrapped_blocks())
+
+    def wrapped_blocks(self) -> Mapping[int, nn.Module]:
+        """Return the blocks by the id of the modules at their paths; empty if none is wrapped."""
+        return {}
 
     def is_stale(self) -> bool:
         """Whether a graph was edited after its code was generated."""

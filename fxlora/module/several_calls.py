@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import fx
+from torch import fx, nn
 
 from ..errors import InputError
 from .autocasts import EVERY
@@ -44,6 +44,9 @@ class CallRunner(ProgramModule):
     def look(self) -> None:
         super().look()
         self._view.__dict__[FACADE] = self._owner
+
+    def wrapped_blocks(self) -> Mapping[int, nn.Module]:
+        return self._owner.wrapped_blocks()
 
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._owner.running(graph)

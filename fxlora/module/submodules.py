@@ -403,16 +403,21 @@ def children_of(children: Mapping[str, Any], path: str, seal: Seal) -> dict[str,
     return _Children(children, path, seal)
 
 
-def plain_view(module: nn.Module) -> nn.Module:
-    """Return plain modules over the dicts of tensors of a module and of all containers in it.
+def plain_view(module: nn.Module, wrapped: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """Return plain modules over the dicts of tensors of a module and of all submodules in it.
 
-    Modules that are called (nested graphs, the tracer's leaves) are the same objects.
+    The nested graphs and the tracer's leaves in it are the same objects.
+
+    Args:
+        module: the module.
+        wrapped: the blocks by the id of the modules at their paths, if these are wrappers.
     """
     view = nn.Module()
     view.__dict__["_parameters"], view.__dict__["_buffers"] = module._parameters, module._buffers
     for name, child in module._modules.items():
-        if child is None:
-            continue
-        inner = plain_view(child) if isinstance(child, Container) else child
-        view._modules[name] = inner
+        if child is not None:
+            inner = (wrapped or {}).get(id(child), child)
+            view._modules[name] = (
+                plain_view(inner, wrapped) if isinstance(inner, Guarded) else child
+            )
     return view

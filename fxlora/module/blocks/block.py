@@ -167,9 +167,14 @@ class Block(Guarded, BlockGraphs):
 
     def view(self) -> nn.Module:
         """Return the module that the code of the block's graphs runs on."""
-        view = plain_view(self)
+        view = plain_view(self, self.wrapped_blocks())
         view.__dict__.update({FACADE: self, OUTER: self.__dict__.get("_outer"), CHOOSER: self})
         return view
+
+    def wrapped_blocks(self) -> Mapping[int, nn.Module]:
+        seal: Seal | None = self.__dict__.get("_seal")
+        owner = seal.owner if seal else None
+        return owner.wrapped_blocks() if isinstance(owner, ProgramModule) else {}
 
     @property
     def call_chooser(self) -> Block:
