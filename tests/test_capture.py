@@ -292,6 +292,16 @@ def test_names_that_a_captured_module_has_another_use_for(name: str) -> None:
     with pytest.raises(CaptureError, match=rf"named '{name}'.*nn\.Sequential"):
         fxlora.capture(model, x)
     assert torch.equal(fxlora.capture(nn.Sequential(model), x)(x), model(x))
+    assert torch.equal(fxlora.capture(Wrapper(model), x)(x), model(x))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 def test_lazy_modules_need_a_first_call() -> None:

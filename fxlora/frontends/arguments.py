@@ -36,8 +36,10 @@ def check_model(model: nn.Module) -> None:
     if hidden := _hidden_name(model):
         raise CaptureError(
             f"{type(model).__name__} has a submodule or tensor named '{hidden}', which the "
-            "captured module's attribute of that name would hide. Wrap the model: "
-            "capture(nn.Sequential(model), …); names then start with '0.'."
+            "captured module's attribute of that name would hide. Rename it, or wrap the model: "
+            "capture(nn.Sequential(model), x) if it takes one input, else a module whose "
+            "forward(self, *args, **kwargs) calls it. Names then start with that of the wrapper's "
+            "attribute ('0.')."
         )
     refuse_backward_hooks(model)
     refuse_lazy(model)

@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import UnsupportedOpError
+from ..fx.effects import is_python_function
 from ..reads.facts import padding_row
 from ..reads.sites import Site
 
 LEAVE_OUT = "Leave it out of the rule (Rule(name, lora=None) before it)"
+
+
+def _no_region(site: Site) -> str:
+    remedy = (
+        "move the read into a submodule, which is then captured"
+        if site.outside
+        else "give capture an example that runs it: capture(model, calls=[(args, kwargs), …])"
+    )
+    return f"{site.why_outside}, so no adapter can be added. {LEAVE_OUT}, or {remedy}."
 
 
 def _shared_memory(site: Site) -> str:
@@ -26,6 +36,12 @@ def _shared_memory(site: Site) -> str:
 def _written(site: Site) -> str:
     assert site.writer is not None
     where = site.writer.describe().replace(" reads", "")
+    if is_python_function(site.writer.node) and "val" not in site.writer.node.meta:
+        return (
+            f"cannot be adapted: a graph without example values does not tell whether {where} "
+            f"writes to its weight. {LEAVE_OUT}, or capture with example inputs "
+            "(fxlora.capture(model, args); --input on the command line)."
+        )
     return (
         f"cannot be adapted: its weight is written to in every call, by {where}, which an adapter "
         "would change. "
@@ -67,10 +83,7 @@ def _padded(site: Site) -> str:
 
 # (condition on a site, message about it); the first condition that holds counts.
 _REFUSALS: tuple[tuple[Callable[[Site], bool], Callable[[Site], str]], ...] = (
-    (
-        lambda site: site.outside is not None,
-        lambda site: f"{site.why_outside}, where no adapter can be added. {LEAVE_OUT}.",
-    ),
+    (lambda site: site.outside is not None, _no_region),
     (lambda site: bool(site.overlaps), _shared_memory),
     (lambda site: site.writer is not None, _written),
     (_pads_a_part, _padded),
