@@ -285,3 +285,112 @@ def test_a_folded_host_may_run_code_that_sets_attributes(
     host(X, keep=True)
     assert_same([host.inner(X, None, True)], [source.inner(X, None, True)])  # the source's code
     assert_same([host.inner.last], [source.inner.last])
+
+
+# ---- names of every kind, modes, and tensors that were None -----------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self._scale, self.type = nn.Linear(5, 5), 1.5, 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x) * self._scale * self.type
+
+
+class ReadsAll(Scaled):
+    """Reads private attributes, one with a name of nn.Module's, and tensors that are None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sub, self.scale = Scaled(), 0.5
+        self.register_buffer("mask", None)
+        self.register_parameter("gain", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(self.sub(x)) * self.scale
+        y = y if self.mask is None else y * self.mask
+        return y if self.gain is None else y * self.gain
+
+
+class ReadsAllInBranches(ReadsAll):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, super().forward, torch.sin, (x,))
+
+
+class ReadsAllAroundRegions(ReadsAll):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y * 2 if y.sum().item() > 1e9 else y
+
+
+SETS = [
+    ("", "_scale", 3.0), ("", "type", 3.0), ("", "scale", 3.0), ("sub", "_scale", 3.0),
+    ("sub", "type", 3.0), ("", "mask", OFFSET[:5]), ("", "gain", nn.Parameter(OFFSET[:5])),
+]  # fmt: skip
+
+
+def set_and_call(module: nn.Module, path: str, name: str, value: Any) -> None:
+    setattr(module.get_submodule(path), name, value)
+    module(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        (ReadsAll, None),
+        (ReadsAll, "sub"),
+        (ReadsAllInBranches, None),
+        (ReadsAllAroundRegions, None),
+    ],
+)
+def test_no_attribute_that_a_forward_reads_is_set_without_effect(
+    kind: type[ReadsAll], hosted: bool, modules: str | None
+) -> None:
+    source = kind().double()
+    gm: Any = fxlora.capture(source, X, modules=modules)
+    for path, name, value in SETS:
+        changed, module = copy.deepcopy(source), copy.deepcopy(gm)
+        module = fxlora.hosted(source, module) if hosted else module
+        setattr(changed.get_submodule(path), name, value)
+        if (changed(X) - source(X)).abs().max() < 0.01:
+            continue  # the branch that reads it is not taken
+        if kind is ReadsAllInBranches and not hosted and not path and name in ("_scale", "scale"):
+            continue  # of a captured module itself, nothing is known there
+        with pytest.raises(SubmoduleError):
+            set_and_call(module, path, name, value)
+    module = fxlora.hosted(source, gm) if hosted else gm
+    module._hf_note = module.get_submodule("sub")._fsdp_note = object()  # a framework's own
+    assert_same([module(X)], [source(X)])
+
+
+class FreezesItsNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.norm, self.frozen = nn.Linear(5, 7), nn.BatchNorm1d(7), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.lin(x))
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if self.frozen:
+            self.norm.eval()
+        return self
+
+
+def test_a_mode_that_the_sources_train_sets_is_not_forgotten() -> None:
+    source = FreezesItsNorm().double()
+    host = fxlora.hosted(source, fxlora.capture(source, X)).train()
+    host(X)
+    host.frozen = True
+    host.train()
+    with pytest.raises(SubmoduleError, match="'norm' was set to eval mode"):
+        host(X)
+    host.eval()
+    assert_same([host(X)], [fxlora.merged(source, host._captured).eval()(X)])
+    host.frozen = False
+    host.train()(X)

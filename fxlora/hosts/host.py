@@ -28,7 +28,7 @@ from ..module.example_calls import Call
 from ..module.host_attributes import MISSING, Attributes, SetByCalls, set_by_calls
 from ..module.seal import Seal
 from ..module.several_calls import no_call_like
-from ..module.submodules import host_part
+from ..module.submodules import check_absent, host_part
 from ..tables import said
 from .checkpoint import save_checkpoint
 
@@ -119,7 +119,7 @@ def _seal(
     """
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
-    seal.regions = module.parent_module is not None
+    seal.reads, seal.regions = module.reads, module.parent_module is not None
     seal.attributes = Attributes(module.reads, bool(module.changes))
     seal.calls = {
         path: functools.partial(_run, host, path, signature)
@@ -181,6 +181,7 @@ class Host(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if seal := self.__dict__.get("_seal"):
+            check_absent(self, name, value)
             seal.attributes.check_host(self, name, value)
             seal.attributes.note(self, "", name, value)
         super().__setattr__(name, value)

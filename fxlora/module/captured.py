@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import FxLoraError, InputError
+from ..errors import FxLoraError, InputError, SubmoduleError
 from ..fx.calls import part_of
 from ..plan import Plan
 from ..tables import some
@@ -41,7 +41,7 @@ from .several_calls import (
 )
 from .sharing import copy_when_trained, unshare
 from .state import State
-from .submodules import Container, check_kinds, children_of, seal_part
+from .submodules import Container, check_absent, check_kinds, children_of, seal_part
 
 
 class CapturedModule(ProgramModule):
@@ -128,7 +128,7 @@ class CapturedModule(ProgramModule):
         """Have all submodules refuse changes without effect on the graphs (see submodules.py)."""
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
-        seal.regions = self.parent_module is not None
+        seal.reads, seal.regions = self.reads, self.parent_module is not None
         seal.adapted = self.adapted
         seal.calls = {m: functools.partial(self._call_method, m) for m in self.captured_methods}
         seal.matters = functools.cache(self.mode_matters)
@@ -195,12 +195,31 @@ class CapturedModule(ProgramModule):
         return value if seal is None else seal.outside("", name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        seal: Seal | None = self.__dict__.get("_seal")
+        if seal is not None and not seal.open:
+            check_absent(self, name, value)
+            self._check_read(name)
         super().__setattr__(name, value)
         if name == "training" and "runners" in self.__dict__:
             for runner in () if self.parent_module else self.runners:
                 runner.training = value
         if name == "training" and "_seal" in self.__dict__:
             self._seal.owner_set(self)
+
+    def _check_read(self, name: str) -> None:
+        """Raise SubmoduleError for an attribute of the source, which its graphs may depend on."""
+        ours = hasattr(CapturedModule, name) and not hasattr(nn.Module, name)
+        held = (self.__dict__, self._parameters, self._buffers, self._modules)
+        if ours or any(name in group for group in held):
+            return
+        if name in (self.reads or ()) or (
+            self.parent_module and hasattr(self.parent_module.module, name)
+        ):
+            raise SubmoduleError(
+                f"setting '{name}' would have no effect: graphs have the value that the source had "
+                "in the capture. Set it on the source model, and capture that; or make it an "
+                "argument of the forward."
+            )
 
     def train(self, mode: bool = True) -> CapturedModule:
         super().train(mode)

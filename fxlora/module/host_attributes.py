@@ -8,7 +8,7 @@ forward sets is unknown after a call, until the host's own code sets it.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ PLAIN = (bool, int, float, str, type(None))
 MACHINERY = frozenset(vars(nn.Module()))
 OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
+# Kinds of values that a forward may compute with; other private attributes are notes of frameworks.
+DATA = (torch.Tensor, list, tuple, dict, set, *PLAIN)
+
 _IMMUTABLE = (torch.dtype, torch.device, types.FunctionType, types.MethodType, type)
-_DATA = (torch.Tensor, list, tuple, dict, set, *PLAIN)
 
 
 def joined(path: str, name: str) -> str:
@@ -52,10 +54,15 @@ def is_same(value: object, other: object) -> bool:
     return value is other and isinstance(value, _IMMUTABLE)
 
 
+def is_own(name: str, attributes: Mapping[str, Any]) -> bool:
+    """Whether a module's attribute is not one of every nn.Module: it may cover a method of it."""
+    return name not in OF_EVERY_MODULE or (name not in MACHINERY and name in attributes)
+
+
 def _is_plain(part: nn.Module, name: str) -> bool:
     """Whether a name is of no tensor, child or attribute that every module has."""
     held = (part._parameters, part._buffers, part._modules)
-    return name not in OF_EVERY_MODULE and not any(name in group for group in held)
+    return is_own(name, part.__dict__) and not any(name in group for group in held)
 
 
 class Attributes:
@@ -85,9 +92,9 @@ class Attributes:
     def check_host(self, host: nn.Module, name: str, value: Any) -> None:
         """Raise SubmoduleError for a host's own attribute that a call may read, for all we know."""
         held = getattr(host, name, MISSING)
-        plain = _is_plain(host, name) and not is_private(name)
-        unknown = self.reads is None and plain and held is not MISSING
-        if unknown and not is_same(value, held):
+        note = is_private(name) and not isinstance(held, DATA)
+        unknown = self.reads is None and _is_plain(host, name) and not note
+        if unknown and held is not MISSING and not is_same(value, held):
             raise SubmoduleError(
                 f"'{name}' of the host cannot be set: its graphs have the value of the capture, "
                 "and it is not known which calls read it. Set it on the source model, and capture "
@@ -100,7 +107,7 @@ class Attributes:
             return
         full = joined(path, name)
         read = not (self.reads or frozenset()).isdisjoint((full, joined(path, ALL)))
-        if is_private(name) and not (read or isinstance(value, _DATA) or value is MISSING):
+        if is_private(name) and not (read or isinstance(value, DATA) or value is MISSING):
             return  # a note of a framework
         if full not in self.before:
             held = part.__dict__.get(name, MISSING)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import SubmoduleError
 from .adapted_tensor import AdaptedTensor, reads_as_it_is
-from .host_attributes import Attributes, joined
+from .host_attributes import ALL, DATA, Attributes, joined
 
 
 def is_called(kind: type[nn.Module]) -> bool:
@@ -38,6 +38,7 @@ class Seal:
         adapted: functions that compute the adapted weights, by name.
         calls: functions that run the submodules that were captured for calls from outside, by path.
         attributes: what became of a host's Python attributes.
+        reads: names of the attributes that the graphs' source reads, or None if that is not known.
         regions: whether Python calls graphs of submodules, because the model has no graph.
     """
 
@@ -53,6 +54,7 @@ class Seal:
         self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
         self.calls: Mapping[str, Callable[..., Any]] = {}
         self.attributes = Attributes(None)
+        self.reads: frozenset[str] | None = None
         self.regions = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -72,6 +74,12 @@ class Seal:
         finally:
             self.open, self.reads_adapted = before
 
+    def may_note(self, path: str, name: str, value: object) -> bool:
+        """Whether a private attribute may be set: no call reads it, as far as is known."""
+        if self.reads is not None:
+            return self.reads.isdisjoint((joined(path, name), joined(path, ALL)))
+        return not isinstance(value, DATA)
+
     def mode_set(self, path: str, training: bool) -> None:
         """Note that a submodule's flag was set on its own."""
         self.own.add(path)
@@ -89,10 +97,13 @@ class Seal:
                 part.__dict__["training"] = owner.training
 
     def all_set(self, owner: nn.Module) -> None:
-        """Note that `train()` set the flags of a module and of all its submodules."""
-        owned = {path for path, _ in self._owned(owner)}
-        self.own -= owned
-        self.apart -= owned
+        """Note that `train()` set the flags of a module and of all its submodules.
+
+        Those that the source's own `train` keeps in another mode were set on their own.
+        """
+        alike = {path for path, part in self._owned(owner) if part.training is owner.training}
+        self.own -= alike
+        self.apart -= alike
 
     def refuse_apart(self) -> None:
         """Raise if a submodule is in another mode than the module, and its part differs by mode."""

@@ -139,6 +139,24 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
+def may_note(part: nn.Module, name: str, value: Any, seal: Seal) -> bool:
+    """Whether a private attribute may be set: as far as is known, no graph's source reads it."""
+    if is_called_by(sys._getframe(1), _SETTERS, "torch.distributed."):
+        return True
+    lacked = isinstance(part, HostPart) and not hasattr(part, name)
+    return lacked or seal.may_note(part.__dict__["_path"], name, value)
+
+
+def check_absent(module: nn.Module, name: str, value: Any) -> None:
+    """Raise if a tensor is set where the source had None, which its graphs know."""
+    held = {**module._parameters, **module._buffers}
+    if value is not None and held.get(name, value) is None:
+        raise SubmoduleError(
+            f"setting '{name}' would have no effect: the source had none, so the graph reads none. "
+            "Set it on the source model, and capture that."
+        )
+
+
 class Part(Guarded):
     """A submodule, of a captured module or a host, that refuses changes without effect."""
 
@@ -158,7 +176,9 @@ class Part(Guarded):
         if name in self._parameters or name in self._buffers:
             check_tensor(self, name, value)
             return True  # the graph reads the tensor that is there at the call
-        if name == "training" or is_private(name) or seal.attributes.knows(self, name):
+        if name == "training" or seal.attributes.knows(self, name):
+            return True
+        if is_private(name) and may_note(self, name, value, seal):
             return True
         return is_same(value, getattr(self, name, MISSING))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...module.host_attributes import ALL, OF_EVERY_MODULE
+from ...module.host_attributes import ALL, is_own
 from .asked_modes import is_torchs
 from .containers import items, unchanged
 from .patches import patched
@@ -134,9 +134,10 @@ def noted_reads(model: nn.Module, reads: set[Attribute]) -> Generator[None]:
 
     def read(self: nn.Module, name: str) -> Any:
         whole = name == ALL and _is_models(sys._getframe(1))
-        if depth and (whole or name not in OF_EVERY_MODULE) and id(self) in paths:
+        inherited = super(nn.Module, self).__getattribute__
+        if depth and id(self) in paths and (whole or is_own(name, inherited("__dict__"))):
             reads.add((paths[id(self)], name))
-        return super(nn.Module, self).__getattribute__(name)
+        return inherited(name)
 
     def begin(*_: Any) -> None:
         nonlocal depth

@@ -16,6 +16,7 @@ from ...errors import InputError, SubmoduleError
 from ...fx.autocast import current_autocast
 from ..autocasts import UNKNOWN
 from ..contract import ConstantInput, InputSpec
+from ..host_attributes import DATA, is_private
 from ..program import (
     FACADE,
     MODES,
@@ -34,6 +35,7 @@ from ..submodules import (
     NoAttributeError,
     check_tensor,
     container,
+    may_note,
     plain_view,
     subclass,
 )
@@ -248,9 +250,13 @@ class Block(Guarded, BlockGraphs):
         if name in self._parameters or name in self._buffers:
             check_tensor(self, name, value)
             return True
-        if name.startswith("_") or hasattr(ProgramModule, name) or name == "training":
+        if name == "training" or isinstance(value, nn.Module):
             return True
-        return isinstance(value, nn.Module)
+        if is_private(name):
+            return may_note(self, name, value, self.__dict__["_seal"])
+        return name.startswith("_") or (
+            hasattr(ProgramModule, name) and not isinstance(value, DATA)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a container: the module that a copy belongs to outlines it again."""
