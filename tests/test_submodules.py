@@ -1202,3 +1202,31 @@ def test_the_code_around_reads_weights_of_a_called_submodule(modules: Any, wrap:
         assert (merged(x) - model(x)).abs().max() > 0.1
         assert_close(run(module, (x,), {}), run(merged, (x,), {}))
         assert fxlora.verify(module, x)
+
+
+def test_a_host_runs_the_called_submodules_of_the_captured_module(source: Model) -> None:
+    x = ids()
+    gm = fxlora.capture(source, x, modules="layers.*")
+    host = fxlora.hosted(source, gm)
+    with pytest.raises(SubmoduleError, match=r"captured module, .* get_submodule\('layers.1'\)"):
+        host.layers[1].register_forward_hook(print)
+    called: list[Any] = []
+    gm.get_submodule("layers.1").register_forward_hook(functools.partial(_note_call, called))
+    host(x)
+    assert called
+
+
+def test_a_detached_adapted_weight_takes_a_gradient_of_its_own(flat: fxlora.CapturedModule) -> None:
+    h = torch.randn(5, 6, dtype=torch.float64)
+    up = flat.layers[0].up
+    leaf = up.weight.detach().requires_grad_()
+    other = up.weight.detach()
+    other.requires_grad_(True)
+    assert leaf.is_leaf and other.is_leaf
+    F.linear(h, leaf).sin().sum().backward()
+    (grad,) = torch.autograd.grad(F.linear(h, other).sin().sum(), other)
+    expected = F.linear(h, up.weight).cos().T @ h
+    assert_close([leaf.grad, grad], [expected, expected])
+    for write in (leaf.detach().zero_, other.data.zero_, up.weight.requires_grad_):
+        with pytest.raises(SubmoduleError, match="no effect"):
+            write()

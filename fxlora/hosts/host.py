@@ -120,6 +120,7 @@ def _seal(
     seal = Seal(host)
     seal.adapted, seal.matters = module.adapted, module.mode_matters
     seal.reads, seal.regions = module.reads, module.parent_module is not None
+    seal.called = frozenset(module.outlined_modules)
     seal.attributes = Attributes(module.reads, bool(module.changes))
     seal.calls = {
         path: functools.partial(_run, host, path, signature)

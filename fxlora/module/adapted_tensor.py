@@ -38,6 +38,9 @@ class AdaptedTensor(torch.Tensor):
                 "torch or torch.nn.functional instead of the overload."
             )
         name: str = getattr(func, "__name__", "")
+        if (func in _OF_LEAVES and isinstance(args[0], _Detached)) or func in _GRADIENTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         if _writes(name, args, kwargs or {}):
             raise _no_effect(name)
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, AdaptedTensor)]
@@ -50,6 +53,22 @@ class AdaptedTensor(torch.Tensor):
         if func == _GET_BASE:  # Dynamo asks a tensor's base for its own base
             return result
         return _with_views_marked(name, result, (*args, *(kwargs or {}).values()))
+
+
+class _Detached(AdaptedTensor):
+    """A detached one: the user's own leaf, which may require a gradient of its own."""
+
+
+def _of_leaves() -> list[Any]:
+    """Return the functions that get or set a leaf's gradient, and write to none of its entries."""
+    held = vars(torch._C.TensorBase)
+    gradients = [held[name] for name in ("requires_grad", "grad")]
+    getters = [held[name].__get__ for name in ("requires_grad", "grad", "is_leaf", "grad_fn")]
+    return [torch.Tensor.requires_grad_, *getters, *(item.__set__ for item in gradients)]
+
+
+_OF_LEAVES = _of_leaves()
+_GRADIENTS = (torch.autograd.grad, torch.autograd.backward)  # of the very tensors they are given
 
 
 def _no_effect(name: str) -> SubmoduleError:
@@ -96,6 +115,8 @@ def _with_views_marked(name: str, result: Any, args: tuple[Any, ...]) -> Any:
         return result
     if not _share_memory(_leaves(result), args):
         return result
+    if name == "detach":
+        return result.as_subclass(_Detached)
     return pytree.tree_map_only(torch.Tensor, _as_adapted, result)
 
 

@@ -39,6 +39,7 @@ class Seal:
         calls: functions that run the submodules that were captured for calls from outside, by path.
         attributes: what became of a host's Python attributes.
         reads: names of the attributes that the graphs' source reads, or None if that is not known.
+        called: of a host, paths of the submodules that the captured module calls.
         regions: whether Python calls graphs of submodules, because the model has no graph.
     """
 
@@ -55,6 +56,7 @@ class Seal:
         self.calls: Mapping[str, Callable[..., Any]] = {}
         self.attributes = Attributes(None)
         self.reads: frozenset[str] | None = None
+        self.called: frozenset[str] = frozenset()
         self.regions = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -172,6 +174,8 @@ def _as_module(seal: Seal | None, path: str) -> list[str]:
     """Return the advice that makes a submodule one that is called, if there is a way."""
     if not (kind := _class_of(seal, path)):
         return []
+    if seal and path in seal.called:
+        return [f"do so on the captured module, which the host runs: get_submodule({path!r}) of it"]
     if is_called(kind):
         return [f"make it a module of its own: capture(model, …, modules={path!r})"]
     return [f"make those in it modules of their own: capture(model, …, modules='{path}.*')"]
