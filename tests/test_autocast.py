@@ -616,6 +616,73 @@ def test_strides_of_dimensions_of_one() -> None:
     assert_follows(DropsPaths(), torch.randn(4, 3, 12, 12))
 
 
+class Detaches(nn.Module):
+    """Passes no gradient on under autocast, by one of three ways, which change no number."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.up, self.down, self.way = nn.Linear(5, 6), nn.Linear(6, 4), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        if self.way == "dtype" and y.dtype != torch.float32:
+            y = y.detach()
+        if self.way == "asked" and torch.is_autocast_enabled("cpu"):
+            y = y.detach()
+        with torch.set_grad_enabled(self.way != "mode" or y.dtype == torch.float32):
+            y = y.relu()
+        return self.down(y)
+
+
+@pytest.mark.parametrize("way", ["dtype", "asked", "mode"])
+def test_gradients_that_stop_under_autocast_only(way: str) -> None:
+    model = Detaches(way)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X).float().sum().backward()
+    assert model.up.weight.grad is None
+    gm = fxlora.capture(model, X)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match=r"under torch\.autoc"),
+    ):
+        gm(X)
+    assert torch.equal(gm(X), model(X))
+
+
+class NormsInFloat(nn.Module):
+    """Computes in float32 what it has under autocast, and reads it again afterwards."""
+
+    def __init__(self, disabled: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.disabled = nn.Linear(5, 5), nn.Linear(5, 4), disabled
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        u = self.up(x)
+        if self.disabled:
+            with torch.autocast("cpu", enabled=False):
+                y = u.float() * u.float().square().mean(-1, keepdim=True).rsqrt()
+            u = u + y
+        with torch.no_grad():
+            scale = u.float().abs().mean()
+        return self.down(u) / scale, u
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("modules", [None, "*"])
+def test_a_tensor_that_a_region_cast_is_read_again(disabled: bool, modules: str | None) -> None:
+    model = nn.Sequential(NormsInFloat(disabled))
+    assert_follows(model, X)
+    rule = LoraConfig(r=2, target_modules=["up", "down"])
+    lora = fxlora.adapt(model, X, rules=rule, modules=modules)
+    randomise(lora)
+    merged = fxlora.merged(model, fxlora.fold(lora))
+    for found, expected in zip(lora(X), merged(X), strict=True):
+        torch.testing.assert_close(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        lora(X)[0].float().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in fxlora.lora_parameters(lora))
+
+
 def test_attention_and_recurrence() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

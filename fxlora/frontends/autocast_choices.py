@@ -9,6 +9,7 @@ right (`mode_proof.py`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from ..fx.autocast import by_autocast
 from ..fx.calls import example_value
-from ..fx.nested import nested_graph
+from ..fx.nested import Call, call_of, nested_graph, operands_of
+from ..module.blocks.recorded import VALUES
 
 Autocast = tuple[str, torch.dtype]  # device type and dtype
 
@@ -231,6 +233,57 @@ def _uncast(node: fx.Node) -> Any:
     if value is None or before is None or before.dtype != value.dtype:
         return None
     return source
+
+
+# ---- regions that return what they were given ----------------------------------------------------
+
+
+def bypass_regions(module: fx.GraphModule) -> bool:
+    """Have calls read a region's input instead of a result that is this input, uncast.
+
+    In `with torch.autocast(…, enabled=False): y = norm(u.float())`, the cast returns u itself in
+    float32, and torch.export takes all later reads of u for reads of the region's result.
+
+    Returns:
+        Whether a graph was changed.
+    """
+    graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    calls = [(owner, call_of(node, owner)) for owner in graphs for node in owner.graph.nodes]
+    found = [_bypass(call) for _, call in calls if call and len(call.graphs) == 1]
+    for owner in graphs:
+        owner.recompile()
+    return any(found)
+
+
+def _bypass(call: Call) -> bool:
+    """Drop the results of a region that are its inputs; return whether there are any."""
+    (nested,) = call.graphs
+    results, given = call.results(nested), operands_of(call, nested.graph)
+    users = list(call.node.users)
+    if not call.returns(nested) or any(user.target is not operator.getitem for user in users):
+        return False
+    roots = [_root(value) if isinstance(value, fx.Node) else None for value in results]
+    kept = [n for n, root in enumerate(roots) if root is None or root not in given]
+    for user in users:
+        index: Any = user.args[1]
+        if index in kept:
+            user.args = (call.node, kept.index(index))
+        else:
+            root = roots[index]
+            assert root is not None
+            _take_place(given[root], user)
+    nested.graph.output_node().args = (tuple(results[n] for n in kept),)
+    if isinstance(values := call.node.meta.get("val"), tuple | list):
+        call.node.meta["val"] = tuple(values[n] for n in kept)
+    return len(kept) < len(results)
+
+
+def _take_place(node: fx.Node, other: fx.Node) -> None:
+    """Replace a node by one of equal value, also where calls of submodules get or return it."""
+    values = (*node.meta.get(VALUES, ()), *other.meta.get(VALUES, ()))
+    node.meta = {**node.meta, **({VALUES: values} if values else {})}
+    other.replace_all_uses_with(node)
+    other.graph.erase_node(other)
 
 
 def _fetched(owner: fx.GraphModule, node: fx.Node) -> Any:

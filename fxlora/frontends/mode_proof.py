@@ -31,7 +31,7 @@ from ..fx.compare import alike
 from ..module.autocasts import Autocasts, Facts, GradientMode
 from ..module.contract import first_difference
 from ..module.memory import memory_id
-from .autocast_choices import choose
+from .autocast_choices import bypass_regions, choose
 from .caller_modes import (
     INFERENCE,
     NO_GRADIENTS,
@@ -154,6 +154,9 @@ class Proof:
         guesses = [guess for (guess,) in contexts(devices) if guess != autocast]
         choose(self.module, other, autocast, guesses)
         self._found.clear()
+        if self._difference(context) and bypass_regions(self.module):
+            choose(self.module, other, autocast, guesses)
+            self._found.clear()
 
     def _difference(self, mode: Mode) -> _Difference | None:
         """Return None if graph and source compute the same in a mode."""

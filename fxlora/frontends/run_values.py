@@ -180,9 +180,8 @@ class Run(TorchDispatchMode):
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.draws += drawn
         operands = tuple(map(self._described, given))
-        made = self.values.of(
-            (func, shape, tuple(map(_settled, operands)), self.draws if drawn else 0)
-        )
+        told, random = tuple(map(_settled, operands)), self.draws if drawn else 0
+        made = self.values.of((func, shape, told, random, _is_recorded(given)))
         if len(self.ops) == self.locate:
             self.place = called_at()
         result = self._result(func, args, kwargs, given, (func, shape, operands))
@@ -424,6 +423,12 @@ def _form(tensor: torch.Tensor) -> Any:
     if any(type(n) is not int for n in size):
         size = tuple(map(_number, size))
     return tensor.dtype, device, size, place, tensor.is_conj(), tensor.is_neg()
+
+
+def _is_recorded(given: list[Any]) -> bool:
+    """Whether autograd records an op: one side may detach a tensor where the other does not."""
+    tensors = (value for value in given if isinstance(value, torch.Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _settled(described: Any) -> Any:
