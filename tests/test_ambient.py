@@ -264,3 +264,54 @@ def test_a_fold_of_what_is_not_finite_is_refused(value: float, kind: str) -> Non
     with pytest.raises(fxlora.InjectError, match=rf"'{name}' holds values that are not finite"):
         fxlora.fold(lora)
     assert fxlora.remove(lora).plan is None
+
+
+# ---- fast paths of torch.nn ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_fast_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enable what the other tests disable, because it rounds differently."""
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: True)
+
+
+def _encoder(nested: bool = True) -> tuple[nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 11, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).double().eval()
+    padded = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1]]).bool()
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    return model, (x,), {"src_key_padding_mask": padded}
+
+
+@pytest.mark.usefixtures("with_fast_paths")
+def test_a_fast_path_with_other_numbers_is_refused_and_the_advice_works() -> None:
+    model, args, kwargs = _encoder()
+    with torch.no_grad():
+        expected = model(*args, **kwargs)
+    assert (expected - model(*args, **kwargs)).abs().max() > 0.1  # zeros in padded rows
+    gm = fxlora.capture(model, args, kwargs)
+    assert torch.equal(gm(*args, **kwargs), model(*args, **kwargs))
+    with torch.no_grad(), pytest.raises(fxlora.InputError, match="enable_nested_tensor = False"):
+        gm(*args, **kwargs)
+    model, args, kwargs = _encoder(nested=False)
+    gm = fxlora.capture(model, args, kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(*args, **kwargs), model(*args, **kwargs))
+
+
+@pytest.mark.usefixtures("with_fast_paths")
+def test_a_fast_path_with_the_same_numbers_is_not_refused() -> None:
+    model, args, _ = _encoder()
+    gm = fxlora.capture(model, args)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(*args), model(*args))
+
+
+@pytest.mark.usefixtures("with_fast_paths")
+@pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+def test_a_frozen_source_takes_the_fast_path_with_gradients_enabled() -> None:
+    model, args, kwargs = _encoder()
+    gm = fxlora.capture(model.requires_grad_(False), args, kwargs)
+    with pytest.raises(fxlora.InputError):
+        gm(*args, **kwargs)

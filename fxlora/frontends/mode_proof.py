@@ -43,6 +43,7 @@ from .caller_modes import (
 )
 from .examples import Example
 from .fake_moves import on_device, same_versions
+from .fast_paths import other_numbers
 from .kept.tensor_state import StateReads
 from .kept.undisturbed import undisturbed
 from .run_values import Outcome, Run, Unknown, Values
@@ -115,6 +116,9 @@ class Proof:
             for mode in (NO_GRADIENTS, INFERENCE):
                 if why := self._unproved(mode):
                     yield mode, why
+
+        if self.reads.fast and not self.model.training:
+            yield from other_numbers(self.model, self.module, self.example)
 
     def _unproved(self, mode: GradientMode) -> str:
         """Return why the graph may differ from its source in a mode of gradients, or ""."""

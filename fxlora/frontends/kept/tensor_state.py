@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..places import called_at
 from .asked_modes import Ask, answered, is_torchs
+from .patches import patched
 
 _TENSOR = torch.Tensor
 _CONTIGUOUS = torch.ops.aten.contiguous.default
@@ -94,6 +95,7 @@ class StateReads:
         inference: whether it reads if one that it computes is of inference mode.
         mode: how often it reads whether gradients are enabled.
         unanswered: the first read that no contract asks of a call, with its place, or "".
+        fast: whether a module of torch.nn has a fast path for calls without gradients.
     """
 
     strides: bool = False
@@ -102,6 +104,7 @@ class StateReads:
     inference: bool = False
     mode: int = 0
     unanswered: str = ""
+    fast: bool = False
 
 
 @contextmanager
@@ -113,7 +116,7 @@ def kept_state(model: nn.Module, reads: StateReads) -> Generator[None]:
         model.register_forward_hook(noting.end, always_call=True),
     )
     try:
-        with noting, _noted_modes(reads):
+        with noting, _noted_modes(reads), _noted_fast_paths(reads):
             yield
     finally:
         for handle in handles:
@@ -129,6 +132,20 @@ def _noted_modes(found: StateReads) -> Generator[None]:
         return ask()
 
     with answered({"is_grad_enabled": note, "is_inference_mode_enabled": note}):
+        yield
+
+
+@contextmanager
+def _noted_fast_paths(found: StateReads) -> Generator[None]:
+    """Within the context, note whether a module of torch.nn asks if it may take its fast path."""
+    gate = torch.backends.mha
+
+    def asked() -> bool:
+        found.fast = True
+        return enabled()
+
+    enabled = gate.get_fastpath_enabled
+    with patched(gate, get_fastpath_enabled=asked):
         yield
 
 
