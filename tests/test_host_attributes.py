@@ -291,6 +291,8 @@ def test_a_folded_host_may_run_code_that_sets_attributes(
 
 
 class Scaled(nn.Module):
+    type: Any  # covers a method of nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         self.lin, self._scale, self.type = nn.Linear(5, 5), 1.5, 2.0
@@ -301,6 +303,9 @@ class Scaled(nn.Module):
 
 class ReadsAll(Scaled):
     """Reads private attributes, one with a name of nn.Module's, and tensors that are None."""
+
+    mask: torch.Tensor | None
+    gain: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -394,3 +399,13 @@ def test_a_mode_that_the_sources_train_sets_is_not_forgotten() -> None:
     assert_same([host(X)], [fxlora.merged(source, host._captured).eval()(X)])
     host.frozen = False
     host.train()(X)
+
+
+def test_a_source_that_changed_after_the_capture_is_not_hosted(model: Steps) -> None:
+    model = copy.deepcopy(model)
+    gm = fxlora.capture(model, X)
+    model.inner.scale = 4.0
+    with pytest.raises(fxlora.InjectError, match=r"'inner\.scale' of the model was 2\.0"):
+        fxlora.hosted(model, gm)
+    model.inner.scale, model.scale = 2.0, 9.0  # not read in this call
+    assert_same([fxlora.hosted(model, gm)(X)], [model(X)])

@@ -20,7 +20,7 @@ from ..module.blocks.chosen import Modules, chosen_modules
 from ..module.compiled import uncompiled
 from ..module.constants import CONSTANTS
 from ..module.example_calls import Call, MethodCalls
-from ..module.host_attributes import dotted
+from ..module.host_attributes import dotted, plain_values
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.program import MODES, Program
@@ -296,6 +296,7 @@ def _assemble(
         written=_all_names(tree, found.written),
         apart=frozenset(p for p, m in model.named_modules() if m.training != model.training),
         mirrors={name: tuple(sorted(others)) for name, others in mirrors.items()},
+        read_values=_read_values(model, programs),
     )
     result = CapturedModule(
         tree,
@@ -448,6 +449,13 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def _read_values(model: nn.Module, programs: Sequence[Program]) -> dict[str, Any]:
+    """Return the plain attributes that the graphs of the whole model have as they are now."""
+    whole = [program for program in programs if not program.path]
+    changed = {name for program in whole for name in program.changes}
+    return plain_values(model, {n for program in whole for n in program.reads or ()} - changed)
 
 
 def _output_embeddings(model: nn.Module) -> frozenset[str]:

@@ -25,7 +25,7 @@ from ..module import CapturedModule, check_captured
 from ..module.compiled import uncompiled
 from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
-from ..module.host_attributes import MISSING, Attributes, SetByCalls, set_by_calls
+from ..module.host_attributes import MISSING, Attributes, SetByCalls, plain_values, set_by_calls
 from ..module.seal import Seal
 from ..module.several_calls import no_call_like
 from ..module.submodules import check_absent, host_part
@@ -73,6 +73,11 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     if isinstance(model, Host | CapturedModule):
         raise InjectError("hosted takes the source model itself, not a captured or hosted one.")
     _check_fits(model, module)
+    _check_unchanged(model, module)
+    return _hosted(model, module)
+
+
+def _hosted(model: nn.Module, module: CapturedModule) -> Any:
     _refuse_code_around(model)
     methods = dict.fromkeys(("forward", *module.captured_methods))
     signatures = {name: signature_of(model, name) for name in methods}
@@ -226,7 +231,7 @@ class Host(nn.Module):
         plain.__dict__.update(self.__dict__)
         for name in ("_captured", "_held", "_seal"):
             del plain.__dict__[name]
-        copied = hosted(plain, copy.deepcopy(self._captured, memo))
+        copied = _hosted(plain, copy.deepcopy(self._captured, memo))
         copied._seal.attributes.take(self._seal.attributes)
         return copied
 
@@ -344,6 +349,19 @@ def _tensors_of(model: nn.Module, module: CapturedModule) -> dict[int, Any]:
     for name, buffer in model.named_buffers(remove_duplicate=False):
         memo[id(buffer)] = module.get_buffer(name)
     return memo
+
+
+def _check_unchanged(model: nn.Module, module: CapturedModule) -> None:
+    """Raise InjectError if an attribute that the graphs depend on has another value now."""
+    known = module.known.read_values
+    now = plain_values(model, known)
+    for name, value in known.items():
+        if not same_literal(now.get(name, MISSING), value):
+            raise InjectError(
+                f"'{name}' of the model was {value!r} in the capture, and now is "
+                f"{now.get(name)!r}: the graphs have the old value. Set it back, or capture the "
+                "model again."
+            )
 
 
 def _share_tensors(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

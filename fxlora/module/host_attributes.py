@@ -39,6 +39,14 @@ def dotted(attributes: Iterable[tuple[str, str]]) -> frozenset[str]:
     return frozenset(joined(path, name) for path, name in attributes)
 
 
+def plain_values(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of a model's attributes, by dotted name, that are numbers, strings or flags."""
+    parts = dict(model.named_modules(remove_duplicate=False))
+    owned = ((name, *name.rpartition(".")[::2]) for name in names)
+    held = {n: getattr(parts[path], own, MISSING) for n, path, own in owned if path in parts}
+    return {name: value for name, value in held.items() if isinstance(value, PLAIN)}
+
+
 def is_private(name: str) -> bool:
     """Whether an attribute is a note of the framework that sets it (FSDP's, accelerate's)."""
     return name.startswith("_") and not name.startswith("__") and name not in MACHINERY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ class State:
         apart: paths of the submodules that were in another mode than the model at the capture.
         mirrors: by a parameter's name, the names of buffers, constants and other parameters in its
             memory, through which the graphs may read it too.
+        read_values: the numbers, strings and flags that the captured calls read in the source, by
+            the name of the attribute.
     """
 
     plan: Plan | None = None
@@ -42,6 +45,7 @@ class State:
     written: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def trained(self) -> frozenset[str]:
