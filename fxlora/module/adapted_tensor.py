@@ -115,7 +115,7 @@ def _with_views_marked(name: str, result: Any, args: tuple[Any, ...]) -> Any:
         return result
     if not _share_memory(_leaves(result), args):
         return result
-    if name == "detach":
+    if name == "detach" and isinstance(result, torch.Tensor):
         return result.as_subclass(_Detached)
     return pytree.tree_map_only(torch.Tensor, _as_adapted, result)
 
