@@ -409,3 +409,37 @@ def test_a_source_that_changed_after_the_capture_is_not_hosted(model: Steps) -> 
         fxlora.hosted(model, gm)
     model.inner.scale, model.scale = 2.0, 9.0  # not read in this call
     assert_same([fxlora.hosted(model, gm)(X)], [model(X)])
+
+
+class ReadsFlags(nn.Module):
+    """Reads the mode of its submodules, one of them by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.drop, self.part = nn.Linear(5, 6), nn.Dropout(0.5), nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.dropout(self.lin(x), self.drop.p, self.drop.training)
+        return self.part(y) * factor_of(self.part)
+
+
+def factor_of(part: nn.Module) -> float:
+    return 2.0 if part.training else 1.0
+
+
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize("modules", [None, "part"])
+@pytest.mark.parametrize("path", ["drop", "part"])
+def test_a_mode_that_other_code_reads_is_not_set_without_effect(
+    hosted: bool, modules: str | None, path: str
+) -> None:
+    source = ReadsFlags().double()
+    gm: Any = fxlora.capture(source, X, modules=modules)
+    module = fxlora.hosted(source.eval(), gm) if hosted else gm  # the source's mode may change
+    for mode in (True, False):
+        module.train(mode)
+        module.get_submodule(path).train(not mode)
+        with pytest.raises(SubmoduleError, match=f"'{path}' was set to"):
+            module(X)
+        module.train(mode).lin.train(not mode)  # reads no mode
+        module(X)

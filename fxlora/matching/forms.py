@@ -109,7 +109,10 @@ _OBSTACLES: tuple[tuple[str, Callable[[_BranchRequest], bool]], ...] = (
     ("in a graph that several calls share", lambda a: a.reader.shared),
     # A branch on each of two factors u and v would omit Δu·Δv.
     ("multiplied with another weight", lambda a: a.reader.other_weight),
-    ("read by {0.reader.kind} in a way that no low-rank branch computes", lambda a: a.layout is None),
+    (
+        "read by {0.reader.kind} in a way that no low-rank branch computes",
+        lambda a: a.layout is None,
+    ),
     (
         "read as {0.layout.roles} and as {0.site.layout.roles}",
         lambda a: a.layout is not None and a.site.layout not in (a.layout, a.layout.swapped),

@@ -25,6 +25,7 @@ from .blocks.calls import outline
 from .blocks.tree import block_around, check_not_replaced, named_modules, place, wrapped
 from .contract import InputSpec
 from .copies import complete_memo, deep_copy, derived, shallow_copy
+from .host_attributes import TRAINING, joined
 from .memory import overlaps_of
 from .moving import moving
 from .parameters import aliases, remove_parameter, set_parameter
@@ -128,6 +129,8 @@ class CapturedModule(ProgramModule):
         """Have all submodules refuse changes without effect on the graphs (see submodules.py)."""
         seal = self._seal
         seal.replaceable = frozenset(self.known.outlined)
+        read = self.reads or ()
+        seal.following = tuple(p for p in self.outlined_modules if joined(p, TRAINING) in read)
         seal.reads, seal.regions = self.reads, self.parent_module is not None
         seal.adapted = self.adapted
         seal.calls = {m: functools.partial(self._call_method, m) for m in self.captured_methods}
@@ -305,8 +308,8 @@ class CapturedModule(ProgramModule):
         super()._sign(signature)
 
     def mode_matters(self, path: str) -> bool:
-        """Whether the two modes' graphs of a call differ in a submodule's part."""
-        if self.parent_module:
+        """Whether the two modes' graphs of a call differ in a submodule's part, or by its flag."""
+        if self.parent_module or joined(path, TRAINING) in (self.reads or ()):
             return True
         parts = [[part_of(p.graphs[mode], path) for mode in MODES] for p in self.programs]
         return any(train != evaluation for train, evaluation in parts)

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import SubmoduleError
 from ..fx.literals import same_literal
 
+TRAINING = "training"  # noted as read where code of another module reads it
 ALL = "__dict__"  # stands for all attributes of a module, whose dict a call reads
 MISSING = object()
 PLAIN = (bool, int, float, str, type(None))
@@ -40,10 +41,14 @@ def dotted(attributes: Iterable[tuple[str, str]]) -> frozenset[str]:
 
 
 def plain_values(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return those of a model's attributes, by dotted name, that are numbers, strings or flags."""
+    """Return those of a model's attributes, by dotted name, that are numbers, strings or flags.
+
+    The mode of its modules is none of them.
+    """
     parts = dict(model.named_modules(remove_duplicate=False))
     owned = ((name, *name.rpartition(".")[::2]) for name in names)
     held = {n: getattr(parts[path], own, MISSING) for n, path, own in owned if path in parts}
+    held = {name: value for name, value in held.items() if not name.endswith(f".{TRAINING}")}
     return {name: value for name, value in held.items() if isinstance(value, PLAIN)}
 
 

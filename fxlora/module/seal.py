@@ -33,6 +33,7 @@ class Seal:
         own: paths of submodules whose `training` flag was set on its own. The other flags follow
             their owner's.
         apart: those of them whose flag differs from their owner's although the mode matters there.
+        following: paths of called submodules whose flags the code around them reads.
         matters: whether a submodule's part of the graph differs by mode.
         replaceable: paths of children that may be replaced, because they are called.
         adapted: functions that compute the adapted weights, by name.
@@ -50,6 +51,7 @@ class Seal:
         self.reads_adapted = False
         self.own: set[str] = set()
         self.apart: set[str] = set()
+        self.following: tuple[str, ...] = ()
         self.matters: Callable[[str], bool] = lambda path: True
         self.replaceable: frozenset[str] = frozenset()
         self.adapted: Mapping[str, Callable[[], torch.Tensor]] = {}
@@ -111,12 +113,18 @@ class Seal:
         """Raise if a submodule is in another mode than the module, and its part differs by mode."""
         if self.apart:
             path = min(self.apart)
-            mode = "eval" if self.owners[path].training else "train"
-            advice = one_of(*_as_module(self, path), "set the mode of the whole module")
-            raise SubmoduleError(
-                f"'{path}' was set to {mode} mode apart from the module around it, and their graph "
-                f"is of one mode. {advice}"
-            )
+            owner = self.owners[path]
+            raise self._apart(path, owner, *_as_module(self, path))
+        for path in self.following:
+            if self.owner.get_submodule(path).training is not self.owner.training:
+                raise self._apart(path, self.owner)
+
+    def _apart(self, path: str, owner: nn.Module, *ways: str) -> SubmoduleError:
+        mode = "eval" if owner.training else "train"
+        return SubmoduleError(
+            f"'{path}' was set to {mode} mode apart from the module around it, and their graph is "
+            f"of one mode. {one_of(*ways, 'set the mode of the whole module')}"
+        )
 
     def _owned(self, owner: nn.Module) -> list[tuple[str, nn.Module]]:
         return [

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...module.host_attributes import ALL, is_own
+from ...module.host_attributes import ALL, TRAINING, is_own
 from .asked_modes import is_torchs
 from .containers import items, unchanged
 from .patches import patched
@@ -126,8 +126,8 @@ def noted_reads(model: nn.Module, reads: set[Attribute]) -> Generator[None]:
     """Within the context, note which attributes of its modules a model's forward reads.
 
     Python finds an attribute in the module's dict before it asks any code, so that the question
-    itself is patched. Code that torch.compile's tracer reads instead of running (the branches of a
-    `torch.cond`) is not noted.
+    itself is patched. A module's `training` is noted if code of another module reads it. Code that
+    torch.compile's tracer reads instead of running (the branches of a `torch.cond`) is not noted.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     depth = 0
@@ -135,6 +135,8 @@ def noted_reads(model: nn.Module, reads: set[Attribute]) -> Generator[None]:
     def read(self: nn.Module, name: str) -> Any:
         whole = name == ALL and _is_models(sys._getframe(1))
         inherited = super(nn.Module, self).__getattribute__
+        if depth and name == TRAINING and id(self) in paths and _is_others(sys._getframe(1), self):
+            reads.add((paths[id(self)], name))
         if depth and id(self) in paths and (whole or is_own(name, inherited("__dict__"))):
             reads.add((paths[id(self)], name))
         return inherited(name)
@@ -163,6 +165,15 @@ def _is_models(frame: types.FrameType) -> bool:
     """Whether code is neither torch's, which looks for tensors and hooks, nor fxlora's."""
     name = str(frame.f_globals.get("__name__", ""))
     return not is_torchs(name) and name.partition(".")[0] != __name__.partition(".")[0]
+
+
+def _is_others(frame: types.FrameType | None, module: nn.Module) -> bool:
+    """Whether a read is made by code of another module than this one, and not by torch's."""
+    if frame is None or not _is_models(frame):
+        return False
+    while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
+        frame = frame.f_back  # a function, called by a method of a module
+    return frame is not None and frame.f_locals["self"] is not module
 
 
 def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[tuple[Attribute, Any]]:
