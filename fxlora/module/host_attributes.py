@@ -48,7 +48,7 @@ def plain_values(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     parts = dict(model.named_modules(remove_duplicate=False))
     owned = ((name, *name.rpartition(".")[::2]) for name in names)
     held = {n: getattr(parts[path], own, MISSING) for n, path, own in owned if path in parts}
-    held = {name: value for name, value in held.items() if not name.endswith(f".{TRAINING}")}
+    held = {name: value for name, value in held.items() if name.rpartition(".")[2] != TRAINING}
     return {name: value for name, value in held.items() if isinstance(value, PLAIN)}
 
 
