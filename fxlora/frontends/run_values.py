@@ -138,6 +138,7 @@ class Run(TorchDispatchMode):
         self._origins: dict[int, Value] = {}  # of the storages that were there before the run
         self._written: dict[Value, Value] = {}
         self._touched: set[int] = set()  # storages that were written to
+        self._trained: set[int] = set()  # storages through which a gradient passes
         self._kept: list[Any] = []  # so that no storage's key is used again
         self._faked: list[tuple[torch.Tensor, torch.Tensor]] = []  # real tensors and their fakes
 
@@ -180,17 +181,32 @@ class Run(TorchDispatchMode):
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.draws += drawn
         operands = tuple(map(self._described, given))
+        recorded = self._is_recorded(given)
         told, random = tuple(map(_settled, operands)), self.draws if drawn else 0
-        made = self.values.of((func, shape, told, random, _is_recorded(given)))
+        made = self.values.of((func, shape, told, random, recorded))
         if len(self.ops) == self.locate:
             self.place = called_at()
         result = self._result(func, args, kwargs, given, (func, shape, operands))
         self._note_all(func, given, result, made)
+        if recorded:
+            leaves = pytree.tree_leaves(result)
+            self._trained |= {memory_id(t) for t in leaves if isinstance(t, torch.Tensor)}
         if func._schema.is_mutable:
             self._write(func, args, kwargs, made)
         return result
 
     # ---- values -----------------------------------------------------------------------------
+
+    def _is_recorded(self, given: list[Any]) -> bool:
+        """Whether autograd records an op for a tensor that was there before the run.
+
+        One side may detach a value where the other does not, which changes no number. (A tensor
+        that the run makes, and has a gradient for its own, changes no gradient of others.)
+        """
+        tensors = (value for value in given if isinstance(value, torch.Tensor))
+        return torch.is_grad_enabled() and any(
+            tensor.requires_grad and memory_id(tensor) in self._trained for tensor in tensors
+        )
 
     def _note_all(self, func: Any, given: list[Any], result: Any, made: Value) -> None:
         leaves = [result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result)
@@ -261,6 +277,8 @@ class Run(TorchDispatchMode):
         if memory_id(fake) in self.values.moved:  # views of one storage are apart on the device
             value = self.values.of((value, _form(tensor)))
         self._states[memory_id(fake)] = self._origins[memory_id(fake)] = value
+        if tensor.requires_grad:
+            self._trained.add(memory_id(fake))
 
     def _real(self, tensor: torch.Tensor) -> Value:
         """Return the value of a real tensor: its memory, or few numbers of a constant."""
@@ -283,6 +301,8 @@ class Run(TorchDispatchMode):
             else:
                 self._kept.append(tensor)
                 self._states[key] = self._real(tensor)
+                if tensor.requires_grad:
+                    self._trained.add(key)
         return self._states[key], _form(tensor)
 
     def _described(self, value: Any) -> Any:
@@ -423,12 +443,6 @@ def _form(tensor: torch.Tensor) -> Any:
     if any(type(n) is not int for n in size):
         size = tuple(map(_number, size))
     return tensor.dtype, device, size, place, tensor.is_conj(), tensor.is_neg()
-
-
-def _is_recorded(given: list[Any]) -> bool:
-    """Whether autograd records an op: one side may detach a tensor where the other does not."""
-    tensors = (value for value in given if isinstance(value, torch.Tensor))
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _settled(described: Any) -> Any:
