@@ -106,6 +106,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         outputs=frozenset(["other.weight"]),
         written=frozenset(["a name"]),
         apart=frozenset(["other"]),
+        read_values={"lin.scale": 0.5},
     )
     for program in lora.programs:
         program.changes, program.reads = frozenset(["an attribute"]), frozenset(["another"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ def dotted(attributes: Iterable[tuple[str, str]]) -> frozenset[str]:
 def plain_values(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return those of a model's attributes, by dotted name, that are numbers, strings or flags.
 
-    The mode of its modules is none of them.
+    The mode of its modules is none of them. No property is asked, which may run code.
     """
     parts = dict(model.named_modules(remove_duplicate=False))
     owned = ((name, *name.rpartition(".")[::2]) for name in names)
-    held = {n: getattr(parts[path], own, MISSING) for n, path, own in owned if path in parts}
+    held = {n: getattr_static(parts[path], own, MISSING) for n, path, own in owned if path in parts}
     held = {name: value for name, value in held.items() if name.rpartition(".")[2] != TRAINING}
     return {name: value for name, value in held.items() if isinstance(value, PLAIN)}
 
