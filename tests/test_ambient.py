@@ -315,3 +315,30 @@ def test_a_frozen_source_takes_the_fast_path_with_gradients_enabled() -> None:
     gm = fxlora.capture(model.requires_grad_(False), args, kwargs)
     with pytest.raises(fxlora.InputError):
         gm(*args, **kwargs)
+
+
+class Attends(nn.Module):
+    def __init__(self, dropout: bool = False) -> None:
+        super().__init__()
+        self.attention, self.dropout = nn.MultiheadAttention(8, 2, batch_first=True), dropout
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.attention(x, x, x, key_padding_mask=mask)[0]
+        return nn.functional.dropout(y, 0.5, True) if self.dropout else y
+
+
+@pytest.mark.usefixtures("with_fast_paths")
+@pytest.mark.parametrize("kind", ["a masked row", "an example with a gradient", "random", "meta"])
+def test_attention_with_a_fast_path_is_captured(kind: str) -> None:
+    x, masked = torch.randn(2, 5, 8), torch.zeros(2, 5).bool()
+    masked[0] = kind == "a masked row"  # all of it: NaN
+    with torch.device("meta" if kind == "meta" else "cpu"):
+        model = Attends(dropout=kind == "random").eval()
+        gm = fxlora.capture(model, (nn.Linear(8, 8)(x.to(model.attention.in_proj_weight.device)),))
+    args = (x, masked) if kind == "a masked row" else (x,)
+    if kind != "meta":
+        gm = fxlora.capture(model, args)
+        with torch.no_grad():
+            found = gm(*args)
+            if kind != "random":
+                torch.testing.assert_close(found, model(*args), equal_nan=True)

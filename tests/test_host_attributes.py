@@ -443,3 +443,90 @@ def test_a_mode_that_other_code_reads_is_not_set_without_effect(
             module(X)
         module.train(mode).lin.train(not mode)  # reads no mode
         module(X)
+
+
+# ---- what is not refused ------------------------------------------------------------------------
+
+
+class Ordinary(nn.Module):
+    """Has a config, an absent buffer that its forward does not read, and a property that raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale, self.config = nn.Linear(5, 5), 2.0, type("Config", (), {"k": 2})()
+        self.register_buffer("threshold", None)
+
+    @property
+    def trainer(self) -> Any:
+        raise RuntimeError("not attached")
+
+    @trainer.setter
+    def trainer(self, value: Any) -> None:
+        pass
+
+    def calibrate(self, x: torch.Tensor) -> None:
+        self.threshold = x.mean(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x) * self.scale * self.config.k
+
+
+class OrdinaryAroundRegions(Ordinary):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        return self.lin(y) if y.sum().item() > 1e9 else y
+
+
+@pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+@pytest.mark.parametrize("kind", [Ordinary, OrdinaryAroundRegions])
+def test_ordinary_code_may_set_what_changes_nothing(kind: type[Ordinary]) -> None:
+    source = kind().double()
+    gm: Any = fxlora.capture(source, X)
+    gm.config, gm.trainer, gm.note = source.config, None, 3
+    if kind is Ordinary:
+        gm.scale = 2.0
+        with pytest.raises(SubmoduleError, match="setting 'scale'"):
+            gm.scale = 3.0
+        weight, gm.lin.bias = gm.lin.bias, None
+        gm.lin.bias = weight
+        host = fxlora.hosted(source, gm)
+        host.calibrate(X)
+        assert_same([host.threshold], [X.mean(0)])
+    assert_same([gm(X)], [source(X)])
+
+
+class ReadsItsOwnDict(Ordinary):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x) * vars(self)["scale"]
+
+
+def test_an_attribute_of_a_dict_that_is_read() -> None:
+    gm: Any = fxlora.capture(ReadsItsOwnDict().double(), X)
+    with pytest.raises(SubmoduleError, match="setting 'scale'"):
+        gm.scale = 5.0
+
+
+class AlwaysFrozen(nn.Module):
+    """Its `train` keeps a part in eval mode, and its forward asks for that part's mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5)), nn.Linear(6, 4)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.part.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.part(x)
+        return self.head(y if self.part.training else y * 2)
+
+
+@pytest.mark.parametrize("modules", [None, "part"])
+def test_a_mode_that_the_sources_train_always_sets(modules: str | None) -> None:
+    source = AlwaysFrozen().double().train()
+    host = fxlora.hosted(source, fxlora.capture(source, X, modules=modules))
+    for mode in (True, False):
+        for module in (host.train(mode), copy.deepcopy(host).train(mode)):
+            assert_same([module(X)], [source.train(mode)(X)])

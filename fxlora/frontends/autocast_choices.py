@@ -260,7 +260,8 @@ def _bypass(call: Call) -> bool:
     (nested,) = call.graphs
     results, given = call.results(nested), operands_of(call, nested.graph)
     users = list(call.node.users)
-    if not call.returns(nested) or any(user.target is not operator.getitem for user in users):
+    around = call.where is not None and call.where.spread  # a mode, not a loop
+    if not around or any(user.target is not operator.getitem for user in users):
         return False
     roots = [_root(value) if isinstance(value, fx.Node) else None for value in results]
     kept = [n for n, root in enumerate(roots) if root is None or root not in given]

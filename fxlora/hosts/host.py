@@ -97,7 +97,16 @@ def _hosted(model: nn.Module, module: CapturedModule) -> Any:
     host.__dict__["_captured"] = module
     host.__dict__["_held"] = list(_share_tensors(host, module))
     _seal(host, module, {name: signatures[name] for name in parts})
-    return host.train(module.training)
+    return _in_mode(host, module.training)
+
+
+def _in_mode(host: Any, training: bool) -> Any:
+    """Set a host's mode, and note which flags the source's own `train` sets apart in each mode."""
+    seal: Seal = host.__dict__["_seal"]
+    for mode in (not training, training):
+        host.train(mode)
+        seal.usual |= {(path, mode) for path in seal.apart}
+    return host.train(training)
 
 
 def _refuse_code_around(model: nn.Module) -> None:
@@ -136,6 +145,7 @@ def _seal(
         if path and id(part) not in containers:
             host_part(part, path, seal, module.changes)
             seal.owners[path] = host
+    seal.note_absent(host)
     host.__dict__["_seal"] = seal
     seal.open = False
 
@@ -187,7 +197,7 @@ class Host(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if seal := self.__dict__.get("_seal"):
-            check_absent(self, name, value)
+            check_absent(seal, name, value)
             seal.attributes.check_host(self, name, value)
             seal.attributes.note(self, "", name, value)
         super().__setattr__(name, value)
@@ -353,7 +363,8 @@ def _tensors_of(model: nn.Module, module: CapturedModule) -> dict[int, Any]:
 
 def _check_unchanged(model: nn.Module, module: CapturedModule) -> None:
     """Raise InjectError if an attribute that the graphs depend on has another value now."""
-    known = module.known.read_values
+    # A flag may follow the mode, for which each graph has its own value.
+    known = {n: v for n, v in module.known.read_values.items() if type(v) is not bool}
     now = plain_values(model, known)
     for name, value in known.items():
         if not same_literal(now.get(name, MISSING), value):

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..errors import FxLoraError, InputError, SubmoduleError
 from ..fx.calls import part_of
+from ..fx.literals import same_literal
 from ..plan import Plan
 from ..tables import some
 from .adapted_weight import adapted_weight
@@ -25,7 +26,7 @@ from .blocks.calls import outline
 from .blocks.tree import block_around, check_not_replaced, named_modules, place, wrapped
 from .contract import InputSpec
 from .copies import complete_memo, deep_copy, derived, shallow_copy
-from .host_attributes import TRAINING, joined
+from .host_attributes import ALL, DATA, MISSING, TRAINING, joined
 from .memory import overlaps_of
 from .moving import moving
 from .parameters import aliases, remove_parameter, set_parameter
@@ -67,6 +68,8 @@ class CapturedModule(ProgramModule):
     outlined_modules: dict[str, Block]
     _seal: Seal
     _running: dict[int, fx.Graph]
+    _wrapped: Mapping[int, nn.Module]
+    _own_names: frozenset[str]
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class CapturedModule(ProgramModule):
         self._outline()
         self._select_graph()
         self._sign(inspect.signature(type(self).forward))
+        self.__dict__["_own_names"] = frozenset(self.__dict__)
         self._seal_submodules()
 
     # ---- submodules -------------------------------------------------------------------------
@@ -115,12 +119,13 @@ class CapturedModule(ProgramModule):
             block.look_from(self._view)
 
     def look(self) -> None:
+        self.__dict__["_wrapped"] = wrapped(self)
         super().look()
         parent = self.__dict__.get("parent_module")
         self._view.__dict__.update({FACADE: self, CHOOSER: self, "parent_module": parent})
 
     def wrapped_blocks(self) -> Mapping[int, nn.Module]:
-        return wrapped(self)
+        return self._wrapped
 
     def running(self, graph: fx.Graph) -> fx.Graph:
         return self._running.get(id(graph), graph)
@@ -131,6 +136,7 @@ class CapturedModule(ProgramModule):
         seal.replaceable = frozenset(self.known.outlined)
         read = self.reads or ()
         seal.following = tuple(p for p in self.outlined_modules if joined(p, TRAINING) in read)
+        seal.note_absent(self)
         seal.reads, seal.regions = self.reads, self.parent_module is not None
         seal.adapted = self.adapted
         seal.calls = {m: functools.partial(self._call_method, m) for m in self.captured_methods}
@@ -200,8 +206,8 @@ class CapturedModule(ProgramModule):
     def __setattr__(self, name: str, value: Any) -> None:
         seal: Seal | None = self.__dict__.get("_seal")
         if seal is not None and not seal.open:
-            check_absent(self, name, value)
-            self._check_read(name)
+            check_absent(seal, name, value)
+            self._check_read(name, value)
         super().__setattr__(name, value)
         if name == "training" and "runners" in self.__dict__:
             for runner in () if self.parent_module else self.runners:
@@ -209,15 +215,18 @@ class CapturedModule(ProgramModule):
         if name == "training" and "_seal" in self.__dict__:
             self._seal.owner_set(self)
 
-    def _check_read(self, name: str) -> None:
+    def _check_read(self, name: str, value: Any) -> None:
         """Raise SubmoduleError for an attribute of the source, which its graphs may depend on."""
         ours = hasattr(CapturedModule, name) and not hasattr(nn.Module, name)
-        held = (self.__dict__, self._parameters, self._buffers, self._modules)
-        if ours or any(name in group for group in held):
+        held = (self._own_names, self._parameters, self._buffers, self._modules)
+        if ours or any(name in group for group in held) or not isinstance(value, DATA):
+            return  # an object is mostly the source's own: `gm.config = model.config`
+        if same_literal(self.known.read_values.get(name, MISSING), value):
             return
-        if name in (self.reads or ()) or (
-            self.parent_module and hasattr(self.parent_module.module, name)
-        ):
+        around = self.parent_module.module if self.parent_module else None
+        found = inspect.getattr_static(around, name, MISSING)
+        in_source = found is not MISSING and not isinstance(found, property)
+        if in_source or not {name, ALL}.isdisjoint(self.reads or ()):
             raise SubmoduleError(
                 f"setting '{name}' would have no effect: graphs have the value that the source had "
                 "in the capture. Set it on the source model, and capture that; or make it an "

@@ -33,6 +33,8 @@ class Seal:
         own: paths of submodules whose `training` flag was set on its own. The other flags follow
             their owner's.
         apart: those of them whose flag differs from their owner's although the mode matters there.
+        absent: names of the owner's own tensors that are None in the source.
+        usual: paths that the source's own `train` sets apart, each with the owner's mode.
         following: paths of called submodules whose flags the code around them reads.
         matters: whether a submodule's part of the graph differs by mode.
         replaceable: paths of children that may be replaced, because they are called.
@@ -51,6 +53,8 @@ class Seal:
         self.reads_adapted = False
         self.own: set[str] = set()
         self.apart: set[str] = set()
+        self.absent: frozenset[str] | None = None
+        self.usual: frozenset[tuple[str, bool]] = frozenset()
         self.following: tuple[str, ...] = ()
         self.matters: Callable[[str], bool] = lambda path: True
         self.replaceable: frozenset[str] = frozenset()
@@ -78,6 +82,12 @@ class Seal:
         finally:
             self.open, self.reads_adapted = before
 
+    def note_absent(self, owner: nn.Module) -> None:
+        """Note the owner's own tensors that are None, the first time only."""
+        if self.absent is None:
+            held = {**owner._parameters, **owner._buffers}
+            self.absent = frozenset(name for name, tensor in held.items() if tensor is None)
+
     def may_note(self, path: str, name: str, value: object) -> bool:
         """Whether a private attribute may be set: no call reads it, as far as is known."""
         if self.reads is not None:
@@ -87,7 +97,9 @@ class Seal:
     def mode_set(self, path: str, training: bool) -> None:
         """Note that a submodule's flag was set on its own."""
         self.own.add(path)
-        if training is not self.owners[path].training and self.matters(path):
+        of_owner = self.owners[path].training
+        apart = training is not of_owner and (path, of_owner) not in self.usual
+        if apart and self.matters(path):
             self.apart.add(path)
         else:
             self.apart.discard(path)

@@ -18,6 +18,7 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -143,14 +144,14 @@ def may_note(part: nn.Module, name: str, value: Any, seal: Seal) -> bool:
     """Whether a private attribute may be set: as far as is known, no graph's source reads it."""
     if is_called_by(sys._getframe(1), _SETTERS, "torch.distributed."):
         return True
-    lacked = isinstance(part, HostPart) and not hasattr(part, name)
+    lacked = isinstance(part, HostPart) and getattr_static(part, name, MISSING) is MISSING
     return lacked or seal.may_note(part.__dict__["_path"], name, value)
 
 
-def check_absent(module: nn.Module, name: str, value: Any) -> None:
-    """Raise if a tensor is set where the source had None, which its graphs know."""
-    held = {**module._parameters, **module._buffers}
-    if value is not None and held.get(name, value) is None:
+def check_absent(seal: Seal, name: str, value: Any) -> None:
+    """Raise if a tensor is set where the source had None, and graphs may know that."""
+    read = seal.reads is None or name in seal.reads
+    if value is not None and read and name in (seal.absent or ()):
         raise SubmoduleError(
             f"setting '{name}' would have no effect: the source had none, so the graph reads none. "
             "Set it on the source model, and capture that."
