@@ -448,12 +448,16 @@ def test_a_mode_that_other_code_reads_is_not_set_without_effect(
 # ---- what is not refused ------------------------------------------------------------------------
 
 
+class Config:
+    k = 2
+
+
 class Ordinary(nn.Module):
     """Has a config, an absent buffer that its forward does not read, and a property that raises."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lin, self.scale, self.config = nn.Linear(5, 5), 2.0, type("Config", (), {"k": 2})()
+        self.lin, self.scale, self.config = nn.Linear(5, 5), 2.0, Config()
         self.register_buffer("threshold", None)
 
     @property
