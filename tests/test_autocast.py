@@ -676,6 +676,7 @@ def test_a_tensor_that_a_region_cast_is_read_again(disabled: bool, modules: str 
     lora = fxlora.adapt(model, X, rules=rule, modules=modules)
     randomise(lora)
     merged = fxlora.merged(model, fxlora.fold(lora))
+    assert (merged(X)[0] - model(X)[0]).abs().max() > 0.1
     for found, expected in zip(lora(X), merged(X), strict=True):
         torch.testing.assert_close(found, expected)
     with torch.autocast("cpu", torch.bfloat16):

@@ -321,7 +321,7 @@ class ReadsAll(Scaled):
 
 class ReadsAllInBranches(ReadsAll):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cond(x.sum() > 0, super().forward, torch.sin, (x,))
+        return torch.cond(x.sum() < 0, super().forward, torch.sin, (x,))
 
 
 class ReadsAllAroundRegions(ReadsAll):
@@ -361,10 +361,10 @@ def test_no_attribute_that_a_forward_reads_is_set_without_effect(
         changed, module = copy.deepcopy(source), copy.deepcopy(gm)
         module = fxlora.hosted(source, module) if hosted else module
         setattr(changed.get_submodule(path), name, value)
-        if (changed(X) - source(X)).abs().max() < 0.01:
-            continue  # the branch that reads it is not taken
-        if kind is ReadsAllInBranches and not hosted and not path and name in ("_scale", "scale"):
-            continue  # of a captured module itself, nothing is known there
+        assert (changed(X) - source(X)).abs().max() > 0.1
+        unknown = kind is ReadsAllInBranches and not hosted and not path
+        if unknown and name not in ("mask", "gain"):
+            continue  # of a captured module itself, nothing is known there (limits.md)
         with pytest.raises(SubmoduleError):
             set_and_call(module, path, name, value)
     module = fxlora.hosted(source, gm) if hosted else gm

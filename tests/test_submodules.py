@@ -1180,7 +1180,7 @@ class ReadsItsBlocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(11, 6)
-        self.part: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.part: Any = nn.Sequential(nn.Linear(6, 7), nn.Tanh())
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         h = self.part(self.emb(ids)) @ self.part[0].weight[:, :5]
