@@ -113,4 +113,4 @@ def test_twice_the_layers_take_twice_the_calls(kind: Any, step: Any, tmp_path: P
         calls_in(functools.partial(step, kind, n, tmp_path / "counted")) for n in LAYERS
     )
     growth = (most - more) / (more - few)  # 2 if the calls are linear, 4 if they are quadratic
-    assert growth < 2.02, (few, more, most)
+    assert growth < 2.08, (few, more, most)  # a walk of the whole graph per weight: 2.16
