@@ -617,14 +617,19 @@ def test_strides_of_dimensions_of_one() -> None:
 
 
 class Detaches(nn.Module):
-    """Passes no gradient on under autocast, by one of three ways, which change no number."""
+    """Passes no gradient on under autocast, by one of four ways, which change no number."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.up, self.down, self.way = nn.Linear(5, 6), nn.Linear(6, 4), way
+        self.up, self.other, self.down = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 4)
+        self.way = way
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.up(x)
+        if self.way == "one" and y.dtype != torch.float32:
+            y = y.detach() * self.other(x)
+        elif self.way == "one":
+            y = y * self.other(x)
         if self.way == "dtype" and y.dtype != torch.float32:
             y = y.detach()
         if self.way == "asked" and torch.is_autocast_enabled("cpu"):
@@ -634,7 +639,7 @@ class Detaches(nn.Module):
         return self.down(y)
 
 
-@pytest.mark.parametrize("way", ["dtype", "asked", "mode"])
+@pytest.mark.parametrize("way", ["dtype", "one", "asked", "mode"])
 def test_gradients_that_stop_under_autocast_only(way: str) -> None:
     model = Detaches(way)
     with torch.autocast("cpu", torch.bfloat16):

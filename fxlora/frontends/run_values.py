@@ -181,14 +181,14 @@ class Run(TorchDispatchMode):
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.draws += drawn
         operands = tuple(map(self._described, given))
-        recorded = self._is_recorded(given)
+        recorded = self._recorded(given)
         told, random = tuple(map(_settled, operands)), self.draws if drawn else 0
         made = self.values.of((func, shape, told, random, recorded))
         if len(self.ops) == self.locate:
             self.place = called_at()
         result = self._result(func, args, kwargs, given, (func, shape, operands))
         self._note_all(func, given, result, made)
-        if recorded:
+        if any(recorded):
             leaves = pytree.tree_leaves(result)
             self._trained |= {memory_id(t) for t in leaves if isinstance(t, torch.Tensor)}
         if func._schema.is_mutable:
@@ -197,16 +197,14 @@ class Run(TorchDispatchMode):
 
     # ---- values -----------------------------------------------------------------------------
 
-    def _is_recorded(self, given: list[Any]) -> bool:
-        """Whether autograd records an op for a tensor that was there before the run.
+    def _recorded(self, given: list[Any]) -> tuple[bool, ...]:
+        """Return for each argument whether autograd sends a gradient through it.
 
-        One side may detach a value where the other does not, which changes no number. (A tensor
-        that the run makes, and has a gradient for its own, changes no gradient of others.)
+        That is one for a tensor that was there before the run: a tensor that the run makes, and
+        has a gradient for its own, changes no gradient of others.
         """
-        tensors = (value for value in given if isinstance(value, torch.Tensor))
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad and memory_id(tensor) in self._trained for tensor in tensors
-        )
+        enabled = torch.is_grad_enabled()
+        return tuple(enabled and _gradient(g) and memory_id(g) in self._trained for g in given)
 
     def _note_all(self, func: Any, given: list[Any], result: Any, made: Value) -> None:
         leaves = [result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result)
