@@ -29,13 +29,11 @@ from .module.ambient import no_ambient_modes
 from .module.blocks.chosen import Modules
 from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
+from .module.fsdp import refuse_copy
 from .names import shown
-from .passes import Chain, FoldConstants, Inject, Remove, ToWeightForm
+from .passes import FoldConstants, Inject, Remove
 from .plan import Plan
 from .tables import some
-
-# Every branch as a term of its weight first; each weight is then one constant expression.
-FOLD = Chain((ToWeightForm(), FoldConstants()))
 
 
 @no_ambient_modes()
@@ -251,7 +249,7 @@ def _refuse_captured(module: CapturedModule, method: str, call: Call) -> None:
 
 
 @no_ambient_modes()
-def fold(module: CapturedModule) -> CapturedModule:
+def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
     """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
     Its graphs are the captured ones, node for node, and none of its parameters requires gradients.
@@ -259,7 +257,11 @@ def fold(module: CapturedModule) -> CapturedModule:
     Weights that were not adapted share storage with the source. Folding twice changes nothing.
 
     Args:
-        module: an adapted module; it is not changed.
+        module: an adapted module; it is not changed, unless `inplace`.
+        inplace: fold the module itself: it loses its adapters, and is returned. A weight whose
+            memory no other tensor holds is overwritten, without a second copy. The source and the
+            captured module hold it, so delete them first; where one is left, its weights stay as
+            they are, and the folded ones get memory of their own.
 
     Returns:
         The folded module.
@@ -288,7 +290,11 @@ def fold(module: CapturedModule) -> CapturedModule:
             "load_state_dict into the model's own class would tie them again, wrongly. To keep "
             'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
         )
-    return FOLD(module)
+    if not inplace:
+        return FoldConstants()(module)
+    refuse_copy(module)
+    FoldConstants(inplace=True).apply(module)
+    return module
 
 
 @no_ambient_modes()

@@ -189,7 +189,7 @@ def nested_graph(node: fx.Node, owner: nn.Module) -> fx.GraphModule | None:
     if node.op != "get_attr":
         return None
     path, _, name = str(node.target).rpartition(".")
-    found = getattr(owner.get_submodule(path), name, None)
+    found = owner.get_submodule(path)._modules.get(name)
     return found if isinstance(found, fx.GraphModule) else None
 
 

@@ -68,16 +68,31 @@ def rounds(value: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def correctly_rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round float64 values to a dtype, once; `exact` is overwritten.
+    """Round float64 values to a dtype, once.
 
-    torch converts float64 to a dtype of two bytes via float32, which rounds twice. Here the first
-    step rounds to odd (Boldo and Melquiond 2008, Emulation of FMA, theorem 3): the last bit that
-    float32 keeps is set if any bit that it drops is. Then the second rounding is that of `exact`.
+    torch converts float64 to a dtype of two bytes via float32, which rounds twice.
     """
-    if dtype.itemsize < 4:
-        bits = exact.view(torch.int64)
-        dropped = 2**29 - 1  # float64 keeps 52 bits of a fraction, float32 keeps 23
-        bits |= (bits & dropped).add_(dropped)
-        bits &= ~dropped
-        exact = exact.to(torch.float32)
-    return exact.to(dtype)
+    if dtype.itemsize >= 4:
+        return exact.to(dtype)
+    if dtype != torch.bfloat16 or exact.dim() < 2:
+        return _rounded_via_odd(exact, dtype)
+    single = exact.to(torch.float32)
+    rounded = single.to(dtype)
+    # bfloat16 is the first half of float32. Rounding twice differs only where the first step gives
+    # a number halfway between two of bfloat16, whose second half is 0x8000: the least of int32.
+    halfway = (single.view(torch.int32) << 16).amin(-1) == torch.iinfo(torch.int32).min
+    if bool(halfway.any()):
+        rounded[halfway] = _rounded_via_odd(exact[halfway], dtype)
+    return rounded
+
+
+def _rounded_via_odd(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round via float32 to a dtype of two bytes, the first time to odd.
+
+    The last bit that float32 keeps is set if any bit that it drops is. Then the second rounding is
+    that of `exact` (Boldo and Melquiond 2008, Emulation of FMA, theorem 3).
+    """
+    bits = exact.view(torch.int64)
+    dropped = 2**29 - 1  # float64 keeps 52 bits of a fraction, float32 keeps 23
+    odd = (bits & dropped).add_(dropped).bitwise_or_(bits).bitwise_and_(~dropped)
+    return odd.view(torch.float64).to(torch.float32).to(dtype)

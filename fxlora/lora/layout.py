@@ -175,17 +175,30 @@ class Layout:
 
     def add_pair(self, matrix: Any, a: Any, b: Any, scaling: float, shape: Shape) -> Any:
         """Return M + s·L·R, where M is a result of `matrix`."""
+        left, right = self._operands(a, b, shape)
+        multiply = aten.bmm.default if self.stacked else aten.mm.default
+        # Not a single addmm or baddbmm: autocast would compute the whole sum, M included, in half
+        # precision.
+        # (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
+        return aten.add.Tensor(matrix, multiply(left, right), alpha=scaling)
+
+    def add_pair_in_place(
+        self, matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, shape: Shape
+    ) -> torch.Tensor:
+        """Add s·L·R to M, and return M."""
+        left, right = self._operands(a, b, shape)
+        add = torch.Tensor.baddbmm_ if self.stacked else torch.Tensor.addmm_
+        return add(matrix, left, right, alpha=scaling)
+
+    def _operands(self, a: Any, b: Any, shape: Shape) -> tuple[Any, Any]:
+        """Return L and R as mm takes them, or bmm if there is a stack."""
         left, right = self.left_right(a, b)
         stack, d0, d1 = self.sizes(shape)
         if KERNEL in self.roles or len(stack) > 1:
             flat = [math.prod(stack)] if stack else []
             left = aten.reshape.default(left, [*flat, d0, -1])
             right = aten.reshape.default(right, [*flat, -1, d1])
-        multiply = aten.bmm.default if stack else aten.mm.default
-        # Not a single addmm or baddbmm: autocast would compute the whole sum, M included, in half
-        # precision.
-        # (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
-        return aten.add.Tensor(matrix, multiply(left, right), alpha=scaling)
+        return left, right
 
     def outputs_first(self, matrix: Any, shape: Shape) -> Any:
         """Return M as (…, out, in), with the kernel dimensions flattened into in."""

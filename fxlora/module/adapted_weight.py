@@ -107,39 +107,72 @@ def _adapted(entry: Entry, weight: Any, values: Values) -> Any:
 # ---- values -------------------------------------------------------------------------------------
 
 
-def folded_weight(entries: Sequence[Entry], weight: torch.Tensor, values: Values) -> torch.Tensor:
+def is_bounded(entries: Sequence[Entry], weight: torch.Tensor, values: Values) -> bool:
+    """Whether the folded weight is known to be finite from the largest entries of W0, A and B."""
+    if any(map(scales_outputs, entries)) or weight.is_meta:
+        return False
+    bound = _largest(weight)
+    for entry in entries:
+        a, b = factors(entry, values)
+        bound += abs(entry.scaling) * rank(entry) * _largest(a) * _largest(b)
+    return bound < torch.finfo(weight.dtype).max
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return max(abs(float(bound)) for bound in tensor.aminmax())
+
+
+def folded_weight(
+    entries: Sequence[Entry],
+    weight: torch.Tensor,
+    values: Values,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the weight with its entries applied: summed in float64, and rounded once.
 
     Args:
         entries: the entries of this weight, in the order in which they apply.
         weight: W0.
         values: the entries' tensors, in any floating dtypes.
+        into: the tensor to write to, which may be `weight`; by default a new one.
     """
+    if weight.is_meta:
+        return torch.empty_like(weight)
     if is_traceable_wrapper_subclass(weight):  # DTensor has no views as integers
         whole_weight: Any = weight.to(torch.float64)
         for entry in entries:
             wide = {name: values[name].to(torch.float64) for name in entry.tensors}
             whole_weight = adapted_weight(entry, whole_weight, wide)
-        return whole_weight.to(weight.dtype)
+        return whole_weight.to(weight.dtype) if into is None else into.copy_(whole_weight)
     device = weight.device if _has_float64(weight.device) else torch.device("cpu")
     wide = {name: values[name].to(device, torch.float64) for e in entries for name in e.tensors}
     whole = any(map(scales_outputs, entries))  # the scales depend on all of W0
-    folded = torch.empty_like(weight)  # in its memory format too, e.g. channels_last
-    dim = entries[0].layout.part_dim
-    for start, stop in [(0, weight.shape[dim])] if whole else _blocks(entries, weight):
-        block = weight.narrow(dim, start, stop - start).to(device, torch.float64, copy=True)
+    folded = torch.empty_like(weight) if into is None else into  # or channels_last, as W0 is
+    dim = _block_dim(entries)
+    blocks = [(0, weight.shape[dim])] if whole else list(_blocks(entries, weight, dim))
+    longest = max(stop - start for start, stop in blocks)
+    memory = torch.empty_like(weight.narrow(dim, 0, longest), dtype=torch.float64, device=device)
+    for start, stop in blocks:
+        block = memory.narrow(dim, 0, stop - start).copy_(weight.narrow(dim, start, stop - start))
         for entry in entries:
             if whole:
                 block = adapted_weight(entry, block, wide)
             else:
-                block = _with_block(entry, block, start, wide)
+                block = _with_block(entry, block, dim, start, wide)
         folded.narrow(dim, start, stop - start).copy_(correctly_rounded(block, weight.dtype))
     return folded
 
 
-def _blocks(entries: Sequence[Entry], weight: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Yield ranges (start, stop) of the output dimension, each inside or outside of an entry."""
-    size = weight.shape[entries[0].layout.part_dim]
+def _block_dim(entries: Sequence[Entry]) -> int:
+    """Return the dimension to cut: the first, which is fastest, unless entries adapt parts."""
+    parts = any(entry.rows for entry in entries)
+    cut = all(entry.layout.factor_dims(0) != (None, None) for entry in entries)
+    return 0 if cut and not parts else entries[0].layout.part_dim
+
+
+def _blocks(entries: Sequence[Entry], weight: torch.Tensor, dim: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges (start, stop) of a dimension, each inside or outside of an entry's part."""
+    size = weight.shape[dim]
     step = max(1, _BLOCK.get(weight.device.type, _LARGE_BLOCK) // (weight.numel() // size))
     edges = {0, size, *(row for entry in entries for row in entry.rows or ())}
     for first, last in itertools.pairwise(sorted(edges)):
@@ -147,17 +180,24 @@ def _blocks(entries: Sequence[Entry], weight: torch.Tensor) -> Iterator[tuple[in
             yield start, min(start + step, last)
 
 
-def _with_block(entry: Entry, block: torch.Tensor, start: int, values: Values) -> torch.Tensor:
-    """Return a block of W0's outputs, which begins at `start`, with s·BA if the entry covers it."""
+def _with_block(
+    entry: Entry, block: torch.Tensor, dim: int, start: int, values: Values
+) -> torch.Tensor:
+    """Return a block of W0, which begins at `start`, with s·BA if the entry covers it."""
     layout, shape = entry.layout, tuple(block.shape)
     first, last = entry.rows or (0, start + 1)
     if not first <= start < last:
         return block
     a, b = factors(entry, values)
-    # B is (…, out, r, …), and out may be several dimensions of the weight, flattened
-    each = layout.features(shape)[1] // shape[layout.part_dim]
-    b = b.narrow(layout.rank_dims[1] - 1, (start - first) * each, layout.features(shape)[1])
-    matrix = layout.add_pair(layout.matrix(block, shape), a, b, entry.scaling, shape)
+    if dim == layout.part_dim:
+        # B is (…, out, r, …), and out may be several dimensions of the weight, flattened
+        each = layout.features(shape)[1] // shape[dim]
+        b = b.narrow(layout.rank_dims[1] - 1, (start - first) * each, layout.features(shape)[1])
+    else:
+        of_a, of_b = layout.factor_dims(dim)
+        a = a if of_a is None else a.narrow(of_a, start, shape[dim])
+        b = b if of_b is None else b.narrow(of_b, start, shape[dim])
+    matrix = layout.add_pair_in_place(layout.matrix(block, shape), a, b, entry.scaling, shape)
     return layout.unmatrix(matrix, shape)
 
 

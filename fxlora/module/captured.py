@@ -190,6 +190,15 @@ class CapturedModule(ProgramModule):
                 value = adapted_weight(entry, value, tensors)
         return value
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a submodule; nn.Module's own version asks every module on the way twice."""
+        found: nn.Module | None = self
+        for name in target.split(".") if target else ():
+            found = found._modules.get(name)
+            if found is None:
+                return super().get_submodule(target)
+        return found
+
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return a parameter itself; reading an adapted weight as an attribute computes it."""
         owner, _, name = target.rpartition(".")

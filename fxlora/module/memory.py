@@ -29,6 +29,25 @@ def memory_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
+def is_only_holder(tensor: torch.Tensor, references: int = 1) -> bool:
+    """Whether no other tensor, array or process is known to hold the memory of a tensor.
+
+    Args:
+        tensor: the tensor.
+        references: the number of tensors over the same memory that the caller has itself.
+    """
+    if tensor.layout is not torch.strided or tensor.is_meta or type(tensor) not in _PLAIN:
+        return False
+    storage = tensor.untyped_storage()
+    if not storage.resizable() or (tensor.device.type == "cpu" and storage.is_shared()):
+        return False  # memory of a file, of an array, or of several processes
+    return _holders(tensor) == _holders(torch.empty(1)) + references - 1
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
 def overlaps_of(module: nn.Module) -> dict[str, list[str]]:
     """Return, by parameter name, the other parameters that are tensors over the same memory."""
     spans = [
@@ -110,3 +129,4 @@ def copied_values(values: Any) -> Any:
 
 
 _ALIGNED = 16  # bytes: a multiple of every dtype's size
+_PLAIN = (torch.Tensor, nn.Parameter)

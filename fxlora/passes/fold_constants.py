@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from ..errors import InjectError
 from ..module import CapturedModule
-from ..module.adapted_weight import folded_weight
+from ..module.adapted_weight import folded_weight, is_bounded
+from ..module.memory import is_only_holder
 from ..module.state import State
 from ..plan import Entry
 from ..tables import some
@@ -22,30 +24,35 @@ from .structure import Insertion, insertions, remove_insertion
 class FoldConstants(Pass):
     """Replace each adapted weight by a Parameter with its value, and remove the adapters' nodes.
 
-    The new Parameter has the weight's names. Every adapter must be in the weight form: run
-    ToWeightForm first. All parameters of the result are frozen, because those that were not adapted
-    share storage with the source model.
+    The new Parameter has the weight's names. A branch adds s·B(A(x)) to op(x, W0), which is
+    op(x, W0 + s·BA), because the op is linear in its weight. All parameters of the result are
+    frozen, because those that were not adapted share storage with the source model.
 
     The sum is in float64, from A and B in their own dtypes, and is rounded once.
+
+    Attributes:
+        inplace: whether a weight whose memory nothing else holds keeps it, and is overwritten.
     """
+
+    inplace: bool = False
 
     def rewrite(self, module: CapturedModule) -> State:
         plan = module.plan
         if plan is None:
             return module.known
         _check_finite(module)
-        folded: dict[str, nn.Parameter] = {}
-        for graph in module.distinct_graphs():
-            inserted = insertions(module, graph)
-            for chain in _by_weight(inserted):
-                entry = chain[0].entry
-                _check_tie(module, entry)
-                if entry.parameter not in folded:
-                    folded |= dict.fromkeys(entry.names, _evaluated(module, chain))
-            for insertion in reversed(inserted):
-                remove_insertion(insertion)
-        for name, parameter in folded.items():
-            module.set_parameter(name, parameter)
+        inserted = [insertions(module, graph) for graph in module.distinct_graphs()]
+        weights = _weights(module, inserted)
+        overwritten = _expendable(weights) if self.inplace else []
+        # What may fail comes before the first weight is overwritten.
+        folded = {w.names: w.folded() for w in weights if w not in overwritten}
+        for insertion in reversed([i for of_graph in inserted for i in of_graph]):
+            remove_insertion(insertion)
+        folded |= {w.names: w.folded(into=w.weight) for w in overwritten}
+        for names, value in folded.items():
+            parameter = nn.Parameter(value, requires_grad=False)
+            for name in names:
+                module.set_parameter(name, parameter)
         state = drop_adapters(module)
         module.requires_grad_(False)  # unadapted weights share the source model's storage
         return replace(state, folded=(*state.folded, plan))
@@ -73,34 +80,73 @@ def _check_tie(module: CapturedModule, entry: Entry) -> None:
         )
 
 
-def _by_weight(inserted: list[Insertion]) -> list[list[Insertion]]:
-    """Group the adapters by weight, in graph order.
+def _weights(module: CapturedModule, inserted: list[list[Insertion]]) -> list[_Weight]:
+    """Return the adapted weights.
 
-    A packed weight has one adapter per adapted part; each is applied to the previous one's output.
+    A packed weight has one entry per adapted part, in graph order; a tied weight is fetched under
+    several names.
     """
-    chains: dict[tuple[str, ...], list[Insertion]] = {}
-    for insertion in inserted:
-        if insertion.form != "weight":
-            raise InjectError(
-                f"'{insertion.entry.site}' is in branch form: run the pass ToWeightForm first."
-            )
-        chains.setdefault(insertion.entry.names, []).append(insertion)
-    return list(chains.values())
+    entries: dict[tuple[str, ...], dict[str, Entry]] = {}
+    for insertion in (i for of_graph in inserted for i in of_graph):
+        entry = insertion.entry
+        if entry.name_a not in entries.setdefault(entry.names, {}):
+            _check_tie(module, entry)
+            entries[entry.names][entry.name_a] = entry
+    return [_Weight.of(module, names, list(found.values())) for names, found in entries.items()]
 
 
-def _evaluated(module: CapturedModule, chain: list[Insertion]) -> nn.Parameter:
-    """Return the value of an adapted weight, rounded once to its dtype."""
-    # once each: a tied weight is fetched under several names
-    entries = list({insertion.entry.name_a: insertion.entry for insertion in chain}.values())
-    weight = module.get_parameter(entries[0].parameter).detach()
-    names = [name for entry in entries for name in entry.tensors]
-    with torch.no_grad():
-        values = {name: module.get_parameter(name).detach() for name in names}
-        folded = folded_weight(entries, weight, values)
-        if not weight.is_meta and bool((~folded.isfinite() & weight.isfinite()).any()):
+def _expendable(weights: list[_Weight]) -> list[_Weight]:
+    """Return the weights that can be overwritten."""
+    if not all(weight.is_only_holder() for weight in weights):
+        gc.collect()  # a deleted module refers to itself, and may still hold its weights
+    return [weight for weight in weights if weight.is_only_holder() and weight.is_bounded()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """An adapted weight.
+
+    Attributes:
+        names: all its names.
+        entries: its adapters, in the order in which they apply.
+        weight: W0.
+        values: the adapters' tensors, by name.
+    """
+
+    names: tuple[str, ...]
+    entries: list[Entry]
+    weight: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, module: CapturedModule, names: tuple[str, ...], entries: list[Entry]) -> _Weight:
+        held = [name for entry in entries for name in entry.tensors]
+        values = {name: module.get_parameter(name).detach() for name in held}
+        return cls(names, entries, module.get_parameter(names[0]).detach(), values)
+
+    def is_only_holder(self) -> bool:
+        """Whether nothing else holds the memory of W0 (its Parameter does, and `weight`)."""
+        return is_only_holder(self.weight, references=2)
+
+    def is_bounded(self) -> bool:
+        """Whether the sum is known to be finite."""
+        return is_bounded(self.entries, self.weight, self.values)
+
+    def folded(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W0 + s·BA, rounded once to the dtype of W0."""
+        with torch.no_grad():
+            folded = folded_weight(self.entries, self.weight, self.values, into)
+        if into is None and _overflows(folded, self.weight):
             raise InjectError(
-                f"'{entries[0].site}': W0 + s·BA is not finite in {weight.dtype}: A and B are "
+                f"'{self.entries[0].site}': W0 + s·BA is not finite in {folded.dtype}: A and B are "
                 "too large. Train again with a smaller learning rate, or take the adapter out "
                 "(fxlora.remove)."
             )
-        return nn.Parameter(folded)
+        return folded
+
+
+def _overflows(folded: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether an entry is not finite where the weight's is."""
+    if folded.is_meta or bool(folded.sum().isfinite()):  # the sum reads the entries only once
+        return False
+    return bool((~folded.isfinite() & weight.isfinite()).any())

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..api import FOLD
 from ..errors import InjectError, InputError, VerificationError
 from ..fx.autocast import by_autocast
 from ..module import CapturedModule, check_captured
@@ -21,7 +20,7 @@ from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.fsdp import mesh_of
 from ..module.parent import RegionCall
 from ..module.program import MODES
-from ..passes import Inject
+from ..passes import FoldConstants, Inject
 from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import draw_adapters, effects
@@ -167,7 +166,7 @@ def _verified(
     check_base(module)
     check_finite(module)
     if folded is None:
-        folded = FOLD(module)
+        folded = FoldConstants()(module)
     else:
         check_code(folded, "the folded module")
         folded = folded.derive()
@@ -235,7 +234,7 @@ def _check_drawn(
         entries = tuple(dataclasses.replace(e, init=True, dropout=0.0) for e in module.plan)
         copied = Inject(dataclasses.replace(module.plan, entries=entries))(base)
     draw_adapters(copied, module)
-    folded = FOLD(copied)
+    folded = FoldConstants()(copied)
     for mode in MODES if _modes_differ(base) else ("eval",):
         _output_error(copied.train(mode == "train"), folded, calls)
 
