@@ -123,7 +123,24 @@ def device_name(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()} ({platform.machine()})"
+    flags = {
+        word for line in lines if line.startswith(("flags", "Features")) for word in line.split()
+    }
+    units = ", ".join(sorted(flags & HALF_UNITS)) or "none"
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{models[0] if models else platform.processor()} ({kind}; half precision: {units})"
+
+
+# Flags of CPUs that compute in half precision; the others convert to float32 and back.
+HALF_UNITS = {
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_fp16",
+    "avx_ne_convert",
+    "bf16",
+    "fphp",
+}
 
 
 # ---- time ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Compare the fold with PEFT's merge, and with only reading and writing the weights once.
 
-Every side is a complete call on the same A and B. fxlora.fold is pure: it allocates the folded
-weights and rebuilds the graph. PEFT's merge writes to the weights in place.
+Every side is a complete call on the same A and B. fxlora.fold allocates the folded weights and
+builds a new graph, unless inplace=True. PEFT's merge writes to the weights in place.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import fxlora
 R, ALPHA = 16, 32
 S = ALPHA / R
 FOLD, MERGE = "fxlora.fold(lora)", "PEFT merge_adapter()"
+FOLD_IN_PLACE = "fxlora.fold(lora, inplace=True)"
 IN_PLACE, NEW = "W.add_(1)", "torch.add(W, 1)"
 
 
@@ -173,7 +174,15 @@ def fxlora_sides(lora: fxlora.CapturedModule) -> Sides:
         "W.addmm_(B, A)": ("in place; arithmetic only", Side(in_place, triples)),
         "torch.addmm(W, B, A)": ("new weights; arithmetic only", Side(new, triples)),
         FOLD: ("new weights, new graph", Side(fxlora.fold, lambda: copy.deepcopy(lora))),
+        FOLD_IN_PLACE: (
+            "in place, the module itself",
+            Side(lambda given: fxlora.fold(given, inplace=True), lambda: copy.deepcopy(lora)),
+        ),
         f"{FOLD}, meta device": ("new graph only", Side(lambda _: fxlora.fold(meta))),
+        f"{FOLD_IN_PLACE}, meta device": (
+            "graph only, in place",
+            Side(lambda given: fxlora.fold(given, inplace=True), lambda: copy.deepcopy(meta)),
+        ),
     }
 
 
