@@ -103,7 +103,7 @@ def exact(lora: fxlora.CapturedModule) -> torch.Tensor:
 def test_weights_are_folded_block_by_block(
     kind: str, entries: int, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(adapted_weight._BLOCK, "cpu", entries)
+    monkeypatch.setattr(adapted_weight, "_CPU_BLOCK", entries)
     for dtype in (F64, torch.float32):
         lora = adapted(kind, dtype)
         before, expected = lora.get_parameter("weight").detach().clone(), exact(lora)

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 Values = Mapping[str, Any]  # an entry's tensors, or proxies for them, by name
 
 # Entries of a weight that a fold sums at a time, in float64.
-_BLOCK = {"cpu": 2**18}  # few enough to stay in the cache
+_CPU_BLOCK = 2**18  # for each thread: few enough to stay in its cache
 _LARGE_BLOCK = 2**24  # on other devices, where a kernel launch costs more
 
 
@@ -159,7 +159,9 @@ def folded_weight(
                 block = adapted_weight(entry, block, wide)
             else:
                 block = _with_block(entry, block, dim, start, wide)
-        folded.narrow(dim, start, stop - start).copy_(correctly_rounded(block, weight.dtype))
+        if weight.dtype.itemsize < 4:
+            block = correctly_rounded(block, weight.dtype)
+        folded.narrow(dim, start, stop - start).copy_(block)
     return folded
 
 
@@ -173,7 +175,9 @@ def _block_dim(entries: Sequence[Entry]) -> int:
 def _blocks(entries: Sequence[Entry], weight: torch.Tensor, dim: int) -> Iterator[tuple[int, int]]:
     """Yield ranges (start, stop) of a dimension, each inside or outside of an entry's part."""
     size = weight.shape[dim]
-    step = max(1, _BLOCK.get(weight.device.type, _LARGE_BLOCK) // (weight.numel() // size))
+    on_cpu = weight.device.type == "cpu"
+    entries_of_block = _CPU_BLOCK * torch.get_num_threads() if on_cpu else _LARGE_BLOCK
+    step = max(1, entries_of_block // (weight.numel() // size))
     edges = {0, size, *(row for entry in entries for row in entry.rows or ())}
     for first, last in itertools.pairwise(sorted(edges)):
         for start in range(first, last, step):
