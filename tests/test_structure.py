@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "tables"},
     {"data", "fx"},
     {"lora"},
+    {"fast"},
     {"config"},
     {"plan"},
     {"module"},

@@ -383,6 +383,19 @@ def _holds(given: Any, weight: fx.Node) -> bool:
     return given is weight or (isinstance(given, list | tuple) and any(g is weight for g in given))
 
 
+LOW_RANK_PRODUCT = aten.linear.default  # multiplies by A, and by B, in `_times_weight`
+
+
+def times_matrix(target: Any) -> tuple[int, Op] | None:
+    """Return the row of an op that multiplies x by a weight, x @ W or x @ W^T, or None.
+
+    Returns:
+        The position of the weight, and the row.
+    """
+    rows = ((at, row) for (overload, at), row in OPS.items() if overload == target)
+    return next(((at, row) for at, row in rows if row.branch is _times_weight), None)
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether the call's op has a row, for any of its arguments."""
     return any(overload == node.target for overload, _ in OPS)  # no cache: rows may be added later

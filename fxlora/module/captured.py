@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import FxLoraError, InputError, SubmoduleError
+from ..fast import fast_graph
 from ..fx.calls import part_of
 from ..fx.literals import same_literal
 from ..plan import Plan
@@ -84,7 +85,9 @@ class CapturedModule(ProgramModule):
     ) -> None:
         only = programs[0] if len(programs) == 1 and programs[0].method == "forward" else None
         whole = parent_program() if parent_module else only or choosing_program()
-        self.__dict__.update(_seal=Seal(self), _running={}, outlined_modules={})
+        self.__dict__.update(
+            known=state or State(), _seal=Seal(self), _running={}, outlined_modules={}
+        )
         self._seal.own.update(own_modes)
         super().__init__(tree, whole, class_name, training)
         self.programs = tuple(programs)
@@ -92,7 +95,7 @@ class CapturedModule(ProgramModule):
         for graph in self.distinct_graphs():  # self holds the nested graphs that a graph calls
             graph.owning_module = self
         # A copied parameter no longer shares memory, so overlaps found earlier are kept too.
-        self.known = (state or State()).with_mirrors(overlaps_of(self))
+        self.known = self.known.with_mirrors(overlaps_of(self))
         self.parent_module = parent_module
         self.look()
         others = self.programs if whole not in self.programs else ()
@@ -128,7 +131,8 @@ class CapturedModule(ProgramModule):
         return self._wrapped
 
     def running(self, graph: fx.Graph) -> fx.Graph:
-        return self._running.get(id(graph), graph)
+        outlined = self._running.get(id(graph), graph)
+        return fast_graph(outlined) if self.known.optimized else outlined
 
     def _seal_submodules(self) -> None:
         """Have all submodules refuse changes without effect on the graphs (see submodules.py)."""

@@ -46,6 +46,7 @@ class State:
     apart: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    optimized: bool = False
 
     @property
     def trained(self) -> frozenset[str]:

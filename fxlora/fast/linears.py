@@ -1,0 +1,246 @@
+"""fxlora::linears, an op: linear layers on one input, with the low-rank branches of all of them.
+
+    y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
+
+The explicit nodes of k layers read x 2k times and write each output twice. The op has one product
+with all A, concatenated, and adds each branch to its output in place. Its backward has one gradient
+of x, to which the layers and the branches add in place:
+
+    G_i = s_i g_i B_i,  G = [G_1 … G_k]            (tokens, r_1 + … + r_k)
+    dx = sum_i g_i W_i + G A,  dA = G^T x,  dB_i = s_i g_i^T (x A_i^T)
+
+It saves x and x A^T, as the explicit nodes do. Where tensors are not plain ones, or somebody needs
+more than a first gradient (functorch, forward-mode, a gradient's gradient), it runs the formula as
+it is written, with torch's own gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+_LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
+_LIBRARY.define(
+    "linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] downs, Tensor[] ups, "
+    "float[] scalings) -> Tensor[]"
+)
+
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:
+    """Return the outputs of adapted linear layers on one input.
+
+    Args:
+        x: the input, (…, in).
+        weights: W of each layer, (out, in).
+        biases: b of each layer, (out,), or None.
+        downs: A of each layer, (r, in).
+        ups: B of each layer, (out, r).
+        scalings: s of each layer.
+
+    Returns:
+        The output of each layer, (…, out).
+    """
+    x, weights, biases, downs, ups = _as_autocast(x, weights, biases, downs, ups)
+    with torch.autocast(x.device.type, enabled=False):
+        if _needs_formula([x, *weights, *(b for b in biases if b is not None), *downs, *ups]):
+            layers = zip(weights, biases, downs, ups, scalings, strict=True)
+            return [_formula(x, *layer) for layer in layers]
+        outputs = _Linears.apply(tuple(scalings), x, *weights, *biases, *downs, *ups)
+        return list(cast("tuple[Tensor, ...]", outputs))
+
+
+_LIBRARY.impl("linears", linears, "CompositeImplicitAutograd")
+_LIBRARY.impl("linears", linears, "FuncTorchBatched")  # no composite kernel is tried there
+
+
+def _formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+) -> Tensor:
+    # (…, in) @ (in, r) -> (…, r); (…, r) @ (r, out) -> (…, out)
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, down) * scaling, up)
+
+
+def _as_autocast(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor]]:
+    """Cast all tensors as the caller's autocast casts those of a linear layer."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, weights, biases, downs, ups
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast_(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return (
+        cast_(x),
+        [cast_(weight) for weight in weights],
+        [None if bias is None else cast_(bias) for bias in biases],
+        [cast_(down) for down in downs],
+        [cast_(up) for up in ups],
+    )
+
+
+def _needs_formula(tensors: Sequence[Tensor]) -> bool:
+    """Whether the op's own gradient does not hold for these tensors, or is not known to."""
+    return (
+        any(type(tensor) not in _PLAIN for tensor in tensors)
+        or any(tensor.layout is not torch.strided for tensor in tensors)
+        or _functorch.maybe_get_level(tensors[0]) > -1
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scalings: tuple[float, ...], x: Tensor, *given: Tensor | None) -> Any:
+        weights, biases, downs, ups = _in_fours(given)
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = torch.mm(rows, _joined(downs).t())  # (tokens, in) @ (in, R) -> (tokens, R)
+        outputs: list[Tensor] = []
+        for weight, bias, up, scaling, low in zip(
+            weights, biases, ups, scalings, _split(hidden, ups), strict=True
+        ):
+            output = F.linear(rows, weight, bias)
+            # (tokens, out) += s (tokens, r) @ (r, out)
+            output.addmm_(low, up.t(), alpha=scaling)
+            outputs.append(output.view(*x.shape[:-1], weight.shape[0]))
+        ctx.scalings = scalings
+        ctx.has_bias = [bias is not None for bias in biases]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, hidden, *weights, *downs, *ups)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        count = len(ctx.scalings)
+        x, hidden, *held = ctx.saved_tensors
+        weights, downs, ups = held[:count], held[count : 2 * count], held[2 * count :]
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            return None, *_by_formula(ctx, x, weights, downs, ups, grads)
+        rows = x.reshape(-1, x.shape[-1])
+        flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+        of_x, of_layers = needs[0], _in_fours(needs[1:])
+        low = _low_gradients(flat, ups, ctx.scalings, hidden)
+        return (
+            None,
+            _input_gradient(flat, weights, low, downs, x) if of_x else None,
+            *(
+                g.t().mm(rows) if g is not None and need else None
+                for g, need in zip(flat, of_layers[0], strict=True)
+            ),
+            *(
+                g.sum(0) if g is not None and need else None
+                for g, need in zip(flat, of_layers[1], strict=True)
+            ),
+            *_down_gradients(low, rows, ups, of_layers[2]),
+            *(
+                torch.mm(g.t(), part).mul_(s) if g is not None and need else None
+                for g, part, s, need in zip(
+                    flat, _split(hidden, ups), ctx.scalings, of_layers[3], strict=True
+                )
+            ),
+        )
+
+
+def _low_gradients(
+    grads: Sequence[Tensor | None],
+    ups: Sequence[Tensor],
+    scalings: Sequence[float],
+    hidden: Tensor,
+) -> Tensor:
+    """Return G, the gradient of x A^T: (tokens, R)."""
+    low = torch.empty_like(hidden)
+    for part, grad, up, scaling in zip(_split(low, ups), grads, ups, scalings, strict=True):
+        if grad is None:
+            part.zero_()
+        else:
+            # (tokens, out) @ (out, r) -> (tokens, r)
+            torch.addmm(part, grad, up, beta=0, alpha=scaling, out=part)
+    return low
+
+
+def _input_gradient(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    low: Tensor,
+    downs: Sequence[Tensor],
+    x: Tensor,
+) -> Tensor:
+    total: Tensor | None = None
+    for grad, weight in zip(grads, weights, strict=True):
+        if grad is not None:
+            # (tokens, out) @ (out, in) -> (tokens, in)
+            total = grad.mm(weight) if total is None else total.addmm_(grad, weight)
+    if total is None:
+        return torch.zeros_like(x)
+    return total.addmm_(low, _joined(downs)).view(x.shape)
+
+
+def _down_gradients(
+    low: Tensor, rows: Tensor, ups: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    if not any(needed):
+        return [None] * len(needed)
+    joined = low.t().mm(rows)  # (R, tokens) @ (tokens, in) -> (R, in)
+    parts = joined.split([up.shape[1] for up in ups])
+    return [part if need else None for part, need in zip(parts, needed, strict=True)]
+
+
+def _by_formula(
+    ctx: Any,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> Iterator[Tensor | None]:
+    """Yield the gradients in operations that have gradients themselves."""
+    rows = x.reshape(-1, x.shape[-1])
+    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+    pairs = list(zip(flat, weights, downs, ups, ctx.scalings, strict=True))
+    of_x = [g @ w + (g @ up * s) @ down for g, w, down, up, s in pairs if g is not None]
+    yield sum(of_x[1:], of_x[0]).view(x.shape) if of_x else None
+    yield from (None if g is None else g.t() @ rows for g in flat)
+    for g, has_bias in zip(flat, ctx.has_bias, strict=True):
+        yield g.sum(0) if g is not None and has_bias else None
+    yield from (None if g is None else (g @ up * s).t() @ rows for g, _, _, up, s in pairs)
+    yield from (None if g is None else g.t() @ (rows @ down.t() * s) for g, _, down, _, s in pairs)
+
+
+def _joined(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+def _split(low: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return views of (tokens, R), a part of r columns for each layer."""
+    return low.split([up.shape[1] for up in ups], dim=1)
+
+
+def _in_fours(given: Sequence[Any]) -> list[Sequence[Any]]:
+    count = len(given) // 4
+    return [given[n * count : (n + 1) * count] for n in range(4)]
