@@ -2,8 +2,8 @@
 
 Each model is built small and at random, in a separate process, and goes through all steps: capture
 in both modes (outputs are the source's, bit for bit), adapters at every layer, a training step (a
-gradient at every adapter whose weight has one in the source), and fold (the same outputs, and the
-captured graphs again).
+gradient at every adapter whose weight has one in the source), fold (the same outputs, and the
+captured graphs again), and optimize (the same outputs and gradients).
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Trial:
             self._try("effect", self.effect)
             self._try("gradients", self.gradients)
             self._try("fold", self.fold)
+            self._try("optimize", self.optimize)
 
     def _try(self, step: str, action: Callable[[], None]) -> bool:
         begin = time.perf_counter()
@@ -151,8 +152,31 @@ class Trial:
         if not error <= TOLERANCES[self.dtype]:
             raise Fault(f"folded outputs differ by {error:.1e} of the largest")
 
+    def optimize(self) -> None:
+        """Check that the optimized module has the outputs and gradients of the adapted one."""
+        fast = fxlora.optimize(self.lora)
+        groups = fast.schedule.groups if fast.schedule else ()
+        self.record["joint"] = len({s for g in groups if not g.reason for s in g.sites})
+        self.record["not joint"] = Counter(g.reason for g in groups if g.reason)
+        errors = [relative(a, b) for a, b in self.float_pairs(fast)]
+        if not self.lora.parent_module:  # whose Python may take another branch
+            both = [self.adapters_gradients(module) for module in (fast, self.lora)]
+            if both[0].keys() != both[1].keys():
+                raise Fault("gradients of other adapters")
+            errors += [relative(both[0][name], gradient) for name, gradient in both[1].items()]
+        self.record["optimize error"] = max(errors, default=0.0)
+        if not self.record["optimize error"] <= 100 * TOLERANCES[self.dtype]:
+            raise Fault(f"the optimized module differs by {max(errors):.1e} of the largest")
+
+    def adapters_gradients(self, module: fxlora.CapturedModule) -> dict[str, torch.Tensor]:
+        self.loss(module, "train").backward()
+        named = ((name, module.get_parameter(name).grad) for name in module.adapter_parameters())
+        found = {name: gradient for name, gradient in named if gradient is not None}
+        module.zero_grad(set_to_none=True)
+        return found
+
     def float_pairs(self, folded: fxlora.CapturedModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return pairs of outputs of the folded and the adapted module.
+        """Return pairs of outputs of the folded, or optimized, and the adapted module.
 
         With regions, return the outputs of the regions: a rounding difference may change the
         branch that the Python between them takes (e.g. one more box).
@@ -354,6 +378,8 @@ def row(records: list[Record]) -> dict[str, str]:
         "weight form": str(forms),
         "gradients": passed("gradients"),
         "folded": passed("fold"),
+        "optimized": passed("optimize"),
+        "in joint ops": str(total("joint")),
         "no failure": str(sum(not record["failures"] for record in records)),
         "seconds": f"{sum(record['seconds'].get('all', 0.0) for record in records):.0f}",
     }

@@ -1,6 +1,6 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
-from .api import adapt, capture_more, fold, inject, lora_parameters, remove
+from .api import adapt, capture_more, explicit, fold, inject, lora_parameters, optimize, remove
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
 from .disk.load import load_adapter
@@ -77,6 +77,7 @@ __all__ = [
     "capture",
     "capture_more",
     "draw",
+    "explicit",
     "export",
     "fold",
     "hosted",
@@ -87,6 +88,7 @@ __all__ = [
     "lora_parameters",
     "match",
     "merged",
+    "optimize",
     "recorded_calls",
     "register_op",
     "register_variant",

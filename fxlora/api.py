@@ -31,7 +31,7 @@ from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
-from .passes import FoldConstants, Inject, Remove
+from .passes import FoldConstants, Inject, Optimize, Remove
 from .plan import Plan
 from .tables import some
 
@@ -295,6 +295,60 @@ def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
     refuse_copy(module)
     FoldConstants(inplace=True).apply(module)
     return module
+
+
+@no_ambient_modes()
+def optimize(module: CapturedModule) -> CapturedModule:
+    """Return a module whose calls run faster graphs, equal to the explicit ones.
+
+    Adapted layers with one input (q, k and v) become one op, which reads x once for all A, adds
+    each branch to its layer's output in place, and has one gradient of x. It saves what the
+    explicit nodes save. The module's graphs stay the explicit ones, so every other function takes
+    the result, and adapters and optimizer states are the same. `module.schedule` tells for each
+    adapter whether it is in such an op, and why not.
+
+    Args:
+        module: an adapted module; it is not changed.
+
+    Returns:
+        The optimized module.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+
+    Example:
+        >>> import torch, fxlora
+        >>> rule = fxlora.Rule(lora=fxlora.LoraConfig(r=2))
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=rule)
+        >>> print(fxlora.optimize(lora).schedule)
+        sites    modes        form           numbers per row of x    explicit
+        -------  -----------  -----------  ----------------------  ----------
+        weight   train, eval  1 in one op                      72         100
+    """
+    return Optimize()(module)
+
+
+@no_ambient_modes()
+def explicit(module: CapturedModule) -> CapturedModule:
+    """Return a module whose calls run the explicit graphs again: `optimize` undone.
+
+    Args:
+        module: an optimized module; it is not changed.
+
+    Returns:
+        The module with explicit nodes only.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+
+    Example:
+        >>> import torch, fxlora
+        >>> rule = fxlora.Rule(lora=fxlora.LoraConfig(r=2))
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=rule)
+        >>> fxlora.explicit(fxlora.optimize(lora)).schedule is None
+        True
+    """
+    return Optimize(fast=False)(module)
 
 
 @no_ambient_modes()

@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxlora
 from fxlora import CapturedModule, LoraConfig, Rule
-from fxlora.passes.structure import MARK, Insertion, insertions, remove_insertion
+from fxlora.fx.marks import ADAPTER
+from fxlora.passes.structure import Insertion, insertions, remove_insertion
 from fxlora.plan import Entry
 
 from .laws import floats, randomise
@@ -578,7 +579,7 @@ def _(broken: Mutant, index: int) -> bool:
 def _(broken: Mutant, index: int) -> bool:
     found = nth(standing(broken.lora), index)
     if found:
-        del found.output.meta[MARK]
+        del found.output.meta[ADAPTER]
     return (
         found is not None
         and bool(inserted(found.output, aten.neg.default))

@@ -12,9 +12,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from ..fx.calls import argument
+from ..fx.marks import ADAPTER
 from ..lora.ops import LOW_RANK_PRODUCT, times_matrix
-
-MARK = "fxlora"  # key in the meta of an adapter's last node; the value is (name of A, form)
+from ..lora.row import Op
 
 aten = torch.ops.aten
 
@@ -23,34 +23,62 @@ aten = torch.ops.aten
 class Layer:
     """An adapted layer, as its nodes: y + B(s·A(x)), of which y = op(x, W, b) is the base.
 
+    Its operands are read from the nodes, because joining other layers may replace them.
+
     Attributes:
         name: the name of A.
-        x, weight, bias: the operands of the op; no bias is None.
-        in_first: whether the weight is (in, out).
-        down, up: A (r, in) and B (out, r).
-        scaling: s.
+        row: the row of the op.
+        weight_at: the position of W among the op's arguments.
         base: the op.
-        branch: the nodes of the branch, the last one first.
+        hidden, scaled, product: A(x), s·A(x) and B(s·A(x)).
         output: the sum, which the model reads.
     """
 
     name: str
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    in_first: bool
-    down: fx.Node
-    up: fx.Node
-    scaling: float
+    row: Op
+    weight_at: int
     base: fx.Node
-    branch: tuple[fx.Node, ...]
+    hidden: fx.Node
+    scaled: fx.Node
+    product: fx.Node
     output: fx.Node
 
     @property
-    def operands(self) -> list[fx.Node]:
-        """The nodes of its tensors other than x."""
+    def x(self) -> Any:
+        return argument(self.base, self.row.input)
+
+    @property
+    def weight(self) -> Any:
+        return argument(self.base, self.weight_at)
+
+    @property
+    def bias(self) -> Any:
+        return None if self.row.bias is None else argument(self.base, self.row.bias)
+
+    @property
+    def down(self) -> Any:
+        """A, (r, in)."""
+        return self.hidden.args[1]
+
+    @property
+    def up(self) -> Any:
+        """B, (out, r)."""
+        return self.product.args[1]
+
+    @property
+    def scaling(self) -> Any:
+        return self.scaled.args[1]
+
+    @property
+    def operands(self) -> list[Any]:
+        """Its tensors other than x."""
         given = (self.weight, self.down, self.up, self.bias)
-        return [node for node in given if node is not None]
+        return [value for value in given if value is not None]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Its own nodes, the last one first."""
+        return self.output, self.product, self.scaled, self.hidden, self.base
 
 
 class NotJoinable(Exception):
@@ -63,40 +91,40 @@ def layer_of(output: fx.Node) -> Layer:
     Raises:
         NotJoinable: the nodes are not those of a product of x and a matrix with its branch.
     """
-    name, form = output.meta[MARK]
+    name, form = output.meta[ADAPTER]
     if form != "branch":
         raise NotJoinable("is on the weight, not a branch")
-    base, product, *_ = output.args
+    if output.target != aten.add.Tensor or output.kwargs:
+        raise NotJoinable("has another form")
+    base, product = output.args
     found = times_matrix(base.target) if isinstance(base, fx.Node) else None
     if found is None or not isinstance(base, fx.Node) or base.kwargs:
         raise NotJoinable("is not at a product of x and a matrix")
-    at, row = found
-    x, weight = argument(base, row.input), argument(base, at)
-    up, scaled = _of(product, LOW_RANK_PRODUCT)
-    scaling, hidden = _of(scaled, aten.mul.Tensor)
-    down, given = _of(hidden, LOW_RANK_PRODUCT)
-    if given is not x:
+    product = _call(product, LOW_RANK_PRODUCT)
+    scaled = _call(product.args[0], aten.mul.Tensor)
+    hidden = _call(scaled.args[0], LOW_RANK_PRODUCT)
+    layer = Layer(name, found[1], found[0], base, hidden, scaled, product, output)
+    if hidden.args[0] is not layer.x:
         raise NotJoinable("has dropout on its input")
-    if _dims(weight) != 2 or not all(isinstance(node, fx.Node) for node in (x, down, up)):
+    tensors = all(isinstance(value, fx.Node) for value in (layer.x, *layer.operands))
+    if not tensors or _dims(layer.weight) != 2 or not isinstance(layer.scaling, int | float):
         raise NotJoinable("is not at a product of x and a matrix")
-    branch = (product, scaled, hidden)
-    if any(len(node.users) > 1 for node in (base, *branch)):
+    if layer.bias is not None and _dims(layer.bias) != 1:
+        raise NotJoinable("adds a bias that is not a vector")
+    if any(len(node.users) > 1 for node in layer.nodes[1:]):
         raise NotJoinable("is read by another node, too")
-    bias = None if row.bias is None else argument(base, row.bias)
-    return Layer(
-        *(name, x, weight, bias, row.in_first, down, up, float(scaling)), base, branch, output
-    )
+    return layer
 
 
-def _of(node: Any, target: OpOverload) -> tuple[Any, Any]:
-    """Return the second and the first argument of a call.
+def _call(node: Any, target: OpOverload) -> fx.Node:
+    """Return a node, if it is a call of the target with two arguments.
 
     Raises:
-        NotJoinable: it is not a call of the target with these two.
+        NotJoinable: it is not.
     """
     if not (isinstance(node, fx.Node) and node.target == target and len(node.args) == 2):
         raise NotJoinable("has another form")
-    return node.args[1], node.args[0]
+    return node
 
 
 def _dims(node: Any) -> int | None:
@@ -113,11 +141,11 @@ class Groups:
 
     Attributes:
         groups: layers with one input, in graph order.
-        others: for every other adapter, by the name of A, the reason.
+        others: the last node of every other adapter, with the reason.
     """
 
     groups: list[list[Layer]] = field(default_factory=list[list[Layer]])
-    others: dict[str, str] = field(default_factory=dict[str, str])
+    others: dict[fx.Node, str] = field(default_factory=dict[fx.Node, str])
 
 
 def grouped(graph: fx.Graph) -> Groups:
@@ -126,17 +154,19 @@ def grouped(graph: fx.Graph) -> Groups:
     A group is computed in the place of its first layer, so all that lies between must neither
     write to a tensor nor change a mode of torch.
     """
-    order = {node: number for number, node in enumerate(graph.nodes)}
-    barriers = [number for node, number in order.items() if not _is_pure(node)]
     found = Groups()
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    layers = sorted(_layers(graph, found.others), key=lambda layer: order[layer.base])
+    own = {node for layer in layers for node in layer.nodes}
+    barriers = [number for node, number in order.items() if not _is_pure(node)]
     latest: dict[fx.Node, list[Layer]] = {}
 
     def may_join(layer: Layer, first: fx.Node) -> bool:
         begin, end = order[first], order[layer.output]
         clear = not any(begin < barrier < end for barrier in barriers)
-        return clear and all(_movable(node, begin, order) for node in layer.operands)
+        return clear and all(_movable(node, begin, order, own) for node in layer.operands)
 
-    for layer in sorted(_layers(graph, found.others), key=lambda layer: order[layer.base]):
+    for layer in layers:
         group = latest.get(layer.x)
         if group and may_join(layer, group[0].base):
             group.append(layer)
@@ -144,17 +174,17 @@ def grouped(graph: fx.Graph) -> Groups:
             latest[layer.x] = [layer]
             found.groups.append(latest[layer.x])
         else:
-            found.others[layer.name] = "has nodes between its own that may write to a tensor"
+            found.others[layer.output] = "has nodes between its own that may write to a tensor"
     return found
 
 
-def _layers(graph: fx.Graph, others: dict[str, str]) -> Iterator[Layer]:
+def _layers(graph: fx.Graph, others: dict[fx.Node, str]) -> Iterator[Layer]:
     for node in graph.nodes:
-        if MARK in node.meta:
+        if ADAPTER in node.meta:
             try:
                 yield layer_of(node)
             except NotJoinable as reason:
-                others[node.meta[MARK][0]] = str(reason)
+                others[node] = str(reason)
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -167,9 +197,13 @@ def _is_pure(node: fx.Node) -> bool:
     return node.target is operator.getitem or number
 
 
-def _movable(node: fx.Node, begin: int, order: dict[fx.Node, int]) -> bool:
-    """Whether a node may be computed at a place in the graph, with the inputs that come later."""
+def _movable(node: fx.Node, begin: int, order: dict[fx.Node, int], own: set[fx.Node]) -> bool:
+    """Whether a node may be computed at a place in the graph, with the inputs that come later.
+
+    It may not if it needs a node of an adapted layer (`own`), which is to be computed there.
+    """
     if order[node] < begin or node.op == "get_attr":
         return True
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and all(_movable(n, begin, order) for n in inputs)
+    if node.op != "call_function" or node in own:
+        return False
+    return all(_movable(given, begin, order, own) for given in node.all_input_nodes)

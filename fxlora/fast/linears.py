@@ -21,11 +21,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - typed nowhere
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
 _LIBRARY.define(
@@ -224,7 +225,7 @@ def _by_formula(
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     pairs = list(zip(flat, weights, downs, ups, ctx.scalings, strict=True))
     of_x = [g @ w + (g @ up * s) @ down for g, w, down, up, s in pairs if g is not None]
-    yield sum(of_x[1:], of_x[0]).view(x.shape) if of_x else None
+    yield torch.stack(of_x).sum(0).view(x.shape) if of_x else None
     yield from (None if g is None else g.t() @ rows for g in flat)
     for g, has_bias in zip(flat, ctx.has_bias, strict=True):
         yield g.sum(0) if g is not None and has_bias else None

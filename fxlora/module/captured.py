@@ -34,6 +34,7 @@ from .parameters import aliases, remove_parameter, set_parameter
 from .parent import ParentModule, parent_program
 from .program import FACADE, MODES, Program, ProgramModule, tensors_of
 from .regions import described, uncovered
+from .schedule import Schedule
 from .seal import Seal
 from .several_calls import (
     CHOOSER,
@@ -112,7 +113,9 @@ class CapturedModule(ProgramModule):
     def _outline(self) -> None:
         """Put the outlined submodules into the tree, over the containers of their tensors."""
         paths = self.known.outlined
-        self._running, calls = outline(self, self.programs, paths) if paths else ({}, {})
+        self._running, calls = (
+            outline(self, self.programs, paths, self.known.optimized) if paths else ({}, {})
+        )
         if not paths:
             return
         place(self, calls)
@@ -131,8 +134,30 @@ class CapturedModule(ProgramModule):
         return self._wrapped
 
     def running(self, graph: fx.Graph) -> fx.Graph:
-        outlined = self._running.get(id(graph), graph)
-        return fast_graph(outlined) if self.known.optimized else outlined
+        if id(graph) in self._running:
+            return self._running[id(graph)]
+        return fast_graph(graph) if self.known.optimized else graph
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The form of each adapter in the graphs that run, or None if these are the explicit ones.
+
+        See `fxlora.optimize`.
+        """
+        if not self.known.optimized:
+            return None
+        whole = [
+            (mode, self.running(graph))
+            for program in self.programs
+            for mode, graph in program.graphs.items()
+        ]
+        blocks = [
+            (mode, call.graph)
+            for block in self.outlined_modules.values()
+            for mode, calls in block.calls.items()
+            for call in calls
+        ]
+        return Schedule.of([*whole, *blocks], self.plan)
 
     def _seal_submodules(self) -> None:
         """Have all submodules refuse changes without effect on the graphs (see submodules.py)."""

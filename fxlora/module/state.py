@@ -31,6 +31,7 @@ class State:
             memory, through which the graphs may read it too.
         read_values: the numbers, strings and flags that the captured calls read in the source, by
             the name of the attribute.
+        optimized: whether calls run fast graphs, derived from the explicit ones.
     """
 
     plan: Plan | None = None

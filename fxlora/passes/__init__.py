@@ -5,10 +5,19 @@ new one, which shares the storage of frozen parameters with it. Only passes rewr
 except for `module/retarget.py` and `module/casts.py`, which follow a module's `.to()`.
 """
 
-from .base import Chain, Pass, as_pass
+from .base import Pass, as_pass
 from .fold_constants import FoldConstants
 from .inject import Inject
+from .optimize import Optimize
 from .remove import Remove
 from .to_weight_form import ToWeightForm
 
-__all__ = ["Chain", "FoldConstants", "Inject", "Pass", "Remove", "ToWeightForm", "as_pass"]
+__all__ = [
+    "FoldConstants",
+    "Inject",
+    "Optimize",
+    "Pass",
+    "Remove",
+    "ToWeightForm",
+    "as_pass",
+]

@@ -42,18 +42,6 @@ class Pass(ABC):
 
 
 @dataclass(frozen=True)
-class Chain(Pass):
-    """Passes that run one after the other, on a single copy of the module."""
-
-    passes: tuple[Pass, ...]
-
-    def rewrite(self, module: CapturedModule) -> State:
-        for step in self.passes:
-            step.apply(module)
-        return module.known
-
-
-@dataclass(frozen=True)
 class as_pass(PassBase):
     """Wrapper of a pass for torch.fx's PassManager, which calls passes with a GraphModule.
 

@@ -18,6 +18,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from ..errors import ConfigError
 from ..fx.calls import argument
+from ..fx.marks import ADAPTER
 from ..fx.nested import Path, call_of, inside
 from ..lora.row import Op, Read
 from ..module import CapturedModule
@@ -28,8 +29,6 @@ from ..reads.facts import padding_row
 from ..reads.readers import Reader
 
 aten = torch.ops.aten
-
-MARK = "fxlora"  # key in the meta of an adapter's last node; the value is (name of A, form)
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _replace_by_adapter(
     entry: Entry, form: str, base: fx.Node, output: fx.Node, readers: set[fx.Node]
 ) -> None:
     """Mark an adapter's last node, and replace the base by it in the base's earlier users."""
-    output.meta[MARK] = (entry.name_a, form)
+    output.meta[ADAPTER] = (entry.name_a, form)
     base.replace_all_uses_with(output, delete_user_cb=lambda user: user in readers)
 
 
@@ -255,8 +254,8 @@ def _insertions(
         if call := call_of(node, module):
             for nested in call.graphs:
                 yield from _insertions(nested, nested.graph, entries, (*path, call))
-        if MARK in node.meta:
-            name, form = node.meta[MARK]
+        if ADAPTER in node.meta:
+            name, form = node.meta[ADAPTER]
             yield Insertion(entries[name], form, _base(node, form, entries[name]), node, path)
 
 
@@ -268,7 +267,7 @@ def _base(output: fx.Node, form: str, entry: Entry) -> fx.Node:
         return base
     # The weight or, where another part of it was adapted before, that adapter's last node.
     above = list(output.all_input_nodes)
-    while (node := above.pop()).target not in entry.names and MARK not in node.meta:
+    while (node := above.pop()).target not in entry.names and ADAPTER not in node.meta:
         above += node.all_input_nodes
     return node
 

@@ -11,10 +11,11 @@ from torch import fx
 from ..errors import InjectError, VerificationError
 from ..fx.calls import kind_of, source_line
 from ..fx.compare import difference, first_difference
+from ..fx.marks import ADAPTER
 from ..module import CapturedModule
 from ..module.program import MODES, ProgramModule, code_of
 from ..passes import Inject, Remove
-from ..passes.structure import MARK, Insertion, insertions
+from ..passes.structure import Insertion, insertions
 from ..tables import some
 from .runs import fixed_seed
 
@@ -113,7 +114,7 @@ def _refuse_bypass(
     """Raise if a node reads the base of an adapter instead of the adapter's output."""
     ours, theirs = pair
     for taken, expected in zip(ours.all_input_nodes, theirs.all_input_nodes, strict=False):
-        if expected in adapted and MARK not in taken.meta:
+        if expected in adapted and ADAPTER not in taken.meta:
             raise VerificationError(
                 f"coverage: '{adapted[expected].entry.site}': {_read(ours)} bypasses its adapter "
                 f"in {where}."

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from ...errors import SubmoduleError
+from ...fast import fast_graph
 from ...fx.compare import same_graph_except_sizes
 from ..autocasts import UNKNOWN, Autocasts
 from ..constants import EqualConstants
@@ -62,7 +63,7 @@ class BlockCall:
 
 
 def outline(
-    owner: nn.Module, programs: Sequence[Program], paths: Collection[str]
+    owner: nn.Module, programs: Sequence[Program], paths: Collection[str], fast: bool = False
 ) -> tuple[dict[int, fx.Graph], dict[str, Calls]]:
     """Outline submodules in the graphs of all programs.
 
@@ -70,6 +71,7 @@ def outline(
         owner: the captured module.
         programs: its programs, whose graphs stay as they are.
         paths: the submodules.
+        fast: whether the graphs that run are to be fast ones (see fast/).
 
     Returns:
         By the id of each graph, the graph that calls the submodules; by path, the submodule's calls
@@ -87,7 +89,7 @@ def outline(
         for mode in MODES:
             graph = program.graphs[mode]
             if id(graph) not in running:
-                running[id(graph)], split[id(graph)] = _split(program, mode, paths, equal)
+                running[id(graph)], split[id(graph)] = _split(program, mode, paths, equal, fast)
             for path, outlined in split[id(graph)].items():
                 made = _merged(BlockCall.of(one, program, mode) for one in outlined)
                 _add(found[path][mode], made)
@@ -101,12 +103,18 @@ def outline(
 
 
 def _split(
-    program: Program, mode: str, paths: Collection[str], equal: EqualConstants
+    program: Program, mode: str, paths: Collection[str], equal: EqualConstants, fast: bool
 ) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
     """Return a mode's graph with calls of submodules, and these by path."""
     ordered = _ordered(program.inputs[mode])
     calls = program.calls[mode]
-    return split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
+    rest, made = split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
+    if not fast:
+        return rest, made
+    return fast_graph(rest), {
+        path: [replace(call, graph=fast_graph(call.graph)) for call in of_path]
+        for path, of_path in made.items()
+    }
 
 
 def _ordered(inputs: InputSpec | None) -> bool:

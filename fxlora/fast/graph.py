@@ -1,0 +1,75 @@
+"""Derive a fast graph from an explicit one."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..fx.marks import ADAPTER, APART, JOINED
+from .layers import Layer, grouped
+from .linears import linears
+
+assert linears  # its import registers the op
+
+aten = torch.ops.aten
+
+
+def fast_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph in which one op computes each group of adapted layers."""
+    fast = copy.deepcopy(graph)
+    found = grouped(fast)
+    for layers in found.groups:
+        _join(layers)
+    for node, reason in found.others.items():
+        node.meta[APART] = reason
+    fast.lint()
+    return fast
+
+
+def _join(layers: Sequence[Layer]) -> None:
+    """Replace the nodes of layers with one input by one op, in the place of the first."""
+    first = layers[0].base
+    graph = first.graph
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for layer in layers:
+        for node in layer.operands:
+            _move(node, first, order)
+    with graph.inserting_before(first):
+        joint = graph.call_function(
+            torch.ops.fxlora.linears.default,
+            (
+                layers[0].x,
+                [_out_first(layer) for layer in layers],
+                [layer.bias for layer in layers],
+                [layer.down for layer in layers],
+                [layer.up for layer in layers],
+                [layer.scaling for layer in layers],
+            ),
+        )
+        joint.meta[JOINED] = tuple(layer.name for layer in layers)
+        outputs = [graph.call_function(operator.getitem, (joint, n)) for n in range(len(layers))]
+    for layer, output in zip(layers, outputs, strict=True):
+        output.meta = {key: value for key, value in layer.output.meta.items() if key != ADAPTER}
+        layer.output.replace_all_uses_with(output)
+        for node in layer.nodes:
+            graph.erase_node(node)
+
+
+def _out_first(layer: Layer) -> fx.Node:
+    """Return the weight as (out, in)."""
+    if not layer.row.in_first:
+        return layer.weight
+    return layer.base.graph.call_function(aten.t.default, (layer.weight,))
+
+
+def _move(node: fx.Node, before: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Move a node in front of another, unless it is there, and its inputs before it."""
+    if order[node] > order[before]:
+        for given in node.all_input_nodes:
+            _move(given, before, order)
+        before.prepend(node)
+        order[node] = -1  # it is there now

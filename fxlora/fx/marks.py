@@ -1,0 +1,5 @@
+"""Keys of what fxlora writes into the meta of nodes."""
+
+ADAPTER = "fxlora"  # of an adapter's last node: (name of A, form)
+JOINED = "fxlora_joined"  # of one op for several adapted layers: the name of A of each
+APART = "fxlora_apart"  # of an adapter's last node that no such op computes: the reason

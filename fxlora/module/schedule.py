@@ -1,0 +1,109 @@
+"""Schedule: which form the running graphs of an optimized module give to each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..fx.marks import ADAPTER, APART, JOINED
+from ..plan import Entry, Plan
+from ..tables import render, some
+
+Runs = Iterable[tuple[str, fx.Graph]]  # the graphs that run, with their modes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapted reads that one node, or the explicit nodes, compute.
+
+    Attributes:
+        sites: the adapters' sites in the plan.
+        modes: the modes in whose graph this is.
+        reason: why these are the explicit nodes; "" for one node.
+        explicit, fast: the numbers that are read and written for each row of x, forward and
+            backward, by the explicit nodes and by the one node; 0 if not known.
+    """
+
+    sites: tuple[str, ...]
+    modes: tuple[str, ...]
+    reason: str = ""
+    explicit: int = 0
+    fast: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The forms of all adapters. `str` makes a table of it.
+
+    Attributes:
+        groups: those that one node computes first.
+    """
+
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, runs: Runs, plan: Plan | None) -> Schedule:
+        """Return the schedule of the graphs that run."""
+        entries = {entry.name_a: entry for entry in plan or ()}
+        modes: dict[tuple[tuple[str, ...], str], dict[str, None]] = {}
+        units: dict[tuple[str, ...], tuple[int, int]] = {}
+        for mode, graph in runs:
+            for node in graph.nodes:
+                if names := node.meta.get(JOINED):
+                    modes.setdefault((names, ""), {})[mode] = None
+                    units[names] = _traffic([entries[name] for name in names])
+                elif ADAPTER in node.meta:
+                    reason = node.meta.get(APART, "")
+                    modes.setdefault(((node.meta[ADAPTER][0],), reason), {})[mode] = None
+        seen = {name for names, _ in modes for name in names}
+        for name in entries:
+            if name not in seen:
+                modes[(name,), "is in a graph that the model's graph calls"] = {}
+        groups = [
+            Group(
+                tuple(entries[name].site for name in names),
+                tuple(found),
+                reason,
+                *units.get(names, (0, 0)),
+            )
+            for (names, reason), found in modes.items()
+        ]
+        return cls(tuple(sorted(groups, key=lambda group: bool(group.reason))))
+
+    def __str__(self) -> str:
+        header = ("sites", "modes", "form", "numbers per row of x", "explicit")
+        rows = [
+            (
+                some(group.sites),
+                ", ".join(group.modes),
+                f"explicit: {group.reason}" if group.reason else f"{len(group.sites)} in one op",
+                f"{group.fast:,}" if group.fast else "",
+                f"{group.explicit:,}" if group.fast else "",
+            )
+            for group in self.groups
+        ]
+        return render(header, rows)
+
+
+def _traffic(entries: Sequence[Entry]) -> tuple[int, int]:
+    """Return the numbers read and written per row of x, by the explicit nodes and by one op.
+
+    Each is the sum over the products and sums of a forward and a backward, for layers of one x; the
+    weights, A and B, which are read once for all rows, are not counted.
+    """
+    sizes = [entry.layout.features(entry.adapted_shape) for entry in entries]
+    count, inputs = len(entries), sizes[0][0]
+    outputs, rank = sum(out for _, out in sizes), sum(entry.r for entry in entries)
+    # x W^T and x A^T, s·, B, +; then the gradients by each, and all those of x added up
+    explicit = (
+        (2 * count * inputs + 5 * outputs + 4 * rank)
+        + (3 * count * inputs + 3 * outputs + 6 * rank)
+        + 3 * inputs * (2 * count - 1)
+    )
+    # one x A^T, x W^T, and B added to it; then G, dx with G A added to it, dA and dB
+    fast = ((count + 1) * inputs + 3 * outputs + 2 * rank) + (
+        (2 * count + 2) * inputs + 3 * outputs + 4 * rank
+    )
+    return explicit, fast

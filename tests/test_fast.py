@@ -1,0 +1,433 @@
+"""Fast graphs: equal to the explicit ones, in every mode and form; and the op that they call."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fxlora
+from fxlora import CapturedModule, LoraConfig, Rule
+
+from .laws import randomise
+
+F64 = torch.float64
+LINEARS = torch.ops.fxlora.linears.default
+
+
+class Attention(nn.Module):
+    """q, k and v of one input (v without bias), and a gate that reads it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 10, bias=False)
+        self.gate, self.out = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        weights = (self.q(h) @ self.k(h).transpose(-1, -2)).softmax(-1)
+        return x + self.out(weights @ self.v(h) * self.gate(h).sigmoid())
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+X = torch.randn(3, 4, 6, dtype=F64)
+CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", bias="lora_only")
+
+
+def adapted(model: nn.Module | None = None, x: torch.Tensor = X, **options: Any) -> CapturedModule:
+    torch.manual_seed(0)
+    rules = options.pop("rules", CONFIG)
+    model = (model or Model()).to(x.dtype if x.is_floating_point() else F64)
+    lora = fxlora.adapt(model, x, rules=rules, **options)
+    randomise(lora)
+    return lora
+
+
+def joined(module: CapturedModule) -> list[list[str]]:
+    """Return the sites of each joint op in the current mode's graph, and in the blocks'."""
+    schedule = module.schedule
+    assert schedule is not None
+    return [list(g.sites) for g in schedule.groups if not g.reason and module.mode in g.modes]
+
+
+def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    given = x.clone().requires_grad_(x.is_floating_point())
+    trained = [p for p in module.parameters() if p.requires_grad]
+    wrt = [given, *trained] if x.is_floating_point() else trained
+    return list(torch.autograd.grad(module(given).sin().sum(), wrt))
+
+
+def assert_equal_to_explicit(lora: CapturedModule, x: torch.Tensor = X) -> CapturedModule:
+    """Return the optimized module, after a comparison with the explicit one in each mode."""
+    fast, plain = fxlora.optimize(lora), fxlora.remove(lora)
+    for mode in (True, False):
+        for module in (lora, fast, plain):
+            module.train(mode)
+        expected = lora(x)
+        assert float((expected - plain(x)).abs().max()) > 0.01
+        torch.testing.assert_close(fast(x), expected, rtol=1e-12, atol=1e-12)
+        pairs = zip(gradients(fast, x), gradients(lora, x), strict=True)
+        for found, gradient in pairs:
+            torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-10)
+    return fast
+
+
+QKV = [[f"layers.{n}.{s}" for s in ("q", "k", "v", "gate")] for n in range(2)]
+SINGLE = [["layers.0.out"], ["layers.1.out"], ["head"]]
+
+
+def test_layers_of_one_input_are_one_op() -> None:
+    lora = adapted()
+    fast = assert_equal_to_explicit(lora)
+    assert sorted(joined(fast)) == sorted([*QKV, *SINGLE])
+    assert lora.schedule is None
+    code = fast.running(fast.graph).python_code("self").src
+    assert code.count("fxlora.linears") == 5 and "aten.linear" not in code
+
+
+def test_the_graphs_stay_the_explicit_ones() -> None:
+    lora = adapted()
+    fast = fxlora.optimize(lora)
+    assert str(fast.graph) == str(lora.graph) and fast.code == lora.code
+    back = fxlora.explicit(fast)
+    assert back.schedule is None and str(back.graph) == str(lora.graph)
+    assert torch.equal(back(X), lora(X))
+    assert list(fast.state_dict()) == list(lora.state_dict())
+
+
+def test_the_other_functions_take_optimized_modules(tmp_path: Path) -> None:
+    lora = adapted()
+    fast = fxlora.optimize(lora)
+    x = X.clone()
+    fxlora.verify(fast, x)
+    assert str(fxlora.report(fast)) == str(fxlora.report(lora))
+    folded = fxlora.fold(fast)
+    torch.testing.assert_close(folded(x), lora(x), rtol=1e-10, atol=1e-10)
+    assert str(fxlora.remove(fast).graph) == str(fxlora.remove(lora).graph)
+    fxlora.save_adapter(fast, tmp_path / "adapter")
+    loaded = fxlora.load_adapter(fxlora.remove(fast), tmp_path / "adapter")
+    assert len(joined(loaded)) == 5  # the module is still an optimized one
+    assert torch.equal(loaded(x), fast(x))
+    program = fxlora.export(fast.eval(), tmp_path / "model.pt2", x)
+    assert program is not None or (tmp_path / "model.pt2").exists()
+    served = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(served(x), lora.eval()(x), rtol=1e-10, atol=1e-10)
+    for copied in (copy.deepcopy(fast), copy.copy(fast), fast.derive()):
+        assert len(joined(copied)) == 5 and torch.equal(copied(x), fast(x))
+
+
+def test_blocks_run_fast_graphs() -> None:
+    lora = adapted(modules="layers.*")
+    fast = assert_equal_to_explicit(lora)
+    assert sorted(joined(fast)) == sorted([*QKV, *SINGLE])
+    calls: list[int] = []
+    fast.get_submodule("layers.1").register_forward_hook(lambda *_: calls.append(1))
+    fast(X)
+    assert calls == [1]
+    assert fxlora.explicit(fast).schedule is None
+
+
+class Gpt2(nn.Module):
+    """x @ W with W as (in, out), by addmm and by @."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(6, 9)), nn.Parameter(torch.randn(9))
+        self.other = nn.Parameter(torch.randn(6, 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.addmm(self.b, rows, self.w) * (rows @ self.other)
+
+
+def test_weights_with_inputs_first() -> None:
+    fast = assert_equal_to_explicit(adapted(Gpt2(), rules=Rule(["w", "other"], lora=CONFIG_R)))
+    assert joined(fast) == [["w", "other"]]
+
+
+CONFIG_R = LoraConfig(r=2, lora_alpha=3)
+
+
+class Full(nn.Module):
+    """addmm with a whole matrix as its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, 6)
+        return torch.addmm(rows @ torch.ones(6, 9, dtype=x.dtype), rows, self.w)
+
+
+class Writes(nn.Module):
+    """Writes to the second layer's bias, between the layers."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.register_buffer("seen", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        self.seen.add_(x.detach().mean())
+        return y * F.linear(x, self.two.weight, self.seen)
+
+
+class Chained(nn.Module):
+    """The second layer's weight depends on the first layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        return F.linear(x, self.two.weight, y.mean((0, 1)))
+
+
+class ReadTwice(nn.Module):
+    """A layer's output is read by itself, and an input is a layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        return self.two(y) + self.one(y) * y + self.two(x)
+
+
+OTHERS: dict[str, tuple[type[nn.Module], int]] = {
+    "a matrix as the bias": (Full, 0),
+    "a write between": (Writes, 2),
+    "a bias from another layer": (Chained, 2),
+    "reads that repeat": (ReadTwice, 2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_only_what_may_be_joined_is(kind: str) -> None:
+    model, ops = OTHERS[kind]
+    rules = Rule("*w*" if model is Full else ["one", "two"], lora=CONFIG_R)
+    fast = assert_equal_to_explicit(adapted(model(), rules=rules))
+    assert len(joined(fast)) == ops
+    assert fast.schedule is not None and all(g.reason for g in fast.schedule.groups[ops:])
+
+
+VARIANTS: dict[str, Any] = {
+    "dropout": LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"),
+    "dora": LoraConfig(r=2, use_dora=True, target_modules="all-linear"),
+    "rslora": LoraConfig(r=2, use_rslora=True, target_modules="all-linear"),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa", target_modules="all-linear"),
+    "ranks": LoraConfig(r=2, rank_pattern={"q": 3, "v": 1}, target_modules="all-linear"),
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_variants(kind: str) -> None:
+    lora = adapted(rules=VARIANTS[kind])
+    fast = fxlora.optimize(lora)
+    for mode in (True, False):
+        for module in (lora, fast):
+            module.train(mode)
+        found = []
+        for module in (lora, fast):
+            torch.manual_seed(1)
+            found.append([module(X), *gradients(module, X)])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    counts = [len(joined(fast.train(mode))) for mode in (True, False)]
+    assert counts == {"dropout": [0, 5], "dora": [0, 0]}.get(kind, [5, 5])
+    text = str(fast.schedule)
+    assert ("dropout on its input" in text) is (kind == "dropout")
+
+
+@pytest.mark.autocast
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_precision(base: torch.dtype, dtype: torch.dtype) -> None:
+    if (base, dtype) == (torch.bfloat16, torch.float16):
+        dtype = torch.bfloat16  # layer_norm takes no mixture of the two
+    x = X.to(base)
+    lora = adapted(x=x)
+    fast = fxlora.optimize(lora)
+    assert {p.dtype for n, p in fast.named_parameters() if "lora_" in n} == {torch.float32}
+    with torch.autocast("cpu", dtype):
+        expected, found = lora(x), fast(x)
+        assert found.dtype == expected.dtype
+        found.float().sum().backward()
+    assert found.dtype == expected.dtype
+    tolerance = 8 * torch.finfo(torch.bfloat16).eps * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    grads = {n: p.grad for n, p in fast.named_parameters() if p.requires_grad}
+    assert all(
+        g is not None and g.any() and g.dtype == torch.float32
+        for n, g in grads.items()
+        if "lora_" in n
+    )
+    torch.testing.assert_close(fast(x), lora(x), rtol=0, atol=tolerance)
+
+
+def test_training_saves_no_more_than_the_explicit_nodes() -> None:
+    x = torch.randn(64, 32, 6)
+    lora = adapted(x=x)
+
+    def saved(module: nn.Module) -> int:
+        held: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = module(x).sum()
+        loss.backward()
+        return sum(held.values())
+
+    assert saved(fxlora.optimize(lora)) <= saved(lora) * 1.001
+
+
+def test_under_checkpointing_and_in_functions() -> None:
+    lora = adapted()
+    fast = fxlora.optimize(lora)
+    x = X.clone().requires_grad_()
+    expected = torch.autograd.grad(lora(x).sin().sum(), x)[0]
+    found = torch.autograd.grad(checkpoint(fast, x, use_reentrant=False).sin().sum(), x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    params = {n: p.detach() for n, p in fast.named_parameters()}
+
+    def loss(module: nn.Module, params: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, params, (x,)).sin().sum()
+
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        ours, theirs = (transform(loss, argnums=1)(m, params, X) for m in (fast, lora))
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_without_breaks_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = adapted()
+    fast = fxlora.optimize(lora)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    expected = gradients(lora, X)
+    for _ in range(2):
+        for found, gradient in zip(gradients(compiled, X), expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-10)
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+
+
+# ---- the op -------------------------------------------------------------------------------------
+
+
+def given(biases: bool = True, r: tuple[int, int] = (2, 3)) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=F64, generator=generator).requires_grad_()
+
+    weights, downs = [made(4, 5), made(3, 5)], [made(r[0], 5), made(r[1], 5)]
+    ups = [made(4, r[0]), made(3, r[1])]
+    return made(2, 3, 5), weights, [made(4), None] if biases else [None, None], downs, ups, [1.5, 2]
+
+
+def formula(x: Any, weights: Any, biases: Any, downs: Any, ups: Any, scales: Any) -> list[Any]:
+    layers = zip(weights, biases, downs, ups, scales, strict=True)
+    return [
+        x @ w.T + (0 if b is None else b) + s * (x @ down.T @ up.T) for w, b, down, up, s in layers
+    ]
+
+
+def flat(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    x, weights, biases, downs, ups, _ = arguments
+    return [x, *weights, *(b for b in biases if b is not None), *downs, *ups]
+
+
+def test_the_op_and_its_gradients() -> None:
+    arguments = given()
+    tensors = flat(arguments)
+
+    def run(*tensors: torch.Tensor) -> Any:
+        x, w0, w1, b, *rest = tensors
+        return tuple(LINEARS(x, [w0, w1], [b, None], rest[:2], rest[2:], [1.5, 2.0]))
+
+    found, expected = run(*tensors), formula(*arguments)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradgradcheck(run, tensors)
+    torch.library.opcheck(
+        LINEARS, arguments, test_utils=("test_schema", "test_autograd_registration")
+    )
+
+
+def test_gradients_of_some_outputs_only() -> None:
+    arguments = given()
+    tensors = flat(arguments)
+    for chosen in (0, 1):
+        sums = [made(*arguments)[chosen].sin().sum() for made in (LINEARS, formula)]
+        ours, theirs = (torch.autograd.grad(s, tensors, allow_unused=True) for s in sums)
+        for found, gradient in zip(ours, theirs, strict=True):
+            if gradient is None:
+                assert found is None or not found.any()
+            else:
+                torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "downs", "ups", "all"])
+def test_gradients_of_some_arguments_only(frozen: str) -> None:
+    arguments = given(biases=False)
+    names = ("x", "weights", "biases", "downs", "ups")
+    for name, group in zip(names, arguments, strict=False):
+        tensors: list[Any] = [group] if isinstance(group, torch.Tensor) else group
+        for tensor in tensors:
+            if tensor is not None and frozen in (name, "all"):
+                tensor.requires_grad_(False)
+    outputs = LINEARS(*arguments)
+    wrt = [t for t in flat(arguments) if t.requires_grad]
+    assert any(out.requires_grad for out in outputs) is bool(wrt)
+    if wrt:
+        ours = torch.autograd.grad(torch.stack([out.sin().sum() for out in outputs]).sum(), wrt)
+        theirs = torch.autograd.grad(
+            torch.stack([out.sin().sum() for out in formula(*arguments)]).sum(), wrt
+        )
+        for found, gradient in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_vectors_and_no_rows() -> None:
+    _, *rest = given()
+    for shape in ((5,), (0, 5), (2, 1, 3, 5)):
+        x = torch.randn(*shape, dtype=F64)
+        for found, expected in zip(LINEARS(x, *rest), formula(x, *rest), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_vmap() -> None:
+    arguments = given()
+    xs = torch.randn(4, 2, 3, 5, dtype=F64)
+    found = torch.func.vmap(lambda x: LINEARS(x, *arguments[1:]))(xs)
+    for ours, theirs in zip(found, formula(xs, *arguments[1:]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
