@@ -1,7 +1,8 @@
-"""Measure a training step: fxlora and PEFT with adapters on every layer, and without adapters.
+"""Measure a training step of fxlora, explicit and optimized, of PEFT, and without adapters.
 
 "frozen" is the limit: the same model without adapters, whose backward computes the gradients of
-activations only. Its first activation (token embeddings, first convolution) requires grad.
+activations only, from the output of its first layer on. "full" trains every parameter.
+The FLOP limit is the frozen step with the adapters' own products, at the speed of the others.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,16 +33,18 @@ from common import (
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fxlora
 
 R, ALPHA = 16, 32
-FXLORA, PEFT, FROZEN = "fxlora", "PEFT", "frozen"
+EXPLICIT, FAST, FROZEN, FULL = "fxlora, explicit", "fxlora, optimized", "frozen", "full"
+PEFT = "PEFT"  # with adapters in the dtype of fxlora's, which is its default
+PEFT_NARROW = "PEFT, adapters in the model's dtype"
 # Between two orders of summation; the errors of gradients add up over layers, or in bfloat16.
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
-
-Loss = Callable[[nn.Module], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,18 @@ class Task:
     Attributes:
         title: the table's title.
         model: the model.
+        stem: the name of its first layer.
         targets: names of the layers to adapt.
         example: keyword arguments to capture the model with.
         loss: computes the loss of a module on the batch.
-        stem: computes the first activation.
-        rest: the model after the first activation.
-        rest_loss: computes the loss of `rest` from the first activation.
     """
 
     title: str
     model: nn.Module
+    stem: str
     targets: list[str]
     example: dict[str, torch.Tensor]
-    loss: Loss
-    stem: Callable[[], torch.Tensor]
-    rest: nn.Module
-    rest_loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    loss: Callable[[nn.Module], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,32 @@ class Trainee:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
+@dataclass
+class Sides:
+    """The sides of one comparison.
+
+    Attributes:
+        trainees: by name.
+        flops: the number of operations of a step, by name, where it is counted.
+    """
+
+    trainees: dict[str, Trainee]
+    flops: dict[str, int] = field(default_factory=dict[str, int])
+
+
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--dtype", default="float32", choices=DTYPES)
     options_parser.add_argument("--compile", action="store_true", help="torch.compile every side")
-    options_parser.add_argument("--models", nargs="+", default=list(TASKS), choices=TASKS)
+    options_parser.add_argument("--models", nargs="+", default=["gpt2", "resnet50"], choices=TASKS)
     options_parser.add_argument("--text", type=int, nargs=2, default=[2, 128], help="batch, tokens")
     options_parser.add_argument("--images", type=int, nargs=2, default=[4, 224], help="batch, size")
-    options = start(options_parser, rounds=9)
+    options_parser.add_argument("--full", action="store_true", help="also full fine-tuning")
+    options = start(options_parser, rounds=15)
     report = Report(options)
     for name in options.models:
         task = TASKS[name](options)
-        trainees = prepared(task, options.compile)
+        trainees = prepared(task, options)
         agreement = check(trainees, TOLERANCES[DTYPES[options.dtype]])
         compare(task, trainees, agreement, options, report)
 
@@ -105,87 +118,86 @@ def compare(
     report: Report,
 ) -> None:
     device = options.device
+    flops = {name: operations(trainees[name]) for name in (EXPLICIT, FROZEN)}
     memory = {name: step_memory(t.loss, t.module, device) for name, t in trainees.items()}
     steps = interleave(
         {name: Side(step(t)) for name, t in trainees.items()}, options.rounds, device
     )
-    updates = interleave(
-        {name: Side(step(t, adamw(t))) for name, t in trainees.items() if t.trained},
-        options.rounds,
-        device,
-    )
     measured = "peak over the step" if device.startswith("cuda") else "saved for backward"
-    rows = []
-    for name in trainees:
-        update = updates.get(name)
-        rows.append(
-            {
-                "side": name,
-                "forward + backward, ms": str(steps[name]),
-                "× frozen": f"{steps[name].over(steps[FROZEN]):.2f}",
-                "× PEFT": f"{steps[name].over(steps[PEFT]):.2f}",
-                "with AdamW, ms": str(update) if update else "",
-                "× PEFT with AdamW": f"{update.over(updates[PEFT]):.2f}" if update else "",
-                f"MB {measured}": f"{memory[name] / 1e6:.1f}",
-            }
-        )
+    rows = [
+        {
+            "side": name,
+            "forward + backward, ms": str(steps[name]),
+            "× frozen": f"{steps[name].over(steps[FROZEN]):.3f}",
+            "× PEFT": f"{steps[name].over(steps[PEFT]):.3f}",
+            f"MB {measured}": f"{memory[name] / 1e6:.1f}",
+        }
+        for name in trainees
+    ]
     mode = "compiled" if options.compile else "eager"
     timings = {f"{name}, forward + backward": timing for name, timing in steps.items()}
-    timings |= {f"{name}, with AdamW": timing for name, timing in updates.items()}
-    report.add(f"{task.title}, {options.dtype}, r={R}, {mode}", rows, timings, agreement)
+    limit = f"FLOP limit: {flops[EXPLICIT] / flops[FROZEN]:.3f} × frozen. "
+    title = f"{task.title}, {options.dtype}, r={R}, {mode}"
+    report.add(title, rows, timings, limit + agreement)
 
 
-def step(trainee: Trainee, optimizer: torch.optim.Optimizer | None = None) -> Callable[[Any], Any]:
+def step(trainee: Trainee) -> Callable[[Any], Any]:
     parameters = list(trainee.trained.values())
 
     def run(_: object) -> None:
         for parameter in parameters:
             parameter.grad = None
         trainee.loss().backward()
-        if optimizer:
-            optimizer.step()
 
     return run
 
 
-def adamw(trainee: Trainee) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainee.trained.values(), lr=1e-4)
+def operations(trainee: Trainee) -> int:
+    """Count the operations of a step's products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        trainee.loss().backward()
+    return counter.get_total_flops()
 
 
 # ---- the sides ----------------------------------------------------------------------------------
 
 
-def prepared(task: Task, compiled: bool) -> dict[str, Trainee]:
-    """Return the three sides with equal weights, fxlora's and PEFT's with equal A and B.
+def prepared(task: Task, options: argparse.Namespace) -> dict[str, Trainee]:
+    """Return the sides with equal weights, fxlora's and PEFT's with equal A and B.
 
     The loss is compiled, and not the model: a compiled model that also returns its logits would
     have to compute their gradients, too.
     """
 
-    def ready(loss: Callable[..., torch.Tensor]) -> Any:
-        return torch.compile(loss, dynamic=False) if compiled else loss
+    def ready(module: nn.Module) -> Trainee:
+        def loss() -> torch.Tensor:
+            return task.loss(module)
+
+        return Trainee(module, torch.compile(loss, dynamic=False) if options.compile else loss)
 
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=task.targets)
-    lora = fxlora.adapt(task.model, (), task.example, rules=rules, adapter_dtype=False).train()
+    lora = fxlora.adapt(task.model, (), task.example, rules=rules).train()
     randomise_b(lora)
-    peft = with_peft(task)
-    copy_adapters(lora, peft)
-    frozen = task.rest.requires_grad_(False)
-    loss_after_stem = ready(lambda activation: task.rest_loss(frozen, activation))
-
-    def frozen_loss() -> torch.Tensor:
-        with torch.no_grad():
-            activation = task.stem()
-        return loss_after_stem(activation.requires_grad_())
-
-    return {
-        FXLORA: Trainee(lora, ready(lambda: task.loss(lora))),
-        PEFT: Trainee(peft, ready(lambda: task.loss(peft))),
-        FROZEN: Trainee(frozen, frozen_loss),
-    }
+    sides = {EXPLICIT: ready(lora), FAST: ready(fxlora.optimize(lora))}
+    for name, upcast in ((PEFT, True), (PEFT_NARROW, False)):
+        if upcast or options.dtype != "float32":
+            peft = with_peft(task, upcast)
+            copy_adapters(lora, peft)
+            sides[name] = ready(peft)
+    if options.full:
+        sides[FULL] = ready(copy.deepcopy(task.model).train().requires_grad_(True))
+    return {**sides, FROZEN: ready(frozen(task))}
 
 
-def with_peft(task: Task) -> nn.Module:
+def frozen(task: Task) -> nn.Module:
+    """Return the model without anything to train, but the gradient of its first layer's output."""
+    model = copy.deepcopy(task.model).train().requires_grad_(False)
+    stem = model.get_submodule(task.stem)
+    stem.register_forward_hook(lambda _module, _args, output: output.detach().requires_grad_())
+    return model
+
+
+def with_peft(task: Task, upcast: bool) -> nn.Module:
     """Return the model with PEFT's layers, but without PEFT's wrapper around the model."""
     config = PeftConfig(
         r=R,
@@ -193,7 +205,7 @@ def with_peft(task: Task) -> nn.Module:
         target_modules=task.targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in task.model.modules()),
     )
-    peft = get_peft_model(copy.deepcopy(task.model), config, autocast_adapter_dtype=False)
+    peft = get_peft_model(copy.deepcopy(task.model), config, autocast_adapter_dtype=upcast)
     return peft.get_base_model().train()
 
 
@@ -208,74 +220,141 @@ def check(trainees: dict[str, Trainee], tolerance: float) -> str:
     Returns a sentence with the differences, for the report.
     """
     losses = {name: trainee.loss() for name, trainee in trainees.items()}
-    for name in (FXLORA, PEFT):
+    for name in (EXPLICIT, FAST, PEFT):
         losses[name].backward()
-    mine, theirs = trainees[FXLORA].trained, trainees[PEFT].trained
-    assert mine.keys() == theirs.keys() and all(map(is_adapter, mine))
+    mine = trainees[EXPLICIT].trained
+    effect = error(losses[EXPLICIT], losses[FROZEN])
+    assert all(map(is_adapter, mine))
     assert all(p.grad is not None and p.grad.any() for p in mine.values()), "a dead adapter"
-    gap = error(losses[FXLORA], losses[PEFT])
-    effect = error(losses[FXLORA], losses[FROZEN])
-    gradient = error(
-        torch.cat([gradient_of(p) for p in mine.values()]),
-        torch.cat([gradient_of(theirs[name]) for name in mine]),
-    )
-    assert effect > 10 * gap, f"the adapters change the loss by {effect:.1e} only"
-    assert gap < tolerance, f"the losses differ by {gap:.1e}"
-    assert gradient < tolerance, f"the gradients differ by {gradient:.1e}"
+    said: list[str] = []
+    for name in (FAST, PEFT):
+        theirs = trainees[name].trained
+        assert mine.keys() == theirs.keys()
+        gap = error(losses[EXPLICIT], losses[name])
+        gradient = error(
+            torch.cat([gradient_of(p) for p in mine.values()]),
+            torch.cat([gradient_of(theirs[key]) for key in mine]),
+        )
+        assert effect > 10 * gap, f"the adapters change the loss by {effect:.1e} only"
+        assert gap < tolerance, f"the losses differ by {gap:.1e}"
+        assert gradient < tolerance, f"the gradients differ by {gradient:.1e}"
+        said.append(f"{name} by {gap:.0e} in the loss and {gradient:.0e} in the gradients")
     return (
-        f"fxlora and PEFT differ by {gap:.0e} in the loss and by {gradient:.0e} (of the largest) "
-        f"in the gradients; the adapters change the loss by {effect:.0e}."
+        f"From the explicit module differ, relative to the largest: {', '.join(said)}. The "
+        f"adapters change the loss by {effect:.0e}."
     )
 
 
 # ---- the models ---------------------------------------------------------------------------------
 
 
-def text(options: argparse.Namespace) -> Task:
-    """Return the task for GPT-2 small, with adapters on every Conv1D."""
+def language(
+    options: argparse.Namespace, title: str, model: Any, stem: str, targets: list[str]
+) -> Task:
     batch, tokens = options.text
-    layers = 2 if options.quick else 12
-    model = gpt2(layers).to(options.device, DTYPES[options.dtype]).train()
+    model = model.to(options.device, DTYPES[options.dtype]).train()
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=options.device)
     example = {"input_ids": ids, "labels": ids.clone()}
     return Task(
-        f"GPT-2, {layers} layers, {batch}x{tokens} tokens",
+        f"{title}, {batch}x{tokens} tokens",
         model,
-        ["c_attn", "c_proj", "c_fc"],
+        stem,
+        targets,
         example,
         lambda module: module(**example).loss,
-        lambda: model.transformer.wte(ids),
-        copy.deepcopy(model),
-        lambda module, embeds: module(inputs_embeds=embeds, labels=example["labels"]).loss,
     )
 
 
-def vision(options: argparse.Namespace) -> Task:
-    """Return the task for ResNet-50, with adapters on every convolution and the classifier.
+def text(options: argparse.Namespace) -> Task:
+    layers = 2 if options.quick else 12
+    targets = ["c_attn", "c_proj", "c_fc"]
+    return language(options, f"GPT-2, {layers} layers", gpt2(layers), "transformer.wte", targets)
 
-    Batch norms are in train mode.
+
+def llama(options: argparse.Namespace) -> Task:
+    layers, width = (2, 128) if options.quick else (8, 1024)
+    config = LlamaConfig(**sizes(layers, width), intermediate_size=width * 11 // 4)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    title = f"Llama, {layers} layers of {width}"
+    return language(options, title, causal(LlamaForCausalLM, config), EMBEDDING, targets)
+
+
+def mixtral(options: argparse.Namespace) -> Task:
+    layers, width = (2, 128) if options.quick else (4, 512)
+    few = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width * 2}
+    config = MixtralConfig(**sizes(layers, width), **few)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    title = f"Mixtral, {layers} layers of {width}, 4 experts"
+    return language(options, title, causal(MixtralForCausalLM, config), EMBEDDING, targets)
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+def sizes(layers: int, width: int) -> dict[str, Any]:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "vocab_size": 4096,
+        "use_cache": False,
+        **heads,
+    }
+
+
+def causal(kind: Any, config: Any) -> Any:
+    model = kind(config)
+    model.loss_type = "ForCausalLM"  # the default, without its warning, which breaks graphs
+    return model
+
+
+def vision(name: str, stem: str) -> Callable[[argparse.Namespace], Task]:
+    """Return the task for a torchvision model, with every convolution and linear layer adapted.
+
+    Batch norms are in train mode; the random parts of ViT, Swin and ConvNeXt are off.
     """
-    batch, size = options.images
-    build = torchvision.models.resnet18 if options.quick else torchvision.models.resnet50
-    model = build().to(options.device, DTYPES[options.dtype]).train()
-    images = torch.randn(batch, 3, size, size).to(next(model.parameters()))
-    labels = torch.randint(0, 1000, (batch,), device=options.device)
-    rest: Any = copy.deepcopy(model)
-    rest.conv1 = nn.Identity()
-    kinds = (nn.Conv2d, nn.Linear)
-    return Task(
-        f"{'ResNet-18' if options.quick else 'ResNet-50'}, {batch}x3x{size}x{size}",
-        model,
-        [name for name, module in model.named_modules() if isinstance(module, kinds)],
-        {"x": images},
-        lambda module: F.cross_entropy(module(images).float(), labels),
-        lambda: model.conv1(images),
-        rest,
-        lambda module, activation: F.cross_entropy(module(activation).float(), labels),
-    )
+
+    def task(options: argparse.Namespace) -> Task:
+        batch, size = options.images
+        chosen = "resnet18" if options.quick and name == "resnet50" else name
+        model = torchvision.models.get_model(chosen)
+        for module in model.modules():
+            if isinstance(module, torchvision.ops.StochasticDepth):
+                module.p = 0.0
+        model = model.to(options.device, DTYPES[options.dtype]).train()
+        images = torch.randn(batch, 3, size, size).to(next(model.parameters()))
+        labels = torch.randint(0, 1000, (batch,), device=options.device)
+        kinds = (nn.Conv2d, nn.Linear)
+        return Task(
+            f"{chosen}, {batch}x3x{size}x{size}",
+            model,
+            stem,
+            [name for name, module in model.named_modules() if _adaptable(module, kinds)],
+            {"x" if hasattr(model, "fc") else _first_argument(model): images},
+            lambda module: F.cross_entropy(module(images).float(), labels),
+        )
+
+    return task
 
 
-TASKS = {"gpt2": text, "resnet": vision}
+def _adaptable(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    # PEFT has no adapter for the output projection inside of nn.MultiheadAttention
+    return type(module) in kinds
+
+
+def _first_argument(model: nn.Module) -> str:
+    return model.forward.__code__.co_varnames[1]
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
+    "gpt2": text,
+    "llama": llama,
+    "mixtral": mixtral,
+    "resnet50": vision("resnet50", "conv1"),
+    "vit_b_16": vision("vit_b_16", "conv_proj"),
+    "swin_t": vision("swin_t", "features.0"),
+    "convnext_tiny": vision("convnext_tiny", "features.0"),
+}
 
 
 if __name__ == "__main__":
