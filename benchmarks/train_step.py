@@ -281,7 +281,11 @@ def llama(options: argparse.Namespace) -> Task:
 
 def mixtral(options: argparse.Namespace) -> Task:
     layers, width = (2, 128) if options.quick else (4, 512)
-    few = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width * 2}
+    few: dict[str, Any] = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": width * 2,
+    }
     config = MixtralConfig(**sizes(layers, width), **few)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     title = f"Mixtral, {layers} layers of {width}, 4 experts"
@@ -292,13 +296,13 @@ EMBEDDING = "model.embed_tokens"
 
 
 def sizes(layers: int, width: int) -> dict[str, Any]:
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     return {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "hidden_size": width,
         "num_hidden_layers": layers,
         "vocab_size": 4096,
         "use_cache": False,
-        **heads,
     }
 
 

@@ -19,6 +19,7 @@ from .errors import (
     UnsupportedOpError,
     warn,
 )
+from .fast import Fast
 from .frontends import capture, capture_recorded
 from .frontends.arguments import given_calls
 from .frontends.joined import check_same_model, joined
@@ -298,7 +299,7 @@ def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
 
 
 @no_ambient_modes()
-def optimize(module: CapturedModule) -> CapturedModule:
+def optimize(module: CapturedModule, *, recompute: bool = False) -> CapturedModule:
     """Return a module whose calls run faster graphs, equal to the explicit ones.
 
     Adapted layers with one input (q, k and v) become one op, which reads x once for all A, adds
@@ -309,6 +310,8 @@ def optimize(module: CapturedModule) -> CapturedModule:
 
     Args:
         module: an adapted module; it is not changed.
+        recompute: also compute chains of elementwise ops (a GELU that is written out, a gate)
+            again in the backward, where less memory is saved for it then. It takes more time.
 
     Returns:
         The optimized module.
@@ -325,7 +328,7 @@ def optimize(module: CapturedModule) -> CapturedModule:
         -------  -----------  -----------  ----------------------  ----------
         weight   train, eval  1 in one op                      72         100
     """
-    return Optimize()(module)
+    return Optimize(Fast(recompute=recompute))(module)
 
 
 @no_ambient_modes()
@@ -348,7 +351,7 @@ def explicit(module: CapturedModule) -> CapturedModule:
         >>> fxlora.explicit(fxlora.optimize(lora)).schedule is None
         True
     """
-    return Optimize(fast=False)(module)
+    return Optimize(None)(module)
 
 
 @no_ambient_modes()

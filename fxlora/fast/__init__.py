@@ -1,5 +1,6 @@
 """Fast graphs: derived from the explicit ones, equal to them, and run in their place."""
 
-from .graph import fast_graph
+from .graph import Fast, fast_graph
+from .recompute import Recomputed
 
-__all__ = ["fast_graph"]
+__all__ = ["Fast", "Recomputed", "fast_graph"]

@@ -5,20 +5,33 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from ..fx.marks import ADAPTER, APART, JOINED
-from .layers import Layer, grouped
+from .layers import Layer, grouped, is_barrier
 from .linears import linears
+from .recompute import recompute_chains
 
 assert linears  # its import registers the op
 
 aten = torch.ops.aten
 
 
-def fast_graph(graph: fx.Graph) -> fx.Graph:
+@dataclass(frozen=True)
+class Fast:
+    """What a fast graph may do.
+
+    Attributes:
+        recompute: compute chains of elementwise ops again in the backward.
+    """
+
+    recompute: bool = False
+
+
+def fast_graph(graph: fx.Graph, how: Fast) -> fx.Graph:
     """Return a copy of a graph in which one op computes each group of adapted layers."""
     fast = copy.deepcopy(graph)
     found = grouped(fast)
@@ -26,6 +39,8 @@ def fast_graph(graph: fx.Graph) -> fx.Graph:
         _join(layers)
     for node, reason in found.others.items():
         node.meta[APART] = reason
+    if how.recompute:
+        recompute_chains(fast, is_barrier)
     fast.lint()
     return fast
 

@@ -158,7 +158,7 @@ def grouped(graph: fx.Graph) -> Groups:
     order = {node: number for number, node in enumerate(graph.nodes)}
     layers = sorted(_layers(graph, found.others), key=lambda layer: order[layer.base])
     own = {node for layer in layers for node in layer.nodes}
-    barriers = [number for node, number in order.items() if not _is_pure(node)]
+    barriers = [number for node, number in order.items() if is_barrier(node)]
     latest: dict[fx.Node, list[Layer]] = {}
 
     def may_join(layer: Layer, first: fx.Node) -> bool:
@@ -187,14 +187,14 @@ def _layers(graph: fx.Graph, others: dict[fx.Node, str]) -> Iterator[Layer]:
                 others[node] = str(reason)
 
 
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a node is known to write to no tensor, and to change no mode of torch."""
+def is_barrier(node: fx.Node) -> bool:
+    """Whether a node may write to a tensor, or change a mode of torch."""
     if node.op != "call_function":
-        return node.op in ("placeholder", "get_attr", "output")
+        return node.op not in ("placeholder", "get_attr", "output")
     if isinstance(node.target, OpOverload):
-        return not node.target._schema.is_mutable
+        return node.target._schema.is_mutable
     number = isinstance(node.meta.get("val"), int | float | torch.SymInt)
-    return node.target is operator.getitem or number
+    return node.target is not operator.getitem and not number
 
 
 def _movable(node: fx.Node, begin: int, order: dict[fx.Node, int], own: set[fx.Node]) -> bool:

@@ -21,20 +21,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - typed nowhere
+from .plain import is_plain
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
 _LIBRARY.define(
     "linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] downs, Tensor[] ups, "
     "float[] scalings) -> Tensor[]"
 )
-
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def linears(
@@ -60,7 +55,7 @@ def linears(
     """
     x, weights, biases, downs, ups = _as_autocast(x, weights, biases, downs, ups)
     with torch.autocast(x.device.type, enabled=False):
-        if _needs_formula([x, *weights, *(b for b in biases if b is not None), *downs, *ups]):
+        if not is_plain([x, *weights, *(b for b in biases if b is not None), *downs, *ups]):
             layers = zip(weights, biases, downs, ups, scalings, strict=True)
             return [_formula(x, *layer) for layer in layers]
         outputs = _Linears.apply(tuple(scalings), x, *weights, *biases, *downs, *ups)
@@ -101,17 +96,6 @@ def _as_autocast(
         [None if bias is None else cast_(bias) for bias in biases],
         [cast_(down) for down in downs],
         [cast_(up) for up in ups],
-    )
-
-
-def _needs_formula(tensors: Sequence[Tensor]) -> bool:
-    """Whether the op's own gradient does not hold for these tensors, or is not known to."""
-    return (
-        any(type(tensor) not in _PLAIN for tensor in tensors)
-        or any(tensor.layout is not torch.strided for tensor in tensors)
-        or _functorch.maybe_get_level(tensors[0]) > -1
-        or _functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
     )
 
 

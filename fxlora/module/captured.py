@@ -136,7 +136,8 @@ class CapturedModule(ProgramModule):
     def running(self, graph: fx.Graph) -> fx.Graph:
         if id(graph) in self._running:
             return self._running[id(graph)]
-        return fast_graph(graph) if self.known.optimized else graph
+        how = self.known.optimized
+        return fast_graph(graph, how) if how else graph
 
     @property
     def schedule(self) -> Schedule | None:

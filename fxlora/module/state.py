@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..fast import Fast
 from ..plan import Plan
 
 
@@ -31,7 +32,7 @@ class State:
             memory, through which the graphs may read it too.
         read_values: the numbers, strings and flags that the captured calls read in the source, by
             the name of the attribute.
-        optimized: whether calls run fast graphs, derived from the explicit ones.
+        optimized: how the fast graphs that run are derived, or None if the explicit ones run.
     """
 
     plan: Plan | None = None
@@ -47,7 +48,7 @@ class State:
     apart: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    optimized: bool = False
+    optimized: Fast | None = None
 
     @property
     def trained(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..fast import Fast
 from ..module import CapturedModule
 from ..module.state import State
 from .base import Pass
@@ -14,10 +15,10 @@ class Optimize(Pass):
     """Choose what a module's calls run; the graphs themselves, which other passes read, stay.
 
     Attributes:
-        fast: whether calls run fast graphs, derived from the explicit ones (see fast/), or these.
+        fast: how the fast graphs that run are derived (see fast/), or None to run these.
     """
 
-    fast: bool = True
+    fast: Fast | None
 
     def rewrite(self, module: CapturedModule) -> State:
         return replace(module.known, optimized=self.fast)

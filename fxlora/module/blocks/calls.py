@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from ...errors import SubmoduleError
-from ...fast import fast_graph
+from ...fast import Fast, fast_graph
 from ...fx.compare import same_graph_except_sizes
 from ..autocasts import UNKNOWN, Autocasts
 from ..constants import EqualConstants
@@ -63,7 +63,7 @@ class BlockCall:
 
 
 def outline(
-    owner: nn.Module, programs: Sequence[Program], paths: Collection[str], fast: bool = False
+    owner: nn.Module, programs: Sequence[Program], paths: Collection[str], fast: Fast | None = None
 ) -> tuple[dict[int, fx.Graph], dict[str, Calls]]:
     """Outline submodules in the graphs of all programs.
 
@@ -71,7 +71,7 @@ def outline(
         owner: the captured module.
         programs: its programs, whose graphs stay as they are.
         paths: the submodules.
-        fast: whether the graphs that run are to be fast ones (see fast/).
+        fast: how the graphs that run are made faster (see fast/), or None.
 
     Returns:
         By the id of each graph, the graph that calls the submodules; by path, the submodule's calls
@@ -103,7 +103,7 @@ def outline(
 
 
 def _split(
-    program: Program, mode: str, paths: Collection[str], equal: EqualConstants, fast: bool
+    program: Program, mode: str, paths: Collection[str], equal: EqualConstants, fast: Fast | None
 ) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
     """Return a mode's graph with calls of submodules, and these by path."""
     ordered = _ordered(program.inputs[mode])
@@ -111,8 +111,8 @@ def _split(
     rest, made = split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
     if not fast:
         return rest, made
-    return fast_graph(rest), {
-        path: [replace(call, graph=fast_graph(call.graph)) for call in of_path]
+    return fast_graph(rest, fast), {
+        path: [replace(call, graph=fast_graph(call.graph, fast)) for call in of_path]
         for path, of_path in made.items()
     }
 
