@@ -41,6 +41,7 @@ import fxlora
 
 R, ALPHA = 16, 32
 EXPLICIT, FAST, FROZEN, FULL = "fxlora, explicit", "fxlora, optimized", "frozen", "full"
+RECOMPUTE = "fxlora, optimized, recompute"
 PEFT = "PEFT"  # with adapters in the dtype of fxlora's, which is its default
 PEFT_NARROW = "PEFT, adapters in the model's dtype"
 # Between two orders of summation; the errors of gradients add up over layers, or in bfloat16.
@@ -178,7 +179,11 @@ def prepared(task: Task, options: argparse.Namespace) -> dict[str, Trainee]:
     rules = fxlora.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=task.targets)
     lora = fxlora.adapt(task.model, (), task.example, rules=rules).train()
     randomise_b(lora)
-    sides = {EXPLICIT: ready(lora), FAST: ready(fxlora.optimize(lora))}
+    sides = {
+        EXPLICIT: ready(lora),
+        FAST: ready(fxlora.optimize(lora)),
+        RECOMPUTE: ready(fxlora.optimize(lora, recompute=True)),
+    }
     for name, upcast in ((PEFT, True), (PEFT_NARROW, False)):
         if upcast or options.dtype != "float32":
             peft = with_peft(task, upcast)
@@ -220,14 +225,14 @@ def check(trainees: dict[str, Trainee], tolerance: float) -> str:
     Returns a sentence with the differences, for the report.
     """
     losses = {name: trainee.loss() for name, trainee in trainees.items()}
-    for name in (EXPLICIT, FAST, PEFT):
+    for name in (EXPLICIT, FAST, RECOMPUTE, PEFT):
         losses[name].backward()
     mine = trainees[EXPLICIT].trained
     effect = error(losses[EXPLICIT], losses[FROZEN])
     assert all(map(is_adapter, mine))
     assert all(p.grad is not None and p.grad.any() for p in mine.values()), "a dead adapter"
     said: list[str] = []
-    for name in (FAST, PEFT):
+    for name in (FAST, RECOMPUTE, PEFT):
         theirs = trainees[name].trained
         assert mine.keys() == theirs.keys()
         gap = error(losses[EXPLICIT], losses[name])

@@ -42,11 +42,14 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
     """Replace chains of elementwise ops by calls that compute them again in the backward."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     barriers = [number for node, number in order.items() if is_barrier(node)]
+    written = {_source(given) for n in graph.nodes if is_barrier(n) for given in n.all_input_nodes}
     for number, chain in enumerate(list(_chains(graph))):
         begin, end = order[chain[0]], order[chain[-1]]
         if any(begin < barrier < end for barrier in barriers):
             continue
         inputs = _inputs(chain)
+        if not written.isdisjoint(map(_source, inputs)):
+            continue  # autograd would refuse to read them in the backward
         inner = _graph_of(chain, inputs)
         found = _measured(inner, inputs, chain)
         if found and found.after < found.before:
@@ -90,6 +93,11 @@ def _is_elementwise(node: fx.Node) -> bool:
 def _inputs(chain: list[fx.Node]) -> list[fx.Node]:
     given = itertools.chain.from_iterable(node.all_input_nodes for node in chain)
     return list(dict.fromkeys(node for node in given if node not in chain))
+
+
+def _source(node: fx.Node) -> Any:
+    """Return what two nodes have in common that are one tensor: a node, or a tensor's name."""
+    return node.target if node.op == "get_attr" else node
 
 
 def _graph_of(chain: list[fx.Node], inputs: list[fx.Node]) -> fx.GraphModule:

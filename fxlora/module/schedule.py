@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from ..fx.marks import ADAPTER, APART, JOINED
+from ..fast import Recomputed
+from ..fx.marks import ADAPTER, APART, JOINED, RECOMPUTED
 from ..plan import Entry, Plan
 from ..tables import render, some
+from .program import MODES
 
 Runs = Iterable[tuple[str, fx.Graph]]  # the graphs that run, with their modes
 
@@ -39,9 +44,11 @@ class Schedule:
 
     Attributes:
         groups: those that one node computes first.
+        recomputed: what the backward computes again, and how often, in the mode where it is most.
     """
 
     groups: tuple[Group, ...]
+    recomputed: tuple[tuple[Recomputed, int], ...] = ()
 
     @classmethod
     def of(cls, runs: Runs, plan: Plan | None) -> Schedule:
@@ -49,11 +56,14 @@ class Schedule:
         entries = {entry.name_a: entry for entry in plan or ()}
         modes: dict[tuple[tuple[str, ...], str], dict[str, None]] = {}
         units: dict[tuple[str, ...], tuple[int, int]] = {}
+        again = {mode: Counter[Recomputed]() for mode in MODES}
         for mode, graph in runs:
             for node in graph.nodes:
                 if names := node.meta.get(JOINED):
                     modes.setdefault((names, ""), {})[mode] = None
                     units[names] = _traffic([entries[name] for name in names])
+                elif chain := node.meta.get(RECOMPUTED):
+                    again[mode][chain] += 1
                 elif ADAPTER in node.meta:
                     reason = node.meta.get(APART, "")
                     modes.setdefault(((node.meta[ADAPTER][0],), reason), {})[mode] = None
@@ -70,7 +80,11 @@ class Schedule:
             )
             for (names, reason), found in modes.items()
         ]
-        return cls(tuple(sorted(groups, key=lambda group: bool(group.reason))))
+        most = functools.reduce(operator.or_, again.values())
+        return cls(
+            tuple(sorted(groups, key=lambda group: bool(group.reason))),
+            tuple(sorted(most.items(), key=lambda item: len(item[0].ops))),
+        )
 
     def __str__(self) -> str:
         header = ("sites", "modes", "form", "numbers per row of x", "explicit")
@@ -83,6 +97,16 @@ class Schedule:
                 f"{group.explicit:,}" if group.fast else "",
             )
             for group in self.groups
+        ]
+        return "\n\n".join(filter(None, (render(header, rows), self._recomputations())))
+
+    def _recomputations(self) -> str:
+        if not self.recomputed:
+            return ""
+        header = ("recomputed in the backward", "chains", "saved bytes of each", "before")
+        rows = [
+            (some(chain.ops), f"{number:,}", f"{chain.after:,}", f"{chain.before:,}")
+            for chain, number in self.recomputed
         ]
         return render(header, rows)
 
