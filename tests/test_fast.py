@@ -218,11 +218,26 @@ class ReadTwice(nn.Module):
         return self.two(y) + self.one(y) * y + self.two(x)
 
 
+class Overwrites(nn.Module):
+    """Writes to the layers' own outputs, and to a view of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.one(x), self.two(x)
+        y += 2
+        z[..., 1:].mul_(3)
+        return y * z
+
+
 OTHERS: dict[str, tuple[type[nn.Module], int]] = {
     "a matrix as the bias": (Full, 0),
     "a write between": (Writes, 2),
     "a bias from another layer": (Chained, 2),
     "reads that repeat": (ReadTwice, 2),
+    "writes to the outputs": (Overwrites, 1),
 }
 
 

@@ -112,7 +112,9 @@ class _Linears(torch.autograd.Function):
             output = F.linear(rows, weight, bias)
             # (tokens, out) += s (tokens, r) @ (r, out)
             output.addmm_(low, up.t(), alpha=scaling)
-            outputs.append(output.view(*x.shape[:-1], weight.shape[0]))
+            # not a view, which autograd would not let the model write to
+            shape = [*x.shape[:-1], weight.shape[0]]
+            outputs.append(torch.ops.aten._unsafe_view.default(output, shape))
         ctx.scalings = scalings
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)
