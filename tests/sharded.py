@@ -39,7 +39,7 @@ from fxlora.module.sharded import is_sharded, whole, write
 SAMPLES, STEPS = 4, 3
 HALF = "bfloat16"  # FSDP2 per layer over a base in bfloat16, with adapters in float32
 BOTH = "both"  # FSDP2 over two groups of processes, tensor parallelism inside each
-KINDS = ("ddp", "root", "blocks", "checkpointed", "tensor_parallel")
+KINDS = ("ddp", "root", "blocks", "checkpointed", "optimized", "tensor_parallel")
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -169,9 +169,11 @@ def sharded(kind: str) -> tuple[Any, nn.Module]:
             fully_shard(layer, mesh=mesh["data"])
         return lora, lora
     lora = adapted(captured(dtype=torch.bfloat16 if kind == HALF else torch.float64))
+    if kind == "optimized":
+        lora = fxlora.optimize(lora, recompute=True).train()
     if kind == "ddp":
         return lora, nn.parallel.DistributedDataParallel(lora)
-    for index in range(2 if kind in ("blocks", "checkpointed", HALF) else 0):
+    for index in range(2 if kind in ("blocks", "checkpointed", "optimized", HALF) else 0):
         if kind == "checkpointed":
             lora.layers[index] = checkpoint_wrapper(lora.layers[index])
         fully_shard(lora.layers[index])
