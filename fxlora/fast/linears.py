@@ -58,6 +58,8 @@ def linears(
         if not is_plain([x, *weights, *(b for b in biases if b is not None), *downs, *ups]):
             layers = zip(weights, biases, downs, ups, scalings, strict=True)
             return [_formula(x, *layer) for layer in layers]
+        if not torch.is_grad_enabled():
+            return _forward(x, weights, biases, downs, ups, scalings)[0]
         outputs = _Linears.apply(tuple(scalings), x, *weights, *biases, *downs, *ups)
         return list(cast("tuple[Tensor, ...]", outputs))
 
@@ -99,22 +101,35 @@ def _as_autocast(
     )
 
 
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs, and x A^T of all layers: (tokens, R)."""
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = torch.mm(rows, _joined(downs).t())  # (tokens, in) @ (in, R) -> (tokens, R)
+    outputs: list[Tensor] = []
+    for weight, bias, up, scaling, low in zip(
+        weights, biases, ups, scalings, _split(hidden, ups), strict=True
+    ):
+        output = F.linear(rows, weight, bias)
+        # (tokens, out) += s (tokens, r) @ (r, out)
+        output.addmm_(low, up.t(), alpha=scaling)
+        # not a view, which autograd would not let the model write to
+        shape = [*x.shape[:-1], weight.shape[0]]
+        outputs.append(torch.ops.aten._unsafe_view.default(output, shape))
+    return outputs, hidden
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scalings: tuple[float, ...], x: Tensor, *given: Tensor | None) -> Any:
         weights, biases, downs, ups = _in_fours(given)
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = torch.mm(rows, _joined(downs).t())  # (tokens, in) @ (in, R) -> (tokens, R)
-        outputs: list[Tensor] = []
-        for weight, bias, up, scaling, low in zip(
-            weights, biases, ups, scalings, _split(hidden, ups), strict=True
-        ):
-            output = F.linear(rows, weight, bias)
-            # (tokens, out) += s (tokens, r) @ (r, out)
-            output.addmm_(low, up.t(), alpha=scaling)
-            # not a view, which autograd would not let the model write to
-            shape = [*x.shape[:-1], weight.shape[0]]
-            outputs.append(torch.ops.aten._unsafe_view.default(output, shape))
+        outputs, hidden = _forward(x, weights, biases, downs, ups, scalings)
         ctx.scalings = scalings
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)
