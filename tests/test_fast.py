@@ -482,6 +482,38 @@ def test_a_write_inside_of_a_chain_keeps_it_as_it_is() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.autocast
+@pytest.mark.parametrize("kind", ["plain", "blocks", "autocast"])
+def test_dropout_is_drawn_again(kind: str) -> None:
+    x = X.float() if kind == "autocast" else X
+    rules, modules = VARIANTS["dropout"], "layers.*" if kind == "blocks" else None
+    lora = adapted(x=x, rules=rules, modules=modules).train()
+    fast = fxlora.optimize(lora, recompute=True)
+    assert fast.schedule is not None
+    dropouts = ("aten.dropout.default", "aten.linear.default")
+    chains = sum(n for chain, n in fast.schedule.recomputed if chain.ops == dropouts)
+    assert chains == (10 if kind == "blocks" else 11)  # the size of a block's result is not known
+    found: list[Any] = []
+    for module in (lora, fast):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            first = module(x)
+            second = module(x)  # draws other numbers before the first one's backward
+        trained = fxlora.lora_parameters(module)
+        grads = torch.autograd.grad(first.double().sin().sum(), trained, retain_graph=True)
+        again = torch.autograd.grad(first.double().sin().sum(), trained)
+        other = torch.autograd.grad(second.double().sin().sum(), trained)
+        found.append([first, second, *grads, *again, *other, torch.rand(3)])
+    assert not torch.equal(found[0][0], found[0][1])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **({} if kind == "autocast" else EXACT))
+    before, after = saved(lora, x), saved(fast, x)
+    assert after < 0.85 * before
+
+
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+
+
 # ---- the op -------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,17 @@ def layer_of(output: fx.Node) -> Layer:
     return layer
 
 
+def hidden_of(output: fx.Node) -> fx.Node | None:
+    """Return A(x) of the adapter that ends at a node, if it is a branch of two plain products."""
+    if output.meta.get(ADAPTER, ("", ""))[1] != "branch" or len(output.args) != 2:
+        return None
+    try:
+        product = _call(output.args[1], LOW_RANK_PRODUCT)
+        return _call(_call(product.args[0], aten.mul.Tensor).args[0], LOW_RANK_PRODUCT)
+    except NotJoinable:
+        return None
+
+
 def _call(node: Any, target: OpOverload) -> fx.Node:
     """Return a node, if it is a call of the target with two arguments.
 

@@ -55,7 +55,8 @@ def linears(
     """
     x, weights, biases, downs, ups = _as_autocast(x, weights, biases, downs, ups)
     with torch.autocast(x.device.type, enabled=False):
-        if not is_plain([x, *weights, *(b for b in biases if b is not None), *downs, *ups]):
+        tensors = [x, *weights, *(b for b in biases if b is not None), *downs, *ups]
+        if not is_plain(tensors, traced=True):
             layers = zip(weights, biases, downs, ups, scalings, strict=True)
             return [_formula(x, *layer) for layer in layers]
         if not torch.is_grad_enabled():

@@ -3,13 +3,16 @@
 Autograd saves what each op needs: for a GELU that is written out, six tensors as wide as x. A chain
 whose inner values nobody else reads can be computed again from its inputs, which are saved instead.
 Which is less is found by a trial on the meta device, with the sizes of the example.
+
+The dropout in front of an adapter's A is such a chain, too, with the product: its result and its
+mask are drawn again, from the random state of the forward.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,10 @@ from ..fx.autocast import current_autocast
 from ..fx.calls import example_value
 from ..fx.marks import ADAPTER, RECOMPUTED
 from ..fx.trials import concrete_sizes
+from .layers import hidden_of
 from .plain import is_plain
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,11 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
     order = {node: number for number, node in enumerate(graph.nodes)}
     barriers = [number for node, number in order.items() if is_barrier(node)]
     written = {_source(given) for n in graph.nodes if is_barrier(n) for given in n.all_input_nodes}
-    for number, chain in enumerate(list(_chains(graph))):
+    draws = [number for node, number in order.items() if _draws(node)]
+    for number, chain in enumerate([*_chains(graph), *_dropouts(graph)]):
         begin, end = order[chain[0]], order[chain[-1]]
-        if any(begin < barrier < end for barrier in barriers):
+        between = draws if _draws(chain[0]) else ()
+        if any(begin < at < end for at in (*barriers, *between)):
             continue
         inputs = _inputs(chain)
         if not written.isdisjoint(map(_source, inputs)):
@@ -53,7 +61,7 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
         inner = _graph_of(chain, inputs)
         found = _measured(inner, inputs, chain)
         if found and found.after < found.before:
-            _replace(chain, inputs, _Chain(inner, number), found)
+            _replace(chain, inputs, _Chain(inner, number, _draws(chain[0])), found)
 
 
 # ---- chains -------------------------------------------------------------------------------------
@@ -72,6 +80,24 @@ def _chains(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         if node in ends:
             chains.setdefault(ends[node], []).append(node)
     yield from (chain for chain in chains.values() if len(chain) > 1)
+
+
+def _dropouts(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Yield each dropout in front of an adapter's A, with the product."""
+    for node in graph.nodes:
+        hidden = hidden_of(node)
+        dropout = hidden.args[0] if hidden else None
+        if not (hidden and isinstance(dropout, fx.Node)):
+            continue
+        if dropout.target == aten.dropout.default and len(dropout.users) == 1:
+            yield [dropout, hidden]
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, or may do so."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return node.op in ("call_function", "call_module", "call_method")
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -132,6 +158,8 @@ def _measured(
     Weights, which are there anyway, do not count.
     """
     examples = [_example(node) for node in inputs]
+    if _draws(chain[0]) and isinstance(examples[0], Tensor):  # A, of which one row is enough
+        examples[1:] = [examples[0].new_empty(1, examples[0].shape[-1]).requires_grad_()]
     tensors = {node: e for node, e in zip(inputs, examples, strict=True) if isinstance(e, Tensor)}
     weights = {_memory(e) for node, e in tensors.items() if node.op == "get_attr"}
     saved: dict[int, Tensor] = {}
@@ -176,8 +204,8 @@ def _same(tensor: Tensor) -> Tensor:
 class _Chain:
     """A function that computes a chain, and computes it again in the backward."""
 
-    def __init__(self, inner: fx.GraphModule, number: int) -> None:
-        self.inner = inner
+    def __init__(self, inner: fx.GraphModule, number: int, draws: bool) -> None:
+        self.inner, self.draws = inner, draws
         self.__name__, self.__module__ = f"recomputed_{number}", __name__  # which torch.fx asks for
 
     def __call__(self, *given: Any) -> Any:
@@ -186,13 +214,14 @@ class _Chain:
             return self.inner(*given)  # a compiler chooses what to compute again
         if not any(tensor.requires_grad for tensor in tensors) or not is_plain(tensors):
             return self.inner(*given)
-        return _Recompute.apply(self.inner, *given)
+        return _Recompute.apply(self.inner, self.draws, *given)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inner: fx.GraphModule, *given: Any) -> Any:
+    def forward(ctx: Any, inner: fx.GraphModule, draws: bool, *given: Any) -> Any:
         ctx.inner, ctx.autocast = inner, current_autocast()
+        ctx.random = _random_states(given) if draws else {}
         ctx.others = [None if isinstance(value, Tensor) else (value,) for value in given]
         ctx.save_for_backward(*(value for value in given if isinstance(value, Tensor)))
         return inner(*given)
@@ -200,7 +229,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         twice = torch.is_grad_enabled()  # the gradient itself is to be differentiated
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         saved = iter(ctx.saved_tensors)
         given = [next(saved) if other is None else other[0] for other in ctx.others]
         if not twice:
@@ -210,6 +239,7 @@ class _Recompute(torch.autograd.Function):
             ]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_with_random_states(ctx.random))
             for device in {t.device.type for t in grads}:
                 dtype = dict(ctx.autocast).get(device)
                 stack.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
@@ -218,4 +248,32 @@ class _Recompute(torch.autograd.Function):
         found = iter(
             torch.autograd.grad(output, wanted, grads, create_graph=twice, allow_unused=True)
         )
-        return None, *(next(found) if need else None for need in needed)
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+States = dict[torch.device, Tensor]  # of random generators
+
+
+def _random_states(given: tuple[Any, ...]) -> States:
+    devices = {value.device for value in given if isinstance(value, Tensor)}
+    return {device: _generator(device).get_state() for device in devices}
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Return the default generator of a device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.get_device_module(device).default_generators[device.index]
+
+
+@contextmanager
+def _with_random_states(states: States) -> Generator[None]:
+    """Within the context, the generators go on from these states."""
+    before = {device: _generator(device).get_state() for device in states}
+    try:
+        for device, state in states.items():
+            _generator(device).set_state(state)
+        yield
+    finally:
+        for device, state in before.items():
+            _generator(device).set_state(state)

@@ -76,7 +76,7 @@ class Schedule:
                 tuple(entries[name].site for name in names),
                 tuple(found),
                 reason,
-                *units.get(names, (0, 0)),
+                *((0, 0) if reason else units[names]),
             )
             for (names, reason), found in modes.items()
         ]
