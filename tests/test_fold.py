@@ -168,25 +168,60 @@ HOLDERS: dict[str, Callable[[nn.Module, fxlora.CapturedModule], Any]] = {
     "a view": lambda model, lora: model.get_parameter("0.up.weight").detach()[1:, 2],
     "an array": lambda model, lora: model.get_parameter("0.up.weight").detach().numpy(),
     "an adapted copy": lambda model, lora: fxlora.remove(lora),
+    "a shallow copy": lambda model, lora: copy.copy(lora),
+    "another module": lambda model, lora: holding(lora.get_parameter("0.up.weight")),
+    "an optimizer": lambda model, lora: torch.optim.SGD([lora.get_parameter("0.up.weight")]),
+    "a state_dict": lambda model, lora: lora.state_dict(keep_vars=True),
+    "a storage": lambda model, lora: lora.get_parameter("0.up.weight").untyped_storage(),
 }
+
+
+def holding(parameter: nn.Parameter) -> nn.Module:
+    module = nn.Module()
+    module.register_parameter("held", parameter)
+    return module
 
 
 @pytest.mark.parametrize("kind", HOLDERS)
 def test_weights_that_something_else_holds_are_kept(kind: str) -> None:
     model, lora = two_layers()
     expected = lora(X.double()).detach()
-    before, was = addresses(lora), lora.get_parameter("0.up.weight").detach().clone()
+    before = addresses(lora)
     holder = HOLDERS[kind](model, lora)
-    held = lora.get_parameter("0.up.weight").detach()  # another holder, to look at it afterwards
     only = weakref.ref(model)
     del model
     gc.collect()
     fxlora.fold(lora, inplace=True)
-    assert is_folded(lora, expected)
-    assert torch.equal(held, was) and holder is not None
+    assert is_folded(lora, expected) and holder is not None
     assert lora.get_parameter("0.up.weight").data_ptr() != before["0.up.weight"]
     overwritten = lora.get_parameter("1.up.weight").data_ptr() == before["1.up.weight"]
-    assert overwritten is (only() is None and kind != "an adapted copy")
+    assert overwritten is (only() is None and kind not in WHOLE)
+
+
+WHOLE = ("an adapted copy", "a shallow copy", "a state_dict")  # hold every weight
+
+
+class Head(nn.Module):
+    """An embedding whose weight is also the output layer's, which the rule names alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mid, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mid(self.emb(ids)))
+
+
+@pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
+def test_a_tie_that_the_fold_splits_is_not_overwritten() -> None:
+    ids = torch.tensor([[3, 5]])
+    lora = fxlora.adapt(Head().double(), ids, rules=Rule(["head", "mid"], lora=LoraConfig(r=2)))
+    randomise(lora, std=1.0)
+    expected = lora(ids).detach()
+    assert fxlora.fold(lora, inplace=True).get_parameter("emb.weight") is not None
+    torch.testing.assert_close(lora(ids), expected, rtol=0, atol=1e-10)
+    assert not torch.equal(lora.get_parameter("emb.weight"), lora.get_parameter("head.weight"))
 
 
 def test_memory_of_a_file_or_an_array_is_not_overwritten() -> None:

@@ -208,13 +208,21 @@ def is_barrier(node: fx.Node) -> bool:
     return node.target is not operator.getitem and not number
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, or may do so."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return is_barrier(node)
+    return torch.Tag.nondeterministic_seeded in node.target.tags
+
+
 def _movable(node: fx.Node, begin: int, order: dict[fx.Node, int], own: set[fx.Node]) -> bool:
     """Whether a node may be computed at a place in the graph, with the inputs that come later.
 
-    It may not if it needs a node of an adapted layer (`own`), which is to be computed there.
+    It may not if it needs a node of an adapted layer (`own`), which is to be computed there, or
+    draws random numbers, which others after it in the graph would draw then.
     """
     if order[node] < begin or node.op == "get_attr":
         return True
-    if node.op != "call_function" or node in own:
+    if node.op != "call_function" or node in own or draws(node):
         return False
     return all(_movable(given, begin, order, own) for given in node.all_input_nodes)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plain import is_plain
+from .plain import autocast_of, autocast_to, is_plain
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
 _LIBRARY.define(
@@ -54,7 +54,7 @@ def linears(
         The output of each layer, (…, out).
     """
     x, weights, biases, downs, ups = _as_autocast(x, weights, biases, downs, ups)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_to(x.device.type, None):
         tensors = [x, *weights, *(b for b in biases if b is not None), *downs, *ups]
         if not is_plain(tensors, traced=True):
             layers = zip(weights, biases, downs, ups, scalings, strict=True)
@@ -84,10 +84,9 @@ def _as_autocast(
     ups: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor]]:
     """Cast all tensors as the caller's autocast casts those of a linear layer."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_of(x.device.type)
+    if dtype is None:
         return x, weights, biases, downs, ups
-    dtype = torch.get_autocast_dtype(kind)
 
     def cast_(tensor: Tensor) -> Tensor:
         eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64
@@ -134,40 +133,46 @@ class _Linears(torch.autograd.Function):
         ctx.scalings = scalings
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, hidden, *weights, *downs, *ups)
+        of_x = weights if ctx.needs_input_grad[1] else ()  # only a gradient of x reads W
+        ctx.save_for_backward(x, hidden, *downs, *ups, *of_x)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         count = len(ctx.scalings)
         x, hidden, *held = ctx.saved_tensors
-        weights, downs, ups = held[:count], held[count : 2 * count], held[2 * count :]
-        needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            return None, *_by_formula(ctx, x, weights, downs, ups, grads)
-        rows = x.reshape(-1, x.shape[-1])
-        flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-        of_x, of_layers = needs[0], _in_fours(needs[1:])
-        low = _low_gradients(flat, ups, ctx.scalings, hidden)
-        return (
-            None,
-            _input_gradient(flat, weights, low, downs, x) if of_x else None,
-            *(
-                g.t().mm(rows) if g is not None and need else None
-                for g, need in zip(flat, of_layers[0], strict=True)
-            ),
-            *(
-                g.sum(0) if g is not None and need else None
-                for g, need in zip(flat, of_layers[1], strict=True)
-            ),
-            *_down_gradients(low, rows, ups, of_layers[2]),
-            *(
-                torch.mm(g.t(), part).mul_(s) if g is not None and need else None
-                for g, part, s, need in zip(
-                    flat, _split(hidden, ups), ctx.scalings, of_layers[3], strict=True
-                )
-            ),
-        )
+        downs, ups, weights = held[:count], held[count : 2 * count], held[2 * count :]
+        with autocast_to(x.device.type, None):
+            # If the gradient itself is to be differentiated, or is a batch of gradients.
+            if torch.is_grad_enabled() or not is_plain([g for g in grads if g is not None], True):
+                return None, *_by_formula(ctx, x, weights, downs, ups, grads)
+            return None, *_gradients(ctx, x, hidden, weights, downs, ups, grads)
+
+
+def _gradients(
+    ctx: Any,
+    x: Tensor,
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> Iterator[Tensor | None]:
+    """Yield the gradients of x, W, b, A and B."""
+    needs = ctx.needs_input_grad[1:]
+    of_weights, of_biases, of_downs, of_ups = _in_fours(needs[1:])
+    rows = x.reshape(-1, x.shape[-1])
+    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+    low = _low_gradients(flat, ups, ctx.scalings, hidden)
+    yield _input_gradient(flat, weights, low, downs, x) if needs[0] else None
+    for grad, need in zip(flat, of_weights, strict=True):
+        yield grad.t().mm(rows) if grad is not None and need else None
+    for grad, need in zip(flat, of_biases, strict=True):
+        yield grad.sum(0) if grad is not None and need else None
+    reached = [grad is not None and need for grad, need in zip(flat, of_downs, strict=True)]
+    yield from _down_gradients(low, rows, ups, reached)
+    for grad, part, s, need in zip(flat, _split(hidden, ups), ctx.scalings, of_ups, strict=True):
+        yield torch.mm(grad.t(), part).mul_(s) if grad is not None and need else None
 
 
 def _low_gradients(
@@ -211,7 +216,8 @@ def _down_gradients(
         return [None] * len(needed)
     joined = low.t().mm(rows)  # (R, tokens) @ (tokens, in) -> (R, in)
     parts = joined.split([up.shape[1] for up in ups])
-    return [part if need else None for part, need in zip(parts, needed, strict=True)]
+    # each in memory of its own, as other gradients are
+    return [part.clone() if need else None for part, need in zip(parts, needed, strict=True)]
 
 
 def _by_formula(
@@ -225,14 +231,21 @@ def _by_formula(
     """Yield the gradients in operations that have gradients themselves."""
     rows = x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-    pairs = list(zip(flat, weights, downs, ups, ctx.scalings, strict=True))
-    of_x = [g @ w + (g @ up * s) @ down for g, w, down, up, s in pairs if g is not None]
-    yield torch.stack(of_x).sum(0).view(x.shape) if of_x else None
+    pairs = list(zip(flat, downs, ups, ctx.scalings, strict=True))
+    if ctx.needs_input_grad[1]:
+        of_x = [
+            g @ w + (g @ up * s) @ down
+            for (g, down, up, s), w in zip(pairs, weights, strict=True)
+            if g is not None
+        ]
+        yield torch.stack(of_x).sum(0).view(x.shape) if of_x else None
+    else:
+        yield None
     yield from (None if g is None else g.t() @ rows for g in flat)
     for g, has_bias in zip(flat, ctx.has_bias, strict=True):
         yield g.sum(0) if g is not None and has_bias else None
-    yield from (None if g is None else (g @ up * s).t() @ rows for g, _, _, up, s in pairs)
-    yield from (None if g is None else g.t() @ (rows @ down.t() * s) for g, _, down, _, s in pairs)
+    yield from (None if g is None else (g @ up * s).t() @ rows for g, _, up, s in pairs)
+    yield from (None if g is None else g.t() @ (rows @ down.t() * s) for g, down, _, s in pairs)
 
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:

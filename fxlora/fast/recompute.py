@@ -24,8 +24,8 @@ from ..fx.autocast import current_autocast
 from ..fx.calls import example_value
 from ..fx.marks import ADAPTER, RECOMPUTED
 from ..fx.trials import concrete_sizes
-from .layers import hidden_of
-from .plain import is_plain
+from .layers import draws, hidden_of
+from .plain import autocast_to, is_plain
 
 aten = torch.ops.aten
 
@@ -48,20 +48,24 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
     """Replace chains of elementwise ops by calls that compute them again in the backward."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     barriers = [number for node, number in order.items() if is_barrier(node)]
-    written = {_source(given) for n in graph.nodes if is_barrier(n) for given in n.all_input_nodes}
-    draws = [number for node, number in order.items() if _draws(node)]
+    changing = [node for node in graph.nodes if is_barrier(node)]
+    written = {base for node in changing for n in node.all_input_nodes for base in _bases(n)}
+    (output,) = graph.find_nodes(op="output")
+    returned = {base for node in output.all_input_nodes for base in _bases(node)}
+    drawn = [number for node, number in order.items() if draws(node)]
     for number, chain in enumerate([*_chains(graph), *_dropouts(graph)]):
         begin, end = order[chain[0]], order[chain[-1]]
-        between = draws if _draws(chain[0]) else ()
+        between = drawn if draws(chain[0]) else ()
         if any(begin < at < end for at in (*barriers, *between)):
             continue
         inputs = _inputs(chain)
-        if not written.isdisjoint(map(_source, inputs)):
+        if not written.isdisjoint(base for node in inputs for base in _bases(node)):
             continue  # autograd would refuse to read them in the backward
         inner = _graph_of(chain, inputs)
-        found = _measured(inner, inputs, chain)
+        exposed = [node for node in inputs if not _is_private(node, returned)]
+        found = _measured(inner, inputs, chain, exposed)
         if found and found.after < found.before:
-            _replace(chain, inputs, _Chain(inner, number, _draws(chain[0])), found)
+            _replace(chain, inputs, _Chain(inner, number, draws(chain[0])), found)
 
 
 # ---- chains -------------------------------------------------------------------------------------
@@ -93,13 +97,6 @@ def _dropouts(graph: fx.Graph) -> Iterator[list[fx.Node]]:
             yield [dropout, hidden]
 
 
-def _draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers, or may do so."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return node.op in ("call_function", "call_module", "call_method")
-    return torch.Tag.nondeterministic_seeded in node.target.tags
-
-
 def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload) or ADAPTER in node.meta:
@@ -121,9 +118,23 @@ def _inputs(chain: list[fx.Node]) -> list[fx.Node]:
     return list(dict.fromkeys(node for node in given if node not in chain))
 
 
-def _source(node: fx.Node) -> Any:
-    """Return what two nodes have in common that are one tensor: a node, or a tensor's name."""
-    return node.target if node.op == "get_attr" else node
+def _bases(node: fx.Node) -> Iterator[Any]:
+    """Yield a node, the nodes that it is a view of, and the names of tensors of the module."""
+    yield node.target if node.op == "get_attr" else node
+    if isinstance(node.target, OpOverload):
+        if any(value.alias_info for value in node.target._schema.returns):
+            for given in node.all_input_nodes:
+                yield from _bases(given)
+    elif node.op == "call_function":  # an item of a tuple, or unknown
+        for given in node.all_input_nodes:
+            yield from _bases(given)
+
+
+def _is_private(node: fx.Node, returned: set[Any]) -> bool:
+    """Whether only the graph has a tensor: no module or caller does, who may write to it."""
+    bases = set(_bases(node))
+    computed = all(isinstance(base, fx.Node) and base.op == "call_function" for base in bases)
+    return computed and bases.isdisjoint(returned)
 
 
 def _graph_of(chain: list[fx.Node], inputs: list[fx.Node]) -> fx.GraphModule:
@@ -151,14 +162,15 @@ def _replace(
 
 
 def _measured(
-    inner: fx.GraphModule, inputs: list[fx.Node], chain: list[fx.Node]
+    inner: fx.GraphModule, inputs: list[fx.Node], chain: list[fx.Node], exposed: list[fx.Node]
 ) -> Recomputed | None:
     """Return what a chain saves on the meta device; None if that cannot be tried.
 
-    Weights, which are there anyway, do not count.
+    Weights, which are there anyway, do not count. None also if it would save an `exposed` input
+    that autograd does not save without it: somebody might write to it before the backward.
     """
     examples = [_example(node) for node in inputs]
-    if _draws(chain[0]) and isinstance(examples[0], Tensor):  # A, of which one row is enough
+    if draws(chain[0]) and isinstance(examples[0], Tensor):  # A, of which one row is enough
         examples[1:] = [examples[0].new_empty(1, examples[0].shape[-1]).requires_grad_()]
     tensors = {node: e for node, e in zip(inputs, examples, strict=True) if isinstance(e, Tensor)}
     weights = {_memory(e) for node, e in tensors.items() if node.op == "get_attr"}
@@ -174,6 +186,10 @@ def _measured(
     except Exception:  # noqa: BLE001 - an op may have no meta kernel
         return None
     held = {_memory(example): example for example in tensors.values()}
+    if not draws(chain[0]):
+        known = [_memory(tensors[node]) for node in exposed if node in tensors]
+        if not saved.keys() >= set(known):
+            return None
     before, after = (
         sum(t.untyped_storage().nbytes() for key, t in of.items() if key not in weights)
         for of in (saved, held)
@@ -232,23 +248,29 @@ class _Recompute(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         saved = iter(ctx.saved_tensors)
         given = [next(saved) if other is None else other[0] for other in ctx.others]
-        if not twice:
-            given = [
-                value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
-                for value, need in zip(given, needed, strict=True)
-            ]
+        given = [
+            _apart(value, need, twice) if isinstance(value, Tensor) else value
+            for value, need in zip(given, needed, strict=True)
+        ]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_with_random_states(ctx.random))
             for device in {t.device.type for t in grads}:
-                dtype = dict(ctx.autocast).get(device)
-                stack.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
+                stack.enter_context(autocast_to(device, dict(ctx.autocast).get(device)))
             output = ctx.inner(*given)
         wanted = [value for value, need in zip(given, needed, strict=True) if need]
         found = iter(
             torch.autograd.grad(output, wanted, grads, create_graph=twice, allow_unused=True)
         )
         return None, None, *(next(found) if need else None for need in needed)
+
+
+def _apart(value: Tensor, needed: bool, twice: bool) -> Tensor:
+    """Return a tensor whose gradient is that of one input alone, not of what it is computed from.
+
+    If the gradient is to be differentiated (`twice`), it depends on the input.
+    """
+    return value.view_as(value) if twice else value.detach().requires_grad_(needed)
 
 
 States = dict[torch.device, Tensor]  # of random generators

@@ -74,7 +74,7 @@ def correctly_rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if dtype.itemsize >= 4:
         return exact.to(dtype)
-    if dtype != torch.bfloat16 or exact.dim() < 2:
+    if dtype != torch.bfloat16 or exact.dim() < 2 or not exact.numel():
         return _rounded_via_odd(exact, dtype)
     single = exact.to(torch.float32)
     rounded = single.to(dtype)

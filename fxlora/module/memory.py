@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,23 +30,40 @@ def memory_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
-def is_only_holder(tensor: torch.Tensor, references: int = 1) -> bool:
-    """Whether no other tensor, array or process is known to hold the memory of a tensor.
+def held_alone(module: nn.Module) -> set[int]:
+    """Return the ids of a module's parameters that nothing else is known to hold.
 
-    Args:
-        tensor: the tensor.
-        references: the number of tensors over the same memory that the caller has itself.
+    Nothing else may hold the Parameter itself (another module, a list, an optimizer), its memory
+    (another tensor, an array, a process) or its storage.
     """
-    if tensor.layout is not torch.strided or tensor.is_meta or type(tensor) not in _PLAIN:
+    held: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for parameters in {id(m._parameters): m._parameters for m in module.modules()}.values():
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                held.setdefault(id(parameter), []).append((parameters, name))
+    probe = {"alone": nn.Parameter(torch.empty(1), requires_grad=False)}
+    usual = sys.getrefcount(probe["alone"]) - 1
+    alone = set[int]()
+    for key, places in held.items():
+        parameters, name = places[0]
+        objects = sys.getrefcount(parameters[name]) - usual == len(places)
+        if objects and _has_own_memory(parameters[name], probe["alone"]):
+            alone.add(key)
+    return alone
+
+
+def _has_own_memory(tensor: torch.Tensor, alone: torch.Tensor) -> bool:
+    """Whether as much holds a tensor's storage as that of another one, which is alone."""
+    if tensor.layout is not torch.strided or tensor.is_meta or type(tensor) is not nn.Parameter:
         return False
     storage = tensor.untyped_storage()
     if not storage.resizable() or (tensor.device.type == "cpu" and storage.is_shared()):
         return False  # memory of a file, of an array, or of several processes
-    return _holders(tensor) == _holders(torch.empty(1)) + references - 1
-
-
-def _holders(tensor: torch.Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    other = alone.untyped_storage()
+    count: Any = torch._C._storage_Use_Count
+    return count(storage._cdata) == count(other._cdata) and (
+        sys.getrefcount(storage) == sys.getrefcount(other)
+    )
 
 
 def overlaps_of(module: nn.Module) -> dict[str, list[str]]:
@@ -129,4 +147,3 @@ def copied_values(values: Any) -> Any:
 
 
 _ALIGNED = 16  # bytes: a multiple of every dtype's size
-_PLAIN = (torch.Tensor, nn.Parameter)

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import InjectError
 from ..module import CapturedModule
 from ..module.adapted_weight import folded_weight, is_bounded
-from ..module.memory import is_only_holder
+from ..module.memory import held_alone
 from ..module.state import State
 from ..plan import Entry
 from ..tables import some
@@ -43,7 +43,7 @@ class FoldConstants(Pass):
         _check_finite(module)
         inserted = [insertions(module, graph) for graph in module.distinct_graphs()]
         weights = _weights(module, inserted)
-        overwritten = _expendable(weights) if self.inplace else []
+        overwritten = _expendable(module, weights) if self.inplace else []
         # What may fail comes before the first weight is overwritten.
         folded = {w.names: w.folded() for w in weights if w not in overwritten}
         for insertion in reversed([i for of_graph in inserted for i in of_graph]):
@@ -95,11 +95,16 @@ def _weights(module: CapturedModule, inserted: list[list[Insertion]]) -> list[_W
     return [_Weight.of(module, names, list(found.values())) for names, found in entries.items()]
 
 
-def _expendable(weights: list[_Weight]) -> list[_Weight]:
-    """Return the weights that can be overwritten."""
-    if not all(weight.is_only_holder() for weight in weights):
+def _expendable(module: CapturedModule, weights: list[_Weight]) -> list[_Weight]:
+    """Return the weights that can be overwritten: held by nothing else, and with a finite sum."""
+    aliases = {name: names for names in module.aliases().values() for name in names}
+    whole = [w for w in weights if set(aliases[w.names[0]]) == set(w.names)]  # no tie is split
+    keys = [id(module.get_parameter(weight.names[0])) for weight in whole]
+    alone = held_alone(module)
+    if not alone.issuperset(keys):
         gc.collect()  # a deleted module refers to itself, and may still hold its weights
-    return [weight for weight in weights if weight.is_only_holder() and weight.is_bounded()]
+        alone = held_alone(module)
+    return [w for w, key in zip(whole, keys, strict=True) if key in alone and w.is_bounded()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,24 +114,24 @@ class _Weight:
     Attributes:
         names: all its names.
         entries: its adapters, in the order in which they apply.
-        weight: W0.
+        module: the module that holds it.
         values: the adapters' tensors, by name.
     """
 
     names: tuple[str, ...]
     entries: list[Entry]
-    weight: torch.Tensor
+    module: CapturedModule
     values: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, module: CapturedModule, names: tuple[str, ...], entries: list[Entry]) -> _Weight:
         held = [name for entry in entries for name in entry.tensors]
-        values = {name: module.get_parameter(name).detach() for name in held}
-        return cls(names, entries, module.get_parameter(names[0]).detach(), values)
+        return cls(names, entries, module, {n: module.get_parameter(n).detach() for n in held})
 
-    def is_only_holder(self) -> bool:
-        """Whether nothing else holds the memory of W0 (its Parameter does, and `weight`)."""
-        return is_only_holder(self.weight, references=2)
+    @property
+    def weight(self) -> torch.Tensor:
+        """W0; not kept, so that only the module holds it."""
+        return self.module.get_parameter(self.names[0]).detach()
 
     def is_bounded(self) -> bool:
         """Whether the sum is known to be finite."""
@@ -134,9 +139,10 @@ class _Weight:
 
     def folded(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return W0 + s·BA, rounded once to the dtype of W0."""
+        weight = self.weight
         with torch.no_grad():
-            folded = folded_weight(self.entries, self.weight, self.values, into)
-        if into is None and _overflows(folded, self.weight):
+            folded = folded_weight(self.entries, weight, self.values, into)
+        if into is None and _overflows(folded, weight):
             raise InjectError(
                 f"'{self.entries[0].site}': W0 + s·BA is not finite in {folded.dtype}: A and B are "
                 "too large. Train again with a smaller learning rate, or take the adapter out "
