@@ -372,3 +372,17 @@ def test_what_trains_outside_the_plan_is_refused() -> None:
     with pytest.raises(InjectError, match=r"'down\.weight' requires gradients but is not"):
         fxlora.lora_parameters(lora)
     assert not any(p.requires_grad for p in fxlora.fold(lora).parameters())
+
+
+def test_a_part_that_trains_has_memory_of_its_own() -> None:
+    """The advice of limits.md for writes by hand, such as those of nn.init."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    before = copy.deepcopy(model.state_dict())
+    gm = fxlora.capture(model, torch.randn(2, 6))
+    part: Any = gm.get_submodule("0").requires_grad_(True)
+    for write in (nn.init.normal_, nn.init.orthogonal_, nn.init.eye_):
+        write(part.weight)
+    part.weight.data.mul_(2)
+    x = torch.randn(3, 6)
+    assert float((gm(x) - model(x)).detach().abs().max()) > 1e-3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
