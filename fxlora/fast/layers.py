@@ -110,7 +110,7 @@ def layer_of(output: fx.Node) -> Layer:
     if not tensors or _dims(layer.weight) != 2 or not isinstance(layer.scaling, int | float):
         raise NotJoinable("is not at a product of x and a matrix")
     if layer.bias is not None and _dims(layer.bias) != 1:
-        raise NotJoinable("adds a bias that is not a vector")
+        raise NotJoinable("adds a bias that is not known to be a vector")
     if any(len(node.users) > 1 for node in layer.nodes[1:]):
         raise NotJoinable("is read by another node, too")
     return layer
