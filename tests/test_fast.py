@@ -344,16 +344,17 @@ def test_under_checkpointing_and_in_functions() -> None:
             torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_compiled_without_breaks_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_without_breaks_and_again() -> None:
     lora = adapted()
     fast = fxlora.optimize(lora)
     torch._dynamo.reset()
     compiled: Any = torch.compile(fast, backend="aot_eager", fullgraph=True)
     expected = gradients(lora, X)
-    for _ in range(2):
-        for found, gradient in zip(gradients(compiled, X), expected, strict=True):
-            torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-10)
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            found = gradients(compiled, X)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 # ---- recomputation ------------------------------------------------------------------------------
