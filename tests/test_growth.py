@@ -86,6 +86,10 @@ def verify(kind: Any, layers: int, folder: Path) -> Any:
     return fxlora.verify(adapted(kind, layers), X)
 
 
+def optimize(kind: Any, layers: int, folder: Path) -> Any:
+    return fxlora.optimize(adapted(kind, layers), recompute=True)
+
+
 def calls_in(work: Callable[[], Any]) -> int:
     """Return the number of calls, of Python functions and of built-in ones."""
     count = 0
@@ -104,7 +108,7 @@ def calls_in(work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
-@pytest.mark.parametrize("step", [match, inject, fold, remove, save_and_load, verify])
+@pytest.mark.parametrize("step", [match, inject, fold, remove, save_and_load, verify, optimize])
 @pytest.mark.parametrize("kind", [nn.Sequential, InOneRegion])
 def test_twice_the_layers_take_twice_the_calls(kind: Any, step: Any, tmp_path: Path) -> None:
     for layers in LAYERS:

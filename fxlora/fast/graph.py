@@ -35,8 +35,9 @@ def fast_graph(graph: fx.Graph, how: Fast) -> fx.Graph:
     """Return a copy of a graph in which one op computes each group of adapted layers."""
     fast = copy.deepcopy(graph)
     found = grouped(fast)
+    order = {node: number for number, node in enumerate(fast.nodes)}
     for layers in found.groups:
-        _join(layers)
+        _join(layers, order)
     for node, reason in found.others.items():
         node.meta[APART] = reason
     if how.recompute:
@@ -45,11 +46,10 @@ def fast_graph(graph: fx.Graph, how: Fast) -> fx.Graph:
     return fast
 
 
-def _join(layers: Sequence[Layer]) -> None:
+def _join(layers: Sequence[Layer], order: dict[fx.Node, int]) -> None:
     """Replace the nodes of layers with one input by one op, in the place of the first."""
     first = layers[0].base
     graph = first.graph
-    order = {node: number for number, node in enumerate(graph.nodes)}
     for layer in layers:
         for node in layer.operands:
             _move(node, first, order)
@@ -67,6 +67,7 @@ def _join(layers: Sequence[Layer]) -> None:
         )
         joint.meta[JOINED] = tuple(layer.name for layer in layers)
         outputs = [graph.call_function(operator.getitem, (joint, n)) for n in range(len(layers))]
+    order.update(dict.fromkeys(outputs, order[first]))
     for layer, output in zip(layers, outputs, strict=True):
         output.meta = {key: value for key, value in layer.output.meta.items() if key != ADAPTER}
         layer.output.replace_all_uses_with(output)

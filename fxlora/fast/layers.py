@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,8 +175,9 @@ def grouped(graph: fx.Graph) -> Groups:
 
     def may_join(layer: Layer, first: fx.Node) -> bool:
         begin, end = order[first], order[layer.output]
-        clear = not any(begin < barrier < end for barrier in barriers)
-        return clear and all(_movable(node, begin, order, own) for node in layer.operands)
+        return not between(barriers, begin, end) and all(
+            _movable(node, begin, order, own) for node in layer.operands
+        )
 
     for layer in layers:
         group = latest.get(layer.x)
@@ -196,6 +198,12 @@ def _layers(graph: fx.Graph, others: dict[fx.Node, str]) -> Iterator[Layer]:
                 yield layer_of(node)
             except NotJoinable as reason:
                 others[node] = str(reason)
+
+
+def between(numbers: Sequence[int], begin: int, end: int) -> bool:
+    """Whether one of some increasing numbers lies between two others."""
+    index = bisect.bisect_right(numbers, begin)
+    return index < len(numbers) and numbers[index] < end
 
 
 def is_barrier(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ mask are drawn again, from the random state of the forward.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from ..fx.autocast import current_autocast
 from ..fx.calls import example_value
 from ..fx.marks import ADAPTER, RECOMPUTED
 from ..fx.trials import concrete_sizes
-from .layers import draws, hidden_of
+from .layers import between, draws, hidden_of
 from .plain import autocast_to, is_plain
 
 aten = torch.ops.aten
@@ -48,18 +48,16 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
     """Replace chains of elementwise ops by calls that compute them again in the backward."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     barriers = [number for node, number in order.items() if is_barrier(node)]
-    changing = [node for node in graph.nodes if is_barrier(node)]
-    written = {base for node in changing for n in node.all_input_nodes for base in _bases(n)}
+    written = _bases(n for node in graph.nodes if is_barrier(node) for n in node.all_input_nodes)
     (output,) = graph.find_nodes(op="output")
-    returned = {base for node in output.all_input_nodes for base in _bases(node)}
+    returned = _bases(output.all_input_nodes)
     drawn = [number for node, number in order.items() if draws(node)]
     for number, chain in enumerate([*_chains(graph), *_dropouts(graph)]):
         begin, end = order[chain[0]], order[chain[-1]]
-        between = drawn if draws(chain[0]) else ()
-        if any(begin < at < end for at in (*barriers, *between)):
+        if between(barriers, begin, end) or (draws(chain[0]) and between(drawn, begin, end)):
             continue
         inputs = _inputs(chain)
-        if not written.isdisjoint(base for node in inputs for base in _bases(node)):
+        if not written.isdisjoint(_bases(inputs)):
             continue  # autograd would refuse to read them in the backward
         inner = _graph_of(chain, inputs)
         exposed = [node for node in inputs if not _is_private(node, returned)]
@@ -118,21 +116,27 @@ def _inputs(chain: list[fx.Node]) -> list[fx.Node]:
     return list(dict.fromkeys(node for node in given if node not in chain))
 
 
-def _bases(node: fx.Node) -> Iterator[Any]:
-    """Yield a node, the nodes that it is a view of, and the names of tensors of the module."""
-    yield node.target if node.op == "get_attr" else node
-    if isinstance(node.target, OpOverload):
-        if any(value.alias_info for value in node.target._schema.returns):
-            for given in node.all_input_nodes:
-                yield from _bases(given)
-    elif node.op == "call_function":  # an item of a tuple, or unknown
-        for given in node.all_input_nodes:
-            yield from _bases(given)
+def _bases(nodes: Iterable[fx.Node]) -> set[Any]:
+    """Return nodes, those that they are views of, and the names of tensors of the module."""
+    found: set[Any] = set()
+    ahead = list(nodes)
+    while ahead:
+        node = ahead.pop()
+        base = node.target if node.op == "get_attr" else node
+        if base in found:
+            continue
+        found.add(base)
+        if isinstance(node.target, OpOverload):
+            may_be_view = any(value.alias_info for value in node.target._schema.returns)
+        else:
+            may_be_view = node.op == "call_function"  # an item of a tuple, or unknown
+        ahead += node.all_input_nodes if may_be_view else []
+    return found
 
 
 def _is_private(node: fx.Node, returned: set[Any]) -> bool:
     """Whether only the graph has a tensor: no module or caller does, who may write to it."""
-    bases = set(_bases(node))
+    bases = _bases([node])
     computed = all(isinstance(base, fx.Node) and base.op == "call_function" for base in bases)
     return computed and bases.isdisjoint(returned)
 
