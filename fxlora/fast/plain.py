@@ -14,8 +14,7 @@ from torch.autograd import forward_ad
 
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - typed nowhere
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_TRACED = (*_PLAIN, FakeTensor, FunctionalTensor)
+_TRACED = (FakeTensor, FunctionalTensor)
 
 
 def is_plain(tensors: Sequence[Tensor], traced: bool = False) -> bool:
@@ -28,13 +27,23 @@ def is_plain(tensors: Sequence[Tensor], traced: bool = False) -> bool:
         tensors: the tensors.
         traced: whether it also holds for those of torch's tracers.
     """
-    kinds = _TRACED if traced else _PLAIN
+    kinds = _TRACED if traced else ()
     return (
-        all(type(tensor) in kinds and tensor.layout is torch.strided for tensor in tensors)
+        all(_is_dense(t) or (type(t) in kinds and t.layout is torch.strided) for t in tensors)
         and not any(map(_is_batched, tensors))
         and _functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether torch's kernels take a tensor as it is: a strided one, without code of a subclass."""
+    kind = type(tensor)
+    plain = kind is Tensor or issubclass(kind, torch.nn.Parameter)
+    return plain and kind.__torch_function__ in _NO_CODE and tensor.layout is torch.strided
+
+
+_NO_CODE: Any = (Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -45,8 +45,8 @@ def fingerprint(tensor: torch.Tensor) -> int:
     if is_traceable_wrapper_subclass(tensor):
         inner: Any = tensor.__tensor_flatten__()[0]
         return _digest([fingerprint(getattr(tensor, name)) for name in inner])
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-    if not plain or tensor.is_meta:
+    plain = type(tensor) is torch.Tensor or issubclass(type(tensor), nn.Parameter)
+    if not plain or tensor.layout is not torch.strided or tensor.is_meta:
         return 0
     words, level = _words(tensor.detach()), 0
     while level == 0 or len(words) > 1:

@@ -54,7 +54,9 @@ def held_alone(module: nn.Module) -> set[int]:
 
 def _has_own_memory(tensor: torch.Tensor, alone: torch.Tensor) -> bool:
     """Whether as much holds a tensor's storage as that of another one, which is alone."""
-    if tensor.layout is not torch.strided or tensor.is_meta or type(tensor) is not nn.Parameter:
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    if not issubclass(type(tensor), nn.Parameter):
         return False
     storage = tensor.untyped_storage()
     if not storage.resizable() or (tensor.device.type == "cpu" and storage.is_shared()):

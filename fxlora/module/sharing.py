@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .memory import memory_id
+from .shared_parameter import share, unshared
 
 if TYPE_CHECKING:
     from .captured import CapturedModule
@@ -22,6 +24,7 @@ def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> 
     memo: dict[int, object] = {}
     for parameter in held.values():
         parameter.data = copy.deepcopy(parameter.data, memo)
+        unshared(parameter)
 
 
 def unshare(module: CapturedModule, names: Collection[str]) -> None:
@@ -39,9 +42,17 @@ def copy_when_trained(module: nn.Module, parameters: Iterable[nn.Parameter]) -> 
     Parameter objects stay the same, so an optimizer may be set up before. A parameter whose storage
     was copied in between is not copied again.
     """
+    copy_first = functools.partial(_copy_with_others, weakref.ref(module))
     for parameter in parameters:
+        share(parameter, copy_first)
         if _can_train(parameter) and not _is_watched(parameter, module):
             _CopyOnGradient(module, parameter)
+
+
+def _copy_with_others(module: weakref.ref[Any], parameter: nn.Parameter) -> None:
+    """Copy a parameter's storage, with all parameters of its module in this storage."""
+    held = one.parameters() if (one := module()) is not None else ()
+    copy_memory((parameter, *held), {memory_id(parameter)})
 
 
 def is_shared(parameter: nn.Parameter) -> bool:
@@ -65,9 +76,7 @@ class _CopyOnGradient:
         self.handle.remove()
         if memory_id(parameter) == self.memory:
             assert isinstance(parameter, nn.Parameter)
-            module = self.module()
-            held = module.parameters() if module is not None else ()
-            copy_memory((parameter, *held), {self.memory})
+            _copy_with_others(self.module, parameter)
 
 
 def _can_train(parameter: nn.Parameter) -> bool:
