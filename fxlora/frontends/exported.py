@@ -48,7 +48,7 @@ from .kept.python_state import Attribute, Changes, noted, noted_reads
 from .kept.recurrent import any_number_of_steps, restore_recurrent
 from .kept.tensor_state import StateReads, kept_state, remove_aliases
 from .kept.undisturbed import mode_of, refuse_state
-from .mode_proof import Proof
+from .mode_proof import Proof, computes_the_same
 from .run_values import Values
 from .sizes import refuse_fixed_sizes
 
@@ -134,11 +134,11 @@ def export_modes(
     for mode in MODES:
         of_mode = mode_of(root or model, mode == "train")
         with of_mode, noted(model, changes), noted_reads(model, reads):
-            modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts)
+            modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts, values)
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
         of_mode = mode_of(root or model, mode == "train")
         with of_mode, noted_reads(model, reads):  # without the attributes of the export
-            again = functools.partial(_attempt, model, used, mode, parts)
+            again = functools.partial(_attempt, model, used, mode, parts, values)
             modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values, again)
         calls[mode] = modules[mode].meta.pop(RECORDED, calls[mode])
         examples = examples[examples.index(used) :]
@@ -206,7 +206,7 @@ def _proved(
 
 
 def _export_mode(
-    model: nn.Module, examples: list[Example], mode: str, parts: Sequence[str]
+    model: nn.Module, examples: list[Example], mode: str, parts: Sequence[str], values: Values
 ) -> tuple[fx.GraphModule, InputSpec, Example]:
     """Export the current mode with the first example that works.
 
@@ -226,7 +226,7 @@ def _export_mode(
     for example in examples:
         try:
             with recorded_outputs(model) as outputs:
-                module, spec = _attempt(model, example, mode, parts)
+                module, spec = _attempt(model, example, mode, parts, values)
             if spec.holds_for(own.args, own.kwargs):
                 return module, spec, example
             larger = (module, spec, example)
@@ -239,8 +239,8 @@ def _export_mode(
     assert failure is not None
     if isinstance(failure, CaptureError):  # its message is already specific
         raise failure
-    values = (own.args, own.kwargs, outputs)
-    raise capture_error(model, mode, failure, values=values) from failure
+    told = (own.args, own.kwargs, outputs)
+    raise capture_error(model, mode, failure, values=told) from failure
 
 
 def depends_on_data(error: BaseException | None) -> bool:
@@ -249,7 +249,7 @@ def depends_on_data(error: BaseException | None) -> bool:
 
 
 def _attempt(
-    model: nn.Module, example: Example, mode: str, parts: Sequence[str]
+    model: nn.Module, example: Example, mode: str, parts: Sequence[str], values: Values
 ) -> tuple[fx.GraphModule, InputSpec]:
     reads = StateReads()
     fixed = refuse_fixed_sizes(model, mode) if example.asked else nullcontext()
@@ -264,7 +264,7 @@ def _attempt(
     spec = with_state(contract_of(program, module, model, example), module, reads, example, model)
     names = {**dict(enumerate(spec.names)), **{name: name for name in spec.names}}
     spec = replace(spec, updates=tuple(Update(names[p], path) for p, path in updates.items()))
-    return module, _allow_batch_of_one(model, module, example.marked(spec), example)
+    return module, _allow_batch_of_one(model, module, example.marked(spec), example, values)
 
 
 def _exported(
@@ -352,13 +352,18 @@ def _refuse_other_constants(model: nn.Module, module: fx.GraphModule) -> None:
 
 
 def widened_if_proved(
-    model: nn.Module, module: fx.GraphModule, spec: InputSpec, single: Example
+    model: nn.Module,
+    module: fx.GraphModule,
+    spec: InputSpec,
+    single: Example,
+    values: Values | None = None,
 ) -> InputSpec | None:
     """Widen a graph's contract to sizes of 0 and 1, if the graph is right for them.
 
     torch.export's guards against these sizes often come from a check of strides, not from the
     source; and where there is no guard, torch.export may have assumed a size larger than 1 (in a
-    squeeze). The graph is right if a static export of the inputs has the same ops on the same
+    squeeze). The graph is right if source and graph compute the same values of these inputs; or,
+    where values cannot be compared, if a static export of the inputs has the same ops on the same
     sizes.
 
     Args:
@@ -366,6 +371,7 @@ def widened_if_proved(
         module: the graph.
         spec: its contract.
         single: inputs with the sizes of 0 and 1 to allow.
+        values: the values of other runs, which this proof can use.
 
     Returns:
         The wider contract, or None if the graph is not proved right for these inputs.
@@ -375,6 +381,8 @@ def widened_if_proved(
     except InputError:
         return None
     if wider is None or (wider == spec and not _squeezes(module.graph)):
+        return wider
+    if computes_the_same(model, module, single, values or Values()):
         return wider
     try:
         _, static = _exported(model, single, StateReads())
@@ -436,7 +444,11 @@ def _refuse_strides(model: nn.Module, module: fx.GraphModule, example: Example) 
 
 
 def _allow_batch_of_one(
-    model: nn.Module, module: fx.GraphModule, spec: InputSpec, example: Example
+    model: nn.Module,
+    module: fx.GraphModule,
+    spec: InputSpec,
+    example: Example,
+    values: Values,
 ) -> InputSpec:
     """Allow batches of 1 in a contract if the graph is proved right for them, else exclude them.
 
@@ -448,7 +460,7 @@ def _allow_batch_of_one(
         singles.append(_cut_to_one(spec, example, set(spec.batches())))
     wider: InputSpec | None = spec
     for single in singles:
-        wider = wider and widened_if_proved(model, module, wider, single)
+        wider = wider and widened_if_proved(model, module, wider, single, values)
     if wider is not None:
         return wider
     for single in singles:

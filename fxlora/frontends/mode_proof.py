@@ -109,6 +109,10 @@ class Proof:
             known.append((self._target.type, self._facts([self._target.type])))
         return Autocasts(*here, by_device=tuple(known), gradients=gradients)
 
+    def holds(self) -> bool:
+        """Whether the graph computes the same as the source, outside of autocast."""
+        return self._difference(()) is None
+
     def _gradient_modes(self) -> Iterator[tuple[GradientMode, str]]:
         """Yield the modes of gradients that the graph is not proved for, each with the reason."""
         if self.reads.gradient or self.reads.mode:
@@ -224,6 +228,17 @@ class Proof:
             again = run
         func = run.ops[number][0].made[0]
         return f"at {again.place or type(self.model).__name__}, the source's {func} differs"
+
+
+def computes_the_same(
+    model: nn.Module, module: fx.GraphModule, example: Example, values: Values
+) -> bool:
+    """Whether a graph is proved to compute the same as its source on an example."""
+
+    def export(_: Example) -> fx.GraphModule:
+        raise NotImplementedError("this proof repairs no graph")
+
+    return Proof(model, module, example, export, values).holds()
 
 
 def _memory(tensors: Iterable[torch.Tensor]) -> set[int]:
