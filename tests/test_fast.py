@@ -295,19 +295,58 @@ def test_variants(kind: str) -> None:
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     counts = [len(joined(fast.train(mode))) for mode in (True, False)]
-    assert counts == {"dropout": [0, 5], "dora": [0, 0]}.get(kind, [5, 5])
+    assert counts == {"dropout": [0, 5]}.get(kind, [5, 5])
     text = str(fast.schedule)
     assert ("dropout on its input" in text) is (kind == "dropout")
+
+
+class Mixed(nn.Module):
+    """A weight as (in, out), a bias, none, and an output that is also read as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
+        self.one, self.two = nn.Linear(6, 7), nn.Linear(7, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.addmm(self.b, x.flatten(0, 1), self.w)
+        return rows.sum(-1, keepdim=True) + self.two(self.one(x).tanh()).flatten(0, 1) * x.mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"modules": "layers.*"}], ids=["flat", "blocks"])
+def test_dora_is_scaled_in_one_step(options: Any) -> None:
+    dora = VARIANTS["dora"]
+    fast = assert_equal_to_explicit(adapted(rules=dora, **options))
+    assert sorted(joined(fast)) == sorted([*QKV, *SINGLE])
+    for graph in [fast.running(fast.graph)] if not options else []:
+        code = graph.python_code("self").src
+        assert code.count("fxlora.sum_norms") == 11 and "vector_norm" not in code
+        assert code.count("aten.addcmul") == 9 and "aten.sub" not in code  # v has no bias
+    compiled: Any = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(gradients(compiled, X), gradients(fast, X), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    mixed = assert_equal_to_explicit(adapted(Mixed(), rules=dora))
+    assert len(joined(mixed)) == 3
+
+
+def test_the_norms_of_a_sum() -> None:
+    weight, down, up = (torch.randn(*s, dtype=F64) for s in ((5, 7), (3, 7), (5, 3)))
+    found = torch.ops.fxlora.sum_norms(weight, down.requires_grad_(), up, -1.5)
+    expected = torch.linalg.vector_norm(weight - 1.5 * up @ down, 2, -1).detach()
+    assert float((expected - weight.norm(dim=-1)).abs().max()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert not found.requires_grad
 
 
 @pytest.mark.autocast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_precision(base: torch.dtype, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rules", [CONFIG, VARIANTS["dora"]], ids=["lora", "dora"])
+def test_precision(rules: Any, base: torch.dtype, dtype: torch.dtype) -> None:
     if (base, dtype) == (torch.bfloat16, torch.float16):
         dtype = torch.bfloat16  # layer_norm takes no mixture of the two
     x = X.to(base)
-    lora = adapted(x=x)
+    lora = adapted(x=x, rules=rules)
     fast = fxlora.optimize(lora)
     assert {p.dtype for n, p in fast.named_parameters() if "lora_" in n} == {torch.float32}
     with torch.autocast("cpu", dtype):
@@ -326,8 +365,9 @@ def test_precision(base: torch.dtype, dtype: torch.dtype) -> None:
     torch.testing.assert_close(fast(x), lora(x), rtol=0, atol=tolerance)
 
 
-def test_under_checkpointing_and_in_functions() -> None:
-    lora = adapted()
+@pytest.mark.parametrize("rules", [CONFIG, VARIANTS["dora"]], ids=["lora", "dora"])
+def test_under_checkpointing_and_in_functions(rules: Any) -> None:
+    lora = adapted(rules=rules)
     fast = fxlora.optimize(lora)
     x = X.clone().requires_grad_()
     expected = torch.autograd.grad(lora(x).sin().sum(), x)[0]

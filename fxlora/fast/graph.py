@@ -13,6 +13,7 @@ from torch import fx
 from ..fx.marks import ADAPTER, APART, JOINED
 from .layers import Layer, grouped, is_barrier
 from .linears import linears
+from .norms import rewrite_norms
 from .recompute import recompute_chains
 
 assert linears  # its import registers the op
@@ -40,6 +41,7 @@ def fast_graph(graph: fx.Graph, how: Fast) -> fx.Graph:
         _join(layers, order)
     for node, reason in found.others.items():
         node.meta[APART] = reason
+    rewrite_norms(fast)
     if how.recompute:
         recompute_chains(fast, is_barrier)
     fast.lint()
@@ -59,7 +61,7 @@ def _join(layers: Sequence[Layer], order: dict[fx.Node, int]) -> None:
             (
                 layers[0].x,
                 [_out_first(layer) for layer in layers],
-                [layer.bias for layer in layers],
+                [None if layer.gain else layer.bias for layer in layers],
                 [layer.down for layer in layers],
                 [layer.up for layer in layers],
                 [layer.scaling for layer in layers],
@@ -68,11 +70,26 @@ def _join(layers: Sequence[Layer], order: dict[fx.Node, int]) -> None:
         joint.meta[JOINED] = tuple(layer.name for layer in layers)
         outputs = [graph.call_function(operator.getitem, (joint, n)) for n in range(len(layers))]
     order.update(dict.fromkeys(outputs, order[first]))
-    for layer, output in zip(layers, outputs, strict=True):
+    for layer, found in zip(layers, outputs, strict=True):
+        output = _scaled(layer, found, order) if layer.gain else found
         output.meta = {key: value for key, value in layer.output.meta.items() if key != ADAPTER}
         layer.output.replace_all_uses_with(output)
         for node in layer.nodes:
             graph.erase_node(node)
+
+
+def _scaled(layer: Layer, unscaled: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    """Return g·y + b, from the outputs y of the adapted layer without its bias, in their dtype."""
+    graph = unscaled.graph
+    with graph.inserting_before(layer.output):
+        if layer.bias is None:
+            output = graph.call_function(aten.mul.Tensor, (unscaled, layer.gain))
+        else:
+            given = (layer.bias, unscaled, layer.gain)
+            output = graph.call_function(aten.addcmul.default, given)
+        same = graph.call_function(aten.type_as.default, (output, unscaled))
+    order.update(dict.fromkeys((output, same), order[layer.output]))
+    return same
 
 
 def _out_first(layer: Layer) -> fx.Node:

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 class Layer:
     """An adapted layer, as its nodes: y + B(s·A(x)), of which y = op(x, W, b) is the base.
 
+    A variant that scales the outputs by g adds more: y + z + (g - 1)(y - b + z), z = B(s·A(x)).
     Its operands are read from the nodes, because joining other layers may replace them.
 
     Attributes:
@@ -33,6 +34,8 @@ class Layer:
         base: the op.
         hidden, scaled, product: A(x), s·A(x) and B(s·A(x)).
         output: the sum, which the model reads.
+        gain: g (out,), or None.
+        scaling_nodes: the nodes between `product` and `output` that scale by g, the last one first.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Layer:
     scaled: fx.Node
     product: fx.Node
     output: fx.Node
+    gain: fx.Node | None = None
+    scaling_nodes: tuple[fx.Node, ...] = ()
 
     @property
     def x(self) -> Any:
@@ -79,7 +84,8 @@ class Layer:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Its own nodes, the last one first."""
-        return self.output, self.product, self.scaled, self.hidden, self.base
+        inner = (self.product, self.scaled, self.hidden, self.base)
+        return self.output, *self.scaling_nodes, *inner
 
 
 class NotJoinable(Exception):
@@ -97,24 +103,53 @@ def layer_of(output: fx.Node) -> Layer:
         raise NotJoinable("is on the weight, not a branch")
     if output.target != aten.add.Tensor or output.kwargs:
         raise NotJoinable("has another form")
-    base, product = output.args
+    base, branch = output.args
     found = times_matrix(base.target) if isinstance(base, fx.Node) else None
     if found is None or not isinstance(base, fx.Node) or base.kwargs:
         raise NotJoinable("is not at a product of x and a matrix")
+    bias = None if found[1].bias is None else argument(base, found[1].bias)
+    gain, scaling_nodes, product = _unscaled(branch, base, bias)
     product = _call(product, LOW_RANK_PRODUCT)
     scaled = _call(product.args[0], aten.mul.Tensor)
     hidden = _call(scaled.args[0], LOW_RANK_PRODUCT)
-    layer = Layer(name, found[1], found[0], base, hidden, scaled, product, output)
+    inner = (base, hidden, scaled, product)
+    layer = Layer(name, found[1], found[0], *inner, output, gain, scaling_nodes)
     if hidden.args[0] is not layer.x:
         raise NotJoinable("has dropout on its input")
     tensors = all(isinstance(value, fx.Node) for value in (layer.x, *layer.operands))
     if not tensors or _dims(layer.weight) != 2 or not isinstance(layer.scaling, int | float):
         raise NotJoinable("is not at a product of x and a matrix")
+    own = set(layer.nodes)
     if layer.bias is not None and _dims(layer.bias) != 1:
         raise NotJoinable("adds a bias that is not known to be a vector")
-    if any(len(node.users) > 1 for node in layer.nodes[1:]):
+    if any(not own.issuperset(node.users) for node in layer.nodes[1:]):
         raise NotJoinable("is read by another node, too")
     return layer
+
+
+def _unscaled(
+    branch: Any, base: fx.Node, bias: Any
+) -> tuple[fx.Node | None, tuple[fx.Node, ...], Any]:
+    """Return the gain that scales a layer's outputs, the nodes that do so, and z = B(s·A(x)).
+
+    The nodes compute z + (g - 1)(y - b + z), from the base y and its bias b.
+    """
+    if not (isinstance(branch, fx.Node) and branch.target == aten.type_as.default):
+        return None, (), branch
+    total = _call(branch.args[0], aten.add.Tensor)
+    product, more = total.args
+    more = _call(more, aten.mul.Tensor)
+    less, outputs = more.args[0], _call(more.args[1], aten.add.Tensor)
+    casts = [less] if isinstance(less, fx.Node) and less.target == aten.to.dtype else []
+    less = _call(casts[0].args[0] if casts else less, aten.sub.Tensor)
+    gain, one = less.args
+    unbiased = [] if bias is None else [_call(outputs.args[0], aten.sub.Tensor)]
+    as_said = outputs.args == (unbiased[0] if unbiased else base, product)
+    if any(node.args != (base, bias) for node in unbiased) or not as_said or one != 1:
+        raise NotJoinable("has another form")
+    if not isinstance(gain, fx.Node):
+        raise NotJoinable("has another form")
+    return gain, (branch, total, more, *casts, less, outputs, *unbiased), product
 
 
 def hidden_of(output: fx.Node) -> fx.Node | None:

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..fast import Recomputed
 from ..fx.marks import ADAPTER, APART, JOINED, RECOMPUTED
-from ..plan import Entry, Plan
+from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
 from .program import MODES
 
@@ -120,6 +120,9 @@ def _traffic(entries: Sequence[Entry]) -> tuple[int, int]:
     sizes = [entry.layout.features(entry.adapted_shape) for entry in entries]
     count, inputs = len(entries), sizes[0][0]
     outputs, rank = sum(out for _, out in sizes), sum(entry.r for entry in entries)
+    scaled = sum(
+        out for entry, (_, out) in zip(entries, sizes, strict=True) if scales_outputs(entry)
+    )
     # x W^T and x A^T, s·, B, +; then the gradients by each, and all those of x added up
     explicit = (
         (2 * count * inputs + 5 * outputs + 4 * rank)
@@ -130,4 +133,7 @@ def _traffic(entries: Sequence[Entry]) -> tuple[int, int]:
     fast = ((count + 1) * inputs + 3 * outputs + 2 * rank) + (
         (2 * count + 2) * inputs + 3 * outputs + 4 * rank
     )
+    # y - b, + z, (g - 1)·, + z; then the gradients of g and of the sum, added to those of y and z
+    explicit += (2 + 3 + 2 + 3) * scaled + (4 + 2 + 3 + 3) * scaled
+    fast += 2 * scaled + (2 + 4) * scaled  # g·u + b; then the gradients of u and g
     return explicit, fast

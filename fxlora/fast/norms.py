@@ -1,0 +1,92 @@
+"""fxlora::sum_norms, an op: the norms of the rows of W + s·BA, without forming the sum.
+
+    ‖w_i + s b_i A‖² = ‖w_i‖² + 2s ⟨w_i Aᵀ, b_i⟩ + s² b_i (A Aᵀ) b_iᵀ
+
+The explicit nodes write and read matrices of W's size, this op only reads W. The result is a
+constant for autograd, as DoRA's norm is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from .plain import autocast_to
+
+aten = torch.ops.aten
+
+_LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
+_LIBRARY.define("sum_norms(Tensor weight, Tensor down, Tensor up, float scaling) -> Tensor")
+
+
+def sum_norms(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """Return the norms of the rows of W + s·BA, (out,).
+
+    Args:
+        weight: W, (out, in).
+        down: A, (r, in).
+        up: B, (out, r).
+        scaling: s.
+    """
+    weight, down, up = weight.detach(), down.detach(), up.detach()
+    with autocast_to(weight.device.type, None):
+        mixed = ((weight @ down.t()) * up).sum(1)  # (out, in) @ (in, r) -> (out, r) -> (out,)
+        last = ((up @ (down @ down.t())) * up).sum(1)  # (out, r) @ (r, r) -> (out, r) -> (out,)
+        first = torch.linalg.vector_norm(weight, 2, 1).square()
+        squares = first + 2 * scaling * mixed + scaling**2 * last
+    return squares.clamp(min=0).sqrt()
+
+
+_LIBRARY.impl("sum_norms", sum_norms, "CompositeImplicitAutograd")
+
+
+def rewrite_norms(graph: fx.Graph) -> None:
+    """Replace the norms of detached sums W + s·BA, in float32 or float64, by the op."""
+    for node in graph.find_nodes(op="call_function", target=aten.linalg_vector_norm.default):
+        given = _summands(node)
+        if given is None:
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(torch.ops.fxlora.sum_norms.default, given)
+        node.replace_all_uses_with(made)
+        _erase_unused(node)
+
+
+def _summands(norm: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """Return W, A, B and s if a node is the norms of the rows of their detached sum, or None."""
+    if norm.kwargs or norm.args[1:] != (2, [-1]):
+        return None
+    detached = _call(norm.args[0], aten.detach.default)
+    total = detached and _call(detached.args[0], aten.add.Tensor)
+    product = total and _call(total.args[1], aten.mm.default)
+    if not total or not product or set(total.kwargs) - {"alpha"}:
+        return None
+    weight, (up, down) = total.args[0], product.args
+    scaling = total.kwargs.get("alpha", 1)
+    given = all(isinstance(node, fx.Node) for node in (weight, up, down))
+    if not given or not _is_wide_matrix(weight) or not isinstance(scaling, int | float):
+        return None
+    return cast("Any", (weight, down, up, float(scaling)))
+
+
+def _is_wide_matrix(node: Any) -> bool:
+    """Whether a node is a matrix in float32 or float64."""
+    value = node.meta.get("val")
+    wide = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
+    return wide and value.ndim == 2
+
+
+def _call(node: Any, target: Any) -> fx.Node | None:
+    """Return a node if it is a call of the target."""
+    return node if isinstance(node, fx.Node) and node.target == target else None
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erase a call without users and, recursively, its inputs that are then calls without users."""
+    if node.op == "call_function" and not node.users:
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        for given in inputs:
+            _erase_unused(given)
