@@ -12,37 +12,114 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import SubmoduleError
 from .memory import memory_id
-from .read_only import ReadOnlyTensor, is_writer, marked
+from .writes import is_writer, storage_of, version, written
+
+_untraced: Any = torch.compiler.disable
 
 
-class SharedView(ReadOnlyTensor):
-    """A view of a shared parameter."""
+class SharedView(torch.Tensor):
+    """A view of a shared parameter. A write to it copies the parameter's memory first.
 
-    is_own_leaf = True
+    Functions of torch take it as a plain tensor.
+
+    Attributes:
+        of: the parameter.
+    """
+
+    of: nn.Parameter
 
     @classmethod
-    def write_refusal(cls, function: str) -> SubmoduleError:
-        return SubmoduleError(
-            f"{function}: a write to a view of a weight that shares memory with the source model "
-            "would change that model. Write to the parameter itself, which copies it first (with "
-            "torch.no_grad(): parameter.copy_(…)). Or call requires_grad_(True) on the module that "
-            "has it, before you take the view."
+    @_untraced  # Dynamo breaks the graph here in any case, at as_subclass
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name: str = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        sets_gradient = func in _GRADIENT_SETTERS  # of this tensor alone
+        for tensor in () if sets_gradient else written(name, args, kwargs):
+            if isinstance(tensor, SharedView):
+                _own(tensor.of)
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, SharedView)]
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in given:
+                _follow(tensor)
+            if func in (*_GRADIENT_SETTERS, *_GRADIENTS):
+                return func(*args, **kwargs)
+            versions = [version(tensor) for tensor in given]
+            plain, plain_kwargs = pytree.tree_map(_plain, (args, kwargs))
+            result = func(*plain, **plain_kwargs)
+            shared = [tensor for tensor in given if isinstance(tensor.of, SharedParameter)]
+            if shared and versions != [version(tensor) for tensor in given]:
+                raise SubmoduleError(
+                    f"{name} wrote to a weight that shares memory with the source model, which has "
+                    "changed, too: load it again. Call requires_grad_(True) on the weight's module "
+                    "before such a write: it copies the memory."
+                )
+        return _marked(name, result, given[0].of) if shared else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as a plain tensor."""
+        return _plain(self).__reduce_ex__(protocol)
+
+
+_held = vars(torch._C.TensorBase)
+_GRADIENT_SETTERS: Any = (
+    torch.Tensor.requires_grad_,
+    *(_held[name].__set__ for name in ("requires_grad", "grad")),
+)
+_GRADIENTS: Any = (  # of the very tensors that they are given
+    *(torch.autograd.grad, torch.autograd.backward),
+    *(_held[name].__get__ for name in ("requires_grad", "grad", "is_leaf", "grad_fn")),
+)
+
+
+def _follow(view: SharedView) -> None:
+    """Put a view, in place, over its parameter's memory, where that was copied since."""
+    if storage_of(view) is None or memory_id(view) == memory_id(view.of):
+        return
+    if view.is_conj() or view.is_neg():
+        raise SubmoduleError(
+            "a lazy conjugate of a weight was made before the weight's memory was copied: make it "
+            "again."
         )
+    moved = torch.empty(0, dtype=view.dtype, device=view.device)
+    place = view.storage_offset(), view.shape, view.stride()
+    _held["data"].__set__(view, moved.set_(view.of.untyped_storage(), *place))
 
 
-SharedView.detached = SharedView
+def _marked(name: str, result: Any, of: nn.Parameter) -> Any:
+    """Return a function's result, in which views of a shared parameter are `SharedView`s."""
+    if name in ("numpy", "__array__"):
+        result.flags.writeable = False
+    if not isinstance(result, torch.Tensor | list | tuple):
+        return result
+    memory = storage_of(of)
+
+    def mark(tensor: torch.Tensor) -> torch.Tensor:
+        if memory is None or storage_of(tensor) != memory:
+            return tensor
+        view = tensor.as_subclass(SharedView)
+        view.of = of
+        return view
+
+    return pytree.tree_map_only(torch.Tensor, mark, result)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, SharedView) else value
 
 
 class SharedParameter(nn.Parameter):
     """A parameter whose memory another model shares, until Python writes to it.
 
-    A method that writes, or an assignment of its gradient, copies the memory first: the parameter
-    is then an nn.Parameter. Views of it refuse writes (`SharedView`). Torch's own code, graphs
-    among it, takes it as the nn.Parameter that it is. Functions that write to their arguments
-    (`torch.add(…, out=parameter)`) are not noticed.
+    A method that writes, to it or to a view of it (`SharedView`), or an assignment of its gradient,
+    copies the memory first: it is an nn.Parameter then. Torch's own code, graphs among it, takes it
+    as the nn.Parameter that it is. Functions that write to their arguments (`torch.add(…,
+    out=parameter)`) are not noticed.
 
     Attributes:
         copy_memory: gives the parameter, and all that shares memory with it in its module, memory
@@ -111,7 +188,7 @@ def _guarded(name: str, method: Any) -> Any:
         result = method(self, *args, **kwargs)
         if _is_trusted(caller) or result is self or not isinstance(self, SharedParameter):
             return result
-        return marked(SharedView, name, result, (self,))
+        return _marked(name, result, self)
 
     return call
 
@@ -138,14 +215,14 @@ def _view(name: str, view: Callable[[torch.Tensor], torch.Tensor]) -> property:
         if torch.compiler.is_dynamo_compiling():
             return value
         caller: str = sys._getframe(1).f_globals.get("__name__", "")
-        return value if _is_trusted(caller) else marked(SharedView, name, value, (self,))
+        return value if _is_trusted(caller) else _marked(name, value, self)
 
     return property(get, _set_data if name == "data" else None)
 
 
 def _set_data(parameter: SharedParameter, value: torch.Tensor) -> None:
     memory = memory_id(parameter)
-    vars(torch._C.TensorBase)["data"].__set__(parameter, value)
+    _held["data"].__set__(parameter, value)
     if memory_id(parameter) != memory:
         unshared(parameter)
 
