@@ -37,6 +37,7 @@ from .kept.containers import count_in_containers, register_containers
 from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
+from .source_facts import linear_layers, model_type, output_embeddings
 from .traced import trace_mode, traced_autocasts
 from .tree import attach, build_tree, read_by_own_names
 
@@ -291,7 +292,9 @@ def _assemble(
         _add_mirrors(mirrors, model, memory)
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
-        outputs=_output_embeddings(model),
+        outputs=output_embeddings(model),
+        linears=linear_layers(model),
+        model_type=model_type(model),
         outlined=outlined,
         written=_all_names(tree, found.written),
         apart=frozenset(p for p, m in model.named_modules() if m.training != model.training),
@@ -456,14 +459,3 @@ def _read_values(model: nn.Module, programs: Sequence[Program]) -> dict[str, Any
     whole = [program for program in programs if not program.path]
     changed = {name for program in whole for name in program.changes}
     return plain_values(model, {n for program in whole for n in program.reads or ()} - changed)
-
-
-def _output_embeddings(model: nn.Module) -> frozenset[str]:
-    """Return names of parameters in transformers' output embeddings, which "all-linear" skips."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Module):
-        return frozenset()
-    held = {id(p) for p in head.parameters()}
-    names = model.named_parameters(remove_duplicate=False)
-    return frozenset(name for name, p in names if id(p) in held)

@@ -11,6 +11,7 @@ from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..plan import IN_FULL, Entry, Plan
 from ..reads.sites import find_sites
+from .architectures import with_architecture
 from .choice import Choice
 from .entries import Entries, check_rank
 from .full import (
@@ -40,7 +41,8 @@ def match(
     Args:
         module: a captured module without adapters.
         rules: a LoraConfig, a Rule, a list of these (the first that matches a site wins), or
-            the path of a rules file.
+            the path of a rules file. A LoraConfig without `target_modules` takes those that PEFT
+            has for the model's architecture.
         adapter_name: the adapter's name, which is part of its parameters' names.
         budget: the most parameters that all A and B together may have, as a number or as a share
             of the model's parameters ("1%"). The ranks keep the proportions that the rules give
@@ -71,7 +73,8 @@ def match(
         raise ConfigError("the module has adapters already: fold or remove them first.")
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
-    choice = Choice(module, as_rules(rules), tuple(find_sites(module)))
+    sites = tuple(find_sites(module))
+    choice = Choice(module, with_architecture(as_rules(rules), module, sites), sites)
     return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget)
 
 

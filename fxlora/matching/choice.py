@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
-from ..config import ALL_LINEAR, LoraConfig, Names, Rule
+from ..config import LoraConfig, Rule
 from ..errors import ConfigError
-from ..lora.ops import in_all_linear, is_lookup
+from ..lora.ops import is_lookup
 from ..module import CapturedModule
 from ..reads.sites import Site, merged
 from ..tables import some
+from .targets import Targets, is_suffix
 
 Chosen = list[tuple[Site, int]]  # each site with the number (from 1) of its rule, or 0
 
@@ -34,60 +36,35 @@ class Choice:
 
     def _first_rule(self, site: Site) -> int:
         """Return the number (from 1) of the first rule that matches the site, or 0."""
-        for number, rule in enumerate(self.rules, 1):
-            if self.holds(rule, site):
-                return number
-        return 0
+        numbers = range(1, len(self.rules) + 1)
+        return next((number for number in numbers if self.holds(number, site)), 0)
 
-    def holds(self, rule: Rule, site: Site) -> bool:
+    def holds(self, number: int, site: Site) -> bool:
+        """Whether all keys of a rule match a site."""
+        rule = self.rules[number - 1]
         return (
             (rule.name is None or any(matches_name(p, site) for p in rule.name))
             and (rule.op is None or any(fnmatchcase(site.op, kind) for kind in rule.op))
             and holds_shape(rule, site)
-            and (rule.lora is None or self.targeted(rule.lora, site))
+            and (rule.lora is None or self.targets[number - 1].key(site) is not None)
             and (rule.where is None or holds_where(rule.where, site))
         )
 
-    def targeted(self, config: LoraConfig, site: Site) -> bool:
-        if config.has_targets:
-            by_module = self.in_targets(config.target_modules, site)
-            by_parameter = any(
-                is_suffix(t, n) for t in config.target_parameters or () for n in site.names
-            )
-            if not (by_module or by_parameter):
-                return False
-        if config.exclude_modules is not None and self.in_targets(config.exclude_modules, site):
-            return False
-        return config.layers_to_transform is None or in_layers(config, site)
-
-    def in_targets(self, targets: Names, site: Site) -> bool:
-        """Whether targets include a site, as in PEFT: one regex for the whole name, or a list."""
-        if isinstance(targets, str) and targets != ALL_LINEAR:
-            return any(re.fullmatch(targets, alias) for alias in site.aliases)
-        names = (targets,) if isinstance(targets, str) else targets or ()
-        return any(
-            self._in_all_linear(site) if name == ALL_LINEAR else is_called(name, site)
-            for name in names
+    @cached_property
+    def targets(self) -> tuple[Targets, ...]:
+        """What the names in the configuration of each rule mean."""
+        return tuple(
+            Targets(rule.lora or LoraConfig(), self.module, self.sites) for rule in self.rules
         )
 
-    def _in_all_linear(self, site: Site) -> bool:
-        """Whether "all-linear" includes the site.
-
-        It includes weights of matrix products, but not factors from which a weight is computed,
-        except the main tensor of a torch parametrization. It leaves out output embeddings and
-        weights that are also looked up (embeddings).
-        """
-        spared = self.module.known.outputs & set(site.names)
-        looked_up = any(is_lookup(reader.kind) for reader in site.readers)
-        layer, behind, _ = site.parameter.partition(".parametrizations.")
-        read = any(r.kind == site.op and r.moved and r.moved.intact for r in site.readers)
-        own = read or (behind and layer in site.aliases)
-        return bool(in_all_linear(site.op) and own and not spared and not looked_up)
+    def key(self, number: int, site: Site) -> str:
+        """Return the name under which a rule's configuration means a site."""
+        return self.targets[number - 1].key(site) or site.name
 
     def _tied(self, chosen: Chosen) -> Chosen:
         """Merge the sites of one tied weight that one rule matches into one site.
 
-        A rule with `tied="share"` adapts all of them, including those that no rule matches.
+        A rule that shares ties adapts all of them, including those that no rule matches.
         """
         found: Chosen = []
         done: set[str] = set()
@@ -95,9 +72,10 @@ class Choice:
             if site.parameter in done:
                 continue
             others = [(s, n) for s, n in chosen if s.parameter in site.tied] if site.tied else []
-            sharing = next((n for _, n in [(site, number), *others] if self._shares(n)), None)
+            tie = [(site, number), *others]
+            sharing = next((n for _, n in tie if self._shares(n, [s for s, _ in tie])), None)
             if sharing is not None:
-                self._check_shared(sharing, [(site, number), *others])
+                self._check_shared(sharing, tie)
                 number, together = sharing, [s for s, _ in others]
             else:
                 together = [s for s, n in others if n == number and number]
@@ -105,10 +83,14 @@ class Choice:
             done |= {s.parameter for s in (site, *together)}
         return found
 
-    def _shares(self, number: int) -> bool:
+    def _shares(self, number: int, tie: Sequence[Site]) -> bool:
+        """Whether a rule adapts all reads of a tied weight (in PEFT: of a tied embedding)."""
         rule = self.rule(number)
         lora = rule and rule.lora
-        return lora is not None and lora.tied == "share"
+        if lora is None or lora.tied == "share":
+            return lora is not None
+        looked_up = any(is_lookup(reader.kind) for site in tie for reader in site.readers)
+        return lora.ensure_weight_tying and looked_up
 
     def _check_shared(self, sharing: int, tied: Sequence[tuple[Site, int]]) -> None:
         names = some(f"'{site.name}'" for site, _ in tied)
@@ -133,39 +115,14 @@ def matches(pattern: str, names: Iterable[str]) -> bool:
     return any(is_suffix(pattern, name) for name in names)
 
 
-def is_called(name: str, site: Site) -> bool:
-    return any(is_suffix(name, alias) for alias in site.aliases)
-
-
-def is_suffix(target: str, name: str) -> bool:
-    """Whether a name is the target, or ends with it after a dot."""
-    return name == target or name.endswith(f".{target}")
-
-
-def in_layers(config: LoraConfig, site: Site) -> bool:
-    """Whether the layer number in a site's name is one of `layers_to_transform`."""
-    patterns = config.layers_pattern or (r"[^.]*",)
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", site.name)
-        if found:
-            layers = config.layers_to_transform
-            assert isinstance(layers, tuple)
-            return int(found.group(1)) in layers
-    return False
-
-
 def pattern_holds(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` matches the end of a site's name."""
+    """Whether a pattern of `rank_pattern` or `alpha_pattern` matches the end of a name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def by_pattern(patterns: object, site: Site, default: float) -> float:
-    """Return the value of the first pattern that matches the site's name, or the default."""
-    assert isinstance(patterns, dict)
-    for pattern, value in patterns.items():
-        if pattern_holds(pattern, site.name):
-            return value
-    return default
+def by_pattern(patterns: Mapping[str, float], key: str, default: float) -> float:
+    """Return the value of the first pattern that matches the key of a site, or the default."""
+    return next((v for pattern, v in patterns.items() if pattern_holds(pattern, key)), default)
 
 
 def holds_where(function: Callable[[Site], bool], site: Site) -> bool:

@@ -59,8 +59,9 @@ class Entries:
         part: str | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Entry:
-        r = int(by_pattern(config.rank_pattern, site, config.r))
-        alpha = by_pattern(config.alpha_pattern, site, config.lora_alpha)
+        key = self.choice.key(number, site)
+        r = int(by_pattern(config.rank_pattern, key, config.r))
+        alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
         variants = variants_of(config.init_lora_weights, config.row)
         if (rows or any(VARIANTS[name].gain for name in variants)) and not site.layout_known:
             asked = f"part '{part}'" if rows else ", ".join(variants)

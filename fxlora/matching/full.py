@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..config import Rule
+from ..config import LoraConfig, Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
 from ..lora.dtypes import DtypeRule
 from ..module import CapturedModule
 from ..plan import Entry
 from ..reads.sites import Site
-from .choice import Choice, Chosen, is_suffix, matches
+from ..tables import some
+from .choice import Choice, Chosen, matches
+from .targets import is_suffix
 from .unmatched import Unmatched
 
 
@@ -27,10 +29,9 @@ def modules_to_save(choice: Choice, chosen: Chosen, unmatched: Unmatched) -> dic
     holders = _holders(choice.module)
     found: list[tuple[str, int]] = []
     for number, rule in enumerate(choice.rules, 1):
-        for name in (rule.lora.modules_to_save if rule.lora else None) or ():
-            paths = [path for path in holders if is_suffix(name, path)]
-            if not paths:
-                unmatched.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+        if rule.lora is not None:
+            paths = _heads(rule.lora, holders)
+            paths += _saved(number, rule.lora, holders, paths, unmatched)
             found += [(path, number) for path in paths]
         found += [(path, number) for path in without_sites(choice, rule)]
     for site, number in chosen:
@@ -40,6 +41,50 @@ def modules_to_save(choice: Choice, chosen: Chosen, unmatched: Unmatched) -> dic
     for path, number in found:
         saved.setdefault(path, number)
     return saved
+
+
+def _heads(config: LoraConfig, holders: Iterable[str]) -> list[str]:
+    """Return the modules that `task_type` trains in full, as PEFT finds them: by last letters."""
+    found = [path for path in holders if path.endswith(config.heads)]
+    if config.heads and not found and not config.modules_to_save:
+        warn(
+            f"task_type={config.task_type!r} trains the head in full, and no module has a name "
+            f"that ends in {' or '.join(config.heads)}: the head stays frozen. Name it in "
+            "modules_to_save."
+        )
+    return found
+
+
+def _saved(
+    number: int,
+    config: LoraConfig,
+    holders: Iterable[str],
+    heads: Sequence[str],
+    unmatched: Unmatched,
+) -> list[str]:
+    """Return the modules that `modules_to_save` trains in full.
+
+    Args:
+        number: the number of the rule.
+        config: its configuration.
+        holders: the paths of all modules with parameters.
+        heads: those that `task_type` trains, for which PEFT's folders have names of no module.
+        unmatched: raises for a name that matches nothing.
+    """
+    names = config.modules_to_save or ()
+    found = {name: [p for p in holders if is_suffix(name, p)] for name in names}
+    known = {*heads, *(path for paths in found.values() for path in paths)}
+    for name, paths in found.items():
+        if not paths and name not in config.heads:
+            unmatched.no_match(f"modules_to_save of rule {number} ('{name}')", name, holders)
+        within = (p for p in holders if p.endswith(name))
+        if more := [p for p in within if not any(is_below(p, path) for path in known)]:
+            raise ConfigError(
+                f"modules_to_save of rule {number}: '{name}' is {some(map(repr, paths))}, and for "
+                f"PEFT also {some(map(repr, more))}, whose name ends in its letters. Add that name "
+                "to train both, or write the whole name in a Rule(name, train=True)."
+            )
+    return [path for paths in found.values() for path in paths]
 
 
 def _trained_path(site: Site, rule: Rule) -> str:
@@ -95,8 +140,11 @@ def trained(module: CapturedModule, paths: Iterable[str]) -> set[str]:
 
 
 def biases(choice: Choice, entries: Iterable[Entry]) -> dict[str, int]:
-    """Return the names of the biases that `bias=` trains, each with the first rule that does."""
-    every = [n for n, _ in choice.module.named_parameters() if "bias" in n.rpartition(".")[2]]
+    """Return the names of the biases that `bias=` trains, each with the first rule that does.
+
+    As in PEFT, these are parameters named `bias`; an `in_proj_bias` or `bias_ih` is none.
+    """
+    every = [n for n, _ in choice.module.named_parameters() if n.rpartition(".")[2] == "bias"]
     by_owner: dict[str, list[str]] = {}
     for name in every:
         by_owner.setdefault(name.rpartition(".")[0], []).append(name)

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..config import ALL_LINEAR, LoraConfig, Rule
+from ..config import LoraConfig, Rule
 from ..errors import NoMatchError, warn
 from ..plan import Entry
 from ..tables import count, did_you_mean, some
 from .choice import Choice, Chosen, matches, matches_name, pattern_holds
+from .targets import Target, Targets, is_suffix, listed
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,16 @@ class Unmatched:
         taken = {number for _, number in chosen}
         for number, rule in enumerate(self.choice.rules, 1):
             self._check_names(number, rule, saved)
-            mine = [entry for entry in entries if entry.rule == number]
             if number not in taken and not any(_saves(rule, n, saved) for n in rule.name or ()):
                 self._rule_took_nothing(number, rule)
             if rule.lora is not None:
-                self._check_patterns(number, rule.lora, mine)
+                adapted = {entry.names for entry in entries if entry.rule == number}
+                keys = [
+                    self.choice.key(number, site)
+                    for site, mine in chosen
+                    if mine == number and site.names in adapted
+                ]
+                self._check_patterns(number, rule.lora, keys)
                 self._check_layers(number, rule.lora)
 
     def _check_names(self, number: int, rule: Rule, saved: Sequence[str]) -> None:
@@ -47,24 +53,35 @@ class Unmatched:
             met = any(matches_name(name, site) for site in self.choice.sites)
             if not met and not _saves(rule, name, saved):
                 self.no_match(f"rule {number} ('{name}')", name, candidates)
-        for key in ("target_modules", "exclude_modules", "target_parameters"):
-            targets = getattr(rule.lora, key) if rule.lora else None
-            for name in (targets,) if isinstance(targets, str) else targets or ():
-                one = name if isinstance(targets, str) or name == ALL_LINEAR else (name,)
-                if not any(self.choice.in_targets(one, site) for site in self.choice.sites):
-                    label = (
-                        f"rule {number} ('{name}')"
-                        if key != "exclude_modules"
-                        else (f"exclude_modules of rule {number} ('{name}')")
+        if rule.lora is None:
+            return
+        targets = self.choice.targets[number - 1]
+        for key, label in (("target_modules", ""), ("exclude_modules", "exclude_modules of ")):
+            for target in listed(getattr(rule.lora, key)):
+                if not targets.meets(target):
+                    self.no_match(
+                        f"{label}rule {number} ('{target.text}')", target.text, candidates
                     )
-                    self.no_match(label, name, candidates)
+        for name in rule.lora.target_parameters or ():
+            if not any(is_suffix(name, found) for found in targets.by_parameter):
+                parameters = [name for site in self.choice.sites for name in site.names]
+                self.no_match(f"target_parameters of rule {number} ('{name}')", name, parameters)
+
+    def _check_parameter(self, target: Target) -> None:
+        """Raise for a name of a parameter among those of modules, which PEFT would ignore."""
+        named = [name for site in self.choice.sites for name in site.names if target.matches(name)]
+        if named:
+            raise NoMatchError(
+                f"'{target.text}' means no module that takes an adapter, but the parameter "
+                f"{some(named)}. Put it into target_parameters, or leave it out."
+            )
 
     def _rule_took_nothing(self, number: int, rule: Rule) -> None:
         earlier = [
             str(n)
-            for n, other in enumerate(self.choice.rules[: number - 1], 1)
+            for n in range(1, number)
             if any(
-                self.choice.holds(rule, site) and self.choice.holds(other, site)
+                self.choice.holds(number, site) and self.choice.holds(n, site)
                 for site in self.choice.sites
             )
         ]
@@ -81,23 +98,26 @@ class Unmatched:
             f"sites.{why} Kinds of op here: {kinds or 'none'}."
         )
 
-    def _check_patterns(self, number: int, config: LoraConfig, entries: Sequence[Entry]) -> None:
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(config, key):
-                names = [entry.site for entry in entries]
-                if not any(pattern_holds(pattern, name) for name in names):
-                    near = did_you_mean(pattern, names) or f" They are: {some(names)}."
+    def _check_patterns(self, number: int, config: LoraConfig, keys: Sequence[str]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, field):
+                if not any(pattern_holds(pattern, key) for key in keys):
+                    near = did_you_mean(pattern, keys) or f" They are: {some(keys)}."
                     raise NoMatchError(
-                        f"{key} of rule {number} ('{pattern}') matched none of the "
-                        f"{count(len(names), 'site')} that the rule adapts.{near}"
+                        f"{field} of rule {number} ('{pattern}') matched none of the "
+                        f"{count(len(keys), 'site')} that the rule adapts.{near}"
                     )
 
     def _check_layers(self, number: int, config: LoraConfig) -> None:
+        """Raise for a layer that has none of the targets, apart from those named whole."""
+        whole = {target.text for target in listed(config.target_modules)}
         for layer in config.layers_to_transform or ():  # pyright: ignore[reportGeneralTypeIssues]
             one = dataclasses.replace(config, layers_to_transform=(layer,))
-            if not any(self.choice.targeted(one, site) for site in self.choice.sites):
+            targets = Targets(one, self.choice.module, self.choice.sites)
+            if whole.issuperset(targets.by_module.values()):
                 raise NoMatchError(
-                    f"layers_to_transform of rule {number}: layer {layer} has none of its targets."
+                    f"layers_to_transform of rule {number}: layer {layer} has none of its targets. "
+                    "The number is the first in a name; in PEFT, a list of layers at the beginning "
                 )
 
     def no_match(self, what: str, name: str, candidates: Iterable[str]) -> None:

@@ -24,6 +24,9 @@ class State:
             keyed by all names of the weight.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings, which "all-linear" leaves out.
+        linears: paths of the source's linear layers (nn.Linear, transformers' Conv1D), which
+            "all-linear" means.
+        model_type: `config.model_type` of the source, or "".
         outlined: paths of the submodules that are modules of their own, which the graph calls.
         written: names of the parameters that the graphs write to, or whose memory they write to.
             They are treated as buffers are: each copy of the module has its own.
@@ -43,6 +46,8 @@ class State:
     )
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
+    linears: frozenset[str] = frozenset()
+    model_type: str = ""
     outlined: tuple[str, ...] = ()
     written: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()

@@ -36,6 +36,7 @@ class Site:
             without `_weight` (`in_proj`); the modules that own them; the module around these
             whose forward reads the weight instead (MultiheadAttention reads its out_proj's
             weight); and the names that the weight has without torch's parametrization.
+        modules: those of the aliases that are modules, the owner first.
         op: kind of the op that reads the weight, or that reads a tensor computed from it and other
             weights only (W * mask, a parametrization). If there are several, the first op with a
             row in the table, and with data as its other operand if there is one. "python" if no
@@ -60,6 +61,7 @@ class Site:
     names: tuple[str, ...]
     tied: tuple[str, ...]
     aliases: tuple[str, ...]
+    modules: tuple[str, ...]
     op: str
     shape: Shape
     layout: Layout
@@ -133,11 +135,13 @@ def find_sites(module: CapturedModule) -> list[Site]:
         for names in _by_call_site(module, every_name, readers):
             found = tuple(reader for name in names for reader in readers.get(name, ()))
             site = _site(names, weight, found, writer)
+            parametrized = _parametrized(module, names)
             sites.append(
                 dataclasses.replace(
                     site,
                     tied=tuple(name for name in every_name if name not in names),
-                    aliases=(*site.aliases, *_parametrized(module, names)),
+                    aliases=(*site.aliases, *parametrized),
+                    modules=(*parametrized[:1], *site.modules),
                     overlaps=tuple(
                         dict.fromkeys(
                             (*overlaps.get(first, ()), *module.known.mirrors.get(first, ()))
@@ -189,12 +193,14 @@ def merged(sites: Sequence[Site]) -> Site:
     names = tuple(name for site in sites for name in site.names)
     readers = tuple(reader for site in sites for reader in site.readers)
     aliases = tuple(dict.fromkeys(alias for site in sites for alias in site.aliases))
+    modules = tuple(dict.fromkeys(path for site in sites for path in site.modules))
     described = _described(readers, first.shape)
     return dataclasses.replace(
         first,
         names=names,
         tied=tuple(name for name in first.tied if name not in names),
         aliases=aliases,
+        modules=modules,
         readers=readers,
         merged=True,
         **described,
@@ -225,12 +231,15 @@ def _site(
     readers: tuple[Reader, ...],
     writer: Reader | None,
 ) -> Site:
+    modules = _modules(names, readers)
+    short = [name.removesuffix("_weight") for name in names]  # MultiheadAttention's in_proj
     return Site(
         name=_owner(names[0]),
         parameter=names[0],
         names=tuple(names),
         tied=(),
-        aliases=_aliases(names, readers),
+        aliases=tuple(dict.fromkeys([*map(_owner, names), *names, *short, *modules])),
+        modules=modules,
         shape=tuple(weight.shape),
         dtype=weight.dtype,
         readers=readers,
@@ -278,15 +287,12 @@ def _owner(parameter: str) -> str:
     return module if module and name == "weight" else parameter
 
 
-def _aliases(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
-    modules = [name.rpartition(".")[0] for name in names]
-    short = [name.removesuffix("_weight") for name in names]  # MultiheadAttention's in_proj
+def _modules(names: list[str], readers: tuple[Reader, ...]) -> tuple[str, ...]:
+    """Return the modules that own a weight, and those around them whose forward reads it."""
+    owners = [name.rpartition(".")[0] for name in names]
     around = [
         reader.call_site
         for reader in readers
-        if not reader.through
-        and any(module.startswith(f"{reader.call_site}.") for module in modules)
+        if not reader.through and any(owner.startswith(f"{reader.call_site}.") for owner in owners)
     ]
-    return tuple(
-        dict.fromkeys([*map(_owner, names), *names, *short, *filter(None, modules), *around])
-    )
+    return tuple(dict.fromkeys(filter(None, [*owners, *around])))
