@@ -430,6 +430,11 @@ def lora_parameters(
             f"'{stray[0]}' requires gradients but is not in the plan, so it would neither be saved "
             "nor kept apart from the source model. Put its module into modules_to_save."
         )
+    if module.plan.inference_mode and not any(p.requires_grad for p in module.parameters()):
+        raise InjectError(
+            "no parameter to train: LoraConfig(inference_mode=True) froze them. Match without it, "
+            "or call requires_grad_(True) on those to train."
+        )
     planned = [name for entry in module.plan for name in entry.trainable]
     into_a = {entry.name_a for entry in module.plan}
     a = [module.get_parameter(name) for name in planned if name in into_a]

@@ -354,6 +354,8 @@ class Plan:
             `LoraConfig.autocast_adapter_dtype`; True for those that it leaves out.
         rules: the rules from which `match` made the plan; empty if it was read from an adapter
             folder that fxlora wrote.
+        descriptions: what rules or a folder say of the adapter and its base model: `task_type`,
+            `base_model_name_or_path`, … (see LoraConfig). They are written to folders.
 
     Raises:
         ConfigError: an attribute has a wrong type or value, or two entries adapt the same rows of
@@ -380,6 +382,7 @@ class Plan:
     trained_parameters: int = 0
     rules: tuple[Rule, ...] = ()
     trained_dtypes: Mapping[str, DtypeRule] = field(default_factory=dict[str, DtypeRule])
+    descriptions: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         counts = (self.model_parameters, self.trained_parameters)
@@ -446,6 +449,11 @@ class Plan:
         held = held_dtype(self.trained_dtypes.get(name, True), weight)
         exact = held == weight or torch.promote_types(held, weight) == held
         return held if exact else weight
+
+    @property
+    def inference_mode(self) -> bool:
+        """Whether the adapters and the parameters trained in full start frozen."""
+        return any(rule.lora is not None and rule.lora.inference_mode for rule in self.rules)
 
     @property
     def adapter_parameters(self) -> int:

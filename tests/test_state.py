@@ -105,6 +105,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
     lora.update_state(
         grads=frozenset(["lin.bias"]),
         outputs=frozenset(["other.weight"]),
+        model_type="llama",
         written=frozenset(["a name"]),
         apart=frozenset(["other"]),
         read_values={"lin.scale": 0.5},

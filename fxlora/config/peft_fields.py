@@ -14,7 +14,6 @@ from ..names import shown
 
 # Fields that only describe the adapter or its base model. They are kept, and written to folders.
 DESCRIPTIONS = (
-    "peft_type",
     "task_type",
     "auto_mapping",
     "peft_version",

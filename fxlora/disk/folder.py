@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..config import LoraConfig
+from ..config import DESCRIPTIONS, REFUSED, LoraConfig
 from ..data import parsed, read_text
 from ..errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
 from ..lora.inits import FILLS, STARTS
@@ -139,14 +139,17 @@ def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -
             f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}, not for LORA."
         )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
+    known -= {*REFUSED, *INFORMATION}
     unknown = [k for k, v in config.items() if v and k not in known and k not in INFORMATION]
     if unknown:
+        why = f" {unknown[0]}: {REFUSED[unknown[0]]}." if unknown[0] in REFUSED else ""
         raise AdapterError(
-            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not support."
+            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not support.{why}"
         )
     values = {key: value for key, value in config.items() if key in known and value is not None}
-    if values.get("target_modules") == []:  # PEFT writes this for target_parameters only
-        del values["target_modules"]
+    if values.get("target_modules") is None:
+        values["target_modules"] = []  # PEFT's defaults are in the file, if it used them
+    values |= descriptions_in(content)
     values["init_lora_weights"] = _init_from_peft(config, content.path)
     try:
         plan = match(module, LoraConfig(**values), adapter_name=adapter_name)
@@ -160,6 +163,19 @@ def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -
                 "weight (in, out), which PEFT takes for (out, in). Target the module instead."
             )
     return dataclasses.replace(plan, entries=tuple(map(_as_peft_starts, plan)))
+
+
+def descriptions_in(content: Folder) -> dict[str, Any]:
+    """Return what a folder's configuration says of the adapter and its base model.
+
+    Raises:
+        AdapterError: it is not what PEFT writes.
+    """
+    said = {key: content.config[key] for key in DESCRIPTIONS if key in content.config}
+    try:
+        return LoraConfig(**said).descriptions
+    except ConfigError as error:
+        raise AdapterError(f"{content.path / CONFIG}: {error}") from error
 
 
 def _as_peft_starts(entry: Entry) -> Entry:
@@ -192,7 +208,7 @@ def check_config(module: CapturedModule, plan: Plan, content: Folder) -> None:
     """Raise if the configuration, which PEFT reads, contradicts the plan, which fxlora reads."""
     ours = content.header is not None and not content.header["peft"]
     expected = {"peft_type": OURS} if ours else configuration(module, plan)
-    for key in ("task_type", "base_model_name_or_path", "inference_mode"):
+    for key in (*DESCRIPTIONS, "inference_mode"):
         expected.pop(key, None)
     says = content.config
     differ = [key for key, value in expected.items() if says.get(key) != value]

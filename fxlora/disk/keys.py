@@ -28,6 +28,7 @@ INFORMATION = frozenset(
         "peft_version",
         "fan_in_fan_out",
         "runtime_config",
+        "eva_config",  # how A was started
         "ephemeral_gpu_offload",
         "megatron_core",
         "qalora_group_size",  # only used with use_qalora, which is refused

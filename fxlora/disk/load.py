@@ -18,7 +18,14 @@ from ..names import ADAPTER_RULE, is_adapter, shown
 from ..passes.inject import with_dtypes
 from ..plan import Plan
 from ..tables import some
-from .folder import Folder, check_config, plan_from_header, plan_from_peft, read_folder
+from .folder import (
+    Folder,
+    check_config,
+    descriptions_in,
+    plan_from_header,
+    plan_from_peft,
+    read_folder,
+)
 from .keys import FileLayout, layout_of
 from .peft import ROOT, why_not
 from .values import same, tensor_of, values_of
@@ -85,7 +92,7 @@ def load_adapter(
     layout = layout_of(module, held, pefts)
     _check_tensors(module, layout, content)
     if content.header is not None:
-        plan = _counted(module, plan)
+        plan = dataclasses.replace(_counted(module, plan), descriptions=descriptions_in(content))
         check_config(module, plan, content)
     plan = with_dtypes(module, plan if rule is None else plan.with_adapter_dtype(rule))
     starts, stored = values_of(module, plan, layout, content)

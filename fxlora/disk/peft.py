@@ -357,6 +357,7 @@ def configuration(module: CapturedModule, plan: Plan) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
+        **plan.descriptions,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,

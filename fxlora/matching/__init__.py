@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..config import Rules, as_rules
+from ..config import Rule, Rules, as_rules
 from ..errors import ConfigError, NoMatchError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
@@ -131,4 +133,22 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
         trained_parameters=sum(size for name, size in sizes.items() if name in in_full),
         rules=choice.rules,
         trained_dtypes=dtype_rules(choice, names, saved, biased),
+        descriptions=_descriptions(choice.rules),
     )
+
+
+def _descriptions(rules: Sequence[Rule]) -> dict[str, Any]:
+    """Return what the rules say of the adapter and its base; the first rule that does counts.
+
+    Raises:
+        ConfigError: some rules freeze their adapters and others do not.
+    """
+    configs = [rule.lora for rule in rules if rule.lora is not None and not rule.train]
+    if len({config.inference_mode for config in configs}) > 1:
+        raise ConfigError(
+            "inference_mode must be the same in all rules: it is of the whole adapter."
+        )
+    found: dict[str, Any] = {}
+    for config in configs:
+        found = {**config.descriptions, **found}
+    return found

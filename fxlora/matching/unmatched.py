@@ -110,6 +110,11 @@ class Unmatched:
 
     def _check_layers(self, number: int, config: LoraConfig) -> None:
         """Raise for a layer that has none of the targets, apart from those named whole."""
+        if config.layers_to_transform is not None and config.target_modules == ():
+            raise NoMatchError(
+                f"layers_to_transform of rule {number} has no effect on target_parameters, as in "
+                "PEFT: write the layers in their names ('layers.0.q_proj.weight')."
+            )
         whole = {target.text for target in listed(config.target_modules)}
         for layer in config.layers_to_transform or ():  # pyright: ignore[reportGeneralTypeIssues]
             one = dataclasses.replace(config, layers_to_transform=(layer,))
@@ -117,7 +122,7 @@ class Unmatched:
             if whole.issuperset(targets.by_module.values()):
                 raise NoMatchError(
                     f"layers_to_transform of rule {number}: layer {layer} has none of its targets. "
-                    "The number is the first in a name; in PEFT, a list of layers at the beginning "
+                    "A layer's number is the first in a name."
                 )
 
     def no_match(self, what: str, name: str, candidates: Iterable[str]) -> None:

@@ -65,6 +65,9 @@ class Inject(Pass):
         module.known = replace(module.known, plan=plan, originals=originals)
         set_casts(module)
         share_whole_adapters(module)
+        if plan.inference_mode:
+            for name in (*(n for entry in plan for n in entry.tensors), *plan.trained):
+                module.get_parameter(name).requires_grad_(False)
         return replace(module.known, base_fingerprints=base_fingerprints(module))
 
 
