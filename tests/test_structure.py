@@ -26,6 +26,7 @@ LAYERS = [
     {"api"},
     {"costs", "disk", "proof"},
     {"pictures", "hosts"},
+    {"peft"},
     {"__init__"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,508 @@
+"""PeftModel: the user's model with adapters, with the methods that PEFT's has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..api import fold, inject
+from ..config import LoraConfig
+from ..data import as_path
+from ..disk.load import load_adapter
+from ..disk.save import save_adapter
+from ..errors import AdapterError, ConfigError, InjectError, warn
+from ..frontends import capture
+from ..hosts.host import Host
+from ..hosts.merged_source import merged
+from ..matching import match
+from ..module import CapturedModule
+from ..module.blocks.chosen import Modules
+from ..module.example_calls import Call, MethodCalls
+from ..names import shown
+from ..tables import some
+from .adapters import Adapters, set_trained
+from .status import LayerStatus, ModelStatus, layer_statuses, model_status
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    *args: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    calls: Sequence[Call] | None = None,
+    methods: Mapping[str, MethodCalls] | None = None,
+    dynamic_shapes: Any = None,
+    modules: Modules | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Return a copy of a model with adapters: an instance of its class, with PeftModel's methods.
+
+    The model itself stays as it is. The copy shares its frozen weights, and runs the graph captured
+    on the example (see `fxlora.hosted`): `generate`, `config` and training loops work as on it.
+
+    Args:
+        model: any nn.Module.
+        peft_config: a LoraConfig, or PEFT's.
+        args: example inputs, as the model is called with.
+        adapter_name: the adapter's name.
+        mixed: only False.
+        autocast_adapter_dtype: False holds A and B in the dtype of their weight.
+        revision: `LoraConfig.revision`.
+        low_cpu_mem_usage: only False.
+        calls, methods, dynamic_shapes, modules: further examples, as for `fxlora.capture`.
+        kwargs: example inputs by name.
+
+    Returns:
+        The model with one adapter, which is active and trains.
+
+    Raises:
+        CaptureError: the model has no graph.
+        NoMatchError, UnsupportedOpError, ConfigError: as for `fxlora.match`; or an option that
+            fxlora does not have.
+        InjectError: the model cannot be hosted.
+
+    Example:
+        >>> import torch
+        >>> from fxlora.peft import LoraConfig, get_peft_model
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]), x)
+        >>> model.print_trainable_parameters()
+        trainable params: 20 || all params: 48 || trainable%: 41.6667
+        >>> type(model).__name__, model.merge_and_unload()(x).shape
+        ('Sequential', torch.Size([3, 4]))
+    """
+    if mixed or low_cpu_mem_usage:
+        raise ConfigError("mixed and low_cpu_mem_usage are not supported: leave them out.")
+    options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
+    base = _captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+    adapters = Adapters(model, base)
+    config = as_config(peft_config)
+    described = {"revision": revision, "base_model_name_or_path": _name_of(model)}
+    config = dataclasses.replace(config, **{k: v for k, v in described.items() if v is not None})
+    _add(adapters, adapter_name, config, autocast_adapter_dtype)
+    return _peft_model(adapters)
+
+
+def as_config(config: Any) -> LoraConfig:
+    """Return a configuration: fxlora's LoraConfig, or PEFT's as one.
+
+    Raises:
+        ConfigError: it is neither, or uses something that fxlora does not do.
+    """
+    if isinstance(config, LoraConfig):
+        return config
+    if isinstance(config, type) or not callable(to_dict := getattr(config, "to_dict", None)):
+        raise ConfigError(f"peft_config must be a LoraConfig, not {shown(config)}.")
+    fields: Any = to_dict()
+    return LoraConfig(**fields)
+
+
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+) -> CapturedModule:
+    if args and isinstance(args[0], str):
+        raise ConfigError(
+            f"{shown(args[0])} is not an example input. Give the adapter's name by keyword: "
+            "adapter_name=…."
+        )
+    if isinstance(model, PeftModel):
+        raise ConfigError("the model has adapters already: add_adapter adds another.")
+    return capture(model, args or None, kwargs or None, **options)
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """Return the name of the checkpoint that a model of transformers was loaded from."""
+    name = model.__dict__.get("name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _add(adapters: Adapters, name: str, config: LoraConfig, autocast: bool) -> None:
+    """Add a new adapter; its configuration is the one that was matched, with its targets."""
+    adapters.check_new(name)
+    plan = match(adapters.base, config, adapter_name=name)
+    module = inject(adapters.base, plan, adapter_dtype=None if autocast else False)
+    adapters.add(name, module, plan.rules[0].lora or config)
+
+
+def _load(
+    adapters: Adapters, folder: str | Path, name: str, is_trainable: bool, autocast: bool
+) -> None:
+    adapters.check_new(name)
+    dtype = None if autocast else False
+    module = load_adapter(adapters.base, folder, adapter_name=name, adapter_dtype=dtype)
+    set_trained(module, is_trainable)
+    adapters.add(name, module, _config_of(module))
+
+
+def _config_of(module: CapturedModule) -> LoraConfig:
+    """Return the configuration that a loaded adapter was matched with, or one that describes it."""
+    plan = module.plan
+    assert plan is not None
+    if plan.rules and plan.rules[0].lora is not None:
+        return plan.rules[0].lora
+    saved = [*plan.modules_to_save] or None
+    if not plan.entries:
+        return LoraConfig(modules_to_save=saved, **plan.descriptions)
+    first = plan.entries[0]
+    return LoraConfig(
+        r=first.r,
+        lora_alpha=first.alpha,
+        target_modules=[entry.site for entry in plan],
+        rank_pattern={entry.site: entry.r for entry in plan if entry.r != first.r},
+        alpha_pattern={entry.site: entry.alpha for entry in plan if entry.alpha != first.alpha},
+        modules_to_save=saved,
+        use_dora="dora" in first.variants,
+        **plan.descriptions,
+    )
+
+
+def _peft_model(adapters: Adapters) -> Any:
+    """Return a host of the active module whose class also has PeftModel's methods."""
+    host: Any = adapters.running()
+    kind = type(host)
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    result: Any = nn.Module.__new__(type(kind.__name__, (PeftModel, kind), names))
+    object.__setattr__(result, "__dict__", host.__dict__)
+    result.__dict__["_peft"] = adapters
+    return result
+
+
+class PeftModel(Host):
+    """The methods that `get_peft_model` and `from_pretrained` add to a host of the user's model.
+
+    A model may hold several adapters over the same weights, of which one is active.
+    """
+
+    _peft: Adapters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        *args: Any,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        calls: Sequence[Call] | None = None,
+        methods: Mapping[str, MethodCalls] | None = None,
+        dynamic_shapes: Any = None,
+        modules: Modules | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return a copy of a model with an adapter from a folder, of fxlora or PEFT.
+
+        Args:
+            model: the base model, which stays as it is.
+            model_id: the adapter folder.
+            args: example inputs, as the model is called with.
+            adapter_name: the adapter's name.
+            is_trainable: whether it trains; if not, the model is in eval mode.
+            autocast_adapter_dtype: False holds A and B in the dtype of their weight.
+            low_cpu_mem_usage: without effect: nothing large is copied.
+            calls, methods, dynamic_shapes, modules: further examples, as for `fxlora.capture`.
+            kwargs: example inputs by name.
+
+        Raises:
+            CaptureError: the model has no graph.
+            AdapterError: as for `fxlora.load_adapter`.
+        """
+        options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
+        base = _captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+        adapters = Adapters(model, base)
+        _load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        result = _peft_model(adapters)
+        return result if is_trainable else result.eval()
+
+    # ---- adapters --------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The configurations of the adapters, by name."""
+        return dict(self._peft.configs)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter."""
+        return self._peft.active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters: one."""
+        return [self._peft.active]
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The configuration of the active adapter."""
+        return self._peft.configs[self._peft.active]
+
+    @property
+    def peft_type(self) -> str:
+        """The kind of all adapters."""
+        return "LORA"
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new adapter, which `set_adapter` can make active."""
+        if low_cpu_mem_usage:
+            raise ConfigError("low_cpu_mem_usage is not supported here: leave it out.")
+        _add(self._peft, adapter_name, as_config(peft_config), autocast_adapter_dtype)
+        set_trained(self._peft.modules[adapter_name], False)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Add an adapter from a folder, which `set_adapter` can make active.
+
+        Unless it is trainable, the model is set to eval mode, as in PEFT.
+        """
+        _load(self._peft, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        if not is_trainable:
+            self.eval()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, which trains unless `inference_mode`; others do not."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1:
+            raise ConfigError(
+                f"one adapter is active at a time, not {shown(names)}: add_weighted_adapter makes "
+                "one of several."
+            )
+        self._peft.check_known(names[0])
+        self._peft.active = names[0]
+        self._peft.train_only(names[0], not inference_mode)
+        self._run()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, the first of the others is then."""
+        self._peft.check_known(adapter_name)
+        if len(self._peft.modules) == 1:
+            raise ConfigError(
+                f"{shown(adapter_name)} is the only adapter: unload() gives the base."
+            )
+        self._peft.remove(adapter_name)
+        if adapter_name == self.active_adapter:
+            first = next(iter(self._peft.modules))
+            warn(f"{shown(adapter_name)} was active; now {shown(first)} is.")
+            self.set_adapter(first)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Set whether adapters train."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._peft.check_known(name)
+            set_trained(self._peft.modules[name], requires_grad)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported yet: combine the folders with fxlora's functions, and load the result."""
+        raise ConfigError(
+            "add_weighted_adapter is not supported yet: merge in PEFT, and load that."
+        )
+
+    # ---- running without them --------------------------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """Run the base model from now on."""
+        self._peft.enabled = False
+        self._run()
+
+    def enable_adapter_layers(self) -> None:
+        """Run the active adapter again."""
+        self._peft.enabled = True
+        self._run()
+
+    @contextmanager
+    def disable_adapter(self) -> Generator[None]:
+        """Run the base model in a `with` block."""
+        before = self._peft.enabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._peft.enabled = before
+            self._run()
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Run the graph with folded weights, until `unmerge_adapter`."""
+        self._check_active(adapter_names)
+        self._peft.merged = self.active_adapter
+        self._run()
+
+    def unmerge_adapter(self) -> None:
+        """Run the active adapter as a branch again."""
+        self._peft.merged = None
+        self._run()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """Return a copy of the user's own model with folded weights (`fxlora.merged`).
+
+        Args:
+            progressbar: without effect.
+            safe_merge: raise if a folded weight is not finite.
+            adapter_names: only the active adapter.
+
+        Raises:
+            InjectError: a folded weight is NaN or infinite.
+        """
+        self._check_active(adapter_names)
+        folded = fold(self._peft.modules[self.active_adapter])
+        if safe_merge and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
+            raise InjectError(f"{some(bad)}: NaN or infinity after the merge.")
+        result = merged(self._peft.source, folded)
+        devices = {p.device for p in folded.parameters()}
+        return result.to(devices.pop()) if len(devices) == 1 else result
+
+    def unload(self) -> nn.Module:
+        """Return the user's own model, which never had adapters."""
+        return self._peft.source
+
+    def get_base_model(self) -> Any:
+        """Return the model with its adapters: it is an instance of the user's class itself."""
+        return self
+
+    def _check_active(self, names: Sequence[str] | None) -> None:
+        if names is not None and list(names) != [self.active_adapter]:
+            raise ConfigError(
+                f"only the active adapter {shown(self.active_adapter)} is merged, not "
+                f"{shown(names)}: set_adapter first."
+            )
+
+    # ---- files and numbers -----------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **options: Any,
+    ) -> None:
+        """Save the adapters: "default" to the folder, the others to subfolders of their names.
+
+        A training loop of transformers, which gives a `state_dict`, gets a checkpoint of the active
+        adapter to resume from, as from a host.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: only True: fxlora writes no pickles.
+            selected_adapters: the adapters to save; None saves all.
+            save_embedding_layers: "auto" or False: embeddings are saved if they train.
+            is_main_process: whether to write.
+            options: only `state_dict`.
+
+        Raises:
+            ConfigError: an option that fxlora does not have, or an adapter that there is not.
+            AdapterError: as for `fxlora.save_adapter`.
+        """
+        if "state_dict" in options:
+            options["safe_serialization"] = safe_serialization
+            return super().save_pretrained(
+                save_directory, is_main_process=is_main_process, **options
+            )
+        options |= {"safe_serialization=False": not safe_serialization}
+        options |= {"save_embedding_layers=True": save_embedding_layers is True}
+        if given := [name for name, value in options.items() if value]:
+            raise ConfigError(f"save_pretrained does not support {some(given)}: leave it out.")
+        for name in self._peft.modules if selected_adapters is None else selected_adapters:
+            self._peft.check_known(name)
+            folder = as_path(save_directory, AdapterError)
+            if is_main_process:
+                module = self._peft.modules[name]
+                save_adapter(module, folder if name == "default" else folder / name)
+        return None
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters that train, and of all with those of all adapters."""
+        held = dict(self.named_parameters())
+        others = [m for name, m in self._peft.modules.items() if name != self.active_adapter]
+        own = [
+            module.get_parameter(name)
+            for module in others
+            for name in (*sorted(module.adapter_parameters()), *sorted(module.trained))
+        ]
+        sizes = [(p.numel(), p.requires_grad) for p in (*held.values(), *own)]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of parameters, as PEFT does."""
+        trainable, every = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {every:,d} || "
+            f"trainable%: {100 * trainable / every:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """Return the status of every weight that has an adapter."""
+        return layer_statuses(self._peft)
+
+    def get_model_status(self) -> ModelStatus:
+        """Return the status of the model's adapters."""
+        return model_status(self._peft, *self.get_nb_trainable_parameters())
+
+    # ---- the host that runs ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Become the host of the module that is to run, in the same mode and with the same hooks.
+
+        Loops and optimizers hold this object, so it takes over the other host's attributes.
+        """
+        before, host = self.__dict__, self._peft.running()
+        if host.__dict__ is before:
+            return
+        own = {name: host.__dict__[name] for name in _OF_HOST}
+        host.__dict__.update({**before, **own})
+        object.__setattr__(self, "__dict__", host.__dict__)
+        self.train(before["training"])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._peft.apply(fn)
+        self._run()  # a merged module is made anew
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = _peft_model(self._peft.copied(memo))
+        copied.train(self.training)
+        return copied
+
+
+# The attributes in which two hosts of one model differ.
+_TENSORS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_OF_HOST = (*_TENSORS, "_captured", "_held", "_seal")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

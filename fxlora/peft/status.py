@@ -1,0 +1,133 @@
+"""The status of a PeftModel and of its layers, with the fields of PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+
+Irregular = bool | Literal["irregular"]
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """The adapters of one weight.
+
+    Attributes:
+        name: the site of the weight, behind "model." as in PEFT.
+        module_type: the kind of its op, behind "lora.".
+        enabled: whether its active adapter is applied.
+        active_adapters: the active adapter, if the weight has it.
+        merged_adapters: the adapter that is merged into the weight, if any.
+        requires_grad: whether A and B train, by adapter; "irregular" if only some do.
+        available_adapters: the adapters that the weight has.
+        devices: the kinds of device of A and B, by adapter.
+        quantization_backend: None.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """The adapters of a model: what the statuses of its layers have in common.
+
+    Attributes:
+        base_model_type: the class of the source model.
+        adapter_model_type: "LoraModel".
+        peft_types: "LORA" for each adapter.
+        trainable_params: the number of parameters that train.
+        total_params: the number of parameters.
+        num_adapter_layers: the number of weights that have adapters.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
+            quantization_backend: as for a layer.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+def layer_statuses(adapters: Adapters) -> list[LayerStatus]:
+    """Return the status of every weight that has an adapter."""
+    tensors: dict[tuple[str, str], dict[str, list[torch.Tensor]]] = {}
+    for name, module in adapters.modules.items():
+        for entry in module.plan or ():
+            held = tensors.setdefault((entry.site, entry.op), {}).setdefault(name, [])
+            held += [module.get_parameter(tensor) for tensor in entry.trainable]
+    return [
+        LayerStatus(
+            name=f"model.{site}",
+            module_type=f"lora.{op}",
+            enabled=adapters.enabled,
+            active_adapters=[adapters.active] if adapters.active in by_adapter else [],
+            merged_adapters=[n for n in by_adapter if n == adapters.merged],
+            requires_grad=_requires_grad(by_adapter),
+            available_adapters=sorted(by_adapter),
+            devices=_devices(by_adapter),
+        )
+        for (site, op), by_adapter in tensors.items()
+    ]
+
+
+def model_status(adapters: Adapters, trainable: int, total: int) -> ModelStatus:
+    """Return the status of the model.
+
+    Args:
+        adapters: its adapters.
+        trainable: the number of parameters that train.
+        total: the number of all parameters.
+    """
+    tensors = {
+        name: [module.get_parameter(t) for e in module.plan or () for t in e.trainable]
+        for name, module in adapters.modules.items()
+    }
+    return ModelStatus(
+        base_model_type=type(adapters.source).__name__,
+        adapter_model_type="LoraModel",
+        peft_types=dict.fromkeys(adapters.modules, "LORA"),
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layer_statuses(adapters)),
+        enabled=adapters.enabled,
+        active_adapters=[adapters.active],
+        merged_adapters=[adapters.merged] if adapters.merged else [],
+        requires_grad=_requires_grad(tensors),
+        available_adapters=sorted(adapters.modules),
+        devices=_devices(tensors),
+    )
+
+
+def _requires_grad(tensors: Mapping[str, Iterable[torch.Tensor]]) -> dict[str, Irregular]:
+    found: dict[str, Irregular] = {}
+    for name, held in tensors.items():
+        flags = {tensor.requires_grad for tensor in held}
+        found[name] = flags.pop() if len(flags) == 1 else "irregular"
+    return found
+
+
+def _devices(tensors: Mapping[str, Iterable[torch.Tensor]]) -> dict[str, list[str]]:
+    return {name: sorted({t.device.type for t in held}) for name, held in tensors.items()}
