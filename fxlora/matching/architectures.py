@@ -14,6 +14,7 @@ from ..errors import ConfigError, NoMatchError
 from ..module import CapturedModule
 from ..reads.sites import Site
 from ..tables import some
+from .fused_experts import has_fused_experts, with_fused_experts
 from .targets import is_suffix
 
 # (the default target_modules, the architectures that have them)
@@ -42,23 +43,28 @@ TARGETS = {name: targets for targets, names in _DEFAULTS for name in names.split
 def with_architecture(
     rules: Sequence[Rule], module: CapturedModule, sites: tuple[Site, ...]
 ) -> tuple[Rule, ...]:
-    """Return the rules with the names of the architecture for `target_modules="auto"`.
+    """Return the rules with the names that PEFT takes for the model's architecture.
+
+    These stand for `target_modules="auto"`, and for names of experts that the model holds fused.
 
     Raises:
         ConfigError: the model has no known architecture, and the rule no target_parameters.
         NoMatchError: the model has none of the modules of its architecture.
     """
-    return tuple(
-        dataclasses.replace(rule, lora=_resolved(rule.lora, module, sites))
-        if rule.lora is not None and rule.lora.target_modules == ARCHITECTURE
-        else rule
-        for rule in rules
-    )
+    found: list[Rule] = []
+    for rule in rules:
+        lora = rule.lora
+        if lora is not None and lora.target_modules == ARCHITECTURE:
+            lora = _resolved(lora, module, sites)
+        if lora is not None and lora.target_modules is not None:
+            lora = with_fused_experts(lora, module, sites)
+        found.append(dataclasses.replace(rule, lora=lora))
+    return tuple(found)
 
 
 def _resolved(config: LoraConfig, module: CapturedModule, sites: tuple[Site, ...]) -> LoraConfig:
     defaults = TARGETS.get(module.known.model_type)
-    if defaults is None and config.target_parameters:
+    if config.target_parameters and (defaults is None or has_fused_experts(module, sites)):
         return dataclasses.replace(config, target_modules=())
     if defaults is None:
         raise ConfigError(_no_defaults(module.known.model_type, sites))

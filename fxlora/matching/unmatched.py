@@ -59,6 +59,7 @@ class Unmatched:
         for key, label in (("target_modules", ""), ("exclude_modules", "exclude_modules of ")):
             for target in listed(getattr(rule.lora, key)):
                 if not targets.meets(target):
+                    self._check_parameter(target)
                     self.no_match(
                         f"{label}rule {number} ('{target.text}')", target.text, candidates
                     )
