@@ -1,7 +1,7 @@
-"""A script written for PEFT, ported to fxlora: two lines differ.
+"""A script written for PEFT, ported to fxlora: the import, and an example of the call.
 
-    from peft import LoraConfig, get_peft_model     from fxlora import LoraConfig, adapt
-    model = get_peft_model(base, config)            model = adapt(base, kwargs=batch, rules=config)
+    from peft import …                       from fxlora.peft import …
+    model = get_peft_model(base, config)     model = get_peft_model(base, config, **batch)
 
 The example batch is new, because fxlora captures the graph that runs on it. PEFT can read the
 saved folder.
@@ -13,8 +13,7 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import fxlora
-from fxlora import LoraConfig, adapt
+from fxlora.peft import LoraConfig, TaskType, get_peft_model
 
 
 def main() -> None:
@@ -26,14 +25,16 @@ def main() -> None:
         target_modules=["q_proj", "v_proj"],
         lora_dropout=0.05,
         modules_to_save=["lm_head"],
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
     )
-    model = adapt(base, kwargs=batch, rules=config)
-    print(model.plan)
+    model = get_peft_model(base, config, **batch)
+    model.print_trainable_parameters()
 
     train(model, batch)
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
-        fxlora.save_adapter(model, folder)
+        model.save_pretrained(folder)
         compare_with_peft(base, model, batch, folder)
 
 

@@ -1,5 +1,6 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
+from . import peft as peft
 from .api import adapt, capture_more, explicit, fold, inject, lora_parameters, optimize, remove
 from .config import LoraConfig, Rule, load_rules
 from .costs import report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import doctest
 import json
 import warnings
 from pathlib import Path
@@ -197,8 +198,10 @@ def test_descriptions_go_with_the_folder_and_back(tmp_path: Path) -> None:
 # ---- heads by task ------------------------------------------------------------------------------
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
-BERT = tf.BertConfig(**SIZES, hidden_size=16, intermediate_size=24, num_labels=3)
-QA = tf.BertConfig(**SIZES, hidden_size=16, intermediate_size=24, num_labels=2)
+LABELS: dict[str, Any] = {"num_labels": 3}
+WIDTHS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
+BERT = tf.BertConfig(**SIZES, **WIDTHS, **LABELS)
+QA = tf.BertConfig(**SIZES, **WIDTHS, **{**LABELS, "num_labels": 2})
 DISTIL = tf.DistilBertConfig(vocab_size=40, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
 LLAMA = tf.LlamaConfig(**SIZES, hidden_size=16, intermediate_size=24, pad_token_id=0)
 HEADS = {
@@ -283,7 +286,7 @@ def test_a_configuration_without_targets_takes_those_of_the_architecture() -> No
         assert {e.site.rpartition(".")[2] for e in plan} == {"q_proj", "v_proj"}
         lora = plan.rules[0].lora
         assert lora is not None and lora.target_modules == ("q_proj", "v_proj")
-    assert fxlora.match(gm, {"lora": {"r": 2, "target_modules": "auto"}}) == plan
+    assert fxlora.match(gm, Rule(lora=LoraConfig(r=2, target_modules="auto"))) == plan
     # As in PEFT, target_parameters come on top, unless target_modules is an empty list.
     options: dict[str, Any] = {"r": 2, "target_parameters": ["up_proj.weight"]}
     assert len(fxlora.match(gm, LoraConfig(**options))) == 3
@@ -483,7 +486,7 @@ def test_what_is_not_supported_says_so(tmp_path: Path) -> None:
 
 def test_generate_and_the_names_of_a_transformer(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = tf.LlamaForCausalLM(LLAMA).eval()
+    base: Any = tf.LlamaForCausalLM(LLAMA).eval()
     ids = torch.randint(1, 40, (2, 6))
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     with fxlora.recorded_calls(base) as calls:
@@ -508,3 +511,9 @@ def test_generate_and_the_names_of_a_transformer(tmp_path: Path) -> None:
         assert torch.equal(theirs.generate(input_ids=ids, **options), expected)
     assert torch.equal(model.merge_and_unload().generate(ids, **options), expected)
     assert model.config.model_type == "llama" and model.active_peft_config.revision == "main"
+
+
+def test_the_example_in_the_docstring() -> None:
+    assert fxlora.peft.get_peft_model is get_peft_model
+    (test,) = doctest.DocTestFinder(recurse=False).find(get_peft_model, "get_peft_model")
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
