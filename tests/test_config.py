@@ -126,6 +126,12 @@ def test_an_alpha_that_is_not_whole_is_warned_about() -> None:
     LoraConfig(lora_alpha=16.0)
 
 
+def test_a_configuration_shows_what_it_says() -> None:
+    config = LoraConfig(r=4, target_modules=["a"], tied="share")
+    assert repr(config) == "LoraConfig(r=4, target_modules=('a',), tied='share')"
+    assert eval(repr(config)) == config and repr(LoraConfig()) == "LoraConfig()"
+
+
 def test_scaling() -> None:
     assert LoraConfig(r=4).scaling(4, 16) == 4
     assert LoraConfig(r=4, use_rslora=True).scaling(4, 16) == 8

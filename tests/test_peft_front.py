@@ -381,6 +381,7 @@ def test_a_script_gives_what_it_gives_with_peft(
     torch.testing.assert_close(again(X), expected, rtol=1e-10, atol=1e-10)
     loaded = PeftModel.from_pretrained(base, tmp_path, X)
     assert torch.equal(loaded(X), ours(X)) and not loaded.training
+    assert loaded.active_peft_config.inference_mode
     assert not any(p.requires_grad for p in loaded.parameters())
     assert any(
         p.requires_grad

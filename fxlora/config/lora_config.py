@@ -44,7 +44,7 @@ ARCHITECTURE = "auto"  # target_modules that stand for those of the model's arch
 
 
 @known_keywords
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoraConfig:
     """Configuration of LoRA, with the field names, defaults and name matching of PEFT's LoraConfig.
 
@@ -207,6 +207,12 @@ class LoraConfig:
         self._normalise_names()
         self._normalise_layers()
         self._normalise_patterns()
+
+    def __repr__(self) -> str:
+        plain = LoraConfig()
+        names = [f.name for f in dataclasses.fields(self)]
+        changed = [n for n in names if getattr(self, n) != getattr(plain, n)]
+        return f"LoraConfig({', '.join(f'{n}={getattr(self, n)!r}' for n in changed)})"
 
     def _normalise_init(self) -> None:
         init = self.init_lora_weights

@@ -61,8 +61,7 @@ class Targets:
 
         As in PEFT, `rank_pattern` and `alpha_pattern` are matched against it.
         """
-        keys = {**self.by_parameter, **self.by_module}
-        return next((keys[name] for name in site.names if name in keys), None)
+        return next((self._keys[name] for name in site.names if name in self._keys), None)
 
     def meets(self, target: Target) -> bool:
         """Whether a target matches a name of any site, whatever the other fields say.
@@ -74,6 +73,10 @@ class Targets:
             for site in self.sites
             for name in (site.modules if self._is_pefts else site.aliases)
         )
+
+    @cached_property
+    def _keys(self) -> Mapping[str, str]:
+        return {**self.by_parameter, **self.by_module}
 
     @cached_property
     def by_module(self) -> Mapping[str, str]:
@@ -176,8 +179,8 @@ class Targets:
         return first is not None and int(first) in layers
 
     def _is_layer(self, site: Site) -> bool:
-        """Whether the site is the weight of a linear layer, and no output embedding."""
-        if self.module.known.outputs & set(site.names):
+        """Whether the site is the weight of a linear layer, and no embedding."""
+        if self._is_embedding(site):
             return False
         owners = (path for path in site.modules if f"{path}.weight" in site.aliases)
         return not self.module.known.linears.isdisjoint(owners)
@@ -187,12 +190,15 @@ class Targets:
 
         The main tensor of a torch parametrization counts as its weight.
         """
-        spared = self.module.known.outputs & set(site.names)
-        looked_up = any(is_lookup(reader.kind) for reader in site.readers)
         layer, behind, _ = site.parameter.partition(".parametrizations.")
         read = any(r.kind == site.op and r.moved and r.moved.intact for r in site.readers)
         own = read or (behind and layer in site.aliases)
-        return bool(in_all_linear(site.op) and own and not spared and not looked_up)
+        return bool(in_all_linear(site.op) and own and not self._is_embedding(site))
+
+    def _is_embedding(self, site: Site) -> bool:
+        """Whether the site is an output embedding, or is also looked up."""
+        looked_up = any(is_lookup(reader.kind) for reader in site.readers)
+        return looked_up or not self.module.known.outputs.isdisjoint(site.names)
 
 
 def _by_name(keys: Iterable[tuple[Site, str | None]]) -> dict[str, str]:

@@ -141,7 +141,8 @@ def _load(
     dtype = None if autocast else False
     module = load_adapter(adapters.base, folder, adapter_name=name, adapter_dtype=dtype)
     set_trained(module, is_trainable)
-    adapters.add(name, module, _config_of(module))
+    config = dataclasses.replace(_config_of(module), inference_mode=not is_trainable)
+    adapters.add(name, module, config)
 
 
 def _config_of(module: CapturedModule) -> LoraConfig:
