@@ -2,6 +2,8 @@
 
 from . import peft as peft
 from .api import adapt, capture_more, explicit, fold, inject, lora_parameters, optimize, remove
+from .arithmetic.combine import combine
+from .arithmetic.scale import scale_adapter
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
 from .disk.load import load_adapter
@@ -77,6 +79,7 @@ __all__ = [
     "adapt",
     "capture",
     "capture_more",
+    "combine",
     "draw",
     "explicit",
     "export",
@@ -96,6 +99,7 @@ __all__ = [
     "remove",
     "report",
     "save_adapter",
+    "scale_adapter",
     "shard_plan",
     "verify",
 ]

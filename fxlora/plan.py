@@ -34,7 +34,7 @@ _HEAD = """\
 # The sites below them only show what the rules chose; they are not read.
 """
 _HEAD_WITHOUT_RULES = """\
-# The plan of an adapter that was loaded. It has no rules to edit: load the adapter again instead.
+# The plan of an adapter that was loaded, scaled or combined. It has no rules to edit.
 """
 
 FORMS = ("branch", "weight")
@@ -353,7 +353,8 @@ class Plan:
         trained_dtypes: the dtypes of parameters trained in full, by name, as in
             `LoraConfig.autocast_adapter_dtype`; True for those that it leaves out.
         rules: the rules from which `match` made the plan; empty if it was read from an adapter
-            folder that fxlora wrote.
+            folder that fxlora wrote or another library's file, or if its adapters were scaled or
+            combined.
         descriptions: what rules or a folder say of the adapter and its base model: `task_type`,
             `base_model_name_or_path`, … (see LoraConfig). They are written to folders.
 

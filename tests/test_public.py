@@ -17,9 +17,10 @@ AdaptedRead AdapterError CaptureError CapturedModule ConfigError Entry ExportErr
 FxLoraWarning Initialized InjectError InputError Layout LoraConfig MisfitError NoMatchError
 NotCapturedError Op Plan Read Reader Rule ShardPlan ShardedTensor Site SiteCheck
 SubmoduleError UnsupportedOpError Variant Verification VerificationError adapt capture capture_more
-draw explicit export fold hosted initialize_from inject load_adapter load_rules lora_parameters
-match merged optimize
-recorded_calls register_op register_variant remove report save_adapter shard_plan verify
+combine draw explicit export fold hosted initialize_from inject load_adapter load_rules
+lora_parameters match merged optimize
+recorded_calls register_op register_variant remove report save_adapter scale_adapter shard_plan
+verify
 """
 FUNCTIONS = [name for name in fxlora.__all__ if inspect.isfunction(getattr(fxlora, name))]
 WITH_EXAMPLES = [*FUNCTIONS, "LoraConfig", "Rule", "Plan"]

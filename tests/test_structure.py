@@ -24,7 +24,7 @@ LAYERS = [
     {"matching"},
     {"passes"},
     {"api"},
-    {"costs", "disk", "proof"},
+    {"arithmetic", "costs", "disk", "proof"},
     {"pictures", "hosts"},
     {"peft"},
     {"__init__"},

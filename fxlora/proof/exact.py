@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def _terms(entry: Entry, weight: torch.Tensor, tensors: dict[str, torch.Tensor])
     scaled = scales_outputs(entry)
     unscaled = entry.without_gains()
     largest = {name: tensor.abs() for name, tensor in tensors.items()}
-    size = (2 * entry.r + 2) * adapted_weight(unscaled, weight.abs(), largest)
+    positive = dataclasses.replace(unscaled, scaling=abs(entry.scaling))
+    size = (2 * entry.r + 2) * adapted_weight(positive, weight.abs(), largest)
     if not scaled:
         return size
     stack = entry.layout.sizes(entry.adapted_shape)[0]

@@ -1,0 +1,1 @@
+"""Arithmetic of adapters: scaled, combined, and extracted from two checkpoints."""

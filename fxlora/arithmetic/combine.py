@@ -1,0 +1,349 @@
+"""combine: one adapter from several on the same base, as PEFT's add_weighted_adapter does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import is_finite, is_whole
+from ..errors import AdapterError, ConfigError, InjectError
+from ..module import CapturedModule, check_captured
+from ..module.adapted_weight import factors
+from ..module.ambient import no_ambient_modes
+from ..module.sharded import whole
+from ..names import ADAPTER_RULE, is_adapter, shown
+from ..plan import Entry, Plan, scales_outputs
+from ..tables import some
+from .merges import MERGES, Merge, Pruning
+from .pairs import low_rank, product
+from .rebuilt import with_adapters
+from .same_base import check_same_base
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+_OTHERS = tuple(name for name in MERGES if name != "linear")
+TYPES = ("svd", "linear", "cat", *_OTHERS, *(f"{name}_svd" for name in _OTHERS))
+
+
+@no_ambient_modes()
+@torch.no_grad()
+def combine(
+    adapters: Sequence[CapturedModule],
+    weights: Sequence[float],
+    combination_type: str = "svd",
+    *,
+    adapter_name: str = "default",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: torch.Generator | None = None,
+) -> CapturedModule:
+    """Return a new module with one adapter, made of those of several modules on one base.
+
+    The combination types are those of PEFT's `add_weighted_adapter`, with equal results. At each
+    site, over the adapters i that have it, with their weights wᵢ and scaling factors sᵢ:
+
+    - "cat": A and B are concatenated, so that the update is Σ wᵢ·sᵢ·BᵢAᵢ; the rank is the sum.
+    - "svd": the nearest pair of rank `svd_rank` to Σ wᵢ·sᵢ·BᵢAᵢ.
+    - "linear": A = Σ ±√|wᵢsᵢ|·Aᵢ and B = Σ √|wᵢsᵢ|·Bᵢ. It has terms BᵢAⱼ of different adapters.
+    - "magnitude_prune", "dare_linear", "ties", "dare_ties": as "linear", with A and B merged as
+      `fxlora.arithmetic.merges` says.
+    - The same names with "_svd": sᵢ·BᵢAᵢ are merged, and the result is cut to `svd_rank`.
+
+    The new adapter has s = 1. (PEFT multiplies by √r once more if the first adapter is rsLoRA.)
+    PiSSA and OLoRA count as the pair of rank 2r that they add to the base. All is computed in
+    float64 and rounded once. Buffers must be equal in all modules; a parameter that one of them
+    trains in full is taken from it, whatever its weight.
+
+    Args:
+        adapters: adapted modules, captured from one model.
+        weights: a number for each, which may be negative.
+        combination_type: one of the above. One adapter alone is always combined as "linear".
+        adapter_name: the adapter's name in the new module.
+        svd_rank: the rank of types with "svd"; the largest of all adapters by default.
+        svd_clamp: a quantile of the entries of A and B, in [0, 1], at which both are cut off.
+        density: the share of entries that ties, dare and magnitude_prune keep, in [0, 1].
+        majority_sign_method: how ties elects a sign: by the sum of the entries ("total"), or by
+            the number of adapters that have it ("frequency").
+        generator: draws the entries that dare drops; by default torch's own. The masks are drawn
+            in PEFT's order: site by site in the order of the model's parameters, for each adapter's
+            A, then for each one's B. (PEFT draws the start of the new adapter before them, so for
+            its masks, its generator must be in the same state after that.)
+
+    Returns:
+        The adapted module, on the base of the first.
+
+    Raises:
+        NotCapturedError: one of the modules is not a captured one.
+        InjectError: one has no adapters.
+        AdapterError: they are on different bases, adapt one weight differently, have different
+            ranks where A and B are merged, are DoRA, or differ in buffers.
+        ConfigError: another argument is invalid, missing or of no effect.
+
+    Example:
+        >>> import torch, fxlora
+        >>> gm = fxlora.capture(torch.nn.Linear(6, 4), torch.randn(2, 6))
+        >>> plans = [fxlora.match(gm, fxlora.Rule(lora=fxlora.LoraConfig(r=r))) for r in (1, 2)]
+        >>> both = fxlora.combine([fxlora.inject(gm, p) for p in plans], [0.7, 0.3], "cat")
+        >>> [(entry.r, entry.scaling) for entry in both.plan]
+        [(3, 1.0)]
+    """
+    options = _Options(combination_type, svd_rank, svd_clamp, density, majority_sign_method)
+    options.check()
+    plans = _checked(adapters, weights)
+    if not is_adapter(adapter_name):
+        raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
+    check_same_base(adapters)
+    if len(adapters) == 1:
+        options = dataclasses.replace(options, type="linear")
+    made = _Combined(adapters, plans, weights, options, generator)
+    sites = made.sites()
+    values: dict[str, torch.Tensor] = {}
+    entries: list[Entry] = []
+    for name in _in_order(adapters[0], sites):
+        shares = sites[name]
+        a, b = made.pair(shares)
+        first = shares[0].entry
+        entry = _with_rank(first, a.shape[first.layout.rank_dims[0]], adapter_name)
+        entries.append(entry)
+        if entry.padding_idx is not None:  # an SVD leaves rounding errors where A is zero
+            a.select(-1, entry.padding_idx).zero_()
+        values |= {entry.name_a: a, entry.name_b: b}
+    in_full = {name: m for m, plan in zip(adapters, plans, strict=True) for name in plan.trained}
+    try:
+        plan = _plan(plans, entries)
+    except ConfigError as error:  # overlapping parts, or a tie adapted in two ways
+        raise AdapterError(
+            f"{error} Give all adapters the same parts, and the same ties: match their rules on "
+            "one captured model."
+        ) from error
+    return with_adapters(adapters[0], plan, values, in_full)
+
+
+def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> list[Plan]:
+    """Return the plans of the modules.
+
+    Raises:
+        ConfigError: there are no modules, or not a finite weight for each.
+        InjectError: a module has no adapters.
+        AdapterError: an adapter cannot be combined.
+    """
+    if not isinstance(adapters, Sequence) or not adapters:
+        raise ConfigError(f"combine takes a list of adapted modules, not {shown(adapters)}.")
+    plans: list[Plan] = []
+    for module in adapters:
+        check_captured(module, "combine")
+        if module.plan is None:
+            raise InjectError("nothing to combine: a module has no adapters (before fold).")
+        plans.append(module.plan)
+    if not isinstance(weights, Sequence) or not all(map(is_finite, weights)):
+        raise ConfigError(f"weights must be finite numbers, not {shown(weights)}.")
+    if len(weights) != len(adapters):
+        raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one each.")
+    if scaled := [entry.site for plan in plans for entry in plan if scales_outputs(entry)]:
+        raise AdapterError(
+            f"{some(scaled)}: DoRA scales the outputs, so the sum of two such adapters is none. "
+            "Make each a plain adapter first: fxlora.extract(base, fxlora.fold(adapter), rules, "
+            "rank=…), where base is the captured model."
+        )
+    trained = [name for plan in plans for name in plan.trained]
+    if twice := sorted({name for name in trained if trained.count(name) > 1}):
+        raise AdapterError(
+            f"{some(twice)} is trained in full in more than one of the adapters, and only A and B "
+            "are combined. Train all but one of them without it (modules_to_save, bias)."
+        )
+    return plans
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What to combine, and how: the arguments of `combine`."""
+
+    type: str
+    svd_rank: int | None
+    svd_clamp: float | None
+    density: float | None
+    majority_sign_method: str
+
+    @property
+    def by_svd(self) -> bool:
+        return self.type.endswith("svd")
+
+    @property
+    def merge(self) -> Merge:
+        """The row of the table of merges; none for "cat"."""
+        return MERGES.get(self.type.removesuffix("svd").removesuffix("_"), MERGES["linear"])
+
+    def check(self) -> None:
+        """Raise ConfigError for an option that is invalid, missing or without effect."""
+        if self.type not in TYPES:
+            raise ConfigError(
+                f"combination_type must be one of {', '.join(TYPES)}, not {shown(self.type)}."
+            )
+        rank, clamp, density = self.svd_rank, self.svd_clamp, self.density
+        if rank is not None and not (self.by_svd and is_whole(rank, 1, 2**20)):
+            raise ConfigError(
+                f"svd_rank must be an integer ≥ 1, for a type with svd, not {shown(rank)}."
+            )
+        if clamp is not None and not (self.by_svd and is_finite(clamp) and 0 <= clamp <= 1):
+            raise ConfigError(
+                f"svd_clamp must be in [0, 1], for a type with svd, not {shown(clamp)}."
+            )
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise ConfigError(
+                'majority_sign_method must be "total" or "frequency", not '
+                f"{shown(self.majority_sign_method)}."
+            )
+        prunes = self.merge.prunes
+        if density is None and prunes:
+            raise ConfigError(f"{self.type} needs density=, the share of entries to keep.")
+        if density is not None and not prunes:
+            raise ConfigError(f"density has no effect on {self.type}: leave it out.")
+        least = 0.0 if prunes is Pruning.largest else math.ulp(0.0)  # dare divides by it
+        if density is not None and not (is_finite(density) and least <= density <= 1):
+            raise ConfigError(f"density must be in [0, 1] (dare: above 0), not {shown(density)}.")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One adapter's part at a site: its entry, its weight, and the module that holds A and B."""
+
+    entry: Entry
+    weight: float
+    module: CapturedModule
+
+    def factors(self) -> Pair:
+        """Return A (…, r, in) and B (…, out, r) as they are added to the base, in float64."""
+        held = {name: whole(self.module.get_parameter(name)) for name in self.entry.tensors}
+        return factors(self.entry, {name: t.detach().double() for name, t in held.items()})
+
+    @property
+    def drawn(self) -> torch.dtype:
+        """The dtype of A and B, in which random masks are drawn."""
+        return self.module.get_parameter(self.entry.name_a).dtype
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """Computes the new pair of each site."""
+
+    adapters: Sequence[CapturedModule]
+    plans: Sequence[Plan]
+    weights: Sequence[float]
+    options: _Options
+    generator: torch.Generator | None
+
+    def sites(self) -> dict[str, list[_Share]]:
+        """Return the shares of each site, by its name.
+
+        Raises:
+            AdapterError: two adapters adapt one weight differently.
+        """
+        found: dict[str, list[_Share]] = {}
+        for module, plan, weight in zip(self.adapters, self.plans, self.weights, strict=True):
+            for entry in plan:
+                found.setdefault(entry.site, []).append(_Share(entry, float(weight), module))
+        for name, shares in found.items():
+            if len({_place(share.entry) for share in shares}) > 1:
+                raise AdapterError(
+                    f"'{name}' is adapted differently (its names, parts or layout): "
+                    "capture one model, and match all adapters there."
+                )
+        return found
+
+    def pair(self, shares: Sequence[_Share]) -> Pair:
+        """Return the combined A and B of a site, in float64."""
+        if self.options.type == "cat":
+            return self._concatenated(shares)
+        return self._by_svd(shares) if self.options.by_svd else self._merged(shares)
+
+    def _concatenated(self, shares: Sequence[_Share]) -> Pair:
+        pairs = [share.factors() for share in shares]
+        dim_a, dim_b = shares[0].entry.layout.rank_dims
+        scaled = [
+            a * (share.weight * share.entry.scaling)
+            for share, (a, _) in zip(shares, pairs, strict=True)
+        ]
+        return torch.cat(scaled, dim_a), torch.cat([b for _, b in pairs], dim_b)
+
+    def _merged(self, shares: Sequence[_Share]) -> Pair:
+        pairs = [share.factors() for share in shares]
+        if len({a.shape for a, _ in pairs}) > 1:
+            ranks = sorted({a.shape[shares[0].entry.layout.rank_dims[0]] for a, _ in pairs})
+            raise AdapterError(
+                f"'{shares[0].entry.site}' has the ranks {', '.join(map(str, ranks))}, and "
+                f'"{self.options.type}" adds A to A: take "cat", or a type with svd.'
+            )
+        strengths = [share.weight * share.entry.scaling for share in shares]
+        roots = [math.sqrt(abs(s)) for s in strengths]
+        signed = [math.copysign(root, s) for root, s in zip(roots, strengths, strict=True)]
+        downs, ups = [a for a, _ in pairs], [b for _, b in pairs]
+        return self._merge(downs, signed, shares), self._merge(ups, roots, shares)
+
+    def _by_svd(self, shares: Sequence[_Share]) -> Pair:
+        entry = shares[0].entry
+        layout, shape = entry.layout, entry.adapted_shape
+        updates = [share.entry.scaling * product(entry, *share.factors()) for share in shares]
+        update = self._merge(updates, [share.weight for share in shares], shares)
+        rank = self.options.svd_rank or max(e.r * _doubled(e) for p in self.plans for e in p)
+        pair = low_rank(layout, update, shape, min(rank, layout.max_rank(shape)))
+        return self._clamped(*pair) if self.options.svd_clamp is not None else pair
+
+    def _merge(
+        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], shares: Sequence[_Share]
+    ) -> torch.Tensor:
+        density = 1.0 if self.options.density is None else self.options.density
+        pruning = Pruning(density, shares[0].drawn, self.generator)
+        by_count = self.options.majority_sign_method == "frequency"
+        return self.options.merge(tensors, weights, pruning, by_count)
+
+    def _clamped(self, a: torch.Tensor, b: torch.Tensor) -> Pair:
+        values = torch.cat([b.flatten(), a.flatten()]).sort().values
+        assert self.options.svd_clamp is not None
+        place = self.options.svd_clamp * (len(values) - 1)  # as torch.quantile, for any size
+        low, high = values[math.floor(place)], values[math.ceil(place)]
+        limit = float(torch.lerp(low, high, place - math.floor(place)))
+        return a.clamp(-limit, limit), b.clamp(-limit, limit)
+
+
+def _doubled(entry: Entry) -> int:
+    return 2 if "from_weight" in entry.variants else 1
+
+
+def _place(entry: Entry) -> tuple[object, ...]:
+    """Return what two entries must have in common for their pairs to be added."""
+    return (entry.parameter, entry.names, entry.shape, entry.layout, entry.rows, entry.padding_idx)
+
+
+def _in_order(module: CapturedModule, sites: Mapping[str, Sequence[_Share]]) -> list[str]:
+    """Return the sites in the order of the model's parameters, in which PEFT draws."""
+    named = module.named_parameters(remove_duplicate=False)
+    order = {name: number for number, (name, _) in enumerate(named)}
+    return sorted(sites, key=lambda name: order[sites[name][0].entry.parameter])
+
+
+def _with_rank(entry: Entry, r: int, adapter: str) -> Entry:
+    """Return an entry of plain LoRA at the same place, with s = 1."""
+    return dataclasses.replace(
+        entry, r=r, alpha=float(r), scaling=1.0, init=True, variants=(), adapter=adapter
+    )
+
+
+def _plan(plans: Sequence[Plan], entries: Sequence[Entry]) -> Plan:
+    """Return the plan of the new module: the entries, and all that any of the plans trains."""
+    dtypes = {name: rule for plan in plans for name, rule in plan.trained_dtypes.items()}
+    adapted = {entry.site for entry in entries}
+    return Plan(
+        entries=tuple(entries),
+        trained=tuple(dict.fromkeys(name for plan in plans for name in plan.trained)),
+        skipped=tuple((site, why) for site, why in plans[0].skipped if site not in adapted),
+        modules_to_save=tuple(dict.fromkeys(n for p in plans for n in p.modules_to_save)),
+        model_parameters=plans[0].model_parameters,
+        trained_parameters=sum(plan.trained_parameters for plan in plans),
+        trained_dtypes=dtypes,
+    )
