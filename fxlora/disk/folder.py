@@ -80,11 +80,17 @@ def read_folder(path: Path) -> Folder:
     except Exception as error:
         raise AdapterError(f"{path} is damaged or not an adapter: {error}.") from error
     if text is None:
-        return Folder(path, config, None, tensors)
+        return Folder(path, config, None, {_as_saved(key): t for key, t in tensors.items()})
     header = parsed(text, f"{path / WEIGHTS}: its plan is damaged: it", AdapterError)
     if not isinstance(header, dict):
         raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: expected an object.")
     return Folder(path, config, header, tensors)
+
+
+def _as_saved(key: str) -> str:
+    """Return a key as PEFT saves it: it also loads DoRA's magnitudes as its modules name them."""
+    end = "lora_magnitude_vector"
+    return key.removesuffix(".weight") if key.endswith(f".{end}.weight") else key
 
 
 def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> tuple[Plan, bool]:

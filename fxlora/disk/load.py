@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ from .folder import (
     plan_from_peft,
     read_folder,
 )
+from .foreign.format import check_no_effect, checked_options
+from .foreign.plans import Foreign, read_foreign
+from .foreign.tensors import foreign_file
 from .keys import FileLayout, layout_of
 from .peft import ROOT, why_not
 from .values import same, tensor_of, values_of
@@ -38,18 +42,30 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     adapter_dtype: bool | str | torch.dtype | None = None,
+    lora_alpha: float | None = None,
+    use_rslora: bool | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    component: str | None = None,
 ) -> CapturedModule:
-    """Return a new module: the captured one with a saved adapter, from fxlora or PEFT.
+    """Return a new module: the captured one with a saved adapter, from fxlora, PEFT or another.
+
+    Files of kohya and LyCORIS, diffusers, loralib and torchtune are recognised by their keys: the
+    guide "Adapters of other libraries" says what is read.
 
     With the same base weights, it equals the saved module bit for bit. The adapter has the dtype
     that it was saved for: by default float32, or the weight's dtype if that is wider.
 
     Args:
         module: a captured module without adapters; it is not changed.
-        folder: the adapter folder.
+        folder: the adapter folder, or the file of another library.
         adapter_name: the adapter's name in the new module.
         adapter_dtype: the dtype of all adapters and of the parameters trained in full, instead of
             the folder's: True, False or a dtype, as in `LoraConfig.autocast_adapter_dtype`.
+        lora_alpha, use_rslora: the alpha of a file that does not hold it (loralib, torchtune), and
+            whether s is alpha / √r.
+        enable_lora: which parts of loralib's MergedLinear layers have adapters.
+        component: the model that the module is, in a file for several: the beginning of its
+            layers' names, such as "unet" or "lora_te1". The others' layers are left out.
 
     Returns:
         The adapted module, with the values of the file.
@@ -60,10 +76,10 @@ def load_adapter(
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        AdapterError: the folder is missing, damaged, not for LoRA, or does not fit the module;
-            names the keys.
+        AdapterError: the folder or file is missing, damaged, not for LoRA, of no known format, does
+            not hold what it should, or does not fit the module; names the keys.
         ConfigError: adapter_name cannot be the name of an adapter, or adapter_dtype is no dtype in
-            which an adapter can be trained.
+            which an adapter can be trained; or another argument has no effect on this adapter.
 
     Example:
         >>> import tempfile, torch, fxlora
@@ -81,13 +97,22 @@ def load_adapter(
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
     rule = None if adapter_dtype is None else dtype_rule(adapter_dtype, "adapter_dtype")
-    content = read_folder(as_path(folder, AdapterError))
-    if content.header is not None:
-        plan, pefts = plan_from_header(content.header, content.path, adapter_name)
-        held = plan
+    path = as_path(folder, AdapterError)
+    options = checked_options(lora_alpha, use_rslora, enable_lora, component)
+    if (file := foreign_file(path)) is not None:
+        foreign = read_foreign(module, file, adapter_name, options)
+        plan = held = foreign.plan
+        content = _as_ours(foreign, file)
+        pefts = False
     else:
-        plan, pefts = plan_from_peft(module, content, adapter_name), True
-        held = _as_peft_has(plan)
+        check_no_effect(options)
+        content = read_folder(path.parent if path.is_file() else path)
+        if content.header is not None:
+            plan, pefts = plan_from_header(content.header, content.path, adapter_name)
+            held = plan
+        else:
+            plan, pefts = plan_from_peft(module, content, adapter_name), True
+            held = _as_peft_has(plan)
     _check_weights(module, plan, content)
     layout = layout_of(module, held, pefts)
     _check_tensors(module, layout, content)
@@ -108,12 +133,20 @@ def load_adapter(
     with torch.no_grad():
         for name, value in stored.items():
             write(tensor_of(result, name), value)
-    if content.header is None and (why := why_not(result, plan)):
+    if pefts and content.header is None and (why := why_not(result, plan)):
         warn(
             f"PEFT computes another result from {content.path}: {why}. Here every read of the "
             "weight is adapted."
         )
     return result
+
+
+def _as_ours(foreign: Foreign, path: Path) -> Folder:
+    """Return the content of another library's file as that of a folder in fxlora's own layout."""
+    layout = FileLayout(foreign.plan, None)
+    tensors = layout.adapters(foreign.values)
+    tensors |= {layout.key(name): foreign.values[name] for name in foreign.plan.trained}
+    return Folder(path, {}, None, tensors)
 
 
 def _counted(module: CapturedModule, plan: Plan) -> Plan:
