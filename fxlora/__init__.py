@@ -3,6 +3,7 @@
 from . import peft as peft
 from .api import adapt, capture_more, explicit, fold, inject, lora_parameters, optimize, remove
 from .arithmetic.combine import combine
+from .arithmetic.extract import ExtractedSite, Extraction, extract
 from .arithmetic.scale import scale_adapter
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
@@ -52,6 +53,8 @@ __all__ = [
     "ConfigError",
     "Entry",
     "ExportError",
+    "ExtractedSite",
+    "Extraction",
     "FxLoraError",
     "FxLoraWarning",
     "Initialized",
@@ -83,6 +86,7 @@ __all__ = [
     "draw",
     "explicit",
     "export",
+    "extract",
     "fold",
     "hosted",
     "initialize_from",

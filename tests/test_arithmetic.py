@@ -322,3 +322,195 @@ def test_buffers_must_agree(double: None) -> None:
     both = fxlora.combine(loras, [1, 1])
     assert torch.equal(both.get_buffer("1.running_mean"), loras[1].get_buffer("1.running_mean"))
     assert not fxlora.remove(both).get_buffer("1.running_mean").any()
+
+
+# ---- extract ------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Weights of every layout: a look-up, parts, a stack, convolutions of both kinds; (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6, padding_idx=0)
+        self.qkv = nn.Linear(6, 12)
+        self.w = nn.Parameter(torch.randn(3, 4, 5))
+        self.conv = nn.Conv1d(4, 7, 3)
+        self.up = nn.ConvTranspose1d(7, 3, 2)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.qkv(self.emb(index)))  # (N, 4, 12)
+        x = torch.einsum("nlec,eck->nlek", x.unflatten(-1, (3, 4)), self.w).sum(2)
+        return self.norm(self.up(torch.tanh(self.conv(x))))
+
+
+PLACES = ["emb", "qkv", "w", "conv", "up"]
+
+
+def checkpoints(r: int, places: Any = PLACES) -> tuple[Mixed, Mixed, Any, torch.Tensor]:
+    """Return a model, a copy with updates of rank r, the captured model and an input."""
+    model, index = Mixed().eval(), torch.randint(1, 11, (2, 4))
+    gm = fxlora.capture(model, index)
+    tuned = copy.deepcopy(model)
+    rule = Rule(lora=LoraConfig(r, init_lora_weights=False))
+    lora = fxlora.inject(gm, fxlora.match(gm, [Rule([*places], lora=rule.lora)]))
+    tuned.load_state_dict(fxlora.fold(lora).state_dict())
+    return model, tuned, gm, index
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("how", [{}, {"rank": 2}, {"energy": 1.0}])
+def test_an_adapter_of_the_updates_rank_is_the_update(
+    double: None, how: Any, rslora: bool, tmp_path: Path
+) -> None:
+    model, tuned, gm, index = checkpoints(2)
+    config = LoraConfig(2 if not how else 1, lora_alpha=3, use_rslora=rslora)
+    assert not torch.allclose(tuned(index), model(index))
+    found = fxlora.extract(gm, tuned, Rule(PLACES, lora=config), **how)
+    lora = found.module.eval()
+    assert_same(lora(index), tuned(index))
+    for name, weight in fxlora.fold(lora).state_dict().items():
+        assert_same(weight, tuned.state_dict()[name])
+    assert {site.site: site.r for site in found.sites} == dict.fromkeys(PLACES, 2)
+    assert all(site.error < 1e-12 < site.change for site in found.sites)
+    s = 3 / 2**0.5 if rslora else 1.5
+    assert all(abs(entry.scaling - s) < 1e-12 for entry in plan_of(lora))
+    fxlora.verify(lora, index)
+    fxlora.save_adapter(lora, tmp_path)
+    assert torch.equal(fxlora.load_adapter(gm, tmp_path).eval()(index), lora(index))
+
+
+def test_the_nearest_of_a_lower_rank(double: None) -> None:
+    _, tuned, gm, _ = checkpoints(3)
+    rules = [
+        Rule("qkv", lora=LoraConfig(1), parts=3),
+        Rule(["emb", "w", "conv", "up"], lora=LoraConfig(1)),
+    ]
+    found = fxlora.extract(gm, tuned, rules)
+    folded = fxlora.fold(found.module)
+
+    def cut(change: torch.Tensor) -> torch.Tensor:
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+        return u[..., :1] * s[..., None, :1] @ vh[..., :1, :]
+
+    for name, parts in (("emb", 1), ("qkv", 3), ("w", 1), ("conv", 1), ("up", 1)):
+        parameter = name if name == "w" else f"{name}.weight"
+        base = gm.get_parameter(parameter).detach()
+        change = tuned.get_parameter(parameter).detach() - base
+        flat = change if name == "w" else change.flatten(1)
+        nearest = torch.cat([cut(part) for part in flat.chunk(parts)]).reshape(change.shape)
+        assert not torch.allclose(nearest, change)
+        assert_same(folded.get_parameter(parameter), base + nearest)
+        if parts == 1:
+            (site,) = (site for site in found.sites if site.site == name)
+            error = float((change - nearest).norm() / change.norm())
+            assert abs(site.error - error) < 1e-10 and abs(site.energy - (1 - error**2)) < 1e-10
+            assert abs(site.change - float(change.norm() / base.norm())) < 1e-10
+    assert "qkv.1" in str(found) and "error" in str(found)
+
+
+def test_the_least_rank_with_an_energy(double: None) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    gm, tuned = fxlora.capture(model, torch.randn(3, 6)), copy.deepcopy(model)
+    u, v = (torch.linalg.qr(torch.randn(n, 3)).Q for n in (5, 6))
+    with torch.no_grad():  # shares of the energy: 0.8, 0.15, 0.05
+        tuned.get_parameter("0.weight").add_(
+            u @ torch.diag(torch.tensor([0.8, 0.15, 0.05]).sqrt()) @ v.T
+        )
+    for energy, rank in ((0.5, 1), (0.79, 1), (0.81, 2), (0.94, 2), (0.96, 3), (1.0, 3)):
+        (site,) = fxlora.extract(gm, tuned, Rule(), energy=energy).sites  # r=8 does not matter
+        assert (site.r, round(site.energy, 6)) == (rank, (0.8, 0.95, 1.0)[rank - 1])
+    same = fxlora.extract(gm, model, Rule(), energy=0.9)
+    assert [(s.r, s.change, s.error, s.energy) for s in same.sites] == [(1, 0.0, 0.0, 1.0)]
+
+
+def test_what_no_rule_covers_is_said(double: None) -> None:
+    model, tuned, gm, index = checkpoints(2)
+    with torch.no_grad():
+        tuned.norm.weight.mul_(1.5)
+        tuned.get_buffer("norm.running_mean").add_(0.25)
+        tuned.emb.weight[0] += 1.0
+    rules = [Rule(["emb", "w", "conv", "up"], lora=LoraConfig(2))]
+    rules += [Rule("qkv", lora=LoraConfig(2), parts=3, enable=[True, False, True])]
+    said = r"emb\.weight .*qkv\.weight .*norm\.weight .5\.0e-01. differ.*modules_to_save"
+    with pytest.raises(AdapterError, match=said):
+        fxlora.extract(gm, tuned, rules)
+    found = fxlora.extract(gm, tuned, rules, leave=True)
+    assert set(found.left) == {"emb.weight", "qkv.weight", "norm.weight"}
+    assert found.in_full == ("norm.running_mean",)
+    assert "Left as in the base: norm.weight (5.00e-01)." in str(found)
+    lora = found.module.eval()
+    assert torch.equal(lora.get_parameter("norm.weight"), model.norm.weight)
+    assert torch.equal(lora.get_buffer("norm.running_mean"), tuned.get_buffer("norm.running_mean"))
+    assert not fxlora.remove(lora).get_buffer("norm.running_mean").any()
+
+    rules = [Rule("norm", train=True), Rule("emb", train=True), Rule(lora=LoraConfig(2))]
+    found = fxlora.extract(gm, tuned.state_dict(), rules)
+    assert not found.left
+    assert_same(found.module.eval()(index), tuned(index))
+    assert torch.equal(fxlora.remove(found.module)(index), gm.eval()(index))
+
+
+def test_tied_weights_differ_together(double: None) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.emb(index)))
+
+    model, index = Tied().eval(), torch.randint(0, 11, (2, 4))
+    gm, tuned = fxlora.capture(model, index), copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.emb.weight.add_(torch.randn(11, 1) @ torch.randn(1, 6))
+    both = Rule(["emb", "head"], lora=LoraConfig(1, tied="share"))
+    assert_same(fxlora.extract(gm, tuned, both).module.eval()(index), tuned(index))
+    with pytest.raises(AdapterError, match=r"head\.weight .*no rule covers"):
+        fxlora.extract(gm, tuned, Rule("emb", lora=LoraConfig(1)))
+    tuned.head.weight = nn.Parameter(tuned.head.weight.detach() + 1)
+    with pytest.raises(AdapterError, match="untied"):
+        fxlora.extract(gm, tuned, both)
+
+
+def test_dora_adapters_combine_by_way_of_extract(net: Any) -> None:
+    """The advice of combine's error: the folds' changes, at full rank, are combined exactly."""
+    _, x, gm = net
+    loras = [adapted(gm, r=2, target_modules=["a"], use_dora=True) for _ in range(2)]
+    rule = Rule("a", lora=LoraConfig(2))
+    plain = [fxlora.extract(gm, fxlora.fold(lora), rule, energy=1.0).module for lora in loras]
+    both = fxlora.fold(fxlora.combine(plain, [0.5, 0.25], "cat"))
+    base = gm.get_parameter("a.weight")
+    changes = [fxlora.fold(lora).get_parameter("a.weight") - base for lora in loras]
+    assert_same(both.get_parameter("a.weight"), base + 0.5 * changes[0] + 0.25 * changes[1])
+    assert not torch.allclose(both(x), gm.eval()(x))
+
+
+def test_what_extract_refuses(net: Any) -> None:
+    model, x, gm = net
+    lora = adapted(gm, r=2, target_modules=["a"])
+    rule = Rule("a", lora=LoraConfig(2))
+    state = model.state_dict()
+    cases: list[tuple[Any, str]] = [
+        (lora, "give its fold"),
+        (3, "module or a state dict"),
+        ({k: v for k, v in state.items() if k != "b.bias"}, r"has no b\.bias"),
+        (state | {"c.weight": x}, r"has also c\.weight"),
+        (state | {"b.bias": x}, r"other shapes of b\.bias"),
+    ]
+    for tuned, said in cases:
+        with pytest.raises(AdapterError, match=said):
+            fxlora.extract(gm, tuned, rule)
+    for keys, said in (
+        ({"rank": 2, "energy": 0.5}, "not both"),
+        ({"rank": 0}, "rank must be"),
+        ({"energy": 1.5}, "energy must be"),
+        ({"energy": "half"}, "energy must be"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            fxlora.extract(gm, model, rule, **untyped(keys))
+    for config in (LoraConfig(2, use_dora=True), LoraConfig(2, init_lora_weights="pissa")):
+        with pytest.raises(ConfigError, match="plain LoRA"):
+            fxlora.extract(gm, model, Rule("a", lora=config))

@@ -149,7 +149,7 @@ def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> li
         raise AdapterError(
             f"{some(scaled)}: DoRA scales the outputs, so the sum of two such adapters is none. "
             "Make each a plain adapter first: fxlora.extract(base, fxlora.fold(adapter), rules, "
-            "rank=…), where base is the captured model."
+            "rank=…).module, where base is the captured model and the rules are plain LoRA."
         )
     trained = [name for plan in plans for name in plan.trained]
     if twice := sorted({name for name in trained if trained.count(name) > 1}):

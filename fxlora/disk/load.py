@@ -144,8 +144,8 @@ def load_adapter(
 def _as_ours(foreign: Foreign, path: Path) -> Folder:
     """Return the content of another library's file as that of a folder in fxlora's own layout."""
     layout = FileLayout(foreign.plan, None)
-    tensors = layout.adapters(foreign.values)
-    tensors |= {layout.key(name): foreign.values[name] for name in foreign.plan.trained}
+    tensors = layout.adapters(foreign.starts)
+    tensors |= {layout.key(name): value for name, value in foreign.stored.items()}
     return Folder(path, {}, None, tensors)
 
 

@@ -32,11 +32,13 @@ class Foreign:
 
     Attributes:
         plan: the plan of its adapters; it trains the biases that the file holds.
-        values: the adapters' tensors and the biases, by their names in the adapted module.
+        starts: the adapters' tensors, by their names in the adapted module.
+        stored: the biases, by name.
     """
 
     plan: Plan
-    values: dict[str, torch.Tensor]
+    starts: dict[str, torch.Tensor]
+    stored: dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,10 @@ def read_foreign(
         plan = _plan(module, found, list(biased), adapter_name)
     except (AdapterError, NoMatchError, UnsupportedOpError) as error:
         raise AdapterError(f"{path}, an adapter of {form.title}: {error}") from error
-    values = {name: file.tensors[key] for name, key in biased.items()}
+    starts: dict[str, torch.Tensor] = {}
     for entry, (one, pair) in zip(plan, _pairs(found), strict=True):
-        values |= _values(module, entry, one, pair)
-    return Foreign(plan, values)
+        starts |= _values(module, entry, one, pair)
+    return Foreign(plan, starts, {name: file.tensors[key] for name, key in biased.items()})
 
 
 def _found(
