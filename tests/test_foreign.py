@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -587,27 +588,74 @@ def test_no_file_runs_code(tmp_path: Path) -> None:
             fxlora.load_adapter(gm, tmp_path / name)
 
 
-def test_names_with_and_without_a_prefix(tmp_path: Path) -> None:
+class Wrapped(nn.Module):
+    """A model around another one, with a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"unet": nn.Linear(6, 5), "q": nn.Linear(6, 5)})
+        self.q = nn.Linear(5, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(torch.tanh(self.inner["q"](x) * self.inner["unet"](x)))
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "said"),
+    [
+        ("unet.inner.q", "inner.q", None),
+        ("model.inner.q", "inner.q", "read without 'model.'"),
+        ("unet.model.inner.q", "inner.q", "read without 'model.'"),
+        ("lora_unet_inner_q", "inner.q", None),
+        ("lora_unet_model_inner_unet", "inner.unet", "read without 'model_'"),
+        ("lora_unet_unet", "inner.unet", "read with 'inner_' in front"),
+    ],
+)
+def test_names_of_inner_and_outer_models(
+    name: str, site: str, said: str | None, tmp_path: Path
+) -> None:
+    model, x = Wrapped().double().eval(), torch.randn(3, 6).double()
+    gm = fxlora.capture(model, x)
+    down, up = random(R, 6), random(5, R)
+    ends = ("lora_down", "lora_up") if "lora_" in name else ("lora.down", "lora.up")
+    file = {f"{name}.{end}.weight": t for end, t in zip(ends, (down, up), strict=True)}
+    path = written(tmp_path / "a.safetensors", file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = fxlora.load_adapter(gm, path)
+    assert [str(w.message) for w in caught if w.category is fxlora.FxLoraWarning] == (
+        [] if said is None else [f"{path}: its names are of another model ({name}): {said}."]
+    )
+    weights = {f"{site}.weight": model.get_parameter(f"{site}.weight").detach() + up @ down}
+    check(model, x, gm, loaded, weights, tmp_path)
+
+
+def test_names_that_fit_in_several_ways(tmp_path: Path) -> None:
     class Both(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, out: int) -> None:
             super().__init__()
             self.q = nn.Linear(6, 5)
-            self.unet = nn.ModuleDict({"q": nn.Linear(6, 5)})
+            self.unet = nn.ModuleDict({"q": nn.Linear(6, out)})
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q(x) + torch.tanh(self.unet["q"](x))
+            return self.q(x) + torch.tanh(self.unet["q"](x)).mean(-1, keepdim=True)
 
-    model, x = Both().double().eval(), torch.randn(3, 6).double()
-    gm = fxlora.capture(model, x)
+    x = torch.randn(3, 6).double()
     down, up = random(R, 6), random(5, R)
     file = {"unet.q.lora.down.weight": down, "unet.q.lora.up.weight": up}
     path = written(tmp_path / "a.safetensors", file)
-    with pytest.raises(AdapterError, match=r"both with and without unet\..*component=''"):
+    model = Both(5).double().eval()
+    gm = fxlora.capture(model, x)
+    with pytest.raises(AdapterError, match=r"several ways.*component=\"\""):
         fxlora.load_adapter(gm, path)
     for component, name in (("unet", "q.weight"), ("", "unet.q.weight")):
         loaded = fxlora.load_adapter(gm, path, component=component)
         weights = {name: model.get_parameter(name).detach() + up @ down}
         check(model, x, gm, loaded, weights, tmp_path)
+    model = Both(7).double().eval()  # the shapes tell
+    loaded = fxlora.load_adapter(gm := fxlora.capture(model, x), path)
+    weights = {"q.weight": model.q.weight.detach() + up @ down}
+    check(model, x, gm, loaded, weights, tmp_path)
 
 
 def test_a_half_precision_file_is_widened_exactly(tmp_path: Path) -> None:

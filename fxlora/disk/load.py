@@ -101,6 +101,8 @@ def load_adapter(
     options = checked_options(lora_alpha, use_rslora, enable_lora, component)
     if (file := foreign_file(path)) is not None:
         foreign = read_foreign(module, file, adapter_name, options)
+        for note in foreign.notes:
+            warn(f"{file}: {note}")
         plan = held = foreign.plan
         content = _as_ours(foreign, file)
         pefts = False

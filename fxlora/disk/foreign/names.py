@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ...errors import AdapterError
@@ -12,16 +12,23 @@ from .format import Format
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """The sites of a file's layers.
+class Way:
+    """One way to read the names of a file's layers.
 
     Attributes:
         sites: the sites that each layer's name fits; one of them, by the shapes of its tensors.
-        prefix: the prefix that the names have in the file, and the module does not.
+        prefix: the prefix that names a model in the file ("unet."), or "".
+        note: what the user should know about it, or "".
     """
 
     sites: Mapping[str, tuple[Site, ...]]
     prefix: str
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What tells ways apart: the sites of the layers, in their order."""
+        return tuple(id(site) for sites in self.sites.values() for site in sites)
 
 
 class SiteNames:
@@ -43,6 +50,21 @@ class SiteNames:
         for spelling in self._form.spellings(name):
             found |= {id(site): site for site in self._sites.get(self._spelled(spelling), ())}
         return tuple(found.values())
+
+    def ends(self, name: str) -> list[tuple[str, str]]:
+        """Return how the beginning of a layer's name must change to give a site's: cut or added.
+
+        Each is (what to cut off, what to put in front), one of which is "".
+        """
+        mark = "_" if self._form.flat else "."
+        found: dict[tuple[str, str], None] = {}
+        for mine in map(self._spelled, self._form.spellings(name)):
+            for other in self._sites:
+                if mine.endswith(f"{mark}{other}"):
+                    found[mine.removesuffix(other), ""] = None
+                elif other.endswith(f"{mark}{mine}"):
+                    found["", other.removesuffix(mine)] = None
+        return list(found)
 
     def nearest(self, name: str) -> str:
         """Return a question with the names most similar to one that no site has."""
@@ -67,38 +89,50 @@ def in_component(names: Iterable[str], form: Format, component: str | None) -> l
     return found
 
 
-def resolved(names: list[str], index: SiteNames, form: Format, component: str | None) -> Resolved:
-    """Return the sites of each layer's name.
+def ways(names: list[str], index: SiteNames, form: Format, component: str | None) -> list[Way]:
+    """Return the ways of reading the names that give sites for all layers.
 
-    The names are taken as they are, and without the name of a model that all of them begin with.
-    One of the two must give sites for all layers; of a model that the user named, the latter counts
-    first.
+    The names are taken as they are, and without the name of a model that all of them begin with; of
+    a model that the user named, only the latter where it gives all. If neither does, the module may
+    be an inner or an outer one of the file's: then all names lose or get the same beginning.
 
     Raises:
-        AdapterError: neither does, or both do; names the layers.
+        AdapterError: there is none; names the layers.
     """
-    ways = {p: _found(names, p, index) for p in ("", *_common(names, form, component))}
-    whole = [prefix for prefix, way in ways.items() if all(way.values())]
-    if len(whole) > 1 and component is None:
-        raise AdapterError(
-            f"the layers' names fit the module both with and without {some(whole[1:])}: give "
-            f"component={whole[1].rstrip('._')!r} or component=''."
-        )
+    prefixes = ["", *_common(names, form, component)]
+    direct = {prefix: _found(names, prefix, index) for prefix in prefixes}
+    whole = [Way(way, p or _own(names, form)) for p, way in direct.items() if all(way.values())]
     if whole:
-        own = [p for p in form.prefixes if all(name.startswith(p) for name in names)]
-        return Resolved(ways[whole[-1]], whole[-1] or max(own, key=len, default=""))
+        return whole[-1:] if component is not None else whole
+    other = [way for prefix in reversed(prefixes) for way in _with_ends(names, prefix, index)]
+    if other:
+        return list({way.key: way for way in reversed(other)}.values())
     models = _components(names, form)
     if component is None and len(models) > 1:
         raise AdapterError(
             f"the file is for several models ({some(models)}), and the module is one of them: "
             f"give component={models[0]!r}, or another of these."
         )
-    prefix, way = min(ways.items(), key=lambda item: sum(not found for found in item[1].values()))
+    prefix, way = min(direct.items(), key=lambda item: sum(not s for s in item[1].values()))
     missing = [name for name, found in way.items() if not found]
     raise AdapterError(
         f"the module has no layer for {some(missing)}."
         + index.nearest(missing[0].removeprefix(prefix))
     )
+
+
+def _with_ends(names: list[str], prefix: str, index: SiteNames) -> Iterator[Way]:
+    """Yield the ways in which all names lose, or get, one more beginning."""
+    bare = [name.removeprefix(prefix) for name in names]
+    for cut, front in index.ends(bare[0]):
+        if all(name.startswith(cut) for name in bare):
+            pairs = zip(names, bare, strict=True)
+            found = {name: index.find(front + inner[len(cut) :]) for name, inner in pairs}
+            if all(found.values()):
+                what = f"without '{cut}'" if cut else f"with '{front}' in front"
+                yield Way(
+                    found, prefix, f"its names are of another model ({names[0]}): read {what}."
+                )
 
 
 def _found(names: list[str], prefix: str, index: SiteNames) -> dict[str, tuple[Site, ...]]:
@@ -115,6 +149,12 @@ def _common(names: list[str], form: Format, component: str | None) -> list[str]:
 def _prefix(name: str, component: str) -> str:
     """Return the prefix of a name that names this model, or ""."""
     return next((p for p in (f"{component}.", f"{component}_") if name.startswith(p)), "")
+
+
+def _own(names: list[str], form: Format) -> str:
+    """Return the name of a model that all names begin with, as a prefix, or ""."""
+    own = [p for p in form.prefixes if all(name.startswith(p) for name in names)]
+    return max(own, key=len, default="")
 
 
 def _components(names: Iterable[str], form: Format) -> list[str]:

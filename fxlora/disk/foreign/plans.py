@@ -21,7 +21,7 @@ from ...tables import some
 from .format import Format, Options, Target
 from .formats import format_of
 from .layers import Layer
-from .names import Resolved, SiteNames, in_component, resolved
+from .names import SiteNames, Way, in_component, ways
 from .tensors import TensorFile, read_tensors
 from .updates import Update
 
@@ -34,11 +34,13 @@ class Foreign:
         plan: the plan of its adapters; it trains the biases that the file holds.
         starts: the adapters' tensors, by their names in the adapted module.
         stored: the biases, by name.
+        notes: warnings for the user.
     """
 
     plan: Plan
     starts: dict[str, torch.Tensor]
     stored: dict[str, torch.Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ def read_foreign(
     file = read_tensors(path)
     form, layers, biases = format_of(file)
     try:
-        found, prefix = _found(module, file, form, layers, options)
-        biased = _biases(module, biases, prefix, options)
+        found, way = _found(module, file, form, layers, options)
+        biased = _biases(module, file, biases, way.prefix)
         if unused := options.unused:
             raise ConfigError(
                 f"{some(unused)} has no effect on this file of {form.title}: leave it out."
@@ -75,7 +77,8 @@ def read_foreign(
     starts: dict[str, torch.Tensor] = {}
     for entry, (one, pair) in zip(plan, _pairs(found), strict=True):
         starts |= _values(module, entry, one, pair)
-    return Foreign(plan, starts, {name: file.tensors[key] for name, key in biased.items()})
+    stored = {name: file.tensors[key] for name, key in biased.items()}
+    return Foreign(plan, starts, stored, (way.note,) if way.note else ())
 
 
 def _found(
@@ -84,19 +87,43 @@ def _found(
     form: Format,
     layers: dict[str, Layer],
     options: Options,
-) -> tuple[list[_Found], str]:
-    """Return what each layer says of its site, in the order of the module's parameters."""
+) -> tuple[list[_Found], Way]:
+    """Return what each layer says of its site, in the order of the module's parameters.
+
+    Raises:
+        AdapterError: not exactly one way of reading the names fits all layers, in name and shape.
+    """
     sites = find_sites(module)
     names = in_component(layers, form, options.take("component"))
-    index = SiteNames(sites, form)
-    way = resolved(names, index, form, options.component)
-    found = [_of_layer(module, file, form, layers[n], way, options) for n in names]
-    order = {id(site): number for number, site in enumerate(sites)}
-    found.sort(key=lambda one: order[id(one.site)])
+    fits: list[tuple[list[_Found], Way]] = []
+    why: list[str] = []
+    for way in ways(names, SiteNames(sites, form), form, options.component):
+        try:
+            found = [_of_layer(module, file, form, layers[n], way, options) for n in names]
+            fits.append((_in_order(found, sites), way))
+        except AdapterError as error:
+            why.append(str(error))
+    if len(fits) > 1:
+        raise AdapterError(
+            "its layers fit the module in several ways, by name and by shape. Give component=, the "
+            'model in front of the names, or component="" for the names as they are.'
+        )
+    if not fits:
+        raise AdapterError(why[0])
+    return fits[0]
+
+
+def _in_order(found: list[_Found], sites: Sequence[Site]) -> list[_Found]:
+    """Return what layers say in the order of the module's sites.
+
+    Raises:
+        AdapterError: two of them are for one site.
+    """
     held = [one.site.name for one in found]
     if twice := sorted({name for name in held if held.count(name) > 1}):
         raise AdapterError(f"it has more than one layer for {some(twice)}.")
-    return found, way.prefix
+    order = {id(site): number for number, site in enumerate(sites)}
+    return sorted(found, key=lambda one: order[id(one.site)])
 
 
 def _of_layer(
@@ -104,7 +131,7 @@ def _of_layer(
     file: TensorFile,
     form: Format,
     layer: Layer,
-    way: Resolved,
+    way: Way,
     options: Options,
 ) -> _Found:
     """Return what a layer says of the one site, among those that its name fits, whose shape fits.
@@ -120,6 +147,7 @@ def _of_layer(
             return whole(module.get_parameter(name).detach()).cpu()
 
         target = Target(site, weight, file.metadata, way.prefix, options)
+        layer.used.clear()
         try:
             update = form.update(layer, target)
             layer.check_used()
@@ -160,14 +188,22 @@ def _check_shapes(layer: Layer, site: Site, update: Update) -> None:
 
 
 def _biases(
-    module: CapturedModule, keys: Sequence[str], prefix: str, options: Options
+    module: CapturedModule, file: TensorFile, keys: Sequence[str], prefix: str
 ) -> dict[str, str]:
-    """Return the keys of the biases in a file, by their names in the module."""
-    held = {name for name, _ in module.named_parameters()}
-    mine = [key for key in keys if options.component is None or key.startswith(prefix)]
-    found = {key.removeprefix(prefix): key for key in mine}
-    if missing := [key for name, key in found.items() if name not in held]:
-        raise AdapterError(f"the module has no {some(missing)}.")
+    """Return the keys of the biases in a file, by their names in the module.
+
+    Raises:
+        AdapterError: the module does not have one, in its shape.
+    """
+    held = dict(module.named_parameters())
+    found = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+    missing = [
+        key
+        for name, key in found.items()
+        if name not in held or held[name].shape != file.tensors[key].shape
+    ]
+    if missing:
+        raise AdapterError(f"the module has no {some(missing)} of this shape.")
     return found
 
 
