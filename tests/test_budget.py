@@ -222,3 +222,120 @@ def test_ranks_of_an_init_that_halves_them_stay_even() -> None:
         fxlora.inject(gm, plan)
     with pytest.raises(fxlora.ConfigError, match="must be even"):
         fxlora.match(gm, LoraConfig(r=3, init_lora_weights="orthogonal", target_modules=["0"]))
+
+
+# ---- rank_by ------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """A packed linear, a product with a bare weight and a convolution; takes (N, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 12)
+        self.w = nn.Parameter(torch.randn(4, 7))
+        self.conv = nn.Conv1d(1, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.conv(torch.tanh((q * k + v) @ self.w)[:, None])
+
+
+def chain() -> tuple[Chain, torch.Tensor, fxlora.CapturedModule]:
+    model, x = Chain().double(), torch.randn(6, 8).double()
+    return model, x, fxlora.capture(model, x)
+
+
+def worth_most(
+    gains: dict[str, torch.Tensor], costs: dict[str, int], budget: int
+) -> dict[str, int]:
+    """Return the ranks of the steps behind rank 1 that are worth most per parameter."""
+    found = dict.fromkeys(gains, 1)
+    left = budget - sum(costs.values())
+    steps = [(-float(g) / costs[n], n) for n, all_ in gains.items() for g in all_[1:]]
+    blocked: set[str] = set()
+    for _, name in sorted(steps):
+        if name in blocked or costs[name] > left:
+            blocked.add(name)
+            continue
+        found[name] += 1
+        left -= costs[name]
+    return found
+
+
+COSTS = {"qkv.0": 12, "qkv.1": 12, "qkv.2": 12, "w": 11, "conv": 8}
+PARTS = [Rule("qkv", lora=LoraConfig(1), parts=3), Rule("w", lora=LoraConfig(1))]
+
+
+def shares(squares: torch.Tensor) -> torch.Tensor:
+    return squares / squares.sum()
+
+
+@pytest.mark.parametrize("budget", [85, 95, 130, 150])
+def test_ranks_by_the_spectrum(budget: int) -> None:
+    model, _, gm = chain()
+    every = [*PARTS, Rule("conv", lora=LoraConfig(1))]
+    plan = fxlora.match(gm, every, budget=budget, rank_by="spectrum")
+    weights = [*model.qkv.weight.detach().chunk(3), model.w.detach(), model.conv.weight.detach()]
+    squares = [torch.linalg.svdvals(weight.flatten(1)).square() for weight in weights]
+    gains = dict(zip(COSTS, map(shares, squares), strict=True))
+    assert ranks(plan) == worth_most(gains, COSTS, budget)
+    assert plan.adapter_parameters <= budget
+    assert len(set(ranks(plan).values())) > 1, "as without rank_by"
+
+
+@pytest.mark.parametrize("budget", [60, 90, 120])
+def test_ranks_by_the_inputs(budget: int) -> None:
+    model, x, gm = chain()
+    low = x[:2].sum(0, keepdim=True) * torch.randn(4, 1).double() + 0.05 * x[:4]
+    plan = fxlora.match(gm, PARTS, budget=budget, rank_by="eva", data=[x[:3], (x[3:],), {"x": low}])
+    inputs = torch.cat([x, low])
+    q, k, v = model.qkv(inputs).chunk(3, -1)
+    of_qkv, of_w = (torch.linalg.svdvals(i.detach()).square() for i in (inputs, q * k + v))
+    gains = {f"qkv.{n}": shares(of_qkv)[:4] for n in range(3)} | {"w": shares(of_w)[:4]}
+    costs = {name: COSTS[name] for name in gains}
+    assert ranks(plan) == worth_most(gains, costs, budget)
+    every = [*PARTS, Rule("conv", lora=LoraConfig(1))]
+    with pytest.raises(ConfigError, match=r"cannot measure conv.*spectrum"):
+        fxlora.match(gm, every, budget=90, rank_by="eva", data=[x])
+
+
+@pytest.mark.parametrize("budget", [60, 85, 110])
+def test_ranks_by_the_gradients(budget: int) -> None:
+    model, x, gm = chain()
+    every = [*PARTS, Rule("conv", lora=LoraConfig(1))]
+    batches = [x[:2], x[2:]]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plan = fxlora.match(
+        gm, every, budget=budget, rank_by="fisher", data=batches, loss=lambda y: y.square().mean()
+    )
+    gains: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        names = [model.qkv.weight, model.w, model.conv.weight]
+        qkv, w, conv = torch.autograd.grad(model(batch).square().mean(), names)
+        for name, part in zip(COSTS, [*qkv.chunk(3), w, conv.flatten(1)], strict=True):
+            more = torch.linalg.svdvals(part).square()
+            gains[name] = gains[name] + more if name in gains else more
+    assert ranks(plan) == worth_most(gains, COSTS, budget)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in [*model.parameters(), *gm.parameters()])
+
+
+def test_what_rank_by_refuses() -> None:
+    _, x, gm = chain()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"rank_by": "norm", "budget": 90}, "rank_by must be one of"),
+        ({"rank_by": "spectrum"}, "give budget="),
+        ({"rank_by": "eva", "budget": 90}, "needs data="),
+        ({"rank_by": "spectrum", "budget": 90, "data": [x]}, "leave it out"),
+        ({"budget": 90, "data": [x]}, "leave it out"),
+        ({"rank_by": "eva", "budget": 90, "data": [x], "loss": sum}, "loss= is for"),
+        ({"rank_by": "eva", "budget": 90, "data": x}, "list of batches"),
+        ({"rank_by": "eva", "budget": 90, "data": []}, "cannot measure"),
+        ({"rank_by": "fisher", "budget": 90, "data": [x]}, "needs loss="),
+        ({"rank_by": "fisher", "budget": 90, "data": [x], "loss": lambda y: 1}, "must return"),
+        ({"rank_by": "fisher", "budget": 90, "data": [], "loss": torch.sum}, "no gradient reaches"),
+    ]
+    for keys, said in cases:
+        with pytest.raises(ConfigError, match=said):
+            fxlora.match(gm, PARTS, **keys)

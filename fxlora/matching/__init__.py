@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,21 @@ from .full import (
     modules_to_save,
     trained,
 )
+from .importance import Gains, Loss, check_rank_by, gains_of
 from .unmatched import Unmatched, warn_of_large, warn_of_uncovered
 
 __all__ = ["match"]
 
 
-@no_ambient_modes()
 def match(
     module: CapturedModule,
     rules: Rules | str | Path,
     *,
     adapter_name: str = "default",
     budget: int | str | None = None,
+    rank_by: str | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Plan:
     """Return the plan that `inject` can apply to a module; nothing is changed.
 
@@ -48,7 +51,13 @@ def match(
         adapter_name: the adapter's name, which is part of its parameters' names.
         budget: the most parameters that all A and B together may have, as a number or as a share
             of the model's parameters ("1%"). The ranks keep the proportions that the rules give
-            them, and each site keeps its scaling factor s.
+            them, unless `rank_by` says otherwise, and each site keeps its scaling factor s.
+        rank_by: share out the budget by what each further rank of a site is worth per parameter:
+            by the singular values of its weight ("spectrum"), the variance of its inputs ("eva"),
+            or the gradients of its weight ("fisher"); see `fxlora.matching.importance`.
+        data: batches for "eva" and "fisher" to call the module with, in eval mode: each a tuple of
+            arguments, a mapping of keyword arguments, or one argument.
+        loss: function of the outputs for "fisher"; by default the loss that they have themselves.
 
     Returns:
         The plan: an entry per adapted weight, printable and countable before anything is changed.
@@ -70,6 +79,23 @@ def match(
         >>> [(entry.site, entry.form, entry.shape) for entry in plan]
         [('0', 'branch', (8, 6))]
     """
+    check_rank_by(rank_by, budget, data, loss)
+    gains: Gains | None = None
+    if rank_by is not None:
+        whole_plan = _matched(module, rules, adapter_name, None, None)
+        gains = gains_of(module, whole_plan.entries, rank_by, data, loss)
+    return _matched(module, rules, adapter_name, budget, gains)
+
+
+@no_ambient_modes()
+def _matched(
+    module: CapturedModule,
+    rules: Rules | str | Path,
+    adapter_name: str,
+    budget: int | str | None,
+    gains: Gains | None,
+) -> Plan:
+    """Return the plan of rules, within a budget that is shared out by gains, if there are any."""
     check_captured(module, "match")
     if module.plan is not None:
         raise ConfigError("the module has adapters already: fold or remove them first.")
@@ -77,10 +103,16 @@ def match(
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
     sites = tuple(find_sites(module))
     choice = Choice(module, with_architecture(as_rules(rules), module, sites), sites)
-    return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget)
+    return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget, gains)
 
 
-def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | str | None) -> Plan:
+def _plan(
+    choice: Choice,
+    planned: Entries,
+    unmatched: Unmatched,
+    budget: int | str | None,
+    gains: Gains | None,
+) -> Plan:
     """Make the plan of a choice: the entries of its sites, and the parameters trained in full.
 
     Args:
@@ -88,6 +120,7 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
         planned: makes the entries of a site.
         unmatched: raises for rules and names that match nothing.
         budget: the most parameters that all A and B together may have.
+        gains: what each rank of each entry is worth, or None.
     """
     chosen = choice.made()
     saved = modules_to_save(choice, chosen, unmatched)
@@ -112,7 +145,7 @@ def _plan(choice: Choice, planned: Entries, unmatched: Unmatched, budget: int | 
             entries += planned.made(site, number, rule)
     unmatched.check(chosen, entries, list(saved))
     if budget is not None:
-        entries = planned.within_budget(entries, budget)
+        entries = planned.within_budget(entries, budget, gains)
     for entry in entries:
         check_rank(entry)
     warn_of_large(entries)

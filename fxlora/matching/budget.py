@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,12 @@ from ..lora.inits import rank_multiple
 from ..plan import Entry
 
 
-def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entry]:
+def within(
+    entries: Sequence[Entry],
+    budget: Any,
+    model: nn.Module,
+    gains: Mapping[str, Sequence[float]] | None = None,
+) -> list[Entry]:
     """Return the entries with the largest ranks for which A and B stay within a budget.
 
     Ranks keep their proportions, between 1 and the largest rank of the weight. Parameters that
@@ -25,6 +31,8 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
         entries: the entries, with the ranks that the rules give them.
         budget: a number of parameters, or a share of the model's such as "1%".
         model: the model whose parameters a share refers to.
+        gains: what rank 1, 2, … of each entry's site is worth; then the ranks are those that are
+            worth most per parameter, instead of in proportion.
 
     Raises:
         ConfigError: the budget is invalid, or too small for rank 1 everywhere.
@@ -38,7 +46,10 @@ def within(entries: Sequence[Entry], budget: Any, model: nn.Module) -> list[Entr
             f"budget={budget!r} is {limit:,} parameters, and the least rank at all {len(entries)} "
             f"sites takes {least:,}. Give more, or target fewer sites."
         )
-    ranks = _filled(entries, _proportional(entries, limit), limit)
+    if gains is None:
+        ranks = _filled(entries, _proportional(entries, limit), limit)
+    else:
+        ranks = _worth_most(entries, [gains[entry.site] for entry in entries], limit)
     return [_with_rank(entry, r) for entry, r in zip(entries, ranks, strict=True)]
 
 
@@ -116,4 +127,35 @@ def _filled(entries: Sequence[Entry], ranks: list[int], limit: int) -> list[int]
             left -= more
         else:
             growing.remove(index)
+    return ranks
+
+
+def _worth_most(
+    entries: Sequence[Entry], gains: Sequence[Sequence[float]], limit: int
+) -> list[int]:
+    """Return ranks, at least the least, that grow where a step is worth most per parameter.
+
+    As gains fall with the rank, a step that is left out for its cost leaves out those behind it.
+    """
+    steps = [rank_multiple(entry.init) for entry in entries]
+    ranks = list(steps)
+    left = limit - _cost(entries, ranks)
+    growing: list[tuple[float, int]] = []
+
+    def push(index: int) -> None:
+        entry, r, higher = entries[index], ranks[index], ranks[index] + steps[index]
+        worth = sum(gains[index][r:higher])
+        if higher <= _largest(entry) and worth > 0:
+            cost = _cost([entry], [higher]) - _cost([entry], [r])
+            heapq.heappush(growing, (-worth / cost, index))
+
+    for index in range(len(entries)):
+        push(index)
+    while growing:
+        _, index = heapq.heappop(growing)
+        higher = ranks[index] + steps[index]
+        cost = _cost([entries[index]], [higher]) - _cost([entries[index]], [ranks[index]])
+        if cost <= left:
+            ranks[index], left = higher, left - cost
+            push(index)
     return ranks

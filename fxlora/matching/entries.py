@@ -18,6 +18,7 @@ from ..reads.sites import Site
 from .budget import within
 from .choice import Choice, by_pattern
 from .forms import Form, choose_form
+from .importance import Gains
 from .refusals import check_supported
 
 
@@ -98,11 +99,13 @@ class Entries:
         self._check_padding(entry)
         return entry
 
-    def within_budget(self, entries: Sequence[Entry], budget: Any) -> list[Entry]:
+    def within_budget(
+        self, entries: Sequence[Entry], budget: Any, gains: Gains | None
+    ) -> list[Entry]:
         """Return the entries with the ranks of the budget, and the forms for these ranks."""
         sites = {site.names: site for site in self.adapted}
         found: list[Entry] = []
-        for entry in within(entries, budget, self.choice.module):
+        for entry in within(entries, budget, self.choice.module, gains):
             site, lora = sites[entry.names], self.choice.rules[entry.rule - 1].lora
             dropout = lora.lora_dropout if lora else 0.0
             form = choose_form(site, entry.r, dropout, entry.rows, entry.variants)
