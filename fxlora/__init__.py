@@ -3,7 +3,7 @@
 from . import peft as peft
 from .api import adapt, capture_more, explicit, fold, inject, lora_parameters, optimize, remove
 from .arithmetic.combine import combine
-from .arithmetic.extract import ExtractedSite, Extraction, extract
+from .arithmetic.extract import extract
 from .arithmetic.scale import scale_adapter
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
@@ -53,8 +53,6 @@ __all__ = [
     "ConfigError",
     "Entry",
     "ExportError",
-    "ExtractedSite",
-    "Extraction",
     "FxLoraError",
     "FxLoraWarning",
     "Initialized",

@@ -658,12 +658,15 @@ def test_names_that_fit_in_several_ways(tmp_path: Path) -> None:
     check(model, x, gm, loaded, weights, tmp_path)
 
 
-def test_a_half_precision_file_is_widened_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_narrow_file_is_widened_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 5)).eval()
     gm = fxlora.capture(model, torch.randn(3, 6))
-    half = {end: t.half() for end, t in locon(5, 6, (), 3.0)[0].items()}
-    file = {f"lora_unet_0.{end}": tensor for end, tensor in half.items()}
+    narrow = {end: t.to(dtype) for end, t in locon(5, 6, (), 3.0)[0].items()}
+    narrow["alpha"] = torch.tensor(3.0, dtype=torch.float16)
+    file = {f"lora_unet_0.{end}": tensor for end, tensor in narrow.items()}
     loaded = fxlora.load_adapter(gm, written(tmp_path / "a.safetensors", file))
     (entry,) = plan_of(loaded)
     a = loaded.get_parameter(entry.name_a)
-    assert a.dtype == torch.float32 and torch.equal(a, half["lora_down.weight"].float())
+    assert a.dtype == torch.float32 and torch.equal(a, narrow["lora_down.weight"].float())
+    assert entry.scaling == 3.0 / R

@@ -13,8 +13,8 @@ from fxlora.lora.ops import OPS
 from fxlora.lora.variants import VARIANTS
 
 NAMES = """
-AdaptedRead AdapterError CaptureError CapturedModule ConfigError Entry ExportError ExtractedSite
-Extraction FxLoraError FxLoraWarning Initialized InjectError InputError Layout LoraConfig
+AdaptedRead AdapterError CaptureError CapturedModule ConfigError Entry ExportError
+FxLoraError FxLoraWarning Initialized InjectError InputError Layout LoraConfig
 MisfitError NoMatchError NotCapturedError Op Plan Read Reader Rule ShardPlan ShardedTensor
 Site SiteCheck
 SubmoduleError UnsupportedOpError Variant Verification VerificationError adapt capture capture_more

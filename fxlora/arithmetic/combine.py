@@ -21,7 +21,7 @@ from ..tables import some
 from .merges import MERGES, Merge, Pruning
 from .pairs import low_rank, product
 from .rebuilt import with_adapters
-from .same_base import check_same_base
+from .same_base import check_bases
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -98,7 +98,7 @@ def combine(
     plans = _checked(adapters, weights)
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
-    check_same_base(adapters)
+    check_bases(adapters)
     if len(adapters) == 1:
         options = dataclasses.replace(options, type="linear")
     made = _Combined(adapters, plans, weights, options, generator)
@@ -149,7 +149,7 @@ def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> li
         raise AdapterError(
             f"{some(scaled)}: DoRA scales the outputs, so the sum of two such adapters is none. "
             "Make each a plain adapter first: fxlora.extract(base, fxlora.fold(adapter), rules, "
-            "rank=…).module, where base is the captured model and the rules are plain LoRA."
+            "rank=…), where base is the captured model and the rules are plain LoRA."
         )
     trained = [name for plan in plans for name in plan.trained]
     if twice := sorted({name for name in trained if trained.count(name) > 1}):

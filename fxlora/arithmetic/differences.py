@@ -40,6 +40,9 @@ class Checkpoint:
         if not isinstance(held, Mapping):
             raise AdapterError(f"the tuned model is a module or a state dict, not {shown(tuned)}.")
         ours = base.state_dict()
+        tensors = [t for t in (*ours.values(), *held.values()) if isinstance(t, torch.Tensor)]
+        if any(tensor.is_meta for tensor in tensors):
+            raise AdapterError("nothing to compare: a model is on the meta device, without values.")
         problems = [
             ("has no", [name for name in ours if name not in held]),
             ("has also", [str(name) for name in held if name not in ours]),

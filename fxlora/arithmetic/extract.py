@@ -12,7 +12,7 @@ from torch import nn
 
 from ..api import inject
 from ..config import MAX_RANK, LoraConfig, Rule, Rules, as_rules, is_finite, is_whole
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, warn
 from ..lora.inits import STARTS
 from ..matching import match
 from ..module import CapturedModule, check_captured
@@ -20,57 +20,9 @@ from ..module.ambient import no_ambient_modes
 from ..module.sharded import whole, write
 from ..names import shown
 from ..plan import Entry
-from ..tables import render, some
+from ..tables import some
 from .differences import Checkpoint, Differences, relative
 from .pairs import product, singular
-
-
-@dataclass(frozen=True)
-class ExtractedSite:
-    """What an adapter has of the change of one weight.
-
-    Attributes:
-        site: name of the site.
-        r: the rank.
-        change: ‖ΔW‖ / ‖W‖, in Frobenius norms.
-        energy: the share of ‖ΔW‖² that the pair has; 1 where nothing changed.
-        error: ‖ΔW - s·BA‖ / ‖ΔW‖, with A and B as they are held; 0 where nothing changed.
-    """
-
-    site: str
-    r: int
-    change: float
-    energy: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """The result of `extract`; it prints as a table of its sites.
-
-    Attributes:
-        module: the base with the extracted adapter.
-        sites: what the adapter has of each weight's change.
-        in_full: names of the parameters and buffers that have the tuned values.
-        left: names of what differs and has the base's values, with the size of its relative change.
-    """
-
-    module: CapturedModule
-    sites: tuple[ExtractedSite, ...]
-    in_full: tuple[str, ...]
-    left: Mapping[str, float]
-
-    def __str__(self) -> str:
-        header = ["site", "r", "change", "energy", "error"]
-        rows = [
-            [s.site, s.r, f"{s.change:.2e}", f"{s.energy:.4f}", f"{s.error:.2e}"]
-            for s in self.sites
-        ]
-        lines = [render(header, rows)]
-        if self.in_full:
-            lines.append(f"With the tuned values: {some(self.in_full)}.")
-        lines += [f"Left as in the base: {name} ({size:.2e})." for name, size in self.left.items()]
-        return "\n".join(lines)
 
 
 @no_ambient_modes()
@@ -84,13 +36,16 @@ def extract(
     energy: float | None = None,
     leave: bool = False,
     adapter_name: str = "default",
-) -> Extraction:
-    """Return an adapter that turns a base model into a tuned one, as far as low rank allows.
+) -> CapturedModule:
+    """Return a base with an adapter that makes it a tuned model, as far as low rank allows.
 
     At each site that the rules match, s·BA is the nearest matrix of its rank to W_tuned - W_base
     (Eckart and Young 1936), by a full SVD in float64: with ΔW = USVᵀ, B = U√(S/s) and A = √(S/s)Vᵀ,
     each cut to the rank. The form, s and dropout are those that the rules give. Parameters that the
     rules train in full, and buffers, have the tuned values.
+
+    The printed plan says of each site how large the change is, ‖ΔW‖ / ‖W‖, and which part of it the
+    pair misses, ‖ΔW - s·BA‖ / ‖ΔW‖, in Frobenius norms, with A and B as they are held.
 
     Args:
         base: a captured module without adapters; it is not changed.
@@ -98,16 +53,20 @@ def extract(
         rules: a LoraConfig, a Rule, a list of these, or a rules file, as for `match`.
         rank: the rank of all sites, as far as their weights have it; by default the rules' ranks.
         energy: the share of each ‖ΔW‖² to keep, in (0, 1], instead of a rank.
-        leave: leave what differs and no rule covers as the base has it, instead of raising.
+        leave: leave what differs and no rule covers as the base has it, and warn, instead of
+            raising.
         adapter_name: the adapter's name.
 
     Returns:
-        The adapted module, with the relative error of each site. Print it for a table.
+        The adapted module. Print its plan for the error of each site.
+
+    Warns:
+        FxLoraWarning: something differs and is left as in the base; names it.
 
     Raises:
         NotCapturedError: the base is not a captured module.
-        AdapterError: the tuned model has other names, shapes or ties than the base, or something
-            differs that no rule covers; names it.
+        AdapterError: the tuned model has other names, shapes or ties than the base, or values that
+            are not finite; or something differs that no rule covers; names it.
         ConfigError: the rules ask for DoRA or an init that starts from the weight, or another
             argument is invalid.
         NoMatchError, UnsupportedOpError: as for `match`.
@@ -119,8 +78,8 @@ def extract(
         >>> with torch.no_grad():
         ...     _ = tuned[0].weight.add_(torch.ones(4, 1) @ torch.ones(1, 6))
         >>> config = fxlora.LoraConfig(r=1, target_modules="all-linear")
-        >>> found = fxlora.extract(gm, tuned, config)
-        >>> torch.allclose(found.module.eval()(x), tuned(x), atol=1e-5)
+        >>> lora = fxlora.extract(gm, tuned, config).eval()
+        >>> torch.allclose(lora(x), tuned(x), atol=1e-5)
         True
     """
     check_captured(base, "extract")
@@ -140,20 +99,27 @@ def extract(
     pairs = [cut.pair(entry, config) for entry, config in zip(plan, configs, strict=True)]
     plan = dataclasses.replace(plan, entries=tuple(pair.entry for pair in pairs), rules=())
     differences = Differences.of(base, checkpoint, plan)
-    if differences.left and not leave:
-        listed = some(f"{name} ({size:.1e})" for name, size in differences.left.items())
-        raise AdapterError(
-            f"{listed} differ in the tuned model (relative change), and no rule covers them. Adapt "
-            "them, train them in full (modules_to_save=, bias=, Rule(train=True)), or give "
-            "leave=True to leave them as the base has them."
-        )
+    _check_left(differences, leave)
     starts = {name: value for pair in pairs for name, value in pair.values.items()}
     result = inject(base, plan, starts=starts)
     held = {**dict(result.named_parameters(remove_duplicate=False)), **result.state_tensors()}
     for name in differences.in_full:
         write(held[name], checkpoint.of_name(name).to(held[name].dtype))
-    sites = tuple(pair.measured(result) for pair in pairs)
-    return Extraction(result, sites, tuple(differences.in_full), differences.left)
+    return result
+
+
+def _check_left(differences: Differences, leave: bool) -> None:
+    """Raise for what differs and no rule covers, or warn if it is to be left."""
+    if not differences.left:
+        return
+    listed = some(f"{name} ({size:.1e})" for name, size in differences.left.items())
+    said = f"{listed} differ in the tuned model (relative change), and no rule covers them."
+    if not leave:
+        raise AdapterError(
+            f"{said} Adapt them, train them in full (modules_to_save=, bias=, Rule(train=True)), "
+            "or give leave=True to leave them as the base has them."
+        )
+    warn(f"{said} They are left as in the base.")
 
 
 def _check_sizes(rank: int | None, energy: float | None) -> None:
@@ -168,33 +134,15 @@ def _check_sizes(rank: int | None, energy: float | None) -> None:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The pair of one entry.
+    """The pair of one entry, whose notes say what it misses.
 
     Attributes:
         entry: the entry, with its rank.
-        values: A and B by name, in float64.
-        change: ΔW, or the part's slice of it, in float64.
-        weight: ‖W‖, of the same.
+        values: A and B by name, in their dtype.
     """
 
     entry: Entry
     values: dict[str, torch.Tensor]
-    change: torch.Tensor
-    weight: float
-
-    def measured(self, module: CapturedModule) -> ExtractedSite:
-        """Return what the adapter of a module has of the change."""
-        entry = self.entry
-        a, b = (
-            whole(module.get_parameter(name)).to(self.change)
-            for name in (entry.name_a, entry.name_b)
-        )
-        size = float(self.change.norm())
-        rest = self.change - entry.scaling * product(entry, a, b)
-        error = relative(float(rest.norm()), size)
-        return ExtractedSite(
-            entry.site, entry.r, relative(size, self.weight), max(0.0, 1 - error**2), error
-        )
 
 
 def _of_least_rank(rule: Rule) -> Rule:
@@ -236,13 +184,23 @@ class _Cut:
         a, b = layout.with_kernels(down, up, shape)
         if entry.padding_idx is not None:  # this row does not train
             a.select(-1, entry.padding_idx).zero_()
-        sized = dataclasses.replace(entry, r=r, scaling=scaling)
-        return _Pair(sized, {sized.name_a: a, sized.name_b: b}, change, float(before.norm()))
+        dtype = entry.dtype_over(self.base.get_parameter(entry.parameter).dtype)
+        a, b = a.to(dtype), b.to(dtype)
+        left = change - scaling * product(entry, a.to(change), b.to(change))
+        size, missed = float(change.norm()), float(left.norm())
+        note = (
+            f"change {relative(size, float(before.norm())):.1e}, error {relative(missed, size):.1e}"
+        )
+        reason = "; ".join(filter(None, (entry.reason, note)))
+        sized = dataclasses.replace(entry, r=r, scaling=scaling, reason=reason)
+        return _Pair(sized, {sized.name_a: a, sized.name_b: b})
 
     def _change(self, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W and ΔW in float64, of the part if the entry adapts one."""
         before = whole(self.base.get_parameter(entry.parameter)).detach().double()
         change = self.checkpoint.of_name(entry.parameter).to(before) - before
+        if not bool(change.isfinite().all()):
+            raise AdapterError(f"'{entry.parameter}' differs by NaN or infinities.")
         if entry.rows is None:
             return before, change
         start, stop = entry.rows

@@ -12,8 +12,18 @@ from ..module.sharded import whole
 from ..tables import some
 
 
-def check_same_base(modules: Sequence[CapturedModule]) -> None:
-    """Raise AdapterError unless all modules have the base weights and the buffers of the first."""
+def check_bases(modules: Sequence[CapturedModule]) -> None:
+    """Raise AdapterError unless all modules have the base weights and the buffers of the first.
+
+    Weights that were written to since the adapter was injected count as others.
+    """
+    for module in modules:
+        if changed := module.changed_weights():
+            raise AdapterError(
+                f"{some(changed)} was written to after the adapter was injected, so the adapters "
+                "are not on one base. Save the adapters, and load all of them onto one captured "
+                "model."
+            )
     first, *others = modules
     for module in others:
         _check_names(first, module)

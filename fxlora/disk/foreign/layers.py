@@ -83,4 +83,5 @@ class Layer:
     def dtype(self) -> torch.dtype:
         """The widest dtype of the layer's tensors."""
         held = [t.dtype for t in self.tensors.values() if t.is_floating_point() and t.dim()]
+        held = [dtype if dtype.itemsize > 1 else torch.float32 for dtype in held]  # float8
         return functools.reduce(torch.promote_types, held)
