@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fxlora
-from fxlora import AdapterError, ConfigError
+from fxlora import AdapterError, ConfigError, FxLoraWarning
 
 from .typed import plan_of
 
@@ -544,6 +544,23 @@ def test_lycoris_with_rslora_asks_what_its_alpha_is(tmp_path: Path) -> None:
         check(model, x, gm, loaded, {name: base + factor * delta}, tmp_path)
 
 
+def test_a_note_on_products_of_full_rank(tmp_path: Path) -> None:
+    _, _, gm = unet()
+    tensors, _ = lokr((2, 3), (5, 2), "", 7.0)
+    file = {f"lora_unet_blocks_0_attn1_to_q.{end}": tensor for end, tensor in tensors.items()}
+    path = written(tmp_path / "a.safetensors", file)
+    with pytest.warns(FxLoraWarning, match=r"more parameters than .*attn1\.to_q.*fxlora\.fold"):
+        loaded = fxlora.load_adapter(gm, path)
+    assert [entry.r for entry in plan_of(loaded)] == [2 * 2]
+    # an ordinary LoRA of more than the largest rank
+    large = {"lora_down.weight": random(9, 6), "lora_up.weight": random(10, 9)}
+    file = {f"lora_unet_blocks_0_attn1_to_q.{end}": tensor for end, tensor in large.items()}
+    path = written(tmp_path / "b.safetensors", file)
+    with pytest.warns(FxLoraWarning) as caught:
+        loaded = fxlora.load_adapter(gm, path)
+    assert [entry.r for entry in plan_of(loaded)] == [9] and len(caught) == 1
+
+
 def test_options_without_effect(tmp_path: Path) -> None:
     _, _, gm = unet()
     tensors, _ = locon(10, 6, (), 3.0)
@@ -623,7 +640,7 @@ def test_names_of_inner_and_outer_models(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = fxlora.load_adapter(gm, path)
-    assert [str(w.message) for w in caught if w.category is fxlora.FxLoraWarning] == (
+    assert [str(w.message) for w in caught if w.category is FxLoraWarning] == (
         [] if said is None else [f"{path}: its names are of another model ({name}): {said}."]
     )
     weights = {f"{site}.weight": model.get_parameter(f"{site}.weight").detach() + up @ down}

@@ -78,7 +78,18 @@ def read_foreign(
     for entry, (one, pair) in zip(plan, _pairs(found), strict=True):
         starts |= _values(module, entry, one, pair)
     stored = {name: file.tensors[key] for name, key in biased.items()}
-    return Foreign(plan, starts, stored, (way.note,) if way.note else ())
+    return Foreign(plan, starts, stored, tuple(filter(None, (way.note, _note_on_sizes(plan)))))
+
+
+def _note_on_sizes(plan: Plan) -> str:
+    """Return a note on adapters that are larger than their weights, or ""."""
+    large = [e.site for e in plan if e.adapter_parameters > e.weight_parameters]
+    if not large:
+        return ""
+    return (
+        "adapters that have more parameters than their weights, as products of full rank do: "
+        f"{some(large)}. To run the model without training it further, fold it (fxlora.fold)."
+    )
 
 
 def _found(
@@ -227,10 +238,8 @@ def _plan(
 
 
 def _rule(one: _Found) -> Rule:
-    config = LoraConfig(
-        r=one.update.pairs[0][0].shape[0],
-        variant=None if one.update.magnitude is None else "dora",
-    )
+    """Return a rule for the place of an update; `_entry` gives it the rank."""
+    config = LoraConfig(r=1, variant=None if one.update.magnitude is None else "dora")
     enable = one.update.enable
     return Rule(
         f"re:{re.escape(one.site.name)}",
@@ -250,10 +259,15 @@ def _pairs(found: Sequence[_Found]) -> list[tuple[_Found, int]]:
 
 
 def _entry(entry: Entry, update: Update) -> Entry:
-    """Return an entry with the scaling of an update, and the alpha that gives it."""
-    reason = "; ".join(filter(None, (entry.reason, printable(update.note))))
-    alpha = update.scaling * entry.r
-    return dataclasses.replace(entry, alpha=alpha, scaling=update.scaling, reason=reason)
+    """Return an entry with the rank and scaling of an update, and the alpha that gives it."""
+    r = update.pairs[0][0].shape[0]
+    return dataclasses.replace(
+        entry,
+        r=r,
+        alpha=update.scaling * r,
+        scaling=update.scaling,
+        reason="; ".join(filter(None, (entry.reason, printable(update.note)))),
+    )
 
 
 def _values(
