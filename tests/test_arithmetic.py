@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 import fxlora
 from fxlora import AdapterError, ConfigError, FxLoraWarning, InjectError, LoraConfig, Rule
-from fxlora.arithmetic.combine import TYPES
+from fxlora.arithmetic.combination import TYPES
 
 from .typed import plan_of, untyped
 
@@ -38,6 +39,12 @@ class Net(nn.Module):
 
 @pytest.fixture
 def net(double: None) -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
+    return captured_net()
+
+
+@functools.cache
+def captured_net() -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
+    """Return one model, captured once: no function changes what it is given."""
     model, x = Net(), torch.randint(0, 11, (3, 8))
     return model, x, fxlora.capture(model, x)
 
@@ -124,7 +131,7 @@ def test_a_scaled_pissa_goes_from_the_base_to_the_adapter(net: Any) -> None:
 def test_scaling_keeps_what_else_training_made(net: Any) -> None:
     _, x, gm = net
     config = LoraConfig(2, ["a"], modules_to_save=["b"], lora_dropout=0.5)
-    lora = fxlora.inject(gm, fxlora.match(gm, config))
+    lora = fxlora.inject(gm, fxlora.match(gm, config)).train()
     with torch.no_grad():
         for parameter in fxlora.lora_parameters(lora):
             parameter.add_(torch.randn_like(parameter))
@@ -308,6 +315,7 @@ def test_what_combine_refuses(net: Any) -> None:
         ({"combination_type": "dare_linear", "density": 0.0}, "above 0"),
         ({"majority_sign_method": "mean"}, "majority_sign_method"),
         ({"adapter_name": "a.b"}, "adapter_name"),
+        ({"generator": 7}, "torch.Generator"),
     ):
         with pytest.raises(ConfigError, match=said):
             fxlora.combine([lora, lora], [1, 1], **untyped(options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -68,11 +69,13 @@ class Encoder(nn.Module):
 ATTENTION = "blocks.0.attn1"
 
 
+@functools.cache  # no function changes what it is given
 def unet() -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
     model, x = Unet().double().eval(), torch.randn(2, 4, 7, 7).double()
     return model, x, fxlora.capture(model, x)
 
 
+@functools.cache
 def encoder() -> tuple[nn.Module, torch.Tensor, fxlora.CapturedModule]:
     model, x = Encoder().double().eval(), torch.randint(0, 11, (3, 5))
     return model, x, fxlora.capture(model, x)

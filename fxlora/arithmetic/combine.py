@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from ..config import is_finite, is_whole
+from ..config import is_finite
 from ..errors import AdapterError, ConfigError, InjectError
 from ..module import CapturedModule, check_captured
-from ..module.adapted_weight import factors
 from ..module.ambient import no_ambient_modes
-from ..module.sharded import whole
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import some
-from .merges import MERGES, Merge, Pruning
-from .pairs import low_rank, product
+from .combination import Combination
 from .rebuilt import with_adapters
 from .same_base import check_bases
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-_OTHERS = tuple(name for name in MERGES if name != "linear")
-TYPES = ("svd", "linear", "cat", *_OTHERS, *(f"{name}_svd" for name in _OTHERS))
+from .shares import Share, shares_of
 
 
 @no_ambient_modes()
@@ -93,7 +84,9 @@ def combine(
         >>> [(entry.r, entry.scaling) for entry in both.plan]
         [(3, 1.0)]
     """
-    options = _Options(combination_type, svd_rank, svd_clamp, density, majority_sign_method)
+    options = Combination(
+        combination_type, svd_rank, svd_clamp, density, majority_sign_method, generator
+    )
     options.check()
     plans = _checked(adapters, weights)
     if not is_adapter(adapter_name):
@@ -101,13 +94,13 @@ def combine(
     check_bases(adapters)
     if len(adapters) == 1:
         options = dataclasses.replace(options, type="linear")
-    made = _Combined(adapters, plans, weights, options, generator)
-    sites = made.sites()
+    sites = shares_of(adapters, plans, weights)
+    largest = max((share.rank for shares in sites.values() for share in shares), default=1)
     values: dict[str, torch.Tensor] = {}
     entries: list[Entry] = []
     for name in _in_order(adapters[0], sites):
         shares = sites[name]
-        a, b = made.pair(shares)
+        a, b = options.pair(shares, largest)
         first = shares[0].entry
         entry = _with_rank(first, a.shape[first.layout.rank_dims[0]], adapter_name)
         entries.append(entry)
@@ -160,167 +153,7 @@ def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> li
     return plans
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What to combine, and how: the arguments of `combine`."""
-
-    type: str
-    svd_rank: int | None
-    svd_clamp: float | None
-    density: float | None
-    majority_sign_method: str
-
-    @property
-    def by_svd(self) -> bool:
-        return self.type.endswith("svd")
-
-    @property
-    def merge(self) -> Merge:
-        """The row of the table of merges; none for "cat"."""
-        return MERGES.get(self.type.removesuffix("svd").removesuffix("_"), MERGES["linear"])
-
-    def check(self) -> None:
-        """Raise ConfigError for an option that is invalid, missing or without effect."""
-        if self.type not in TYPES:
-            raise ConfigError(
-                f"combination_type must be one of {', '.join(TYPES)}, not {shown(self.type)}."
-            )
-        rank, clamp, density = self.svd_rank, self.svd_clamp, self.density
-        if rank is not None and not (self.by_svd and is_whole(rank, 1, 2**20)):
-            raise ConfigError(
-                f"svd_rank must be an integer ≥ 1, for a type with svd, not {shown(rank)}."
-            )
-        if clamp is not None and not (self.by_svd and is_finite(clamp) and 0 <= clamp <= 1):
-            raise ConfigError(
-                f"svd_clamp must be in [0, 1], for a type with svd, not {shown(clamp)}."
-            )
-        if self.majority_sign_method not in ("total", "frequency"):
-            raise ConfigError(
-                'majority_sign_method must be "total" or "frequency", not '
-                f"{shown(self.majority_sign_method)}."
-            )
-        prunes = self.merge.prunes
-        if density is None and prunes:
-            raise ConfigError(f"{self.type} needs density=, the share of entries to keep.")
-        if density is not None and not prunes:
-            raise ConfigError(f"density has no effect on {self.type}: leave it out.")
-        least = 0.0 if prunes is Pruning.largest else math.ulp(0.0)  # dare divides by it
-        if density is not None and not (is_finite(density) and least <= density <= 1):
-            raise ConfigError(f"density must be in [0, 1] (dare: above 0), not {shown(density)}.")
-
-
-@dataclass(frozen=True)
-class _Share:
-    """One adapter's part at a site: its entry, its weight, and the module that holds A and B."""
-
-    entry: Entry
-    weight: float
-    module: CapturedModule
-
-    def factors(self) -> Pair:
-        """Return A (…, r, in) and B (…, out, r) as they are added to the base, in float64."""
-        held = {name: whole(self.module.get_parameter(name)) for name in self.entry.tensors}
-        return factors(self.entry, {name: t.detach().double() for name, t in held.items()})
-
-    @property
-    def drawn(self) -> torch.dtype:
-        """The dtype of A and B, in which random masks are drawn."""
-        return self.module.get_parameter(self.entry.name_a).dtype
-
-
-@dataclass(frozen=True)
-class _Combined:
-    """Computes the new pair of each site."""
-
-    adapters: Sequence[CapturedModule]
-    plans: Sequence[Plan]
-    weights: Sequence[float]
-    options: _Options
-    generator: torch.Generator | None
-
-    def sites(self) -> dict[str, list[_Share]]:
-        """Return the shares of each site, by its name.
-
-        Raises:
-            AdapterError: two adapters adapt one weight differently.
-        """
-        found: dict[str, list[_Share]] = {}
-        for module, plan, weight in zip(self.adapters, self.plans, self.weights, strict=True):
-            for entry in plan:
-                found.setdefault(entry.site, []).append(_Share(entry, float(weight), module))
-        for name, shares in found.items():
-            if len({_place(share.entry) for share in shares}) > 1:
-                raise AdapterError(
-                    f"'{name}' is adapted differently (its names, parts or layout): "
-                    "capture one model, and match all adapters there."
-                )
-        return found
-
-    def pair(self, shares: Sequence[_Share]) -> Pair:
-        """Return the combined A and B of a site, in float64."""
-        if self.options.type == "cat":
-            return self._concatenated(shares)
-        return self._by_svd(shares) if self.options.by_svd else self._merged(shares)
-
-    def _concatenated(self, shares: Sequence[_Share]) -> Pair:
-        pairs = [share.factors() for share in shares]
-        dim_a, dim_b = shares[0].entry.layout.rank_dims
-        scaled = [
-            a * (share.weight * share.entry.scaling)
-            for share, (a, _) in zip(shares, pairs, strict=True)
-        ]
-        return torch.cat(scaled, dim_a), torch.cat([b for _, b in pairs], dim_b)
-
-    def _merged(self, shares: Sequence[_Share]) -> Pair:
-        pairs = [share.factors() for share in shares]
-        if len({a.shape for a, _ in pairs}) > 1:
-            ranks = sorted({a.shape[shares[0].entry.layout.rank_dims[0]] for a, _ in pairs})
-            raise AdapterError(
-                f"'{shares[0].entry.site}' has the ranks {', '.join(map(str, ranks))}, and "
-                f'"{self.options.type}" adds A to A: take "cat", or a type with svd.'
-            )
-        strengths = [share.weight * share.entry.scaling for share in shares]
-        roots = [math.sqrt(abs(s)) for s in strengths]
-        signed = [math.copysign(root, s) for root, s in zip(roots, strengths, strict=True)]
-        downs, ups = [a for a, _ in pairs], [b for _, b in pairs]
-        return self._merge(downs, signed, shares), self._merge(ups, roots, shares)
-
-    def _by_svd(self, shares: Sequence[_Share]) -> Pair:
-        entry = shares[0].entry
-        layout, shape = entry.layout, entry.adapted_shape
-        updates = [share.entry.scaling * product(entry, *share.factors()) for share in shares]
-        update = self._merge(updates, [share.weight for share in shares], shares)
-        rank = self.options.svd_rank or max(e.r * _doubled(e) for p in self.plans for e in p)
-        pair = low_rank(layout, update, shape, min(rank, layout.max_rank(shape)))
-        return self._clamped(*pair) if self.options.svd_clamp is not None else pair
-
-    def _merge(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], shares: Sequence[_Share]
-    ) -> torch.Tensor:
-        density = 1.0 if self.options.density is None else self.options.density
-        pruning = Pruning(density, shares[0].drawn, self.generator)
-        by_count = self.options.majority_sign_method == "frequency"
-        return self.options.merge(tensors, weights, pruning, by_count)
-
-    def _clamped(self, a: torch.Tensor, b: torch.Tensor) -> Pair:
-        values = torch.cat([b.flatten(), a.flatten()]).sort().values
-        assert self.options.svd_clamp is not None
-        place = self.options.svd_clamp * (len(values) - 1)  # as torch.quantile, for any size
-        low, high = values[math.floor(place)], values[math.ceil(place)]
-        limit = float(torch.lerp(low, high, place - math.floor(place)))
-        return a.clamp(-limit, limit), b.clamp(-limit, limit)
-
-
-def _doubled(entry: Entry) -> int:
-    return 2 if "from_weight" in entry.variants else 1
-
-
-def _place(entry: Entry) -> tuple[object, ...]:
-    """Return what two entries must have in common for their pairs to be added."""
-    return (entry.parameter, entry.names, entry.shape, entry.layout, entry.rows, entry.padding_idx)
-
-
-def _in_order(module: CapturedModule, sites: Mapping[str, Sequence[_Share]]) -> list[str]:
+def _in_order(module: CapturedModule, sites: Mapping[str, Sequence[Share]]) -> list[str]:
     """Return the sites in the order of the model's parameters, in which PEFT draws."""
     named = module.named_parameters(remove_duplicate=False)
     order = {name: number for number, (name, _) in enumerate(named)}
