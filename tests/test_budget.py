@@ -321,6 +321,14 @@ def test_ranks_by_the_gradients(budget: int) -> None:
     assert all(p.grad is None for p in [*model.parameters(), *gm.parameters()])
 
 
+def test_ranks_of_rules_do_not_matter() -> None:
+    _, _, gm = chain()
+    large = LoraConfig(64, init_lora_weights="pissa")  # more than any weight here can have
+    rules = [Rule("qkv", lora=large, parts=3), Rule("w", lora=large)]
+    plans = [fxlora.match(gm, r, budget=100, rank_by="spectrum") for r in (PARTS, rules)]
+    assert ranks(plans[0]) == ranks(plans[1])
+
+
 def test_what_rank_by_refuses() -> None:
     _, x, gm = chain()
     cases: list[tuple[dict[str, Any], str]] = [

@@ -82,8 +82,8 @@ def match(
     check_rank_by(rank_by, budget, data, loss)
     gains: Gains | None = None
     if rank_by is not None:
-        whole_plan = _matched(module, rules, adapter_name, None, None)
-        gains = gains_of(module, whole_plan.entries, rank_by, data, loss)
+        entries = _matched(module, rules, adapter_name, budget, None).entries
+        gains = gains_of(module, entries, rank_by, data, loss)
     return _matched(module, rules, adapter_name, budget, gains)
 
 
