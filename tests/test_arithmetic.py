@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxlora
+import fxlora.peft
 from fxlora import AdapterError, ConfigError, FxLoraWarning, InjectError, LoraConfig, Rule
 from fxlora.arithmetic.combination import TYPES
 
@@ -26,13 +27,13 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.emb = nn.Embedding(11, 6)
+        self.words = nn.Embedding(11, 6)
         self.a = nn.Linear(6, 9)
         self.conv = nn.Conv2d(1, 5, 3)
         self.b = nn.Linear(5, 7)
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.a(self.emb(index)))
+        x = torch.tanh(self.a(self.words(index)))
         x = self.conv(x[:, None]).mean((-1, -2))
         return self.b(torch.tanh(x))
 
@@ -95,7 +96,7 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
 )
 def test_scaled_as_by_peft(net: Any, tmp_path: Path, factor: float, config: Any) -> None:
     model, x, gm = net
-    lora = adapted(gm, r=2, lora_alpha=3, target_modules=["emb", "a", "conv"], **config)
+    lora = adapted(gm, r=2, lora_alpha=3, target_modules=["words", "a", "conv"], **config)
     before = lora(x)
     theirs = in_peft(model, tmp_path, default=lora)
     for layer in theirs.modules():
@@ -177,7 +178,7 @@ def test_combined_as_by_peft(net: Any, tmp_path: Path, kind: str, elects: str) -
     if kind not in ("linear", "svd", "cat"):
         options["density"] = 0.6
     loras = {  # some sites in all, some in one
-        "p": adapted(gm, r=2, lora_alpha=3, target_modules=["emb", "a", "conv"]),
+        "p": adapted(gm, r=2, lora_alpha=3, target_modules=["words", "a", "conv"]),
         "q": adapted(gm, r=2, lora_alpha=8, target_modules=["a", "conv", "b"]),
         "s": adapted(gm, r=2, lora_alpha=1, target_modules=["a"]),
     }
@@ -262,6 +263,39 @@ def test_combined_parts_stacks_and_pissa(double: None) -> None:
             updates = [module.get_parameter(name) - base for module in folded]
             assert all(update.any() for update in updates)
             assert_same(merged.get_parameter(name), base + 0.5 * updates[0] - 2.0 * updates[1])
+
+
+def test_a_script_of_peft(net: Any) -> None:
+    model, x, _ = net
+    made: list[Any] = []
+    for library, example in ((peft, ()), (fxlora.peft, (x,))):
+        torch.manual_seed(3)
+        config = library.LoraConfig(r=2, target_modules=["a"], init_lora_weights=False)
+        found = library.get_peft_model(copy.deepcopy(model), config, *example)
+        other = library.LoraConfig(r=3, target_modules=["a", "b"], init_lora_weights=False)
+        found.add_adapter("other", other)
+        found.add_weighted_adapter(["default", "other"], [0.7, -0.5], "both", "cat")
+        found.set_adapter("both")
+        made.append(found.eval())
+    theirs, ours = made
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():  # A and B are drawn in another order
+            if ".lora_" in name and ".both." not in name:
+                value.copy_(torch.randn_like(value))
+        held = dict(theirs.named_parameters())
+        for adapter in ("default", "other"):
+            ours.set_adapter(adapter)
+            for name, value in ours.named_parameters():
+                if f".{adapter}." in name:
+                    value.copy_(held[f"base_model.model.{name}"])
+        for found in made:
+            found.delete_adapter("both")
+            found.add_weighted_adapter(["default", "other"], [0.7, -0.5], "both", "svd")
+            found.set_adapter("both")
+            found.eval()
+    assert not torch.allclose(theirs(x), model(x))
+    assert_same(ours(x), theirs(x))
+    assert ours.peft_config["both"].r == theirs.peft_config["both"].r == 3
 
 
 def test_one_trains_a_module_in_full(net: Any) -> None:

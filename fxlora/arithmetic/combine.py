@@ -179,4 +179,5 @@ def _plan(plans: Sequence[Plan], entries: Sequence[Entry]) -> Plan:
         model_parameters=plans[0].model_parameters,
         trained_parameters=sum(plan.trained_parameters for plan in plans),
         trained_dtypes=dtypes,
+        descriptions=plans[0].descriptions,
     )

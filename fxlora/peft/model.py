@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..api import fold, inject
+from ..arithmetic.combine import combine
 from ..config import LoraConfig
 from ..data import as_path
 from ..disk.load import load_adapter
@@ -320,11 +321,51 @@ class PeftModel(Host):
             self._peft.check_known(name)
             set_trained(self._peft.modules[name], requires_grad)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported yet: combine the folders with fxlora's functions, and load the result."""
-        raise ConfigError(
-            "add_weighted_adapter is not supported yet: merge in PEFT, and load that."
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter made of others, which does not train; see `fxlora.combine`.
+
+        `svd_full_matrices` does not change the result.
+        """
+        self._peft.check_new(adapter_name)
+        for name in adapters:
+            self._peft.check_known(name)
+        if svd_driver is not None:
+            raise ConfigError(f"svd_driver={shown(svd_driver)} is not supported: leave it out.")
+        combined = combine(
+            [self._peft.modules[name] for name in adapters],
+            weights,
+            combination_type,
+            adapter_name=adapter_name,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            density=density,
+            majority_sign_method=majority_sign_method,
         )
+        configs = [self._peft.configs[name] for name in adapters]
+        assert combined.plan is not None
+        r = max((entry.r for entry in combined.plan), default=configs[0].r)
+        config = dataclasses.replace(
+            configs[0],
+            r=r,
+            lora_alpha=r,
+            rank_pattern={},
+            alpha_pattern={},
+            target_modules=[entry.site for entry in combined.plan],
+        )
+        set_trained(combined, False)
+        self._peft.add(adapter_name, combined, config)
 
     # ---- running without them --------------------------------------------------------------------
 
