@@ -179,8 +179,8 @@ class Targets:
         return first is not None and int(first) in layers
 
     def _is_layer(self, site: Site) -> bool:
-        """Whether the site is the weight of a linear layer, and no embedding."""
-        if self._is_embedding(site):
+        """Whether the site is the weight of a linear layer that a graph reads, and no embedding."""
+        if site.outside is not None or self._is_embedding(site):
             return False
         owners = (path for path in site.modules if f"{path}.weight" in site.aliases)
         return not self.module.known.linears.isdisjoint(owners)
