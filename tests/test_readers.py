@@ -40,7 +40,7 @@ class Spelled(nn.Module):
 
     def __init__(self, spelling: Any, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.before = nn.Linear(5, 5)
+        self.before: nn.Module = nn.Linear(5, 5)
         self.matrix = nn.Parameter(torch.randn(shape))
         self.subscripts = {"matrix": "oi" if shape == (7, 5) else "io"}
         self.spelling = spelling
@@ -63,11 +63,14 @@ def test_every_spelling() -> None:
         assert entry.shapes == ((2, 5), (7, 2)), name  # (r, in), (out, r)
 
 
-def test_all_linear_takes_a_linear_that_is_spelled_out() -> None:
-    model = Spelled(SPELLINGS["x @ W.T"], (7, 5))
-    gm = fxlora.capture(model, torch.randn(4, 5))
-    plan = fxlora.match(gm, LoraConfig(r=2, target_modules="all-linear"))
-    assert [entry.site for entry in plan] == ["matrix", "before"]
+def test_all_linear_takes_a_linear_that_is_spelled_out_if_there_is_no_layer() -> None:
+    model, x = Spelled(SPELLINGS["x @ W.T"], (7, 5)), torch.randn(4, 5)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    plan = fxlora.match(fxlora.capture(model, x), config)
+    assert [entry.site for entry in plan] == ["before"]  # as in PEFT
+    model.before = nn.Identity()
+    plan = fxlora.match(fxlora.capture(model, x), config)
+    assert [entry.site for entry in plan] == ["matrix"]
 
 
 def test_a_weight_read_both_ways_has_one_adapter() -> None:
