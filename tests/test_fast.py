@@ -325,7 +325,8 @@ def test_dora_is_scaled_in_one_step(options: Any) -> None:
     compiled: Any = torch.compile(fast, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(gradients(compiled, X), gradients(fast, X), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    mixed = assert_equal_to_explicit(adapted(Mixed(), rules=dora))
+    every = Rule(lora=LoraConfig(r=2, use_dora=True))  # "all-linear" means layers, and w is none
+    mixed = assert_equal_to_explicit(adapted(Mixed(), rules=every))
     assert len(joined(mixed)) == 3
 
 
