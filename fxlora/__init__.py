@@ -7,6 +7,9 @@ from .arithmetic.extract import extract
 from .arithmetic.scale import scale_adapter
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
+from .disk.checkpoint.fold import fold_checkpoint
+from .disk.checkpoint.report import CheckpointReport, FoldedTensor
+from .disk.checkpoint.verify import verify_checkpoint
 from .disk.load import load_adapter
 from .disk.pt2 import export
 from .disk.save import save_adapter
@@ -50,9 +53,11 @@ __all__ = [
     "AdapterError",
     "CaptureError",
     "CapturedModule",
+    "CheckpointReport",
     "ConfigError",
     "Entry",
     "ExportError",
+    "FoldedTensor",
     "FxLoraError",
     "FxLoraWarning",
     "Initialized",
@@ -86,6 +91,7 @@ __all__ = [
     "export",
     "extract",
     "fold",
+    "fold_checkpoint",
     "hosted",
     "initialize_from",
     "inject",
@@ -104,4 +110,5 @@ __all__ = [
     "scale_adapter",
     "shard_plan",
     "verify",
+    "verify_checkpoint",
 ]

@@ -41,6 +41,8 @@ class Variant:
             may have a higher rank.
         gain: function `(V, *tensors)`, V (…, out, in) → a factor (…, out) that V's outputs are
             multiplied with; None if the variant does not scale V. V is detached.
+        by_output: whether the gain of an output depends on that output only: on its part of V, and
+            of tensors whose last dimension is out. Then a fold need not hold all of V.
     """
 
     tensors: Callable[[Layout, Shape, int], dict[str, Shape]]
@@ -48,6 +50,7 @@ class Variant:
     start: Callable[..., tuple[torch.Tensor, ...]]
     factors: Callable[..., tuple[Any, Any]] = _as_they_are
     gain: Callable[..., Any] | None = None
+    by_output: bool = False
 
 
 # ---- DoRA ---------------------------------------------------------------------------------------
@@ -97,7 +100,7 @@ def _both_pairs(layout: Layout, a: Any, b: Any, start_a: Any, start_b: Any) -> t
 
 VARIANTS: dict[str, Variant] = {
     "from_weight": Variant(_first_pair, False, _taken_away, factors=_both_pairs),
-    "dora": Variant(_magnitude, True, _norms, gain=_relative),
+    "dora": Variant(_magnitude, True, _norms, gain=_relative, by_output=True),
 }
 
 

@@ -8,7 +8,7 @@ needed if the adapter is held in another dtype than its weight.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,19 +122,26 @@ def _largest(tensor: torch.Tensor) -> float:
     return max(abs(float(bound)) for bound in tensor.aminmax())
 
 
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+
+
 def folded_weight(
     entries: Sequence[Entry],
     weight: torch.Tensor,
     values: Values,
     into: torch.Tensor | None = None,
+    first: int = 0,
+    observe: Observer | None = None,
 ) -> torch.Tensor:
     """Return the weight with its entries applied: summed in float64, and rounded once.
 
     Args:
         entries: the entries of this weight, in the order in which they apply.
-        weight: W0.
+        weight: W0, or rows of it (see `folds_by_rows`).
         values: the entries' tensors, in any floating dtypes.
         into: the tensor to write to, which may be `weight`; by default a new one.
+        first: the first row of W0 that `weight` has.
+        observe: called for each block with W0, the sum in float64, and the rounded sum.
     """
     if weight.is_meta:
         return torch.empty_like(weight)
@@ -146,42 +153,61 @@ def folded_weight(
         return whole_weight.to(weight.dtype) if into is None else into.copy_(whole_weight)
     device = weight.device if _has_float64(weight.device) else torch.device("cpu")
     wide = {name: values[name].to(device, torch.float64) for e in entries for name in e.tensors}
-    whole = any(map(scales_outputs, entries))  # the scales depend on all of W0
     folded = torch.empty_like(weight) if into is None else into  # or channels_last, as W0 is
-    dim = _block_dim(entries)
-    blocks = [(0, weight.shape[dim])] if whole else list(_blocks(entries, weight, dim))
+    found = _block_dim(entries)
+    dim = 0 if found is None else found
+    size = weight.shape[dim]
+    blocks = [(0, size)] if found is None else list(_blocks(entries, weight, dim, first))
     longest = max(stop - start for start, stop in blocks)
     memory = torch.empty_like(weight.narrow(dim, 0, longest), dtype=torch.float64, device=device)
     for start, stop in blocks:
-        block = memory.narrow(dim, 0, stop - start).copy_(weight.narrow(dim, start, stop - start))
+        before = weight.narrow(dim, start, stop - start)
+        block = memory.narrow(dim, 0, stop - start).copy_(before)
         for entry in entries:
-            if whole:
+            if found is None:
                 block = adapted_weight(entry, block, wide)
             else:
-                block = _with_block(entry, block, dim, start, wide)
-        if weight.dtype.itemsize < 4:
-            block = correctly_rounded(block, weight.dtype)
-        folded.narrow(dim, start, stop - start).copy_(block)
+                block = _with_block(entry, block, dim, first + start, wide)
+        half = weight.dtype.itemsize < 4
+        rounded = correctly_rounded(block, weight.dtype) if half else block
+        if observe is not None:
+            observe(before, block, rounded.to(weight.dtype))
+        folded.narrow(dim, start, stop - start).copy_(rounded)
     return folded
 
 
-def _block_dim(entries: Sequence[Entry]) -> int:
-    """Return the dimension to cut: the first, which is fastest, unless entries adapt parts."""
+def folds_by_rows(entries: Sequence[Entry]) -> bool:
+    """Whether rows of the weight, in its first dimension, can be folded without the others."""
+    return _block_dim(entries) == 0
+
+
+def _block_dim(entries: Sequence[Entry]) -> int | None:
+    """Return the dimension to cut: the first, which is fastest, unless entries adapt parts.
+
+    None if a variant's scales depend on all of W0; if they depend on one output each, the
+    dimension of the outputs.
+    """
+    gains = [VARIANTS[v] for e in entries for v in e.variants if VARIANTS[v].gain]
+    if not all(gain.by_output for gain in gains):
+        return None
     parts = any(entry.rows for entry in entries)
     cut = all(entry.layout.factor_dims(0) != (None, None) for entry in entries)
-    return 0 if cut and not parts else entries[0].layout.part_dim
+    return 0 if cut and not parts and not gains else entries[0].layout.part_dim
 
 
-def _blocks(entries: Sequence[Entry], weight: torch.Tensor, dim: int) -> Iterator[tuple[int, int]]:
+def _blocks(
+    entries: Sequence[Entry], weight: torch.Tensor, dim: int, first: int
+) -> Iterator[tuple[int, int]]:
     """Yield ranges (start, stop) of a dimension, each inside or outside of an entry's part."""
     size = weight.shape[dim]
     on_cpu = weight.device.type == "cpu"
     entries_of_block = _CPU_BLOCK * torch.get_num_threads() if on_cpu else _LARGE_BLOCK
     step = max(1, entries_of_block // (weight.numel() // size))
-    edges = {0, size, *(row for entry in entries for row in entry.rows or ())}
-    for first, last in itertools.pairwise(sorted(edges)):
-        for start in range(first, last, step):
-            yield start, min(start + step, last)
+    parts = {row - first for entry in entries for row in entry.rows or ()}
+    edges = {0, size, *(row for row in parts if 0 < row < size)}
+    for low, high in itertools.pairwise(sorted(edges)):
+        for start in range(low, high, step):
+            yield start, min(start + step, high)
 
 
 def _with_block(
@@ -196,12 +222,19 @@ def _with_block(
     if dim == layout.part_dim:
         # B is (…, out, r, …), and out may be several dimensions of the weight, flattened
         each = layout.features(shape)[1] // shape[dim]
-        b = b.narrow(layout.rank_dims[1] - 1, (start - first) * each, layout.features(shape)[1])
+        outputs = ((start - first) * each, layout.features(shape)[1])
+        b = b.narrow(layout.rank_dims[1] - 1, *outputs)
+        matrix = layout.add_pair_in_place(layout.matrix(block, shape), a, b, entry.scaling, shape)
+        for variant, held in entry.variant_tensors.items():
+            if gain := VARIANTS[variant].gain:
+                adapted = layout.outputs_first(matrix, shape)
+                found = gain(adapted, *(values[name].narrow(-1, *outputs) for name in held))
+                matrix = matrix.mul_(layout.broadcast_over_matrix(found, shape))
     else:
         of_a, of_b = layout.factor_dims(dim)
         a = a if of_a is None else a.narrow(of_a, start, shape[dim])
         b = b if of_b is None else b.narrow(of_b, start, shape[dim])
-    matrix = layout.add_pair_in_place(layout.matrix(block, shape), a, b, entry.scaling, shape)
+        matrix = layout.add_pair_in_place(layout.matrix(block, shape), a, b, entry.scaling, shape)
     return layout.unmatrix(matrix, shape)
 
 

@@ -1,0 +1,61 @@
+"""The error budget of a fold: how much of an update survives the rounding to the weight's dtype."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+EVERY = 8  # of the blocks of a weight, one in so many is measured
+
+
+@dataclass
+class Budget:
+    """Sums over the blocks of one weight that are measured: every eighth, the first included.
+
+    With d the exact update (in float64) and e the rounding's error, folded = W0 + d + e.
+
+    Attributes:
+        error: the largest |e|.
+        update: the largest |d|.
+        kept: ⟨d + e, d⟩.
+        square: ‖d‖².
+        blocks: the number of all blocks.
+        overflows: whether an entry is not finite where the weight's is.
+    """
+
+    error: float = 0.0
+    update: float = 0.0
+    kept: float = 0.0
+    square: float = 0.0
+    blocks: int = 0
+    overflows: bool = False
+
+    def observe(self, weight: torch.Tensor, exact: torch.Tensor, folded: torch.Tensor) -> None:
+        """Take account of a block: W0, the sum in float64, and the rounded sum."""
+        if not bool(folded.sum().isfinite()):
+            self.overflows |= bool((~folded.isfinite() & weight.isfinite()).any())
+        if self.blocks % EVERY == 0:
+            update = exact - weight
+            error = folded.to(torch.float64).sub_(exact)
+            self.error = max(self.error, _largest(error))
+            self.update = max(self.update, _largest(update))
+            square = float(update.square().sum())
+            self.kept += square + float(error.mul_(update).sum())
+            self.square += square
+        self.blocks += 1
+
+    @property
+    def relative_error(self) -> float:
+        """The largest rounding error, relative to the largest entry of the update."""
+        return self.error / self.update if self.update else 0.0
+
+    @property
+    def survives(self) -> float:
+        """The share of the update that the rounded weight has: ⟨folded - W0, d⟩ / ‖d‖²."""
+        return self.kept / self.square if self.square else 1.0
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return max((abs(float(bound)) for bound in tensor.aminmax()), default=math.nan)

@@ -1,0 +1,247 @@
+"""What an adapter changes in a checkpoint: the weights to fold, and the tensors to replace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ...errors import AdapterError
+from ...names import shown
+from ...plan import Entry, Plan
+from ...tables import some
+from ..folder import Folder, plan_from_header
+from ..keys import CONFIG, FileLayout
+from ..peft import ROOT, Wrappers, configuration, is_bare, owner_of
+from .base import Checkpoint
+from .model import Skeleton
+from .pairs import Pairs, Settings
+from .prefix import Prefix, find_prefix
+from .ties import check_ties
+from .weights_file import REPLACED
+
+ADAPTER_NAME = "default"
+WITH_MODEL = (
+    "Pass the model that the checkpoint is of (--model module:callable, model=…), or fold with "
+    "the model itself: fxlora fold MODEL --adapter …"
+)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The adapters of one weight.
+
+    Attributes:
+        entries: in the order in which they apply.
+        values: their tensors, by name.
+    """
+
+    entries: tuple[Entry, ...]
+    values: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What happens to the tensors of a checkpoint, by their names there.
+
+    Attributes:
+        folded: weights that become W0 + s·BA.
+        replaced: tensors that were trained in full, or buffers; as the adapter's file has them.
+        same: tensors that the file repeats, and that must be the checkpoint's own.
+        prefix: how the adapter's names become the checkpoint's.
+    """
+
+    folded: Mapping[str, Fold]
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    same: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    prefix: Prefix = field(default_factory=Prefix)
+
+
+def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None) -> Changes:
+    """Return what an adapter folder changes in a checkpoint.
+
+    Raises:
+        AdapterError: the adapter does not fit the checkpoint, or names or layouts are ambiguous.
+        ConfigError: the model is not the checkpoint's.
+    """
+    if content.header is None:
+        changes = _of_peft(base, content, model)
+    else:
+        changes = _of_plan(base, content, content.header, model)
+    for name in (*changes.folded, *changes.replaced):
+        known = base.tensors[name]
+        if known.dtype is None and (name in changes.folded or known.code not in REPLACED):
+            raise AdapterError(
+                f"'{name}' is {known.code} in {base.path}, as in a quantised checkpoint, into "
+                "which nothing can be folded exactly. Fold into the checkpoint that it was made "
+                "from."
+            )
+    check_ties(base, content, changes.folded, changes.replaced, changes.prefix, model)
+    return changes
+
+
+# ---- folders with a plan ------------------------------------------------------------------------
+
+
+def _of_plan(
+    base: Checkpoint, content: Folder, header: dict[str, Any], model: Skeleton | None
+) -> Changes:
+    """Return the changes that the plan in fxlora's own folders defines."""
+    plan, pefts = plan_from_header(header, content.path, ADAPTER_NAME)
+    _check_config(plan, pefts, content)
+    layout = FileLayout(plan, _wrappers(plan, content, model) if pefts else None)
+    shapes = layout.shapes()
+    trained = {layout.key(name): name for name in plan.trained}
+    more = {key: _plain_name(key) for key in content.tensors if key not in (*shapes, *trained)}
+    if missing := [key for key in (*shapes, *trained) if key not in content.tensors]:
+        raise AdapterError(f"{content.path} is damaged; missing in the file: {some(missing)}.")
+    for key, shape in shapes.items():
+        if tuple(content.tensors[key].shape) != shape:
+            raise AdapterError(
+                f"{content.path} is damaged; '{key}' is {tuple(content.tensors[key].shape)}, where "
+                f"its plan has {shape}."
+            )
+    plain = {name: content.tensors[key] for key, name in (trained | more).items()}
+
+    def misfit(prefix: Prefix) -> str | None:
+        for entry in plan:
+            held = [n for n in map(prefix, entry.names) if n in base.tensors]
+            if not held:
+                return f"the checkpoint has no {some(map(prefix, entry.names))}"
+            if wrong := [n for n in held if base.tensors[n].shape != entry.shape]:
+                return f"'{wrong[0]}' is {base.tensors[wrong[0]].shape}, not {entry.shape}"
+        return _misfit(plain, prefix, base) or _misfit_of_model(model, base, prefix)
+
+    prefix = _prefix([*(e.parameter for e in plan), *plain], misfit, base, content)
+    values = layout.values(content.tensors)
+    groups: dict[str, list[Entry]] = {}
+    for entry in plan:
+        for name in map(prefix, entry.names):
+            if name in base.tensors:
+                groups.setdefault(name, []).append(entry)
+    folded = {name: _fold(entries, values) for name, entries in groups.items()}
+    return Changes(folded, {prefix(n): t for n, t in plain.items()}, prefix=prefix)
+
+
+def _fold(entries: Sequence[Entry], values: Mapping[str, torch.Tensor]) -> Fold:
+    return Fold(tuple(entries), {name: values[name] for e in entries for name in e.tensors})
+
+
+def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
+    """Raise if the configuration, which PEFT reads, contradicts the plan."""
+    if not pefts:
+        return
+    nothing: Any = SimpleNamespace(  # of the module, only target_modules depends on more
+        state_dict=dict, named_parameters=lambda **_: (), adapter_parameters=set
+    )
+    expected = configuration(nothing, plan)
+    about = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+    differ = [key for key in (*about, "peft_type") if content.config.get(key) != expected[key]]
+    if differ:
+        said = some(f"{k}={shown(content.config.get(k))} for {shown(expected[k])}" for k in differ)
+        raise AdapterError(
+            f"{content.path / CONFIG} contradicts the plan that was saved with it: {said}. Save "
+            "the adapter again instead of editing it."
+        )
+
+
+def _wrappers(plan: Plan, content: Folder, model: Skeleton | None) -> Wrappers:
+    """Return PEFT's wrappers: one for each adapted parameter of a module, in the module's order."""
+    held: dict[str, list[str]] = {}
+    for entry in plan:
+        names = held.setdefault(owner_of(entry), [])
+        names += [] if entry.parameter in names else [entry.parameter]
+    if model is not None:
+        held = {o: [n for n in model.order(o) if n in names] for o, names in held.items()}
+        return Wrappers({owner: tuple(names) for owner, names in held.items()})
+    targets: dict[str, tuple[str, ...]] = {}
+    for owner, names in held.items():
+        mine = [entry for entry in plan if owner_of(entry) == owner]
+        orders = list(itertools.permutations(names)) if len(names) <= 5 else []
+        fitting = [o for o in orders if _has_shapes(Wrappers({owner: o}), mine, content)]
+        if len(names) > 1 and len(fitting) != 1:
+            raise AdapterError(
+                f"{content.path}: the file does not tell which tensors are for which of "
+                f"{some(names)}. {WITH_MODEL}."
+            )
+        targets[owner] = fitting[0] if fitting else tuple(names)
+    return Wrappers(targets)
+
+
+def _has_shapes(wrappers: Wrappers, entries: list[Entry], content: Folder) -> bool:
+    shapes = FileLayout(Plan(tuple(entries)), wrappers).shapes()
+    found = content.tensors
+    return all(k in found and tuple(found[k].shape) == shape for k, shape in shapes.items())
+
+
+# ---- folders without a plan ---------------------------------------------------------------------
+
+
+def _of_peft(base: Checkpoint, content: Folder, model: Skeleton | None) -> Changes:
+    """Return the changes that PEFT's configuration and keys define."""
+    settings = Settings.of(content)
+    pairs, plain_keys = Pairs.of(content)
+    plain = {_plain_name(key): content.tensors[key] for key in plain_keys}
+    if len(plain) != len(plain_keys):
+        raise AdapterError(f"{content.path} has several tensors for one of {some(plain)}.")
+
+    def misfit(prefix: Prefix) -> str | None:
+        return (
+            pairs.misfit(settings, base, prefix)
+            or _misfit(plain, prefix, base)
+            or _misfit_of_model(model, base, prefix)
+        )
+
+    if not (pairs.owners or plain):
+        raise AdapterError(f"{content.path} has no tensors.")
+    prefix = _prefix([*pairs.owners, *plain], misfit, base, content)
+    folded: dict[str, Fold] = {}
+    for entry, values in pairs.entries(settings, base, prefix, model):
+        if prefix(entry.parameter) in folded:
+            raise AdapterError(f"{content.path} has two pairs for '{entry.parameter}'.")
+        folded[prefix(entry.parameter)] = Fold((entry,), values)
+    owners = {owner_of(e) for fold in folded.values() for e in fold.entries if not is_bare(e)}
+    trained = {n for n in plain if settings.trains(n, owners)}
+    return Changes(
+        folded,
+        {prefix(n): t for n, t in plain.items() if n in trained},
+        {prefix(n): t for n, t in plain.items() if n not in trained},
+        prefix,
+    )
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+def _plain_name(key: str) -> str:
+    """Return the name of a tensor of the base model, from its key in PEFT's layout."""
+    if not key.startswith(ROOT):
+        raise AdapterError(f"an adapter's keys begin with '{ROOT}': {shown(key)} does not.")
+    return ".".join(part for part in key.removeprefix(ROOT).split(".") if part != "base_layer")
+
+
+def _misfit(tensors: Mapping[str, torch.Tensor], prefix: Prefix, base: Checkpoint) -> str | None:
+    """Say which tensor of the base model the checkpoint does not have, in this shape."""
+    for name, tensor in tensors.items():
+        held = base.tensors.get(prefix(name))
+        if held is None:
+            return f"the checkpoint has no '{prefix(name)}'"
+        if held.shape != tuple(tensor.shape):
+            return f"'{held.name}' is {held.shape}, and {tuple(tensor.shape)} in the adapter"
+    return None
+
+
+def _misfit_of_model(model: Skeleton | None, base: Checkpoint, prefix: Prefix) -> str | None:
+    if model is None or model.fits(base, prefix):
+        return None
+    return f"{type(model.module).__name__}, the given model, is not the checkpoint's"
+
+
+def _prefix(names: Iterable[str], misfit: Any, base: Checkpoint, content: Folder) -> Prefix:
+    return find_prefix(
+        list(names), base.tensors, misfit, str(content.path), f"the checkpoint {base.path}"
+    )

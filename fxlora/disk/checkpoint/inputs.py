@@ -1,0 +1,151 @@
+"""The inputs of a fold or of its check: the checkpoint, the adapter, and what one does to the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...data import as_path
+from ...errors import AdapterError, ConfigError
+from ...tables import some
+from ..folder import Folder, read_folder
+from ..keys import CONFIG, WEIGHTS
+from ..values import not_finite
+from .base import Checkpoint
+from .changes import Changes, changes_of
+from .model import Skeleton
+from .report import CheckpointReport, FoldedTensor
+from .stream import read_into
+from .weights_file import REPLACED
+
+Model = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A checkpoint, an adapter, and the changes of the one by the other."""
+
+    base: Checkpoint
+    content: Folder
+    changes: Changes
+    allow_nonfinite: bool
+
+    @classmethod
+    def read(
+        cls, base: str | Path, adapter: str | Path, model: Model | None, allow_nonfinite: bool
+    ) -> Inputs:
+        """Read headers and the adapter.
+
+        Raises:
+            ConfigError: the checkpoint is missing or damaged, or the model is not its.
+            AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit
+                the checkpoint, or does so in several ways.
+        """
+        checkpoint = Checkpoint.read(base)
+        content = read_folder(as_path(adapter, AdapterError))
+        if not content.tensors:
+            raise AdapterError(f"{content.path} has no tensors.")
+        changes = changes_of(checkpoint, content, None if model is None else skeleton(model))
+        return cls(checkpoint, content, changes, allow_nonfinite)
+
+    def check_values(self) -> None:
+        """Raise unless the adapter's values are finite, and those of frozen tensors the base's.
+
+        Raises:
+            AdapterError: they are not.
+        """
+        changes = self.changes
+        odd = [
+            name
+            for fold in changes.folded.values()
+            for name, tensor in fold.values.items()
+            if not_finite(tensor, None)
+        ]
+        odd += [
+            name
+            for name, tensor in changes.replaced.items()
+            if not_finite(tensor, None) and not_finite(tensor, self.values(name))
+        ]
+        if odd and not self.allow_nonfinite:
+            raise AdapterError(
+                f"{self.content.path}: {some(odd)} has NaN or infinities, as after a training that "
+                "diverged. Use an earlier checkpoint of the adapter, or allow_nonfinite=True "
+                "(--allow-nonfinite) to fold it nevertheless."
+            )
+        for name, tensor in changes.same.items():
+            held = self.values(name)
+            if held is None or not torch.equal(held, tensor.to(held.dtype)):
+                raise AdapterError(
+                    f"{self.content.path} has '{name}' with other values than {self.base.path}, "
+                    f"but {CONFIG} does not say that it trains (modules_to_save, bias). Is the "
+                    "adapter for another checkpoint?"
+                )
+
+    def values(self, name: str) -> torch.Tensor | None:
+        """Read a tensor of the checkpoint, or return None for a dtype that is not torch's."""
+        tensor = self.base.tensors[name]
+        file = next(file for file in self.base.files if tensor in file.tensors)
+        if tensor.code not in REPLACED:
+            return None
+        buffer = torch.empty(tensor.stop - tensor.start, dtype=torch.uint8)
+        try:
+            descriptor = os.open(file.path, os.O_RDONLY)
+        except OSError as error:
+            raise ConfigError(f"checkpoint {file.path}: {error.strerror or error}.") from error
+        try:
+            read_into(descriptor, tensor.start, buffer)
+        finally:
+            os.close(descriptor)
+        return buffer.view(REPLACED[tensor.code]).view(tensor.shape)
+
+    def key(self) -> Any:
+        """Return all that the result depends on, as data: files by size and time, and entries."""
+        paths = [file.path for file in self.base.files]
+        paths += [self.base.path / other for other in self.base.others]
+        paths += [self.content.path / name for name in (WEIGHTS, CONFIG)]
+        stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
+        entries = {n: [e.to_data() for e in f.entries] for n, f in self.changes.folded.items()}
+        return [stats, entries, sorted(self.changes.replaced), self.allow_nonfinite]
+
+    def report(
+        self, measured: dict[str, dict[str, Any]] | None = None, *, resumed: bool = False
+    ) -> CheckpointReport:
+        """Return the report of what was done, or would be."""
+        base, changes = self.base, self.changes
+        folded = [
+            FoldedTensor.of(
+                name, base.tensors[name].code, changes.folded[name].entries, (measured or {}).get(name)
+            )
+            for name in base.tensors
+            if name in changes.folded
+        ]
+        replaced = tuple(name for name in base.tensors if name in changes.replaced)
+        return CheckpointReport(
+            tuple(folded),
+            replaced,
+            len(base.tensors) - len(folded) - len(replaced),
+            base.size,
+            str(changes.prefix),
+            tuple(map(str, base.left)),
+            resumed,
+        )
+
+
+def skeleton(model: Model) -> Skeleton:
+    """Return a model, built on the meta device if it is not built yet.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = model()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be an nn.Module, or build one, not {type(model).__name__}.")
+    return Skeleton(model)

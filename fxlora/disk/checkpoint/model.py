@@ -1,0 +1,44 @@
+"""What `--model` tells about a checkpoint: the layers of its weights, and its ties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .base import Checkpoint
+from .prefix import Prefix
+
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without values.
+
+    Attributes:
+        module: the model; its tensors may be on the meta device.
+    """
+
+    module: nn.Module
+
+    def transposed(self, owner: str) -> bool:
+        """Whether a module is Hugging Face's Conv1D, whose weight is (in, out)."""
+        classes = type(self.module.get_submodule(owner)).__mro__
+        return any(f"{c.__module__}.{c.__name__}" == CONV1D for c in classes)
+
+    def order(self, owner: str) -> list[str]:
+        """Return the names of a module's own parameters, in its order."""
+        held = self.module.get_submodule(owner)
+        return [f"{owner}.{n}".removeprefix(".") for n, _ in held.named_parameters(recurse=False)]
+
+    def tied(self, name: str) -> set[str]:
+        """Return all names of a parameter."""
+        held = self.module.state_dict(keep_vars=True)
+        return {other for other, tensor in held.items() if tensor is held[name]}
+
+    def fits(self, base: Checkpoint, prefix: Prefix) -> bool:
+        """Whether the checkpoint's tensors are the model's, under the names that a prefix gives."""
+        shapes = {prefix(n): tuple(t.shape) for n, t in self.module.state_dict().items()}
+        return all(shapes.get(name) == t.shape for name, t in base.tensors.items())

@@ -1,0 +1,336 @@
+"""PEFT's pairs of A and B: the weight that each is for, and the layout of that weight.
+
+PEFT's file does not say of which class a layer is. The shapes of A, B and the weight do, except for
+square matrices, which may be stored (out, in) or (in, out).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...config import LoraConfig
+from ...errors import AdapterError, ConfigError
+from ...lora.inits import STARTS
+from ...lora.layout import Layout
+from ...matching.choice import pattern_holds
+from ...names import shown
+from ...plan import Entry
+from ...tables import some
+from ..folder import Folder
+from ..keys import CONFIG, INFORMATION
+from ..peft import ROOT, decoded, shapes_of
+from .base import Checkpoint
+from .model import Skeleton
+from .prefix import Prefix
+
+ENDS = (
+    *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
+    "lora_magnitude_vector",
+)
+EMBEDDING = ("embedding", "io")
+LAYERS = {  # by the weight's number of dimensions
+    2: (("linear", "oi"), ("addmm", "io")),
+    3: (("conv1d", "oik"),),
+    4: (("conv2d", "oikk"),),
+    5: (("conv3d", "oikkk"),),
+}
+PARAMETERS = {2: (("parameter", "oi"),), 3: (("parameter", "eoi"), ("parameter", "eio"))}
+
+# Fields of PEFT's configuration that say what trains, or how, but not what a trained pair computes.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *INFORMATION,
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("lora_dropout", "use_gradient_checkpointing", "eva_config", "loftq_config"),
+        *("autocast_adapter_dtype", "ensure_weight_tying"),
+    }
+)
+_READ = frozenset(
+    {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+        *("target_parameters", "modules_to_save", "bias", "init_lora_weights"),
+    }
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What PEFT's configuration says about the pairs.
+
+    Attributes:
+        config: ranks, alphas and what trains in full.
+        transposed: PEFT's `fan_in_fan_out`.
+    """
+
+    config: LoraConfig
+    transposed: bool
+
+    @classmethod
+    def of(cls, content: Folder) -> Settings:
+        """Read the configuration of a folder.
+
+        Raises:
+            AdapterError: it is not for LoRA, or uses something else that changes the weights.
+        """
+        config, path = content.config, content.path / CONFIG
+        if config.get("peft_type") != "LORA":
+            raise AdapterError(f"{path} is for {shown(config.get('peft_type'))}, not for LORA.")
+        if unknown := [k for k, v in config.items() if v and k not in _WITHOUT_EFFECT | _READ]:
+            raise AdapterError(
+                f"{path} uses {some(unknown)}, which fxlora cannot fold into a checkpoint."
+            )
+        init = config.get("init_lora_weights", True)
+        if init in (*STARTS, "corda", "loftq", "lora_ga") or not isinstance(init, bool | str):
+            raise AdapterError(
+                f"{path} has init_lora_weights={shown(init)}, which changes the weights that the "
+                "adapter is added to. Convert it with PEFT's save_pretrained(…, "
+                "path_initial_model_for_weight_conversion=…), or fold with the model: "
+                "fxlora fold MODEL --adapter …"
+            )
+        values = {k: v for k, v in config.items() if k in _READ and v is not None}
+        values.pop("init_lora_weights", None)
+        transposed = config.get("fan_in_fan_out", False)
+        if not isinstance(transposed, bool):
+            raise AdapterError(f"{path}: fan_in_fan_out must be true or false: {shown(transposed)}")
+        try:
+            return cls(LoraConfig(**values), transposed)
+        except ConfigError as error:
+            raise AdapterError(f"{path}: {error}") from error
+
+    def rank(self, target: str) -> int:
+        return int(_by_pattern(self.config.rank_pattern, target, self.config.r))
+
+    def alpha(self, target: str) -> float:
+        return _by_pattern(self.config.alpha_pattern, target, self.config.lora_alpha)
+
+    def targets(self, parameter: str) -> bool:
+        """Whether PEFT adapts a parameter by its own name."""
+        named = self.config.target_parameters or ()
+        return any(parameter == n or parameter.endswith(f".{n}") for n in named)
+
+    def trains(self, name: str, adapted: set[str]) -> bool:
+        """Whether PEFT trains a tensor of the base model in full.
+
+        Args:
+            name: its name.
+            adapted: the paths of the adapted layers.
+        """
+        owner, _, last = name.rpartition(".")
+        if last == "bias" and self.config.bias != "none":
+            return self.config.bias == "all" or owner in adapted
+        paths = itertools.accumulate(owner.split("."), "{}.{}".format)
+        named = tuple(self.config.modules_to_save or ())
+        return any(path.endswith(named) for path in paths) if named else False
+
+
+def _by_pattern(patterns: Mapping[str, Any], target: str, default: Any) -> Any:
+    return next((v for key, v in patterns.items() if pattern_holds(key, target)), default)
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The tensors of all pairs in a file.
+
+    Attributes:
+        owners: for each module, the tensors of its pairs, by the ends of their keys; the outermost
+            of PEFT's nested wrappers first.
+    """
+
+    owners: Mapping[str, tuple[Mapping[str, torch.Tensor], ...]]
+
+    @classmethod
+    def of(cls, content: Folder) -> tuple[Pairs, list[str]]:
+        """Return the pairs in a file, and the keys of its other tensors."""
+        found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+        others: list[str] = []
+        for key, tensor in content.tensors.items():
+            end = next((e for e in ENDS if key.endswith(f".{e}")), None)
+            if end is None or not key.startswith(ROOT):
+                others.append(key)
+                continue
+            parts = key[len(ROOT) : -len(end)].rstrip(".").split(".")
+            around = len(list(itertools.takewhile("base_layer".__eq__, reversed(parts))))
+            owner = ".".join(part for part in parts if part != "base_layer")
+            found.setdefault(owner, {}).setdefault(around, {})[end] = tensor
+        for owner, pairs in found.items():
+            if sorted(pairs) != list(range(len(pairs))):
+                raise AdapterError(f"{content.path} lacks the outer pairs of '{owner}'.")
+        ordered = {o: tuple(pairs[d] for d in sorted(pairs)) for o, pairs in found.items()}
+        return cls(ordered), others
+
+    def misfit(self, settings: Settings, base: Checkpoint, prefix: Prefix) -> str | None:
+        """Say which pair has no weight in the checkpoint."""
+        children = _children(base)
+        for owner in self.owners:
+            if not self._fitting(owner, settings, base, children, prefix):
+                held = children.get(prefix(owner), ())
+                shapes = [f"{n} {base.tensors[n].shape}" for n in held] or ["nothing"]
+                pairs = [
+                    f"{end} {tuple(t.shape)}" for p in self.owners[owner] for end, t in p.items()
+                ]
+                return (
+                    f"no weight for '{owner}' with {some(pairs)} (of the ranks that {CONFIG} "
+                    f"gives): '{prefix(owner)}' has {some(shapes)}"
+                )
+        return None
+
+    def entries(
+        self, settings: Settings, base: Checkpoint, prefix: Prefix, model: Skeleton | None
+    ) -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
+        """Yield each weight's entry, and its tensors by name.
+
+        Raises:
+            AdapterError: the weight or its layout is ambiguous.
+        """
+        children = _children(base)
+        for owner, pairs in self.owners.items():
+            fitting = self._fitting(owner, settings, base, children, prefix)
+            if len(fitting) > 1 and model is not None:
+                fitting = _by_model(fitting, owner, model)
+            elif len(fitting) > 1:
+                fitting = _by_bias(fitting, owner, settings, base, prefix)
+            if len(fitting) != 1:
+                said = some(dict.fromkeys(f"{e.parameter} as {e.layout.roles}" for o in fitting for e in o))
+                raise AdapterError(
+                    f"the pair of '{owner}' fits in several ways ({said}; o: outputs, i: inputs, "
+                    "e: experts). Pass the model of the checkpoint (--model module:callable, "
+                    "model=…), or fold with the model itself: fxlora fold MODEL --adapter …"
+                )
+            for entry, pair in zip(fitting[0], pairs, strict=True):
+                yield entry, decoded((entry,), pair)
+
+    def _fitting(
+        self,
+        owner: str,
+        settings: Settings,
+        base: Checkpoint,
+        children: Mapping[str, list[str]],
+        prefix: Prefix,
+    ) -> list[tuple[Entry, ...]]:
+        """Return the ways in which a module's pairs fit weights of it: an entry for each pair."""
+        pairs = self.owners[owner]
+        names = [f"{owner}.{n.rpartition('.')[2]}" for n in children.get(prefix(owner), ())]
+        bare = [name for name in names if settings.targets(name)]
+        layer = f"{owner}.weight"
+        chosen = [(name, PARAMETERS) for name in bare]
+        if layer in names and layer not in bare and len(pairs) == 1:
+            chosen.append((layer, LAYERS))
+        found: list[tuple[Entry, ...]] = []
+        for order in itertools.permutations(chosen, len(pairs)):
+            each = [
+                list(_entries(owner, name, tables, pair, settings, base.tensors[prefix(name)].shape))
+                for (name, tables), pair in zip(order, pairs, strict=True)
+            ]
+            found += itertools.product(*each)
+        return found
+
+
+def _children(base: Checkpoint) -> dict[str, list[str]]:
+    """Return the checkpoint's tensors by the module that holds them."""
+    found: dict[str, list[str]] = {}
+    for name in base.tensors:
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return found
+
+
+def _entries(
+    owner: str,
+    parameter: str,
+    tables: Mapping[int, tuple[tuple[str, str], ...]],
+    pair: Mapping[str, torch.Tensor],
+    settings: Settings,
+    shape: tuple[int, ...],
+) -> Iterator[Entry]:
+    """Yield the entries of a weight whose tensors have a pair's keys and shapes."""
+    shapes = {end: tuple(tensor.shape) for end, tensor in pair.items()}
+    embedding = "lora_embedding_A" in pair
+    ways = tables.get(len(shape), ())
+    if embedding:
+        ways = (EMBEDDING,) if tables is LAYERS and len(shape) == 2 else ()
+    target = owner if tables is LAYERS else parameter
+    rank, alpha = settings.rank(target), settings.alpha(target)
+    for op, roles in ways:
+        entry = Entry(
+            site=target,
+            parameter=parameter,
+            names=(parameter,),
+            op=op,
+            shape=shape,
+            layout=Layout(roles),
+            form="weight",
+            reason="",
+            r=rank,
+            alpha=alpha,
+            scaling=settings.config.scaling(rank, alpha),
+            dropout=0.0,
+            init=True,
+            adapter="default",
+            rule=1,
+            variants=("dora",) if "lora_magnitude_vector" in pair else (),
+        )
+        if settings.config.use_dora == ("dora" in entry.variants) and shapes_of((entry,)) == shapes:
+            yield entry
+
+
+# ---- ambiguous layouts --------------------------------------------------------------------------
+
+
+def _by_model(
+    fitting: list[tuple[Entry, ...]], owner: str, model: Skeleton
+) -> list[tuple[Entry, ...]]:
+    """Return the ways that are those of a model's module."""
+    order = model.order(owner)
+    # PEFT wraps a module's parameters in its order, the first one innermost.
+    fitting = [f for f in fitting if _in_order([order.index(e.parameter) for e in reversed(f)])]
+    wanted = {
+        "linear": not model.transposed(owner),
+        "addmm": model.transposed(owner),
+    }
+    return [f for f in fitting if all(wanted.get(e.op, True) for e in f)]
+
+
+def _in_order(numbers: list[int]) -> bool:
+    return numbers == sorted(numbers)
+
+
+def _by_bias(
+    fitting: list[tuple[Entry, ...]],
+    owner: str,
+    settings: Settings,
+    base: Checkpoint,
+    prefix: Prefix,
+) -> list[tuple[Entry, ...]]:
+    """Return the ways in which a square matrix of a layer is stored, as biases tell.
+
+    PEFT takes no layers for (in, out) but those of Hugging Face's Conv1D, which has a bias always.
+    With one, it is as the checkpoint's other matrices with biases, if all are alike and PEFT's
+    configuration agrees.
+    """
+    if {e.op for ways in fitting for e in ways} != {"linear", "addmm"}:
+        return fitting
+    if f"{prefix(owner)}.bias" not in base.tensors:
+        return [ways for ways in fitting if ways[0].op == "linear"]
+    stored = {
+        "addmm" if size == weight.shape[1] else "linear"
+        for name, weight in base.tensors.items()
+        if name.endswith(".weight") and len(weight.shape) == 2 and len(set(weight.shape)) == 2
+        if (bias := base.tensors.get(f"{name.removesuffix('weight')}bias")) is not None
+        if len(bias.shape) == 1 and (size := math.prod(bias.shape)) in weight.shape
+    }
+    if stored == {"addmm" if settings.transposed else "linear"}:
+        return [ways for ways in fitting if ways[0].op in stored]
+    return fitting

@@ -1,0 +1,187 @@
+"""verify_checkpoint: compare a folded checkpoint with its base and adapter, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from ...data import as_path
+from ...errors import ConfigError, VerificationError
+from ...lora.dtypes import correctly_rounded
+from ...module.adapted_weight import folded_weight
+from ...module.ambient import no_ambient_modes
+from ...tables import count
+from .base import Checkpoint
+from .budget import Budget
+from .inputs import Inputs, Model
+from .pieces import Copied, Replaced, Rows, pieces_of
+from .report import CheckpointReport
+from .stream import fold_rows, read_into, sequential
+from .weights_file import REPLACED, WeightsFile
+
+_STEP = 2**24  # bytes that are compared at a time
+# Sums in float64 may differ in their last bits, by the order of their terms, which depends on the
+# number of threads. Close to halfway between two numbers of the checkpoint, both are right.
+_LAST_BITS = 2.0**-44
+
+
+@no_ambient_modes()
+def verify_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: Model | None = None,
+    allow_nonfinite: bool = False,
+) -> CheckpointReport:
+    """Check that a checkpoint is another one with an adapter folded in, bit for bit.
+
+    Every adapted weight is computed again; all other tensors must have the base's bytes. As in
+    `fold_checkpoint`, no model is built, and no tensor need fit into memory.
+
+    Args:
+        base, adapter, model, allow_nonfinite: as for `fold_checkpoint`.
+        out: the checkpoint to check.
+
+    Returns:
+        The weights that are folded.
+
+    Raises:
+        VerificationError: tensors differ; says which, and in how many entries.
+        ConfigError, AdapterError: as for `fold_checkpoint`.
+
+    Example:
+        >>> import tempfile, torch, fxlora
+        >>> from safetensors.torch import save_file
+        >>> model, x, folder = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6), tempfile.mkdtemp()
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
+        >>> fxlora.save_adapter(fxlora.adapt(model, x, rules=config), f"{folder}/adapter")
+        >>> save_file(model.state_dict(), f"{folder}/base.safetensors")
+        >>> files = f"{folder}/base.safetensors", f"{folder}/adapter", f"{folder}/out.safetensors"
+        >>> fxlora.fold_checkpoint(*files) and len(fxlora.verify_checkpoint(*files).folded)
+        1
+    """
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite)
+    inputs.check_values()
+    target = as_path(out, ConfigError)
+    if differ := differences(inputs, target):
+        listed = "; ".join(f"'{name}': {what}" for name, what in list(differ.items())[:8])
+        more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise VerificationError(
+            f"{target} is not {inputs.base.path} with {inputs.content.path} folded in; "
+            f"{count(len(differ), 'tensor')} differ: {listed}{more}."
+        )
+    return inputs.report()
+
+
+def differences(inputs: Inputs, target: Path) -> dict[str, str]:
+    """Return the tensors of a checkpoint that are not what they should be, and why."""
+    found = Checkpoint.read(target)
+    base = inputs.base
+    differ = {name: "missing" for name in base.tensors if name not in found.tensors}
+    differ |= {name: "not in the base" for name in found.tensors if name not in base.tensors}
+    for name in base.tensors.keys() & found.tensors.keys():
+        ours, theirs = base.tensors[name], found.tensors[name]
+        if (ours.code, ours.shape) != (theirs.code, theirs.shape):
+            differ[name] = f"{theirs.code} {theirs.shape}, not {ours.code} {ours.shape}"
+    places = {tensor.name: file.path for file in found.files for tensor in file.tensors}
+    for file in base.files:
+        differ |= _differences_of_file(inputs, file, found, places, differ)
+    return {name: differ[name] for name in sorted(differ)}
+
+
+def _differences_of_file(
+    inputs: Inputs,
+    file: WeightsFile,
+    found: Checkpoint,
+    places: dict[str, Path],
+    known: dict[str, str],
+) -> dict[str, str]:
+    wrong: dict[str, int] = {}
+    with ExitStack() as stack:
+        source = _opened(file.path, stack)
+        others: dict[Path, int] = {}
+        budget = Budget()
+        starts = {tensor.start: tensor.name for tensor in file.tensors if tensor.stop > tensor.start}
+        for piece in pieces_of(file, inputs.changes, file.start, by_tensor=True):
+            name = starts[piece.start] if isinstance(piece, Copied) else piece.tensor.name
+            if name in known:
+                continue
+            path = places[name]
+            if path not in others:
+                others[path] = _opened(path, stack)
+            theirs = others[path]
+            shift = found.tensors[name].start - inputs.base.tensors[name].start
+            if isinstance(piece, Copied):
+                number = _differing_bytes(source, theirs, piece, shift)
+            else:
+                number = _differing_entries(source, theirs, piece, shift, budget)
+            if number:
+                wrong[name] = wrong.get(name, 0) + number
+    changed = {*inputs.changes.folded, *inputs.changes.replaced}
+    return {
+        name: f"{n:,} entries are wrong" if name in changed else f"{n:,} bytes are not the base's"
+        for name, n in wrong.items()
+    }
+
+
+def _opened(path: Path, stack: ExitStack) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    sequential(descriptor)
+    return descriptor
+
+
+def _differing_bytes(source: int, other: int, piece: Copied, shift: int) -> int:
+    buffers = [torch.empty(_STEP, dtype=torch.uint8) for _ in range(2)]
+    number = 0
+    for start in range(piece.start, piece.stop, _STEP):
+        size = min(_STEP, piece.stop - start)
+        ours = read_into(source, start, buffers[0][:size])
+        theirs = read_into(other, start + shift, buffers[1][:size])
+        if not torch.equal(ours, theirs):
+            number += int((ours != theirs).sum())
+    return number
+
+
+def _differing_entries(
+    source: int, other: int, piece: Rows | Replaced, shift: int, budget: Budget
+) -> int:
+    size = piece.stop - piece.start
+    theirs = read_into(other, piece.start + shift, torch.empty(size, dtype=torch.uint8))
+    if isinstance(piece, Rows):
+        ours = read_into(source, piece.start, torch.empty(size, dtype=torch.uint8))
+        fold_rows(piece, ours, budget)
+    else:
+        ours = piece.content()
+    if torch.equal(ours, theirs):
+        return 0
+    dtype = REPLACED[piece.tensor.code]
+    held = theirs.view(dtype)
+    differ = (ours.view(-1, dtype.itemsize) != theirs.view(-1, dtype.itemsize)).any(-1)
+    if isinstance(piece, Replaced):
+        return int(differ.sum())
+    return int(differ.sum()) - _halfway(source, piece, held, differ)
+
+
+def _halfway(source: int, piece: Rows, held: torch.Tensor, differ: torch.Tensor) -> int:
+    """Count the entries that differ only because the sum in float64 has last bits of its own."""
+    exact = _exact(source, piece)[differ]
+    slack = exact.abs() * _LAST_BITS
+    dtype = held.dtype
+    low, high = (correctly_rounded(exact + sign * slack, dtype) for sign in (-1, 1))
+    return int(((held[differ] == low) | (held[differ] == high)).sum())
+
+
+def _exact(source: int, piece: Rows) -> torch.Tensor:
+    """Return the sums in float64 of the rows of a piece, flattened."""
+    size = piece.stop - piece.start
+    rows = read_into(source, piece.start, torch.empty(size, dtype=torch.uint8))
+    assert piece.tensor.dtype is not None
+    wide = rows.view(piece.tensor.dtype).view(piece.shape).double()
+    fold = piece.fold
+    with torch.no_grad():
+        return folded_weight(fold.entries, wide, fold.values, first=piece.first).flatten()
