@@ -250,7 +250,9 @@ def _refuse_captured(module: CapturedModule, method: str, call: Call) -> None:
 
 
 @no_ambient_modes()
-def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
+def fold(
+    module: CapturedModule, *, inplace: bool = False, allow_nonfinite: bool = False
+) -> CapturedModule:
     """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
     Its graphs are the captured ones, node for node, and none of its parameters requires gradients.
@@ -263,6 +265,8 @@ def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
             memory no other tensor holds is overwritten, without a second copy. The source and the
             captured module hold it, so delete them first; where one is left, its weights stay as
             they are, and the folded ones get memory of their own.
+        allow_nonfinite: whether the adapters, and so the folded weights, may have NaN or
+            infinities.
 
     Returns:
         The folded module.
@@ -272,7 +276,7 @@ def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        InjectError: the module never had adapters.
+        InjectError: the module never had adapters, or they have NaN or infinities.
 
     Example:
         >>> import torch, fxlora
@@ -292,9 +296,9 @@ def fold(module: CapturedModule, *, inplace: bool = False) -> CapturedModule:
             'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
         )
     if not inplace:
-        return FoldConstants()(module)
+        return FoldConstants(allow_nonfinite=allow_nonfinite)(module)
     refuse_copy(module)
-    FoldConstants(inplace=True).apply(module)
+    FoldConstants(inplace=True, allow_nonfinite=allow_nonfinite).apply(module)
     return module
 
 

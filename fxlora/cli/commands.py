@@ -15,12 +15,13 @@ from ..disk.keys import WEIGHTS
 from ..disk.load import load_adapter
 from ..disk.pt2 import export
 from ..disk.save import save_adapter
-from ..errors import AdapterError, ExportError
+from ..errors import AdapterError, ConfigError, ExportError
 from ..matching import match
 from ..module import CapturedModule
 from ..pictures.page import plan_page
 from ..plan import Plan
 from ..proof import verify
+from .checkpoints import fold_files, is_checkpoint, verify_files
 from .inputs import captured_model, example_inputs, given_rules, quiet, refuse_lora_options
 from .models import build_model
 from .weights import load_checkpoint, read_checkpoint, write_weights
@@ -59,15 +60,25 @@ def run_adapt(options: Namespace) -> str:
 
 
 def run_fold(options: Namespace) -> str:
-    """Write the model's state dict with an adapter folded in."""
+    """Write the model's state dict, or a checkpoint, with an adapter folded in."""
+    if is_checkpoint(options):
+        return fold_files(options)
+    if options.json:
+        raise ConfigError(f"--json cannot be used with the model {options.model}.")
     model = build_model(options)
-    folded = fold(load_adapter(captured_model(model, options), options.adapter))
+    odd = options.allow_nonfinite
+    adapted = load_adapter(captured_model(model, options), options.adapter, allow_nonfinite=odd)
+    folded = fold(adapted, allow_nonfinite=odd)
     write_weights(model, folded, options.out)
     return f"{options.out}: the model's weights, {len(folded.folded[-1])} of them folded."
 
 
 def run_verify(options: Namespace) -> str:
-    """Verify an adapter and its fold (made here, or read from `--folded`)."""
+    """Verify an adapter and its fold (made here, or read from `--folded`), or a checkpoint's."""
+    if is_checkpoint(options):
+        return verify_files(options)
+    if options.allow_nonfinite:
+        raise ConfigError(f"--allow-nonfinite cannot be used with the model {options.model}.")
     adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
     folded = fold(adapted)
     if options.folded is not None:

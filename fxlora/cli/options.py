@@ -72,23 +72,27 @@ def build_parser() -> _Parser:
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")
     adapt.add_argument("--force", action="store_true", help="overwrite an existing adapter")
 
-    folding = command(run_fold, "write the model's weights with an adapter folded in", weighed)
-    folding.add_argument(
-        "--adapter", type=Path, required=True, metavar="DIR", help="fxlora's or PEFT's"
+    either = _model_options(files=True)
+    folding = command(
+        run_fold, "write a model's weights, or a checkpoint, with an adapter folded in", either
     )
     folding.add_argument(
-        "--out", type=_file, required=True, metavar="FILE", help="a .safetensors state dict"
+        "-o", "--out", type=_file, required=True, metavar="OUT", help="the file or folder to write"
     )
+    folding.add_argument(
+        "--dry-run", action="store_true", help="only print what would change in a checkpoint"
+    )
+    folding.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    verifying = command(run_verify, "check the laws on an adapter and its fold", fed)
+    verifying = command(run_verify, "check the laws on an adapter and its fold", either)
     verifying.add_argument(
-        "--adapter", type=Path, required=True, metavar="DIR", help="fxlora's or PEFT's"
+        "out", type=Path, nargs="?", metavar="OUT", help="the checkpoint that fold wrote"
     )
     verifying.add_argument(
         "--folded",
         type=Path,
         metavar="FILE",
-        help="weights that fxlora fold wrote, to check instead of a fold made here",
+        help="weights that fxlora fold wrote for a model, to check instead of a fold made here",
     )
     detail = verifying.add_mutually_exclusive_group()
     detail.add_argument(
@@ -116,18 +120,21 @@ def build_parser() -> _Parser:
     return parser
 
 
-def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
+def _model_options(*, meta: bool = False, feed: bool = False, files: bool = False) -> _Parser:
     """Return the options that every command has: the model, its weights and its inputs.
 
     Args:
         meta: whether the command needs only shapes, and so takes `--meta`.
         feed: whether the command requires inputs.
+        files: whether it also takes a checkpoint and an adapter instead of a model.
     """
     parser = _Parser(add_help=False)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument(
-        "model", metavar="MODEL", help="module:callable, or torchvision:NAME (torchvision:resnet50)"
-    )
+    named = "module:callable, or torchvision:NAME (torchvision:resnet50)"
+    if files:
+        _add_files(parser, named)
+    else:
+        parser.add_argument("model", metavar="MODEL", help=named)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="NAME", help="torchvision's weights, e.g. DEFAULT")
     weights.add_argument(
@@ -149,6 +156,30 @@ def _model_options(*, meta: bool = False, feed: bool = False) -> _Parser:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     return parser
+
+
+def _add_files(parser: _Parser, named: str) -> None:
+    """Add the options of a command that takes a model or a checkpoint."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL|BASE",
+        help=f"{named}; or a .safetensors file, or a folder with such files",
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="ADAPTER", help="after BASE: fxlora's or PEFT's"
+    )
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="the adapter for MODEL: fxlora's or PEFT's"
+    )
+    parser.add_argument(
+        "--model",
+        dest="skeleton",
+        metavar="MODEL",
+        help="the model of BASE, where names, layouts or ties are ambiguous; it gets no memory",
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="take an adapter with NaN or infinities"
+    )
 
 
 def _rule_options(*, adapter: bool = False) -> _Parser:

@@ -46,6 +46,7 @@ def load_adapter(
     use_rslora: bool | None = None,
     enable_lora: Sequence[bool] | None = None,
     component: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> CapturedModule:
     """Return a new module: the captured one with a saved adapter, from fxlora, PEFT or another.
 
@@ -66,6 +67,7 @@ def load_adapter(
         enable_lora: which parts of loralib's MergedLinear layers have adapters.
         component: the model that the module is, in a file for several: the beginning of its
             layers' names, such as "unet" or "lora_te1". The others' layers are left out.
+        allow_nonfinite: whether the file may have NaN or infinities.
 
     Returns:
         The adapted module, with the values of the file.
@@ -122,7 +124,7 @@ def load_adapter(
         plan = dataclasses.replace(_counted(module, plan), descriptions=descriptions_in(content))
         check_config(module, plan, content)
     plan = with_dtypes(module, plan if rule is None else plan.with_adapter_dtype(rule))
-    starts, stored = values_of(module, plan, layout, content)
+    starts, stored = values_of(module, plan, layout, content, allow_nonfinite)
     try:
         result = inject(module, plan, starts=starts)
     except MisfitError as error:

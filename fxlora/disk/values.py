@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..errors import AdapterError, warn
@@ -37,7 +39,11 @@ def same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
 
 
 def values_of(
-    module: CapturedModule, plan: Plan, layout: FileLayout, content: Folder
+    module: CapturedModule,
+    plan: Plan,
+    layout: FileLayout,
+    content: Folder,
+    allow_nonfinite: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the file's values, by name: those of adapters, and those of the base model's tensors.
 
@@ -47,22 +53,24 @@ def values_of(
         FxLoraWarning: values of the file are rounded to these dtypes.
 
     Raises:
-        AdapterError: a value is NaN or infinite, or has a dtype that the module's cannot hold.
+        AdapterError: a value is NaN or infinite (unless `allow_nonfinite`), or has a dtype that the
+            module's cannot hold.
     """
+    held = partial(_held, content, allow_nonfinite)
     decoded = layout.values(content.tensors)
     dtypes = {
         name: entry.dtype_over(module.get_parameter(entry.parameter).dtype)
         for entry in plan
         for name in entry.tensors
     }
-    starts = {n: _held(content, n, t, dtypes[n], None) for n, t in decoded.items()}
+    starts = {n: held(n, t, dtypes[n], None) for n, t in decoded.items()}
     own = [name for name, _ in module.named_buffers()] + list(layout.plan.trained)
     stored = {n: content.tensors[key] for n in own if (key := layout.key(n)) in content.tensors}
     now = {name: whole(tensor_of(module, name)) for name in stored}
     for name in stored:
-        held = plan.trained_dtype(name, now[name].dtype) if name in plan.trained else None
-        dtypes[name] = held or now[name].dtype
-    kept = {n: _held(content, n, t, dtypes[n], now[n]) for n, t in stored.items()}
+        trained = plan.trained_dtype(name, now[name].dtype) if name in plan.trained else None
+        dtypes[name] = trained or now[name].dtype
+    kept = {n: held(n, t, dtypes[n], now[n]) for n, t in stored.items()}
     _warn_of_rounding(content, decoded | stored, dtypes)
     return starts, kept
 
@@ -90,12 +98,18 @@ def tensor_of(module: CapturedModule, name: str) -> torch.Tensor:
 
 
 def _held(
-    content: Folder, name: str, value: torch.Tensor, dtype: torch.dtype, now: torch.Tensor | None
+    content: Folder,
+    allow_nonfinite: bool,
+    name: str,
+    value: torch.Tensor,
+    dtype: torch.dtype,
+    now: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return a value of the file in the module's dtype, or raise if it does not fit.
 
     Args:
         content: the folder, for the message.
+        allow_nonfinite: whether it may be NaN or infinite.
         name: the tensor's name in the module.
         value: the value in the file.
         dtype: the module's dtype.
@@ -108,9 +122,10 @@ def _held(
             f"{content.path}: '{name}' is {value.dtype}, which is no {dtype}, the module's dtype."
         )
     value = value.to(dtype)
-    if not_finite(value, now):
+    if not allow_nonfinite and not_finite(value, now):
         raise AdapterError(
             f"{content.path}: '{name}' has NaN or infinities as {dtype}, as after a training that "
-            "diverged. Use an earlier checkpoint of the adapter."
+            "diverged. Use an earlier checkpoint of the adapter, or allow_nonfinite=True "
+            "(--allow-nonfinite) to go on nevertheless."
         )
     return value

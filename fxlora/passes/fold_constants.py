@@ -32,23 +32,27 @@ class FoldConstants(Pass):
 
     Attributes:
         inplace: whether a weight whose memory nothing else holds keeps it, and is overwritten.
+        allow_nonfinite: whether values may be NaN or infinite.
     """
 
     inplace: bool = False
+    allow_nonfinite: bool = False
 
     def rewrite(self, module: CapturedModule) -> State:
         plan = module.plan
         if plan is None:
             return module.known
-        _check_finite(module)
+        if not self.allow_nonfinite:
+            _check_finite(module)
         inserted = [insertions(module, graph) for graph in module.distinct_graphs()]
         weights = _weights(module, inserted)
         overwritten = _expendable(module, weights) if self.inplace else []
+        finite = not self.allow_nonfinite
         # What may fail comes before the first weight is overwritten.
-        folded = {w.names: w.folded() for w in weights if w not in overwritten}
+        folded = {w.names: w.folded(finite=finite) for w in weights if w not in overwritten}
         for insertion in reversed([i for of_graph in inserted for i in of_graph]):
             remove_insertion(insertion)
-        folded |= {w.names: w.folded(into=w.weight) for w in overwritten}
+        folded |= {w.names: w.folded(into=w.weight, finite=finite) for w in overwritten}
         for names, value in folded.items():
             parameter = nn.Parameter(value, requires_grad=False)
             for name in names:
@@ -137,12 +141,12 @@ class _Weight:
         """Whether the sum is known to be finite."""
         return is_bounded(self.entries, self.weight, self.values)
 
-    def folded(self, into: torch.Tensor | None = None) -> torch.Tensor:
+    def folded(self, into: torch.Tensor | None = None, *, finite: bool = True) -> torch.Tensor:
         """Return W0 + s·BA, rounded once to the dtype of W0."""
         weight = self.weight
         with torch.no_grad():
             folded = folded_weight(self.entries, weight, self.values, into)
-        if into is None and _overflows(folded, weight):
+        if finite and into is None and _overflows(folded, weight):
             raise InjectError(
                 f"'{self.entries[0].site}': W0 + s·BA is not finite in {folded.dtype}: A and B are "
                 "too large. Train again with a smaller learning rate, or take the adapter out "

@@ -1,4 +1,4 @@
-"""The base checkpoint: a .safetensors file, or a folder with one or with several and their index."""
+"""A checkpoint: a .safetensors file, or a folder with one or with several and their index."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .weights_file import TensorAt, WeightsFile
 
 INDEX = ".safetensors.index.json"
 # Files that may hold weights, in which the adapter would not be folded.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_WEIGHTS = (*_WEIGHTS, ".npz", ".pkl", ".tflite", ".pte", ".pt2", ".data")
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
+    *(".npz", ".pkl", ".tflite", ".pte", ".pt2", ".data"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-EVERY = 8  # of the blocks of a weight, one in so many is measured
+_SHARE = 32  # of the rows of each block, one in so many is measured: all would double the time
 
 
 @dataclass
 class Budget:
-    """Sums over the blocks of one weight that are measured: every eighth, the first included.
+    """Sums over some rows of each block of a weight: a 32nd of them, and eight at least.
 
     With d the exact update (in float64) and e the rounding's error, folded = W0 + d + e.
 
@@ -21,7 +21,6 @@ class Budget:
         update: the largest |d|.
         kept: ⟨d + e, d⟩.
         square: ‖d‖².
-        blocks: the number of all blocks.
         overflows: whether an entry is not finite where the weight's is.
     """
 
@@ -29,22 +28,27 @@ class Budget:
     update: float = 0.0
     kept: float = 0.0
     square: float = 0.0
-    blocks: int = 0
     overflows: bool = False
 
     def observe(self, weight: torch.Tensor, exact: torch.Tensor, folded: torch.Tensor) -> None:
         """Take account of a block: W0, the sum in float64, and the rounded sum."""
         if not bool(folded.sum().isfinite()):
             self.overflows |= bool((~folded.isfinite() & weight.isfinite()).any())
-        if self.blocks % EVERY == 0:
-            update = exact - weight
-            error = folded.to(torch.float64).sub_(exact)
-            self.error = max(self.error, _largest(error))
-            self.update = max(self.update, _largest(update))
-            square = float(update.square().sum())
-            self.kept += square + float(error.mul_(update).sum())
-            self.square += square
-        self.blocks += 1
+        rows = min(len(exact), max(8, len(exact) // _SHARE))
+        weight, exact, folded = (tensor[:rows] for tensor in (weight, exact, folded))
+        update = exact - weight.to(torch.float64)
+        error = folded.to(torch.float64).sub_(exact)
+        self.error = max(self.error, _largest(error))
+        self.update = max(self.update, _largest(update))
+        square = float(update.square().sum())
+        self.kept += square + float(error.mul_(update).sum())
+        self.square += square
+
+    def add(self, other: Budget) -> None:
+        """Take account of the blocks of another piece of the weight."""
+        self.error, self.update = max(self.error, other.error), max(self.update, other.update)
+        self.kept, self.square = self.kept + other.kept, self.square + other.square
+        self.overflows |= other.overflows
 
     @property
     def relative_error(self) -> float:

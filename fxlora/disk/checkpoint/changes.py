@@ -136,7 +136,7 @@ def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
     if not pefts:
         return
     nothing: Any = SimpleNamespace(  # of the module, only target_modules depends on more
-        state_dict=dict, named_parameters=lambda **_: (), adapter_parameters=set
+        state_dict=dict, named_parameters=_no_parameters, adapter_parameters=set
     )
     expected = configuration(nothing, plan)
     about = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
@@ -147,6 +147,10 @@ def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
             f"{content.path / CONFIG} contradicts the plan that was saved with it: {said}. Save "
             "the adapter again instead of editing it."
         )
+
+
+def _no_parameters(**_: object) -> tuple[()]:
+    return ()
 
 
 def _wrappers(plan: Plan, content: Folder, model: Skeleton | None) -> Wrappers:

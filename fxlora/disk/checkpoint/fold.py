@@ -69,7 +69,8 @@ def fold_checkpoint(
     Example:
         >>> import tempfile, torch, fxlora
         >>> from safetensors.torch import save_file
-        >>> model, x, folder = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6), tempfile.mkdtemp()
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> folder = tempfile.mkdtemp()
         >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
         >>> fxlora.save_adapter(fxlora.adapt(model, x, rules=config), f"{folder}/adapter")
         >>> save_file(model.state_dict(), f"{folder}/base.safetensors")

@@ -1,4 +1,4 @@
-"""The inputs of a fold or of its check: the checkpoint, the adapter, and what one does to the other."""
+"""The inputs of a fold or its check: a checkpoint, an adapter, and what one does to the other."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ class Inputs:
         base, changes = self.base, self.changes
         folded = [
             FoldedTensor.of(
-                name, base.tensors[name].code, changes.folded[name].entries, (measured or {}).get(name)
+                name,
+                base.tensors[name].code,
+                changes.folded[name].entries,
+                (measured or {}).get(name),
             )
             for name in base.tensors
             if name in changes.folded

@@ -9,7 +9,6 @@ from torch import nn
 from .base import Checkpoint
 from .prefix import Prefix
 
-
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
 

@@ -204,7 +204,9 @@ class Pairs:
             elif len(fitting) > 1:
                 fitting = _by_bias(fitting, owner, settings, base, prefix)
             if len(fitting) != 1:
-                said = some(dict.fromkeys(f"{e.parameter} as {e.layout.roles}" for o in fitting for e in o))
+                said = some(
+                    dict.fromkeys(f"{e.parameter} as {e.layout.roles}" for o in fitting for e in o)
+                )
                 raise AdapterError(
                     f"the pair of '{owner}' fits in several ways ({said}; o: outputs, i: inputs, "
                     "e: experts). Pass the model of the checkpoint (--model module:callable, "
@@ -232,7 +234,9 @@ class Pairs:
         found: list[tuple[Entry, ...]] = []
         for order in itertools.permutations(chosen, len(pairs)):
             each = [
-                list(_entries(owner, name, tables, pair, settings, base.tensors[prefix(name)].shape))
+                list(
+                    _entries(owner, name, tables, pair, settings, base.tensors[prefix(name)].shape)
+                )
                 for (name, tables), pair in zip(order, pairs, strict=True)
             ]
             found += itertools.product(*each)

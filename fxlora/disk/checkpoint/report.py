@@ -25,7 +25,7 @@ class FoldedTensor:
         r: the rank; of parts of a packed weight, the sum.
         scaling: the scaling factor s.
         relative_error: the largest rounding error, relative to the largest entry of the update;
-            None if nothing was written. Measured on every eighth block of the weight.
+            None if nothing was written. Measured on a 32nd of its rows, and eight at least.
         survives: the share of the update that the rounded weight has: with d the exact update,
             ⟨folded - W0, d⟩ / ‖d‖². 1 is all of it. None if nothing was written.
     """

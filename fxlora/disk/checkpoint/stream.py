@@ -1,4 +1,4 @@
-"""Write or check a folded file, piece by piece: reading, summing and writing at the same time."""
+"""Write a folded file, piece by piece: sums on all threads, while earlier pieces are written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,16 +19,12 @@ from .budget import Budget
 from .pieces import ROWS, Copied, Piece, Replaced, Rows
 
 _STEP = 2**26  # bytes that are copied at a time, between two signs of progress
-_AHEAD = 2  # pieces that are read before they are needed
 Progress = Callable[[int], object]
+Done = Callable[[Rows | Replaced, Budget], object]
 
 
 def write_pieces(
-    source: int,
-    target: int,
-    pieces: Iterable[Piece],
-    done: Callable[[Rows | Replaced, Budget], object],
-    progress: Progress,
+    source: int, target: int, pieces: Iterable[Piece], done: Done, progress: Progress
 ) -> None:
     """Write pieces of a file one after the other, at the end of the target.
 
@@ -42,42 +38,62 @@ def write_pieces(
     Raises:
         OSError: the file cannot be read or written.
         ConfigError: the file has become shorter.
+        ExportError: there is not enough memory.
     """
-    memory = _Memory()
-    budget = Budget()
-    with _Writer() as writer:
-        for piece, content in _read_ahead(source, pieces, memory):
+    with _threads() as pool, _Writer() as writer:
+        memory = _Memory((pool._max_workers + 1) * ROWS)
+        total = Budget()
+        for piece in pieces:
             if isinstance(piece, Copied):
                 writer.submit(_copy, source, target, piece, progress)
                 continue
+            budget = Budget()
             if isinstance(piece, Rows):
-                assert content is not None
-                fold_rows(piece, content, budget)
-                writer.submit(_write, target, content, progress, after=memory.give_back)
+                buffer = memory.take(piece.stop - piece.start)
+                content = pool.submit(read_and_fold, source, piece, buffer, budget)
+                writer.submit(
+                    _write, target, content, progress, after=lambda b=buffer: memory.give_back(b)
+                )
+                writer.submit(total.add, budget)
             else:
-                writer.submit(_write, target, piece.content(), progress)
+                writer.submit(_write, target, pool.submit(piece.content), progress)
             if piece.stop == piece.tensor.stop:
-                writer.submit(done, piece, budget)
-                budget = Budget()
+                writer.submit(done, piece, total)
+                total = Budget()
 
 
-def fold_rows(piece: Rows, content: torch.Tensor, budget: Budget) -> None:
-    """Fold rows of a weight in place, given their bytes.
+@contextmanager
+def _threads() -> Generator[ThreadPoolExecutor]:
+    """Yield threads for sums, of which each uses one of torch's.
+
+    Each sums pieces of its own, so that none waits for another after every block.
+    """
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(number + 1, "fold") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(number)
+
+
+def read_and_fold(source: int, piece: Rows, buffer: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """Read rows of a weight into a buffer, fold them there, and return their bytes.
 
     Raises:
         ExportError: there is not enough memory.
     """
     assert piece.tensor.dtype is not None
-    rows = content.view(piece.tensor.dtype).view(piece.shape)
+    rows = read_into(source, piece.start, buffer).view(piece.tensor.dtype).view(piece.shape)
+    entries, values = piece.fold.entries, piece.fold.values
     try:
         with torch.no_grad():
-            folded_weight(
-                piece.fold.entries, rows, piece.fold.values, rows, piece.first, budget.observe
-            )
+            folded_weight(entries, rows, values, rows, piece.first, budget.observe)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter when memory is short
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         raise ExportError(f"not enough memory to fold '{piece.tensor.name}'.") from error
+    return buffer
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -86,17 +102,16 @@ def fold_rows(piece: Rows, content: torch.Tensor, budget: Budget) -> None:
 class _Memory:
     """Buffers for rows, which are used again: fresh memory costs as much as a copy of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.free: list[torch.Tensor] = []
         self.used = 0
         self.changed = threading.Condition()
 
-    def take(self, size: int, *, wait: bool) -> torch.Tensor | None:
-        """Return a buffer; without `wait`, None unless there is room for one."""
+    def take(self, size: int) -> torch.Tensor:
+        """Return a buffer, when there is room for one."""
         with self.changed:
-            while self.used and self.used + size > (_AHEAD + 2) * ROWS:
-                if not wait:
-                    return None
+            while self.used and self.used + size > self.limit:
                 self.changed.wait()
             self.used += size
             if size <= ROWS and self.free:
@@ -112,43 +127,20 @@ class _Memory:
             self.changed.notify_all()
 
 
-def _read_ahead(
-    source: int, pieces: Iterable[Piece], memory: _Memory
-) -> Iterator[tuple[Piece, torch.Tensor | None]]:
-    """Yield pieces, rows with their bytes, of which the next are read meanwhile."""
-    waiting: deque[tuple[Piece, Future[torch.Tensor] | None]] = deque()
-    rest = iter(pieces)
-    held: Piece | None = None
-    with ThreadPoolExecutor(1) as reader:
-        while True:
-            while len(waiting) <= _AHEAD:
-                piece = held or next(rest, None)
-                held = None
-                if piece is None:
-                    break
-                future = None
-                if isinstance(piece, Rows):
-                    buffer = memory.take(piece.stop - piece.start, wait=not waiting)
-                    if buffer is None:
-                        held = piece
-                        break
-                    future = reader.submit(read_into, source, piece.start, buffer)
-                waiting.append((piece, future))
-            if not waiting:
-                return
-            piece, future = waiting.popleft()
-            yield piece, future.result() if future else None
-
-
 def read_into(source: int, start: int, buffer: torch.Tensor) -> torch.Tensor:
     """Fill a buffer with a file's bytes from `start` on, and return it."""
-    view = memoryview(buffer.numpy())
+    view = _bytes(buffer)
     while view:
         count = os.preadv(source, [view], start)
         if not count:
             raise ConfigError("the checkpoint became shorter while it was read.")
         view, start = view[count:], start + count
     return buffer
+
+
+def _bytes(buffer: torch.Tensor) -> memoryview:
+    array: Any = buffer.numpy()
+    return memoryview(array)
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -175,20 +167,18 @@ class _Writer:
         self,
         run: Callable[..., object],
         *arguments: Any,
-        after: Callable[[torch.Tensor], object] | None = None,
+        after: Callable[[], object] | None = None,
     ) -> None:
-        """Queue a call, and `after` with its second argument; raise what an earlier one raised."""
+        """Queue a call, and another one for after it; raise what an earlier one raised."""
         self.waiting.append(self.thread.submit(self._run, run, arguments, after))
-        while self.waiting[0].done() or len(self.waiting) > 4 * _AHEAD:
+        while self.waiting and self.waiting[0].done():
             self.waiting.popleft().result()
-            if not self.waiting:
-                return
 
     def _run(
         self,
         run: Callable[..., object],
         arguments: tuple[Any, ...],
-        after: Callable[[torch.Tensor], object] | None,
+        after: Callable[[], object] | None,
     ) -> None:
         try:
             if not self.failed:
@@ -198,11 +188,12 @@ class _Writer:
             raise
         finally:
             if after is not None:
-                after(arguments[1])
+                after()
 
 
-def _write(target: int, content: torch.Tensor, progress: Progress) -> None:
-    view = memoryview(content.numpy())
+def _write(target: int, future: Future[torch.Tensor], progress: Progress) -> None:
+    content = future.result()
+    view = _bytes(content)
     while view:
         view = view[os.write(target, view) :]
     progress(len(content))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .changes import Fold
 
 ADVICE = (
-    "Adapt all names of the tie alike (LoraConfig(tied=\"share\")), or export the folded model "
+    'Adapt all names of the tie alike (LoraConfig(tied="share")), or export the folded model '
     "(fxlora export), which can hold two weights."
 )
 
@@ -39,7 +39,9 @@ def check_ties(
     Raises:
         AdapterError: the adapter splits a tie.
     """
-    changed = {n: {prefix(other) for e in f.entries for other in e.names} for n, f in folded.items()}
+    changed = {
+        n: {prefix(other) for e in f.entries for other in e.names} for n, f in folded.items()
+    }
     changed |= {name: {name} for name in replaced}
     for name, together in changed.items():
         apart = _tied(base, name, prefix, model, folded) - together - set(changed)

@@ -19,7 +19,7 @@ from .budget import Budget
 from .inputs import Inputs, Model
 from .pieces import Copied, Replaced, Rows, pieces_of
 from .report import CheckpointReport
-from .stream import fold_rows, read_into, sequential
+from .stream import read_and_fold, read_into, sequential
 from .weights_file import REPLACED, WeightsFile
 
 _STEP = 2**24  # bytes that are compared at a time
@@ -56,7 +56,8 @@ def verify_checkpoint(
     Example:
         >>> import tempfile, torch, fxlora
         >>> from safetensors.torch import save_file
-        >>> model, x, folder = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6), tempfile.mkdtemp()
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> folder = tempfile.mkdtemp()
         >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
         >>> fxlora.save_adapter(fxlora.adapt(model, x, rules=config), f"{folder}/adapter")
         >>> save_file(model.state_dict(), f"{folder}/base.safetensors")
@@ -105,7 +106,9 @@ def _differences_of_file(
         source = _opened(file.path, stack)
         others: dict[Path, int] = {}
         budget = Budget()
-        starts = {tensor.start: tensor.name for tensor in file.tensors if tensor.stop > tensor.start}
+        starts = {
+            tensor.start: tensor.name for tensor in file.tensors if tensor.stop > tensor.start
+        }
         for piece in pieces_of(file, inputs.changes, file.start, by_tensor=True):
             name = starts[piece.start] if isinstance(piece, Copied) else piece.tensor.name
             if name in known:
@@ -153,8 +156,7 @@ def _differing_entries(
     size = piece.stop - piece.start
     theirs = read_into(other, piece.start + shift, torch.empty(size, dtype=torch.uint8))
     if isinstance(piece, Rows):
-        ours = read_into(source, piece.start, torch.empty(size, dtype=torch.uint8))
-        fold_rows(piece, ours, budget)
+        ours = read_and_fold(source, piece, torch.empty(size, dtype=torch.uint8), budget)
     else:
         ours = piece.content()
     if torch.equal(ours, theirs):
