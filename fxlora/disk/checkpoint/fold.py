@@ -167,13 +167,13 @@ def _is_full(target: Path) -> bool:
 def _there_already(inputs: Inputs, target: Path) -> CheckpointReport:
     """Return the report if the target is the result already, as after a kill at the very end."""
     try:
-        differ = differences(inputs, target)
-    except (ConfigError, AdapterError):
-        differ = {"another checkpoint": "other tensors"}
-    if differ:
+        same = not differences(inputs, target)
+    except ConfigError:  # no checkpoint
+        same = False
+    if not same:
         raise ExportError(
-            f"cannot write {target}: the folder holds something else already ({some(differ)}). "
-            "Choose another one, or remove it."
+            f"cannot write {target}: the folder holds something else already. Choose another "
+            "one, or remove it."
         )
     return inputs.report()
 

@@ -40,7 +40,8 @@ LAYERS = {  # by the weight's number of dimensions
     4: (("conv2d", "oikk"),),
     5: (("conv3d", "oikkk"),),
 }
-PARAMETERS = {2: (("parameter", "oi"),), 3: (("parameter", "eoi"), ("parameter", "eio"))}
+# PEFT takes a bare matrix for (out, in), and a stack too, unless its module says `is_transposed`.
+PARAMETERS = {2: (("parameter", "oi"),), 3: (("parameter", "eoi"), ("transposed", "eio"))}
 
 # Fields of PEFT's configuration that say what trains, or how, but not what a trained pair computes.
 _WITHOUT_EFFECT = frozenset(
@@ -213,7 +214,7 @@ class Pairs:
                     "model=…), or fold with the model itself: fxlora fold MODEL --adapter …"
                 )
             for entry, pair in zip(fitting[0], pairs, strict=True):
-                yield entry, decoded((entry,), pair)
+                yield entry, _decoded(entry, pair)
 
     def _fitting(
         self,
@@ -286,8 +287,28 @@ def _entries(
             rule=1,
             variants=("dora",) if "lora_magnitude_vector" in pair else (),
         )
-        if settings.config.use_dora == ("dora" in entry.variants) and shapes_of((entry,)) == shapes:
+        if settings.config.use_dora == ("dora" in entry.variants) and _shapes(entry) == shapes:
             yield entry
+
+
+def _shapes(entry: Entry) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of PEFT's tensors for a weight, by the ends of their keys."""
+    if entry.op != "transposed":
+        return shapes_of((entry,))
+    (size_e, size_i, size_o), r = entry.shape, entry.r
+    return {"lora_A.weight": (size_e * r, size_i), "lora_B.weight": (size_o, r * size_e)}
+
+
+def _decoded(entry: Entry, pair: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of an entry by name: A (…, r, in) and B (…, out, r)."""
+    if entry.op != "transposed":
+        return decoded((entry,), pair)
+    a, b = pair["lora_A.weight"], pair["lora_B.weight"]
+    experts = entry.shape[0]
+    return {
+        entry.name_a: a.unflatten(0, (experts, -1)),
+        entry.name_b: b.unflatten(1, (-1, experts)).permute(2, 0, 1),
+    }
 
 
 # ---- ambiguous layouts --------------------------------------------------------------------------
@@ -300,11 +321,13 @@ def _by_model(
     order = model.order(owner)
     # PEFT wraps a module's parameters in its order, the first one innermost.
     fitting = [f for f in fitting if _in_order([order.index(e.parameter) for e in reversed(f)])]
-    wanted = {
-        "linear": not model.transposed(owner),
-        "addmm": model.transposed(owner),
-    }
-    return [f for f in fitting if all(wanted.get(e.op, True) for e in f)]
+    transposed = model.transposed(owner)
+    out_of = {"addmm"} if not transposed else {"linear"}
+    # Older versions of PEFT took every stack for (in, out): without `is_transposed`, both may be.
+    if getattr(model.module.get_submodule(owner), "is_transposed", False) is True:
+        stacks = [f for f in fitting if all(e.op == "transposed" or len(e.shape) < 3 for e in f)]
+        fitting = stacks or fitting
+    return [f for f in fitting if not any(e.op in out_of for e in f)]
 
 
 def _in_order(numbers: list[int]) -> bool:

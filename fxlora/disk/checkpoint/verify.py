@@ -26,6 +26,7 @@ _STEP = 2**24  # bytes that are compared at a time
 # Sums in float64 may differ in their last bits, by the order of their terms, which depends on the
 # number of threads. Close to halfway between two numbers of the checkpoint, both are right.
 _LAST_BITS = 2.0**-44
+_FEW = 1024  # entries of a piece that can be so close
 
 
 @no_ambient_modes()
@@ -164,9 +165,10 @@ def _differing_entries(
     dtype = REPLACED[piece.tensor.code]
     held = theirs.view(dtype)
     differ = (ours.view(-1, dtype.itemsize) != theirs.view(-1, dtype.itemsize)).any(-1)
-    if isinstance(piece, Replaced):
-        return int(differ.sum())
-    return int(differ.sum()) - _halfway(source, piece, held, differ)
+    number = int(differ.sum())
+    if isinstance(piece, Replaced) or number > _FEW:
+        return number
+    return number - _halfway(source, piece, held, differ)
 
 
 def _halfway(source: int, piece: Rows, held: torch.Tensor, differ: torch.Tensor) -> int:
