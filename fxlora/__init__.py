@@ -1,7 +1,17 @@
 """fxlora: LoRA on any weight of any PyTorch model, as a rewrite of its torch.fx graph."""
 
 from . import peft as peft
-from .api import adapt, capture_more, explicit, fold, inject, lora_parameters, optimize, remove
+from .api import (
+    adapt,
+    capture_more,
+    explicit,
+    fold,
+    inject,
+    lora_parameters,
+    optimize,
+    remove,
+    unfold,
+)
 from .arithmetic.combine import combine
 from .arithmetic.extract import extract
 from .arithmetic.scale import scale_adapter
@@ -32,6 +42,7 @@ from .errors import (
 from .frontends import capture
 from .hosts.host import hosted, recorded_calls
 from .hosts.merged_source import merged
+from .hosts.pushed_weights import fold_into
 from .lora.layout import Layout
 from .lora.ops import register_op
 from .lora.row import Op, Read
@@ -92,6 +103,7 @@ __all__ = [
     "extract",
     "fold",
     "fold_checkpoint",
+    "fold_into",
     "hosted",
     "initialize_from",
     "inject",
@@ -109,6 +121,7 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "shard_plan",
+    "unfold",
     "verify",
     "verify_checkpoint",
 ]

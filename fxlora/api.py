@@ -251,7 +251,11 @@ def _refuse_captured(module: CapturedModule, method: str, call: Call) -> None:
 
 @no_ambient_modes()
 def fold(
-    module: CapturedModule, *, inplace: bool = False, allow_nonfinite: bool = False
+    module: CapturedModule,
+    *,
+    inplace: bool = False,
+    keep: bool = False,
+    allow_nonfinite: bool = False,
 ) -> CapturedModule:
     """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
@@ -265,6 +269,8 @@ def fold(
             memory no other tensor holds is overwritten, without a second copy. The source and the
             captured module hold it, so delete them first; where one is left, its weights stay as
             they are, and the folded ones get memory of their own.
+        keep: keep the weights and the adapters of now in the result, for `unfold`. They are held
+            besides the folded weights, also with `inplace`.
         allow_nonfinite: whether the adapters, and so the folded weights, may have NaN or
             infinities.
 
@@ -295,11 +301,52 @@ def fold(
             "load_state_dict into the model's own class would tie them again, wrongly. To keep "
             'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
         )
-    if not inplace:
-        return FoldConstants(allow_nonfinite=allow_nonfinite)(module)
-    refuse_copy(module)
-    FoldConstants(inplace=True, allow_nonfinite=allow_nonfinite).apply(module)
-    return module
+    kept = module.derive() if keep and module.plan is not None else None
+    step = FoldConstants(inplace=inplace, allow_nonfinite=allow_nonfinite)
+    if inplace:
+        refuse_copy(module)
+        step.apply(module)
+        result = module
+    else:
+        result = step(module)
+    if kept is not None or module.plan is not None:
+        result.update_state(unfolded=kept)
+    return result
+
+
+@no_ambient_modes()
+def unfold(module: CapturedModule) -> CapturedModule:
+    """Return the adapted module that `fold(…, keep=True)` was called with, as it was then.
+
+    W0 is the very tensor that was folded, not a difference: its bits are the same. A, B and the
+    buffers have their values of then, too.
+
+    Args:
+        module: a folded module; it is not changed.
+
+    Returns:
+        The adapted module, in the folded one's mode, and on the device that it was on.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+        InjectError: it is not folded, or its fold kept nothing.
+
+    Example:
+        >>> import torch, fxlora
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=config)
+        >>> again = fxlora.unfold(fxlora.fold(lora, keep=True))
+        >>> torch.equal(again.get_parameter("weight"), lora.get_parameter("weight"))
+        True
+    """
+    check_captured(module, "unfold")
+    if module.plan is not None or module.known.unfolded is None:
+        raise InjectError(
+            "nothing to unfold: the module was not folded with keep=True. Keep the adapted module "
+            "itself, or load its adapter again (fxlora.load_adapter)."
+        )
+    result = module.known.unfolded.derive()
+    return result.train(module.training)
 
 
 @no_ambient_modes()

@@ -21,6 +21,7 @@ from fxlora.disk.checkpoint import pieces
 from fxlora.disk.checkpoint.weights_file import WeightsFile
 
 from .checkpoints import nearest, pair, read, write_adapter, write_sharded
+from .typed import untyped
 
 BF16 = torch.bfloat16
 BASE, ADAPTER, OUT = Path("base.safetensors"), Path("adapter"), Path("out.safetensors")
@@ -62,7 +63,7 @@ def pefts(model: nn.Module, folder: Path, config: peft.LoraConfig) -> Any:
         for name, parameter in theirs.named_parameters():
             if "lora_" in name or parameter.requires_grad:
                 parameter.uniform_(0.5, 1.5) if "magnitude" in name else parameter.normal_()
-    theirs.save_pretrained(folder)
+    theirs.save_pretrained(str(folder))
     return peft.PeftModel.from_pretrained(copy.deepcopy(model).double(), folder)
 
 
@@ -124,7 +125,7 @@ def test_transformers_load_the_result(named: str) -> None:
         vocab_size=33,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).to(BF16).eval()
+    model: Any = LlamaForCausalLM(config).bfloat16().eval()
     model.save_pretrained(Path("base"), max_shard_size="6kB")
     theirs = pefts(model, ADAPTER, peft.LoraConfig(r=2, target_modules=[named, "up_proj"]))
     fxlora.fold_checkpoint(Path("base"), ADAPTER, Path("out"))
@@ -410,7 +411,7 @@ def test_a_model_tells_how_square_matrices_are_stored() -> None:
         assert torch.equal(found[f"{name}.weight"], exact.float())
     assert "the given model" in refused(state, tensors, model=Layers)
     with pytest.raises(ConfigError, match="must be an nn"):
-        fxlora.fold_checkpoint(BASE, ADAPTER, Path("o"), model=dict)
+        fxlora.fold_checkpoint(BASE, ADAPTER, Path("o"), model=untyped(dict))
 
 
 # ---- ties ---------------------------------------------------------------------------------------

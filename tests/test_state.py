@@ -110,6 +110,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         apart=frozenset(["other"]),
         read_values={"lin.scale": 0.5},
         optimized=Fast(recompute=True),
+        unfolded=once,
     )
     for program in lora.programs:
         program.changes, program.reads = frozenset(["an attribute"]), frozenset(["another"])

@@ -139,7 +139,8 @@ def folded_weight(
         entries: the entries of this weight, in the order in which they apply.
         weight: W0, or rows of it (see `folds_by_rows`).
         values: the entries' tensors, in any floating dtypes.
-        into: the tensor to write to, which may be `weight`; by default a new one.
+        into: the tensor to write to, which may be `weight`, and whose dtype is rounded to; by
+            default a new one, as `weight` is.
         first: the first row of W0 that `weight` has.
         observe: called for each block with W0, the sum in float64, and the rounded sum.
     """
@@ -168,10 +169,10 @@ def folded_weight(
                 block = adapted_weight(entry, block, wide)
             else:
                 block = _with_block(entry, block, dim, first + start, wide)
-        half = weight.dtype.itemsize < 4
-        rounded = correctly_rounded(block, weight.dtype) if half else block
+        half = folded.dtype.itemsize < 4
+        rounded = correctly_rounded(block, folded.dtype) if half else block
         if observe is not None:
-            observe(before, block, rounded.to(weight.dtype))
+            observe(before, block, rounded.to(folded.dtype))
         folded.narrow(dim, start, stop - start).copy_(rounded)
     return folded
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..fast import Fast
 from ..plan import Plan
+
+if TYPE_CHECKING:
+    from .captured import CapturedModule
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class State:
         read_values: the numbers, strings and flags that the captured calls read in the source, by
             the name of the attribute.
         optimized: how the fast graphs that run are derived, or None if the explicit ones run.
+        unfolded: the adapted module that a fold with `keep` was of, or None.
     """
 
     plan: Plan | None = None
@@ -54,6 +58,7 @@ class State:
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     optimized: Fast | None = None
+    unfolded: CapturedModule | None = None
 
     @property
     def trained(self) -> frozenset[str]:

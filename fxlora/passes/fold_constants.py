@@ -43,7 +43,7 @@ class FoldConstants(Pass):
         if plan is None:
             return module.known
         if not self.allow_nonfinite:
-            _check_finite(module)
+            check_finite(module)
         inserted = [insertions(module, graph) for graph in module.distinct_graphs()]
         weights = _weights(module, inserted)
         overwritten = _expendable(module, weights) if self.inplace else []
@@ -62,7 +62,7 @@ class FoldConstants(Pass):
         return replace(state, folded=(*state.folded, plan))
 
 
-def _check_finite(module: CapturedModule) -> None:
+def check_finite(module: CapturedModule) -> None:
     """Raise InjectError if an adapter, or a parameter trained in full, has NaN or infinities."""
     for name in sorted(module.adapter_parameters() | module.trained):
         parameter = module.get_parameter(name)
@@ -146,7 +146,7 @@ class _Weight:
         weight = self.weight
         with torch.no_grad():
             folded = folded_weight(self.entries, weight, self.values, into)
-        if finite and into is None and _overflows(folded, weight):
+        if finite and into is None and overflows(folded, weight):
             raise InjectError(
                 f"'{self.entries[0].site}': W0 + s·BA is not finite in {folded.dtype}: A and B are "
                 "too large. Train again with a smaller learning rate, or take the adapter out "
@@ -155,7 +155,7 @@ class _Weight:
         return folded
 
 
-def _overflows(folded: torch.Tensor, weight: torch.Tensor) -> bool:
+def overflows(folded: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether an entry is not finite where the weight's is."""
     if folded.is_meta or bool(folded.sum().isfinite()):  # the sum reads the entries only once
         return False

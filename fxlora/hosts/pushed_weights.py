@@ -1,0 +1,179 @@
+"""fold_into: write folded weights into given tensors, as loops that push weights to a server do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, InjectError
+from ..lora.dtypes import DTYPES
+from ..module import CapturedModule, check_captured
+from ..module.adapted_weight import folded_weight
+from ..module.ambient import no_ambient_modes
+from ..module.memory import overlapping
+from ..module.sharded import is_sharded, whole, write
+from ..names import shown
+from ..passes.fold_constants import check_finite, overflows
+from ..plan import Entry, Plan
+from ..tables import some
+
+
+@no_ambient_modes()
+def fold_into(
+    module: CapturedModule, target: Mapping[str, torch.Tensor], *, allow_nonfinite: bool = False
+) -> tuple[str, ...]:
+    """Write the weights that `fold` would give into given tensors; the module stays as it is.
+
+    An adapted weight is summed in float64, a block at a time, and rounded once, to the dtype of its
+    target. It is computed from W0 each time, so that many calls do not drift. Other names get the
+    module's values.
+
+    Args:
+        module: an adapted module.
+        target: tensors by their names in the source's `state_dict()`, on any device, in any
+            floating dtype for weights. It needs all weights that training changes (for a tie, one
+            name), and may have others.
+        allow_nonfinite: whether the values may be NaN or infinite.
+
+    Returns:
+        The names of the tensors that training changes. The next calls need only these.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+        InjectError: it has no adapters; or it, or a weight in its target's dtype, has NaN or
+            infinities.
+        ConfigError: the target lacks a weight, or has a tensor that is not the module's, of another
+            shape, without values, or in memory of the module or of a tensor with other values.
+
+    Example:
+        >>> import torch, fxlora
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
+        >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        >>> lora = fxlora.adapt(model, x, rules=config)
+        >>> server = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> fxlora.fold_into(lora, server.state_dict())
+        ('0.weight',)
+        >>> torch.allclose(server(x), lora(x), atol=1e-6)
+        True
+    """
+    check_captured(module, "fold_into")
+    if module.plan is None:
+        raise InjectError("nothing to fold: the module has no adapters.")
+    if not allow_nonfinite:
+        check_finite(module)
+    entries = _entries_by_name(module.plan)
+    values = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers()),
+    }
+    values = {n: v.detach() for n, v in values.items() if n not in module.adapter_parameters()}
+    _check_names(module, target, entries, values)
+    _check_memory(target, entries, values)
+    for name, tensor in target.items():
+        with torch.inference_mode() if tensor.is_inference() else nullcontext():
+            _write(module, tensor.detach(), values[name], entries.get(name, []), allow_nonfinite)
+    changed = {*entries, *module.trained, *module.known.originals}
+    return tuple(name for name in target if name in changed)
+
+
+def _entries_by_name(plan: Plan) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in plan:
+        for name in entry.names:
+            found.setdefault(name, []).append(entry)
+    return found
+
+
+@torch.no_grad()
+def _write(
+    module: CapturedModule,
+    tensor: torch.Tensor,
+    value: torch.Tensor,
+    entries: list[Entry],
+    allow_nonfinite: bool,
+) -> None:
+    """Write one value, with the entries of it folded in."""
+    if not entries:
+        write(tensor, whole(value).to(tensor.device))
+        return
+    held = {n: module.get_parameter(n).detach() for e in entries for n in e.tensors}
+    if is_sharded(value) or is_sharded(tensor):
+        value = whole(value)
+        folded = torch.empty(value.shape, dtype=tensor.dtype, device=value.device)
+        folded_weight(entries, value, {n: whole(t) for n, t in held.items()}, folded)
+        write(tensor, folded)
+    else:
+        folded = folded_weight(entries, value, held, tensor)
+    if not allow_nonfinite and overflows(folded, value.to(folded.device)):
+        raise InjectError(
+            f"'{entries[0].site}': W0 + s·BA is not finite in {tensor.dtype}, the dtype of its "
+            "target, which has been written to. Train again with a smaller learning rate, or give "
+            "a target in a wider dtype."
+        )
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _check_names(
+    module: CapturedModule,
+    target: Any,
+    entries: Mapping[str, list[Entry]],
+    values: Mapping[str, torch.Tensor],
+) -> None:
+    """Raise ConfigError unless the target has all changed weights, and nothing unknown."""
+    tensors = isinstance(target, Mapping) and all(
+        isinstance(tensor, torch.Tensor) for tensor in target.values()
+    )
+    if not tensors:
+        raise ConfigError(f"fold_into takes tensors by name (a state_dict), not {shown(target)}.")
+    if unknown := [name for name in target if name not in values]:
+        raise ConfigError(f"the target has {some(map(str, unknown))}, which the module has not.")
+    groups = [entry.names for named in entries.values() for entry in named]
+    groups += [module.aliases().get(name, (name,)) for name in module.trained]
+    if missing := sorted({names[0] for names in groups if not target.keys() & set(names)}):
+        raise ConfigError(
+            f"the target has no {some(missing)}, which training changes: the rest would not be the "
+            "trained model."
+        )
+    for name, tensor in target.items():
+        why = None
+        if tensor.shape != values[name].shape:
+            why = f"is {tuple(tensor.shape)}, and {tuple(values[name].shape)} in the module"
+        elif tensor.is_meta or values[name].is_meta:
+            why = "has no memory (device 'meta')"
+        elif name in entries and tensor.dtype not in DTYPES.values():
+            why = f"is {tensor.dtype}, to which no weight is rounded"
+        elif values[name].is_floating_point() != tensor.is_floating_point():
+            why = f"is {tensor.dtype}, and {values[name].dtype} in the module"
+        if why:
+            raise ConfigError(f"the target's '{name}' {why}.")
+    for name in entries:
+        if len({id(module.get_parameter(n)) for n in entries[name][0].names}) > 1:
+            raise InjectError(f"'{name}' was tied when its adapter was injected, and is not now.")
+
+
+def _check_memory(
+    target: Mapping[str, torch.Tensor],
+    entries: Mapping[str, list[Entry]],
+    values: Mapping[str, torch.Tensor],
+) -> None:
+    """Raise ConfigError if a tensor of the target is in memory where it would change others."""
+    given = {id(tensor): name for name, tensor in target.items()}
+    mine = {id(value): name for name, value in values.items()}
+    for group in overlapping([*target.values(), *values.values()]):
+        names = [given[id(tensor)] for tensor in group if id(tensor) in given]
+        if names and any(id(tensor) in mine for tensor in group):
+            raise ConfigError(
+                f"the target's {some(names)} is in memory of the module or of its source, which "
+                "would change. Give tensors of their own (copy.deepcopy(model).state_dict())."
+            )
+        sources = {(values[n].data_ptr(), *(e.name_a for e in entries.get(n, []))) for n in names}
+        if len(sources) > 1:
+            raise ConfigError(
+                f"{some(names)} are in one memory of the target, and fold to different values: a "
+                'tie that the adapter splits. Adapt all names of it alike (tied="share").'
+            )
