@@ -23,12 +23,13 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("fuzz")
 
 
-def test_mutants_are_refused_by_type_or_are_what_they_say(fuzz: ModuleType) -> None:
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutants_are_refused_by_type_or_are_what_they_say(fuzz: ModuleType, count: int) -> None:
     found = fuzz.Fuzz(seed=1)
-    found.run(150)
+    found.run(count)
     assert not found.failures
     assert {outcome for _, outcome in found.counts} == {"accepted", "typed"}
-    assert sum(found.counts.values()) == 150
+    assert sum(found.counts.values()) == count
     for road in {road for road, _ in found.counts}:  # each has both kinds of outcome
         assert found.counts[road, "accepted"] and found.counts[road, "typed"], road
 
@@ -52,5 +53,5 @@ def test_the_fuzzer_sees_what_it_is_for(
     """It reports a loader that runs code from a file, crashes, or loads a wrong module."""
     found = fuzz.Fuzz(seed=1)
     monkeypatch.setattr(fxlora, "load_adapter", LOADERS[outcome])
-    found.run(21)
+    found.run(27)
     assert found.counts["a folder", outcome], found.failures

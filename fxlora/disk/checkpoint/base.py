@@ -135,11 +135,11 @@ def _of_index(path: Path, index: Path) -> list[WeightsFile]:
     places = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(places, dict) or not places:
         raise ConfigError(f"{source} is not an index: it has no weight_map.")
-    names = list(dict.fromkeys(places.values()))
-    for name in names:
+    for name in places.values():
         plain = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-        if not plain:
+        if not plain or "\0" in name:
             raise ConfigError(f"{source} names {shown(name)}, which is no file of its folder.")
+    names = list(dict.fromkeys(places.values()))
     files = [WeightsFile.read(path / name) for name in names]
     held = [(tensor.name, file.path.name) for file in files for tensor in file.tensors]
     if wrong := dict(held).items() ^ places.items() or len(held) != len(places):

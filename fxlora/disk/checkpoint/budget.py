@@ -37,7 +37,7 @@ class Budget:
         rows = min(len(exact), max(8, len(exact) // _SHARE))
         weight, exact, folded = (tensor[:rows] for tensor in (weight, exact, folded))
         update = exact - weight.to(torch.float64)
-        error = folded.to(torch.float64).sub_(exact)
+        error = folded.to(torch.float64) - exact  # not in place: `folded` may be `exact`
         self.error = max(self.error, _largest(error))
         self.update = max(self.update, _largest(update))
         square = float(update.square().sum())

@@ -268,6 +268,8 @@ def _entries(
         ways = (EMBEDDING,) if tables is LAYERS and len(shape) == 2 else ()
     target = owner if tables is LAYERS else parameter
     rank, alpha = settings.rank(target), settings.alpha(target)
+    if all(rank > size for tensor_shape in shapes.values() for size in tensor_shape):
+        return  # also: a rank too large to compute with
     for op, roles in ways:
         entry = Entry(
             site=target,

@@ -77,7 +77,9 @@ def _threads() -> Generator[ThreadPoolExecutor]:
         torch.set_num_threads(number)
 
 
-def read_and_fold(source: int, piece: Rows, buffer: torch.Tensor, budget: Budget) -> torch.Tensor:
+def read_and_fold(
+    source: int, piece: Rows, buffer: torch.Tensor, budget: Budget | None = None
+) -> torch.Tensor:
     """Read rows of a weight into a buffer, fold them there, and return their bytes.
 
     Raises:
@@ -88,7 +90,8 @@ def read_and_fold(source: int, piece: Rows, buffer: torch.Tensor, budget: Budget
     entries, values = piece.fold.entries, piece.fold.values
     try:
         with torch.no_grad():
-            folded_weight(entries, rows, values, rows, piece.first, budget.observe)
+            observe = None if budget is None else budget.observe
+            folded_weight(entries, rows, values, rows, piece.first, observe)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter when memory is short
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise

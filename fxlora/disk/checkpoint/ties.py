@@ -81,11 +81,11 @@ def _possible_heads(base: Checkpoint, changed: Iterable[str]) -> list[str]:
     """Return the changed embeddings that no other tensor equals in shape, as a head would."""
     config = base.config or {}
     text = config.get("text_config")
-    sizes = {c.get("vocab_size") for c in (config, text if isinstance(text, dict) else {})}
+    sizes = [c.get("vocab_size") for c in (config, text if isinstance(text, dict) else {})]
     shapes = [tensor.shape for tensor in base.tensors.values()]
     matrices = [n for n in changed if len(base.tensors[n].shape) == 2]
     alone = [n for n in matrices if shapes.count(base.tensors[n].shape) == 1]
-    return [n for n in alone if base.tensors[n].shape[0] in sizes - {None}]
+    return [n for n in alone if base.tensors[n].shape[0] in sizes]
 
 
 def _check_embedding(base: Checkpoint, content: Folder, name: str, known: bool) -> None:

@@ -15,7 +15,6 @@ from ...module.adapted_weight import folded_weight
 from ...module.ambient import no_ambient_modes
 from ...tables import count
 from .base import Checkpoint
-from .budget import Budget
 from .inputs import Inputs, Model
 from .pieces import Copied, Replaced, Rows, pieces_of
 from .report import CheckpointReport
@@ -106,7 +105,6 @@ def _differences_of_file(
     with ExitStack() as stack:
         source = _opened(file.path, stack)
         others: dict[Path, int] = {}
-        budget = Budget()
         starts = {
             tensor.start: tensor.name for tensor in file.tensors if tensor.stop > tensor.start
         }
@@ -122,7 +120,7 @@ def _differences_of_file(
             if isinstance(piece, Copied):
                 number = _differing_bytes(source, theirs, piece, shift)
             else:
-                number = _differing_entries(source, theirs, piece, shift, budget)
+                number = _differing_entries(source, theirs, piece, shift)
             if number:
                 wrong[name] = wrong.get(name, 0) + number
     changed = {*inputs.changes.folded, *inputs.changes.replaced}
@@ -151,13 +149,11 @@ def _differing_bytes(source: int, other: int, piece: Copied, shift: int) -> int:
     return number
 
 
-def _differing_entries(
-    source: int, other: int, piece: Rows | Replaced, shift: int, budget: Budget
-) -> int:
+def _differing_entries(source: int, other: int, piece: Rows | Replaced, shift: int) -> int:
     size = piece.stop - piece.start
     theirs = read_into(other, piece.start + shift, torch.empty(size, dtype=torch.uint8))
     if isinstance(piece, Rows):
-        ours = read_and_fold(source, piece, torch.empty(size, dtype=torch.uint8), budget)
+        ours = read_and_fold(source, piece, torch.empty(size, dtype=torch.uint8))
     else:
         ours = piece.content()
     if torch.equal(ours, theirs):
