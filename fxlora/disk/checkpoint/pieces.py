@@ -12,7 +12,7 @@ from ...module.adapted_weight import folds_by_rows
 from .changes import Changes, Fold
 from .weights_file import REPLACED, TensorAt, WeightsFile
 
-ROWS = 2**24  # bytes of a weight that are in memory at a time, if its rows can be folded alone
+ROWS = 2**22  # bytes of a weight that are in memory at a time, if its rows can be folded alone
 
 
 @dataclass(frozen=True)

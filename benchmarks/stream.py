@@ -1,0 +1,269 @@
+"""Fold an adapter into a checkpoint on disk, beside a plain copy, and PEFT's and mergekit's way.
+
+The script makes the checkpoint (Llama's layers in bfloat16, in shards) and two adapters: of q and
+v, and of all seven projections. Each side runs in a process of its own, which imports first and
+then takes the time, in interleaved rounds: cold, with the base out of the page cache, and warm.
+Memory is the peak of the process (VmHWM) above what it has after its imports.
+
+    python benchmarks/stream.py            # 4 GB
+    python benchmarks/stream.py --quick    # 100 MB
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Report, parser, start
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+R, ALPHA = 16, 32
+PROJECTIONS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+ADAPTERS = {"q and v": ["q_proj", "v_proj"], "all linear": list(PROJECTIONS)}
+SHARD = 2**30
+
+SIDES = {
+    "copy": "import shutil\nrun = lambda: shutil.copytree(BASE, OUT)",
+    "fxlora.fold_checkpoint": (
+        "import fxlora\nrun = lambda: fxlora.fold_checkpoint(BASE, ADAPTER, OUT)"
+    ),
+    "PEFT merge_and_unload": """
+import torch, peft
+from transformers import LlamaForCausalLM
+def run():
+    model = LlamaForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(model, ADAPTER)
+    model.merge_and_unload(progressbar=False).save_pretrained(OUT)
+""",
+}
+CHILD = """
+import json, sys, time, warnings
+warnings.simplefilter("ignore")
+BASE, ADAPTER, OUT, THREADS = sys.argv[1:]
+{imports}
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+if "torch" in sys.modules:
+    sys.modules["torch"].set_num_threads(int(THREADS))
+before = peak()
+wall, cpu = time.perf_counter(), time.process_time()
+run()
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak() - before]))
+"""
+
+
+def main() -> None:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--folder", type=Path, help="where to make the files")
+    options = start(options_parser, rounds=3)
+    report = Report(options)
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        folder = Path(place)
+        config = LlamaConfig(
+            hidden_size=512 if options.quick else 2048,
+            intermediate_size=1408 if options.quick else 5632,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_hidden_layers=8 if options.quick else 42,
+            vocab_size=32000,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+        )
+        size, largest = write_base(folder / "base", config)
+        print(f"\ncheckpoint: {size / 1e9:.2f} GB, its largest tensor {largest / 2**20:.0f} MiB")
+        for name, targets in ADAPTERS.items():
+            adapter = folder / name.replace(" ", "_")
+            held = write_adapter(adapter, folder / "base", targets)
+            title = f"{name}: r = {R}, the adapter has {held / 2**20:.0f} MiB"
+            report.add(title, measured(folder, adapter, targets, options))
+    if importlib.util.find_spec("mergekit") is None:
+        print("\nmergekit: skipped, it is not installed")
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    narrow = hidden // config.num_attention_heads * config.num_key_value_heads
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        for name, owner in PROJECTIONS.items():
+            out = narrow if name in ("k_proj", "v_proj") else hidden if owner != "mlp" else inner
+            shape = (hidden, inner) if name == "down_proj" else (out, hidden)
+            yield f"model.layers.{layer}.{owner}.{name}.weight", shape
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{norm}.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def write_base(folder: Path, config: Any) -> tuple[int, int]:
+    """Write a checkpoint in shards; return its size, and that of its largest tensor."""
+    config.save_pretrained(folder)
+    shard: dict[str, torch.Tensor] = {}
+    places: dict[str, str] = {}
+    largest = 0
+
+    def flush() -> None:
+        name = f"model-{len(set(places.values())):05}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, shape in shapes(config):
+        shard[name] = (torch.randn(shape) * 0.02).to(torch.bfloat16)
+        largest = max(largest, shard[name].nbytes)
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
+            flush()
+    flush()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(path.stat().st_size for path in folder.iterdir()), largest
+
+
+def write_adapter(folder: Path, base: Path, targets: list[str]) -> int:
+    """Write an adapter in PEFT's layout, with random A and B; return its size."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name.split(".")[-2] in targets:
+                    out, into = file.get_slice(name).get_shape()
+                    site = f"base_model.model.{name.removesuffix('.weight')}"
+                    tensors[f"{site}.lora_A.weight"] = torch.randn(R, into) * into**-0.5
+                    tensors[f"{site}.lora_B.weight"] = torch.randn(out, R) * 0.01
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": R, "lora_alpha": ALPHA}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def measured(folder: Path, adapter: Path, targets: list[str], options: Any) -> list[dict[str, Any]]:
+    """Run all sides in turn, cold and warm; return the table's rows."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    wrong: dict[str, str] = {"copy": ""}
+    for number in range(options.rounds):
+        for cache in ("cold", "warm"):
+            for side in SIDES:
+                if side.startswith("PEFT") and number:
+                    continue  # once: its time is not near the others'
+                out = folder / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                os.sync()
+                set_cache(folder / "base", cache)
+                found.setdefault((side, cache), []).append(
+                    child(side, folder, adapter, out, options)
+                )
+                if side not in wrong:
+                    wrong[side] = not_nearest(folder / "base", adapter, out)
+    rows: list[dict[str, Any]] = []
+    for (side, cache), runs in sorted(found.items(), key=lambda item: (item[0][1], -len(item[1]))):
+        copies = found["copy", cache]
+        ratio = statistics.median(c[0] / run[0] for c, run in zip(copies, runs, strict=False))
+        seconds = sorted(run[0] for run in runs)
+        rows.append(
+            {
+                "cache": cache,
+                "side": side,
+                "seconds: median (min–max)": f"{statistics.median(seconds):.2f} "
+                f"({seconds[0]:.2f}–{seconds[-1]:.2f})",
+                "copy's seconds / this": f"{ratio:.2f}",
+                "CPU seconds": f"{statistics.median(run[1] for run in runs):.2f}",
+                "peak memory, MiB": f"{max(run[2] for run in runs) / 2**20:.0f}",
+                "not correctly rounded": wrong[side],
+            }
+        )
+    return rows
+
+
+def set_cache(base: Path, cache: str) -> None:
+    """Bring the base into the page cache, or out of it."""
+    for path in base.glob("*.safetensors"):
+        with path.open("rb") as file:
+            if cache == "cold":
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(2**24):
+                    pass
+
+
+def child(side: str, folder: Path, adapter: Path, out: Path, options: Any) -> list[float]:
+    """Run one side in a process; return its seconds, CPU seconds, and bytes."""
+    script = CHILD.format(imports=SIDES[side])
+    words = [str(folder / "base"), str(adapter), str(out), str(options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    run = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{side}: {run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def not_nearest(base: Path, adapter: Path, out: Path) -> str:
+    """Count the entries of the folded weights that are not W0 + s·BA, rounded once."""
+    wrong = entries = 0
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as pairs:
+        where = {n: p for p in sorted(out.glob("*.safetensors")) for n in names(p)}
+        for path in sorted(base.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    site = f"base_model.model.{name.removesuffix('.weight')}"
+                    if f"{site}.lora_A.weight" not in pairs.keys():  # noqa: SIM118
+                        continue
+                    a = pairs.get_tensor(f"{site}.lora_A.weight").double()
+                    b = pairs.get_tensor(f"{site}.lora_B.weight").double()
+                    exact = file.get_tensor(name).double().add_(b @ a, alpha=ALPHA / R)
+                    with safe_open(where[name], "pt") as folded:
+                        found = folded.get_tensor(name)
+                    wrong += int((found != rounded(exact)).sum())
+                    entries += found.numel()
+    return f"{wrong:,} of {entries:,} ({wrong / entries:.4%})"
+
+
+def names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def rounded(exact: torch.Tensor) -> torch.Tensor:
+    """Round float64 to bfloat16 once: to odd first (Boldo and Melquiond 2008)."""
+    single = exact.float()
+    rest = exact - single.double()
+    even = (single.view(torch.int32) & 1) == 0
+    towards = torch.where(rest > 0, torch.inf, -torch.inf).float()
+    return torch.where(even & (rest != 0), torch.nextafter(single, towards), single).bfloat16()
+
+
+if __name__ == "__main__":
+    main()
