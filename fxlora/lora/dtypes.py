@@ -76,13 +76,16 @@ def correctly_rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return exact.to(dtype)
     if dtype != torch.bfloat16 or exact.dim() < 2 or not exact.numel():
         return _rounded_via_odd(exact, dtype)
-    single = exact.to(torch.float32)
+    single = exact.to(torch.float32, memory_format=torch.contiguous_format)
     rounded = single.to(dtype)
     # bfloat16 is the first half of float32. Rounding twice differs only where the first step gives
-    # a number halfway between two of bfloat16, whose second half is 0x8000: the least of int32.
-    halfway = (single.view(torch.int32) << 16).amin(-1) == torch.iinfo(torch.int32).min
+    # a number halfway between two of bfloat16, whose second half is 0x8000: the least of int16.
+    # (So is the first half of a negative zero.)
+    halfway = single.view(torch.int16).amin(-1) == -(2**15)
     if bool(halfway.any()):
-        rounded[halfway] = _rounded_via_odd(exact[halfway], dtype)
+        rows, at = rounded[halfway], single[halfway].view(torch.int32) << 16 == -(2**31)
+        rows[at] = _rounded_via_odd(exact[halfway][at], dtype)
+        rounded[halfway] = rows
     return rounded
 
 
