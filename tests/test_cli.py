@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import fxlora
@@ -358,6 +359,93 @@ def test_adapt_is_seeded_and_untrained(done: Callable[..., str]) -> None:
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 16, True)
 
 
+# ---- checkpoints in place of a model -------------------------------------------------------------
+
+
+def files(
+    done: Callable[..., str], name: str = "Mixed", target: str = "emb,conv,lin"
+) -> fxlora.CapturedModule:
+    """Write the checkpoint base.safetensors and a trained adapter of a model of house.py."""
+    base = house(name)
+    save_model(base, "base.safetensors")
+    ids = torch.randint(11, (3, 4))
+    done("adapt", f"house:{name}", *IDS, "--target", target, "-r", 2, "--out", "adapter")
+    return train(base, "adapter", ids)
+
+
+@pytest.mark.parametrize("words", [("base.safetensors", "adapter"), ("--adapter", "adapter")])
+def test_fold_and_verify_of_files(done: Callable[..., str], words: tuple[str, ...]) -> None:
+    lora = files(done)
+    before = sorted(Path().iterdir())
+    start = words if words[0].startswith("base") else ("base.safetensors", *words)
+    table = done("fold", *start, "-o", "out.safetensors", "--dry-run")
+    assert "lin.weight" in table and "out.safetensors would hold the result" in table
+    assert sorted(Path().iterdir()) == before
+    assert "3 tensors folded" in done("fold", *start, "-o", "out.safetensors")
+    found, expected = load_file("out.safetensors"), fxlora.fold(lora).state_dict()
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-12), name
+    same = done("verify", "base.safetensors", "adapter", "out.safetensors")
+    assert "with the adapter folded in, bit for bit" in same
+    data = json.loads(done("verify", "base.safetensors", "adapter", "out.safetensors", "--json"))
+    assert [tensor["name"] for tensor in data["folded"]] == sorted(
+        ["conv.weight", "emb.weight", "lin.weight"]
+    )
+
+
+def test_verify_of_files_says_which_tensor_differs(
+    done: Callable[..., str], refused: Refused
+) -> None:
+    files(done)
+    fxlora.fold_checkpoint("base.safetensors", "adapter", "out.safetensors")
+    good = load_file("out.safetensors")
+    good["conv.bias"].view(torch.int64)[2] += 1
+    save_file(good, "out.safetensors")
+    said = refused("verify", "base.safetensors", "adapter", "out.safetensors")
+    assert "1 tensor differ: 'conv.bias': 1 bytes are not the base's" in said
+
+
+def test_a_model_for_a_checkpoint(done: Callable[..., str], refused: Refused) -> None:
+    files(done, "Tied", "emb")
+    state = house("Tied").state_dict()
+    del state["head.weight"]
+    save_file(state, "one.safetensors")
+    words = ("fold", "one.safetensors", "adapter", "-o", "out.safetensors")
+    assert "which is tied to it" in refused(*words, "--model", "house:Tied")
+    assert "no module 'hose'" in refused(*words, "--model", "hose:Tied")
+    assert "the given model" in refused(*words, "--model", "house:Mixed")
+    files(done)
+    done("fold", "base.safetensors", *words[2:], "--model", "house:Mixed")
+
+
+def test_a_progress_bar_is_for_terminals(
+    done: Callable[..., str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files(done)
+    words = ("fold", "base.safetensors", "adapter", "-o", "out.safetensors")
+    done(*words)  # nothing on stderr, which is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, _, err = run(*words)
+    assert status == 0
+    assert "100%" in err and "B/s" in err
+
+
+def test_values_that_are_not_finite(refused: Refused, done: Callable[..., str]) -> None:
+    files(done)
+    path = Path("adapter/adapter_model.safetensors")
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors["base_model.model.lin.lora_A.weight"][1, 2] = torch.nan
+    save_file(tensors, path, header)
+    for words in (("base.safetensors", "adapter"), ("house:Mixed", *IDS, "--adapter", "adapter")):
+        command = ("fold", *words, "-o", "out.safetensors")
+        assert "--allow-nonfinite" in refused(*command)
+        done(*command, "--allow-nonfinite")
+        assert load_file("out.safetensors")["lin.weight"].isnan().any()
+        Path("out.safetensors").unlink()
+
+
 # ---- plan and report ----------------------------------------------------------------------------
 
 
@@ -609,6 +697,14 @@ PLAN = ("plan", "house:Mixed", "--target", "lin")
         (["adapt", *PLAN[1:]], ["--out"]),
         (["adapt", *PLAN[1:], "-r", "2", "--out", "house.py"], ["cannot write house.py"]),
         (["fold", "house:Mixed", "--out", "x.safetensors"], ["--adapter"]),
+        (["fold", "base.safetensors", "-o", "x.safetensors"], ["give one adapter"]),
+        (["fold", "a.safetensors", "b", "-o", "x", "--input", "2x4"], ["--input", "checkpoint"]),
+        (["fold", "a.safetensors", "b", "--adapter", "c", "-o", "x"], ["give one adapter"]),
+        (["fold", "a.safetensors", "b", "-o", "x"], ["no checkpoint at a.safetensors"]),
+        (["fold", "house:Mixed", "--adapter", "a", "-o", "x", "--dry-run"], ["--dry-run"]),
+        (["fold", "house:Mixed", "--adapter", "a", "-o", "x", "--json"], ["--json"]),
+        (["verify", "a.safetensors", "b"], ["fxlora verify BASE ADAPTER OUT"]),
+        (["verify", "a.safetensors", "b", "c", "--reads"], ["--reads", "checkpoint"]),
         (["export", "house:Mixed", "--out", "x.pt2"], ["--input"]),
         (["verify", "house:Mixed", "--adapter", "a"], ["--input"]),
         (["verify", "house:Mixed", *IDS], ["--adapter"]),
