@@ -369,7 +369,8 @@ def files(
     base = house(name)
     save_model(base, "base.safetensors")
     ids = torch.randint(11, (3, 4))
-    done("adapt", f"house:{name}", *IDS, "--target", target, "-r", 2, "--out", "adapter")
+    words = ("--target", target, "-r", 2, "--out", "adapter", "--force")
+    done("adapt", f"house:{name}", *IDS, *words)
     return train(base, "adapter", ids)
 
 
