@@ -374,6 +374,8 @@ def test_what_does_not_fit_is_refused(state: Any, tensors: Any, said: str) -> No
         ({"lora_bias": True}, "uses lora_bias"),
         ({"some_new_field": 3}, "uses some_new_field"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": ["a"]}, "init_lora_weights=['a']"),
         ({"r": "2"}, "r must be"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
         ({"use_dora": True}, "no weight for 'fc'"),

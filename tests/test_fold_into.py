@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fxlora
 from fxlora import CapturedModule, ConfigError, InjectError, LoraConfig, Rule
@@ -249,3 +252,19 @@ def test_unfold_of_what_kept_nothing(lora: CapturedModule) -> None:
     plan = fxlora.match(kept, LoraConfig(r=2, target_modules=["fc"]))
     with pytest.raises(InjectError, match="keep=True"):
         fxlora.unfold(fxlora.fold(fxlora.inject(kept, plan)))
+
+
+def test_a_sharded_target(model: nn.Module, lora: CapturedModule) -> None:
+    """On a mesh of one process; tests/sharded.py has more."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        state = {n: t.clone() for n, t in model.state_dict().items()}
+        sharded = distribute_tensor(state["fc.weight"], mesh, [Shard(0)])
+        fxlora.fold_into(lora, state | {"fc.weight": sharded})
+        expected = fxlora.fold(lora).state_dict()["fc.weight"]
+        assert torch.allclose(sharded.full_tensor(), expected, rtol=0, atol=1e-6)
+        assert not torch.equal(sharded.full_tensor(), model.state_dict()["fc.weight"])
+    finally:
+        dist.destroy_process_group()

@@ -19,8 +19,9 @@ from ..keys import CONFIG, FileLayout
 from ..peft import ROOT, Wrappers, configuration, is_bare, owner_of
 from .base import Checkpoint
 from .model import Skeleton
-from .pairs import Pairs, Settings
+from .pairs import Pairs
 from .prefix import Prefix, find_prefix
+from .settings import Settings
 from .ties import check_ties
 from .weights_file import REPLACED
 
