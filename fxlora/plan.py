@@ -352,6 +352,9 @@ class Plan:
         trained_parameters: number of those that train in full.
         trained_dtypes: the dtypes of parameters trained in full, by name, as in
             `LoraConfig.autocast_adapter_dtype`; True for those that it leaves out.
+        untied: other names of the tensor of a parameter trained in full, by its name, which do not
+            train with it: injection splits the tie. (`match` trains a tensor under all its names;
+            PEFT's `modules_to_save` splits ties.)
         rules: the rules from which `match` made the plan; empty if it was read from an adapter
             folder that fxlora wrote or another library's file, or if its adapters were scaled or
             combined.
@@ -384,6 +387,7 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     trained_dtypes: Mapping[str, DtypeRule] = field(default_factory=dict[str, DtypeRule])
     descriptions: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def __post_init__(self) -> None:
         counts = (self.model_parameters, self.trained_parameters)
@@ -401,6 +405,14 @@ class Plan:
         for name, rule in self.trained_dtypes.items():
             _check(name in self.trained, f"trained_dtypes has {shown(name)}, which does not train")
             _check_dtype_rule(rule, name)
+        _check(isinstance(self.untied, Mapping), "untied must be a mapping")
+        for name, others in self.untied.items():
+            paths = isinstance(others, tuple) and all(map(is_path, others))
+            _check(name in self.trained, f"untied has {shown(name)}, which does not train")
+            _check(
+                paths and name not in others,
+                f"untied must hold other names than '{name}', not {shown(others)}",
+            )
         self._check_apart()
 
     def _check_apart(self) -> None:
@@ -465,12 +477,14 @@ class Plan:
     def split_ties(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """The ties that a fold splits, each as groups of names that stay one weight.
 
-        The groups that entries adapt come first, then the names that no entry adapts, if any.
+        The groups that entries adapt or that train come first, then the other names, if any.
         """
         ties: dict[frozenset[str], dict[tuple[str, ...], None]] = {}
         for entry in self:
             if entry.tied:
                 ties.setdefault(frozenset((*entry.names, *entry.tied)), {})[entry.names] = None
+        for name, others in self.untied.items():
+            ties.setdefault(frozenset((name, *others)), {})[(name,)] = None
         found: list[tuple[tuple[str, ...], ...]] = []
         for names, groups in ties.items():
             left = names.difference(*groups)

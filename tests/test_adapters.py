@@ -464,15 +464,6 @@ def test_pefts_conversion_is_ours(tmp_path: Path) -> None:
     assert_close(run(lora, args, {}), [expected], 1e-5)
 
 
-def test_two_pairs_of_pefts_for_one_tied_weight(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="peft is optional")
-    model, ids = Tied(), torch.tensor([[1, 2, 3]])
-    config = peft.LoraConfig(r=2, target_modules=["emb", "head"], init_lora_weights=False)
-    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=r"each name of the tied weight 'emb\.weight'"):
-        fxlora.load_adapter(fxlora.capture(model, ids), tmp_path)
-
-
 def test_pefts_that_changed_the_weights_beside(tmp_path: Path) -> None:
     lora, gm = normed()
     fxlora.save_adapter(lora, tmp_path)
@@ -808,18 +799,3 @@ def test_peft_starts_embeddings_at_zero_whatever_the_init(init: str, tmp_path: P
     assert not torch.allclose(expected, model(ids), atol=1e-2)
     lora = fxlora.load_adapter(fxlora.capture(model, ids), tmp_path)
     assert torch.allclose(lora(ids), expected, atol=1e-5)
-
-
-def test_a_folder_that_peft_reads_in_another_way_is_loaded_with_a_warning(tmp_path: Path) -> None:
-    """PEFT pads a reflecting convolution's branch with zeros."""
-    peft = pytest.importorskip("peft", reason="peft is optional")
-    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"))
-    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-    theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    theirs.save_pretrained(str(tmp_path))
-    gm = fxlora.capture(model, torch.randn(2, 3, 6, 7))
-    with pytest.warns(fxlora.FxLoraWarning, match="PEFT computes another result .*padding"):
-        lora = fxlora.load_adapter(gm, tmp_path)
-    x = torch.randn(2, 3, 6, 7)
-    assert torch.allclose(fxlora.fold(lora).eval()(x), lora.eval()(x), atol=1e-5)
-    assert not torch.allclose(lora(x), theirs.eval()(x), atol=1e-3)

@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from ..config import DESCRIPTIONS, REFUSED, LoraConfig
+from ..config import DESCRIPTIONS, LoraConfig
 from ..data import parsed, read_text
-from ..errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
-from ..lora.inits import FILLS, STARTS
-from ..matching import match
+from ..errors import AdapterError, ConfigError
 from ..module import CapturedModule
 from ..names import shown
 from ..plan import Entry, Plan
 from ..tables import some
 from .keys import CONFIG, INFORMATION, OURS, VERSION, WEIGHTS, WHY
-from .peft import configuration, has_embedding_keys, is_bare
-
-# Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
-_INITS_KEEPING_BASE = (*FILLS, "eva", "mica")
-
+from .peft_config import configuration
+from .saved import Saved
 
 # ---- loading ------------------------------------------------------------------------------------
+
+
+def _same(name: str) -> str:
+    return name
+
+
+@dataclass(frozen=True)
+class Names:
+    """The module's names for those in a file, which are its keys without PEFT's root.
+
+    Attributes:
+        patterns: regular expressions, each with the text that replaces what it finds; the first
+            that finds something counts.
+        before: what is done to a name first.
+    """
+
+    patterns: tuple[tuple[re.Pattern[str], str], ...] = ()
+    before: Callable[[str], str] = _same
+
+    def __call__(self, name: str) -> str:
+        """Return the module's name for one in the file."""
+        name = self.before(name)
+        number = self.number(name)
+        if number == len(self.patterns):
+            return name
+        pattern, replacement = self.patterns[number]
+        return pattern.sub(replacement, name)
+
+    def number(self, name: str) -> int:
+        """Return the number of the pattern that finds something, or that of all patterns."""
+        found = (n for n, (pattern, _) in enumerate(self.patterns) if pattern.search(name))
+        return next(found, len(self.patterns))
+
+    def after(self, before: Callable[[str], str]) -> Names:
+        return replace(self, before=before)
+
+    def __bool__(self) -> bool:
+        """Whether names may differ from the file's."""
+        return bool(self.patterns) or self.before is not _same
 
 
 @dataclass(frozen=True)
@@ -38,12 +73,17 @@ class Folder:
         config: the content of adapter_config.json.
         header: fxlora's plan, from the metadata of the safetensors file; None if there is none.
         tensors: the tensors of the safetensors file, by key.
+        names: the module's names for those in the file.
     """
 
     path: Path
     config: dict[str, Any]
     header: dict[str, Any] | None
     tensors: dict[str, torch.Tensor]
+    names: Names = Names()
+
+    def named(self, names: Names) -> Folder:
+        return replace(self, names=names)
 
 
 def read_folder(path: Path) -> Folder:
@@ -120,55 +160,19 @@ def plan_from_header(header: dict[str, Any], path: Path, adapter_name: str) -> t
             {**data, "adapter": adapter_name} if isinstance(data, dict) else data
             for data in entries
         )
-        dtypes = header.get("trained_dtypes", {})
+        dtypes, untied = header.get("trained_dtypes", {}), header.get("untied", {})
+        if isinstance(untied, dict):  # else Plan raises
+            untied = {k: tuple(v) if isinstance(v, list) else v for k, v in untied.items()}
         plan = Plan(
             tuple(map(Entry.from_data, named)),
             trained,
             modules_to_save=saved,
             trained_dtypes=dtypes,
+            untied=untied,
         )
         return plan, pefts
     except ConfigError as error:
         raise AdapterError(f"{path / WEIGHTS}: its plan is damaged: {error}") from error
-
-
-def plan_from_peft(module: CapturedModule, content: Folder, adapter_name: str) -> Plan:
-    """Return the plan that PEFT's configuration describes for a module.
-
-    Raises:
-        AdapterError: the configuration is not for LoRA, uses something that fxlora does not
-            support, or does not fit the module.
-    """
-    config = content.config
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}, not for LORA."
-        )
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    known -= {*REFUSED, *INFORMATION}
-    unknown = [k for k, v in config.items() if v and k not in known and k not in INFORMATION]
-    if unknown:
-        why = f" {unknown[0]}: {REFUSED[unknown[0]]}." if unknown[0] in REFUSED else ""
-        raise AdapterError(
-            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not support.{why}"
-        )
-    values = {key: value for key, value in config.items() if key in known and value is not None}
-    if values.get("target_modules") is None:
-        values["target_modules"] = []  # PEFT's defaults are in the file, if it used them
-    values |= descriptions_in(content)
-    values["init_lora_weights"] = _init_from_peft(config, content.path)
-    try:
-        plan = match(module, LoraConfig(**values), adapter_name=adapter_name)
-    except (ConfigError, NoMatchError, UnsupportedOpError) as error:
-        raise AdapterError(f"{content.path} does not fit the module: {error}") from error
-    for entry in plan:
-        layer = not is_bare(entry) and entry.layout.in_first
-        if layer and entry.parameter in (config.get("target_parameters") or ()):
-            raise AdapterError(
-                f"{content.path / CONFIG}: target_parameters has '{entry.parameter}', a layer's "
-                "weight (in, out), which PEFT takes for (out, in). Target the module instead."
-            )
-    return dataclasses.replace(plan, entries=tuple(map(_as_peft_starts, plan)))
 
 
 def descriptions_in(content: Folder) -> dict[str, Any]:
@@ -184,36 +188,11 @@ def descriptions_in(content: Folder) -> dict[str, Any]:
         raise AdapterError(f"{content.path / CONFIG}: {error}") from error
 
 
-def _as_peft_starts(entry: Entry) -> Entry:
-    """Return an entry with PEFT's init, which for embeddings is never PiSSA or OLoRA."""
-    if not has_embedding_keys(entry) or entry.init not in STARTS:
-        return entry
-    variants = tuple(name for name in entry.variants if name != "from_weight")
-    return dataclasses.replace(entry, init=True, variants=variants)
-
-
-def _init_from_peft(config: dict[str, Any], path: Path) -> bool | str:
-    """Return the init by which PEFT changes the base weights, or True where it leaves them as is.
-
-    Raises:
-        AdapterError: it changes them by an init that fxlora does not have.
-    """
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init in STARTS:
-        return init
-    if not isinstance(init, bool | str) or init not in _INITS_KEEPING_BASE:
-        raise AdapterError(
-            f"{path / CONFIG} has init_lora_weights={shown(init)}, which changes the weights "
-            "that the adapter is added to. Convert it with PEFT's save_pretrained(…, "
-            "path_initial_model_for_weight_conversion=…)."
-        )
-    return True
-
-
 def check_config(module: CapturedModule, plan: Plan, content: Folder) -> None:
     """Raise if the configuration, which PEFT reads, contradicts the plan, which fxlora reads."""
     ours = content.header is not None and not content.header["peft"]
-    expected = {"peft_type": OURS} if ours else configuration(module, plan)
+    saved = Saved.of(module, plan)
+    expected = {"peft_type": OURS} if ours else configuration(module, plan, saved)
     for key in (*DESCRIPTIONS, "inference_mode"):
         expected.pop(key, None)
     says = content.config

@@ -8,7 +8,7 @@ import torch
 
 from ..module import CapturedModule
 from ..plan import Entry, Plan
-from .peft import ROOT, Wrappers, decoded, encoded, groups_of, shapes_of
+from .peft import ROOT, Wrappers, groups_of
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -58,7 +58,7 @@ class FileLayout:
         return {
             f"{ROOT}{self.wrappers.site(group[0])}.{end}": tensor
             for group in groups_of(self.plan)
-            for end, tensor in encoded(group, values).items()
+            for end, tensor in self.wrappers.encoded(group, values).items()
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -68,7 +68,7 @@ class FileLayout:
         return {
             f"{ROOT}{self.wrappers.site(group[0])}.{end}": shape
             for group in groups_of(self.plan)
-            for end, shape in shapes_of(group).items()
+            for end, shape in self.wrappers.shapes(group).items()
         }
 
     def values(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -78,7 +78,8 @@ class FileLayout:
         found: dict[str, torch.Tensor] = {}
         for group in groups_of(self.plan):
             site = f"{ROOT}{self.wrappers.site(group[0])}."
-            found |= decoded(group, {end: tensors[site + end] for end in shapes_of(group)})
+            ends = self.wrappers.shapes(group)
+            found |= self.wrappers.decoded(group, {end: tensors[site + end] for end in ends})
         return found
 
     def key(self, name: str) -> str:

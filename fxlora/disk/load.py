@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,25 +13,22 @@ from ..errors import AdapterError, ConfigError, InjectError, MisfitError, Unsupp
 from ..lora.dtypes import dtype_rule
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from ..module.sharded import whole, write
+from ..module.sharded import write
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..passes.inject import with_dtypes
-from ..plan import Plan
-from ..tables import some
-from .folder import (
-    Folder,
-    check_config,
-    descriptions_in,
-    plan_from_header,
-    plan_from_peft,
-    read_folder,
-)
+from .folder import Folder, plan_from_header, read_folder
 from .foreign.format import check_no_effect, checked_options
-from .foreign.plans import Foreign, read_foreign
+from .foreign.plans import read_foreign
 from .foreign.tensors import foreign_file
-from .keys import FileLayout, layout_of
-from .peft import ROOT, why_not
-from .values import same, tensor_of, values_of
+from .limits import why_not
+from .own_folder import counted, misfits, read_own
+from .peft_folder import check_config, read_peft
+from .peft_tensors import PeftTensors
+from .reading import Reading
+from .renaming import with_names
+from .saved import Saved
+from .trained_over import check_base
+from .values import fitted, tensor_of
 
 
 @no_ambient_modes()
@@ -47,6 +43,9 @@ def load_adapter(
     enable_lora: Sequence[bool] | None = None,
     component: str | None = None,
     allow_nonfinite: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    as_formula: bool = False,
+    strict_base: bool = False,
 ) -> CapturedModule:
     """Return a new module: the captured one with a saved adapter, from fxlora, PEFT or another.
 
@@ -54,7 +53,8 @@ def load_adapter(
     guide "Adapters of other libraries" says what is read.
 
     With the same base weights, it equals the saved module bit for bit. The adapter has the dtype
-    that it was saved for: by default float32, or the weight's dtype if that is wider.
+    that it was saved for: by default float32, or the weight's dtype if that is wider. A folder from
+    PEFT computes what PEFT trained, or is refused with the reason.
 
     Args:
         module: a captured module without adapters; it is not changed.
@@ -68,20 +68,34 @@ def load_adapter(
         component: the model that the module is, in a file for several: the beginning of its
             layers' names, such as "unet" or "lora_te1". The others' layers are left out.
         allow_nonfinite: whether the file may have NaN or infinities.
+        key_mapping: regular expressions and their replacements for names in the file (keys without
+            `base_model.model.`), as in PEFT and transformers: the first that is found in a name
+            counts. Layers that get the name of one fused weight become its parts, in the order of
+            the expressions. Without it, names with other beginnings than the module's are
+            recognised if exactly one way fits all tensors.
+        as_formula: read a folder from PEFT as W0 + s·BA at every read of a weight, also where PEFT
+            computes something else from it.
+        strict_base: whether to raise if the module's weights are not known to be those that the
+            adapter was trained over, by fingerprints that fxlora saves. PEFT saves none.
 
     Returns:
         The adapted module, with the values of the file.
 
     Warns:
-        FxLoraWarning: the folder is PEFT's, and PEFT computes another result from it; says why. Or
-            values of the file are rounded to the module's dtypes; says which.
+        FxLoraWarning: the adapter was trained over another base; names of the file are read as
+            others; tensors of the file have no effect, or change more than adapters do; values of
+            the file are rounded to the module's dtypes; or, with `as_formula`, PEFT computes
+            another result.
 
     Raises:
         NotCapturedError: the module is not a captured one.
         AdapterError: the folder or file is missing, damaged, not for LoRA, of no known format, does
-            not hold what it should, or does not fit the module; names the keys.
-        ConfigError: adapter_name cannot be the name of an adapter, or adapter_dtype is no dtype in
-            which an adapter can be trained; or another argument has no effect on this adapter.
+            not hold what it should, or does not fit the module (names the keys); PEFT computes
+            another result from it (says why); or, with `strict_base`, it was trained over another
+            base.
+        ConfigError: adapter_name cannot be the name of an adapter, adapter_dtype is no dtype in
+            which an adapter can be trained, key_mapping is no mapping of regular expressions, or
+            an argument has no effect on this adapter.
 
     Example:
         >>> import tempfile, torch, fxlora
@@ -102,142 +116,69 @@ def load_adapter(
     path = as_path(folder, AdapterError)
     options = checked_options(lora_alpha, use_rslora, enable_lora, component)
     if (file := foreign_file(path)) is not None:
+        if key_mapping is not None:
+            raise ConfigError(f"key_mapping has no effect on {file}: it is for PEFT's keys.")
+        content = Folder(file, {}, None, {})
         foreign = read_foreign(module, file, adapter_name, options)
-        for note in foreign.notes:
-            warn(f"{file}: {note}")
-        plan = held = foreign.plan
-        content = _as_ours(foreign, file)
-        pefts = False
+        plan = counted(module, foreign.plan)
+        reading = Reading(plan, foreign.starts, foreign.stored, tuple(foreign.notes))
     else:
         check_no_effect(options)
         content = read_folder(path.parent if path.is_file() else path)
+        content = with_names(module, content, key_mapping, _misfits(module, content))
         if content.header is not None:
-            plan, pefts = plan_from_header(content.header, content.path, adapter_name)
-            held = plan
+            reading = read_own(module, content, adapter_name)
         else:
-            plan, pefts = plan_from_peft(module, content, adapter_name), True
-            held = _as_peft_has(plan)
-    _check_weights(module, plan, content)
-    layout = layout_of(module, held, pefts)
-    _check_tensors(module, layout, content)
-    if content.header is not None:
-        plan = dataclasses.replace(_counted(module, plan), descriptions=descriptions_in(content))
-        check_config(module, plan, content)
-    plan = with_dtypes(module, plan if rule is None else plan.with_adapter_dtype(rule))
-    starts, stored = values_of(module, plan, layout, content, allow_nonfinite)
-    try:
-        result = inject(module, plan, starts=starts)
-    except MisfitError as error:
-        raise AdapterError(
-            f"{content.path} does not fit the module: {error.reason} Load it onto one captured "
-            "from the model that it was trained on, with its ties."
-        ) from error
-    except (ConfigError, InjectError, UnsupportedOpError) as error:
-        raise AdapterError(f"{content.path} does not fit the module: {error}") from error
-    with torch.no_grad():
-        for name, value in stored.items():
-            write(tensor_of(result, name), value)
-    if pefts and content.header is None and (why := why_not(result, plan)):
-        warn(
-            f"PEFT computes another result from {content.path}: {why}. Here every read of the "
-            "weight is adapted."
-        )
+            reading = read_peft(module, content, adapter_name)
+            _check_as_peft(module, reading, content.path, as_formula)
+    plan = reading.plan if rule is None else reading.plan.with_adapter_dtype(rule)
+    reading = reading.with_plan(with_dtypes(module, plan))
+    result = _applied(module, reading, content.path, allow_nonfinite)
+    check_base(result, content, strict_base)
     return result
 
 
-def _as_ours(foreign: Foreign, path: Path) -> Folder:
-    """Return the content of another library's file as that of a folder in fxlora's own layout."""
-    layout = FileLayout(foreign.plan, None)
-    tensors = layout.adapters(foreign.starts)
-    tensors |= {layout.key(name): value for name, value in foreign.stored.items()}
-    return Folder(path, {}, None, tensors)
+def _misfits(module: CapturedModule, content: Folder) -> Callable[[Folder], Sequence[str]]:
+    """Return a function that gives the names in a folder that do not fit the module."""
+    if content.header is None:
+        check_config(content)
+        return lambda folder: PeftTensors.of(module, folder).misfits(module)
+    plan, _ = plan_from_header(content.header, content.path, "default")
+    return lambda folder: misfits(module, plan, folder.names)
 
 
-def _counted(module: CapturedModule, plan: Plan) -> Plan:
-    """Return the plan with this module's numbers of parameters: those in a file may be wrong."""
-    sizes = {name: p.numel() for name, p in module.named_parameters(remove_duplicate=False)}
-    return dataclasses.replace(
-        plan,
-        model_parameters=sum(p.numel() for p in module.parameters()),
-        trained_parameters=sum(sizes[name] for name in plan.trained),
-    )
-
-
-def _as_peft_has(plan: Plan) -> Plan:
-    """Return the plan in the form of PEFT's file, which omits the initial pair of PiSSA and OLoRA.
-
-    PEFT computes that pair again from the base weight.
-    """
-    entries = tuple(
-        dataclasses.replace(e, variants=tuple(v for v in e.variants if v != "from_weight"))
-        for e in plan
-    )
-    return dataclasses.replace(plan, entries=entries)
-
-
-def _check_weights(module: CapturedModule, plan: Plan, content: Folder) -> None:
-    """Raise unless the module has all that the plan names, with the weight shapes of the plan."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    needed = [name for e in plan for name in (*e.names, *e.tied)] + list(plan.trained)
-    missing = [name for name in dict.fromkeys(needed) if name not in parameters]
-    held = {*parameters, *(path for path, _ in module.named_modules(remove_duplicate=False))}
-    missing += [name for name in plan.modules_to_save if name not in held]
-    if missing:
+def _check_as_peft(module: CapturedModule, reading: Reading, path: Path, as_formula: bool) -> None:
+    """Raise if PEFT computes another result from its own folder, or warn if the user knows."""
+    plan = reading.plan
+    why = why_not(module, plan, Saved.of(module, plan), from_peft=True)
+    if why is None:
+        return
+    said = f"PEFT computes another result from {path} than W0 + s·BA: {why}."
+    if not as_formula:
         raise AdapterError(
-            f"{content.path} does not fit the module; the module has no {some(missing)}."
+            f"{said} To read it by the formula anyway, at every read of the weight: "
+            "load_adapter(…, as_formula=True)."
         )
-    shapes = {e.parameter: e.shape for e in plan if e.shape != tuple(parameters[e.parameter].shape)}
-    if shapes:
+    warn(f"{said} Here every read of the weight is adapted.")
+
+
+def _applied(
+    module: CapturedModule, reading: Reading, path: Path, allow_nonfinite: bool
+) -> CapturedModule:
+    """Return the module with the plan and the values of a file."""
+    for note in reading.notes:
+        warn(f"{path}: {note}")
+    starts, stored = fitted(module, reading, path, allow_nonfinite)
+    try:
+        result = inject(module, reading.plan, starts=starts)
+    except MisfitError as error:
         raise AdapterError(
-            f"{content.path} does not fit the module; it was made for "
-            f"{some(f'{name} {shape}' for name, shape in shapes.items())}."
-        )
-
-
-def _check_tensors(module: CapturedModule, layout: FileLayout, content: Folder) -> None:
-    """Raise unless the file's keys and shapes are those that the plan and the module call for."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    plan = layout.plan
-    expected = layout.shapes()
-    expected |= {layout.key(name): tuple(parameters[name].shape) for name in plan.trained}
-    buffers = {layout.key(n): tuple(b.shape) for n, b in module.named_buffers()}
-    allowed = {**buffers, **expected}
-    # PEFT may save the weights of embeddings with the adapter, frozen or not.
-    same = {layout.key(n) for n, p in parameters.items() if _same_there(content, layout.key(n), p)}
-    extra = [key for key in content.tensors if key not in allowed and key not in same]
-    problems = [
-        ("missing in the file:", [key for key in expected if key not in content.tensors]),
-        ("unexpected in the file:", extra),
-        ("of another shape:", _misshapen(content.tensors, allowed)),
-    ]
-    said = [f"{what} {some(names)}" for what, names in problems if names]
-    if tied := _of_other_names(plan, extra):
-        said.append(
-            f"it has a pair for each name of the tied weight '{tied}', but fxlora has one for all"
-        )
-    if said:
-        raise AdapterError(f"{content.path} does not fit the module; {'; '.join(said)}.")
-
-
-def _same_there(content: Folder, key: str, parameter: torch.Tensor) -> bool:
-    """Whether the file holds, under this key, the present values of a parameter."""
-    found = content.tensors.get(key)
-    return found is not None and same(whole(parameter.detach()).cpu(), found.to(parameter.dtype))
-
-
-def _of_other_names(plan: Plan, keys: list[str]) -> str | None:
-    """Return the tied weight that has a pair under another of its names in the file, or None."""
-    for entry in plan:
-        owners = [ROOT + name.rpartition(".")[0] for name in entry.names[1:]]
-        if any(key.startswith(f"{owner}.lora_") for key in keys for owner in owners):
-            return entry.parameter
-    return None
-
-
-def _misshapen(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Describe the tensors of the file that do not have the expected shapes."""
-    return [
-        f"{key} ({tuple(tensor.shape)} in the file, {shapes[key]} here)"
-        for key, tensor in tensors.items()
-        if key in shapes and tuple(tensor.shape) != shapes[key]
-    ]
+            f"{path} does not fit the module: {error.reason} Load it onto one captured "
+            "from the model that it was trained on, with its ties."
+        ) from error
+    except (ConfigError, InjectError, UnsupportedOpError) as error:
+        raise AdapterError(f"{path} does not fit the module: {error}") from error
+    with torch.no_grad():
+        for name, value in stored.items():
+            write(tensor_of(result, name), value)
+    return result

@@ -3,7 +3,7 @@
 The header of the safetensors file also contains the exact plan, so a folder from fxlora is applied
 without matching again. A folder from PEFT has no plan: its configuration is matched.
 
-If PEFT would compute a different result from the same tensors (see `peft.why_not`), the folder is
+If PEFT would compute a different result from the same tensors (see `limits.why_not`), the folder is
 in fxlora's own layout. Then each tensor is under its own name, and the configuration has the reason
 and the peft_type "FXLORA", with which PEFT raises an error.
 """
@@ -29,8 +29,11 @@ from ..plan import Plan
 from ..tables import some
 from .files import whole_file
 from .keys import CONFIG, OURS, VERSION, WEIGHTS, WHY, FileLayout, layout_of
-from .peft import configuration, why_not
-from .values import not_finite, same
+from .limits import unadapted, why_not
+from .peft_config import configuration
+from .saved import Saved
+from .trained_over import base_data
+from .values import not_finite, same, tensor_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,34 +89,34 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         )
     folder = as_path(folder, AdapterError)
     mesh = mesh_of(module)
-    why = why_not(module, module.plan)
+    base = unadapted(module)
+    saved = Saved.of(base, module.plan)
+    why = why_not(base, module.plan, saved)
     layout = layout_of(module, module.plan, why is None)
     changed = _changed(module, layout)
+    beside = {} if why else _beside(module, layout, saved)
+    config = {"peft_type": OURS, WHY: why} if why else configuration(base, module.plan, saved)
     with once(mesh, AdapterError) as first:
         _check_copies(module, mesh)
         if first:
             _check_worth_saving(module, layout, changed)
-            _write(module, module.plan, folder, changed, why)
+            header = {**_plan_data(module.plan, why is None), "base": base_data(module)}
+            _write(folder, {**beside, **changed}, header, config)
     if why and is_first(mesh):
         warn(f"PEFT cannot read {folder}, which fxlora can: {why}.")
 
 
 def _write(
-    module: CapturedModule,
-    plan: Plan,
-    folder: Path,
-    changed: dict[str, torch.Tensor],
-    why: str | None,
+    folder: Path, tensors: dict[str, torch.Tensor], plan: dict[str, Any], config: dict[str, Any]
 ) -> None:
     """Write the two files of an adapter folder."""
-    tensors = {key: _plain(tensor) for key, tensor in changed.items()}
+    tensors = {key: _plain(tensor) for key, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}.") from error
     # A single key: safetensors writes several in random order, and files should be reproducible.
-    header = {"fxlora": json.dumps(_plan_data(plan, why is None))}
-    config = {"peft_type": OURS, WHY: why} if why else configuration(module, plan)
+    header = {"fxlora": json.dumps(plan)}
     with (
         whole_file(folder / CONFIG, AdapterError) as config_file,
         whole_file(folder / WEIGHTS, AdapterError) as weights,
@@ -173,6 +176,14 @@ def _changed(module: CapturedModule, layout: FileLayout) -> dict[str, torch.Tens
     return tensors
 
 
+def _beside(module: CapturedModule, layout: FileLayout, saved: Saved) -> dict[str, torch.Tensor]:
+    """Return the tensors that only PEFT needs: all those of the modules that it wraps.
+
+    It also needs a parameter trained in full under every name.
+    """
+    return {layout.key(name): whole(tensor_of(module, name)) for name in saved.tensors}
+
+
 def _plan_data(plan: Plan, pefts: bool) -> dict[str, Any]:
     """Return a plan as data for the header; `pefts` says whether the file is in PEFT's layout."""
     return {
@@ -184,4 +195,5 @@ def _plan_data(plan: Plan, pefts: bool) -> dict[str, Any]:
         "model_parameters": plan.model_parameters,
         "trained_parameters": plan.trained_parameters,
         "trained_dtypes": dict(plan.trained_dtypes),
+        "untied": {name: list(others) for name, others in plan.untied.items()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -10,10 +11,8 @@ from ..errors import AdapterError, warn
 from ..lora.dtypes import name_of, rounds
 from ..module import CapturedModule
 from ..module.sharded import whole
-from ..plan import Plan
 from ..tables import count, some
-from .folder import Folder
-from .keys import FileLayout
+from .reading import Reading
 
 
 def not_finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
@@ -38,16 +37,10 @@ def same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
     return tensor.shape == original.shape and torch.equal(tensor, original)
 
 
-def values_of(
-    module: CapturedModule,
-    plan: Plan,
-    layout: FileLayout,
-    content: Folder,
-    allow_nonfinite: bool = False,
+def fitted(
+    module: CapturedModule, reading: Reading, path: Path, allow_nonfinite: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the file's values, by name: those of adapters, and those of the base model's tensors.
-
-    The latter are buffers and parameters trained in full. All are in the dtypes of the plan.
+    """Return a file's values in the dtypes of the plan: those of adapters, and the others.
 
     Warns:
         FxLoraWarning: values of the file are rounded to these dtypes.
@@ -56,27 +49,25 @@ def values_of(
         AdapterError: a value is NaN or infinite (unless `allow_nonfinite`), or has a dtype that the
             module's cannot hold.
     """
-    held = partial(_held, content, allow_nonfinite)
-    decoded = layout.values(content.tensors)
+    held = partial(_held, path, allow_nonfinite)
+    plan = reading.plan
     dtypes = {
         name: entry.dtype_over(module.get_parameter(entry.parameter).dtype)
         for entry in plan
         for name in entry.tensors
     }
-    starts = {n: held(n, t, dtypes[n], None) for n, t in decoded.items()}
-    own = [name for name, _ in module.named_buffers()] + list(layout.plan.trained)
-    stored = {n: content.tensors[key] for n in own if (key := layout.key(n)) in content.tensors}
-    now = {name: whole(tensor_of(module, name)) for name in stored}
-    for name in stored:
+    starts = {n: held(n, t, dtypes[n], None) for n, t in reading.starts.items()}
+    now = {name: whole(tensor_of(module, name)) for name in reading.stored}
+    for name in reading.stored:
         trained = plan.trained_dtype(name, now[name].dtype) if name in plan.trained else None
         dtypes[name] = trained or now[name].dtype
-    kept = {n: held(n, t, dtypes[n], now[n]) for n, t in stored.items()}
-    _warn_of_rounding(content, decoded | stored, dtypes)
-    return starts, kept
+    stored = {n: held(n, t, dtypes[n], now[n]) for n, t in reading.stored.items()}
+    _warn_of_rounding(path, reading.starts | reading.stored, dtypes)
+    return starts, stored
 
 
 def _warn_of_rounding(
-    content: Folder, values: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]
+    path: Path, values: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]
 ) -> None:
     """Warn if a value of the file is not the same number in its dtype here."""
     found = {n: v.dtype for n, v in values.items() if n in dtypes and rounds(v, dtypes[n])}
@@ -85,7 +76,7 @@ def _warn_of_rounding(
     pairs = {f"{name_of(dtype)} to {name_of(dtypes[name])}" for name, dtype in found.items()}
     wider = max(found.values(), key=lambda dtype: torch.finfo(dtype).bits)
     warn(
-        f"{content.path}: {count(len(found), 'tensor')} rounded from {', '.join(sorted(pairs))}: "
+        f"{path}: {count(len(found), 'tensor')} rounded from {', '.join(sorted(pairs))}: "
         f"{some(found)}. To keep the values of adapters and of what trains in full, load with "
         f"adapter_dtype={wider}."
     )
@@ -98,7 +89,7 @@ def tensor_of(module: CapturedModule, name: str) -> torch.Tensor:
 
 
 def _held(
-    content: Folder,
+    path: Path,
     allow_nonfinite: bool,
     name: str,
     value: torch.Tensor,
@@ -108,7 +99,7 @@ def _held(
     """Return a value of the file in the module's dtype, or raise if it does not fit.
 
     Args:
-        content: the folder, for the message.
+        path: of the folder, for the message.
         allow_nonfinite: whether it may be NaN or infinite.
         name: the tensor's name in the module.
         value: the value in the file.
@@ -119,12 +110,12 @@ def _held(
         dtype.is_floating_point and not value.is_floating_point()
     ):
         raise AdapterError(
-            f"{content.path}: '{name}' is {value.dtype}, which is no {dtype}, the module's dtype."
+            f"{path}: '{name}' is {value.dtype}, which is no {dtype}, the module's dtype."
         )
     value = value.to(dtype)
     if not allow_nonfinite and not_finite(value, now):
         raise AdapterError(
-            f"{content.path}: '{name}' has NaN or infinities as {dtype}, as after a training that "
+            f"{path}: '{name}' has NaN or infinities as {dtype}, as after a training that "
             "diverged. Use an earlier checkpoint of the adapter, or allow_nonfinite=True "
             "(--allow-nonfinite) to go on nevertheless."
         )

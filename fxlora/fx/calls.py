@@ -122,8 +122,13 @@ def is_in(node: fx.Node, path: str) -> bool:
     return bool(_stack(node)) and _may_be_in(node, path)
 
 
+def places(node: fx.Node) -> list[str]:
+    """Return the paths of the modules whose forwards made the call, outermost first."""
+    return [str(place).partition("@")[0] for place, _ in _stack(node)]
+
+
 def _may_be_in(node: fx.Node, path: str) -> bool:
-    stack = [str(place).partition("@")[0] for place, _ in _stack(node)]
+    stack = places(node)
     return not stack or any(place == path or place.startswith(f"{path}.") for place in stack)
 
 

@@ -23,7 +23,8 @@ from ..module.sharded import whole
 from ..module.state import State
 from ..names import shown
 from ..plan import Entry, Plan
-from ..reads.sites import Site, find_sites, merged
+from ..reads.readers import readers_and_writers
+from ..reads.sites import Site, by_call_site, find_sites, merged
 from ..tables import some
 from .base import Pass
 from .initialize import new_tensors
@@ -84,9 +85,32 @@ def check_fits(module: CapturedModule, plan: Plan) -> dict[tuple[str, ...], Site
     if missing := [name for name in plan.trained if name not in held]:
         raise MisfitError(f"the plan trains {some(missing)}, which this module does not have.")
     check_own_memory(module, plan.trained)
+    _check_untied(module, plan)
     for entry in plan:
         _check_fits(module, entry, sites.get(entry.names))
     return sites
+
+
+def _check_untied(module: CapturedModule, plan: Plan) -> None:
+    """Raise unless the reads of each parameter that trains apart from its tie are told apart.
+
+    Raises:
+        UnsupportedOpError: names the tie.
+    """
+    if not plan.untied:
+        return
+    readers, _ = readers_and_writers(module)
+    tied = {name: names for names in module.aliases().values() for name in names}
+    for name, others in plan.untied.items():
+        mine = set(tied[name]).difference(others)
+        for group in by_call_site(module, tied[name], readers):
+            read = {alias for alias in group if readers.get(alias)}
+            if (read & mine and read - mine) or not module.uncovered.keys().isdisjoint(group):
+                raise UnsupportedOpError(
+                    f"'{name}' is to train apart from {some(others)}, with which it is tied, and "
+                    "not every read of it is in the forward of a module that holds it: the reads "
+                    "cannot be told apart. Untie the two in the model before you capture it."
+                )
 
 
 def _check_starts(plan: Plan, starts: Mapping[str, torch.Tensor]) -> None:
@@ -242,10 +266,10 @@ def _originals(module: CapturedModule, plan: Plan) -> dict[str, torch.Tensor]:
 def _freeze(module: CapturedModule, plan: Plan) -> None:
     """Freeze all parameters, and replace those that the plan trains in full by trainable copies."""
     module.requires_grad_(False)
-    aliases = module.aliases() if plan.trained else {}
+    tied = {name: names for names in module.aliases().values() for name in names}
     for name in plan.trained:
         copied = nn.Parameter(module.get_parameter(name).detach().clone())
-        for alias in aliases[name]:
+        for alias in set(tied[name]).difference(plan.untied.get(name, ())):
             module.set_parameter(alias, copied)
 
 

@@ -44,10 +44,11 @@ class Remove(Pass):
 def _restore(module: CapturedModule) -> None:
     """Restore buffers and the parameters trained in full to their values before injection."""
     aliases, held = module.aliases(), module.state_tensors()
+    apart = module.plan.untied if module.plan else {}
     for name, original in module.known.originals.items():
         if name in module.trained:
             restored = nn.Parameter(original)
-            for alias in aliases[name]:
+            for alias in (*aliases[name], *apart.get(name, ())):  # tied again
                 module.set_parameter(alias, restored)
         else:
             with torch.no_grad():

@@ -132,7 +132,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
         if not (read or first in uncovered):
             continue
         writer = next((writers[name] for name in every_name if name in writers), None)
-        for names in _by_call_site(module, every_name, readers):
+        for names in by_call_site(module, every_name, readers):
             found = tuple(reader for name in names for reader in readers.get(name, ()))
             site = _site(names, weight, found, writer)
             parametrized = _parametrized(module, names)
@@ -155,7 +155,7 @@ def find_sites(module: CapturedModule) -> list[Site]:
     return sorted(sites, key=lambda site: order[site.parameter])
 
 
-def _by_call_site(
+def by_call_site(
     module: CapturedModule, names: list[str], readers: dict[str, list[Reader]]
 ) -> list[list[str]]:
     """Group the names of a weight by the module whose call reads it.

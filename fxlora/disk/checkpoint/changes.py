@@ -16,7 +16,9 @@ from ...plan import Entry, Plan
 from ...tables import some
 from ..folder import Folder, plan_from_header
 from ..keys import CONFIG, FileLayout
-from ..peft import ROOT, Wrappers, configuration, is_bare, owner_of
+from ..peft import ROOT, Wrappers, is_bare, owner_of
+from ..peft_config import configuration
+from ..saved import Saved
 from .base import Checkpoint
 from .model import Skeleton
 from .pairs import Pairs
@@ -139,7 +141,7 @@ def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
     nothing: Any = SimpleNamespace(  # of the module, only target_modules depends on more
         state_dict=dict, named_parameters=_no_parameters, adapter_parameters=set
     )
-    expected = configuration(nothing, plan)
+    expected = configuration(nothing, plan, Saved((), (), ()))
     about = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
     differ = [key for key in (*about, "peft_type") if content.config.get(key) != expected[key]]
     if differ:
@@ -155,26 +157,42 @@ def _no_parameters(**_: object) -> tuple[()]:
 
 
 def _wrappers(plan: Plan, content: Folder, model: Skeleton | None) -> Wrappers:
-    """Return PEFT's wrappers: one for each adapted parameter of a module, in the module's order."""
-    held: dict[str, list[str]] = {}
+    """Return PEFT's wrappers: one for each adapted parameter of a module, in the module's order.
+
+    Raises:
+        AdapterError: the shapes in the file fit several, and no model tells which.
+    """
+    held: dict[str, list[Entry]] = {}
     for entry in plan:
-        names = held.setdefault(owner_of(entry), [])
-        names += [] if entry.parameter in names else [entry.parameter]
+        held.setdefault(owner_of(entry), []).append(entry)
+    found = {o: _wrappers_of(o, mine, content, model) for o, mine in held.items()}
+    targets = {owner: wrappers.targets[owner] for owner, wrappers in found.items()}
+    return Wrappers.over(plan, targets, {n for w in found.values() for n in w.transposed})
+
+
+def _wrappers_of(
+    owner: str, entries: list[Entry], content: Folder, model: Skeleton | None
+) -> Wrappers:
+    """Return the wrappers of one module: their order, and which stacks are (e, in, out) to PEFT."""
+    names = list(dict.fromkeys(entry.parameter for entry in entries))
+    stacks = {entry.parameter for entry in entries if entry.layout.stacked}
     if model is not None:
-        held = {o: [n for n in model.order(o) if n in names] for o, names in held.items()}
-        return Wrappers({owner: tuple(names) for owner, names in held.items()})
-    targets: dict[str, tuple[str, ...]] = {}
-    for owner, names in held.items():
-        mine = [entry for entry in plan if owner_of(entry) == owner]
-        orders = list(itertools.permutations(names)) if len(names) <= 5 else []
-        fitting = [o for o in orders if _has_shapes(Wrappers({owner: o}), mine, content)]
-        if len(names) > 1 and len(fitting) != 1:
-            raise AdapterError(
-                f"{content.path}: the file does not tell which tensors are for which of "
-                f"{some(names)}. {WITH_MODEL}."
-            )
-        targets[owner] = fitting[0] if fitting else tuple(names)
-    return Wrappers(targets)
+        order = tuple(n for n in model.order(owner) if n in names)
+        turned = stacks if model.transposes_stacks(owner) else ()
+        return Wrappers.over(entries, {owner: order}, turned)
+    orders = itertools.permutations(names) if len(names) <= 5 else ()
+    ways = [
+        Wrappers.over(entries, {owner: order}, turned)
+        for order in orders
+        for turned in ({frozenset[str](), frozenset(stacks)})
+    ]
+    fitting = [way for way in ways if _has_shapes(way, entries, content)]
+    if len(ways) > 1 and len(fitting) != 1:
+        raise AdapterError(
+            f"{content.path}: the file does not tell which tensors are for which of "
+            f"{some(names)}, or their dimensions. {WITH_MODEL}."
+        )
+    return fitting[0] if fitting else Wrappers.over(entries, {owner: tuple(names)})
 
 
 def _has_shapes(wrappers: Wrappers, entries: list[Entry], content: Folder) -> bool:

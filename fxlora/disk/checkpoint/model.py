@@ -27,6 +27,10 @@ class Skeleton:
         classes = type(self.module.get_submodule(owner)).__mro__
         return any(f"{c.__module__}.{c.__name__}" == CONV1D for c in classes)
 
+    def transposes_stacks(self, owner: str) -> bool:
+        """Whether a module tells PEFT that its stacks are (e, in, out)."""
+        return getattr(self.module.get_submodule(owner), "is_transposed", False) is True
+
     def order(self, owner: str) -> list[str]:
         """Return the names of a module's own parameters, in its order."""
         held = self.module.get_submodule(owner)

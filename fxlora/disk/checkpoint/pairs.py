@@ -19,7 +19,7 @@ from ...plan import Entry
 from ...tables import some
 from ..folder import Folder
 from ..keys import CONFIG
-from ..peft import ROOT, decoded, shapes_of
+from ..peft import ROOT, Wrappers, owner_of
 from .base import Checkpoint
 from .model import Skeleton
 from .prefix import Prefix
@@ -197,15 +197,19 @@ def _entries(
 def _shapes(entry: Entry) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of PEFT's tensors for a weight, by the ends of their keys."""
     if entry.op != "transposed":
-        return shapes_of((entry,))
+        return _wrapper(entry).shapes((entry,))
     (size_e, size_i, size_o), r = entry.shape, entry.r
     return {"lora_A.weight": (size_e * r, size_i), "lora_B.weight": (size_o, r * size_e)}
+
+
+def _wrapper(entry: Entry) -> Wrappers:
+    return Wrappers.over((entry,), {owner_of(entry): (entry.parameter,)})
 
 
 def _decoded(entry: Entry, pair: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of an entry by name: A (…, r, in) and B (…, out, r)."""
     if entry.op != "transposed":
-        return decoded((entry,), pair)
+        return _wrapper(entry).decoded((entry,), pair)
     a, b = pair["lora_A.weight"], pair["lora_B.weight"]
     experts = entry.shape[0]
     return {
@@ -227,7 +231,7 @@ def _by_model(
     transposed = model.transposed(owner)
     out_of = {"addmm"} if not transposed else {"linear"}
     # Older versions of PEFT took every stack for (in, out): without `is_transposed`, both may be.
-    if getattr(model.module.get_submodule(owner), "is_transposed", False) is True:
+    if model.transposes_stacks(owner):
         stacks = [f for f in fitting if all(e.op == "transposed" or len(e.shape) < 3 for e in f)]
         fitting = stacks or fitting
     return [f for f in fitting if not any(e.op in out_of for e in f)]

@@ -1,0 +1,287 @@
+"""Where PEFT computes another function from an adapter than W0 + s·BA at every read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from ..fx.calls import call_site, example_value, kind_of, module_classes, named_argument
+from ..lora.ops import is_lookup
+from ..module import CapturedModule
+from ..module.fsdp import has_fsdp
+from ..module.skeleton import skeleton
+from ..passes import Remove
+from ..plan import Entry, Plan
+from ..reads.readers import Reader
+from ..reads.sites import Site, find_sites
+from .peft import LAYERS, Group, groups_of, is_bare, is_transposed, owner_of
+from .peft_config import name_suffixes
+from .saved import Saved
+
+VARIANTS = ((), ("from_weight",), ("dora",), ("from_weight", "dora"))
+# Its fused kernel in eval mode reads the weights without calling the forwards of their modules.
+FUSED_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
+# Ops around a layer's own that neither mix nor change entries. PEFT's branch passes around them.
+_RESHAPES = frozenset(
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "_reshape_alias",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "alias",
+        "clone",
+        "contiguous",
+    ]
+)
+_CASTS = frozenset(("_to_copy", "to", "type_as"))
+
+
+def unadapted(module: CapturedModule) -> CapturedModule:
+    """Return a module without its adapters (and maybe without values), to read its graphs."""
+    if module.plan is None:
+        return module
+    return Remove(restore=False)(skeleton(module) if has_fsdp(module) else module)
+
+
+def why_not(
+    base: CapturedModule, plan: Plan, saved: Saved, *, from_peft: bool = False
+) -> str | None:
+    """Return why PEFT would compute another result from this adapter, or None if it would not.
+
+    Args:
+        base: the module without adapters.
+        plan: the adapters.
+        saved: the modules that PEFT wraps to train in full.
+        from_peft: whether PEFT has made the adapter on this model: then it can wrap its layers,
+            and a layer of an unknown class counts by what its forward does.
+    """
+    readers: dict[str, list[Reader]] = {}
+    for site in find_sites(base):
+        for name in site.names:
+            readers.setdefault(name, []).extend(site.readers)
+    if len({"dora" in entry.variants for entry in plan}) > 1:
+        return "DoRA only at some sites"
+    paths = Counter(id(held) for _, held in base.named_modules(remove_duplicate=False))
+    for group in groups_of(plan):
+        entry = group[0]
+        found = {id(r): r for name in entry.names for r in readers.get(name, ())}
+        shared = paths[id(base.get_submodule(owner_of(entry)))] > 1
+        why = _why_not_these(group) or _why_not_read(
+            base, entry, list(found.values()), shared, from_peft
+        )
+        if why:
+            return f"'{entry.site}': {why}"
+    return _why_not_together(base, plan) or (None if from_peft else _why_not_apart(plan, saved))
+
+
+def is_plain_layer(site: Site) -> bool:
+    """Whether a weight is that of a layer of its own, of a class that PEFT wraps."""
+    owner, _, last = site.parameter.rpartition(".")
+    return (
+        last == "weight"
+        and len(site.names) == 1
+        and all(
+            reader.call_site == owner
+            and reader.op is not None
+            and module_classes(reader.node)[-1:] == [LAYERS.get(site.op)]
+            for reader in site.readers
+        )
+    )
+
+
+def _why_not_these(group: Group) -> str | None:
+    """Return why PEFT has no equal of the entries of one weight, or None."""
+    entry = group[0]
+    if any(e.variants not in VARIANTS for e in group):
+        return f"variant {', '.join(entry.variants)}"
+    if entry.part and len({(e.scaling, e.variants) for e in group}) > 1:
+        return "parts that are scaled or start differently"
+    if "dora" in entry.variants and (entry.part or is_bare(entry)):
+        return "DoRA of a part" if entry.part else "DoRA of a bare parameter"
+    if entry.part and entry.layout.roles not in ("oi", "io"):
+        return "parts of a weight that is not a matrix"
+    return None
+
+
+def _why_not_read(
+    base: CapturedModule, entry: Entry, readers: Sequence[Reader], shared: bool, from_peft: bool
+) -> str | None:
+    """Return why PEFT would not adapt all reads of a weight, or None.
+
+    Args:
+        base: the module without adapters.
+        entry: an entry of the weight.
+        readers: all reads of the weight.
+        shared: whether its module has several paths.
+        from_peft: as in `why_not`.
+    """
+    owner = owner_of(entry)
+    if not owner:
+        return "a parameter of the model itself"
+    if shared:
+        return "one module under several names"
+    for reader in readers:
+        below = is_bare(entry) and reader.call_site.startswith(f"{owner}.")
+        if reader.through and _is_used_inside(base, entry, lookups=from_peft):
+            continue
+        if reader.call_site != owner and not below:
+            return f"{reader.describe()} outside of the forward of '{owner}'"
+    for reader in readers:
+        # A module of torch.nn may keep its weights elsewhere, too, as nn.LSTM does; other modules
+        # read the parameter, which PEFT replaces while their forward runs.
+        if reader.op is None and not (is_bare(entry) and _is_of_users(reader)):
+            return f"read by {reader.kind}"
+    if is_bare(entry):
+        return _why_not_parameter(base, entry)
+    whys = (_why_not_layer(entry, reader, from_peft) for reader in readers)
+    return next(filter(None, whys), None)
+
+
+def _is_used_inside(base: CapturedModule, entry: Entry, lookups: bool) -> bool:
+    """Whether the first ops on a weight are all in the forward of its module, with later ones.
+
+    So it is with a lookup by fixed indices. PEFT replaces a bare parameter during the forward.
+
+    Args:
+        base: the module without adapters.
+        entry: an entry of the weight.
+        lookups: whether the ops must be lookups, alone in the forward, as PEFT's own layer is.
+    """
+    owner = owner_of(entry)
+    uses = [
+        user
+        for graph in base.distinct_graphs()
+        for name in entry.names
+        for node in graph.find_nodes(op="get_attr", target=name)
+        for user in node.users
+    ]
+    inside = bool(uses) and all(_is_inside(user, owner) for user in uses)
+    if not (inside and lookups):
+        return inside
+    return all(
+        is_lookup(kind_of(user)) and not _why_not_around(owner, user, user.args[1], kind_of(user))
+        for user in uses
+    )
+
+
+def _is_of_users(reader: Reader) -> bool:
+    """Whether the class of the module that reads is known, and not one of torch.nn."""
+    classes = module_classes(reader.node)
+    return bool(classes) and not classes[-1].startswith("torch.nn.")
+
+
+def _why_not_layer(entry: Entry, reader: Reader, from_peft: bool) -> str | None:
+    """Return why PEFT's wrapper of a layer would compute another result at this read, or None."""
+    classes = module_classes(reader.node)
+    known = bool(classes) and classes[-1] == LAYERS[entry.op]
+    if reader.through or not (known or from_peft):
+        return f"read by {classes[-1] if classes else 'a module of unknown class'}"
+    if FUSED_LAYER in classes:
+        return "in a torch.nn.TransformerEncoderLayer, whose fused kernel may bypass its layers"
+    if entry.layout.kernel(entry.shape):
+        padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]
+        dilation = named_argument(reader.node, "dilation") or [1]
+        if named_argument(reader.node, "groups") not in (None, 1):
+            return "a grouped convolution"
+        if any(n != 1 for n in dilation) or any(call_site(n) == owner_of(entry) for n in padded):
+            return "a convolution with dilation, or with padding by another op"
+    assert reader.op is not None
+    given = reader.op.input_of(reader.node, reader.weight)
+    return _why_not_around(owner_of(entry), reader.node, given, reader.kind)
+
+
+def _why_not_around(owner: str, op: fx.Node, given: Any, kind: str) -> str | None:
+    """Return what else a layer's forward, or a hook on it, computes around its op, or None.
+
+    PEFT adds s·BA of the layer's input to the layer's output.
+
+    Args:
+        owner: the layer's path.
+        op: the call of its op.
+        given: the op's input.
+        kind: the op's kind.
+    """
+    while isinstance(given, fx.Node) and _is_inside(given, owner):
+        if not _keeps_entries(given):
+            return f"{kind_of(given)} in the forward of '{owner}', before its {kind}"
+        given = given.all_input_nodes[0]
+    ahead = [op]
+    while ahead:
+        value = ahead.pop()
+        for user in value.users:
+            if not user.users or not _is_inside(user, owner):
+                continue
+            if not _passes_on(user, value, owner):
+                return f"{kind_of(user)} in the forward of '{owner}', after its {kind}"
+            ahead.append(user)
+    return None
+
+
+def _is_inside(node: fx.Node, owner: str) -> bool:
+    """Whether a call is made in a module's forward, by a node with inputs."""
+    return node.op not in ("placeholder", "get_attr") and call_site(node) == owner
+
+
+def _passes_on(user: fx.Node, value: fx.Node, owner: str) -> bool:
+    """Whether a call keeps a branch that is added to its input: reshapes, a bias, PEFT's scale.
+
+    PEFT multiplies the branch of an embedding by the `embed_scale` of its layer.
+    """
+    kind, others = kind_of(user), [n for n in user.all_input_nodes if n is not value]
+    held = [str(n.target) for n in map(_unreshaped, others) if n.op == "get_attr"]
+    if kind == "mul":
+        return held == [f"{owner}.embed_scale"] and len(others) == 1
+    if kind in ("add", "add_"):
+        return held == [f"{owner}.bias"] and len(others) == 1
+    return _keeps_entries(user) or kind == "getitem"
+
+
+def _keeps_entries(node: fx.Node) -> bool:
+    """Whether a call only reshapes its first input."""
+    if kind_of(node) in _CASTS:
+        before, after = example_value(node.args[0]), example_value(node)
+        return before is not None and after is not None and before.dtype == after.dtype
+    return kind_of(node) in _RESHAPES
+
+
+def _unreshaped(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and kind_of(node) in _RESHAPES | _CASTS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _why_not_parameter(base: CapturedModule, entry: Entry) -> str | None:
+    """Return why PEFT's wrapper of a bare parameter would compute a different result, or None."""
+    if entry.layout.roles not in ("oi", "io", "eoi", "eio"):
+        return f"a parameter laid out as {entry.layout.roles}"
+    if entry.dropout:
+        return "lora_dropout on a bare parameter"
+    square = entry.layout.roles == "eio" and entry.shape[1] == entry.shape[2]
+    if square and is_transposed(base, entry) is None:
+        return "a stack of square matrices (in, out), which PEFT may take for (out, in)"
+    return None
+
+
+def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
+    """Return why one configuration of PEFT cannot target exactly these weights, or None."""
+    bare = {e.parameter: owner_of(e) for e in plan if is_bare(e)}
+    layers = {owner_of(e) for e in plan if not is_bare(e)}
+    if both := layers & set(bare.values()):
+        return f"'{both.pop()}' targeted both as a layer and by a parameter"
+    for name, _ in module.named_parameters(remove_duplicate=False):
+        if name not in bare and any(end in bare for end in name_suffixes(name)):
+            return f"a parameter whose name is the end of '{name}', which PEFT would adapt too"
+    return None
+
+
+def _why_not_apart(plan: Plan, saved: Saved) -> str | None:
+    """Return which parameter trains apart from its tie, but not in a module that PEFT wraps."""
+    name = next((name for name in plan.untied if not saved.holds(name)), None)
+    return name and f"'{name}' trains apart from {', '.join(plan.untied[name])}"

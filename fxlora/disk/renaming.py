@@ -1,0 +1,188 @@
+"""Names in an adapter file that are not the module's: how they are read, and when that is sure.
+
+Names get wrapped (`_orig_mod.`, `module.`, `.default.`), models get wrapped (a language model in a
+multimodal one), and weights get fused (`gate_proj` and `up_proj` in `gate_up_proj`). The user's
+`key_mapping` says what to do, as for transformers and PEFT: the first regular expression that is
+found in a name is replaced. Without one, another beginning of all names is recognised if exactly
+one fits every tensor, in name and shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import AdapterError, ConfigError, warn
+from ..module import CapturedModule
+from ..names import shown
+from .folder import Folder, Names
+from .saved import paths_of
+
+# Modules that torch puts around others, and DDP's and DataParallel's, around the whole model.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_OUTERMOST = ("module", "base_model.model")
+_ADAPTER = re.compile(
+    r"(?<![^.])(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)"
+    r"(?=\.weight$|\.bias$|$)"
+)
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+
+Fits = Callable[[Folder], Sequence[str]]  # returns the names that find no place in the module
+Mapped = dict[str, str]
+
+
+def checked_mapping(key_mapping: Any) -> Names:
+    """Return the user's mapping.
+
+    Raises:
+        ConfigError: it is not a mapping of regular expressions to replacements.
+    """
+    if not isinstance(key_mapping, Mapping):
+        raise ConfigError(f"key_mapping must be a mapping of texts, not {shown(key_mapping)}.")
+    found: list[tuple[re.Pattern[str], str]] = []
+    for pattern, replacement in key_mapping.items():
+        if not isinstance(pattern, str) or not isinstance(replacement, str):
+            raise ConfigError(
+                f"key_mapping maps regular expressions to texts, not {shown(pattern)} to "
+                f"{shown(replacement)}."
+            )
+        try:
+            compiled = re.compile(pattern)
+            re.sub(pattern, replacement, "")
+            compiled.sub(replacement, "", count=1)
+        except (re.error, IndexError) as error:
+            raise ConfigError(f"key_mapping[{shown(pattern)}]: {error}.") from error
+        found.append((compiled, replacement))
+    return Names(tuple(found))
+
+
+def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: Fits) -> Folder:
+    """Return a folder that knows the module's names for its own.
+
+    Args:
+        module: the captured module.
+        content: the folder.
+        key_mapping: the user's, or None.
+        fits: returns the names in a folder that find no place in the module.
+
+    Raises:
+        AdapterError: several other beginnings of the names would fit.
+        ConfigError: `key_mapping` is no mapping.
+    """
+    wraps = _Plain.of(module)
+    if key_mapping is not None:
+        return content.named(checked_mapping(key_mapping).after(wraps))
+    if not (strange := fits(content)):
+        return content
+    plain = content.named(Names(before=wraps))
+    if not (left := fits(plain)):
+        warn(
+            f"{content.path}: its names are of a wrapped model ({strange[0]}): read without the "
+            "wrappers' names."
+        )
+        return plain
+    mappings = list(_beginnings(module, wraps(left[0])))
+    good = [m for m in mappings if not fits(content.named(checked_mapping(m).after(wraps)))]
+    if len(good) > 1:
+        raise AdapterError(
+            f"{content.path} fits the module in several ways. Say which: "
+            f"{' or '.join(map(_said, good))}."
+        )
+    if not good:
+        return content
+    warn(
+        f"{content.path}: its names are of another model ({strange[0]}): read as by "
+        f"{_said(good[0])}."
+    )
+    return content.named(checked_mapping(good[0]).after(wraps))
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Removes what wrappers add to names, other than names that the module itself has."""
+
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: CapturedModule) -> _Plain:
+        paths = list(paths_of(module))
+        own = {part for path in paths for part in path.split(".")}
+        tops = tuple(t for t in _OUTERMOST if t.partition(".")[0] not in module._modules)
+        return cls(tuple(w for w in _WRAPPERS if w not in own), tops)
+
+    def __call__(self, name: str) -> str:
+        parts = [part for part in name.split(".") if part not in self.inner]
+        name = ".".join(parts)
+        while outer := next((o for o in self.outer if name.startswith(f"{o}.")), None):
+            name = name.removeprefix(f"{outer}.")
+        return _SAVED.sub("", _ADAPTER.sub(_without_adapter, name))
+
+
+def _without_adapter(found: re.Match[str]) -> str:
+    """Return the kind of a tensor without the adapter's name, which a saved key does not have."""
+    return found[0] if found[2] in ("weight", "bias") else found[1]
+
+
+def _beginnings(module: CapturedModule, name: str) -> Iterator[Mapped]:
+    """Yield mappings of the beginning of a name to that of a name in the module, once each."""
+    path = name.partition(".lora_")[0].split(".")
+    held = [*paths_of(module), *(n for n, _ in module.named_parameters(remove_duplicate=False))]
+    seen: set[tuple[str, str]] = set()
+    for other in held:
+        there = other.split(".")
+        common = 0
+        while common < min(len(path), len(there)) and path[-1 - common] == there[-1 - common]:
+            common += 1
+        pair = ".".join(path[: len(path) - common]), ".".join(there[: len(there) - common])
+        if common and pair not in seen:
+            seen.add(pair)
+            yield _mapping(*pair)
+
+
+def _mapping(old: str, new: str) -> Mapped:
+    return {f"^{re.escape(old)}\\." if old else "^": f"{new}." if new else ""}
+
+
+def _said(mapping: Mapped) -> str:
+    return f"load_adapter(…, key_mapping={mapping!r})"
+
+
+# ---- advice -------------------------------------------------------------------------------------
+
+
+def advice(module: CapturedModule, strange: Sequence[str]) -> str:
+    """Return what to do about names that find no place: a key mapping, where one can be told."""
+    plain = _Plain.of(module)
+    paths = list(dict.fromkeys(plain(name).partition(".lora_")[0] for name in strange))
+    if mapping := _fused(module, paths):
+        return f" The module has these weights fused: {_said(mapping)}."
+    return (
+        " If the model has other names than the one that the adapter was trained on, say how they "
+        "correspond: load_adapter(…, key_mapping={regular expression: replacement})."
+    )
+
+
+def _fused(module: CapturedModule, paths: Sequence[str]) -> Mapped:
+    """Return the mapping of layers (of experts) to the weights that their names say are fused."""
+    held = {n.removesuffix(".weight") for n, _ in module.named_parameters(remove_duplicate=False)}
+    found: dict[tuple[int, str], tuple[str, str]] = {}
+    for path in paths:
+        owner, _, last = path.rpartition(".")
+        container, _, number = owner.rpartition(".")
+        stem, _, kind = last.rpartition("_")
+        for whole in held:
+            parent, _, name = whole.rpartition(".")
+            at = name.find(stem) if stem else -1
+            if at < 0 or not name.endswith(kind) or whole in paths:
+                continue
+            if parent == owner:
+                old = rf"\b{last}\b"
+                found[at, old] = (old, name)
+            elif parent == container and number.isdigit():  # a stack of experts
+                short = container.rpartition(".")[2]
+                old = rf"\b{short}\.\d+\.{last}\b"
+                found[at, old] = (old, f"{short}.{name}")
+    return dict(found[key] for key in sorted(found))
