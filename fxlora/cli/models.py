@@ -24,8 +24,9 @@ def build_model(options: Namespace) -> nn.Module:
     """Build the model that MODEL names, and load the checkpoint into it if one is given."""
     checkpoint: Path | None = options.checkpoint
     state = read_checkpoint(checkpoint) if checkpoint else {}
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # for a model that is built by its import
     build = _builder(options)
+    torch.manual_seed(options.seed)  # whatever the import drew
     try:
         with device(options):
             model = build()

@@ -48,7 +48,7 @@ def base_data(module: CapturedModule) -> dict[str, Any]:
         if adapted.isdisjoint(names) and not read.isdisjoint(names)
     )
     digest = hashlib.blake2b(repr(others).encode(), digest_size=8).hexdigest()
-    return {"weights": weights, "others": digest}
+    return {"weights": weights, "others": digest if all(mark for _, mark in others) else None}
 
 
 def check_base(module: CapturedModule, content: Folder, strict: bool) -> None:
@@ -108,7 +108,8 @@ def _differing(module: CapturedModule, content: Folder, base: Any, strict: bool)
             "are the same is not known."
         )
     same_dtypes = all(now["weights"].get(n, held)[0] == held[0] for n, held in weights.items())
-    if not content.names and same_dtypes and base.get("others") != now["others"]:
+    known = None not in (base.get("others"), now["others"])
+    if not content.names and same_dtypes and known and base.get("others") != now["others"]:
         return (
             "the adapter was trained over another base: the weights that it adapts are the same, "
             "and others differ."
