@@ -76,7 +76,7 @@ def work(build: Callable[[], Case], device: str, record: Record) -> None:
     # Fused inference kernels bypass PEFT's layers.
     torch.backends.mha.get_fastpath_enabled = lambda: False
     case = build()
-    model = case.model.double().eval().to(device)
+    model: Any = case.model.double().eval().to(device)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the default has no float64
     args, kwargs = pytree.tree_map_only(torch.Tensor, _double(device), (case.args, case.kwargs))

@@ -9,6 +9,7 @@ saved folder.
 
 import importlib.util
 import tempfile
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,14 +54,14 @@ def tiny_llama() -> LlamaForCausalLM:
     )
 
 
-def copying_task() -> dict[str, torch.Tensor]:
+def copying_task() -> dict[str, Any]:
     """Return a batch to memorise: sequences whose second half repeats the first."""
     half = torch.randint(64, (16, 8))
     tokens = torch.cat([half, half], 1)
     return {"input_ids": tokens, "labels": tokens}
 
 
-def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def train(model: torch.nn.Module, batch: dict[str, Any]) -> None:
     """Train with the same loop as a PEFT script."""
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -76,7 +77,7 @@ def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def compare_with_peft(
-    base: LlamaForCausalLM, model: torch.nn.Module, batch: dict[str, torch.Tensor], folder: str
+    base: LlamaForCausalLM, model: torch.nn.Module, batch: dict[str, Any], folder: str
 ) -> None:
     """Compare with PEFT, which loads the saved folder onto the same, unchanged base."""
     ours = model(**batch).logits

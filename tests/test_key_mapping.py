@@ -110,7 +110,8 @@ def test_other_beginnings(tmp_path: Path, old: str, new: str, ours: bool) -> Non
         lora = fxlora.load_adapter(fxlora.capture(model, *X), tmp_path).eval()
     same = fxlora.load_adapter(fxlora.capture(model, *X), tmp_path, key_mapping=mapping).eval()
     assert_same(run(same, X, {}), run(lora, X, {}))
-    merged = copy.deepcopy(made).merge_and_unload().get_submodule(old)
+    copied: Any = copy.deepcopy(made)
+    merged = copied.merge_and_unload().get_submodule(old)
     expected = copy.deepcopy(model)
     expected.get_submodule(new).load_state_dict(merged.state_dict())
     assert (expected(*X) - model(*X)).abs().max() > 1e-3
@@ -168,7 +169,7 @@ class Fused(nn.Module):
         self.qkv_proj, self.gate_up_proj = nn.Linear(6, 8), nn.Linear(8, 10)
         for fused, parts in (("qkv", "qkv"), ("gate_up", ("gate", "up"))):
             for kind in ("weight", "bias"):
-                held = [split.get_parameter(f"{part}_proj.{kind}") for part in parts]
+                held: Any = [split.get_parameter(f"{part}_proj.{kind}") for part in parts]
                 self.get_parameter(f"{fused}_proj.{kind}").data = torch.cat(held).data
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,7 @@ def test_fused_layers(tmp_path: Path, what: str) -> None:
 class Stack(nn.Module):
     """Experts as a stack of (e, out, in) or (e, in, out)."""
 
-    def __init__(self, experts: nn.ModuleList, in_first: bool) -> None:
+    def __init__(self, experts: Any, in_first: bool) -> None:
         super().__init__()
         pairs = [torch.cat([e.gate_proj.weight, e.up_proj.weight]).detach() for e in experts]
         weight = torch.stack(pairs)

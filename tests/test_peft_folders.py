@@ -202,12 +202,16 @@ class Twice(Around):
         return self.again(torch.tanh(self.layer(x)))
 
 
+def _tripled(module: nn.Module, given: Any, output: Any) -> Any:
+    return 3 * output
+
+
 def hooked(before: bool) -> nn.Module:
     layer = nn.Linear(5, 7)
     if before:
         layer.register_forward_pre_hook(lambda _, given: (torch.tanh(given[0]),))
     else:
-        layer.register_forward_hook(lambda _module, _given, output: torch.mul(output, 3))
+        layer.register_forward_hook(_tripled)
     return Around(layer)
 
 
@@ -429,6 +433,7 @@ class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(11, 6), nn.Embedding(7, 6)
+        self.ids: torch.Tensor
         self.register_buffer("ids", torch.arange(7), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

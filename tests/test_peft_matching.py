@@ -92,7 +92,7 @@ SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size
 
 
 def mixtral() -> Any:
-    sizes = SIZES | {"num_hidden_layers": 1}
+    sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": 1}
     return tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=3, use_cache=False))
 
 
