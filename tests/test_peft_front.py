@@ -51,16 +51,17 @@ def test_every_field_of_pefts_is_known_and_taken_at_its_default(name: str) -> No
         assert ours[name] == default
 
 
-@pytest.mark.parametrize("value", [True, 3, "text", ["text"], [1], {"a": 1}, object()], ids=str)
 @pytest.mark.parametrize("name", PEFTS)
-def test_no_field_is_ignored(name: str, value: Any) -> None:
+def test_no_field_is_ignored(name: str) -> None:
     plain = LoraConfig(**SOME)
-    said, config = "", plain
-    try:
-        config = LoraConfig(**{**SOME, name: value})
-    except ConfigError as error:
-        said = str(error)
-    assert name in said or config != plain or value == getattr(plain, name)
+    values: list[Any] = [True, 3, "text", ["text"], [1], {"a": 1}, object()]
+    for value in values:
+        said, config = "", plain
+        try:
+            config = LoraConfig(**{**SOME, name: value})
+        except ConfigError as error:
+            said = str(error)
+        assert name in said or config != plain or value == getattr(plain, name), value
 
 
 @pytest.mark.parametrize(
