@@ -56,6 +56,7 @@ from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify
 from .reads.readers import Reader
 from .reads.sites import Site
+from .routed import route, swap_adapter, take_adapter
 
 __version__ = "0.1.0"
 
@@ -118,9 +119,12 @@ __all__ = [
     "register_variant",
     "remove",
     "report",
+    "route",
     "save_adapter",
     "scale_adapter",
     "shard_plan",
+    "swap_adapter",
+    "take_adapter",
     "unfold",
     "verify",
     "verify_checkpoint",

@@ -32,7 +32,7 @@ from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
-from .passes import FoldConstants, Inject, Optimize, Remove
+from .passes import FoldConstants, Inject, Optimize, Remove, Unroute
 from .plan import Plan
 from .tables import some
 
@@ -413,7 +413,7 @@ def remove(module: CapturedModule) -> CapturedModule:
     injection.
 
     Args:
-        module: an adapted module; it is not changed.
+        module: an adapted or a routed module; it is not changed.
 
     Returns:
         The captured module again.
@@ -429,8 +429,8 @@ def remove(module: CapturedModule) -> CapturedModule:
         >>> list(fxlora.remove(lora).state_dict())
         ['weight', 'bias']
     """
-    check_captured(module, "remove")
-    return Remove()(module)
+    check_captured(module, "remove", routed=True)
+    return Unroute()(module) if module.known.routing else Remove()(module)
 
 
 def lora_parameters(
@@ -443,7 +443,7 @@ def lora_parameters(
     """Return the parameters for an optimizer: A, B, and the parameters trained in full.
 
     Args:
-        module: an adapted module.
+        module: an adapted or a routed module.
         groups: return parameter groups ("lora_A", "lora_B" and, if any, "full") instead.
         lr: learning rate of the groups. Without it the groups have no learning rate of their own.
         lr_ratio: B learns at `lr * lr_ratio` (LoRA+, Hayou et al. 2024, who use 16); needs lr.
@@ -466,8 +466,8 @@ def lora_parameters(
         >>> [(group["name"], group["lr"]) for group in groups]
         [('lora_A', 0.0001), ('lora_B', 0.0016)]
     """
-    check_captured(module, "lora_parameters")
-    if module.plan is None:
+    check_captured(module, "lora_parameters", routed=True)
+    if module.plan is None and module.known.routing is None:
         raise InjectError("no adapters to train: inject a plan first.")
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
         if value is not None and not (is_finite(value) and value > 0):
@@ -481,16 +481,21 @@ def lora_parameters(
             f"'{stray[0]}' requires gradients but is not in the plan, so it would neither be saved "
             "nor kept apart from the source model. Put its module into modules_to_save."
         )
-    if module.plan.inference_mode and not any(p.requires_grad for p in module.parameters()):
+    frozen = module.plan is not None and module.plan.inference_mode
+    if frozen and not any(p.requires_grad for p in module.parameters()):
         raise InjectError(
             "no parameter to train: LoraConfig(inference_mode=True) froze them. Match without it, "
             "or call requires_grad_(True) on those to train."
         )
-    planned = [name for entry in module.plan for name in entry.trainable]
-    into_a = {entry.name_a for entry in module.plan}
+    routing = module.known.routing
+    entries = (*(module.plan or ()), *(routing.entries if routing else ()))
+    trained = [] if module.plan is None else [*module.plan.trained]
+    trained += routing.names_of_full if routing else ()
+    planned = [name for entry in entries for name in entry.trainable]
+    into_a = {entry.name_a for entry in entries}
     a = [module.get_parameter(name) for name in planned if name in into_a]
     b = [module.get_parameter(name) for name in planned if name not in into_a]
-    full = [module.get_parameter(name) for name in module.plan.trained]
+    full = [module.get_parameter(name) for name in trained]
     if not groups:
         return [*a, *b, *full]
     named = (("lora_A", a, 1.0), ("lora_B", b, lr_ratio or 1.0), ("full", full, 1.0))

@@ -99,6 +99,11 @@ def test_from_peft(run: Run) -> None:
     assert error and float(error.group(1)) < 1e-5
 
 
+def test_serve(run: Run) -> None:
+    pytest.importorskip("aiohttp", reason="aiohttp is optional")
+    assert "320 of 320 answers right, 4 swaps" in run("serve.py")
+
+
 @pytest.mark.slow
 def test_transformer(run: Run) -> None:
     pytest.importorskip("transformers")
@@ -113,7 +118,7 @@ def test_transformer(run: Run) -> None:
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_as_a_process_of_its_own(name: str, tmp_path: Path) -> None:
     """Run an example as a user does; on one thread, as other tests run in parallel."""
-    for package in ("torchvision", "sklearn", "tqdm", "transformers", "peft"):
+    for package in ("torchvision", "sklearn", "tqdm", "transformers", "peft", "aiohttp"):
         pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *(["--quick"] if name == "demo.py" else [])],

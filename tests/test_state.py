@@ -14,6 +14,7 @@ from torch import nn
 import fxlora
 from fxlora import CapturedModule, InjectError, InputError, LoraConfig, Rule, UnsupportedOpError
 from fxlora.fast import Fast
+from fxlora.module.routing import Routing
 from fxlora.module.state import State
 
 from .laws import randomise
@@ -111,6 +112,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         read_values={"lin.scale": 0.5},
         optimized=Fast(recompute=True),
         unfolded=once,
+        routing=Routing((None,), ()),
     )
     for program in lora.programs:
         program.changes, program.reads = frozenset(["an attribute"]), frozenset(["another"])

@@ -25,7 +25,7 @@ LAYERS = [
     {"passes"},
     {"api"},
     {"arithmetic", "costs", "disk", "proof"},
-    {"pictures", "hosts"},
+    {"pictures", "hosts", "routed"},
     {"peft"},
     {"__init__"},
     {"cli"},

@@ -68,7 +68,7 @@ def export(
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
-    check_captured(module, "export")
+    check_captured(module, "export", routed=True)
     path = as_path(path, ConfigError)
     if mesh_of(module) is not None:
         raise ExportError(

@@ -98,6 +98,11 @@ class Call:
         return self.where.of(self.node) if self.where else []
 
     @property
+    def chooses(self) -> bool:
+        """Whether values may decide which graph runs, or how often: true of an op not known."""
+        return self.where is None or len(self.graphs) > 1
+
+    @property
     def grad(self) -> bool | None:
         """The grad mode (on or off) that the call sets, or None if it sets none."""
         return bool(self.node.args[0]) if _name(self.node) == "wrap_with_set_grad_enabled" else None

@@ -12,8 +12,9 @@ from typing import Any
 from torch import fx
 
 from ..fx.calls import named_argument
+from .gathered import Samples
 from .layout import Shape
-from .row import Branch, Read, aten
+from .row import Branch, Gathered, Read, aten
 
 
 def _ones(dims: int) -> tuple[list[int], list[int]]:
@@ -62,6 +63,76 @@ def transposed_convolution(dims: int) -> Branch:
         geometry = (stride, padding, extra, groups, dilation)
         # (…, groups·r, *size) * (groups·r, out/groups, *kernel) -> (…, out, *size_out)
         return read.node.target(read.scaled(hidden), r_up, None, *geometry)  # pyright: ignore[reportCallIssue]
+
+    return branch
+
+
+# With a pair for each sample, the samples are further groups: (b, c, *size) -> (1, b·c, *size).
+
+
+def _side_by_side(samples: Samples, tensor: Any, channels: int, dims: int) -> Any:
+    """Join the samples' channels: (b, channels, *size) -> (1, b·channels, *size)."""
+    sizes = [aten.sym_size.int(tensor, dim) for dim in range(2, dims + 2)]
+    return aten.reshape.default(tensor, [1, samples.count * channels, *sizes])
+
+
+def _one_by_one(samples: Samples, tensor: Any, channels: int, dims: int) -> Any:
+    """Undo `_side_by_side`."""
+    sizes = [aten.sym_size.int(tensor, dim) for dim in range(2, dims + 2)]
+    return aten.reshape.default(tensor, [samples.count, channels, *sizes])
+
+
+def gathered_convolution(dims: int) -> Gathered:
+    """Return the branch for `conv{dims}d` with a pair for each sample.
+
+    The stack of A is (slots, r, in/groups, *kernel), that of B is (slots, out, r, 1, …).
+    """
+    pointwise = getattr(aten, f"conv{dims}d").default
+    one, none = _ones(dims)
+
+    def branch(samples: Samples) -> Any:
+        read, (size_i, size_o) = samples.read, samples.sizes
+        stride, padding, dilation, groups = (read.arg(position) for position in (3, 4, 5, 6))
+        r, all_groups = read.rank, samples.count * groups
+        down = aten.unsqueeze.default(samples.own(samples.down), 1)
+        down = aten.repeat.default(down, [1, groups, 1, 1, *one])  # (b, groups, r, in/groups, …)
+        down = aten.flatten.using_ints(down, 0, 2)
+        up = aten.flatten.using_ints(samples.own(samples.up), 0, 1)  # (b·out, r, 1, …)
+        x = _side_by_side(samples, read.x, size_i * groups, dims)
+        hidden = read.node.target(x, down, None, stride, padding, dilation, all_groups)  # pyright: ignore[reportCallIssue]
+        hidden = samples.scaled(_one_by_one(samples, hidden, groups * r, dims), dims + 2)
+        hidden = _side_by_side(samples, hidden, groups * r, dims)
+        outputs = pointwise(hidden, up, None, one, none, one, all_groups)
+        return _one_by_one(samples, outputs, size_o, dims)
+
+    return branch
+
+
+def gathered_transposed(dims: int) -> Gathered:
+    """Return the branch for `conv_transpose{dims}d` with a pair for each sample.
+
+    The stack of A is (slots, r, in, 1, …), that of B is (slots, out/groups, r, *kernel).
+    """
+    pointwise = getattr(aten, f"conv{dims}d").default
+    one, none = _ones(dims)
+
+    def branch(samples: Samples) -> Any:
+        read, (size_i, size_o) = samples.read, samples.sizes
+        stride, padding, extra, groups, dilation = (read.arg(position) for position in range(3, 8))
+        r, all_groups = read.rank, samples.count * groups
+        down = samples.own(samples.down)
+        down = aten.reshape.default(down, [samples.count, r, groups, size_i // groups, *one])
+        down = aten.flatten.using_ints(aten.transpose.int(down, 1, 2), 0, 2)
+        up = aten.unsqueeze.default(aten.transpose.int(samples.own(samples.up), 1, 2), 1)
+        up = aten.repeat.default(up, [1, groups, 1, 1, *one])  # (b, groups, r, out/groups, …)
+        up = aten.flatten.using_ints(up, 0, 2)
+        x = _side_by_side(samples, read.x, size_i, dims)
+        hidden = pointwise(x, down, None, one, none, one, all_groups)
+        hidden = samples.scaled(_one_by_one(samples, hidden, groups * r, dims), dims + 2)
+        hidden = _side_by_side(samples, hidden, groups * r, dims)
+        geometry = (stride, padding, extra, all_groups, dilation)
+        outputs = read.node.target(hidden, up, None, *geometry)  # pyright: ignore[reportCallIssue]
+        return _one_by_one(samples, outputs, size_o * groups, dims)
 
     return branch
 

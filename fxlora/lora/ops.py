@@ -19,7 +19,14 @@ from torch._ops import OpOverload
 from ..errors import ConfigError
 from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
 from ..names import shown
-from .convolutions import convolution, groups_cost_more, transposed_convolution
+from .convolutions import (
+    convolution,
+    gathered_convolution,
+    gathered_transposed,
+    groups_cost_more,
+    transposed_convolution,
+)
+from .gathered import looked_up, times_weights
 from .layout import INPUT, OUTPUT, STACK, Layout, Shape, standard_layout
 from .row import Op, Read, aten
 
@@ -202,15 +209,28 @@ def _conv_rows(dims: int) -> dict[tuple[Any, int], Op]:
         costlier=groups_cost_more,
         output=-1 - dims,
         bias=2,
+        gathered=gathered_convolution(dims),
     )
     turned = dataclasses.replace(
-        row, kind=transposed.__name__, branch=transposed_convolution(dims), in_first=True
+        row,
+        kind=transposed.__name__,
+        branch=transposed_convolution(dims),
+        in_first=True,
+        gathered=gathered_transposed(dims),
     )
     overload = transposed.default if dims == 1 else transposed.input
     return {(packet.default, 1): row, (packet.padding, 1): row, (overload, 1): turned}
 
 
-_LINEAR = Op("linear", 0, _times_weight, bias=2, all_linear=True, transposed_kind="matmul")
+_LINEAR = Op(
+    "linear",
+    0,
+    _times_weight,
+    bias=2,
+    all_linear=True,
+    transposed_kind="matmul",
+    gathered=times_weights,
+)
 _ADDMM = Op(
     "addmm",
     1,
@@ -220,6 +240,7 @@ _ADDMM = Op(
     bias=0,
     all_linear=True,
     transposed_kind="linear",
+    gathered=times_weights,
 )
 _MATMUL = Op(
     "matmul",
@@ -229,6 +250,7 @@ _MATMUL = Op(
     obstacle=_perhaps_vector(0),
     all_linear=True,
     transposed_kind="linear",
+    gathered=times_weights,
 )
 _MATMUL_LEFT = Op(
     "matmul",
@@ -271,7 +293,13 @@ OPS: dict[tuple[Any, int], Op] = {
     (aten._grouped_mm.default, 1): _GROUPED_MM,
     (aten.einsum.default, 1): Op("einsum", 1, _einsum, output=None, layout=_einsum_layout),
     (aten.embedding.default, 0): Op(
-        "embedding", 1, _embedding, in_first=True, obstacle=_frequencies, dropout=False
+        "embedding",
+        1,
+        _embedding,
+        in_first=True,
+        obstacle=_frequencies,
+        dropout=False,
+        gathered=looked_up,
     ),
     (aten.embedding_bag.padding_idx, 0): Op(
         "embedding_bag",

@@ -52,6 +52,7 @@ class Read:
 
 
 Branch = Callable[[Read, Any, Any], Any]
+Gathered = Callable[[Any], Any]  # (Samples) -> the branch: see gathered.py
 
 
 def _no_obstacle(node: fx.Node, weight: fx.Node, shape: Shape) -> str | None:
@@ -86,6 +87,8 @@ class Op:
         all_linear: whether "all-linear" in a rule includes the op.
         transposed_kind: kind in rules for a call that gets the transpose of the weight (x @ W.T
             counts as linear); None if the branch does not support that.
+        gathered: function (samples) → the branch with a low-rank pair for each sample of a batch
+            (see `gathered.py`); None if there is none, and `route` computes the op once per slot.
     """
 
     kind: str
@@ -102,6 +105,7 @@ class Op:
     layout: Callable[[fx.Node, fx.Node], Layout | None] | None = None
     all_linear: bool = False
     transposed_kind: str | None = None
+    gathered: Gathered | None = None
 
     def layout_of(self, node: fx.Node, weight: fx.Node, dims: int) -> Layout | None:
         """Return the layout of the operand `weight`, with `dims` dimensions; None if unknown."""

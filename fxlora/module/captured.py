@@ -310,7 +310,8 @@ class CapturedModule(ProgramModule):
         super()._check(args, kwargs)
 
     def _refusal(self, error: InputError) -> InputError:
-        addable = self.exported and not self.parent_module and not self.folded
+        known = self.known
+        addable = self.exported and not (self.parent_module or known.folded or known.routing)
         if isinstance(error, OtherModeError) or not addable:
             return super()._refusal(error)
         return type(error)(f"{error} fxlora.capture_more adds a call to a captured module.")

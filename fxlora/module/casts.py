@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .routing import scaling_of
+
 if TYPE_CHECKING:
     from .captured import CapturedModule
 
@@ -136,10 +138,14 @@ def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
         if parameter.grad is not None:
             wanted[id(parameter.grad)] = dtype
 
-    for entry in plan or ():
+    routing = module.known.routing
+    for entry in (*(plan or ()), *(routing.entries if routing else ())):
         weight = _moved_empty(module.get_parameter(entry.parameter), fn).dtype
         for name in entry.tensors:
             want(name, entry.dtype_over(weight))
+    for entry in routing.entries if routing else ():
+        weight = _moved_empty(module.get_parameter(entry.parameter), fn).dtype
+        want(scaling_of(entry), torch.promote_types(weight, torch.float32))
     for name in module.trained:
         weight = _moved_empty(module.known.originals[name], fn).dtype
         want(name, plan.trained_dtype(name, weight) if plan else weight)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import NotCapturedError
+from ..errors import InjectError, NotCapturedError
 from .captured import CapturedModule
 
 
-def check_captured(module: object, verb: str) -> None:
+def check_captured(module: object, verb: str, *, routed: bool = False) -> None:
     """Raise unless a function was given a captured module that runs only its own graphs.
 
     Args:
         module: the argument to check.
         verb: the function's name, for the message.
+        routed: whether the function also takes a routed module.
 
     Raises:
         NotCapturedError: it is not a captured module.
+        InjectError: it is a routed module, which the function does not take.
         SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
     """
     if not isinstance(module, CapturedModule):
@@ -35,6 +37,11 @@ def check_captured(module: object, verb: str) -> None:
             "fxlora.capture(model, args) makes one."
         )
     module.check_blocks(verb)
+    if module.known.routing and not routed:
+        raise InjectError(
+            f"{verb} does not take a routed module: take_adapter(module, slot) makes a module with "
+            "one of its adapters, and remove(module) one without any."
+        )
 
 
 def _captured_inside(module: object) -> str:

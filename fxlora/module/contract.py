@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
@@ -186,6 +187,43 @@ class TensorInput:
                 "it."
             )
         bind(dim, value, size, where, bound)
+
+
+@dataclass(frozen=True)
+class SlotsInput(TensorInput):
+    """The input of a routed graph that chooses a slot for each sample: -1 (none) to slots - 1.
+
+    Attributes:
+        slots: the number of slots.
+        symbols: the symbols of the other inputs' dimensions that count the samples, too.
+    """
+
+    slots: int = 0
+    symbols: tuple[str, ...] = ()
+
+    def check(self, value: object, bound: Bound, assume: bool = True) -> None:
+        super().check(value, bound, assume)
+        assert isinstance(value, torch.Tensor)
+        given = value.shape[0]
+        if assume and isinstance(given, torch.SymInt):  # the graph's ops relate the sizes
+            return
+        for symbol in self.symbols:
+            count, size, place = bound.get(symbol, (None, None, ""))
+            if count not in (None, given):
+                raise InputError(
+                    f"{self.name}: has {given} entries where {place} is {size}: give the slot "
+                    "of each sample, and inputs of as many samples."
+                )
+        if assume and torch.compiler.is_compiling():  # the graph asserts it, too
+            return
+        if isinstance(value, FakeTensor) or not given:
+            return
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < -1 or high >= self.slots:
+            raise InputError(
+                f"{self.name}: from -1 (the base) to {self.slots - 1}, but called with "
+                f"{low if low < -1 else high}."
+            )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def _follow(module: CapturedModule, moves: Moves) -> None:
     if module.plan is not None:
         weights = dict(module.named_parameters(remove_duplicate=False))
         module.update_state(plan=module.plan.over(weights))
+    if module.plan is not None or module.known.routing is not None:
         set_casts(module)
     for part in nested:
         part.recompile()

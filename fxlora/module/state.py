@@ -10,6 +10,7 @@ import torch
 
 from ..fast import Fast
 from ..plan import Plan
+from .routing import Routing
 
 if TYPE_CHECKING:
     from .captured import CapturedModule
@@ -40,6 +41,7 @@ class State:
             the name of the attribute.
         optimized: how the fast graphs that run are derived, or None if the explicit ones run.
         unfolded: the adapted module that a fold with `keep` was of, or None.
+        routing: the adapters that the graphs choose among for each sample, or None.
     """
 
     plan: Plan | None = None
@@ -59,6 +61,7 @@ class State:
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     optimized: Fast | None = None
     unfolded: CapturedModule | None = None
+    routing: Routing | None = None
 
     @property
     def trained(self) -> frozenset[str]:
@@ -68,7 +71,8 @@ class State:
     @property
     def adapter_parameters(self) -> frozenset[str]:
         """Names of the parameters that injection added: A, B, and a variant's own."""
-        return frozenset(name for entry in self.plan or () for name in entry.tensors)
+        routed = self.routing.parameters if self.routing else ()
+        return frozenset([*(n for entry in self.plan or () for n in entry.tensors), *routed])
 
     def with_originals(self, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
         """Return the state with `change` (a clone or a move) applied to the original tensors."""

@@ -10,7 +10,9 @@ from .fold_constants import FoldConstants
 from .inject import Inject
 from .optimize import Optimize
 from .remove import Remove
+from .route import Route
 from .to_weight_form import ToWeightForm
+from .unroute import Unroute
 
 __all__ = [
     "FoldConstants",
@@ -18,6 +20,8 @@ __all__ = [
     "Optimize",
     "Pass",
     "Remove",
+    "Route",
     "ToWeightForm",
+    "Unroute",
     "as_pass",
 ]

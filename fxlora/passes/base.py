@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -23,6 +24,8 @@ class Pass(ABC):
     def check(self, module: CapturedModule) -> None:  # noqa: B027
         """Raise InjectError unless the module meets the pass's preconditions."""
 
+    routed: ClassVar[bool] = False  # whether it takes a routed module
+
     @abstractmethod
     def rewrite(self, module: CapturedModule) -> State:
         """Edit the graphs and tensors of a module in place, and return its new state."""
@@ -35,7 +38,7 @@ class Pass(ABC):
         module.refresh()
 
     def __call__(self, module: CapturedModule) -> CapturedModule:
-        check_captured(module, type(self).__name__)
+        check_captured(module, type(self).__name__, routed=self.routed)
         result = module.derive()
         self.apply(result)
         return result

@@ -56,7 +56,7 @@ class Inject(Pass):
         originals = _originals(module, plan)
         _freeze(module, plan)
         if any(entry.dropout for entry in plan):
-            _split_modes(module)
+            split_modes(module)
             sites = _sites(module, plan)
         for entry in plan:
             _add_tensors(module, entry, self.starts)
@@ -273,7 +273,7 @@ def _freeze(module: CapturedModule, plan: Plan) -> None:
             module.set_parameter(alias, copied)
 
 
-def _split_modes(module: CapturedModule) -> None:
+def split_modes(module: CapturedModule) -> None:
     """Copy each graph that both modes share, so that only the train graph gets dropout."""
     for program in module.programs:
         if program.graphs["train"] is program.graphs["eval"]:

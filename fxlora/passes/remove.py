@@ -67,7 +67,7 @@ def drop_adapters(module: CapturedModule) -> State:
     unmark(module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in module.known.grads)
-    _merge_modes(module)
+    merge_modes(module)
     return module.known.without_adapters()
 
 
@@ -82,7 +82,7 @@ def _round_trained(module: CapturedModule) -> None:
                 module.set_parameter(alias, rounded)
 
 
-def _merge_modes(module: CapturedModule) -> None:
+def merge_modes(module: CapturedModule) -> None:
     """Share one graph between the modes again where only dropout on branches made them differ."""
     for program in module.programs:
         train, evaluation = program.graphs["train"], program.graphs["eval"]

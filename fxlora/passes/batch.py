@@ -1,0 +1,96 @@
+"""Where the samples of a batch are in the values of a graph.
+
+A dimension holds the samples if the value is *equivariant*: reordering the samples of the inputs
+reorders it in the same way, for every order. No size tells that (x.flip(0) has the same), so it is
+found by running the graph: once as it is, and with the samples reordered by two permutations that
+generate all others. Symbolic sizes only say which dimensions to try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+from ..errors import UnsupportedOpError
+from ..fx.nested import call_of, every_call
+from ..module import CapturedModule
+from ..module.contract import InputSpec
+from .batch_inputs import Batch
+from .batch_runs import Facts, trial_of
+
+_INTEGERS = (64, 16, 4, 2)  # bounds to draw integers below: they may be indices of a small table
+
+
+def facts_about(
+    module: CapturedModule,
+    graph: fx.Graph,
+    spec: InputSpec,
+    batch: Batch,
+    wanted: Collection[fx.Node],
+) -> Facts:
+    """Return what is known of some nodes.
+
+    Args:
+        module: the module; its buffers are as before after the runs.
+        graph: one of its graphs.
+        spec: the contract of the graph.
+        batch: the dimension that counts the samples.
+        wanted: nodes of the graph.
+
+    Raises:
+        UnsupportedOpError: the graph runs on no random inputs that fit its contract.
+    """
+    facts, left = Facts(), set(wanted)
+    failure: Exception | None = None
+    for below in _INTEGERS:
+        if not left:
+            break
+        try:
+            # Of two signs, so that a choice by a value (where, cond) goes both ways.
+            trials = [trial_of(module, graph, spec, batch, left, below, sign) for sign in (1, -1)]
+            failure = None
+        except (IndexError, RuntimeError, ValueError) as error:  # such as an index out of range
+            failure = error
+            continue
+        for node in trials[0].known & trials[1].known:
+            dims = [trial.dims.get(node) for trial in trials]
+            if dims[0] is not None and dims[0] == dims[1]:
+                facts.dims[node] = dims[0]
+            left.discard(node)
+        for trial in trials:
+            facts.writers |= trial.writers
+            facts.mixed |= trial.mixed
+    _forget_chosen(module, graph, facts)
+    if failure and left:
+        raise UnsupportedOpError(
+            "the graph fails on random inputs, which tell where the samples of a batch are in it: "
+            f"{failure}"
+        ) from failure
+    return facts
+
+
+def _forget_chosen(module: CapturedModule, graph: fx.Graph, facts: Facts) -> None:
+    """Drop what was found behind a cond or a loop: for other values, other ops run.
+
+    There, every sample depends on what decides.
+    """
+    for node in graph.nodes:
+        call = call_of(node, module)
+        inner = (
+            (c for nested in call.graphs for c in every_call(nested.graph, nested)) if call else ()
+        )
+        if call and (call.chooses or any(c.chooses for c in inner)):
+            behind = downstream([node])
+            facts.mixed |= behind
+            facts.dims = {n: dim for n, dim in facts.dims.items() if n not in behind}
+
+
+def downstream(sources: Collection[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that are computed from some nodes, at any distance."""
+    found, ahead = set[fx.Node](), list(sources)
+    while ahead:
+        users = [user for user in ahead.pop().users if user not in found]
+        found.update(users)
+        ahead += users
+    return found
