@@ -932,7 +932,8 @@ def _(broken: Mutant, index: int) -> bool:
     broken.folded = fxlora.fold(broken.lora)
     name = nth(plain_names(broken.lora), index)
     if name is not None:
-        broken.folded.get_parameter(name).requires_grad_(True)
+        # as a function: the parameter's own method gives it memory of its own first
+        torch.Tensor.requires_grad_(broken.folded.get_parameter(name), True)
     return name is not None
 
 
@@ -1172,5 +1173,6 @@ def _run(module: CapturedModule, mutant: Mutant, mode: str) -> Any:
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    # the parameter's own method would give it memory of its own
+    flat = torch.Tensor.detach(tensor).contiguous().flatten().view(torch.uint8)
     return tuple(tensor.shape), str(tensor.dtype), bytes(flat.tolist())

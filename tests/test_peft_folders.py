@@ -536,3 +536,46 @@ def test_damaged_configurations(tmp_path: Path) -> None:
             except AdapterError:
                 refused += 1
     assert refused > len(FIELDS) * len(WRONG) / 3
+
+
+def test_biases_of_modules_that_are_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], bias="all")
+    x, theirs = torch.randn(4, 6).double(), peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    ours = fxlora.load_adapter(fxlora.capture(model, x), tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert (ours(x) - model(x)).abs().max() > 0.1
+    torch.testing.assert_close(ours(x), again(x), rtol=1e-10, atol=1e-10)
+
+
+def _with_other(key: str, old: str, new: str) -> Any:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        tensors[key.replace(old, new)] = tensors[key] + 1
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, config: config.update(lora_alpha=0), "lora_alpha"),
+        (_with_other("base_model.model.0.lora_A.weight", "0.lora", "module.0.lora"), "0.lora_A"),
+        (_with_other("base_model.model.0.lora_B.weight", "weight", "bias"), "lora_B.bias"),
+    ],
+)
+def test_what_peft_would_read_otherwise(change: Any, said: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    weights, text = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, fields = load_file(weights), json.loads(text.read_text())
+    change(tensors, fields)
+    save_file(tensors, weights)
+    text.write_text(json.dumps(fields))
+    gm = fxlora.capture(model, torch.randn(2, 6).double())
+    with pytest.raises(AdapterError, match=said):
+        fxlora.load_adapter(gm, tmp_path)

@@ -521,3 +521,30 @@ def test_the_example_in_the_docstring() -> None:
     assert fxlora.peft.get_peft_model is get_peft_model
     (test,) = doctest.DocTestFinder(recurse=False).find(get_peft_model, "get_peft_model")
     assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_one_optimizer_trains_adapters_in_turns() -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), torch.randn(4, 6)
+    target, x = torch.randn(4, 3).double(), x.double()
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    model = get_peft_model(base, config, x)
+    model.add_adapter("b", config)
+    names = dict(model.named_parameters())
+    assert {"0.lora_B.b.weight", "2.modules_to_save.b.weight", "2.weight"} <= names.keys()
+    assert model.get_nb_trainable_parameters()[1] == sum(p.numel() for p in names.values())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    start = {name: p.detach().clone() for name, p in names.items()}
+    for step in range(4):
+        model.set_adapter(("default", "b")[step % 2])
+        optimizer.zero_grad()
+        (model(x) - target).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, p in names.items() if not torch.equal(p, start[name])}
+    trained = [n for n in names if "lora_" in n or n.startswith("2.")]
+    assert moved == set(trained)
+    model.merge_adapter()
+    model.set_adapter("default")
+    assert model.get_model_status().merged_adapters == []
+    with model.disable_adapter():
+        assert model.get_nb_trainable_parameters()[0] < 100 and not model(x).requires_grad

@@ -92,7 +92,7 @@ def check_config(content: Folder) -> None:
             f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not support.{why}"
         )
     try:
-        LoraConfig(**{key: config[key] for key in _CHECKED if config.get(key)})
+        LoraConfig(**{k: config[k] for k in _CHECKED if config.get(k) not in (None, [], {})})
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"{content.path / CONFIG}: {error}") from error
 
@@ -225,9 +225,9 @@ class _PeftReader:
         looked_up = site.op == "embedding" or "lora_embedding_A" in pair.tensors
         starts = init in STARTS and not looked_up and not pair.bare
         return {
-            "r": _by_pattern(config, "rank_pattern", pair.target, config.get("r") or 8),
+            "r": _by_pattern(config, "rank_pattern", pair.target, _given(config, "r", 8)),
             "lora_alpha": _by_pattern(
-                config, "alpha_pattern", pair.target, config.get("lora_alpha") or 8
+                config, "alpha_pattern", pair.target, _given(config, "lora_alpha", 8)
             ),
             "lora_dropout": 0.0 if pair.bare else config.get("lora_dropout") or 0.0,
             "use_rslora": bool(config.get("use_rslora")),
@@ -272,7 +272,9 @@ class _PeftReader:
             self.misshapen.extend(wrong)
             if given.keys() == shapes.keys() and not wrong:
                 starts |= wrappers.decoded(group, pair.tensors)
-            if BIAS in pair.tensors:
+            if BIAS in pair.tensors and not self.content.config.get("lora_bias"):
+                self.strange.append(f"{pair.prefix}.{BIAS}")  # PEFT reads none
+            elif BIAS in pair.tensors:
                 biases[self._bias(entry, pair)] = entry.scaling * pair.tensors[BIAS]
         return starts, biases
 
@@ -340,6 +342,11 @@ def _scaled(entry: Entry, scaling: float | None) -> Entry:
     if scaling is None:
         return entry
     return dataclasses.replace(entry, alpha=scaling * entry.r, scaling=scaling)
+
+
+def _given(config: Mapping[str, Any], field: str, default: Any) -> Any:
+    value = config.get(field)
+    return default if value is None else value
 
 
 def _by_pattern(config: Mapping[str, Any], field: str, target: str, default: Any) -> Any:

@@ -118,14 +118,31 @@ class _Sorting:
         if name not in self.held and here and there and here["kind"] in _KINDS:
             end = "" if here["kind"] == "lora_magnitude_vector" else here["end"] or ""
             ends = self.wrappers.setdefault((here["path"], there["path"]), {})
-            ends[here["kind"] + end] = tensor
+            if here["kind"] + end in ends:  # as of two adapters, or with and without a prefix
+                self.strange.append(given)
+            ends.setdefault(here["kind"] + end, tensor)
             return
         owner, _, last = name.rpartition(".")
         found = ".".join(filter(None, (self._place(owner)[0], last)))
+        if self._is_repeated(owner, last, tensor):
+            return
         if found not in self.held or found in self.rest:
             self.strange.append(given)
         else:
             self.rest[found], self.keys[found] = tensor, key
+
+    def _is_repeated(self, owner: str, last: str, tensor: torch.Tensor) -> bool:
+        """Whether a key is PEFT's second one for a tensor of a module that trains in full.
+
+        With a bias mode, PEFT saves its biases once more, and those of the module that it replaced.
+        """
+        place, _, wrapper = owner.rpartition(".")
+        name = f"{place}.{last}"
+        if owner in self.paths or name not in self.held:
+            return False
+        held = self.content.tensors.get(f"{ROOT}{name}")
+        same = held is not None and torch.equal(held, tensor)
+        return wrapper == "original_module" or (wrapper == "modules_to_save" and same)
 
     def pairs(self) -> Iterable[Pair]:
         """Yield a pair for each wrapper; those of no weight become strange."""

@@ -82,14 +82,16 @@ def _differing(module: CapturedModule, content: Folder, base: Any, strict: bool)
     now = base_data(module)
     if not isinstance(weights, dict):
         raise _damaged(content.path)
+    for recorded in weights.values():
+        pair = isinstance(recorded, list) and len(recorded) == 2
+        if not pair or not isinstance(recorded[0], str) or recorded[0] not in DTYPES:
+            raise _damaged(content.path)
     other: list[str] = []
     rounded: list[str] = []
     for name, recorded in weights.items():
         held = content.names(name)
         if held not in now["weights"]:
             continue
-        if not isinstance(recorded, list) or len(recorded) != 2 or recorded[0] not in DTYPES:
-            raise _damaged(content.path)
         alike = _alike(module, held, recorded, now["weights"][held])
         if alike is None:
             rounded.append(f"{held} ({recorded[0]})")

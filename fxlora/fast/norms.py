@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from .plain import autocast_to
+from .plain import autocast_to, is_plain
 
 aten = torch.ops.aten
 
@@ -32,11 +32,21 @@ def sum_norms(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tenso
     """
     weight, down, up = weight.detach(), down.detach(), up.detach()
     with autocast_to(weight.device.type, None):
+        if weight.is_meta or not is_plain(
+            [weight, down, up]
+        ):  # as under torch.compile, which fuses these
+            return torch.linalg.vector_norm(torch.add(weight, up @ down, alpha=scaling), 2, -1)
         mixed = ((weight @ down.t()) * up).sum(1)  # (out, in) @ (in, r) -> (out, r) -> (out,)
         last = ((up @ (down @ down.t())) * up).sum(1)  # (out, r) @ (r, r) -> (out, r) -> (out,)
         first = torch.linalg.vector_norm(weight, 2, 1).square()
-        squares = first + 2 * scaling * mixed + scaling**2 * last
-    return squares.clamp(min=0).sqrt()
+        last = scaling**2 * last
+        squares = first + 2 * scaling * mixed + last
+        if bool((squares < _CANCELLED * (first + last)).any()):  # W + s·BA is close to 0
+            return torch.linalg.vector_norm(torch.add(weight, up @ down, alpha=scaling), 2, -1)
+    return squares.sqrt()
+
+
+_CANCELLED = 1e-2  # then a seventh of the digits of float32 are lost
 
 
 _LIBRARY.impl("sum_norms", sum_norms, "CompositeImplicitAutograd")

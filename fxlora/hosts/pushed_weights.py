@@ -15,6 +15,7 @@ from ..module.adapted_weight import folded_weight
 from ..module.ambient import no_ambient_modes
 from ..module.memory import overlapping
 from ..module.sharded import is_sharded, whole, write
+from ..module.shared_parameter import own
 from ..names import shown
 from ..passes.fold_constants import check_finite, overflows
 from ..plan import Entry, Plan
@@ -73,6 +74,7 @@ def fold_into(
     _check_names(module, target, entries, values)
     _check_memory(target, entries, values)
     for name, tensor in target.items():
+        own(tensor)  # it may be a captured weight, in the memory of the user's model
         with torch.inference_mode() if tensor.is_inference() else nullcontext():
             _write(module, tensor.detach(), values[name], entries.get(name, []), allow_nonfinite)
     changed = {*entries, *module.trained, *module.known.originals}

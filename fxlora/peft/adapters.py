@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Adapters:
     def __init__(self, source: nn.Module, base: CapturedModule) -> None:
         self.source = source
         self.base = base
+        base.requires_grad_(False)  # it runs where the adapters are disabled, and never trains
         self.modules: dict[str, CapturedModule] = {}
         self.configs: dict[str, LoraConfig] = {}
         self.active = ""
@@ -76,6 +77,19 @@ class Adapters:
         """Set which adapter trains: this one, or none."""
         for other, module in self.modules.items():
             set_trained(module, other == name and requires_grad)
+
+    def others(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trained parameters of the adapters that are not active, by PEFT's names."""
+        for adapter, module in self.modules.items():
+            plan = module.plan
+            if adapter == self.active or plan is None:
+                continue
+            for name in sorted(module.adapter_parameters()):
+                yield name, module.get_parameter(name)
+            for name in plan.trained:
+                owner, _, last = name.rpartition(".")
+                path = f"{owner}.modules_to_save.{adapter}.{last}".removeprefix(".")
+                yield path, module.get_parameter(name)
 
     def remove(self, name: str) -> None:
         self._hosts.pop(id(self.modules.pop(name)), None)

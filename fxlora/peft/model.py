@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,7 @@ class PeftModel(Host):
                 "one of several."
             )
         self._peft.check_known(names[0])
+        self._peft.merged = None
         self._peft.active = names[0]
         self._peft.train_only(names[0], not inference_mode)
         self._run()
@@ -308,6 +309,8 @@ class PeftModel(Host):
                 f"{shown(adapter_name)} is the only adapter: unload() gives the base."
             )
         self._peft.remove(adapter_name)
+        if adapter_name == self._peft.merged:
+            self._peft.merged = None
         if adapter_name == self.active_adapter:
             first = next(iter(self._peft.modules))
             warn(f"{shown(adapter_name)} was active; now {shown(first)} is.")
@@ -487,16 +490,17 @@ class PeftModel(Host):
                 save_adapter(module, folder if name == "default" else folder / name)
         return None
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all parameters, of every adapter: one optimizer may train them in turns."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        for name, parameter in self._peft.others() if recurse else ():
+            yield f"{prefix}.{name}".removeprefix("."), parameter
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the number of parameters that train, and of all with those of all adapters."""
-        held = dict(self.named_parameters())
-        others = [m for name, m in self._peft.modules.items() if name != self.active_adapter]
-        own = [
-            module.get_parameter(name)
-            for module in others
-            for name in (*sorted(module.adapter_parameters()), *sorted(module.trained))
-        ]
-        sizes = [(p.numel(), p.requires_grad) for p in (*held.values(), *own)]
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:

@@ -56,7 +56,7 @@ class Checkpoint:
                 raise ConfigError(f"no checkpoint at {path}: no such file or folder.")
         except OSError as error:
             raise ConfigError(f"checkpoint {path}: {error.strerror or error}.") from error
-        return cls(path, (WeightsFile.read(path),))
+        return cls(path, (WeightsFile.read(path),), config=_config(path.parent))
 
     @property
     def is_folder(self) -> bool:
@@ -106,12 +106,16 @@ def _folder(path: Path) -> Checkpoint:
     rest = [name for name in inside if name not in mine]
     left = [name for name in rest if name.suffix.lower() in _WEIGHTS]
     others = [name for name in rest if name not in left]
-    config: Any = None
-    if Path("config.json") in others:
-        source = f"{path / 'config.json'}"
-        config = parsed(read_text(path / "config.json", source, ConfigError), source, ConfigError)
-    config = config if isinstance(config, Mapping) else {}
-    return Checkpoint(path, tuple(files), tuple(others), tuple(left), config)
+    return Checkpoint(path, tuple(files), tuple(others), tuple(left), _config(path))
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Return the content of a folder's config.json, or {}."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    found: Any = parsed(read_text(path, str(path), ConfigError), str(path), ConfigError)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _walk(root: Path, folder: Path) -> Iterator[Path]:

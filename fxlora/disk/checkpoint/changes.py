@@ -77,14 +77,29 @@ def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None)
         changes = _of_plan(base, content, content.header, model)
     for name in (*changes.folded, *changes.replaced):
         known = base.tensors[name]
+        given = changes.replaced.get(name)
+        if given is not None and given.is_floating_point() and known.code in _WHOLE_NUMBERS:
+            raise AdapterError(
+                f"'{name}' is {known.code} in {base.path}, as in a quantised checkpoint, and "
+                f"{given.dtype} in {content.path}, which whole numbers cannot hold."
+            )
         if known.dtype is None and (name in changes.folded or known.code not in REPLACED):
             raise AdapterError(
                 f"'{name}' is {known.code} in {base.path}, as in a quantised checkpoint, into "
                 "which nothing can be folded exactly. Fold into the checkpoint that it was made "
                 "from."
             )
+    if twice := changes.folded.keys() & changes.replaced.keys():
+        raise AdapterError(
+            f"{content.path} has both a pair and the whole tensor for {some(sorted(twice))}: which "
+            "of them counts is not known."
+        )
     check_ties(base, content, changes.folded, changes.replaced, changes.prefix, model)
     return changes
+
+
+# safetensors' codes of dtypes without fractions.
+_WHOLE_NUMBERS = frozenset(("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"))
 
 
 # ---- folders with a plan ------------------------------------------------------------------------

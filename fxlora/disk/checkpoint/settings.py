@@ -100,8 +100,9 @@ class Settings:
             adapted: the paths of the adapted layers.
         """
         owner, _, last = name.rpartition(".")
-        if last == "bias" and self.config.bias != "none":
-            return self.config.bias == "all" or owner in adapted
+        mode = self.config.bias
+        if last == "bias" and (mode == "all" or (mode == "lora_only" and owner in adapted)):
+            return True
         paths = itertools.accumulate(owner.split("."), "{}.{}".format)
         named = tuple(self.config.modules_to_save or ())
         return any(path.endswith(named) for path in paths) if named else False
