@@ -612,3 +612,32 @@ def test_load_adapter_and_fold_take_what_is_not_finite_if_told() -> None:
 
 
 __all__ = ["ExportError"]
+
+
+def test_a_pair_and_the_whole_tensor_for_one_weight() -> None:
+    save_file({"one.weight": torch.randn(5, 6)}, "base.safetensors")
+    tensors = {**pair("one", 5, 6), "one.weight": torch.randn(5, 6)}
+    write_adapter(Path("a"), tensors, target_modules=["one"], modules_to_save=["one"])
+    with pytest.raises(AdapterError, match=r"both a pair and the whole tensor for one\.weight"):
+        fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
+
+
+def test_fractions_are_not_cut_off() -> None:
+    state = {"one.weight": torch.randn(5, 6), "head.weight": torch.ones(3, 5, dtype=torch.int8)}
+    save_file(state, "base.safetensors")
+    tensors = {**pair("one", 5, 6), "head.weight": torch.randn(3, 5)}
+    write_adapter(Path("a"), tensors, target_modules=["one"], modules_to_save=["head"])
+    with pytest.raises(AdapterError, match="which whole numbers cannot hold"):
+        fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
+
+
+def test_biases_of_modules_that_are_saved() -> None:
+    state = {"one.weight": torch.randn(5, 6), "one.bias": torch.zeros(5)}
+    state |= {"head.weight": torch.randn(3, 5), "head.bias": torch.zeros(3)}
+    save_file(state, "base.safetensors")
+    tensors = {n: torch.randn(*state[n].shape) for n in ("one.bias", "head.weight", "head.bias")}
+    options: dict[str, Any] = {"target_modules": ["one"], "modules_to_save": ["head"]}
+    write_adapter(Path("a"), pair("one", 5, 6) | tensors, **options, bias="lora_only")
+    fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
+    for name, tensor in tensors.items():
+        assert torch.equal(read(Path("out.safetensors"))[name], tensor)

@@ -339,6 +339,14 @@ def test_the_norms_of_a_sum() -> None:
     assert not found.requires_grad
 
 
+def test_the_norms_of_a_sum_that_cancels() -> None:
+    weight, down = torch.randn(6, 4), torch.eye(4)
+    up = -(1 - 1e-4) * weight
+    found = torch.ops.fxlora.sum_norms(weight, down, up, 1.0)
+    expected = (weight.double() + up.double()).norm(dim=-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=0)
+
+
 @pytest.mark.autocast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
