@@ -2,8 +2,8 @@
 
 The model has Llama-3-8B's shape and is on the meta device, so that only tracing and rewriting take
 time; batch and sequence are dynamic on both sides. Two layers are also measured with real tensors,
-for comparison with two on the meta device. A capture exports the model in both modes, and each
-mode again with a batch of 1 where torch.export guards against it.
+for comparison with two on the meta device. A capture exports the model in both modes, and
+proves each graph for a batch of 1 by runs on fake tensors.
 """
 
 from __future__ import annotations

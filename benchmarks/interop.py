@@ -51,6 +51,9 @@ def main() -> None:
     add_failures(report, records)
 
 
+RESULTS = ("equal", "refused", "different", "PEFT refuses")
+
+
 def row(kind: str, records: list[Record]) -> dict[str, str]:
     found = [r["kinds"][kind] for r in records if kind in r.get("kinds", {})]
     counts = Counter(f["result"] for f in found)
@@ -59,7 +62,7 @@ def row(kind: str, records: list[Record]) -> dict[str, str]:
     return {
         "layers": kind,
         "folders": str(len(found)),
-        **{result: str(counts[result]) for result in ("equal", "refused", "different")},
+        **{result: str(counts[result]) for result in RESULTS},
         "PEFT → fxlora": f"{max(to, default=0):.1e}",
         "fxlora → PEFT": f"{max(back, default=0):.1e}",
         "of folders": str(len(back)),
@@ -98,8 +101,12 @@ def work(build: Callable[[], Case], device: str, record: Record) -> None:
     for kind, classes in KINDS.items():
         names = [name for name, held in model.named_modules() if isinstance(held, classes)]
         with tempfile.TemporaryDirectory() as folder:
-            made = theirs(model, names, Path(folder)) if names else None
-            if made is None:
+            if not names:
+                continue
+            try:
+                made = theirs(model, names, Path(folder))
+            except Exception as error:  # noqa: BLE001 - PEFT does not take every layer
+                record["kinds"][kind] = {"result": "PEFT refuses", "refused": {"PEFT": str(error)}}
                 continue
             found = record["kinds"][kind] = both_ways(model, gm, made, outputs, Path(folder))
             if found["result"] == "different":
@@ -110,18 +117,15 @@ def _double(device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda t: (t.double() if t.is_floating_point() else t).to(device)
 
 
-def theirs(model: nn.Module, names: list[str], folder: Path) -> nn.Module | None:
-    """Return PEFT's module with random adapters, saved in a folder; None if PEFT refuses."""
+def theirs(model: nn.Module, names: list[str], folder: Path) -> nn.Module:
+    """Return PEFT's module with random adapters, saved in a folder."""
     config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
-    try:
-        made = peft.get_peft_model(copy.deepcopy(model), config).eval()
-        with torch.no_grad():
-            for parameter in made.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.05)
-        made.save_pretrained(str(folder), save_embedding_layers=False)
-    except Exception:  # noqa: BLE001 - of grouped convolutions, and of what it does not know
-        return None
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    made.save_pretrained(str(folder), save_embedding_layers=False)
     return made
 
 
