@@ -54,10 +54,14 @@ def flow(name: str) -> Case:
 def detection(name: str) -> Case:
     """Return a detection model with targets, which train mode needs.
 
-    Its score threshold is zero, because a random model would find nothing otherwise.
+    Its score threshold is zero, because a random model would find nothing otherwise; it looks at
+    few boxes, because a CPU without units for float16 takes minutes for the heads of many.
     """
     options: dict[str, Any] = {} if "ssd" in name else {"min_size": 64, "max_size": 96}
     score = "box_score_thresh" if "rcnn" in name else "score_thresh"
+    if "rcnn" in name:
+        options |= {"box_detections_per_img": 8}
+        options |= {f"rpn_post_nms_top_n_{mode}": 16 for mode in ("train", "test")}
     model = get_model(
         name, weights=None, weights_backbone=None, num_classes=3, **options, **{score: 0.0}
     )
