@@ -26,6 +26,9 @@ ORDERED: collections.OrderedDict[int, torch.Tensor] = collections.OrderedDict()
 ENTRIES: dict[int, Any] = {}
 
 
+LATE: dict[str, dict[int, torch.Tensor]] = {}
+
+
 class OnClass:
     """Keeps its gains in an attribute that it does not have at first."""
 
@@ -67,6 +70,14 @@ def by_size(size: int) -> torch.Tensor:
 
 def by_name(size: int) -> torch.Tensor:
     return BY_NAME["gains"].setdefault(size, made(size))
+
+
+def in_a_late_dict(size: int) -> torch.Tensor:
+    """Of the first call, only an empty cache stays; the next one fills it."""
+    if "gains" not in LATE:
+        LATE["gains"] = {}
+        return made(size)
+    return LATE["gains"].setdefault(size, made(size))
 
 
 def in_list(size: int) -> torch.Tensor:
@@ -241,6 +252,7 @@ KINDS = (
     by_cache,
     by_size,
     by_name,
+    in_a_late_dict,
     in_list,
     in_global,
     in_default,

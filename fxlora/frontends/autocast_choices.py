@@ -309,6 +309,8 @@ def remove_metadata_assertions(module: fx.GraphModule) -> None:
     for inner in module.modules():
         if isinstance(inner, fx.GraphModule):
             target = torch.ops.aten._assert_tensor_metadata.default
-            for node in inner.graph.find_nodes(op="call_function", target=target):
+            found = inner.graph.find_nodes(op="call_function", target=target)
+            for node in found:
                 inner.graph.erase_node(node)
-            inner.recompile()
+            if found:
+                inner.recompile()

@@ -37,6 +37,7 @@ from .autocast_choices import remove_metadata_assertions
 from .caller_modes import inside_autocast, wanted
 from .examples import Example
 from .failures import capture_error
+from .kept.caches import searched_once
 from .kept.checkpoints import marked_checkpoints, marks_of
 from .kept.containers import recorded_outputs, watch_updates
 from .kept.functions import opaque_functions
@@ -106,6 +107,7 @@ class Source:
         return {mode: self.modules[mode] for mode in MODES if mode in modes.values()}
 
 
+@searched_once()
 def export_modes(
     model: nn.Module,
     examples: list[Example],

@@ -10,7 +10,9 @@ import copy
 import functools
 import gc
 import logging
+import operator
 import sys
+import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +43,16 @@ _LIBRARIES = {"torch", "numpy", __name__.partition(".")[0], *sys.stdlib_module_n
 
 
 @contextmanager
+def searched_once() -> Generator[None]:
+    """Within the context, what a model's code reaches is searched again only after it changed."""
+    outer, _known.reaches = _known.reaches, {}
+    try:
+        yield
+    finally:
+        _known.reaches = outer
+
+
+@contextmanager
 def no_traces_in_caches(model: nn.Module) -> Generator[None]:
     """Within the context, trace a model; afterwards, remove the tensors of the trace from caches.
 
@@ -48,7 +60,7 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
     any result was added to it. A variable or a container gets back its earlier value if it holds a
     tensor of the trace. Everything else that a call leaves there stays.
     """
-    reach = _Reach(model)
+    reach = _reach_of(model)
     used = [(cache, cache.cache_info()) for cache in reach.lru_caches]
     containers = [(container, copy.copy(container)) for container in reach.containers]
     variables = [(owner, dict(_variables(owner))) for owner in reach.owners.values()]
@@ -61,11 +73,39 @@ def no_traces_in_caches(model: nn.Module) -> Generator[None]:
             # equal counts, if the forward clears the cache and fills it again
             if more or any(_holds_traced(held, attributes=False) for held in _results(cache)):
                 cache.cache_clear()
-        for container, before in containers:
-            if not unchanged(container, before) and any(map(_holds_traced, items(container))):
-                put_back(container, before)
-        for owner, before in variables:
-            _put_variables_back(owner, before)
+        same = [_put_container_back(container, before) for container, before in containers]
+        same += [_put_variables_back(owner, before) for owner, before in variables]
+        if not all(same) and _known.reaches:  # what stays may reach more
+            _known.reaches.pop(id(model), None)
+
+
+class _Known(threading.local):
+    """The last search of each model, by id, where the thread searches once."""
+
+    reaches: dict[int, _Reach] | None = None
+
+
+def _reach_of(model: nn.Module) -> _Reach:
+    start, reaches = _start_of(model), _known.reaches
+    if reaches is None:
+        return _Reach(start)
+    known = reaches.get(id(model))
+    same = known and len(known.start) == len(start) and all(map(operator.is_, known.start, start))
+    if not (known and same):
+        known = reaches[id(model)] = _Reach(start)
+    return known
+
+
+def _start_of(model: nn.Module) -> list[Any]:
+    """Return the classes of a model's modules, and the callables that these hold."""
+    return [
+        value
+        for module in model.modules()
+        for value in (type(module), *filter(callable, vars(module).values()))
+    ]
+
+
+_known = _Known()
 
 
 class _Reach:
@@ -74,23 +114,22 @@ class _Reach:
     An attribute of a class or instance is reached if code that is reached contains its name.
 
     Attributes:
+        start: where the search starts.
         lru_caches: functions that keep their results.
         containers: dicts, lists and sets.
         owners: the objects with variables: namespaces of modules, classes, instances, closures.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, start: list[Any]) -> None:
+        self.start = start
         self.lru_caches: list[Any] = []
         self.containers: list[Any] = []
         self.owners: dict[int, Any] = {}  # by id
         self._seen: dict[int, Any] = {}  # by id, which no other object can take while it is held
-        self._left: list[Any] = []
+        self._left: list[Any] = list(start)
         self._names: set[str] = set()
         self._waiting: dict[str, list[Any]] = {}  # attributes that no code has named so far
         self._add_names({"forward"})
-        for module in model.modules():
-            self._left.append(type(module))
-            self._left += filter(callable, vars(module).values())
         while self._left:
             value = self._left.pop()
             if id(value) not in self._seen:
@@ -230,11 +269,28 @@ def _variables(owner: Any) -> Mapping[str, Any]:
     return {n: v for n, v in list(_attributes(owner).items()) if not str(n).startswith("__")}
 
 
-def _put_variables_back(owner: Any, before: dict[str, Any]) -> None:
-    for name, value in list(_variables(owner).items()):
+def _put_container_back(container: Any, before: Any) -> bool:
+    """Put items back if one holds a tensor of the trace; return whether all are as before."""
+    if unchanged(container, before):
+        return True
+    if any(map(_holds_traced, items(container))):
+        put_back(container, before)
+        return True
+    return False
+
+
+def _put_variables_back(owner: Any, before: dict[str, Any]) -> bool:
+    """Put back each that holds a tensor of the trace; return whether all are as before."""
+    now = dict(_variables(owner))
+    same = now.keys() >= before.keys()
+    for name, value in now.items():
         old = before.get(name, _ABSENT)
-        if value is not old and _holds_traced(value):
-            _set(owner, name, old)
+        if value is not old:
+            traced = _holds_traced(value)
+            same = same and traced
+            if traced:
+                _set(owner, name, old)
+    return same
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

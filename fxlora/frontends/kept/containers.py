@@ -240,6 +240,8 @@ def put_back(container: Any, before: Any) -> None:
 
 def unchanged(container: Any, before: Any) -> bool:
     """Whether a list, dict or set holds the same objects as an earlier copy of it."""
+    if isinstance(container, set):  # a copy of a set may have another order
+        return set(map(id, container)) == set(map(id, before))
     return len(container) == len(before) and all(
         a is b for a, b in zip(items(container), items(before), strict=True)
     )

@@ -107,9 +107,11 @@ class Functions:
         """Replace the opaque ops in a graph and its nested graphs by calls of the Functions."""
         for inner in module.modules():
             if isinstance(inner, fx.GraphModule):
-                for node in inner.graph.find_nodes(op="call_function", target=_OP):
+                found = inner.graph.find_nodes(op="call_function", target=_OP)
+                for node in found:
                     self._restore(node)
-                inner.recompile()
+                if found:
+                    inner.recompile()
 
     def _restore(self, node: fx.Node) -> None:
         """Replace an opaque op, which returns a list of only the tensors, by its call."""

@@ -173,7 +173,8 @@ def restore_recurrent(module: fx.GraphModule) -> None:
     """Put torch's own ops in the place of the opaque ones, in a graph and its nested graphs."""
     for inner in module.modules():
         if isinstance(inner, fx.GraphModule):
-            for node in inner.graph.nodes:
-                if node.target in _OPS:
-                    node.target, node.args = _OPS[node.target], node.args[:-2]
-            inner.recompile()
+            found = [node for node in inner.graph.nodes if node.target in _OPS]
+            for node in found:
+                node.target, node.args = _OPS[node.target], node.args[:-2]
+            if found:
+                inner.recompile()

@@ -240,13 +240,15 @@ def remove_aliases(module: fx.GraphModule) -> None:
     """Take the aliases that `contiguous` is recorded with out of a graph and its nested graphs."""
     for inner in module.modules():
         if isinstance(inner, fx.GraphModule):
-            for node in inner.graph.find_nodes(op="call_function", target=_CONTIGUOUS):
+            found = inner.graph.find_nodes(op="call_function", target=_CONTIGUOUS)
+            for node in found:
                 alias = node.args[0]
                 if isinstance(alias, fx.Node) and alias.target is torch.ops.aten.alias.default:
                     node.replace_input_with(alias, alias.all_input_nodes[0])
                     if not alias.users:
                         inner.graph.erase_node(alias)
-            inner.recompile()
+            if found:
+                inner.recompile()
 
 
 def _has_tensor(*values: Any) -> bool:
