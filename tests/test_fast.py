@@ -406,6 +406,68 @@ def test_compiled_without_breaks_and_again() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+class Regions(nn.Module):
+    """Layers in a checkpoint, in an autocast inside one, in an autocast and under no_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(3))
+        self.head = nn.Linear(6, 5)
+
+    def full(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.layers[1](x) + torch.arange(6.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(self.layers[0], x, use_reentrant=False)
+        x = checkpoint(self.full, x, use_reentrant=False)
+        with torch.autocast("cpu", enabled=False):
+            x = self.layers[2](x)
+        with torch.no_grad():
+            y = self.layers[0](x)
+        return self.head(x + y)
+
+
+def test_regions_of_the_forward() -> None:
+    lora = adapted(Regions())
+    fast = assert_equal_to_explicit(lora)
+    assert {tuple(names) for names in joined(fast)} == {
+        *((*(f"layers.{n}.{s}" for s in ("q", "k", "v", "gate")),) for n in range(3)),
+        *((f"layers.{n}.out",) for n in range(3)),
+        ("head",),
+    }
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    for module in (compiled, fxlora.optimize(lora, recompute=True)):
+        for ours, theirs in zip(gradients(module, X), gradients(lora, X), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    fast.float()  # with the constant of a nested graph
+    torch.testing.assert_close(fast(X.float()), lora.float()(X.float()))
+
+
+class InFull(Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x) + torch.arange(6.0)
+
+
+class Inside(nn.Module):
+    """Submodules whose forwards have a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([InFull(), InFull()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](self.layers[0](x))
+
+
+def test_regions_in_submodules_that_are_modules() -> None:
+    lora = adapted(Inside(), modules="layers.*")
+    fast = assert_equal_to_explicit(lora)
+    assert joined(fast) == [] and "a region of a submodule" in str(fast.schedule)
+
+
 # ---- recomputation ------------------------------------------------------------------------------
 
 

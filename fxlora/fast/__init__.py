@@ -1,6 +1,7 @@
 """Fast graphs: derived from the explicit ones, equal to them, and run in their place."""
 
 from .graph import Fast, fast_graph
+from .nested import running_nodes
 from .recompute import Recomputed
 
-__all__ = ["Fast", "Recomputed", "fast_graph"]
+__all__ = ["Fast", "Recomputed", "fast_graph", "running_nodes"]

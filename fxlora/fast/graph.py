@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..fx.marks import ADAPTER, APART, JOINED
+from ..fx.nested import Call, checkpointed
 from .layers import Layer, grouped, is_barrier
 from .linears import linears
+from .nested import make_nested_fast
 from .norms import rewrite_norms
 from .recompute import recompute_chains
 
@@ -32,9 +34,23 @@ class Fast:
     recompute: bool = False
 
 
-def fast_graph(graph: fx.Graph, how: Fast) -> fx.Graph:
-    """Return a copy of a graph in which one op computes each group of adapted layers."""
+def fast_graph(graph: fx.Graph, how: Fast, owner: nn.Module | None = None) -> fx.Graph:
+    """Return a copy of a graph in which one op computes each group of adapted layers.
+
+    Args:
+        graph: the explicit graph, which stays as it is.
+        how: what the copy may do.
+        owner: the module that holds the nested graphs that it calls; None keeps these explicit.
+    """
     fast = copy.deepcopy(graph)
+
+    def nested(explicit: fx.GraphModule, call: Call) -> fx.Graph:
+        # a checkpoint computes all of it again in any case
+        again = how.recompute and call.node.target is not checkpointed
+        return fast_graph(explicit.graph, Fast(recompute=again), explicit)
+
+    if owner is not None:
+        make_nested_fast(fast, owner, nested)
     found = grouped(fast)
     order = {node: number for number, node in enumerate(fast.nodes)}
     for layers in found.groups:

@@ -137,7 +137,7 @@ class CapturedModule(ProgramModule):
         if id(graph) in self._running:
             return self._running[id(graph)]
         how = self.known.optimized
-        return fast_graph(graph, how) if how else graph
+        return fast_graph(graph, how, self) if how else graph
 
     @property
     def schedule(self) -> Schedule | None:

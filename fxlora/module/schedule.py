@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..fast import Recomputed
+from ..fast import Recomputed, running_nodes
 from ..fx.marks import ADAPTER, APART, JOINED, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
 from .program import MODES
 
 Runs = Iterable[tuple[str, fx.Graph]]  # the graphs that run, with their modes
+
+
+_NESTED = "is in a choice, a loop, or a region of a submodule that is a module"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Schedule:
         units: dict[tuple[str, ...], tuple[int, int]] = {}
         again = {mode: Counter[Recomputed]() for mode in MODES}
         for mode, graph in runs:
-            for node in graph.nodes:
+            for node in running_nodes(graph):
                 if names := node.meta.get(JOINED):
                     modes.setdefault((names, ""), {})[mode] = None
                     units[names] = _traffic([entries[name] for name in names])
@@ -70,7 +73,9 @@ class Schedule:
         seen = {name for names, _ in modes for name in names}
         for name in entries:
             if name not in seen:
-                modes[(name,), "is in a graph that the model's graph calls"] = {}
+                modes[
+                    (name,), "is in a choice, a loop, or a region of a submodule that is a module"
+                ] = {}
         groups = [
             Group(
                 tuple(entries[name].site for name in names),

@@ -89,7 +89,9 @@ def outline(
         for mode in MODES:
             graph = program.graphs[mode]
             if id(graph) not in running:
-                running[id(graph)], split[id(graph)] = _split(program, mode, paths, equal, fast)
+                running[id(graph)], split[id(graph)] = _split(
+                    owner, program, mode, paths, equal, fast
+                )
             for path, outlined in split[id(graph)].items():
                 made = _merged(BlockCall.of(one, program, mode) for one in outlined)
                 _add(found[path][mode], made)
@@ -103,7 +105,12 @@ def outline(
 
 
 def _split(
-    program: Program, mode: str, paths: Collection[str], equal: EqualConstants, fast: Fast | None
+    owner: nn.Module,
+    program: Program,
+    mode: str,
+    paths: Collection[str],
+    equal: EqualConstants,
+    fast: Fast | None,
 ) -> tuple[fx.Graph, dict[str, list[OutlinedGraph]]]:
     """Return a mode's graph with calls of submodules, and these by path."""
     ordered = _ordered(program.inputs[mode])
@@ -111,7 +118,8 @@ def _split(
     rest, made = split_at_calls(program.graphs[mode], calls, paths, equal, ordered)
     if not fast:
         return rest, made
-    return fast_graph(rest, fast), {
+    return fast_graph(rest, fast, owner), {
+        # equal submodules share their nested graphs, which stay explicit
         path: [replace(call, graph=fast_graph(call.graph, fast)) for call in of_path]
         for path, of_path in made.items()
     }
