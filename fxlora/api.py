@@ -350,7 +350,9 @@ def unfold(module: CapturedModule) -> CapturedModule:
 
 
 @no_ambient_modes()
-def optimize(module: CapturedModule, *, recompute: bool = False) -> CapturedModule:
+def optimize(
+    module: CapturedModule, *, recompute: bool = False, chunked_loss: bool = False
+) -> CapturedModule:
     """Return a module whose calls run faster graphs, equal to the explicit ones.
 
     Adapted layers with one input (q, k and v) become one op, which reads x once for all A, adds
@@ -363,6 +365,9 @@ def optimize(module: CapturedModule, *, recompute: bool = False) -> CapturedModu
         module: an adapted module; it is not changed.
         recompute: also compute chains of elementwise ops (a GELU that is written out, a gate)
             again in the backward, where less memory is saved for it then. It takes more time.
+        chunked_loss: also compute a linear head and the cross-entropy of its logits for some rows
+            at a time, and again in the backward, where the graph returns the loss and not the
+            logits. The logits of all tokens are never held.
 
     Returns:
         The optimized module.
@@ -379,7 +384,7 @@ def optimize(module: CapturedModule, *, recompute: bool = False) -> CapturedModu
         -------  -----------  -----------  ----------------------  ----------
         weight   train, eval  1 in one op                      72         100
     """
-    return Optimize(Fast(recompute=recompute))(module)
+    return Optimize(Fast(recompute=recompute, chunked_loss=chunked_loss))(module)
 
 
 @no_ambient_modes()

@@ -1,7 +1,8 @@
 """Fast graphs: derived from the explicit ones, equal to them, and run in their place."""
 
 from .graph import Fast, fast_graph
+from .losses import ChunkedLoss
 from .nested import running_nodes
 from .recompute import Recomputed
 
-__all__ = ["Fast", "Recomputed", "fast_graph", "running_nodes"]
+__all__ = ["ChunkedLoss", "Fast", "Recomputed", "fast_graph", "running_nodes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,7 @@ from ..fx.marks import ADAPTER, APART, JOINED
 from ..fx.nested import Call, checkpointed
 from .layers import Layer, grouped, is_barrier
 from .linears import linears
+from .losses import chunk_losses
 from .nested import make_nested_fast
 from .norms import rewrite_norms
 from .recompute import recompute_chains
@@ -29,9 +30,11 @@ class Fast:
 
     Attributes:
         recompute: compute chains of elementwise ops again in the backward.
+        chunked_loss: compute a linear head and its cross-entropy for some rows at a time.
     """
 
     recompute: bool = False
+    chunked_loss: bool = False
 
 
 def fast_graph(graph: fx.Graph, how: Fast, owner: nn.Module | None = None) -> fx.Graph:
@@ -47,10 +50,12 @@ def fast_graph(graph: fx.Graph, how: Fast, owner: nn.Module | None = None) -> fx
     def nested(explicit: fx.GraphModule, call: Call) -> fx.Graph:
         # a checkpoint computes all of it again in any case
         again = how.recompute and call.node.target is not checkpointed
-        return fast_graph(explicit.graph, Fast(recompute=again), explicit)
+        return fast_graph(explicit.graph, replace(how, recompute=again), explicit)
 
     if owner is not None:
         make_nested_fast(fast, owner, nested)
+    if how.chunked_loss:
+        chunk_losses(fast, lambda part: fast_graph(part, Fast()))
     found = grouped(fast)
     order = {node: number for number, node in enumerate(fast.nodes)}
     for layers in found.groups:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from ..fx.nested import Call, call_of, nested_graph
+from .losses import Chunks
 
 
 class Fetched:
@@ -47,5 +48,5 @@ def running_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the nodes of a graph, and of the fast graphs that it calls."""
     for node in graph.nodes:
         yield node
-        if isinstance(node.target, Fetched):
+        if isinstance(node.target, Fetched | Chunks):
             yield from running_nodes(node.target.module.graph)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..fast import Recomputed, running_nodes
-from ..fx.marks import ADAPTER, APART, JOINED, RECOMPUTED
+from ..fast import ChunkedLoss, Recomputed, running_nodes
+from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
 from .program import MODES
@@ -48,10 +48,12 @@ class Schedule:
     Attributes:
         groups: those that one node computes first.
         recomputed: what the backward computes again, and how often, in the mode where it is most.
+        losses: the losses that were to be computed for some rows at a time, with their modes.
     """
 
     groups: tuple[Group, ...]
     recomputed: tuple[tuple[Recomputed, int], ...] = ()
+    losses: tuple[tuple[ChunkedLoss, tuple[str, ...]], ...] = ()
 
     @classmethod
     def of(cls, runs: Runs, plan: Plan | None) -> Schedule:
@@ -60,11 +62,14 @@ class Schedule:
         modes: dict[tuple[tuple[str, ...], str], dict[str, None]] = {}
         units: dict[tuple[str, ...], tuple[int, int]] = {}
         again = {mode: Counter[Recomputed]() for mode in MODES}
+        losses: dict[ChunkedLoss, dict[str, None]] = {}
         for mode, graph in runs:
             for node in running_nodes(graph):
                 if names := node.meta.get(JOINED):
                     modes.setdefault((names, ""), {})[mode] = None
                     units[names] = _traffic([entries[name] for name in names])
+                elif loss := node.meta.get(CHUNKED):
+                    losses.setdefault(loss, {})[mode] = None
                 elif chain := node.meta.get(RECOMPUTED):
                     again[mode][chain] += 1
                 elif ADAPTER in node.meta:
@@ -89,6 +94,7 @@ class Schedule:
         return cls(
             tuple(sorted(groups, key=lambda group: bool(group.reason))),
             tuple(sorted(most.items(), key=lambda item: len(item[0].ops))),
+            tuple((loss, tuple(found)) for loss, found in losses.items()),
         )
 
     def __str__(self) -> str:
@@ -103,7 +109,21 @@ class Schedule:
             )
             for group in self.groups
         ]
-        return "\n\n".join(filter(None, (render(header, rows), self._recomputations())))
+        tables = (render(header, rows), self._recomputations(), self._losses())
+        return "\n\n".join(filter(None, tables))
+
+    def _losses(self) -> str:
+        if not self.losses:
+            return ""
+        rows = [
+            (
+                loss.head,
+                ", ".join(modes),
+                f"explicit: {loss.reason}" if loss.reason else f"{loss.rows:,} rows at a time",
+            )
+            for loss, modes in self.losses
+        ]
+        return render(("cross-entropy of", "modes", "form"), rows)
 
     def _recomputations(self) -> str:
         if not self.recomputed:

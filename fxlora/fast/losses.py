@@ -1,0 +1,298 @@
+"""Compute a linear head and the cross-entropy of its logits for some rows at a time.
+
+The logits of all tokens are the widest tensors of a language model, with their softmax and their
+gradient. Where only the loss reads them, they need not all be there at once:
+
+    loss = 1/n · sum over parts (sum over the rows of a part of -log softmax(x W^T)[target])
+
+with n targets that count. Each part is a checkpoint: the backward computes its logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..fx.calls import argument, example_value
+from ..fx.marks import ADAPTER, CHUNKED
+from ..lora.ops import times_matrix
+from .layers import NotJoinable, between, is_barrier, layer_of
+from .plain import is_plain
+
+aten = torch.ops.aten
+
+_LOGITS = 2**24  # the most that are computed at a time: 64 MiB in float32
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_COPIES = (aten.contiguous.default, aten.clone.default)
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+# The number of arguments, from the second one on, that are dimensions.
+_OF_DIMENSIONS = {aten.slice.Tensor: 1, aten.select.int: 1, aten.flatten.using_ints: 2}
+_MEAN, _SUM = 1, 2  # torch's reductions
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """A cross-entropy, and the form in which it runs.
+
+    Attributes:
+        head: the weight of the linear layer whose outputs are the logits, or "".
+        vocabulary: the number of logits of a row.
+        reason: why it is not computed for some rows at a time; "" if it is.
+    """
+
+    head: str = ""
+    vocabulary: int = 0
+    reason: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The rows at a time."""
+        return max(1, _LOGITS // self.vocabulary) if self.vocabulary else 0
+
+
+class _NotChunked(Exception):
+    """The reason why a loss is not computed for some rows at a time."""
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """The end of a graph, as its nodes.
+
+    Attributes:
+        weight: the name of the head's weight.
+        x: the input of the head.
+        head: the nodes of the head, which is linear, with its adapter.
+        shaping: the nodes behind it that choose or arrange rows, in order.
+        casts: the nodes behind it that cast.
+        loss: the cross-entropy.
+    """
+
+    weight: str
+    x: fx.Node
+    head: tuple[fx.Node, ...]
+    shaping: tuple[fx.Node, ...]
+    casts: tuple[fx.Node, ...]
+    loss: fx.Node
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All of them, the last one first."""
+        order = {node: number for number, node in enumerate(self.loss.graph.nodes)}
+        found = (*self.head, *self.shaping, *self.casts, self.loss)
+        return tuple(sorted(found, key=lambda node: -order[node]))
+
+
+def chunk_losses(graph: fx.Graph, fast: Callable[[fx.Graph], fx.Graph]) -> None:
+    """Replace each linear head with its cross-entropy by a call that takes some rows at a time.
+
+    Args:
+        graph: the graph, which is changed.
+        fast: makes the graph of a part, with the head, a fast one.
+    """
+    for loss in graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+        try:
+            _replace(_tail_of(loss), fast)
+        except _NotChunked as reason:
+            loss.meta[CHUNKED] = ChunkedLoss(reason=str(reason))
+
+
+# ---- where that is possible ---------------------------------------------------------------------
+
+
+def _tail_of(loss: fx.Node) -> _Tail:
+    logits, target, weight = (argument(loss, n) for n in range(3))
+    if weight is not None or argument(loss, 3) not in (_MEAN, _SUM):
+        raise _NotChunked("weighs the classes, or has no mean and no sum")
+    if _dims(logits) != 2 or _dims(target) != 1:
+        raise _NotChunked("is not of one row of logits for each target")
+    shaping: list[fx.Node] = []
+    casts: list[fx.Node] = []
+    node = logits
+    while not _is_head(node):
+        if node.target in _CASTS and node.all_input_nodes == [node.args[0]]:
+            casts.insert(0, node)
+        elif node.target in _COPIES or _keeps_rows(node):
+            shaping.insert(0, node)
+        else:
+            raise _NotChunked(f"is not of the outputs of a linear layer, but of {node.target}")
+        node = node.args[0]
+    tail = _Tail(*_head(node), tuple(shaping), tuple(casts), loss)
+    _check(tail)
+    return tail
+
+
+def _is_head(node: fx.Node) -> bool:
+    return ADAPTER in node.meta or times_matrix(node.target) is not None
+
+
+def _head(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]]:
+    """Return the weight, the input and the nodes of the linear layer that ends at a node."""
+    if ADAPTER in node.meta:
+        try:
+            layer = layer_of(node)
+        except NotJoinable as reason:
+            raise _NotChunked(f"is of a head whose adapter {reason}") from None
+        return _name(layer.weight), layer.x, layer.nodes
+    found = times_matrix(node.target)
+    assert found is not None
+    at, row = found
+    x, weight = argument(node, row.input), argument(node, at)
+    bias = None if row.bias is None else argument(node, row.bias)
+    if not isinstance(x, fx.Node) or _dims(weight) != 2 or (bias is not None and _dims(bias) != 1):
+        raise _NotChunked("is not of the outputs of a linear layer")
+    return _name(weight), x, (node,)
+
+
+def _name(weight: fx.Node) -> str:
+    """Return the name of a weight, which may be transposed or cast."""
+    while weight.op != "get_attr" and len(weight.all_input_nodes) == 1:
+        (weight,) = weight.all_input_nodes
+    return str(weight.target if weight.op == "get_attr" else weight)
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Whether a node chooses or arranges rows of its input, and leaves each row as it is."""
+    given, found = example_value(node.args[0]), example_value(node)
+    if given is None or found is None or not given.ndim or not found.ndim:
+        return False
+    if node.target in _VIEWS:
+        sizes: Any = node.args[1]
+        last = given.shape[-1]
+        return isinstance(last, int) and list(sizes)[-1:] == [last] == list(found.shape[-1:])
+    target: Any = node.target
+    count = _OF_DIMENSIONS.get(target, 0)
+    declared = [argument(node, 1 + n) for n in range(count)]
+    return bool(declared) and all(
+        isinstance(dim, int) and dim % given.ndim < given.ndim - 1 for dim in declared
+    )
+
+
+def _check(tail: _Tail) -> None:
+    """Raise _NotChunked if somebody else reads a value of the tail, or may write to one."""
+    own = set(tail.nodes)
+    if any(not own.issuperset(node.users) for node in tail.nodes[1:]):
+        raise _NotChunked("is of logits that are also returned, or read elsewhere")
+    order = {node: number for number, node in enumerate(tail.loss.graph.nodes)}
+    barriers = [number for node, number in order.items() if is_barrier(node)]
+    if between(barriers, order[tail.nodes[-1]], order[tail.loss]):
+        raise _NotChunked("has nodes in front of it that may write to a tensor")
+    if _dims(tail.x) is None or not isinstance(_width(tail.x), int):
+        raise _NotChunked("is of a head whose input has no known width")
+
+
+def _dims(value: Any) -> int | None:
+    example = example_value(value)
+    return None if example is None else example.ndim
+
+
+def _width(node: fx.Node) -> Any:
+    example = example_value(node)
+    return None if example is None or not example.ndim else example.shape[-1]
+
+
+# ---- the call -----------------------------------------------------------------------------------
+
+
+def _replace(tail: _Tail, fast: Callable[[fx.Graph], fx.Graph]) -> None:
+    graph, loss = tail.loss.graph, tail.loss
+    operands = [
+        node
+        for node in dict.fromkeys(given for n in tail.head for given in n.all_input_nodes)
+        if node is not tail.x and node not in tail.head
+    ]
+    found = ChunkedLoss(tail.weight, int(_width(argument(loss, 0))))
+    inner = fx.GraphModule(nn.Module(), fast(_part(tail, operands)))
+    with graph.inserting_before(loss):
+        rows = _rows(tail)
+        function = Chunks(inner, found, *(argument(loss, n) for n in (3, 4, 5)))
+        call = graph.call_function(function, (rows, argument(loss, 1), *operands))
+    call.meta = {**loss.meta, CHUNKED: found}
+    loss.replace_all_uses_with(call)
+    for node in tail.nodes:
+        graph.erase_node(node)
+
+
+def _rows(tail: _Tail) -> fx.Node:
+    """Choose and arrange the rows of x as the tail does those of the logits."""
+    graph, rows = tail.loss.graph, tail.x
+    for node in tail.shaping:
+        target, sizes = cast("tuple[Any, Any]", (node.target, argument(node, 1)))
+        if target in _VIEWS:
+            rows = graph.call_function(aten.reshape.default, (rows, [*sizes[:-1], _width(tail.x)]))
+        elif target not in _COPIES:
+            rows = graph.call_function(target, (rows, *node.args[1:]), dict(node.kwargs))
+    return rows
+
+
+def _part(tail: _Tail, operands: list[fx.Node]) -> fx.Graph:
+    """Return the graph of some rows: (rows, *operands) → logits."""
+    graph = fx.Graph()
+    made = {node: graph.placeholder(f"given_{n}") for n, node in enumerate((tail.x, *operands))}
+    for node, given in made.items():
+        given.meta = _known(node)
+    head = [node for node in reversed(tail.nodes) if node in tail.head]
+    for node in head:
+        made[node] = graph.node_copy(node, made.__getitem__)
+    logits = made[head[-1]]
+    for node in tail.casts:
+        cast_: Any = node.target
+        logits = graph.call_function(cast_, (logits, *node.args[1:]), dict(node.kwargs))
+    graph.output(logits)
+    return graph
+
+
+def _known(node: Any) -> dict[str, Any]:
+    value = example_value(node)
+    return {} if value is None else {"val": value}
+
+
+class Chunks:
+    """The loss of all rows, from the logits of some rows at a time."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        loss: ChunkedLoss,
+        reduction: int,
+        ignored: int,
+        smoothing: float,
+    ) -> None:
+        self.module, self.loss, self.mean = module, loss, reduction == _MEAN
+        self.ignored, self.smoothing = ignored, smoothing
+        self.__name__, self.__module__ = "chunked_loss", __name__  # which torch.fx asks for
+
+    def __call__(self, rows: Tensor, targets: Tensor, *operands: Tensor) -> Tensor:
+        # a sum over many rows may overflow in float16
+        plain = is_plain([rows, *operands], traced=True) and rows.dtype is not torch.float16
+        if not plain or rows.shape[0] <= self.loss.rows:
+            return self._loss("mean" if self.mean else "sum", targets, rows, *operands)
+        parts = zip(rows.split(self.loss.rows), targets.split(self.loss.rows), strict=True)
+        losses = [self._again("sum", part, some, *operands) for some, part in parts]
+        wide = torch.promote_types(losses[0].dtype, torch.float32)
+        total = torch.stack(losses).sum(dtype=wide)
+        total = total / (targets != self.ignored).sum() if self.mean else total
+        return total.to(losses[0].dtype)
+
+    def _again(self, *given: Any) -> Tensor:
+        """Return the loss of some rows, which the backward computes again."""
+        if not torch.is_grad_enabled():
+            return self._loss(*given)
+        found: Any = checkpoint(self._loss, *given, use_reentrant=False, preserve_rng_state=False)
+        return found
+
+    def _loss(self, reduction: str, targets: Tensor, *given: Tensor) -> Tensor:
+        logits = self.module(*given)
+        return F.cross_entropy(
+            logits,
+            targets,
+            ignore_index=self.ignored,
+            label_smoothing=self.smoothing,
+            reduction=reduction,
+        )
