@@ -202,7 +202,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
 def test_what_stays_explicit_says_why(kind: str) -> None:
     model, why = REFUSED[kind]
     LABELS.clamp_(0)
-    lora = adapted(model, **({"lora_dropout": 0.5} if kind == "dropout" else {}))
+    more: dict[str, Any] = {"lora_dropout": 0.5} if kind == "dropout" else {}
+    lora = adapted(model, **more)
     chunked = fxlora.optimize(lora.eval(), chunked_loss=True)
     assert why in str(chunked.schedule)
     found, expected = chunked(IDS, LABELS), lora(IDS, LABELS)
