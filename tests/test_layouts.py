@@ -230,6 +230,25 @@ VECTORS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
     "chosen by an index": (lambda x, w: x @ w[torch.tensor([2, 0])], (3, 5, 7), (2, 4, 5), "eio"),
     "one of a stack": (lambda x, w: x @ w[1], (3, 5, 7), (4, 5), "eio"),
     "unbound": (lambda x, w: sum(x @ m for m in w.unbind(0)), (3, 5, 7), (4, 5), "eio"),
+    # as TensorFlow stores them
+    "kernel, in, out": (
+        lambda x, w: F.conv2d(x, w.permute(3, 2, 0, 1)),
+        (3, 2, 5, 7),
+        (2, 5, 8, 6),
+        "kkio",
+    ),
+    "kernel, out, in": (
+        lambda x, w: F.conv_transpose2d(x, w.permute(3, 2, 0, 1)),
+        (3, 2, 7, 5),
+        (2, 5, 4, 6),
+        "kkoi",
+    ),
+    "out, kernel, in": (
+        lambda x, w: F.conv1d(x, w.permute(0, 2, 1)),
+        (7, 3, 5),
+        (2, 5, 8),
+        "oki",
+    ),
     "another permutation": (lambda x, w: x @ w.permute(2, 0, 1), (5, 7, 3), (3, 4, 5), "ioe"),
 }
 

@@ -31,10 +31,11 @@ class Layout:
 
     Attributes:
         roles: a string of the letters e (index of a matrix in a stack), i (input features), o
-            (output features) and k (kernel; in matrix form it is flattened into the feature
-            dimension before it, while A and B keep a separate dimension for it). For example,
-            "oi" is a linear layer, "io" an embedding, "oikk" a conv2d, "iok" a conv_transpose1d,
-            "eio" experts in a bmm, and "ioo" a projection (in, heads, features) in an einsum.
+            (output features) and k (kernel; in matrix form it is flattened into the features that
+            come later, while A and B keep a separate dimension for it). For example, "oi" is a
+            linear layer, "io" an embedding, "oikk" a conv2d, "kkio" a conv2d of TensorFlow's
+            weight, "iok" a conv_transpose1d, "eio" experts in a bmm, and "ioo" a projection
+            (in, heads, features) in an einsum.
     """
 
     roles: str
@@ -62,7 +63,7 @@ class Layout:
         """Return the sizes of the stack dimensions, the number of rows (d0) and columns (d1).
 
         Rows and columns are the features in storage order: (in, out) if `in_first`, else (out, in).
-        Kernel dimensions count towards the feature dimension before them.
+        Kernel dimensions count towards the columns.
         """
         stack, first, second = self._matrix_dims()
         size = [math.prod(shape[d] for d in group) for group in (first, second)]
@@ -226,12 +227,12 @@ class Layout:
 
     def _matrix_dims(self) -> tuple[list[int], list[int], list[int]]:
         """Return the dimensions that form the stack, the rows and the columns."""
-        joined, before = "", ""
-        for role in self.roles:
-            before = role if role != KERNEL else before
-            joined += before
-        stack, inputs, outputs = ([d for d, j in enumerate(joined) if j == r] for r in "eio")
-        return (stack, inputs, outputs) if self.in_first else (stack, outputs, inputs)
+        stack, inputs, outputs, kernel = (
+            [d for d, mine in enumerate(self.roles) if mine == role]
+            for role in (STACK, INPUT, OUTPUT, KERNEL)
+        )
+        first, second = (inputs, outputs) if self.in_first else (outputs, inputs)
+        return stack, first, [*second, *kernel]
 
     def _order(self) -> list[int]:
         return [d for group in self._matrix_dims() for d in group]
