@@ -103,6 +103,20 @@ def test_layers_of_one_input_are_one_op() -> None:
     assert code.count("fxlora.linears") == 5 and "aten.linear" not in code
 
 
+def test_the_schedule_is_measured_on_request() -> None:
+    fast = fxlora.optimize(adapted(rules=LoraConfig(r=2, target_modules=["q", "k", "head"])))
+    schedule = fast.schedule
+    assert schedule is not None and "ms" not in str(schedule)
+    measured = schedule.measured()
+    assert str(measured).splitlines()[0].split()[-2:] == ["ms", "explicit"]
+    for group in measured.groups:
+        assert group.shapes is not None and group.seconds is not None and min(group.seconds) > 0
+        assert (group.shapes.rows, group.shapes.inputs) == (12, 6)
+        assert (
+            group.shapes.layers == ((8, 2, True),) * 2 if len(group.sites) > 1 else ((5, 2, True),)
+        )
+
+
 def test_the_graphs_stay_the_explicit_ones() -> None:
     lora = adapted()
     fast = fxlora.optimize(lora)

@@ -2,7 +2,8 @@
 
 from .graph import Fast, fast_graph
 from .losses import ChunkedLoss
+from .measure import Shapes, seconds
 from .nested import running_nodes
 from .recompute import Recomputed
 
-__all__ = ["ChunkedLoss", "Fast", "Recomputed", "fast_graph", "running_nodes"]
+__all__ = ["ChunkedLoss", "Fast", "Recomputed", "Shapes", "fast_graph", "running_nodes", "seconds"]

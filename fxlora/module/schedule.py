@@ -6,11 +6,12 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
-from ..fast import ChunkedLoss, Recomputed, running_nodes
+from ..fast import ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
 from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
@@ -32,6 +33,9 @@ class Group:
         reason: why these are the explicit nodes; "" for one node.
         explicit, fast: the numbers that are read and written for each row of x, forward and
             backward, by the explicit nodes and by the one node; 0 if not known.
+        shapes: the sizes in the example, if one node computes them.
+        seconds: what a forward and backward of the explicit nodes and of the one node took, if
+            that was measured.
     """
 
     sites: tuple[str, ...]
@@ -39,6 +43,8 @@ class Group:
     reason: str = ""
     explicit: int = 0
     fast: int = 0
+    shapes: Shapes | None = None
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,17 @@ class Schedule:
         """Return the schedule of the graphs that run."""
         entries = {entry.name_a: entry for entry in plan or ()}
         modes: dict[tuple[tuple[str, ...], str], dict[str, None]] = {}
-        units: dict[tuple[str, ...], tuple[int, int]] = {}
+        units: dict[tuple[str, ...], dict[str, Any]] = {}
         again = {mode: Counter[Recomputed]() for mode in MODES}
         losses: dict[ChunkedLoss, dict[str, None]] = {}
         for mode, graph in runs:
             for node in running_nodes(graph):
                 if names := node.meta.get(JOINED):
                     modes.setdefault((names, ""), {})[mode] = None
-                    units[names] = _traffic([entries[name] for name in names])
+                    adapted = [entries[name] for name in names]
+                    explicit, fast = _traffic(adapted)
+                    shapes = Shapes.of(node, _outputs(adapted))
+                    units[names] = {"explicit": explicit, "fast": fast, "shapes": shapes}
                 elif loss := node.meta.get(CHUNKED):
                     losses.setdefault(loss, {})[mode] = None
                 elif chain := node.meta.get(RECOMPUTED):
@@ -86,7 +95,7 @@ class Schedule:
                 tuple(entries[name].site for name in names),
                 tuple(found),
                 reason,
-                *((0, 0) if reason else units[names]),
+                **({} if reason else units[names]),
             )
             for (names, reason), found in modes.items()
         ]
@@ -97,18 +106,43 @@ class Schedule:
             tuple((loss, tuple(found)) for loss, found in losses.items()),
         )
 
+    def measured(self) -> Schedule:
+        """Return the schedule with the seconds of each group, measured now, on random numbers.
+
+        The sizes, dtypes and devices are those of the example that was captured; the threads are
+        torch's now. What a graph does around a group is not in its seconds.
+
+        Example:
+            >>> import torch, fxlora
+            >>> rule = fxlora.Rule(lora=fxlora.LoraConfig(r=2))
+            >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=rule)
+            >>> schedule = fxlora.optimize(lora).schedule.measured()
+            >>> [all(s > 0 for s in group.seconds) for group in schedule.groups]
+            [True]
+        """
+        groups = (
+            replace(group, seconds=seconds(group.shapes)) if group.shapes else group
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
+
     def __str__(self) -> str:
-        header = ("sites", "modes", "form", "numbers per row of x", "explicit")
+        header = ["sites", "modes", "form", "numbers per row of x", "explicit"]
         rows = [
-            (
+            [
                 some(group.sites),
                 ", ".join(group.modes),
                 f"explicit: {group.reason}" if group.reason else f"{len(group.sites)} in one op",
                 f"{group.fast:,}" if group.fast else "",
                 f"{group.explicit:,}" if group.fast else "",
-            )
+            ]
             for group in self.groups
         ]
+        if any(group.seconds for group in self.groups):
+            header += ["ms", "explicit"]
+            for row, group in zip(rows, self.groups, strict=True):
+                explicit, fast = group.seconds or (None, None)
+                row += ["" if s is None else f"{1e3 * s:.3g}" for s in (fast, explicit)]
         tables = (render(header, rows), self._recomputations(), self._losses())
         return "\n\n".join(filter(None, tables))
 
@@ -134,6 +168,11 @@ class Schedule:
             for chain, number in self.recomputed
         ]
         return render(header, rows)
+
+
+def _outputs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    """Return the output features and the rank of each entry."""
+    return [(entry.layout.features(entry.adapted_shape)[1], entry.r) for entry in entries]
 
 
 def _traffic(entries: Sequence[Entry]) -> tuple[int, int]:
