@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import InjectError, NotCapturedError
+from ..tables import some
 from .captured import CapturedModule
 
 
@@ -41,6 +42,15 @@ def check_captured(module: object, verb: str, *, routed: bool = False) -> None:
         raise InjectError(
             f"{verb} does not take a routed module: take_adapter(module, slot) makes a module with "
             "one of its adapters, and remove(module) one without any."
+        )
+
+
+def check_one_adapter(module: CapturedModule, verb: str) -> None:
+    """Raise InjectError if several adapters are active, where a function takes one."""
+    if len(active := module.known.active) > 1:
+        raise InjectError(
+            f"{verb} takes one adapter, and {some(active)} are active: "
+            f"activate(module, '{active[0]}') gives it one of them."
         )
 
 

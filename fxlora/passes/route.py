@@ -32,11 +32,12 @@ from ..plan import Entry, Plan, scales_outputs
 from ..reads.readers import Reader
 from ..reads.sites import Site
 from ..tables import some
+from .active import split_modes
 from .base import Pass
 from .batch import downstream, facts_about
 from .batch_inputs import Batch
 from .batch_runs import Facts
-from .inject import check_fits, split_modes
+from .fits import check_fits
 from .slots import SlotGraph
 from .stacks import Values, add_stacks, stacked_entries
 

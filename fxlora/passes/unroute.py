@@ -14,8 +14,8 @@ from ..module.casts import unmark
 from ..module.contract import InputSpec
 from ..module.routing import INPUTS
 from ..module.state import State
+from .active import merge_modes
 from .base import Pass
-from .remove import merge_modes
 from .slots import remove_slots
 
 
