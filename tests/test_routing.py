@@ -652,13 +652,13 @@ def test_export_keeps_the_input_and_the_batch(routed: CapturedModule, tmp_path: 
     assert torch.allclose(program(X[:4], adapter_ids=IDS[:4]), expected[:4], atol=1e-12)
 
 
-def test_strengths_multiply_the_effect_of_each_sample() -> None:
+def test_weights_multiply_the_effect_of_each_sample() -> None:
     gm = captured(Mlp(), X)
     loras = [adapted(gm, config(2)), adapted(gm, config(1, ["up"]))]
-    routed = fxlora.route(loras, strengths=True)
+    routed = fxlora.route(loras, weights=True)
     ids = torch.tensor([0, -1, 1, 1, 0, 0])
     strengths = torch.tensor([0.5, 3.0, -2.0, 0.0, 1.0, 0.25])
-    found = routed(X, adapter_ids=ids, adapter_strengths=strengths)
+    found = routed(X, adapter_ids=ids, adapter_weights=strengths)
     for sample, (slot, strength) in enumerate(zip(ids.tolist(), strengths.tolist(), strict=True)):
         module = copy.deepcopy(loras[slot] if slot >= 0 else gm)
         with torch.no_grad():
@@ -667,12 +667,12 @@ def test_strengths_multiply_the_effect_of_each_sample() -> None:
         expected = module(X)[sample]
         assert torch.allclose(found[sample], expected, rtol=0, atol=1e-12)
         assert slot < 0 or strength == 1 or not torch.allclose(expected, loras[slot](X)[sample])
-    with pytest.raises(InputError, match="adapter_strengths: missing"):
+    with pytest.raises(InputError, match="adapter_weights: missing"):
         routed(X, adapter_ids=ids)
     assert fxlora.remove(routed).code == gm.code
     dora = adapted(gm, config(2, use_dora=True))
-    with pytest.raises(UnsupportedOpError, match=r"'up\.weight' .* takes no strength"):
-        fxlora.route([dora], strengths=True)
+    with pytest.raises(UnsupportedOpError, match=r"'up\.weight' .* takes no weights"):
+        fxlora.route([dora], weights=True)
 
 
 # ---- swapping -----------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from ..plan import Entry, Plan, scales_outputs
 
 ROUTED = "routed"  # name of the adapter in the names of stacks
-INPUT = "adapter_ids"  # name of the input that chooses an adapter for each sample
-STRENGTHS = "adapter_strengths"  # name of the input that multiplies its effect
-INPUTS = (INPUT, STRENGTHS)
+INPUT = "adapter_ids"  # name of the input that chooses the adapters of each sample
+WEIGHTS = "adapter_weights"  # name of the input that multiplies their effects
+INPUTS = (INPUT, WEIGHTS)
 
 
 @dataclass(frozen=True)

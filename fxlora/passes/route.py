@@ -26,7 +26,7 @@ from ..module.casts import set_casts
 from ..module.contract import InputSpec, SlotsInput, TensorInput
 from ..module.fsdp import mesh_of
 from ..module.program import MODES, Program
-from ..module.routing import INPUT, INPUTS, STRENGTHS, Routing
+from ..module.routing import INPUT, INPUTS, WEIGHTS, Routing
 from ..module.state import State
 from ..plan import Entry, Plan, scales_outputs
 from ..reads.readers import Reader
@@ -52,13 +52,15 @@ class Route(Pass):
         adapters: the plan and the tensors, by name, of the adapter in each slot; None if empty.
         rank: the least rank for which every place has room, or None.
         batch: the argument whose first dimension counts the samples, or None if that is clear.
-        strengths: whether to add an input with a further factor for each sample.
+        weights: whether to add an input with a further factor for each adapter of a sample.
+        mixture: the number of adapters of each sample.
     """
 
     adapters: Sequence[tuple[Plan, Values] | None]
     rank: int | None = None
     batch: str | None = None
-    strengths: bool = False
+    weights: bool = False
+    mixture: int = 1
 
     def check(self, module: CapturedModule) -> None:
         if module.plan is not None:
@@ -105,8 +107,9 @@ class Route(Pass):
         for program, of_program in zip(module.programs, ways, strict=True):
             for graph, way in of_program.items():
                 dropout = graph is not program.graphs["eval"]
-                way.insert(SlotGraph(graph, routing.slots, self.strengths), routing, dropout)
-            _add_inputs(program, routing.slots, self.batch, self.strengths)
+                slots = SlotGraph(graph, routing.slots, self.weights, self.mixture)
+                way.insert(slots, routing, dropout)
+            self._add_inputs(program)
         if any(
             of_program[program.graphs["eval"]].mixes
             for program, of_program in zip(module.programs, ways, strict=True)
@@ -120,6 +123,27 @@ class Route(Pass):
         module.known = dataclasses.replace(module.known, routing=routing)
         set_casts(module)
         return module.known
+
+    def _add_inputs(self, program: Program) -> None:
+        """Add the inputs to the contracts; the graphs have them already."""
+        for mode, spec in program.inputs.items():
+            assert spec is not None
+            samples = Batch.of(spec, self.batch)
+            dims = (samples.size, self.mixture) if self.mixture > 1 else (samples.size,)
+            slots, symbols = len(self.adapters), samples.symbols
+            leaves: list[TensorInput] = [
+                SlotsInput(INPUT, dims, torch.int64, slots=slots, symbols=symbols)
+            ]
+            if self.weights:
+                leaves.append(TensorInput(WEIGHTS, dims, torch.float32))
+            most = len(spec.names) if spec.positional is None else spec.positional
+            program.inputs[mode] = dataclasses.replace(
+                spec,
+                names=(*spec.names, *(leaf.name for leaf in leaves)),
+                structures=(*spec.structures, *(pytree.tree_structure(0) for _ in leaves)),
+                leaves=(*spec.leaves, *((leaf,) for leaf in leaves)),
+                positional=most,
+            )
 
 
 def _stack_name(name: str) -> str:
@@ -272,27 +296,3 @@ def _fits(reader: Reader, dims: Mapping[fx.Node, BatchDim]) -> bool:
     if op.kernel:
         return batch.plain and value.ndim == op.kernel + 2
     return not op.dropout or batch.dim < value.ndim - 1  # indices have no dimension of features
-
-
-# ---- the input ----------------------------------------------------------------------------------
-
-
-def _add_inputs(program: Program, slots: int, batch: str | None, strengths: bool) -> None:
-    """Add the inputs to the contracts; the graphs have them already."""
-    for mode, spec in program.inputs.items():
-        assert spec is not None
-        samples = Batch.of(spec, batch)
-        dims = (samples.size,)
-        leaves: list[TensorInput] = [
-            SlotsInput(INPUT, dims, torch.int64, slots=slots, symbols=samples.symbols)
-        ]
-        if strengths:
-            leaves.append(TensorInput(STRENGTHS, dims, torch.float32))
-        most = len(spec.names) if spec.positional is None else spec.positional
-        program.inputs[mode] = dataclasses.replace(
-            spec,
-            names=(*spec.names, *(leaf.name for leaf in leaves)),
-            structures=(*spec.structures, *(pytree.tree_structure(0) for _ in leaves)),
-            leaves=(*spec.leaves, *((leaf,) for leaf in leaves)),
-            positional=most,
-        )

@@ -20,7 +20,7 @@ from ..lora.row import Read, aten
 from ..lora.variants import VARIANTS
 from ..module.adapted_weight import adapted_weight, rank, to_weights
 from ..module.casts import mark
-from ..module.routing import INPUT, INPUTS, STRENGTHS, owned_of, scaling_of
+from ..module.routing import INPUT, INPUTS, WEIGHTS, owned_of, scaling_of
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
@@ -31,20 +31,20 @@ KEPT = None  # the mark of a node that replaces no other
 class SlotGraph:
     """A graph that gets the input `adapter_ids`, and the nodes that depend on it."""
 
-    def __init__(self, graph: fx.Graph, slots: int, strengths: bool) -> None:
-        self.graph, self.slots = graph, slots
+    def __init__(self, graph: fx.Graph, slots: int, weights: bool, mixture: int) -> None:
+        self.graph, self.slots, self.mixture = graph, slots, mixture
         self._tracer = _Tracer(graph)
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         with graph.inserting_after(last):
             self.ids = graph.placeholder(INPUT)
         self.ids.meta[ROUTED] = KEPT
-        self.strengths: fx.Node | None = None
-        if strengths:
+        self.weights: fx.Node | None = None
+        if weights:
             with graph.inserting_after(self.ids):
-                self.strengths = graph.placeholder(STRENGTHS)
-            self.strengths.meta[ROUTED] = KEPT
-        extend_inputs(graph, INPUTS if strengths else (INPUT,))
-        with self._before((self.strengths or self.ids).next):
+                self.weights = graph.placeholder(WEIGHTS)
+            self.weights.meta[ROUTED] = KEPT
+        extend_inputs(graph, INPUTS if weights else (INPUT,))
+        with self._before((self.weights or self.ids).next):
             ids = self.proxy(self.ids)
             inside = aten.logical_and.default(aten.ge.Scalar(ids, -1), aten.lt.Scalar(ids, slots))
             message = f"adapter_ids must be from -1 (the base) to {slots - 1}"
@@ -113,7 +113,8 @@ class SlotGraph:
             batch,
             value.ndim,
             lambda factor: to_weights(entry, factor),
-            self.proxy(self.strengths) if self.strengths else None,
+            self.proxy(self.weights) if self.weights else None,
+            self.mixture,
         )
 
     # ---- values once per slot -------------------------------------------------------------------
@@ -138,11 +139,12 @@ class SlotGraph:
             UnsupportedOpError: a value that depends on a weight writes to memory, or leaves the
                 graph before the samples can be told apart; names the weight.
         """
-        if sources and self.strengths:
+        if sources and (self.weights or self.mixture > 1):
             name = next(iter(sources)).target
             raise UnsupportedOpError(
-                f"'{name}' is not adapted by a gathered branch, so it takes no strength for each "
-                "sample. Route without strengths=True."
+                f"'{name}' is not adapted by a gathered branch, so it takes no weights and no "
+                "mixture for each sample. Route without weights= and mixture=, or combine the "
+                "adapters into one (fxlora.combine)."
             )
         copies: dict[fx.Node, list[fx.Node]] = {}  # of a node, by slot
         origin: dict[fx.Node, str] = {}
