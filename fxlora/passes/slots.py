@@ -81,8 +81,16 @@ class SlotGraph:
                 behind = entry.shape[entry.layout.part_dim] - entry.rows[1]
                 pad = [0, 0] * (-1 - op.output) + [entry.rows[0], behind]
                 branch = aten.constant_pad_nd.default(branch, pad)
-            output = aten.add.Tensor(self.proxy(base), branch).node
+            output = self._sum(self.proxy(base), branch).node
         self._replace(base, output, 0, users)
+
+    def _sum(self, base: Any, branch: Any) -> Any:
+        """Add a branch; one that ends in a product in the shape of the sum is added in it."""
+        if branch.node.target is not aten.bmm.default:
+            return aten.add.Tensor(base, branch)
+        factors = [self.proxy(factor) for factor in branch.node.args]
+        self.graph.erase_node(branch.node)
+        return aten.baddbmm.default(base, *factors)
 
     def _samples(self, entry: Entry, reader: Reader, batch: BatchDim, dropout: float) -> Samples:
         op, node = reader.op, reader.node
