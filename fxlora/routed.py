@@ -111,7 +111,7 @@ def _each(
         if adapters is not None:
             raise ConfigError("adapters= names those of one module: give it instead of a list.")
         if not given:
-            raise ConfigError("route takes adapted modules, at least one.")
+            raise ConfigError("route takes a module with adapters, or a list with at least one.")
         return given
     check_captured(given, "route")
     names = list(given.known.adapters if adapters is None else adapters)

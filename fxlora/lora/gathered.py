@@ -52,7 +52,7 @@ class Samples:
             -1 is the last.
         down: the stack (slots, r, in, …) of A, as the read's op takes it.
         up: the stack (slots, out, r, …) of B.
-        scaling: the stack (slots,) of the scalings s.
+        scaling: the stack (slots, 1) of the scalings s.
         sizes: the numbers (in, out) of features.
         batch: where the samples are in x.
         dims: number of dimensions of x.
@@ -109,7 +109,7 @@ class Samples:
             at: the dimension of the ranks, which has them once for each group.
             groups: the number of groups.
         """
-        own = aten.index.Tensor(self.scaling, [self.slots])
+        own = aten.squeeze.dim(aten.index.Tensor(self.scaling, [self.slots]), -1)
         if self.weights is not None:
             own = aten.mul.Tensor(own, self.weights)
         sizes: list[Any] = [-1] + [1] * (dims - 1)

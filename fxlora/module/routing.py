@@ -55,7 +55,7 @@ class Routing:
 
     @property
     def owned(self) -> dict[str, Entry | str]:
-        """Names of the flags (slots,) that tell which slots have an adapter at a place.
+        """Names of the flags (slots, 1) that tell which slots have an adapter at a place.
 
         Of an entry that scales the outputs, and of the stack of a parameter that trains in full:
         another slot has the base's weight there, whatever training or weight decay does to its row.
@@ -70,5 +70,5 @@ def owned_of(place: Entry | str) -> str:
 
 
 def scaling_of(entry: Entry) -> str:
-    """Return the name of the stack (slots + 1,) of the scalings s."""
+    """Return the name of the stack (slots + 1, 1) of the scalings s."""
     return entry.name_of("lora_scaling")

@@ -35,20 +35,30 @@ class SlotGraph:
         self.graph, self.slots, self.mixture = graph, slots, mixture
         self._tracer = _Tracer(graph)
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            self.ids = graph.placeholder(INPUT)
-        self.ids.meta[ROUTED] = KEPT
-        self.weights: fx.Node | None = None
-        if weights:
-            with graph.inserting_after(self.ids):
-                self.weights = graph.placeholder(WEIGHTS)
-            self.weights.meta[ROUTED] = KEPT
+        ids = self._input(INPUT, last)
+        self.weights = self._input(WEIGHTS, ids) if weights else None
         extend_inputs(graph, INPUTS if weights else (INPUT,))
-        with self._before((self.weights or self.ids).next):
-            ids = self.proxy(self.ids)
-            inside = aten.logical_and.default(aten.ge.Scalar(ids, -1), aten.lt.Scalar(ids, slots))
-            message = f"adapter_ids must be from -1 (the base) to {slots - 1}"
-            aten._assert_async.msg(aten.all.default(inside), message)
+        with self._before((self.weights or ids).next):
+            self.rows = self._checked(self.proxy(ids)).node
+
+    def _input(self, name: str, before: fx.Node) -> fx.Node:
+        with self.graph.inserting_after(before):
+            node = self.graph.placeholder(name)
+        node.meta[ROUTED] = KEPT
+        return node
+
+    def _checked(self, ids: Any) -> Any:
+        """Return the rows of the stacks that ids choose: -1 chooses the last.
+
+        The assertion has a message; ONNX has none. There, an id out of range is an index that the
+        table does not have, which a runtime refuses.
+        """
+        outside = aten.logical_or.default(aten.lt.Scalar(ids, -1), aten.ge.Scalar(ids, self.slots))
+        message = f"adapter_ids must be from -1 (the base) to {self.slots - 1}"
+        aten._assert_async.msg(aten.logical_not.default(aten.any.default(outside)), message)
+        ones = aten.new_ones.default(ids, [self.slots + 1])
+        table = aten.sub.Tensor(aten.cumsum.default(ones, 0), 1)  # 0 … slots
+        return aten.index.Tensor(table, [aten.masked_fill.Scalar(ids, outside, self.slots + 1)])
 
     def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self._tracer)
@@ -113,7 +123,7 @@ class SlotGraph:
         trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None
         return Samples(
             Read(node, reader.weight, x, layout, entry.shape, rank(entry), 1.0, trains),
-            self.proxy(self.ids),
+            self.proxy(self.rows),
             down,
             up,
             self._fetch(scaling_of(entry)),
@@ -182,7 +192,7 @@ class SlotGraph:
                 flags = self._fetch(owned_of(full[adapted]))
                 return [
                     aten.where.self(
-                        aten.select.int(flags, 0, slot),
+                        _number(flags, slot),
                         mark(aten.select.int(stack, 0, slot), full[adapted], adapted),
                         self.proxy(node),
                     ).node
@@ -195,7 +205,13 @@ class SlotGraph:
             for slot in range(self.slots):
                 weight = self.proxy(node)
                 for entry in adapted:
-                    row = {name: aten.select.int(stacks[name], 0, slot) for name in stacks}
+                    numbers = {scaling_of(entry), owned_of(entry)}
+                    row = {
+                        name: _number(stack, slot)
+                        if name in numbers
+                        else aten.select.int(stack, 0, slot)
+                        for name, stack in stacks.items()
+                    }
                     before, weight = weight, _adapted(entry, weight, row)
                     if scales_outputs(entry):
                         weight = aten.where.self(row[owned_of(entry)], weight, before)
@@ -230,13 +246,18 @@ class SlotGraph:
         users, chosen = set(node.users), node
         for slot, copied in enumerate(made):
             with self._before(max(copied, chosen).next):
-                mine = aten.eq.Scalar(self.proxy(self.ids), slot)
+                mine = aten.eq.Scalar(self.proxy(self.rows), slot)
                 mine = batch.along(mine, self.proxy(node), value.ndim)
                 args = (mine, self.proxy(copied), self.proxy(chosen))
                 output = aten.where.self(*args).node
             output.meta = {**node.meta, ROUTED: 2}
             chosen = output
         node.replace_all_uses_with(chosen, delete_user_cb=lambda user: user in users)
+
+
+def _number(stack: Any, slot: int) -> Any:
+    """Return the number of a slot, from a stack (slots, 1)."""
+    return aten.select.int(aten.select.int(stack, 0, slot), 0, 0)
 
 
 def _adapted(entry: Entry, weight: Any, row: Mapping[str, Any]) -> Any:
