@@ -87,18 +87,15 @@ def route(
             raise ConfigError(f"{name} must be a number from 1 to {2**16}, not {shown(value)}.")
     if len(modules) > slots:
         raise ConfigError(f"{len(modules)} adapters do not fit into {slots} slots.")
-    bases: list[CapturedModule] = []
     for module in modules:
         check_captured(module, "route")
         check_one_adapter(module, "route")
         if module.plan is None:
             raise InjectError("route takes adapted modules: inject a plan first.")
-        bases.append(Remove()(module))
-    for module, base in zip(modules, bases, strict=True):
-        _check_same_base(module, base, bases[0])
+        _check_same_base(module, modules[0])
     given = [_adapter(module) for module in modules]
     empty = [None] * (slots - len(given))
-    routed = Route([*given, *empty], rank, batch, weights, mixture)(bases[0])
+    routed = Route([*given, *empty], rank, batch, weights, mixture)(Remove()(modules[0]))
     routed.training = modules[0].training
     return routed
 
@@ -127,23 +124,35 @@ def _adapter(module: CapturedModule) -> tuple[Plan, Values]:
     return module.plan, {name: module.get_parameter(name).detach() for name in names}
 
 
-def _check_same_base(module: CapturedModule, base: CapturedModule, first: CapturedModule) -> None:
-    """Raise InjectError unless a module's base is the first one's, buffers included."""
-    ours, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (base, first))
-    other = [n for n in ours.keys() | theirs.keys() if not _alike(ours.get(n), theirs.get(n))]
-    if other or len(base.programs) != len(first.programs):
+def _check_same_base(module: CapturedModule, other: CapturedModule) -> None:
+    """Raise InjectError unless a module has the base of another, and calls left its buffers so."""
+    ours, theirs = _base(module), _base(other)
+    differ = [n for n in ours.keys() | theirs.keys() if not _alike(ours.get(n), theirs.get(n))]
+    if differ or len(module.programs) != len(other.programs):
+        what = some(sorted(differ)) or "calls"
         raise InjectError(
-            f"the modules have different base weights or calls ({some(sorted(other)) or 'calls'}): "
-            "inject all plans into one captured module."
+            f"the modules have different base weights or calls ({what}): inject all plans into one "
+            "captured module."
         )
-    before, held = base.state_tensors(), module.state_tensors()
-    before |= {f"{name} of the first": t for name, t in first.state_tensors().items()}
-    changed = [n for n, t in held.items() if n in before and not _alike(t, before[n])]
-    if changed:
-        raise InjectError(
-            f"calls of an adapted module changed {some(changed)}, of which a routed graph has only "
-            "one. Train with these in eval(), so that all adapters have the base's."
-        )
+    before = {**other.state_tensors(), **other.known.originals}
+    for one in (module, other):
+        held = {n: t for n, t in one.state_tensors().items() if n not in one.trained}
+        if changed := [n for n, t in held.items() if n in before and not _alike(t, before[n])]:
+            raise InjectError(
+                f"calls of an adapted module changed {some(changed)}, of which a routed graph has "
+                "only one. Train with these in eval(), so that all adapters have the base's."
+            )
+
+
+def _base(module: CapturedModule) -> dict[str, torch.Tensor]:
+    """Return a module's parameters, by all of their names, as they are without adapters."""
+    own, known = module.adapter_parameters(), module.known
+    named = module.named_parameters(remove_duplicate=False)
+    held: dict[str, torch.Tensor] = {name: p for name, p in named if name not in own}
+    for names in module.aliases().values() if module.trained else ():
+        for name in module.trained.intersection(names):
+            held |= dict.fromkeys(names, known.originals[name])
+    return held
 
 
 def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -184,16 +193,16 @@ def swap_adapter(module: CapturedModule, slot: int, source: CapturedModule | str
         True
     """
     _check_slot(module, slot, "swap_adapter")
-    base = Unroute()(module)
-    adapted = source if isinstance(source, CapturedModule) else load_adapter(base, source)
+    given = isinstance(source, CapturedModule)
+    adapted = source if given else load_adapter(Unroute()(module), source)
     check_captured(adapted, "swap_adapter")
     check_one_adapter(adapted, "swap_adapter")
     if adapted.plan is None:
         raise InjectError("swap_adapter takes an adapted module, or the folder of an adapter.")
-    if adapted is source:
-        _check_same_base(adapted, Remove()(adapted), base)
+    if given:
+        _check_same_base(adapted, module)
     plan, values = _adapter(adapted)
-    write_slot(module, slot, base, plan, values)
+    write_slot(module, slot, plan, values)
 
 
 @no_ambient_modes()

@@ -208,9 +208,7 @@ def misfit(routing: Routing, plan: Plan) -> str | None:
     return None
 
 
-def write_slot(
-    module: CapturedModule, slot: int, base: CapturedModule, plan: Plan, values: Values
-) -> None:
+def write_slot(module: CapturedModule, slot: int, plan: Plan, values: Values) -> None:
     """Write an adapter's values into a slot, in place: all of them, or none.
 
     Raises:
@@ -222,13 +220,13 @@ def write_slot(
         raise AdapterError(f"the adapter does not fit slot {slot}: {why}.")
     writes: list[tuple[Tensor, Tensor]] = []
     for entry in routing.entries:
-        row, scaling = row_of(base, entry, (plan, values))
+        row, scaling = row_of(module, entry, (plan, values))
         for name, value in row.items():
             writes.append((module.get_parameter(name), value))
         scalings = module.get_parameter(scaling_of(entry))
         writes.append((scalings, scalings.new_tensor([scaling])))
     for stack, names in routing.names_of_full.items():
-        value = _whole_value(names, values, base.get_parameter(names[0]))
+        value = _whole_value(names, values, module.get_parameter(names[0]))
         writes.append((module.get_parameter(stack), value))
     for name, place in routing.owned.items():
         writes.append((module.get_parameter(name), torch.tensor([_owns(routing, plan, place)])))
