@@ -781,10 +781,31 @@ def test_adapters_that_differ_in_kind_at_a_weight_are_refused() -> None:
         )
 
 
-def test_a_module_with_blocks_is_refused() -> None:
-    gm = fxlora.capture(nn.Sequential(Mlp(), nn.Linear(3, 4)).double(), X, modules="0")
-    with pytest.raises(UnsupportedOpError, match="capture without modules="):
-        fxlora.route([adapted(gm, config(1))])
+@pytest.mark.parametrize("modules", ["0", ["0.up", "1"], ["0", "0.up"]], ids=str)
+def test_blocks_get_the_rows_as_an_argument(modules: Any) -> None:
+    model = nn.Sequential(Mlp(), nn.Linear(3, 4)).double()
+    gm = fxlora.capture(model, X, modules=modules).eval()
+    loras = [adapted(gm, config(2)), adapted(gm, config(1, ["0.up", "1"]))]
+    routed = fxlora.route(loras, slots=3)
+    check_samples(routed, gm, loras, (X,))
+    seen: list[Any] = []
+    block = routed.get_submodule(modules[0] if isinstance(modules, list) else modules)
+    handle = block.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    routed(X, adapter_ids=IDS)
+    handle.remove()
+    assert seen[0]["adapter_rows"].tolist() == [i if i >= 0 else 3 for i in IDS.tolist()]
+    mixed = fxlora.route(loras, mixture=2, weights=True)
+    ids, weights = IDS.clamp(max=1)[:, None].repeat(1, 2), torch.tensor([[0.25, 0.75]] * 6)
+    found = mixed(X, adapter_ids=ids, adapter_weights=weights)
+    flat = fxlora.route(loras)(X, adapter_ids=ids[:, 0])
+    assert torch.allclose(found, flat, rtol=0, atol=1e-12)
+    removed = fxlora.remove(routed)
+    assert removed.code == gm.code
+    assert_same(floats(removed(X)), floats(gm(X)))
+    routed.train()(X, adapter_ids=IDS).square().sum().backward()
+    assert all(p.grad is not None for p in fxlora.lora_parameters(routed))
 
 
 def test_every_captured_call_gets_the_input() -> None:

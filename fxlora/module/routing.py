@@ -11,6 +11,8 @@ ROUTED = "routed"  # name of the adapter in the names of stacks
 INPUT = "adapter_ids"  # name of the input that chooses the adapters of each sample
 WEIGHTS = "adapter_weights"  # name of the input that multiplies their effects
 INPUTS = (INPUT, WEIGHTS)
+ROWS = "adapter_rows"  # name of the argument of blocks: the row of the stacks for each sample
+BLOCK_INPUTS = (ROWS, WEIGHTS)
 
 
 @dataclass(frozen=True)

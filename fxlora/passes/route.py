@@ -38,6 +38,7 @@ from .batch import downstream, facts_about
 from .batch_inputs import Batch
 from .batch_runs import Facts
 from .fits import check_fits
+from .route_blocks import pass_to_blocks
 from .slots import SlotGraph
 from .stacks import Values, add_stacks, stacked_entries
 
@@ -75,11 +76,6 @@ class Route(Pass):
                 "the module is sharded over processes, and stacks of adapters are whole: route the "
                 "modules before they are sharded."
             )
-        if module.known.outlined:
-            raise UnsupportedOpError(
-                f"the calls of {some(module.known.outlined)} have no argument for adapter_ids: "
-                "capture without modules= for a routed graph."
-            )
         specs = [spec for program in module.programs for spec in program.inputs.values()]
         if taken := next((n for n in INPUTS if any(s and n in s.names for s in specs)), None):
             raise UnsupportedOpError(f"the model has an argument named {taken} of its own.")
@@ -105,10 +101,15 @@ class Route(Pass):
         ways = [_way(module, program, routing, sites, self.batch) for program in module.programs]
         add_stacks(module, routing, self.adapters)
         for program, of_program in zip(module.programs, ways, strict=True):
+            made: dict[fx.Graph, SlotGraph] = {}
             for graph, way in of_program.items():
                 dropout = graph is not program.graphs["eval"]
-                slots = SlotGraph(graph, routing.slots, self.weights, self.mixture)
-                way.insert(slots, routing, dropout)
+                made[graph] = SlotGraph(graph, routing.slots, self.weights, self.mixture)
+                way.insert(made[graph], routing, dropout)
+            if module.known.outlined:
+                spec = program.inputs["eval"]
+                assert spec is not None
+                pass_to_blocks(program, made, Batch.of(spec, self.batch))
             self._add_inputs(program)
         if any(
             of_program[program.graphs["eval"]].mixes

@@ -19,6 +19,7 @@ from ..lora.gathered import BatchDim, Samples
 from ..lora.row import Read, aten
 from ..lora.variants import VARIANTS
 from ..module.adapted_weight import adapted_weight, rank, to_weights
+from ..module.blocks.recorded import CALLS
 from ..module.casts import mark
 from ..module.routing import INPUT, INPUTS, WEIGHTS, owned_of, scaling_of
 from ..plan import Entry, scales_outputs
@@ -40,6 +41,9 @@ class SlotGraph:
         extend_inputs(graph, INPUTS if weights else (INPUT,))
         with self._before((self.weights or ids).next):
             self.rows = self._checked(self.proxy(ids)).node
+        node = self.rows  # of no block, though one may be all that uses it
+        while node is not (self.weights or ids):
+            node.meta[CALLS], node = (), node.prev
 
     def _input(self, name: str, before: fx.Node) -> fx.Node:
         with self.graph.inserting_after(before):
