@@ -34,6 +34,7 @@ from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
 from .passes import Activate, FoldConstants, Inject, Optimize, Remove, Unroute, chosen
+from .passes.active import as_names
 from .plan import Plan
 from .tables import some
 
@@ -137,6 +138,7 @@ def activate(module: CapturedModule, adapters: str | Sequence[str]) -> CapturedM
         InjectError: it has no such adapter; or the sum of these is not what each adds to the base:
             one scales the outputs (DoRA) of a weight that another adapts, two train one parameter
             in full, or calls changed buffers in the training of one of them.
+        ConfigError: the names are none.
 
     Example:
         >>> import torch, fxlora
@@ -149,8 +151,7 @@ def activate(module: CapturedModule, adapters: str | Sequence[str]) -> CapturedM
         ['0.lora_A.b.weight', '0.lora_B.b.weight']
     """
     check_captured(module, "activate")
-    names = [adapters] if isinstance(adapters, str) else list(adapters)
-    return Activate(names)(module)
+    return Activate(as_names(adapters))(module)
 
 
 @no_ambient_modes()
@@ -532,7 +533,7 @@ def remove(module: CapturedModule, *, adapter: str | Sequence[str] | None = None
     check_captured(module, "remove", routed=True)
     if module.known.routing:
         return Unroute()(module)
-    return Remove(names=[adapter] if isinstance(adapter, str) else adapter)(module)
+    return Remove(names=None if adapter is None else as_names(adapter))(module)
 
 
 def lora_parameters(

@@ -16,7 +16,7 @@ from .errors import ConfigError, InjectError
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
 from .names import printable
-from .passes.active import check_known
+from .passes.active import as_names, check_known
 from .plan import Entry, Plan, joined
 from .tables import FORMATS, render, some
 
@@ -167,8 +167,7 @@ def _plan_of(x: Plan | CapturedModule, adapter: str | Sequence[str] | None) -> t
     if adapter is not None:
         check_captured(x, "report(…, adapter=…)")
         assert isinstance(x, CapturedModule)
-        names = [adapter] if isinstance(adapter, str) else list(adapter)
-        check_known(x, names)
+        check_known(x, names := as_names(adapter))
         return joined([x.known.adapters[name] for name in names]), False
     if isinstance(x, Plan):
         return x, False

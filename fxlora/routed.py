@@ -13,7 +13,7 @@ from .errors import ConfigError, InjectError
 from .module import CapturedModule, check_captured, check_one_adapter
 from .module.ambient import no_ambient_modes
 from .names import shown
-from .passes.active import Activate
+from .passes.active import Activate, as_names
 from .passes.inject import Inject
 from .passes.remove import Remove
 from .passes.route import Route
@@ -111,7 +111,7 @@ def _each(
             raise ConfigError("route takes a module with adapters, or a list with at least one.")
         return given
     check_captured(given, "route")
-    names = list(given.known.adapters if adapters is None else adapters)
+    names = list(given.known.adapters) if adapters is None else as_names(adapters)
     if not names:
         raise InjectError("route takes a module with adapters: inject a plan first.")
     return [Activate([name])(given) for name in names]

@@ -486,7 +486,7 @@ def test_a_mixed_batch_is_that_of_peft() -> None:
 # ---- training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolutions", "padding", "tied"])
+@pytest.mark.parametrize("kind", ["linear", "convolutions", "padding", "parts", "tied"])
 def test_gradients_are_those_of_each_adapter_alone(kind: str) -> None:
     model, args, rules = GATHERED[kind]
     _check_gradients(model(), args, rules)

@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 import fxlora
-from fxlora import AdapterError, CapturedModule, ConfigError, InjectError, LoraConfig, Rule
+from fxlora import (
+    AdapterError,
+    CapturedModule,
+    ConfigError,
+    InjectError,
+    LoraConfig,
+    Rule,
+    UnsupportedOpError,
+)
 from fxlora.fx.compare import difference
 
 from .laws import assert_close, assert_same, randomise, run, snapshot
@@ -292,7 +300,33 @@ def test_buffers_are_those_of_the_adapter_that_changed_them(tmp_path: Path) -> N
     assert_same(run(fxlora.remove(both), (images,), {}), run(gm, (images,), {}))
 
 
-def test_regions_and_blocks_with_two_adapters() -> None:
+class Regional(nn.Module):
+    """A model whose Python reads a value, and so has no whole graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x)
+        return self.down(hidden * 2 if float(hidden.sum().detach()) > 1e9 else hidden)
+
+
+@pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
+@pytest.mark.filterwarnings("ignore:no rule can adapt")
+def test_regions_with_two_adapters() -> None:
+    gm = captured(Regional(), X)
+    assert gm.parent_module
+    one, other = drawn(gm, config(2), "a", 2), drawn(gm, config(1, ["up"]), "b", 3)
+    both = drawn(one, config(1, ["up"]), "b", 3)
+    for names, expected in ((["a"], one), (["b"], other), ([], gm)):
+        assert_same(run(fxlora.activate(both, names), (X,), {}), run(expected, (X,), {}))
+    assert_close(run(fxlora.fold(both), (X,), {}), run(both, (X,), {}))
+    with pytest.raises(UnsupportedOpError, match=r"run activate\(module, name\) on the samples"):
+        fxlora.route(both)
+
+
+def test_blocks_with_two_adapters() -> None:
     gm = captured(Mlp(), X, modules=["up"])
     one, other = drawn(gm, config(2), "a", 2), drawn(gm, config(1, ["up"]), "b", 3)
     both = drawn(one, config(1, ["up"]), "b", 3)
@@ -313,6 +347,8 @@ def test_names_and_functions_say_what_to_do() -> None:
         fxlora.lora_parameters(none)
     with pytest.raises(InjectError, match="no adapters"):
         fxlora.activate(gm, [])
+    with pytest.raises(ConfigError, match="a list of names: 5"):
+        fxlora.activate(both, untyped(5))
     with pytest.raises(InjectError, match="no adapter 'c', 'd': the module has a, b"):
         fxlora.activate(both, ["c", "a", "d"])
     with pytest.raises(InjectError, match="has an adapter 'a' already"):

@@ -86,8 +86,9 @@ def save_adapter(module: CapturedModule, folder: str | Path, *, adapter: str | N
     module = chosen(module, adapter)
     if len(active := module.known.active) > 1:
         raise AdapterError(
-            f"a folder holds one adapter, and {some(active)} are active: name one "
-            f"(adapter='{active[0]}'), or make one of them all with fxlora.combine."
+            f"a folder holds one adapter, and {some(active)} are active: name one, "
+            f"save_adapter(module, folder, adapter='{active[0]}'), or make one of them all with "
+            "fxlora.combine."
         )
     if module.plan is None:
         raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")

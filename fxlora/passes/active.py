@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import _Namespace
 
-from ..errors import InjectError
+from ..errors import ConfigError, InjectError
 from ..fx.compare import alike_graphs
 from ..fx.nested import nested_graph
 from ..module import CapturedModule
@@ -65,10 +65,19 @@ class Activate(Pass):
 
 def chosen(module: CapturedModule, adapter: str | Sequence[str] | None) -> CapturedModule:
     """Return a module with these adapters active; the module itself, if `adapter` is None."""
-    if adapter is None:
-        return module
-    names = [adapter] if isinstance(adapter, str) else list(adapter)
-    return Activate(names)(module)
+    return module if adapter is None else Activate(as_names(adapter))(module)
+
+
+def as_names(adapters: str | Sequence[str]) -> list[str]:
+    """Return the names of adapters as a list.
+
+    Raises:
+        ConfigError: they are no names.
+    """
+    names = [adapters] if isinstance(adapters, str) else adapters
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"give the name of an adapter, or a list of names: {shown(adapters)}.")
+    return list(names)
 
 
 def check_known(module: CapturedModule, names: Sequence[str]) -> None:

@@ -69,7 +69,9 @@ class Route(Pass):
         if module.parent_module or not module.exported:
             raise UnsupportedOpError(
                 "only a module of whole graphs from example inputs can be routed: Python code "
-                "around regions would have to pass adapter_ids on."
+                "around regions would have to pass adapter_ids on, and may reorder the samples. "
+                "Hold the adapters in one module instead (inject under several names), and run "
+                "activate(module, name) on the samples of each."
             )
         if mesh_of(module) is not None:
             raise UnsupportedOpError(
