@@ -338,6 +338,18 @@ def test_samples_that_cannot_be_told_apart_are_refused(kind: type[Two]) -> None:
     ) if kind is Rolled else None
 
 
+def test_batch_norms_over_few_values_do_not_hide_the_samples() -> None:
+    torch.manual_seed(1)
+    parts = [p for _ in range(24) for p in (nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh())]
+    x = torch.randn(5, 16, dtype=torch.float64)
+    gm = fxlora.capture(nn.Sequential(*parts).double(), x)
+    lora = fxlora.inject(gm, fxlora.match(gm, config(2, ["66", "69"], init_lora_weights=False)))
+    routed = fxlora.route([lora])
+    assert not any(
+        node.target is torch.ops.aten.where.self for node in routed.graphs["train"].nodes
+    )
+
+
 def test_a_batch_of_a_fixed_size_is_refused() -> None:
     gm = fxlora.capture(Mlp().double(), X, dynamic_shapes=({},))
     with pytest.raises(InputError, match="dynamic first dimension"):
