@@ -398,6 +398,19 @@ def test_samples_that_depend_on_others_are_warned_of() -> None:
         fxlora.route([adapted(gm, config(2))])
 
 
+class Pairs(Two):
+    """The products of all pairs of samples, as in contrastive models."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) @ self.a(x).T
+
+
+def test_products_of_all_pairs_of_samples_are_warned_of() -> None:
+    gm = captured(Pairs(), X)
+    with pytest.warns(fxlora.FxLoraWarning, match="depends on the other samples"):
+        fxlora.route([adapted(gm, config(2, ["a"]))])
+
+
 class Tables(nn.Module):
     """The second argument is a table, which is no batch."""
 

@@ -29,7 +29,9 @@ class Facts:
         dims: where the samples are in a node; nodes without them, or of which that is not known,
             are left out.
         writers: nodes that write to a buffer, or to another tensor that calls change.
-        mixed: nodes in which a sample depends on other samples of the batch.
+        mixed: nodes in which a sample depends on other samples of the batch, or of which a
+            dimension has the size of the batch and does not hold the samples (a product of all
+            pairs of them).
     """
 
     dims: dict[fx.Node, BatchDim] = field(default_factory=dict[fx.Node, BatchDim])
@@ -141,6 +143,13 @@ def _candidates(node: fx.Node, value: Tensor, batch: Batch, count: int) -> Itera
         else:
             yield BatchDim(dim, several=True)
             yield BatchDim(dim, several=True, sample_first=False)
+
+
+def sized_like(node: fx.Node, batch: Batch) -> bool:
+    """Whether a dimension of a node has a size that depends on the batch's."""
+    value = example_value(node)
+    sizes = () if value is None else value.shape
+    return any(not _symbols_in(size).isdisjoint(batch.symbols) for size in sizes)
 
 
 def _symbols_in(size: Any) -> set[str]:
