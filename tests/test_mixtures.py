@@ -13,7 +13,7 @@ from fxlora import ConfigError, InjectError, InputError, UnsupportedOpError
 from .laws import TOLERANCE
 from .models import Mlp
 from .oracle import floats
-from .test_routing import GATHERED, X, adapted, captured, config
+from .routing import GATHERED, X, adapted, captured, config
 
 IDS = torch.tensor([[0, 1], [-1, -1], [1, -1], [0, 0], [1, 0], [-1, 0]])
 WEIGHTS = torch.tensor([[0.5, -2], [3, 1], [0.25, 7], [2, 1.5], [1, 1], [9, -0.5]])

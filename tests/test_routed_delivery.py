@@ -13,7 +13,7 @@ import fxlora
 from fxlora import CapturedModule
 
 from .models import Mlp
-from .test_routing import X, adapted, captured, config
+from .routing import X, adapted, captured, config
 
 IDS = torch.tensor([0, 1, -1, 1, 0, -1])
 KINDS: dict[str, tuple[Any, Any]] = {

@@ -28,7 +28,7 @@ from fxlora.fx.compare import difference
 from .laws import assert_close, assert_same, randomise, run, snapshot
 from .models import Convolutions, Mlp, Normed, Readers, Tied
 from .oracle import called_with, merged_weights
-from .test_routing import Checkpointed, long, wide
+from .routing import Checkpointed, long, wide
 from .typed import grad_of, plan_of, untyped
 
 ALL = "all-linear"
