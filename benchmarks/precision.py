@@ -118,6 +118,8 @@ def memory(options: argparse.Namespace, report: Report) -> None:
     saved = {"frozen base": step_memory(stepped(frozen(model), x), frozen(model), options.device)}
     for name, module in made(model, x).items():
         saved[name] = step_memory(stepped(module, x), module, options.device)
+    for name, module in with_frozen_a(model, x).items():
+        saved[name] = step_memory(stepped(module, x), module, options.device)
     lean = saved["fxlora, bfloat16"]
     rows = [
         {
@@ -129,6 +131,7 @@ def memory(options: argparse.Namespace, report: Report) -> None:
         for name, size in saved.items()
     ]
     assert saved["fxlora, float32"] <= 1.1 * lean
+    assert saved["fxlora, LoRA-FA"] < saved["fxlora, float32"]
     report.add(
         f"Bytes for the backward, one block of width {width}, {batch}x{tokens} tokens, r={R}", rows
     )
@@ -140,6 +143,24 @@ def frozen(model: nn.Module) -> nn.Module:
 
 def stepped(module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: module(x.clone().requires_grad_()).float().square().mean()
+
+
+def with_frozen_a(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:
+    """Return the module with a frozen A (LoRA-FA), and with and without one in its fast graphs."""
+    captured = fxlora.capture(model, x)
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS]
+    plain, fixed = (
+        fxlora.inject(
+            captured,
+            fxlora.match(captured, fxlora.LoraConfig(r=R, target_modules=names, variant=variant)),
+        ).train()
+        for variant in (None, "fa")
+    )
+    return {
+        "fxlora, LoRA-FA": fixed,
+        "fxlora, float32, optimize": fxlora.optimize(plain),
+        "fxlora, LoRA-FA, optimize": fxlora.optimize(fixed),
+    }
 
 
 def made(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:

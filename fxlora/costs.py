@@ -213,7 +213,7 @@ def _sum_rows(totals: _Totals) -> list[list[str]]:
     else:
         rows += [
             ("A and B", totals.adapter),
-            ("the start of A and B, frozen", totals.frozen or None),
+            ("of adapters, frozen", totals.frozen or None),
             ("total", totals.total),
         ]
     word = "trained" if totals.folded else "trainable"

@@ -71,6 +71,9 @@ class Entry:
         variants: rows of the table of variants, in the order in which they apply.
         part: name of the part of a packed weight, or None.
         rows: range (start, stop) of the part in the weight's output dimension, or None.
+        tokens: rows of the weight, in its first dimension, that train alone (see `Rule.tokens`):
+            one of A and B, frozen, selects them, and the other has what is added to each. Empty
+            for a low-rank pair.
         padding_idx: row of an embedding that never trains, or None.
         autocast_adapter_dtype: the dtype of the adapter's tensors, as in LoraConfig: True, False
             or the name of a dtype.
@@ -101,6 +104,7 @@ class Entry:
     rows: tuple[int, int] | None = None
     padding_idx: int | None = None
     tied: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
     autocast_adapter_dtype: DtypeRule = True
     weight_dtype: str = ""
 
@@ -185,11 +189,28 @@ class Entry:
             )
             part = self.site.endswith(f".{self.part}")
             _check(part, f"the name '{self.site}' does not end with its part {shown(self.part)}")
+        self._check_tokens()
         rows = self.layout.features(self.shape)[0] if self.layout.in_first else 0
         padding = self.padding_idx is None or self.padding_idx < rows
         _check(
             padding, f"padding_idx of '{self.site}' is not a row of its weight: {self.padding_idx}"
         )
+
+    def _check_tokens(self) -> None:
+        tokens, several = self.tokens, isinstance(self.tokens, tuple) and bool(self.tokens)
+        _check(several or tokens == (), f"tokens of '{self.site}' must be a tuple of rows")
+        if several:
+            rows = self.shape[0] if len(self.shape) == 2 else 0
+            whole = all(is_whole(token, 0, rows - 1) for token in tokens)
+            _check(
+                whole and len(set(tokens)) == len(tokens) == self.r,
+                f"tokens of '{self.site}' must be {self.r} distinct rows of its {rows}, not "
+                f"{shown(tokens)}",
+            )
+            _check(
+                not self.variants and self.rows is None,
+                f"the tokens of '{self.site}' have variants or a part",
+            )
 
     # ---- shapes -----------------------------------------------------------------------------
 
@@ -293,16 +314,26 @@ class Entry:
         return found
 
     @property
+    def selection(self) -> str | None:
+        """Name of the one of A and B that selects the `tokens`: a 1 for each, else zeros."""
+        if not self.tokens:
+            return None
+        return self.name_a if self.layout.in_first else self.name_b
+
+    @property
     def trainable(self) -> tuple[str, ...]:
         """Names of the trainable tensors: A, B and those of variants that train theirs."""
+        frozen = {self.selection}
+        frozen |= {self.name_of(kind) for v in self.variants for kind in VARIANTS[v].freezes}
         extra = [n for v, held in self.variant_tensors.items() if VARIANTS[v].trains for n in held]
-        return (self.name_a, self.name_b, *extra)
+        return (*(name for name in (self.name_a, self.name_b) if name not in frozen), *extra)
 
     # ---- as data ----------------------------------------------------------------------------
 
     def to_data(self) -> dict[str, Any]:
         """Return the entry as plain data, without attributes that are None."""
         data = {**dataclasses.asdict(self), "layout": self.layout.roles}
+        data["tokens"] = self.tokens or None
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
         return {key: value for key, value in plain.items() if value is not None}  # TOML has no null
 

@@ -128,6 +128,10 @@ def adapted(
     """Return the weight with the adapter's formula in the rows of its part."""
     assert lora.plan
     rule, dims = lora.plan.rules[entry.rule - 1], subscripts(model, entry.parameter)
+    if rule.tokens is not None:  # the rows of the first dimension, each with what is added to it
+        more = tensors[entry.name_of("lora_B")].mT if dims[0] == "i" else None
+        more = tensors[entry.name_of("lora_A")] if more is None else more
+        return weight.index_add(0, torch.tensor(rule.tokens), more)
     dim = dims.index("o")
     start, stop = rows(rule, entry.part, weight.shape[dim])
     before, part, behind = weight.tensor_split((start, stop), dim)

@@ -29,7 +29,7 @@ from fxlora.config import config_to_data
         ({"lora_dropout": -0.1}, "lora_dropout"),
         ({"bias": "some"}, "bias"),
         ({"use_dora": 1}, "use_dora must be True or False"),
-        ({"variant": "dorra"}, 'variant must be "dora", "from_weight" or None'),
+        ({"variant": "dorra"}, 'variant must be "dora", "fa", "from_weight" or None'),
         ({"use_dora": True, "variant": "from_weight"}, "contradict"),
         ({"tied": "all"}, 'tied must be "rule" or "share"'),
         ({"use_rslora": "yes"}, "use_rslora"),

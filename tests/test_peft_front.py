@@ -73,7 +73,6 @@ def test_no_field_is_ignored(name: str) -> None:
         ("runtime_config", peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)),
         ("layer_replication", [(0, 1)]),
         ("lora_bias", True),
-        ("trainable_token_indices", [0]),
         ("qalora_group_size", 32),
     ],
 )

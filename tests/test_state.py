@@ -107,6 +107,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         buffers={"another": {}},
         grads=frozenset(["lin.bias"]),
         outputs=frozenset(["other.weight"]),
+        embedding="other",
         model_type="llama",
         written=frozenset(["a name"]),
         apart=frozenset(["other"]),

@@ -506,3 +506,69 @@ def test_a_head_that_is_tied_with_an_embedding_that_pads(first: str) -> None:
     rules = Rule("head", lora=LoraConfig(r=2, tied="share"))
     _, lora = check_laws(Padded(), (torch.tensor([[1, 2, 11], [5, 0, 16]]),), rules=rules)
     assert [entry.form for entry in plan_of(lora)] == ["branch"]
+
+
+# ---- LoRA-FA ------------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """Layers whose input is a sum, which nothing else keeps for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(40, 24), nn.Linear(40, 24)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = x + y
+        return self.q(z) + self.v(z)
+
+
+def kept_bytes(module: nn.Module, args: tuple[torch.Tensor, ...]) -> int:
+    """Return the bytes that a forward keeps for its backward, besides the module's own."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            found[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(*args)
+    output.sum().backward()
+    return sum(found.values())
+
+
+def test_a_frozen_a_keeps_no_input_for_the_backward(tmp_path: Path) -> None:
+    args = tuple(torch.randn(32, 40).double().requires_grad_() for _ in range(2))
+    config = LoraConfig(r=2, target_modules=["q", "v"], variant="fa")
+    gm, lora = check_laws(Sum(), args, rules=config)
+    plain = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=2, target_modules=["q", "v"])))
+    plain.load_state_dict(lora.state_dict())
+    x, hidden = 32 * 40 * 8, 32 * 2 * 8  # of each layer: A·x, and s·A·x
+    for optimize in (False, True):
+        sides = [fxlora.optimize(side) if optimize else side for side in (plain, lora)]
+        whole, fixed = (kept_bytes(side.zero_grad() or side, args) for side in sides)
+        assert fixed <= 2 * 2 * hidden < x <= whole - fixed
+        for entry in plan_of(lora):
+            grads = [side.get_parameter(entry.name_b).grad for side in sides]
+            assert grads[0] is not None and grads[1] is not None and grads[0].any()
+            assert_close([grads[1]], [grads[0]])
+            assert sides[1].get_parameter(entry.name_a).grad is None
+    optimized = fxlora.optimize(lora)
+    with pytest.raises(fxlora.InputError, match="gradient of gradients"):
+        torch.autograd.grad(optimized(*args).square().sum(), args[0], create_graph=True)
+    fxlora.save_adapter(lora, tmp_path)
+    peft = pytest.importorskip("peft", reason="peft is optional")
+    base = Sum().double()
+    base.load_state_dict(gm.state_dict())
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    assert_close(run(theirs, args, {}), run(lora, args, {}))
+    again = fxlora.load_adapter(gm, tmp_path)
+    assert plan_of(again).entries == plan_of(lora).entries
+    assert len(fxlora.lora_parameters(again)) == 2
+
+
+def test_a_frozen_a_of_an_embedding_is_not_zero() -> None:
+    _, lora = check_laws(Tied(), (IDS,), rules=Rule("emb", lora=LoraConfig(r=2, variant="fa")))
+    assert lora.get_parameter("emb.lora_A.default.weight").any()

@@ -145,6 +145,12 @@ def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> li
             "Make each a plain adapter first: fxlora.extract(base, fxlora.fold(adapter), rules, "
             "rank=…), where base is the captured model and the rules are plain LoRA."
         )
+    if rows := [entry.site for plan in plans for entry in plan if entry.tokens]:
+        raise AdapterError(
+            f"{some(rows)}: rows that train alone (tokens=) are no low-rank pairs to combine, nor "
+            "are they for PEFT. Fold the adapter that has them (fxlora.fold), and combine the "
+            "others on that base; or train the others without them."
+        )
     trained = [name for plan in plans for name in plan.trained]
     if twice := sorted({name for name in trained if trained.count(name) > 1}):
         raise AdapterError(

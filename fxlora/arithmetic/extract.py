@@ -147,7 +147,7 @@ class _Pair:
 
 def _of_least_rank(rule: Rule) -> Rule:
     """Return a rule whose ranks do not matter, so that none is too large for a weight."""
-    if rule.lora is None:
+    if rule.lora is None or rule.tokens is not None:
         return rule
     init = rule.lora.init_lora_weights
     lora = dataclasses.replace(
@@ -175,6 +175,8 @@ class _Cut:
     def pair(self, entry: Entry, config: LoraConfig) -> _Pair:
         """Return the pair of an entry, whose s is that of the configuration at the rank."""
         before, change = self._change(entry)
+        if entry.tokens:
+            return self._rows(entry, before, change)
         layout, shape = entry.layout, entry.adapted_shape
         u, s, vh = singular(layout, change, shape)
         r = self._rank(entry, s)
@@ -187,13 +189,19 @@ class _Cut:
         dtype = entry.dtype_over(self.base.get_parameter(entry.parameter).dtype)
         a, b = a.to(dtype), b.to(dtype)
         left = change - scaling * product(entry, a.to(change), b.to(change))
-        size, missed = float(change.norm()), float(left.norm())
-        note = (
-            f"change {relative(size, float(before.norm())):.1e}, error {relative(missed, size):.1e}"
-        )
-        reason = "; ".join(filter(None, (entry.reason, note)))
+        reason = _with_errors(entry, before, change, left)
         sized = dataclasses.replace(entry, r=r, scaling=scaling, reason=reason)
         return _Pair(sized, {sized.name_a: a, sized.name_b: b})
+
+    def _rows(self, entry: Entry, before: torch.Tensor, change: torch.Tensor) -> _Pair:
+        """Return what trains of an entry of rows: their change, as it is."""
+        rows = change[list(entry.tokens)]  # (tokens, features)
+        left = change.index_fill(0, torch.tensor(entry.tokens, device=change.device), 0.0)
+        dtype = entry.dtype_over(self.base.get_parameter(entry.parameter).dtype)
+        (name,) = entry.trainable
+        value = (rows.mT if entry.layout.in_first else rows).to(dtype)
+        noted = dataclasses.replace(entry, reason=_with_errors(entry, before, change, left))
+        return _Pair(noted, {name: value})
 
     def _change(self, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W and ΔW in float64, of the part if the entry adapts one."""
@@ -211,6 +219,15 @@ class _Cut:
         if self.energy is not None:
             return _least(s, self.energy)
         return min(self.rank or entry.r, entry.layout.max_rank(entry.adapted_shape))
+
+
+def _with_errors(
+    entry: Entry, before: torch.Tensor, change: torch.Tensor, left: torch.Tensor
+) -> str:
+    """Return an entry's notes with the relative sizes of its change, and of what it leaves."""
+    size, missed = float(change.norm()), float(left.norm())
+    note = f"change {relative(size, float(before.norm())):.1e}, error {relative(missed, size):.1e}"
+    return "; ".join(filter(None, (entry.reason, note)))
 
 
 def _least(s: torch.Tensor, energy: float) -> int:

@@ -79,6 +79,20 @@ def check_regex(name: str, value: Any, within: str = "{}", groups: int | None = 
         raise ConfigError(f"{name}: {shown(value)} must have no groups: write (?:…).")
 
 
+def tokens_in(name: str, value: Any) -> tuple[int, ...]:
+    """Return the indices of rows as a tuple.
+
+    Raises:
+        ConfigError: they are no list of distinct whole numbers, or none at all.
+    """
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if not items or not all(is_whole(item, 0, MAX_SIZE) for item in items):
+        raise ConfigError(f"{name} must be a list of row numbers ≥ 0, not {shown(value)}.")
+    if len(set(items)) < len(items):
+        raise ConfigError(f"{name} has a row twice: {shown(value)}.")
+    return items
+
+
 def names_in(name: str, value: Any) -> tuple[str, ...] | None:
     """Return a list of names as a tuple, and a set sorted, or None for None."""
     if value is None:

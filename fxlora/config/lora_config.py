@@ -25,6 +25,7 @@ from .checks import (
     is_finite,
     is_whole,
     names_in,
+    tokens_in,
 )
 from .keywords import known_keywords
 from .peft_fields import (
@@ -100,8 +101,9 @@ class LoraConfig:
             `exclude_modules` and `layers_to_transform` say.
         variant: a row of the table `fxlora.lora.variants.VARIANTS`, or None for plain LoRA. "dora"
             rescales each output of the adapted weight to a trained magnitude (Liu et al. 2024,
-            DoRA, eq. 5). "from_weight" subtracts the initial s·BA from W0; the inits "pissa" and
-            "olora" select it by themselves.
+            DoRA, eq. 5). "fa" freezes A as it is drawn, so that the backward keeps A·x (…, r) and
+            not x (Zhang et al. 2023, LoRA-FA, §3). "from_weight" subtracts the initial s·BA from
+            W0; the inits "pissa" and "olora" select it by themselves.
         tied: how a rule adapts a weight that has several names: only where it is read under a name
             that the rule matches ("rule"), or wherever it is read ("share").
         autocast_adapter_dtype: the dtype of A, B, a variant's tensors, and the parameters that
@@ -114,11 +116,15 @@ class LoraConfig:
         inference_mode: whether A, B and the parameters trained in full start frozen.
         ensure_weight_tying: PEFT's name for `tied="share"` of a weight that is also looked up as
             an embedding.
+        trainable_token_indices: rows of the input embedding that train alone, such as those of new
+            tokens; or rows by the name of a module, as `{"embed_tokens": [5, 6]}`. Where a model
+            of transformers ties its head to the embedding, the head's rows are the same. No other
+            field but `autocast_adapter_dtype` applies to them. (See `Rule.tokens`.)
         fan_in_fan_out: accepted; the layout of a weight is always taken from the graph.
         peft_type: "LORA".
         peft_version, auto_mapping, base_model_name_or_path, revision: descriptions of the adapter
             and of its base model, which are kept and written to adapter folders.
-        lora_bias, trainable_token_indices, megatron_config, megatron_core, loftq_config,
+        lora_bias, megatron_config, megatron_core, loftq_config,
             eva_config, corda_config, lora_ga_config, velora_config, alora_invocation_tokens,
             use_qalora, qalora_group_size, monteclora_config, layer_replication, runtime_config,
             use_bdlora, arrow_config, kasa_config: only at their defaults. The error for another
@@ -167,9 +173,9 @@ class LoraConfig:
     auto_mapping: Mapping[str, Any] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     # Only accepted at their defaults (see `peft_fields.REFUSED`).
     lora_bias: bool = False
-    trainable_token_indices: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     loftq_config: Any = None
@@ -207,6 +213,7 @@ class LoraConfig:
         self._normalise_names()
         self._normalise_layers()
         self._normalise_patterns()
+        self._normalise_tokens()
 
     def __repr__(self) -> str:
         plain = LoraConfig()
@@ -295,6 +302,17 @@ class LoraConfig:
                 check_regex(f"{name}[{shown(key)}]", key, r"(.*\.)?({})$")
                 check(f"{name}[{shown(key)}]", value)
             object.__setattr__(self, name, dict(pattern))
+
+    def _normalise_tokens(self) -> None:
+        name, given = "trainable_token_indices", self.trainable_token_indices
+        if given is None or (isinstance(given, Sequence | Mapping) and not given):
+            object.__setattr__(self, name, None)
+        elif isinstance(given, Mapping):
+            names_in(name, list(given))
+            tokens = {key: tokens_in(f"{name}[{shown(key)}]", given[key]) for key in given}
+            object.__setattr__(self, name, tokens)
+        else:
+            object.__setattr__(self, name, tokens_in(name, given))
 
     @property
     def row(self) -> str | None:

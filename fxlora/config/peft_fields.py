@@ -42,8 +42,6 @@ _OTHER_METHOD = "it is another method than LoRA: leave it out, or train it in PE
 # What to do instead of each field whose only accepted value is its default.
 REFUSED: Mapping[str, str] = {
     "lora_bias": 'the branch has no bias. Train the bias of the layer: bias="lora_only"',
-    "trainable_token_indices": "single rows of an embedding cannot train. Adapt the embedding "
-    "(target_modules), or train it in full (modules_to_save)",
     "megatron_config": "Megatron's parallel layers are not supported: shard a plain model instead "
     "(FSDP2, torch's tensor parallelism)",
     "megatron_core": "Megatron's parallel layers are not supported: leave it out",

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..lora.parts import Parts, check_parts
 from ..names import shown
-from .checks import MAX_SIZE, check_one_of, check_regex, is_whole, names_in
+from .checks import MAX_SIZE, check_one_of, check_regex, is_whole, names_in, tokens_in
 from .keywords import known_keywords
 from .lora_config import LoraConfig, Names
 
@@ -46,6 +46,10 @@ class Rule:
             parts along the output dimension; or, by name, their sizes (`{"q": 64, "k": 16,
             "v": 16}`, all parts in order) or ranges (`{"q": (0, 64), "v": (80, 96)}`, from and to).
         enable: the parts to adapt, as one flag for each part or as names; None adapts all.
+        tokens: rows of the weight, in its first dimension, that train alone, in full: those of new
+            tokens in an embedding (`range(32000, 32004)`), or of outputs of a linear layer. What
+            is added to each row trains, from zero; of `lora`, only `tied`, `inference_mode` and
+            `autocast_adapter_dtype` apply.
 
     Raises:
         ConfigError: a key has a wrong type or value, or two keys contradict each other.
@@ -77,6 +81,7 @@ class Rule:
     train: bool = False
     parts: Parts = None
     enable: Sequence[bool] | Sequence[str] | None = None
+    tokens: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "op"):
@@ -93,6 +98,7 @@ class Rule:
         self._check_kernel_size()
         check_one_of("train", self.train, (True, False))
         check_parts(self.parts, self.enable)
+        self._check_tokens()
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
             raise ConfigError(f"lora must be a LoraConfig or None, not {shown(self.lora)}.")
         if self.train and (self.parts is not None or self.lora != LoraConfig()):
@@ -109,6 +115,22 @@ class Rule:
     def bounds(self) -> tuple[int | None, ...]:
         """The values of the bounds on features, in the order of `BOUNDS`."""
         return tuple(getattr(self, name) for name in BOUNDS)
+
+    def _check_tokens(self) -> None:
+        if self.tokens is None:
+            return
+        object.__setattr__(self, "tokens", tokens_in("tokens", self.tokens))
+        lora = self.lora or LoraConfig(r=1)
+        plain = LoraConfig()
+        fields = [f.name for f in dataclasses.fields(LoraConfig)]
+        differ = [n for n in fields if getattr(lora, n) != getattr(plain, n)]
+        if others := [n for n in differ if n not in _OF_TOKENS]:
+            raise ConfigError(
+                f"tokens= trains rows in full: {', '.join(others)} of lora= has no effect on them. "
+                f"Leave it out; only {', '.join(_OF_TOKENS)} apply."
+            )
+        if self.train or self.parts is not None:
+            raise ConfigError("tokens= trains rows alone: train= and parts= say another thing.")
 
     def _check_kernel_size(self) -> None:
         size = self.kernel_size
@@ -132,6 +154,9 @@ class Rule:
         keys = [f"{k}={getattr(self, k)!r}" for k in ("op", *BOUNDS, "kernel_size", "where")]
         return ", ".join(k for k in keys if not k.endswith("=None")) or "every site"
 
+
+# The fields of a LoraConfig that apply to rows that train alone.
+_OF_TOKENS = ("tied", "inference_mode", "autocast_adapter_dtype")
 
 BOUNDS = tuple(f"{end}_{side}features" for side in ("", "in_", "out_") for end in ("min", "max"))
 

@@ -17,10 +17,12 @@ from ..passes import Remove
 from ..plan import Entry, Plan
 from ..reads.readers import Reader
 from ..reads.sites import Site, find_sites
+from ..tables import some
 from .peft import LAYERS, Group, groups_of, is_bare, is_transposed, owner_of
 from .peft_config import name_suffixes
-from .saved import Saved
+from .saved import Saved, paths_of
 
+# Those that PEFT has an equal of; a frozen A ("fa") is a matter of training.
 VARIANTS = ((), ("from_weight",), ("dora",), ("from_weight", "dora"))
 # Its fused kernel in eval mode reads the weights without calling the forwards of their modules.
 FUSED_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
@@ -66,19 +68,23 @@ def why_not(
     for site in find_sites(base):
         for name in site.names:
             readers.setdefault(name, []).extend(site.readers)
-    if len({"dora" in entry.variants for entry in plan}) > 1:
+    pairs = [entry for entry in plan if not entry.tokens]
+    if len({"dora" in entry.variants for entry in pairs}) > 1:
         return "DoRA only at some sites"
     paths = Counter(id(held) for _, held in base.named_modules(remove_duplicate=False))
     for group in groups_of(plan):
         entry = group[0]
         found = {id(r): r for name in entry.names for r in readers.get(name, ())}
         shared = paths[id(base.get_submodule(owner_of(entry)))] > 1
-        why = _why_not_these(group) or _why_not_read(
-            base, entry, list(found.values()), shared, from_peft
-        )
+        reads = list(found.values())
+        if entry.tokens:
+            apart = {n for e in plan if e.tokens not in ((), entry.tokens) for n in e.names}
+            why = _why_not_tokens(base, entry, reads, apart, from_peft)
+        else:
+            why = _why_not_these(group) or _why_not_read(base, entry, reads, shared, from_peft)
         if why:
             return f"'{entry.site}': {why}"
-    return _why_not_together(base, plan) or (None if from_peft else _why_not_apart(plan, saved))
+    return _why_not_together(base, pairs) or (None if from_peft else _why_not_apart(plan, saved))
 
 
 def is_plain_layer(site: Site) -> bool:
@@ -99,7 +105,7 @@ def is_plain_layer(site: Site) -> bool:
 def _why_not_these(group: Group) -> str | None:
     """Return why PEFT has no equal of the entries of one weight, or None."""
     entry = group[0]
-    if any(e.variants not in VARIANTS for e in group):
+    if any(tuple(v for v in e.variants if v != "fa") not in VARIANTS for e in group):
         return f"variant {', '.join(entry.variants)}"
     if entry.part and len({(e.scaling, e.variants) for e in group}) > 1:
         return "parts that are scaled or start differently"
@@ -107,6 +113,37 @@ def _why_not_these(group: Group) -> str | None:
         return "DoRA of a part" if entry.part else "DoRA of a bare parameter"
     if entry.part and entry.layout.roles not in ("oi", "io"):
         return "parts of a weight that is not a matrix"
+    return None
+
+
+def _why_not_tokens(
+    base: CapturedModule, entry: Entry, readers: Sequence[Reader], apart: set[str], from_peft: bool
+) -> str | None:
+    """Return why PEFT would not replace rows at all reads of a weight, or None.
+
+    It replaces them in the forwards of embeddings and linear layers: of a module, and of those that
+    transformers ties to its input embedding, unless these have other rows of their own (`apart`).
+    """
+    owners = {name.rpartition(".")[0] for name in entry.names}
+    source = base.known.embedding if base.known.model_type else ""
+    if len(owners) > 1 and source not in owners:
+        return "rows that tied modules share, other than the input embedding of transformers"
+    if source in owners and not apart.issuperset(entry.tied):
+        return f"rows that {some(entry.tied)} does not share, which transformers ties to them"
+    ends = tuple(owners if len(owners) == 1 else (source,))
+    if more := [path for path in paths_of(base) if path.endswith(ends) and path not in owners]:
+        return f"a module whose name is the end of '{more[0]}', in which PEFT replaces rows too"
+    for reader in readers:
+        known = reader.kind in ("embedding", "linear") and not reader.through
+        classes = module_classes(reader.node)
+        if reader.call_site not in owners or not known:
+            return f"{reader.describe()}, where PEFT does not replace rows"
+        if not from_peft and classes[-1:] != [LAYERS[reader.kind]]:
+            return f"read by {classes[-1] if classes else 'a module of unknown class'}"
+        assert reader.op is not None
+        given = reader.op.input_of(reader.node, reader.weight)
+        if why := _why_not_around(reader.call_site, reader.node, given, reader.kind):
+            return why
     return None
 
 
@@ -269,7 +306,7 @@ def _why_not_parameter(base: CapturedModule, entry: Entry) -> str | None:
     return None
 
 
-def _why_not_together(module: CapturedModule, plan: Plan) -> str | None:
+def _why_not_together(module: CapturedModule, plan: Sequence[Entry]) -> str | None:
     """Return why one configuration of PEFT cannot target exactly these weights, or None."""
     bare = {e.parameter: owner_of(e) for e in plan if is_bare(e)}
     layers = {owner_of(e) for e in plan if not is_bare(e)}

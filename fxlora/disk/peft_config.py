@@ -11,20 +11,21 @@ from typing import Any
 from ..module import CapturedModule
 from ..plan import Entry, Plan
 from .peft import groups_of, is_bare, owner_of, rank
+from .peft_tokens import indices_of
 from .saved import Saved, paths_of
 
 
 def configuration(module: CapturedModule, plan: Plan, saved: Saved) -> dict[str, Any]:
     """Return the configuration under which PEFT reads the same adapter."""
-    groups = groups_of(plan)
+    groups = groups_of(entry for entry in plan if not entry.tokens)
     # PEFT has one use_rslora for all sites. If they differ, it is off and alpha gives the scaling.
-    rslora = bool(plan) and all(_is_rslora(entry) for entry in plan)
+    rslora = bool(groups) and all(_is_rslora(entry) for group in groups for entry in group)
     ranks = {_target(g[0]): rank(g) for g in groups}
     alphas = {
         _target(g[0]): _whole(g[0].scaling * (math.sqrt(rank(g)) if rslora else rank(g)))
         for g in groups
     }
-    r, alpha = (_commonest(ranks.values()), _commonest(alphas.values())) if plan else (8, 8)
+    r, alpha = (_commonest(ranks.values()), _commonest(alphas.values())) if groups else (8, 8)
     layers = [_target(g[0]) for g in groups if not is_bare(g[0])]
     bare = [_target(g[0]) for g in groups if is_bare(g[0])]
     return {
@@ -41,6 +42,7 @@ def configuration(module: CapturedModule, plan: Plan, saved: Saved) -> dict[str,
         "rank_pattern": {_exactly(site): n for site, n in ranks.items() if n != r},
         "alpha_pattern": {_exactly(site): n for site, n in alphas.items() if n != alpha},
         "modules_to_save": list(saved.names) or None,
+        "trainable_token_indices": indices_of(plan),
         "bias": "none",
         "use_rslora": rslora,
         "use_dora": any("dora" in entry.variants for entry in plan),

@@ -35,6 +35,7 @@ from .peft_tensors import Pair, PeftTensors
 from .reading import Reading
 from .renaming import advice
 from .saved import is_below
+from .token_rows import token_rules, token_starts
 
 # Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
 _INITS_KEEPING_BASE = (*FILLS, "eva", "mica")
@@ -59,11 +60,18 @@ _READ = frozenset(
         "lora_bias",
         "eva_config",
         "ensure_weight_tying",
+        "trainable_token_indices",
     ]
 )
 _CHECKED = (
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias"),
-    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *(
+        "trainable_token_indices",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "modules_to_save",
+    ),
 )
 
 
@@ -188,7 +196,8 @@ class _PeftReader:
 
     def _plan(self, pairs: Mapping[tuple[str, ...], Adapted]) -> Plan:
         """Match a rule for each kind of adapter; ties are adapted where the file has a pair."""
-        if not pairs:
+        tokens = token_rules(self.module, self.content, self.tensors)
+        if not (pairs or tokens):
             return Plan(())
         numbers: dict[tuple[str, tuple[str, ...]], int] = {}
         of_site: dict[str, int] = {}
@@ -202,11 +211,14 @@ class _PeftReader:
             of_site |= dict.fromkeys(names, numbers[kind])
         try:
             rules = [_rule(number, adapted, of_site) for number, adapted in enumerate(kinds)]
-            plan = match(self.module, rules, adapter_name=self.adapter)
+            plan = match(self.module, [*rules, *tokens], adapter_name=self.adapter)
         except (ConfigError, NoMatchError, UnsupportedOpError) as error:
             raise AdapterError(f"{self.content.path} does not fit the module: {error}") from error
-        entries = tuple(_scaled(entry, pairs[entry.names].scaling) for entry in plan)
-        return dataclasses.replace(plan, entries=entries, rules=self._named(rules, of_site))
+        entries = tuple(
+            entry if entry.tokens else _scaled(entry, pairs[entry.names].scaling) for entry in plan
+        )
+        named = (*self._named(rules, of_site), *tokens)
+        return dataclasses.replace(plan, entries=entries, rules=named)
 
     def _named(self, rules: list[Rule], of_site: Mapping[str, int]) -> tuple[Rule, ...]:
         """Return the rules with names instead of functions: these can be written to a file."""
@@ -261,7 +273,8 @@ class _PeftReader:
         """Return the values of adapters by name, and what `lora_bias` adds to biases by name."""
         starts: dict[str, torch.Tensor] = {}
         biases: dict[str, torch.Tensor] = {}
-        for group in groups_of(_as_peft_has(plan)):
+        starts |= token_starts(self.module, plan, self.tensors, self.misshapen)
+        for group in groups_of(e for e in _as_peft_has(plan) if not e.tokens):
             entry, pair = group[0], pairs[group[0].names].pair
             wrappers = self._wrappers(entry, pair)
             shapes = {f"{pair.prefix}.{end}": s for end, s in wrappers.shapes(group).items()}

@@ -12,6 +12,7 @@ import torch
 from ..module import CapturedModule
 from .folder import Folder
 from .peft import ROOT
+from .peft_tokens import END as TOKENS
 from .saved import paths_of
 
 _KEY = re.compile(r"(?P<path>.+)\.(?P<kind>lora_[A-Za-z_]+)(?P<end>\.weight|\.bias)?", re.ASCII)
@@ -47,12 +48,15 @@ class PeftTensors:
 
     Attributes:
         pairs: those of wrappers, in the order of the file.
+        tokens: rows that train alone (tokens, features), by the path of their module here, each
+            with its path in the file.
         rest: other tensors, by the names of the module's tensors that they are for.
         keys: the keys of these.
         strange: keys that are for nothing in the module, without PEFT's root.
     """
 
     pairs: tuple[Pair, ...]
+    tokens: Mapping[str, tuple[str, torch.Tensor]]
     rest: Mapping[str, torch.Tensor]
     keys: Mapping[str, str]
     strange: tuple[str, ...]
@@ -62,6 +66,10 @@ class PeftTensors:
         weights = dict(module.named_parameters(remove_duplicate=False))
         wrong = [p.prefix for p in self.pairs if not _fits(p, tuple(weights[p.parameter].shape))]
         held = {**weights, **dict(module.named_buffers(remove_duplicate=False))}
+        for path, (_, rows) in self.tokens.items():
+            weight = weights.get(f"{path}.weight")
+            if weight is None or rows.shape[1:] != weight.shape[1:]:
+                wrong.append(path)
         wrong += [self.keys[n] for n, t in self.rest.items() if t.shape != held[n].shape]
         return [*self.strange, *(key.removeprefix(ROOT) for key in wrong)]
 
@@ -72,7 +80,7 @@ class PeftTensors:
         for key, tensor in content.tensors.items():
             sorting.add(key, tensor)
         pairs = tuple(sorting.pairs())
-        return cls(pairs, sorting.rest, sorting.keys, tuple(sorting.strange))
+        return cls(pairs, sorting.tokens, sorting.rest, sorting.keys, tuple(sorting.strange))
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class _Sorting:
         own: the parameters that each module itself holds, in order.
         wrappers: the tensors of each wrapper: by the path in the module with its `base_layer`s, and
             the path in the file.
-        rest, keys, strange: as in `PeftTensors`.
+        tokens, rest, keys, strange: as in `PeftTensors`.
     """
 
     content: Folder
@@ -94,6 +102,7 @@ class _Sorting:
     paths: frozenset[str]
     own: Mapping[str, list[str]]
     wrappers: dict[tuple[str, str], dict[str, torch.Tensor]] = field(default_factory=dict[Any, Any])
+    tokens: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict[Any, Any])
     rest: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     keys: dict[str, str] = field(default_factory=dict[str, str])
     strange: list[str] = field(default_factory=list[str])
@@ -121,6 +130,10 @@ class _Sorting:
             if here["kind"] + end in ends:  # as of two adapters, or with and without a prefix
                 self.strange.append(given)
             ends.setdefault(here["kind"] + end, tensor)
+            return
+        if name.endswith(f".{TOKENS}"):
+            path, there = (n.removesuffix(f".{TOKENS}") for n in (name, given))
+            self.tokens[self._place(path)[0]] = _unwrapped(there), tensor
             return
         owner, _, last = name.rpartition(".")
         found = ".".join(filter(None, (self._place(owner)[0], last)))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import InputError
 from .plain import autocast_of, autocast_to, is_plain
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
@@ -134,7 +135,11 @@ class _Linears(torch.autograd.Function):
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)
         of_x = weights if ctx.needs_input_grad[1] else ()  # only a gradient of x reads W
-        ctx.save_for_backward(x, hidden, *downs, *ups, *of_x)
+        of_weights, _, of_downs, _ = _in_fours(ctx.needs_input_grad[2:])
+        ctx.shape = x.shape
+        # only gradients of W and A read x: with frozen ones (LoRA-FA), x A^T is enough
+        rows = x if any((*of_weights, *of_downs)) else None
+        ctx.save_for_backward(rows, hidden, *downs, *ups, *of_x)
         return tuple(outputs)
 
     @staticmethod
@@ -142,29 +147,29 @@ class _Linears(torch.autograd.Function):
         count = len(ctx.scalings)
         x, hidden, *held = ctx.saved_tensors
         downs, ups, weights = held[:count], held[count : 2 * count], held[2 * count :]
-        with autocast_to(x.device.type, None):
+        with autocast_to(hidden.device.type, None):
             # If the gradient itself is to be differentiated, or is a batch of gradients.
             if torch.is_grad_enabled() or not is_plain([g for g in grads if g is not None], True):
-                return None, *_by_formula(ctx, x, weights, downs, ups, grads)
+                return None, *_by_formula(ctx, x, hidden, weights, downs, ups, grads)
             return None, *_gradients(ctx, x, hidden, weights, downs, ups, grads)
 
 
 def _gradients(
     ctx: Any,
-    x: Tensor,
+    x: Tensor | None,
     hidden: Tensor,
     weights: Sequence[Tensor],
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     grads: Sequence[Tensor | None],
 ) -> Iterator[Tensor | None]:
-    """Yield the gradients of x, W, b, A and B."""
+    """Yield the gradients of x, W, b, A and B; x is None if those of W and A are not needed."""
     needs = ctx.needs_input_grad[1:]
     of_weights, of_biases, of_downs, of_ups = _in_fours(needs[1:])
-    rows = x.reshape(-1, x.shape[-1])
+    rows = hidden if x is None else x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     low = _low_gradients(flat, ups, ctx.scalings, hidden)
-    yield _input_gradient(flat, weights, low, downs, x) if needs[0] else None
+    yield _input_gradient(flat, weights, low, downs, ctx.shape) if needs[0] else None
     for grad, need in zip(flat, of_weights, strict=True):
         yield grad.t().mm(rows) if grad is not None and need else None
     for grad, need in zip(flat, of_biases, strict=True):
@@ -197,7 +202,7 @@ def _input_gradient(
     weights: Sequence[Tensor],
     low: Tensor,
     downs: Sequence[Tensor],
-    x: Tensor,
+    shape: torch.Size,
 ) -> Tensor:
     total: Tensor | None = None
     for grad, weight in zip(grads, weights, strict=True):
@@ -205,8 +210,8 @@ def _input_gradient(
             # (tokens, out) @ (out, in) -> (tokens, in)
             total = grad.mm(weight) if total is None else total.addmm_(grad, weight)
     if total is None:
-        return torch.zeros_like(x)
-    return total.addmm_(low, _joined(downs)).view(x.shape)
+        return low.new_zeros(shape)
+    return total.addmm_(low, _joined(downs)).view(shape)
 
 
 def _down_gradients(
@@ -222,14 +227,20 @@ def _down_gradients(
 
 def _by_formula(
     ctx: Any,
-    x: Tensor,
+    x: Tensor | None,
+    hidden: Tensor,
     weights: Sequence[Tensor],
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     grads: Sequence[Tensor | None],
 ) -> Iterator[Tensor | None]:
     """Yield the gradients in operations that have gradients themselves."""
-    rows = x.reshape(-1, x.shape[-1])
+    if x is None and torch.is_grad_enabled():
+        raise InputError(
+            "a gradient of gradients needs x, which an optimized module with a frozen A (LoRA-FA) "
+            "does not keep: call the module that was given to fxlora.optimize instead."
+        )
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     pairs = list(zip(flat, downs, ups, ctx.scalings, strict=True))
     if ctx.needs_input_grad[1]:
@@ -238,14 +249,17 @@ def _by_formula(
             for (g, down, up, s), w in zip(pairs, weights, strict=True)
             if g is not None
         ]
-        yield torch.stack(of_x).sum(0).view(x.shape) if of_x else None
+        yield torch.stack(of_x).sum(0).view(ctx.shape) if of_x else None
     else:
         yield None
-    yield from (None if g is None else g.t() @ rows for g in flat)
+    yield from (None if g is None or rows is None else g.t() @ rows for g in flat)
     for g, has_bias in zip(flat, ctx.has_bias, strict=True):
         yield g.sum(0) if g is not None and has_bias else None
-    yield from (None if g is None else (g @ up * s).t() @ rows for g, _, up, s in pairs)
-    yield from (None if g is None else g.t() @ (rows @ down.t() * s) for g, down, _, s in pairs)
+    yield from (
+        None if g is None or rows is None else (g @ up * s).t() @ rows for g, _, up, s in pairs
+    )
+    for (g, down, _, s), low in zip(pairs, _split(hidden, ups), strict=True):
+        yield None if g is None else g.t() @ ((low if rows is None else rows @ down.t()) * s)
 
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:

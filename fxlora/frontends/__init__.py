@@ -37,7 +37,7 @@ from .kept.containers import count_in_containers, register_containers
 from .kept.undisturbed import plain_tensors
 from .memory import ParameterMemory, own_tensors
 from .regions import Regions, wrong_regions
-from .source_facts import linear_layers, model_type, output_embeddings
+from .source_facts import input_embedding, linear_layers, model_type, output_embeddings
 from .traced import trace_mode, traced_autocasts
 from .tree import attach, build_tree, read_by_own_names
 
@@ -293,6 +293,7 @@ def _assemble(
     state = State(
         grads=frozenset(name for name, p in tree.named_parameters() if p.requires_grad),
         outputs=output_embeddings(model),
+        embedding=input_embedding(model),
         linears=linear_layers(model),
         model_type=model_type(model),
         outlined=outlined,

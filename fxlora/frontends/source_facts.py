@@ -12,13 +12,26 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 def output_embeddings(model: nn.Module) -> frozenset[str]:
     """Return names of parameters in transformers' output embeddings, which "all-linear" skips."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Module):
-        return frozenset()
-    held = {id(p) for p in head.parameters()}
+    head = _given_by(model, "get_output_embeddings")
+    held = {id(p) for p in head.parameters()} if head else set[int]()
     names = model.named_parameters(remove_duplicate=False)
     return frozenset(name for name, p in names if id(p) in held)
+
+
+def input_embedding(model: nn.Module) -> str:
+    """Return the path of transformers' input embedding, whose rows are those of tokens, or ""."""
+    table = _given_by(model, "get_input_embeddings")
+    return next((path for path, module in model.named_modules() if module is table), "")
+
+
+def _given_by(model: nn.Module, method: str) -> nn.Module | None:
+    """Return the module that a method without arguments returns; None if there is no such one."""
+    getter = getattr(model, method, None)
+    try:
+        found = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):  # of a model that has no such embeddings
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def linear_layers(model: nn.Module) -> frozenset[str]:

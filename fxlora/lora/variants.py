@@ -41,6 +41,7 @@ class Variant:
             may have a higher rank.
         gain: function `(V, *tensors)`, V (…, out, in) → a factor (…, out) that V's outputs are
             multiplied with; None if the variant does not scale V. V is detached.
+        freezes: those of A and B that do not train, by name ("lora_A").
         by_output: whether the gain of an output depends on that output only: on its part of V, and
             of tensors whose last dimension is out. Then a fold need not hold all of V.
     """
@@ -51,6 +52,7 @@ class Variant:
     factors: Callable[..., tuple[Any, Any]] = _as_they_are
     gain: Callable[..., Any] | None = None
     by_output: bool = False
+    freezes: tuple[str, ...] = ()
 
 
 # ---- DoRA ---------------------------------------------------------------------------------------
@@ -98,8 +100,22 @@ def _both_pairs(layout: Layout, a: Any, b: Any, start_a: Any, start_b: Any) -> t
     return aten.cat.default([a, start_a], dim_a), aten.cat.default([b, start_b], dim_b)
 
 
+# ---- LoRA-FA ------------------------------------------------------------------------------------
+# A stays as it is drawn (Zhang et al. 2023, LoRA-FA, §3): the backward needs A·x (…, r) for B's
+# gradient, and x (…, in) no more.
+
+
+def _nothing(*_: Any) -> dict[str, Shape]:
+    return {}
+
+
+def _no_tensors(*_: Any) -> tuple[torch.Tensor, ...]:
+    return ()
+
+
 VARIANTS: dict[str, Variant] = {
     "from_weight": Variant(_first_pair, False, _taken_away, factors=_both_pairs),
+    "fa": Variant(_nothing, False, _no_tensors, freezes=("lora_A",)),
     "dora": Variant(_magnitude, True, _norms, gain=_relative, by_output=True),
 }
 

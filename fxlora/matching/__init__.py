@@ -26,6 +26,7 @@ from .full import (
     trained,
 )
 from .importance import Gains, Loss, check_rank_by, gains_of
+from .tokens import check_tokens, with_tokens
 from .unmatched import Unmatched, warn_of_large, warn_of_uncovered
 
 __all__ = ["match"]
@@ -82,7 +83,8 @@ def match(
     check_rank_by(rank_by, budget, data, loss)
     gains: Gains | None = None
     if rank_by is not None:
-        entries = _matched(module, rules, adapter_name, budget, None).entries
+        plan = _matched(module, rules, adapter_name, budget, None)
+        entries = [entry for entry in plan if not entry.tokens]
         gains = gains_of(module, entries, rank_by, data, loss)
     return _matched(module, rules, adapter_name, budget, gains)
 
@@ -102,7 +104,8 @@ def _matched(
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
     sites = tuple(find_sites(module))
-    choice = Choice(module, with_architecture(as_rules(rules), module, sites), sites)
+    given = with_tokens(with_architecture(as_rules(rules), module, sites), module, sites)
+    choice = Choice(module, given, sites)
     return _plan(choice, Entries(choice, adapter_name), Unmatched(choice), budget, gains)
 
 
@@ -123,6 +126,7 @@ def _plan(
         gains: what each rank of each entry is worth, or None.
     """
     chosen = choice.made()
+    check_tokens(choice, chosen)
     saved = modules_to_save(choice, chosen, unmatched)
     in_full = trained(choice.module, saved)
     entries: list[Entry] = []

@@ -17,9 +17,10 @@ from ..plan import Entry, scales_outputs
 from ..reads.sites import Site
 from .budget import within
 from .choice import Choice, by_pattern
-from .forms import Form, choose_form
+from .forms import choose_form, notes
 from .importance import Gains
 from .refusals import check_supported
+from .tokens import tokens_entry
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Entries:
         """Return an entry for a site, or one for each of its parts that the rule enables."""
         assert rule.lora is not None
         check_supported(site, number)
+        if rule.tokens is not None:
+            return [tokens_entry(site, number, rule, self.adapter_name)]
         self.adapted.append(site)
         if rule.parts is None:
             return [self._entry(site, number, rule.lora)]
@@ -82,7 +85,7 @@ class Entries:
             padding_idx=site.padding_idx,
             tied=site.tied,
             form=form.name,
-            reason=_notes(site, form),
+            reason=notes(site, form),
             r=r,
             alpha=alpha,
             scaling=config.scaling(r, alpha),
@@ -105,14 +108,15 @@ class Entries:
         """Return the entries with the ranks of the budget, and the forms for these ranks."""
         sites = {site.names: site for site in self.adapted}
         found: list[Entry] = []
-        for entry in within(entries, budget, self.choice.module, gains):
+        whole = [entry for entry in entries if not entry.tokens]
+        for entry in within(whole, budget, self.choice.module, gains):
             site, lora = sites[entry.names], self.choice.rules[entry.rule - 1].lora
             dropout = lora.lora_dropout if lora else 0.0
             form = choose_form(site, entry.r, dropout, entry.rows, entry.variants)
             kept = dropout if form.name == "branch" else 0.0
-            reason = _notes(site, form)
+            reason = notes(site, form)
             found.append(dataclasses.replace(entry, form=form.name, reason=reason, dropout=kept))
-        return found
+        return [*found, *(entry for entry in entries if entry.tokens)]
 
     def _check_padding(self, entry: Entry) -> None:
         """Raise if a variant that scales outputs would change the padding_idx row."""
@@ -140,7 +144,7 @@ def check_rank(entry: Entry) -> None:
             "must be even."
         )
     largest = entry.layout.max_rank(entry.adapted_shape)
-    if entry.r <= largest:
+    if entry.r <= largest or entry.tokens:
         return
     said = (
         f"r={entry.r} for '{entry.site}' is more than the rank {largest} that its weight "
@@ -149,15 +153,3 @@ def check_rank(entry: Entry) -> None:
     if entry.init in STARTS:
         raise ConfigError(f"{said} {entry.init!r} starts from it: give a smaller r.")
     warn(said)
-
-
-def _notes(site: Site, form: Form) -> str:
-    """Return the notes on an entry that the plan shows: the reason for its form, and ties."""
-    notes = [form.reason]
-    if site.tied:
-        notes.append(f"split from its tie with {', '.join(site.tied)}")
-    elif len(site.names) > 1:
-        notes.append("tied")
-    if site.inseparable:
-        notes.append("no call site tells its names apart: all are adapted")
-    return "; ".join(filter(None, notes))

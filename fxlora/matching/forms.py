@@ -163,3 +163,15 @@ def _weight_form(site: Site, reason: str) -> Form:
             "with sparse=False: the frozen weight has no gradient anyway."
         )
     return Form("weight", reason)
+
+
+def notes(site: Site, form: Form) -> str:
+    """Return the notes on an entry that the plan shows: the reason for its form, and ties."""
+    notes = [form.reason]
+    if site.tied:
+        notes.append(f"split from its tie with {', '.join(site.tied)}")
+    elif len(site.names) > 1:
+        notes.append("tied")
+    if site.inseparable:
+        notes.append("no call site tells its names apart: all are adapted")
+    return "; ".join(filter(None, notes))

@@ -32,6 +32,7 @@ class State:
             keyed by all names of the weight.
         grads: names of parameters that required gradients in the source.
         outputs: names of the source's output embeddings, which "all-linear" leaves out.
+        embedding: path of the source's input embedding, whose rows are those of tokens, or "".
         linears: paths of the source's linear layers (nn.Linear, transformers' Conv1D), which
             "all-linear" means.
         model_type: `config.model_type` of the source, or "".
@@ -60,6 +61,7 @@ class State:
     )
     grads: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
+    embedding: str = ""
     linears: frozenset[str] = frozenset()
     model_type: str = ""
     outlined: tuple[str, ...] = ()

@@ -66,6 +66,8 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
 def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the initial A (…, r, in) and B (…, out, r), with kernel dimensions flattened."""
     dtype = entry.dtype_over(weight.dtype)
+    if entry.tokens:
+        return _selected(entry, weight, dtype)
     stack, d0, d1 = entry.layout.sizes(entry.adapted_shape)
     size_i, size_o = (d0, d1) if entry.layout.in_first else (d1, d0)
     if start := STARTS.get(entry.init):
@@ -76,6 +78,19 @@ def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         return down.to(dtype), up.to(dtype)
     down = weight.new_empty(*stack, entry.r, size_i, dtype=dtype)
     up = weight.new_empty(*stack, size_o, entry.r, dtype=dtype)
-    fill = embedding if entry.init is True and is_lookup(entry.op) else FILLS[entry.init]
+    # An A of zeros would leave B without a gradient for ever if it does not train.
+    drawn = is_lookup(entry.op) and entry.name_a in entry.trainable
+    fill = embedding if entry.init is True and drawn else FILLS[entry.init]
     fill(down, up)
     return down, up
+
+
+def _selected(
+    entry: Entry, weight: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (tokens, in) and B (out, tokens): a 1 for each token, and zeros to train."""
+    rows, features = entry.shape
+    tokens = torch.tensor(entry.tokens, device=weight.device)
+    chosen = nn.functional.one_hot(tokens, rows).to(dtype)  # (tokens, rows)
+    nothing = weight.new_zeros(features, len(tokens), dtype=dtype)
+    return (chosen, nothing) if entry.layout.in_first else (nothing.mT, chosen.mT)

@@ -43,7 +43,7 @@ def stacked_entries(plans: Sequence[Plan | None], rank: int | None) -> tuple[Ent
     return entries
 
 
-_COMMON = ("names", "op", "shape", "layout", "rows", "padding_idx", "variants", "dropout")
+_COMMON = ("names", "op", "shape", "layout", "rows", "padding_idx", "variants", "dropout", "tokens")
 
 
 def _stacked(entries: Sequence[Entry], rank: int | None) -> Entry:
@@ -53,7 +53,7 @@ def _stacked(entries: Sequence[Entry], rank: int | None) -> Entry:
             f"'{first.site}': the adapters differ in {why}, which one graph cannot choose for each "
             "sample. Route adapters apart that differ in it, in a graph each."
         )
-    ranks = [entry.r for entry in entries] + ([] if rank is None else [rank])
+    ranks = [entry.r for entry in entries] + ([] if rank is None or first.tokens else [rank])
     return dataclasses.replace(
         first, r=max(ranks), alpha=1.0, scaling=1.0, adapter=ROUTED, form="branch", rule=1
     )
