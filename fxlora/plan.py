@@ -385,6 +385,7 @@ class Plan:
         trained_dtypes: the dtypes of parameters trained in full, by name, as in
             `LoraConfig.autocast_adapter_dtype`; True for those that it leaves out.
         adapter: name of the adapter; of the first entry's, if there are entries.
+        remarks: what a reader of the printed plan may have overlooked.
         untied: other names of the tensor of a parameter trained in full, by its name, which do not
             train with it: injection splits the tie. (`match` trains a tensor under all its names;
             PEFT's `modules_to_save` splits ties.)
@@ -420,6 +421,7 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     trained_dtypes: Mapping[str, DtypeRule] = field(default_factory=dict[str, DtypeRule])
     descriptions: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    remarks: tuple[str, ...] = ()
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     adapter: str = "default"
 
@@ -560,6 +562,7 @@ class Plan:
         alone = list(map(printable, alone))
         if alone:
             lines += [f"{count(len(alone), 'site')} left alone:", *alone]
+        lines += map(printable, self.remarks)
         return "\n".join(lines)
 
     def to_data(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def scaling(rule: Rule, site: str) -> float:
         fits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", site))
         return next(fits, default)
 
-    r = given(config.rank_pattern, config.r)
+    r = given(config.rank_pattern, config.rank)
     alpha = given(config.alpha_pattern, config.lora_alpha)
     return alpha / (math.sqrt(r) if config.use_rslora else r)
 

@@ -12,6 +12,7 @@ from torch import nn
 import fxlora
 from fxlora import ConfigError, LoraConfig, NoMatchError, Rule, UnsupportedOpError, match
 from fxlora.config import Rules
+from fxlora.reads.sites import find_sites
 
 from .models import Attention, Convolutions, Normed, Readers, Tied
 from .typed import untyped
@@ -427,3 +428,72 @@ def test_a_later_rule_does_not_take_an_adapter_away_in_silence(later: Rule) -> N
     with pytest.raises(ConfigError, match=r"rule 1 adapts '0\.down', and rule 2 trains '0'"):
         fxlora.match(gm, [Rule("0.down", lora=R), later])
     fxlora.match(gm, [Rule("0", train=True)])  # as the error advises
+
+
+# ---- experts, and what is left out --------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """Layers with a projection, and experts: stacked, or a list; takes (N, 6)."""
+
+    def __init__(self, stacked: bool, top_k: int | None = 2) -> None:
+        super().__init__()
+        self.proj, self.router, self.top_k = nn.Linear(6, 6), nn.Linear(6, 4), top_k
+        self.up = nn.Parameter(torch.randn(4, 6, 50)) if stacked else None
+        self.experts = None if stacked else nn.ModuleList(nn.Linear(6, 50) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, scores = self.proj(x), self.router(x).softmax(-1)
+        least = scores.amax(-1) if self.top_k is None else scores.topk(self.top_k, -1)[0][:, -1]
+        gates = scores * (scores >= least.unsqueeze(-1))
+        if self.up is not None:
+            return torch.einsum("ni,eio,ne->no", x, self.up, gates)
+        assert self.experts is not None
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return (outputs * gates.unsqueeze(-1)).sum(1)
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def test_experts_share_the_rank_of_a_dense_layer() -> None:
+    gm = fxlora.capture(Layers(Routed(True), Routed(False, 3)), torch.randn(5, 6))
+    config = LoraConfig(r="4/topk")
+    assert (config.r, config.expert_rank) == (4, "r/topk")
+    plan = match(gm, Rule(lora=config))
+    ranks = {entry.site: (entry.r, entry.scaling) for entry in plan}
+    assert ranks["layers.0.proj"] == ranks["layers.1.proj"] == ranks["layers.0.router"] == (4, 2.0)
+    assert ranks["layers.0.up"] == (2, 4.0)
+    assert {ranks[f"layers.1.experts.{n}"] for n in range(4)} == {(1, 8.0)}  # 4 / 3
+    assert not plan.remarks
+
+
+def test_a_share_of_the_rank_needs_experts_and_their_number() -> None:
+    one = fxlora.capture(Layers(Routed(True, None)), torch.randn(5, 6))
+    with pytest.raises(ConfigError, match=r"not known.*no top-k.*rank_pattern=\{r\"\.\*up\": …\}"):
+        fxlora.match(one, LoraConfig(r="r/topk", target_parameters=["up"]))
+    advised = LoraConfig(r=6, rank_pattern={r".*up": 3}, target_parameters=["up"])
+    assert [entry.r for entry in fxlora.match(one, advised)] == [3]
+    with pytest.raises(NoMatchError, match="none of the weights that it adapts is of experts"):
+        fxlora.match(one, LoraConfig(expert_rank="r/topk", r=2, target_modules=["proj"]))
+    for wrong in ("topk", "0/topk", "r/2"):
+        with pytest.raises(ConfigError, match="r must be"):
+            LoraConfig(r=wrong)
+
+
+def test_a_plan_says_what_it_leaves_alone() -> None:
+    gm = fxlora.capture(Layers(Routed(True), Routed(False)), torch.randn(5, 6))
+    plan = fxlora.match(gm, LoraConfig(r=2, target_modules=["proj"]))
+    (remark,) = plan.remarks
+    assert str(plan).endswith(remark)
+    left = 1 - 2 * 36 / sum(site.parameters for site in find_sites(gm))
+    assert remark.startswith(f"{left:.0%} of the parameters in the layers that it adapts")
+    assert "experts, up" in remark or "up, experts" in remark
+    more = LoraConfig(r=2, target_modules="all-linear", target_parameters=["up"])
+    assert not fxlora.match(gm, more).remarks

@@ -51,12 +51,13 @@ class LoraConfig:
 
     The adapted weight is W0 + s·BA (Hu et al. 2021, LoRA, eq. 3) with the scaling factor
     s = lora_alpha / r (§4.1). For a linear layer, A is (r, in_features) and B is
-    (out_features, r). The fields `variant`, `tied` and `autocast_adapter_dtype` are fxlora's own;
-    all others are PEFT's, at their defaults. Names match what they match in PEFT. A name that
-    matches nothing there may also be a parameter's, or that of a module around one.
+    (out_features, r). The fields `variant`, `tied`, `autocast_adapter_dtype` and `expert_rank` are
+    fxlora's own; all others are PEFT's, at their defaults. Names match what they match in PEFT. A
+    name that matches nothing there may also be a parameter's, or that of a module around one.
 
     Attributes:
-        r: the rank, from 1 to 2**20.
+        r: the rank, from 1 to 2**20. "16/topk" is r=16 with `expert_rank="r/topk"`, and "r/topk"
+            the same with the default r.
         target_modules: the modules or parameters to adapt. A list of names, each of which matches
             a whole name or a dotted suffix of one; or one string, a regular expression for the
             whole name; or "all-linear": every nn.Linear and Conv1D of transformers, except output
@@ -111,6 +112,8 @@ class LoraConfig:
             that is wider. False: the weight's dtype. Or a dtype, as a torch.dtype or a name
             ("float32"), which the field then holds as its name. The graph casts them to the
             weight's dtype where they are used. (PEFT has this as an argument of `get_peft_model`.)
+        expert_rank: the rank of experts: "r", or r divided by the number of experts that a token
+            reaches ("r/topk"), so that the adapters that act on a token are as large as elsewhere.
         task_type: the task, one of PEFT's. "SEQ_CLS" and "TOKEN_CLS" also train every module in
             full whose name ends in "classifier" or "score", "QUESTION_ANS" those in "qa_outputs".
         inference_mode: whether A, B and the parameters trained in full start frozen.
@@ -146,7 +149,7 @@ class LoraConfig:
         [('0', 2, 4.0)]
     """
 
-    r: int = 8
+    r: int | str = 8
     target_modules: Names = None
     exclude_modules: Names = None
     lora_alpha: float = 8
@@ -164,6 +167,7 @@ class LoraConfig:
     variant: str | None = None
     tied: Literal["rule", "share"] = "rule"
     autocast_adapter_dtype: bool | str | torch.dtype = True
+    expert_rank: Literal["r", "r/topk"] = "r"
     task_type: str | None = None
     fan_in_fan_out: bool = False
     inference_mode: bool = False
@@ -194,7 +198,7 @@ class LoraConfig:
     kasa_config: Any = None
 
     def __post_init__(self) -> None:
-        check_rank("r", self.r)
+        self._normalise_rank()
         check_alpha("lora_alpha", self.lora_alpha)
         if not is_finite(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), not {shown(self.lora_dropout)}.")
@@ -220,6 +224,18 @@ class LoraConfig:
         names = [f.name for f in dataclasses.fields(self)]
         changed = [n for n in names if getattr(self, n) != getattr(plain, n)]
         return f"LoraConfig({', '.join(f'{n}={getattr(self, n)!r}' for n in changed)})"
+
+    def _normalise_rank(self) -> None:
+        given: Any = self.r
+        check_one_of("expert_rank", self.expert_rank, ("r", "r/topk"))
+        if isinstance(given, str):
+            found = re.fullmatch(r"(r|\d{1,7})/topk", given.replace(" ", ""), re.ASCII)
+            if found is None:
+                raise ConfigError(f'r must be a whole number or "r/topk", not {shown(given)}.')
+            number = found[1]
+            object.__setattr__(self, "r", LoraConfig.r if number == "r" else int(number))
+            object.__setattr__(self, "expert_rank", "r/topk")
+        check_rank("r", self.r)
 
     def _normalise_init(self) -> None:
         init = self.init_lora_weights
@@ -313,6 +329,11 @@ class LoraConfig:
             object.__setattr__(self, name, tokens)
         else:
             object.__setattr__(self, name, tokens_in(name, given))
+
+    @property
+    def rank(self) -> int:
+        """The field `r` as the number that it stands for."""
+        return int(self.r)
 
     @property
     def row(self) -> str | None:

@@ -16,6 +16,7 @@ from ..reads.sites import find_sites
 from .architectures import with_architecture
 from .choice import Choice
 from .entries import Entries, check_rank
+from .experts import check_met
 from .full import (
     biases,
     check_own_memory,
@@ -26,6 +27,7 @@ from .full import (
     trained,
 )
 from .importance import Gains, Loss, check_rank_by, gains_of
+from .left_alone import left_alone
 from .tokens import check_tokens, with_tokens
 from .unmatched import Unmatched, warn_of_large, warn_of_uncovered
 
@@ -148,6 +150,9 @@ def _plan(
         else:
             entries += planned.made(site, number, rule)
     unmatched.check(chosen, entries, list(saved))
+    for number, rule in enumerate(choice.rules, 1):
+        if rule.lora is not None:
+            check_met(rule.lora, number, [site for site, mine in chosen if mine == number])
     if budget is not None:
         entries = planned.within_budget(entries, budget, gains)
     for entry in entries:
@@ -172,6 +177,7 @@ def _plan(
         adapter=planned.adapter_name,
         trained_dtypes=dtype_rules(choice, names, saved, biased),
         descriptions=_descriptions(choice.rules),
+        remarks=left_alone(chosen, entries, in_full),
     )
 
 

@@ -17,6 +17,7 @@ from ..plan import Entry, scales_outputs
 from ..reads.sites import Site
 from .budget import within
 from .choice import Choice, by_pattern
+from .experts import rank_at
 from .forms import choose_form, notes
 from .importance import Gains
 from .refusals import check_supported
@@ -64,7 +65,8 @@ class Entries:
         rows: tuple[int, int] | None = None,
     ) -> Entry:
         key = self.choice.key(number, site)
-        r = int(by_pattern(config.rank_pattern, key, config.r))
+        r = int(by_pattern(config.rank_pattern, key, config.rank))
+        r = rank_at(site, r, config, self.choice.module)
         alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
         variants = variants_of(config.init_lora_weights, config.row)
         if (rows or any(VARIANTS[name].gain for name in variants)) and not site.layout_known:

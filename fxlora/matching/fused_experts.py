@@ -81,7 +81,7 @@ def _renamed(config: LoraConfig, targets: Iterable[str], family: Mapping[str, st
                 "into target_parameters."
             )
         if len(parts) > 1:
-            ranks[rf".*\.{re.escape(new)}"] = config.r * len(parts)
+            ranks[rf".*\.{re.escape(new)}"] = config.rank * len(parts)
             alphas[rf".*\.{re.escape(new)}"] = config.lora_alpha * len(parts)
     parameters = [*(config.target_parameters or ()), *(family[name] for name in found)]
     return dataclasses.replace(
