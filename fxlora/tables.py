@@ -40,19 +40,24 @@ def some(names: Iterable[str], limit: int = 8) -> str:
 def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     """Return a question with the names most similar to an unknown one, or "" if none is.
 
-    Names are compared whole and by their last part. The question begins with a space, so that it
-    can follow a sentence.
+    Names are compared whole, by their last part, and with as many last parts as the unknown one
+    has. The question begins with a space, so that it can follow a sentence.
     """
-    tail = name.rpartition(".")[2]
+    parts = name.count(".") + 1
 
     def likeness(candidate: str) -> float:
-        pairs = ((name, candidate), (tail, candidate.rpartition(".")[2]))
-        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+        ends = (".".join(candidate.split(".")[-parts:]), candidate)
+        pairs = ((name, ends[0]), (name, ends[1]), (_last(name), _last(candidate)))
+        return max(difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in pairs)
 
     ranked = sorted(dict.fromkeys(candidates), key=likeness, reverse=True)
     *more, last = ["", *(f"'{printable(n)}'" for n in ranked[:limit] if likeness(n) > 0.5)]
     listed = " or ".join(filter(None, (", ".join(more[1:]), last)))
     return f" Did you mean {listed}?" if listed else ""
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def count(number: int, noun: str) -> str:

@@ -73,6 +73,16 @@ def test_a_spans_the_leading_directions_of_the_inputs() -> None:
     assert_same(run(lora.eval(), (x[:4],), {}), run(gm.eval(), (x[:4],), {}))
 
 
+def test_a_spans_the_principal_components_if_centered() -> None:
+    _, lora = adapted([Rule("first", lora=LoraConfig(r=2))])
+    x = torch.randn(9, 8).double() + 3 * torch.randn(8).double()
+    fxlora.initialize_from(lora, [x[:4], x[4:]], centered=True)
+    found = projector(lora.get_parameter("first.lora_A.default.weight").detach())
+    plain, centered = (torch.linalg.svd(rows)[2][:2] for rows in (x, x - x.mean(0)))
+    assert not torch.allclose(projector(plain), projector(centered), atol=0.1)
+    assert torch.allclose(found, projector(centered), atol=1e-8)
+
+
 def test_regions() -> None:
     class Jumps(nn.Module):
         def __init__(self) -> None:

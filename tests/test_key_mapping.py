@@ -127,6 +127,27 @@ class Towers(nn.Module):
         return self.text(x) + self.image(x).square()
 
 
+class Chain(nn.Module):
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(inner)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[-1](x)
+
+
+def test_another_layer_is_not_guessed(tmp_path: Path) -> None:
+    trained = Chain(Inner(), Inner()).to(D).eval()
+    theirs(trained, tmp_path, r=2, target_modules=[f"layers.1.{n}" for n in ("first", "second")])
+    gm = fxlora.capture(Chain(trained.layers[1]).eval(), *X)
+    with pytest.raises(AdapterError, match="only in another layer") as error:
+        fxlora.load_adapter(gm, tmp_path)
+    advised = str(error.value).partition("key_mapping=")[2].rstrip(").")
+    lora = fxlora.load_adapter(gm, tmp_path, key_mapping=ast.literal_eval(advised)).eval()
+    expected = fxlora.load_adapter(fxlora.capture(trained, *X), tmp_path).eval()
+    assert_close(run(lora, X, {}), run(expected, X, {}))
+
+
 def test_two_ways_that_fit_are_named(tmp_path: Path) -> None:
     model = Towers().to(D).eval()
     made = theirs(model.text, tmp_path, r=2, target_modules=["first", "second"])

@@ -552,11 +552,58 @@ def test_biases_of_modules_that_are_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(x), again(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mode", ["all", "lora_only"])
+def test_a_folder_says_which_biases_trained(mode: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, config = torch.randn(4, 6).double(), LoraConfig(r=2, target_modules=["0"], bias=mode)
+    lora = fxlora.adapt(model, x, rules=config).eval()
+    with torch.no_grad():
+        for parameter in fxlora.lora_parameters(lora):
+            parameter.add_(torch.randn_like(parameter))
+    fxlora.save_adapter(lora, tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, is_trainable=True)
+    assert again.peft_config["default"].bias == mode
+    trains = {n.split("model.")[-1] for n, p in again.named_parameters() if p.requires_grad}
+    assert len([name for name in trains if name.endswith("bias")]) == {"all": 2}.get(mode, 1)
+    torch.testing.assert_close(again.eval()(x), lora(x), rtol=1e-10, atol=1e-10)
+    loaded = fxlora.load_adapter(fxlora.capture(model, x), tmp_path).eval()
+    assert torch.equal(loaded(x), lora(x))
+
+
+class Ends(nn.Module):
+    """Modules with names that are the ends of PEFT's own: lora_A, lora_dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.A, self.out = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.A(torch.tanh(self.lin(x)))))
+
+
+def test_saved_modules_with_the_ends_of_pefts_names(tmp_path: Path) -> None:
+    model, x = Ends().double(), torch.randn(4, 6).double()
+    config = LoraConfig(r=2, target_modules=["lin"], modules_to_save=["A", "out"])
+    lora = fxlora.adapt(model, x, rules=config).eval()
+    with torch.no_grad():
+        for parameter in fxlora.lora_parameters(lora):
+            parameter.add_(torch.randn_like(parameter))
+    fxlora.save_adapter(lora, tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    torch.testing.assert_close(again(x), lora(x), rtol=1e-10, atol=1e-10)
+    loaded = fxlora.load_adapter(fxlora.capture(model, x), tmp_path).eval()
+    assert torch.equal(loaded(x), lora(x))
+
+
 def _with_other(key: str, old: str, new: str) -> Any:
     def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
         tensors[key.replace(old, new)] = tensors[key] + 1
 
     return change
+
+
+def _scalar_a(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors["base_model.model.0.lora_A.weight"] = torch.tensor(1.0)
 
 
 @pytest.mark.parametrize(
@@ -565,6 +612,7 @@ def _with_other(key: str, old: str, new: str) -> Any:
         (lambda tensors, config: config.update(lora_alpha=0), "lora_alpha"),
         (_with_other("base_model.model.0.lora_A.weight", "0.lora", "module.0.lora"), "0.lora_A"),
         (_with_other("base_model.model.0.lora_B.weight", "weight", "bias"), "lora_B.bias"),
+        (_scalar_a, "lora_A.weight"),
     ],
 )
 def test_what_peft_would_read_otherwise(change: Any, said: str, tmp_path: Path) -> None:

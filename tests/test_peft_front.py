@@ -472,6 +472,8 @@ def test_what_is_not_supported_says_so(tmp_path: Path) -> None:
         lambda: model.add_adapter("default", config),
         lambda: model.set_adapter(["default", "other"]),
         lambda: model.set_adapter("other"),
+        lambda: model.set_adapter(None),
+        lambda: model.set_adapter([None]),
         lambda: model.delete_adapter("default"),
         lambda: model.add_weighted_adapter(["default"], [1.0], "new", svd_driver="gesvd"),
         lambda: model.add_weighted_adapter(["default"], [1.0], "default"),
@@ -485,6 +487,38 @@ def test_what_is_not_supported_says_so(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             call()
     assert not list(tmp_path.iterdir())
+
+
+def test_another_method_of_pefts_is_named() -> None:
+    with pytest.raises(ConfigError, match="IA3Config, of the method IA3"):
+        as_config(peft.IA3Config(target_modules=["lin"], feedforward_modules=["lin"]))
+
+
+def test_the_state_of_all_adapters_and_the_functions_on_a_peft_model() -> None:
+    x = torch.randn(4, 6)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    model, other = (get_peft_model(base, config, x) for _ in range(2))
+    for each in (model, other):
+        each.add_adapter("b", config)
+    state = model.state_dict()
+    assert {"0.lora_A.default.weight", "0.lora_B.b.weight", "2.modules_to_save.b.weight"} <= set(
+        state
+    )
+    other.load_state_dict(state)
+    assert {name: t.tolist() for name, t in other.state_dict().items()} == {
+        name: t.tolist() for name, t in state.items()
+    }
+    other.set_adapter("b")
+    model.set_adapter("b")
+    assert torch.equal(other(x), model(x)) and not torch.equal(model(x), base(x))
+    with pytest.raises(AdapterError, match=r"lora_B\.default.*\(5, 2\) here"):
+        other.load_state_dict({**other.state_dict(), "0.lora_B.default.weight": torch.ones(5, 1)})
+    with pytest.raises(fxlora.NotCapturedError, match=r"pass model\.captured_module"):
+        fxlora.report(model)
+    assert "0" in fxlora.report(model.captured_module)
+    model.merge_adapter("b")
+    assert torch.allclose(model(x), other(x), atol=1e-6)
 
 
 def test_generate_and_the_names_of_a_transformer(tmp_path: Path) -> None:

@@ -193,11 +193,12 @@ def check_config(module: CapturedModule, plan: Plan, content: Folder) -> None:
     ours = content.header is not None and not content.header["peft"]
     saved = Saved.of(module, plan)
     expected = {"peft_type": OURS} if ours else configuration(module, plan, saved)
-    for key in (*DESCRIPTIONS, "inference_mode"):
+    for key in (*DESCRIPTIONS, "inference_mode", "bias"):  # these change no result
         expected.pop(key, None)
     says = content.config
     differ = [key for key, value in expected.items() if says.get(key) != value]
-    differ += [k for k, v in says.items() if v and k not in {*expected, *INFORMATION, WHY}]
+    free = {*expected, *INFORMATION, WHY, "bias"}
+    differ += [key for key, value in says.items() if value and key not in free]
     if differ:
         said = some(
             f"{key}={shown(says.get(key))} for {shown(expected.get(key))}" for key in differ

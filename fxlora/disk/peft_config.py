@@ -43,13 +43,24 @@ def configuration(module: CapturedModule, plan: Plan, saved: Saved) -> dict[str,
         "alpha_pattern": {_exactly(site): n for site, n in alphas.items() if n != alpha},
         "modules_to_save": list(saved.names) or None,
         "trainable_token_indices": indices_of(plan),
-        "bias": "none",
+        "bias": _bias(module, plan, saved),
         "use_rslora": rslora,
         "use_dora": any("dora" in entry.variants for entry in plan),
         # PEFT sets this by itself for a Conv1D, and refuses it together with target_parameters.
         "fan_in_fan_out": not bare and any(entry.op == "addmm" for entry in plan),
         "init_lora_weights": True,
     }
+
+
+def _bias(module: CapturedModule, plan: Plan, saved: Saved) -> str:
+    """Return PEFT's mode of the biases that train, or "none" if they are those of no mode."""
+    named = module.named_parameters(remove_duplicate=False)
+    every = {n for n, _ in named if n.rpartition(".")[2] == "bias" and not saved.holds(n)}
+    owners = {owner_of(entry) for entry in plan if not is_bare(entry) and not entry.tokens}
+    mine = {name for name in every if name.rpartition(".")[0] in owners}
+    trained = every.intersection(plan.trained)
+    modes = {"none": set[str](), "lora_only": mine, "all": every}
+    return next((mode for mode, names in modes.items() if names == trained), "none")
 
 
 def _target(entry: Entry) -> str:

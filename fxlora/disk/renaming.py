@@ -92,6 +92,11 @@ def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: 
         )
     if not good:
         return content
+    if _renumbers(good[0]):
+        raise AdapterError(
+            f"{content.path} fits the module only in another layer than it names ({strange[0]}). "
+            f"If that is meant, say so: {_said(good[0])}."
+        )
     warn(
         f"{content.path}: its names are of another model ({strange[0]}): read as by "
         f"{_said(good[0])}."
@@ -144,6 +149,13 @@ def _beginnings(module: CapturedModule, name: str) -> Iterator[Mapped]:
 
 def _mapping(old: str, new: str) -> Mapped:
     return {f"^{re.escape(old)}\\." if old else "^": f"{new}." if new else ""}
+
+
+def _renumbers(mapping: Mapped) -> bool:
+    """Whether both beginnings of names have numbers, as those of layers, and others."""
+    ((old, new),) = mapping.items()
+    numbers = [re.findall(r"(?<![^.\\^])\d+(?=\\?\.|$)", text) for text in (old, new)]
+    return bool(numbers[0]) and bool(numbers[1]) and numbers[0] != numbers[1]
 
 
 def _said(mapping: Mapped) -> str:

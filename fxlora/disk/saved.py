@@ -98,4 +98,12 @@ def _wraps(name: str, paths: tuple[str, ...], adapted: set[str]) -> bool:
     ends = [path for path in paths if path.endswith(name)]
     nested = any(a != b and is_below(a, b) for a in ends for b in ends)
     touched = any(is_below(a, path) or is_below(path, a) for a in adapted for path in ends)
-    return not nested and not touched
+    own = adapted and any(module.endswith(name) for module in _PEFTS)  # "out" of "lora_dropout"
+    return not (nested or touched or own)
+
+
+# The modules that PEFT puts into those that it adapts, before it looks for those to wrap.
+_PEFTS = (
+    *("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B"),
+    *("lora_magnitude_vector", "token_adapter", "default"),
+)

@@ -23,7 +23,13 @@ def check_captured(module: object, verb: str, *, routed: bool = False) -> None:
         SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
     """
     if not isinstance(module, CapturedModule):
-        if isinstance(getattr(module, "__dict__", {}).get("_captured"), CapturedModule):
+        own = getattr(module, "__dict__", {})
+        if isinstance(own.get("_captured"), CapturedModule) and "_peft" in own:
+            raise NotCapturedError(
+                f"{verb} takes the captured module itself, not a PeftModel that runs it: pass "
+                "model.captured_module."
+            )
+        if isinstance(own.get("_captured"), CapturedModule):
             raise NotCapturedError(
                 f"{verb} takes the captured module itself, not a host that runs it: pass the "
                 "module that hosted(model, module) was given."

@@ -38,23 +38,33 @@ class Initialized:
 
 
 class _Tap(nn.Module):
-    """Identity module that accumulates the Gram matrix XᵀX of its inputs X (rows, in).
+    """Identity module that accumulates the Gram matrix XᵀX of its inputs X (rows, in), and sums.
 
     The eigenvectors of XᵀX are the right singular vectors of X.
     """
 
     gram: torch.Tensor | None = None
+    total: torch.Tensor | float = 0.0
+    count = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.detach().flatten(0, -2).double()
         found = rows.mT @ rows  # (in, rows) @ (rows, in) -> (in, in)
         self.gram = found if self.gram is None else self.gram + found
+        self.total, self.count = self.total + rows.sum(0), self.count + len(rows)
         return x
+
+    def moments(self, centered: bool) -> torch.Tensor:
+        """Return XᵀX, of X less its mean if `centered`."""
+        assert self.gram is not None and isinstance(self.total, torch.Tensor)
+        return self.gram - torch.outer(self.total, self.total) / self.count * centered
 
 
 @no_ambient_modes(defaults=False)  # the graphs may use the process's default dtype and device
 @torch.no_grad()
-def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initialized:
+def initialize_from(
+    module: CapturedModule, batches: Iterable[Any], *, centered: bool = False
+) -> Initialized:
     """Set each A, in place, to the r leading right singular vectors of its site's inputs.
 
     The inputs are collected by running the eval graphs on the batches. This works where a linear
@@ -65,6 +75,8 @@ def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initializ
         module: an adapted module.
         batches: inputs to call the module with. Each is a tuple of positional arguments, a mapping
             of keyword arguments, or a single argument.
+        centered: subtract the mean of the inputs first, so that A has their principal components.
+            PEFT does so (`initialize_lora_eva_weights`), and the paper does not.
 
     Returns:
         The sites whose A was set, and the reasons for the others.
@@ -100,9 +112,9 @@ def initialize_from(module: CapturedModule, batches: Iterable[Any]) -> Initializ
         why = next(iter(kept.values()), "the plan has no entries")
         raise ConfigError(f"no A is set from the data: {why}.")
     for entry in done:
-        gram = taps[entry.name_a].gram
-        assert gram is not None
-        vectors = torch.linalg.eigh(gram).eigenvectors  # columns, by ascending eigenvalue
+        vectors = torch.linalg.eigh(
+            taps[entry.name_a].moments(centered)
+        ).eigenvectors  # columns, by ascending eigenvalue
         module.get_parameter(entry.name_a).copy_(vectors.flip(-1)[:, : entry.r].mT)
     reasons = tuple((site, why) for site, why in kept.items() if why is not None)
     return Initialized(tuple(entry.site for entry in done), reasons)

@@ -11,23 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import fold, inject
+from ..api import fold
 from ..arithmetic.combine import combine
 from ..config import LoraConfig
 from ..data import as_path
-from ..disk.load import load_adapter
 from ..disk.save import save_adapter
 from ..errors import AdapterError, ConfigError, InjectError, warn
-from ..frontends import capture
 from ..hosts.host import Host
 from ..hosts.merged_source import merged
-from ..matching import match
 from ..module import CapturedModule
 from ..module.blocks.chosen import Modules
 from ..module.example_calls import Call, MethodCalls
 from ..names import shown
 from ..tables import some
 from .adapters import Adapters, set_trained
+from .making import add, as_config, captured, load, name_of
 from .status import LayerStatus, ModelStatus, layer_statuses, model_status
 
 
@@ -85,87 +83,13 @@ def get_peft_model(
     if mixed or low_cpu_mem_usage:
         raise ConfigError("mixed and low_cpu_mem_usage are not supported: leave them out.")
     options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
-    base = _captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+    base = captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
     adapters = Adapters(model, base)
     config = as_config(peft_config)
-    described = {"revision": revision, "base_model_name_or_path": _name_of(model)}
+    described = {"revision": revision, "base_model_name_or_path": name_of(model)}
     config = dataclasses.replace(config, **{k: v for k, v in described.items() if v is not None})
-    _add(adapters, adapter_name, config, autocast_adapter_dtype)
+    add(adapters, adapter_name, config, autocast_adapter_dtype)
     return _peft_model(adapters)
-
-
-def as_config(config: Any) -> LoraConfig:
-    """Return a configuration: fxlora's LoraConfig, or PEFT's as one.
-
-    Raises:
-        ConfigError: it is neither, or uses something that fxlora does not do.
-    """
-    if isinstance(config, LoraConfig):
-        return config
-    if isinstance(config, type) or not callable(to_dict := getattr(config, "to_dict", None)):
-        raise ConfigError(f"peft_config must be a LoraConfig, not {shown(config)}.")
-    fields: Any = to_dict()
-    return LoraConfig(**fields)
-
-
-def _captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
-) -> CapturedModule:
-    if args and isinstance(args[0], str):
-        raise ConfigError(
-            f"{shown(args[0])} is not an example input. Give the adapter's name by keyword: "
-            "adapter_name=…."
-        )
-    if isinstance(model, PeftModel):
-        raise ConfigError("the model has adapters already: add_adapter adds another.")
-    return capture(model, args or None, kwargs or None, **options)
-
-
-def _name_of(model: nn.Module) -> str | None:
-    """Return the name of the checkpoint that a model of transformers was loaded from."""
-    name = model.__dict__.get("name_or_path")
-    return name if isinstance(name, str) and name else None
-
-
-def _add(adapters: Adapters, name: str, config: LoraConfig, autocast: bool) -> None:
-    """Add a new adapter; its configuration is the one that was matched, with its targets."""
-    adapters.check_new(name)
-    plan = match(adapters.base, config, adapter_name=name)
-    module = inject(adapters.base, plan, adapter_dtype=None if autocast else False)
-    adapters.add(name, module, plan.rules[0].lora or config)
-
-
-def _load(
-    adapters: Adapters, folder: str | Path, name: str, is_trainable: bool, autocast: bool
-) -> None:
-    adapters.check_new(name)
-    dtype = None if autocast else False
-    module = load_adapter(adapters.base, folder, adapter_name=name, adapter_dtype=dtype)
-    set_trained(module, is_trainable)
-    config = dataclasses.replace(_config_of(module), inference_mode=not is_trainable)
-    adapters.add(name, module, config)
-
-
-def _config_of(module: CapturedModule) -> LoraConfig:
-    """Return the configuration that a loaded adapter was matched with, or one that describes it."""
-    plan = module.plan
-    assert plan is not None
-    if plan.rules and plan.rules[0].lora is not None:
-        return plan.rules[0].lora
-    saved = [*plan.modules_to_save] or None
-    if not plan.entries:
-        return LoraConfig(modules_to_save=saved, **plan.descriptions)
-    first = plan.entries[0]
-    return LoraConfig(
-        r=first.r,
-        lora_alpha=first.alpha,
-        target_modules=[entry.site for entry in plan],
-        rank_pattern={entry.site: entry.r for entry in plan if entry.r != first.r},
-        alpha_pattern={entry.site: entry.alpha for entry in plan if entry.alpha != first.alpha},
-        modules_to_save=saved,
-        use_dora="dora" in first.variants,
-        **plan.descriptions,
-    )
 
 
 def _peft_model(adapters: Adapters) -> Any:
@@ -225,9 +149,9 @@ class PeftModel(Host):
             AdapterError: as for `fxlora.load_adapter`.
         """
         options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
-        base = _captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+        base = captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
         adapters = Adapters(model, base)
-        _load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         result = _peft_model(adapters)
         return result if is_trainable else result.eval()
 
@@ -268,7 +192,7 @@ class PeftModel(Host):
         """Add a new adapter, which `set_adapter` can make active."""
         if low_cpu_mem_usage:
             raise ConfigError("low_cpu_mem_usage is not supported here: leave it out.")
-        _add(self._peft, adapter_name, as_config(peft_config), autocast_adapter_dtype)
+        add(self._peft, adapter_name, as_config(peft_config), autocast_adapter_dtype)
         set_trained(self._peft.modules[adapter_name], False)
 
     def load_adapter(
@@ -283,13 +207,13 @@ class PeftModel(Host):
 
         Unless it is trainable, the model is set to eval mode, as in PEFT.
         """
-        _load(self._peft, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        load(self._peft, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, which trains unless `inference_mode`; others do not."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = _listed("set_adapter", adapter_name)
         if len(names) != 1:
             raise ConfigError(
                 f"one adapter is active at a time, not {shown(names)}: add_weighted_adapter makes "
@@ -394,7 +318,7 @@ class PeftModel(Host):
             self._run()
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Run the graph with folded weights, until `unmerge_adapter`."""
         self._check_active(adapter_names)
@@ -410,7 +334,7 @@ class PeftModel(Host):
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        adapter_names: str | list[str] | None = None,
     ) -> Any:
         """Return a copy of the user's own model with folded weights (`fxlora.merged`).
 
@@ -438,8 +362,8 @@ class PeftModel(Host):
         """Return the model with its adapters: it is an instance of the user's class itself."""
         return self
 
-    def _check_active(self, names: Sequence[str] | None) -> None:
-        if names is not None and list(names) != [self.active_adapter]:
+    def _check_active(self, names: str | Sequence[str] | None) -> None:
+        if names is not None and _listed("adapter_names", names) != [self.active_adapter]:
             raise ConfigError(
                 f"only the active adapter {shown(self.active_adapter)} is merged, not "
                 f"{shown(names)}: set_adapter first."
@@ -498,6 +422,33 @@ class PeftModel(Host):
         for name, parameter in self._peft.others() if recurse else ():
             yield f"{prefix}.{name}".removeprefix("."), parameter
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors of the model and of all adapters, by their names here."""
+        state = super().state_dict(*args, **kwargs)
+        for name, parameter in self._peft.others():
+            state[f"{kwargs.get('prefix', '')}{name}"] = parameter.detach()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load the tensors of the running module, and those of other adapters that are given."""
+        others = dict(self._peft.others())
+        mine = {name: tensor for name, tensor in state_dict.items() if name not in others}
+        result = super().load_state_dict(mine, *args, **kwargs)
+        with torch.no_grad():
+            for name in state_dict.keys() & others.keys():
+                if others[name].shape != state_dict[name].shape:
+                    raise AdapterError(
+                        f"'{name}' is {tuple(state_dict[name].shape)} in the state, and "
+                        f"{tuple(others[name].shape)} here."
+                    )
+                others[name].copy_(state_dict[name])
+        return result
+
+    @property
+    def captured_module(self) -> CapturedModule:
+        """The captured module that runs, which fxlora's functions take: `fxlora.verify(…)`, …"""
+        return self._captured
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the number of parameters that train, and of all with those of all adapters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
@@ -543,6 +494,18 @@ class PeftModel(Host):
         copied = _peft_model(self._peft.copied(memo))
         copied.train(self.training)
         return copied
+
+
+def _listed(what: str, names: Any) -> list[str]:
+    """Return one name or several as a list.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"{what} takes the name of an adapter, or a list of one: {shown(names)}.")
+    return list(listed)
 
 
 # The attributes in which two hosts of one model differ.

@@ -157,7 +157,7 @@ def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
         state_dict=dict, named_parameters=_no_parameters, adapter_parameters=set
     )
     expected = configuration(nothing, plan, Saved((), (), ()))
-    about = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+    about = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
     differ = [key for key in (*about, "peft_type") if content.config.get(key) != expected[key]]
     if differ:
         said = some(f"{k}={shown(content.config.get(k))} for {shown(expected[k])}" for k in differ)

@@ -1,0 +1,102 @@
+"""What a PeftModel is made from: configurations, captures, and adapters, new or from a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..api import inject
+from ..config import LoraConfig
+from ..disk.load import load_adapter
+from ..errors import ConfigError
+from ..frontends import capture
+from ..hosts.host import Host
+from ..matching import match
+from ..module import CapturedModule
+from ..names import shown
+from .adapters import Adapters, set_trained
+
+
+def as_config(config: Any) -> LoraConfig:
+    """Return a configuration: fxlora's LoraConfig, or PEFT's as one.
+
+    Raises:
+        ConfigError: it is neither, or uses something that fxlora does not do.
+    """
+    if isinstance(config, LoraConfig):
+        return config
+    if isinstance(config, type) or not callable(to_dict := getattr(config, "to_dict", None)):
+        raise ConfigError(f"peft_config must be a LoraConfig, not {shown(config)}.")
+    fields: Any = to_dict()
+    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
+    if kind not in ("LORA", None):
+        raise ConfigError(
+            f"peft_config is a {type(config).__name__}, of the method {kind}, and fxlora has LoRA "
+            "only: give a LoraConfig, or train this one in PEFT."
+        )
+    return LoraConfig(**fields)
+
+
+def captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+) -> CapturedModule:
+    if args and isinstance(args[0], str):
+        raise ConfigError(
+            f"{shown(args[0])} is not an example input. Give the adapter's name by keyword: "
+            "adapter_name=…."
+        )
+    if isinstance(model, Host) and "_peft" in vars(model):
+        raise ConfigError("the model has adapters already: add_adapter adds another.")
+    return capture(model, args or None, kwargs or None, **options)
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Return the name of the checkpoint that a model of transformers was loaded from."""
+    name = model.__dict__.get("name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def add(adapters: Adapters, name: str, config: LoraConfig, autocast: bool) -> None:
+    """Add a new adapter; its configuration is the one that was matched, with its targets."""
+    adapters.check_new(name)
+    plan = match(adapters.base, config, adapter_name=name)
+    module = inject(adapters.base, plan, adapter_dtype=None if autocast else False)
+    matched = plan.rules[0].lora or config
+    rows = config.trainable_token_indices  # which became a rule of its own
+    adapters.add(name, module, dataclasses.replace(matched, trainable_token_indices=rows))
+
+
+def load(
+    adapters: Adapters, folder: str | Path, name: str, is_trainable: bool, autocast: bool
+) -> None:
+    adapters.check_new(name)
+    dtype = None if autocast else False
+    module = load_adapter(adapters.base, folder, adapter_name=name, adapter_dtype=dtype)
+    set_trained(module, is_trainable)
+    config = dataclasses.replace(_config_of(module), inference_mode=not is_trainable)
+    adapters.add(name, module, config)
+
+
+def _config_of(module: CapturedModule) -> LoraConfig:
+    """Return the configuration that a loaded adapter was matched with, or one that describes it."""
+    plan = module.plan
+    assert plan is not None
+    if plan.rules and plan.rules[0].lora is not None:
+        return plan.rules[0].lora
+    saved = [*plan.modules_to_save] or None
+    if not plan.entries:
+        return LoraConfig(modules_to_save=saved, **plan.descriptions)
+    first = plan.entries[0]
+    return LoraConfig(
+        r=first.r,
+        lora_alpha=first.alpha,
+        target_modules=[entry.site for entry in plan],
+        rank_pattern={entry.site: entry.r for entry in plan if entry.r != first.r},
+        alpha_pattern={entry.site: entry.alpha for entry in plan if entry.alpha != first.alpha},
+        modules_to_save=saved,
+        use_dora="dora" in first.variants,
+        **plan.descriptions,
+    )
