@@ -78,11 +78,7 @@ def line(record: Record) -> str:
 def work(build: Callable[[], Case], device: str, record: Record) -> None:
     # Fused inference kernels bypass PEFT's layers.
     torch.backends.mha.get_fastpath_enabled = lambda: False
-    case = build()
-    model: Any = case.model.double().eval().to(device)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("batched_mm")  # the default has no float64
-    args, kwargs = pytree.tree_map_only(torch.Tensor, _double(device), (case.args, case.kwargs))
+    model, args, kwargs = doubled(build(), device)
     begin = time.perf_counter()
     try:
         gm = fxlora.capture(model, args, kwargs).eval()
@@ -111,6 +107,15 @@ def work(build: Callable[[], Case], device: str, record: Record) -> None:
             found = record["kinds"][kind] = both_ways(model, gm, made, outputs, Path(folder))
             if found["result"] == "different":
                 record["failures"].append(f"{kind}: {found}")
+
+
+def doubled(case: Case, device: str) -> tuple[Any, Any, Any]:
+    """Return a model and its inputs in float64."""
+    model: Any = case.model.double().eval().to(device)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the default has no float64
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _double(device), (case.args, case.kwargs))
+    return model, args, kwargs
 
 
 def _double(device: str) -> Callable[[torch.Tensor], torch.Tensor]:

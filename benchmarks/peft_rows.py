@@ -116,6 +116,7 @@ def _tiny(kind: str, **more: Any) -> nn.Module:
         **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
         **dict.fromkeys(("num_key_value_heads", "n_positions", "max_position_embeddings"), 2),
         "d_kv": 8,
+        "use_cache": False,
         "pad_token_id": 1,
         "eos_token_id": 2,
         "bos_token_id": 0,
@@ -157,7 +158,9 @@ MODELS: dict[str, Any] = {
     "classifier Llama": lambda: _tiny("LlamaForSequenceClassification", num_labels=3),
     "tokens RoBERTa": lambda: _tiny("RobertaForTokenClassification", num_labels=3),
     "experts Mixtral": lambda: _tiny("MixtralForCausalLM", num_local_experts=3),
-    "experts gpt-oss": lambda: _tiny("GptOssForCausalLM", num_local_experts=3, head_dim=8),
+    "experts gpt-oss": lambda: _tiny(
+        "GptOssForCausalLM", num_local_experts=3, num_experts_per_tok=2, head_dim=8
+    ),
 }
 _INPUTS = {
     "MLP": (9, 10),
@@ -294,14 +297,14 @@ def _said(config: dict[str, Any]) -> str:
 
 
 def outputs(module: nn.Module, given: dict[str, Any]) -> torch.Tensor:
-    """Return the outputs in one vector, without a cache."""
+    """Return the main output in one vector."""
     output = module(**given)
-    kept = (
-        [v for k, v in output.items() if k != "past_key_values"]
-        if hasattr(output, "items")
+    main = (
+        next((output[k] for k in ("logits", "last_hidden_state") if k in output), output)
+        if isinstance(output, dict)
         else output
     )
-    found = pytree.tree_leaves(kept)
+    found = pytree.tree_leaves(main)
     floats = [t for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return torch.cat([t.flatten() for t in floats])
 
@@ -346,7 +349,13 @@ def result(model: str, config: dict[str, Any]) -> dict[str, str]:
     errors = [float(found[k]) for k in ("PEFT to fxlora", "fxlora to PEFT", "a step") if k in found]
     if errors:
         equal = max(errors) < (SINGLE if single else LIMIT) and found["weights"] == "same"
+        # docs/from_peft.md says what is meant else: two names of a tied weight are one adapter
+        # of a configuration, and tied pairs of a folder train apart.
+        on_ties = model.endswith(", tied") and "embed_tokens" in str(config.get("target_modules"))
+        outputs_are = errors[:-1] and max(errors[:-1]) < LIMIT
         found["result"] = "equal" if equal else "different"
+        if not equal and on_ties and outputs_are:
+            found["result"] = "as documented"
     return found
 
 
@@ -401,7 +410,7 @@ def main() -> None:
         if re.search(options.only, row[1]):
             found.append((row, result(row[1], row[2])))
             print(f"{row[1]}: {row[0]}: {found[-1][1]}", flush=True)
-    kinds = ("equal", "refused", "different", "PEFT refuses")
+    kinds = ("equal", "refused", "as documented", "different", "PEFT refuses")
     families: dict[str, Counter[str]] = {}
     for (_, model, _), record in found:
         family = model.split()[0].rstrip(",")
@@ -412,7 +421,7 @@ def main() -> None:
         for name, counts in [*families.items(), ("all", total)]
     ]
     report.add("Rows of PEFT's LoRA tests", table)
-    for kind in ("refused", "different", "PEFT refuses"):
+    for kind in kinds[1:]:
         listed = [
             {
                 "model": model,

@@ -24,7 +24,8 @@ from .foreign.plans import read_foreign
 from .foreign.tensors import foreign_file
 from .limits import why_not
 from .own_folder import counted, misfits, read_own
-from .peft_folder import check_config, read_peft
+from .peft_checks import check_config
+from .peft_folder import read_peft
 from .peft_tensors import PeftTensors
 from .reading import Reading
 from .renaming import with_names

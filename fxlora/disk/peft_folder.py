@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..config import ALL_LINEAR, REFUSED, LoraConfig, Rule
+from ..config import ALL_LINEAR, LoraConfig, Rule
 from ..errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
 from ..lora.inits import FILLS, STARTS
 from ..matching import match
@@ -26,7 +26,7 @@ from ..reads.sites import Site, find_sites
 from ..tables import some
 from .folder import Folder, descriptions_in
 from .fused import BIAS, A, Adapted, fused
-from .keys import CONFIG, INFORMATION
+from .keys import CONFIG
 from .limits import is_plain_layer
 from .own_folder import counted, misshapen
 from .peft import ROOT, Wrappers, groups_of, is_transposed
@@ -39,40 +39,6 @@ from .token_rows import token_rules, token_starts
 
 # Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
 _INITS_KEEPING_BASE = (*FILLS, "eva", "mica")
-# The fields of PEFT's configuration that are read here, and in `peft_rest` and `peft_tensors`.
-_READ = frozenset(
-    [
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "bias",
-        "init_lora_weights",
-        "lora_bias",
-        "eva_config",
-        "ensure_weight_tying",
-        "trainable_token_indices",
-    ]
-)
-_CHECKED = (
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias"),
-    *(
-        "trainable_token_indices",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "modules_to_save",
-    ),
-)
 
 
 def read_peft(module: CapturedModule, content: Folder, adapter_name: str) -> Reading:
@@ -84,25 +50,6 @@ def read_peft(module: CapturedModule, content: Folder, adapter_name: str) -> Rea
     tensors = PeftTensors.of(module, content)
     sites = {name: site for site in find_sites(module) for name in site.names}
     return _PeftReader(module, content, adapter_name, tensors, sites).read()
-
-
-def check_config(content: Folder) -> None:
-    """Raise AdapterError unless a folder's configuration is PEFT's, for LoRA that fxlora has."""
-    config = content.config
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}, not for LORA."
-        )
-    unknown = [k for k, v in config.items() if v and k not in _READ and k not in INFORMATION]
-    if unknown:
-        why = f" {unknown[0]}: {REFUSED[unknown[0]]}." if unknown[0] in REFUSED else ""
-        raise AdapterError(
-            f"{content.path / CONFIG} uses {some(unknown)}, which fxlora does not support.{why}"
-        )
-    try:
-        LoraConfig(**{k: config[k] for k in _CHECKED if config.get(k) not in (None, [], {})})
-    except (ConfigError, TypeError) as error:
-        raise AdapterError(f"{content.path / CONFIG}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -139,16 +86,26 @@ class _PeftReader:
         self.missing.extend(self._absent(pairs, rest))
         self._check_fits(())
         self._check_base(rest.clash)
-        notes = rest.notes
-        if unread:
-            notes = (
-                f"its adapters of {some(unread)} have no effect and are left out: nothing reads "
-                "these weights.",
-                *notes,
-            )
         plan = counted(self.module, rest.planned(plan))
         plan = dataclasses.replace(plan, descriptions=descriptions_in(self.content))
-        return Reading(plan, starts, dict(rest.stored), notes)
+        return Reading(plan, starts, dict(rest.stored), (*self._notes(pairs, unread), *rest.notes))
+
+    def _notes(self, pairs: Mapping[tuple[str, ...], Adapted], unread: list[str]) -> list[str]:
+        """Return what a user should know of pairs that have no effect, or that PEFT ties."""
+        held = {name for names in pairs for name in names}
+        tied = [names[0] for names in pairs if held.intersection(self.sites[names[0]].tied)]
+        notes: list[str] = []
+        if unread:
+            notes.append(
+                f"its adapters of {some(unread)} have no effect and are left out: nothing reads "
+                "these weights."
+            )
+        if tied and self.content.config.get("ensure_weight_tying"):
+            notes.append(
+                f"PEFT trains the pairs of tied weights ({some(tied)}) as one "
+                "(ensure_weight_tying); here each trains on its own."
+            )
+        return notes
 
     def _by_site(self) -> dict[tuple[str, ...], Adapted]:
         """Return the adapters of weights that a graph reads, by the names of their sites."""
