@@ -432,7 +432,7 @@ def main() -> None:
             if record["result"] == kind
         ]
         if listed:
-            report.add(kind.capitalize(), listed)
+            report.add(f"{kind[0].upper()}{kind[1:]}", listed)
 
 
 if __name__ == "__main__":

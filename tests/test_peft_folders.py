@@ -627,3 +627,11 @@ def test_what_peft_would_read_otherwise(change: Any, said: str, tmp_path: Path) 
     gm = fxlora.capture(model, torch.randn(2, 6).double())
     with pytest.raises(AdapterError, match=said):
         fxlora.load_adapter(gm, tmp_path)
+
+
+def test_a_grouped_convolution_of_pefts_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)).double()
+    theirs(model, tmp_path, r=2, target_modules=["0"])
+    gm = fxlora.capture(model, torch.randn(2, 4, 5, 5).double())
+    with pytest.raises(AdapterError, match="'0', a grouped convolution, mixes the channels"):
+        fxlora.load_adapter(gm, tmp_path)

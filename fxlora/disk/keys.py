@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import AdapterError
 from ..module import CapturedModule
 from ..plan import Entry, Plan
 from . import peft_tokens
@@ -88,11 +87,6 @@ class FileLayout:
             return {name: tensors[_own_key(e, name)] for e, name in self._own()}
         found: dict[str, torch.Tensor] = {}
         for entry in self._tokens:
-            if entry.name_a not in self.rows:
-                raise AdapterError(
-                    f"'{entry.site}' has rows that train alone (trainable_token_indices), which "
-                    "need the model: load the adapter onto it, and fold there."
-                )
             stored = tensors[self._tokens_key(entry)]
             found |= peft_tokens.decoded(entry, stored, self.rows[entry.name_a])
         for group in groups_of(self._pairs):

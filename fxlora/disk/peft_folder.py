@@ -239,6 +239,12 @@ class _PeftReader:
             self.missing.extend(key for key in shapes if key not in given)
             self.strange.extend(key for key in given if key not in shapes)
             wrong = misshapen(given, shapes)
+            if wrong and self.sites[entry.parameter].groups > 1:
+                raise AdapterError(
+                    f"{self.content.path}: PEFT's pair of '{entry.site}', a grouped convolution, "
+                    "mixes the channels of all groups, which no change of its weight does. Train "
+                    "it again here, or serve it in PEFT."
+                )
             self.misshapen.extend(wrong)
             if given.keys() == shapes.keys() and not wrong:
                 starts |= wrappers.decoded(group, pair.tensors)

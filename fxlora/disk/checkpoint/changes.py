@@ -111,6 +111,11 @@ def _of_plan(
     """Return the changes that the plan in fxlora's own folders defines."""
     plan, pefts = plan_from_header(header, content.path, ADAPTER_NAME)
     _check_config(plan, pefts, content)
+    if rows := [entry.site for entry in plan if entry.tokens]:
+        raise AdapterError(
+            f"{content.path} has rows of {some(rows)} that train alone (tokens=), which cannot be "
+            "folded into a checkpoint yet: fold with the model (fxlora fold MODEL --adapter …)."
+        )
     layout = FileLayout(plan, _wrappers(plan, content, model) if pefts else None)
     shapes = layout.shapes()
     trained = {layout.key(name): name for name in plan.trained}
