@@ -19,11 +19,11 @@ from .arithmetic.extract import extract
 from .arithmetic.scale import scale_adapter
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
+from .delivery import export, export_adapter
 from .disk.checkpoint.fold import fold_checkpoint
 from .disk.checkpoint.report import CheckpointReport, FoldedTensor
 from .disk.checkpoint.verify import verify_checkpoint
 from .disk.load import load_adapter
-from .disk.pt2 import export
 from .disk.save import save_adapter
 from .errors import (
     AdapterError,
@@ -103,6 +103,7 @@ __all__ = [
     "draw",
     "explicit",
     "export",
+    "export_adapter",
     "extract",
     "fold",
     "fold_checkpoint",

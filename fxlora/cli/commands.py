@@ -10,10 +10,10 @@ import torch
 
 from ..api import fold, inject
 from ..costs import report
+from ..delivery import export
 from ..disk.files import whole_file
 from ..disk.keys import WEIGHTS
 from ..disk.load import load_adapter
-from ..disk.pt2 import export
 from ..disk.save import save_adapter
 from ..errors import AdapterError, ConfigError, ExportError
 from ..matching import match

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, tables
-from ..disk.pt2 import FORMATS as EXPORT_FORMATS
+from ..delivery.formats import FORMATS as EXPORT_FORMATS
 from ..errors import ConfigError
 from ..matching.budget import limit_of
 from .commands import (
@@ -105,7 +105,7 @@ def build_parser() -> _Parser:
     exporting.add_argument(
         "--out", type=_file, required=True, metavar="FILE", help="for torch.export.load"
     )
-    exporting.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0])
+    exporting.add_argument("--format", choices=tuple(EXPORT_FORMATS))
 
     reporting = command(run_report, "count parameters", shaped, _rule_options(adapter=True))
     style = reporting.add_mutually_exclusive_group()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,7 @@ from ..module.autocasts import Autocasts
 from ..module.blocks.recorded import ModuleCall
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
-from .assumptions import contract_of, with_state
+from .assumptions import contract_of, drop_guards_on_small_sizes, with_state
 from .autocast_choices import remove_metadata_assertions
 from .caller_modes import inside_autocast, wanted
 from .examples import Example
@@ -392,6 +392,30 @@ def widened_if_proved(
         return None
     sizes = spec.symbols(single.args, single.kwargs)
     return wider if same_graph_except_sizes(module.graph, static.graph, sizes) else None
+
+
+def contract_with_small_sizes(
+    model: nn.Module, program: ExportedProgram, example: Example, singles: Iterable[Example]
+) -> InputSpec:
+    """Return a program's input contract, after it takes sizes of 0 and 1 if it is right for them.
+
+    Args:
+        model: the module that was exported.
+        program: the program; guards that exclude only such sizes are taken out of it, if it is
+            proved to compute the same as the module there.
+        example: the inputs that it was exported with.
+        singles: inputs to allow.
+    """
+    module = _as_module(program)
+    spec = contract_of(program, module, model, example)
+    for single in singles:
+        if spec.holds_for(single.args, single.kwargs):
+            continue
+        if wider := widened_if_proved(model, module, spec, single):
+            items = [item for _, item in spec.pairs(single.args, single.kwargs)]
+            drop_guards_on_small_sizes(program, module, spec, items)
+            spec = wider
+    return spec
 
 
 def _squeezes(graph: fx.Graph) -> bool:
