@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +162,9 @@ def test_a_program_takes_adapters_as_inputs(gm: CapturedModule, tmp_path: Path) 
         program = torch.export.load(path).module()
         assert not any("lora" in name for name in program.state_dict())
         for lora in loras:
-            values = load_file(fxlora.export_adapter(lora, tmp_path / "a.safetensors"))
+            values = load_file(
+                fxlora.export_adapter(lora, tmp_path / "a.safetensors", like=loras[0])
+            )
             expected = lora(x)["logits"]
             assert not close(expected, base(x)["logits"], 1e-3)
             assert close(program(x, adapters=values)["logits"], expected, 1e-10)
@@ -228,7 +234,7 @@ def test_onnx_adapters_are_inputs_that_may_be_left_out(
     onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     path = fxlora.export(loras[0], tmp_path / "m.onnx", X, adapters="inputs")
-    other = fxlora.export_adapter(loras[1], tmp_path / "other.onnx_adapter")
+    other = fxlora.export_adapter(loras[1], tmp_path / "other.onnx_adapter", like=loras[0])
     assert {p.name for p in tmp_path.iterdir()} == {path.name, "m.onnx_adapter", other.name}
     run, given = session(path), {"x": X[:3].numpy()}
     assert close(run.run(None, given)[0], gm(X[:3])["logits"])
@@ -259,6 +265,120 @@ def test_onnx_of_a_routed_module(tmp_path: Path) -> None:
         assert close(found[sample], module(x)[sample])
 
 
+# ---- AOTInductor, ExecuTorch, OpenVINO ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mlps() -> tuple[CapturedModule, list[CapturedModule]]:
+    """A base, and three adapters: one of B = 0, and one of another scaling."""
+    torch.manual_seed(0)
+    gm = fxlora.capture(Mlp().eval(), X6).eval()
+    configs = [{}, {"init_lora_weights": False}, {"init_lora_weights": False, "lora_alpha": 20}]
+    made = [LoraConfig(r=2, target_modules="all-linear", **config) for config in configs]
+    return gm, [fxlora.inject(gm, fxlora.match(gm, config)).eval() for config in made]
+
+
+X6 = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routed", [False, True])
+def test_aoti_keeps_constants_that_a_swap_replaces(
+    mlps: tuple[CapturedModule, list[CapturedModule]], routed: bool, tmp_path: Path
+) -> None:
+    """Also those of one value: B = 0, the scalings 1, and an empty slot of a routed module."""
+    gm, (fresh, one, two) = mlps
+    module = fxlora.route([fresh, one], slots=3).eval() if routed else fresh
+    given = {"adapter_ids": torch.tensor([2, 2, 2, -1])} if routed else {}
+    path = fxlora.export(module, tmp_path / "m.pt2", X6, given, format="aoti")
+    package: Any = torch._inductor.aoti_load_package(str(path))
+    assert set(load_file(path.with_suffix(".safetensors"))) <= set(package.get_constant_fqns())
+    if routed:
+        fxlora.swap_adapter(module, 2, two)
+    file = fxlora.export_adapter(module if routed else two, tmp_path / "a.safetensors", like=module)
+    package.load_constants(load_file(file), check_full_update=False)
+    found, expected = package(X6, **given), two(X6)
+    assert close(found[:3], expected[:3]) and not close(expected, gm(X6), 1e-3)
+    assert close(found[3], (gm if routed else two)(X6)[3])
+    assert close(package(X6[:1], **{k: v[:1] for k, v in given.items()}), expected[:1])
+
+
+@pytest.mark.slow
+def test_executorch_has_one_program_for_every_adapter(
+    gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path
+) -> None:
+    for package in FORMATS["executorch"].packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    load: Any = importlib.import_module(
+        "executorch.extension.pybindings.portable_lib"
+    )._load_for_executorch
+
+    shapes = ({0: torch.export.Dim("batch", max=16)},)
+    paths = [
+        fxlora.export(lora, tmp_path / f"{number}.pte", X, dynamic_shapes=shapes)
+        for number, lora in enumerate(loras)
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    for number, lora in enumerate(loras):
+        alone = fxlora.export_adapter(lora, tmp_path / "alone.ptd", like=loras[0])
+        assert alone.read_bytes() == paths[number].with_suffix(".ptd").read_bytes()
+        for x in (X, X[:1], torch.cat([X, X, X])):
+            found = load(str(paths[0]), str(alone)).forward([x])
+            assert close(found[0], lora(x)["logits"])
+    folded = fxlora.export(loras[0], tmp_path / "folded.pte", X, adapters="folded")
+    assert not folded.with_suffix(".ptd").exists()
+    assert b"XnnpackBackend" in folded.read_bytes()
+    routed, given = fxlora.route(loras), {"adapter_ids": IDS}
+    path = fxlora.export(routed, tmp_path / "routed.pte", X, given, adapters="inputs")
+    held = routed.adapter_parameters()
+    values = [p.detach() for name, p in routed.named_parameters() if name in held]
+    found = load(str(path)).forward([X, IDS, *values])
+    assert close(found[0][1], gm(X)["logits"][1]) and close(found[0][0], loras[1](X)["logits"][0])
+
+
+@pytest.mark.slow
+def test_openvino(mlps: tuple[CapturedModule, list[CapturedModule]], tmp_path: Path) -> None:
+    openvino: Any = pytest.importorskip("openvino", reason="openvino is not installed")
+    gm, (_, one, two) = mlps
+
+    def outputs(path: Path, *given: torch.Tensor) -> torch.Tensor:
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0].copy())
+
+    for way in ("folded", "constants"):
+        path = fxlora.export(one, tmp_path / "m.xml", X6, adapters=way)
+        assert close(outputs(path, X6[:3]), one(X6[:3]))
+    path = fxlora.export(one, tmp_path / "m.xml", X6, adapters="inputs")
+    file = fxlora.export_adapter(two, tmp_path / "two.safetensors", like=one)  # of another scaling
+    values = load_file(file)
+    ordered = [values[name] for name, _ in two.named_parameters() if name in values]
+    assert close(outputs(path, X6[:3], *ordered), two(X6[:3]))
+    ids = torch.tensor([0, -1, 1, 1])
+    path = fxlora.export(fxlora.route([one, two]), tmp_path / "r.xml", X6, {"adapter_ids": ids})
+    found = outputs(path, X6, ids)
+    assert close(found[0], one(X6)[0]) and close(found[1], gm(X6)[1])
+    assert close(found[2:], two(X6)[2:])
+
+
+@pytest.mark.slow
+def test_a_process_without_transformers_reads_a_plain_file(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 6}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2)
+    gm = fxlora.capture(transformers.BertForTokenClassification(config).eval(), ids).eval()
+    path = fxlora.export(gm, tmp_path / "m.pt2", ids, plain=True)
+    script = f"""
+import sys
+sys.modules["fxlora"] = sys.modules["transformers"] = None  # importing them fails
+import torch
+print(torch.export.load({str(path)!r}).module()(torch.tensor({ids.tolist()}))["logits"].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.tensor(json.loads(done.stdout)), gm(ids).logits)
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
@@ -281,7 +401,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert path.read_bytes()[:2] == b"PK"
 
 
-@pytest.mark.parametrize("name", ["onnx"])
+@pytest.mark.parametrize("name", ["onnx", "executorch", "openvino"])
 def test_a_missing_package_is_named(
     gm: CapturedModule, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,9 +426,12 @@ def test_wrong_arguments(gm: CapturedModule, loras: list[CapturedModule], tmp_pa
     with pytest.raises(ConfigError, match="tolerance must be a number"):
         fxlora.export(gm, path, X, tolerance=-1)
     with pytest.raises(ConfigError, match=r"ends in \.safetensors, \.onnx_adapter"):
-        fxlora.export_adapter(loras[0], tmp_path / "a.bin")
+        fxlora.export_adapter(loras[0], tmp_path / "a.bin", like=loras[0])
     with pytest.raises(ConfigError, match="has no adapters"):
-        fxlora.export_adapter(gm, tmp_path / "a.safetensors")
+        fxlora.export_adapter(gm, tmp_path / "a.safetensors", like=loras[0])
+    larger = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=3, target_modules=["up"])))
+    with pytest.raises(ConfigError, match=r"differs from the program's in 'conv.lora_A"):
+        fxlora.export_adapter(larger, tmp_path / "a.safetensors", like=loras[0])
     routed = fxlora.route(loras)
     with pytest.raises(ConfigError, match="routed module has several adapters"):
         fxlora.export(routed, path, X, {"adapter_ids": IDS}, adapters="folded")

@@ -98,7 +98,7 @@ def run_export(options: Namespace) -> str:
     args, kwargs = example_inputs(options)
     with quiet(options):
         export(module, options.out, args, kwargs, format=options.format)
-    return f"{options.out}: torch.export.load reads it without fxlora."
+    return f"{options.out}: its runtime reads it without fxlora."
 
 
 def run_report(options: Namespace) -> str:

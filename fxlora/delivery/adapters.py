@@ -17,6 +17,7 @@ from ..passes.inject import Inject
 from ..passes.remove import Remove
 from ..passes.unroute import Unroute
 from ..plan import Entry, Plan
+from ..tables import some
 
 WAYS = ("folded", "constants", "inputs")
 Tensors = Mapping[str, torch.Tensor]
@@ -82,6 +83,34 @@ def adapter_tensors(module: CapturedModule) -> dict[str, torch.Tensor]:
     """
     names = {*module.adapter_parameters(), *module.trained}
     return {name: p.detach() for name, p in module.named_parameters() if name in names}
+
+
+def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module's adapter, for a program of another module.
+
+    Raises:
+        ConfigError: the module has no adapters, or they do not fit into the program.
+    """
+    values, theirs = adapter_tensors(module), adapter_tensors(like)
+    if not values:
+        raise ConfigError("the module has no adapters: inject a plan first.")
+    shapes, others = ({n: tuple(v.shape) for n, v in held.items()} for held in (values, theirs))
+    if other := sorted(n for n in shapes | others if shapes.get(n) != others.get(n)):
+        raise ConfigError(
+            f"the adapter differs from the program's in {some(other)}: it must have the same "
+            "targets, ranks, variants and name."
+        )
+    entries = {entry.name_b: entry for entry in like.plan or ()}
+    for entry in module.plan or ():
+        ratio = entry.scaling / entries[entry.name_b].scaling
+        if ratio != 1:
+            if set(entry.tensors) - {entry.name_a, entry.name_b} - _of_gains(entry):
+                raise ConfigError(
+                    f"'{entry.site}' has another scaling than in the program (lora_alpha / r), and "
+                    "its init is subtracted with it: give both the same lora_alpha."
+                )
+            values[entry.name_b] = (values[entry.name_b].double() * ratio).to(values[entry.name_b])
+    return values
 
 
 def base_of(module: CapturedModule) -> CapturedModule:

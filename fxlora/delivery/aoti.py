@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
+from ..errors import ExportError
+from ..tables import some
 from .compared import Run
 from .delivery import Delivery, Format
 from .tensors import write_adapter
 
-_KEPT = {
-    # B = 0 and a scaling of 1 are constants of one value, which the compiler would write into code.
-    "joint_graph_constant_folding": False,
-    "aot_inductor.use_runtime_constant_folding": False,
-}
+# Without these, the compiler writes constants of one value (B = 0) and short ones into its code.
+_KEPT = {"joint_graph_constant_folding": False, "always_keep_tensor_constants": True}
 
 
 def write(delivery: Delivery, path: Path) -> None:
@@ -27,7 +26,11 @@ def write(delivery: Delivery, path: Path) -> None:
 
 def load(delivery: Delivery, path: Path) -> Run:
     package: Any = torch._inductor.aoti_load_package
-    return package(str(path))
+    found = package(str(path))
+    names = set(delivery.adapters.values) if delivery.adapters.way == "constants" else set()
+    if lost := sorted(names - set(found.get_constant_fqns())):
+        raise ExportError(f"the compiler did not keep {some(lost)} as a constant.")
+    return found
 
 
 FORMAT = Format(".pt2", write, load, flat=False, strict=True)

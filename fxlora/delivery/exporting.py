@@ -20,7 +20,7 @@ from ..module.fsdp import mesh_of
 from ..module.program import ProgramModule
 from ..names import shown
 from ..tables import some
-from .adapters import Adapters, adapter_tensors, base_of, check_way, held
+from .adapters import Adapters, base_of, check_way, held, values_like
 from .compared import Trial, check, tolerance_for, trials
 from .delivery import Delivery, Format
 from .files import whole_files
@@ -113,8 +113,8 @@ def export(
 
 
 @no_ambient_modes()
-def export_adapter(module: CapturedModule, path: str | Path) -> Path:
-    """Write a module's adapter alone, for a file that `export` made of a module with the same plan.
+def export_adapter(module: CapturedModule, path: str | Path, *, like: CapturedModule) -> Path:
+    """Write a module's adapter alone, for a file that `export` made of another module.
 
     Its tensors have the names that they have in the module's `state_dict()`. The file may be
     `.onnx_adapter` (onnxruntime.LoraAdapter), `.ptd` (ExecuTorch), or `.safetensors`, for the
@@ -124,29 +124,31 @@ def export_adapter(module: CapturedModule, path: str | Path) -> Path:
     Args:
         module: an adapted or a routed module.
         path: path of the file, which is written whole or not at all.
+        like: the module that the program was exported from, or one with its plan. A program has the
+            scalings s of its own module, so B is multiplied by what the module's differ by.
 
     Returns:
         The path of the file.
 
     Raises:
-        NotCapturedError: the module is not a captured one.
-        ConfigError: it has no adapters, or nothing reads a file with such a suffix.
+        NotCapturedError: a module is not a captured one.
+        ConfigError: the module has no adapters, or others than `like` (targets, ranks, variants);
+            or nothing reads a file with such a suffix.
         ExportError: a package is missing, or the file cannot be written.
 
     Example:
         >>> import tempfile, pathlib, torch, fxlora, safetensors.torch
+        >>> gm = fxlora.capture(torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(2, 6))
         >>> config = fxlora.LoraConfig(r=2, target_modules="all-linear")
-        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
-        >>> lora = fxlora.adapt(model, torch.randn(2, 6), rules=config)
-        >>> path = fxlora.export_adapter(lora, pathlib.Path(tempfile.mkdtemp(), "a.safetensors"))
-        >>> sorted(safetensors.torch.load_file(path))
+        >>> one, two = [fxlora.inject(gm, fxlora.match(gm, config)) for _ in range(2)]
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "two.safetensors")
+        >>> sorted(safetensors.torch.load_file(fxlora.export_adapter(two, path, like=one)))
         ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
     path = as_path(path, ConfigError)
-    module = _captured(module, "export_adapter")
+    module, like = (_captured(given, "export_adapter") for given in (module, like))
     write = writer_of_adapters(path)
-    if not (values := adapter_tensors(module)):
-        raise ConfigError("the module has no adapters: inject a plan first.")
+    values = values_like(module, like)
     with whole_file(path, ExportError) as temporary:
         write(values, temporary)
     return path
