@@ -257,6 +257,7 @@ def _reason(error: BaseException) -> str:
     return f"{at.partition('. See the stack')[0]}{': ' if at else ''}{error}"
 
 
+@no_ambient_modes()  # the file is to run without them
 def _compare(
     form: Format,
     delivery: Delivery,
