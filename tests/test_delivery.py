@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import fxlora
 from fxlora import CapturedModule, ConfigError, ExportError, LoraConfig
 from fxlora.delivery import compared, onnx, pt2
+from fxlora.delivery.files import whole_files
 from fxlora.delivery.formats import FORMATS
 
 from .typed import untyped
@@ -399,6 +400,34 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
     assert fxlora.export(gm, path, X, tolerance=0.01) == path
     assert path.read_bytes()[:2] == b"PK"
+
+
+def test_files_that_belong_together_are_replaced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [tmp_path / "m.onnx", tmp_path / "m.onnx.data"]
+
+    def write(text: str) -> None:
+        with whole_files(targets[0]) as temporary:
+            for target in targets:
+                temporary.with_name(target.name).write_text(text)
+
+    write("before")
+    replace = Path.replace
+
+    def fails_at_the_last(self: Path, target: Path) -> Path:
+        if target == targets[0]:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails_at_the_last)
+    with pytest.raises(ExportError, match="No space left"):
+        write("after")
+    assert [t.read_text() for t in targets] == ["before", "before"]
+    assert sorted(tmp_path.iterdir()) == targets
+    monkeypatch.undo()
+    write("after")
+    assert [t.read_text() for t in targets] == ["after", "after"]
 
 
 @pytest.mark.parametrize("name", ["onnx", "executorch", "openvino"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from ..errors import ExportError
 from ..module.program import ProgramModule
 from .adapters import Tensors
 from .program import Exported
-from .sizes import larger, resized
+from .sizes import Arguments, larger, resized
 
 # The largest difference from the module, relative to the largest number of an output, that another
 # runtime's kernels may make by rounding.
@@ -65,7 +64,7 @@ def trials(
     call, spec = made.call, made.spec
     given = call.given(call.args, call.kwargs, values)
     for args, kwargs in (given, *resized(spec, *given, 1), *larger(spec, *given)):
-        called = call.taken(*copy.deepcopy((args, kwargs)))[:2]
+        called = call.taken(*_copied((args, kwargs)))[:2]
         if not reference.holds_for(*called):
             continue
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(called))
@@ -78,6 +77,15 @@ def run_seeded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         return run(*args, **kwargs)
+
+
+def _copied(arguments: Arguments) -> Arguments:
+    """Return the arguments with tensors and containers of their own: a call may change them."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(copied, arguments)
 
 
 def tensors_of(output: Any) -> tuple[torch.Tensor, ...]:
@@ -95,7 +103,7 @@ def check(run: Run, found: Sequence[Trial], tolerance: float) -> float:
     worst = 0.0
     for trial in found:
         try:
-            output = run_seeded(run, *copy.deepcopy((trial.args, trial.kwargs)))
+            output = run_seeded(run, *_copied((trial.args, trial.kwargs)))
         except Exception as error:
             raise ExportError(f"the file does not run ({trial.what}): {error}") from error
         worst = max(worst, _error(tensors_of(output), trial, tolerance))

@@ -86,11 +86,11 @@ def _as_constants(model: Any, names: Collection[str]) -> None:
 
 def _set_default(model: Any, name: str, value: torch.Tensor) -> None:
     """Give an input a value that holds where a call leaves the input out."""
-    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
 
     for given in model.graph.inputs:
         if given.name == name:
-            given.const_value = ir.tensor(value.cpu().contiguous().numpy(), name=name)
+            given.const_value = TorchTensor(value.cpu().contiguous(), name=name)
             model.graph.initializers[name] = given
 
 

@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from .compared import Run
 from .delivery import Delivery, Format
+from .metadata import plain
 
 
 def write(delivery: Delivery, path: Path) -> None:
+    program = delivery.made.program
+    examples = program.example_inputs
+    if pytree.tree_structure(plain(examples)) != pytree.tree_structure(examples):
+        program.example_inputs = None  # torch.export would pickle them, and unpickle them to load
     # Saved to memory first, because torch's own writer aborts the process if the disk is full.
     content = io.BytesIO()
     try:
-        torch.export.save(delivery.made.program, content)
+        torch.export.save(program, content)
     except Exception as error:
         raise ExportError(f"torch.export cannot write the graph: {error}") from error
     path.write_bytes(content.getbuffer())
