@@ -100,10 +100,10 @@ def build_parser() -> _Parser:
     )
     detail.add_argument("--json", action="store_true", help="print the full result as JSON")
 
-    exporting = command(run_export, "write a program that plain PyTorch runs", fed)
+    exporting = command(run_export, "write a file that a runtime without fxlora runs", fed)
     exporting.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to fold in first")
     exporting.add_argument(
-        "--out", type=_file, required=True, metavar="FILE", help="for torch.export.load"
+        "--out", type=_file, required=True, metavar="FILE", help="its suffix says the format"
     )
     exporting.add_argument("--format", choices=tuple(EXPORT_FORMATS))
 

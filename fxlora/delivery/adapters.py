@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from ..passes.fold_constants import FoldConstants
 from ..passes.inject import Inject
 from ..passes.remove import Remove
 from ..passes.unroute import Unroute
-from ..plan import Entry, Plan
+from ..plan import Entry
 from ..tables import some
 
 WAYS = ("folded", "constants", "inputs")
@@ -131,19 +132,16 @@ def _neutral(module: CapturedModule) -> dict[str, torch.Tensor]:
     """
     plan = module.plan
     assert plan is not None
-    factors = {
-        name: torch.zeros(shape)
-        for entry in plan
-        for name, shape in entry.tensors.items()
-        if name not in _of_gains(entry)
-    }
-    start = Inject(plan, {n: z for n, z in factors.items() if n in _pairs(plan)})(Remove()(module))
+    factors = {n for entry in plan for n in set(entry.tensors) - _of_gains(entry)}
+    identity = dataclasses.replace(plan, entries=tuple(map(_as_identity, plan)))
+    start = Inject(identity)(Remove()(module))
     found = {name: start.get_parameter(name).detach() for name in adapter_tensors(module)}
     return {name: torch.zeros_like(v) if name in factors else v for name, v in found.items()}
 
 
-def _pairs(plan: Plan) -> set[str]:
-    return {name for entry in plan for name in (entry.name_a, entry.name_b)}
+def _as_identity(entry: Entry) -> Entry:
+    """Return an entry whose adapter starts with B = 0, and its gains with 1."""
+    return dataclasses.replace(entry, init=True)
 
 
 def _of_gains(entry: Entry) -> set[str]:
