@@ -91,7 +91,7 @@ def run_verify(options: Namespace) -> str:
 
 
 def run_export(options: Namespace) -> str:
-    """Write the model, with an adapter folded in if given, as a program for torch.export.load."""
+    """Write the model, with an adapter folded in if given, as a file."""
     module = captured_model(build_model(options), options)
     if options.adapter is not None:
         module = fold(load_adapter(module, options.adapter))

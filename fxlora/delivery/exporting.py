@@ -21,11 +21,12 @@ from ..module.program import ProgramModule
 from ..names import shown
 from ..tables import some
 from .adapters import Adapters, base_of, check_way, held, values_like
+from .call import Call, Form, distinct_names
 from .compared import Trial, check, tolerance_for, trials
 from .delivery import Delivery, Format
 from .files import whole_files
 from .formats import format_of, writer_of_adapters
-from .program import Call, Exported, Form, distinct_names, exported, output_names
+from .program import Exported, exported, output_names
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
