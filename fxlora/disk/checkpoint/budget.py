@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-_SHARE = 32  # of the rows of each block, one in so many is measured: all would double the time
+from ...lora.dtypes import correctly_rounded
+
+_SHARE = 8  # of the rows of each measured block, one in so many: all would double the time
 
 
 @dataclass
 class Budget:
-    """Sums over some rows of each block of a weight: a 32nd of them, and eight at least.
+    """Sums over some of a weight's rows: a 32nd, in blocks, and eight at least.
 
     With d the exact update (in float64) and e the rounding's error, folded = W0 + d + e.
 
@@ -30,14 +32,12 @@ class Budget:
     square: float = 0.0
     overflows: bool = False
 
-    def observe(self, weight: torch.Tensor, exact: torch.Tensor, folded: torch.Tensor) -> None:
-        """Take account of a block: W0, the sum in float64, and the rounded sum."""
-        if not bool(folded.sum().isfinite()):
-            self.overflows |= bool((~folded.isfinite() & weight.isfinite()).any())
-        rows = min(len(exact), max(8, len(exact) // _SHARE))
-        weight, exact, folded = (tensor[:rows] for tensor in (weight, exact, folded))
+    def observe(self, weight: torch.Tensor, exact: torch.Tensor) -> None:
+        """Take account of a block: W0, and the sum in float64."""
+        rows = max(8, len(exact) // _SHARE)
+        weight, exact = weight[:rows], exact[:rows]
         update = exact - weight.to(torch.float64)
-        error = folded.to(torch.float64) - exact  # not in place: `folded` may be `exact`
+        error = correctly_rounded(exact, weight.dtype).to(torch.float64) - exact
         self.error = max(self.error, _largest(error))
         self.update = max(self.update, _largest(update))
         square = float(update.square().sum())

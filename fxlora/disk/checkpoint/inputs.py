@@ -21,7 +21,7 @@ from .base import Checkpoint
 from .changes import Changes, changes_of
 from .model import Skeleton
 from .report import CheckpointReport, FoldedTensor
-from .stream import read_into
+from .stream import one_thread, read_into
 from .weights_file import REPLACED
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -54,6 +54,7 @@ class Inputs:
         changes = changes_of(checkpoint, content, None if model is None else skeleton(model))
         return cls(checkpoint, content, changes, allow_nonfinite)
 
+    @one_thread()
     def check_values(self) -> None:
         """Raise unless the adapter's values are finite, and those of frozen tensors the base's.
 
