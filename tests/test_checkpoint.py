@@ -258,6 +258,50 @@ def test_an_update_below_the_rounding_does_not_survive() -> None:
     assert report.folded[0].relative_error == pytest.approx(1)
 
 
+# ---- the base that an adapter was trained over --------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [64, 2**21])
+@pytest.mark.parametrize(("trained", "held"), [(BF16, BF16), (BF16, torch.float32)])
+def test_the_base_that_an_adapter_was_trained_over(
+    rows: int, trained: torch.dtype, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprints are computed from pieces that may be shorter or longer than their rows."""
+    monkeypatch.setattr(pieces, "ROWS", rows)
+    model = nn.Sequential(nn.Linear(301, 297), nn.Linear(297, 5)).to(trained)
+    rules = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    fxlora.save_adapter(fxlora.adapt(model, torch.randn(2, 301).to(trained), rules=rules), ADAPTER)
+    state = {name: tensor.to(held) for name, tensor in model.state_dict().items()}
+    save_file(state, BASE)
+    found = folded(strict_base=True)
+    assert not torch.equal(found["0.weight"], state["0.weight"])
+    state["0.weight"][296, 300] += 1
+    save_file(state, BASE)
+    said = r"trained over other weights: 0\.weight\. Fold it into the checkpoint"
+    with pytest.raises(AdapterError, match=said):
+        fxlora.fold_checkpoint(BASE, ADAPTER, Path("new.safetensors"), strict_base=True)
+    assert not Path("new.safetensors").exists() and not list(Path().glob(".*fxlora"))
+    with pytest.warns(fxlora.FxLoraWarning, match=said):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT)
+    with pytest.warns(fxlora.FxLoraWarning, match=said):
+        fxlora.verify_checkpoint(BASE, ADAPTER, OUT)
+    with pytest.raises(AdapterError, match=said):
+        fxlora.verify_checkpoint(BASE, ADAPTER, OUT, strict_base=True)
+
+
+def test_a_base_of_which_not_all_is_known() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    rules = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    fxlora.save_adapter(fxlora.adapt(model, torch.randn(2, 6), rules=rules), ADAPTER)
+    save_file({name: tensor.to(BF16) for name, tensor in model.state_dict().items()}, BASE)
+    with pytest.warns(fxlora.FxLoraWarning, match=r"in a wider dtype: 0\.weight"):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT)
+    write_adapter(Path("pefts"), pair("0", 5, 6))
+    fxlora.fold_checkpoint(BASE, Path("pefts"), OUT)
+    with pytest.raises(AdapterError, match=r"PEFT writes none.*: fold without strict_base"):
+        fxlora.fold_checkpoint(BASE, Path("pefts"), OUT, strict_base=True)
+
+
 # ---- bytes --------------------------------------------------------------------------------------
 
 

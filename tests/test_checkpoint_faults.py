@@ -101,7 +101,24 @@ def test_what_is_written_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -
     assert not Path(".out.fxlora").exists()
 
 
-def test_other_inputs_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def change_base() -> None:
+    (first, *_) = Path("base").glob("*.safetensors")
+    content = first.read_bytes()
+    with first.open("r+b") as file:  # in place: the inode stays
+        file.seek(len(content) - 1)
+        file.write(bytes([content[-1] ^ 1]))
+
+
+def change_adapter() -> None:
+    write_adapter(Path("adapter"), pair("a", 40, 30) | pair("c", 33, 44))
+
+
+@pytest.mark.parametrize("change", [change_base, change_adapter])
+def test_other_inputs_begin_anew(
+    change: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if they have the size and the time of those before."""
+
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -109,7 +126,11 @@ def test_other_inputs_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(work_folder.Work, "record", stop)
         with pytest.raises(KeyboardInterrupt):
             fold()
-    write_adapter(Path("adapter"), pair("a", 40, 30) | pair("c", 33, 44))
+    times = {path: path.stat() for path in Path().glob("*/*.*")}
+    change()
+    for path, before in times.items():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
     assert not fold().resumed
     fxlora.verify_checkpoint("base", "adapter", "out")
 

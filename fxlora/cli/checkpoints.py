@@ -49,6 +49,7 @@ def fold_files(options: Namespace) -> str:
         options.out,
         model=_skeleton(options),
         allow_nonfinite=options.allow_nonfinite,
+        strict_base=options.strict_base,
         dry_run=options.dry_run,
         progress=True,
     )
@@ -68,6 +69,7 @@ def verify_files(options: Namespace) -> str:
         options.out,
         model=_skeleton(options),
         allow_nonfinite=options.allow_nonfinite,
+        strict_base=options.strict_base,
     )
     if options.json:
         return report.to_json()

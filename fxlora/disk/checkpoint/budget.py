@@ -1,9 +1,13 @@
-"""The error budget of a fold: how much of an update survives the rounding to the weight's dtype."""
+"""What is measured of a weight while it is folded.
+
+The error budget: how much of an update survives the rounding to the weight's dtype; and hashes of
+W0, which tell whether the adapter was trained over it.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +28,7 @@ class Budget:
         kept: ⟨d + e, d⟩.
         square: ‖d‖².
         overflows: whether an entry is not finite where the weight's is.
+        hashes: the row hashes of W0, in the order of its pieces.
     """
 
     error: float = 0.0
@@ -31,6 +36,7 @@ class Budget:
     kept: float = 0.0
     square: float = 0.0
     overflows: bool = False
+    hashes: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
     def observe(self, weight: torch.Tensor, exact: torch.Tensor) -> None:
         """Take account of a block: W0, and the sum in float64."""
@@ -49,6 +55,7 @@ class Budget:
         self.error, self.update = max(self.error, other.error), max(self.update, other.update)
         self.kept, self.square = self.kept + other.kept, self.square + other.square
         self.overflows |= other.overflows
+        self.hashes += other.hashes
 
     @property
     def relative_error(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from torch import nn
 
 from ...data import as_path
 from ...errors import AdapterError, ConfigError
+from ...module.fingerprints import fingerprint
 from ...tables import some
 from ..folder import Folder, read_folder
-from ..keys import CONFIG, WEIGHTS
+from ..keys import CONFIG
 from ..values import not_finite
 from .base import Checkpoint
 from .changes import Changes, changes_of
 from .model import Skeleton
 from .report import CheckpointReport, FoldedTensor
 from .stream import one_thread, read_into
+from .trained_over import check_trained_over, comparable_marks
 from .weights_file import REPLACED
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -35,24 +37,35 @@ class Inputs:
     content: Folder
     changes: Changes
     allow_nonfinite: bool
+    strict_base: bool
 
     @classmethod
     def read(
-        cls, base: str | Path, adapter: str | Path, model: Model | None, allow_nonfinite: bool
+        cls,
+        base: str | Path,
+        adapter: str | Path,
+        model: Model | None,
+        allow_nonfinite: bool,
+        strict_base: bool,
     ) -> Inputs:
         """Read headers and the adapter.
 
         Raises:
             ConfigError: the checkpoint is missing or damaged, or the model is not its.
             AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit
-                the checkpoint, or does so in several ways.
+                the checkpoint, or does so in several ways; or, with `strict_base`, it does not say
+                which weights it was trained over.
         """
         checkpoint = Checkpoint.read(base)
         content = read_folder(as_path(adapter, AdapterError))
         if not content.tensors:
             raise AdapterError(f"{content.path} has no tensors.")
         changes = changes_of(checkpoint, content, None if model is None else skeleton(model))
-        return cls(checkpoint, content, changes, allow_nonfinite)
+        inputs = cls(checkpoint, content, changes, allow_nonfinite, strict_base)
+        if strict_base:
+            known = comparable_marks(changes.folded, checkpoint.tensors)
+            inputs.check_base(known)  # as if they were the base's: those that are missing count
+        return inputs
 
     @one_thread()
     def check_values(self) -> None:
@@ -88,6 +101,14 @@ class Inputs:
                     "adapter for another checkpoint?"
                 )
 
+    def check_base(self, marks: Mapping[str, str | None]) -> None:
+        """Warn, or raise, if fingerprints of weights are not those in the adapter's file.
+
+        Raises:
+            AdapterError: `strict_base`, and they are others or unknown.
+        """
+        check_trained_over(self.content.path, self.changes.folded, marks, self.strict_base)
+
     def values(self, name: str) -> torch.Tensor | None:
         """Read a tensor of the checkpoint, or return None for a dtype that is not torch's."""
         tensor = self.base.tensors[name]
@@ -106,13 +127,21 @@ class Inputs:
         return buffer.view(REPLACED[tensor.code]).view(tensor.shape)
 
     def key(self) -> Any:
-        """Return all that the result depends on, as data: files by size and time, and entries."""
+        """Return all that the result depends on, as data.
+
+        The adapter counts by its content, as it is in memory. The base's files count by their
+        inodes, sizes and times: that of the last change (ctime) cannot be set back as mtime can.
+        """
         paths = [file.path for file in self.base.files]
         paths += [self.base.path / other for other in self.base.others]
-        paths += [self.content.path / name for name in (WEIGHTS, CONFIG)]
-        stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
+        stats = [
+            (str(path.resolve()), at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns)
+            for path in paths
+            for at in [path.stat()]
+        ]
         entries = {n: [e.to_data() for e in f.entries] for n, f in self.changes.folded.items()}
-        return [stats, entries, sorted(self.changes.replaced), self.allow_nonfinite]
+        held = {n: fingerprint(tensor) for n, tensor in self.content.tensors.items()}
+        return [stats, entries, held, sorted(self.changes.replaced), self.allow_nonfinite]
 
     def report(
         self, measured: dict[str, dict[str, Any]] | None = None, *, resumed: bool = False
@@ -124,7 +153,7 @@ class Inputs:
                 name,
                 base.tensors[name].code,
                 changes.folded[name].entries,
-                (measured or {}).get(name),
+                {k: v for k, v in (measured or {}).get(name, {}).items() if k != "base"},
             )
             for name in base.tensors
             if name in changes.folded

@@ -17,6 +17,7 @@ from ...errors import ConfigError, ExportError
 from ...module.adapted_weight import Observer, Scratch, folded_weight
 from .budget import Budget
 from .pieces import ROWS, Copied, Piece, Replaced, Rows
+from .trained_over import hashed_span, hashes
 
 _STEP = 2**26  # bytes that are copied at a time, between two signs of progress
 _of_thread = threading.local()
@@ -95,6 +96,8 @@ def read_and_fold(
     rows = _rows(source, piece, buffer)
     try:
         with torch.no_grad():
+            if budget and piece.fold.base and piece.fold.base.comparable(piece.tensor.dtype):
+                budget.hashes.append(hashes(piece, _span(source, piece, buffer)))
             _fold(piece, rows, budget.observe if budget and piece.measured else None)
             if budget is not None and not bool(rows.sum().isfinite()):
                 before = _rows(source, piece, torch.empty_like(buffer))
@@ -109,6 +112,17 @@ def read_and_fold(
 def _rows(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:
     assert piece.tensor.dtype is not None
     return read_into(source, piece.start, buffer).view(piece.tensor.dtype).view(piece.shape)
+
+
+def _span(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of which a piece has the hashes: with some of the next piece's."""
+    start, stop = hashed_span(piece)
+    mine = buffer[start - piece.start : max(0, stop - piece.start)]
+    if stop <= piece.stop or start == stop:
+        return mine
+    first = max(start, piece.stop)
+    rest = read_into(source, first, torch.empty(stop - first, dtype=torch.uint8))
+    return torch.cat([mine, rest])
 
 
 def _fold(piece: Rows, rows: torch.Tensor, observe: Observer | None) -> None:
