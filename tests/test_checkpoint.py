@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -492,11 +495,60 @@ def test_a_tie_that_the_adapter_splits_is_refused() -> None:
     save_file({"emb.weight": model.emb.weight.detach()}, BASE)
     said = refused(BASE, embedding_pair(), model=Tied)
     assert "not head.weight, which is tied to it" in said and 'tied="share"' in said
-    config = {"tie_word_embeddings": True, "vocab_size": 11}
-    (Path("folder")).mkdir()
-    (Path("folder/config.json")).write_text(json.dumps(config))
-    save_file({"emb.weight": torch.randn(11, 6)}, Path("folder/model.safetensors"))
-    assert "head may be tied" in refused(Path("folder"), embedding_pair())
+
+
+VOCAB = {"vocab_size": 11}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+HEAD = {"head.weight": torch.randn(11, 6)}
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "outcome"),
+    [
+        (TIED | VOCAB, {}, "refused"),
+        (TIED | VOCAB, HEAD, "refused"),  # which a class that ties would not read
+        (VOCAB, {}, "refused"),  # the default depends on the class
+        ({"parts": [{"text_config": TIED | VOCAB}]}, {}, "refused"),
+        (UNTIED | {"decoder": TIED | VOCAB}, HEAD, "refused"),
+        ({"text_config": UNTIED | VOCAB}, {}, "refused"),
+        (UNTIED | VOCAB, {}, "folded"),
+        (VOCAB, HEAD, "warned"),  # another tensor of this shape may not be the head
+        ({}, {}, "warned"),
+        ({}, HEAD, "warned"),
+    ],
+)
+def test_an_embedding_that_may_be_tied(config: Any, more: Any, outcome: str) -> None:
+    base, save = Path("folder"), Path("folder/model.safetensors")
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(config))
+    save_file({"emb.weight": torch.randn(11, 6), **more}, save)
+    if outcome == "refused":
+        assert "may be tied to it" in refused(base, embedding_pair())
+        if more:
+            return
+    write_adapter(ADAPTER, embedding_pair())
+    untied = fxlora.FxLoraWarning if outcome == "warned" else None
+    with pytest.warns(untied) if untied else contextlib.nullcontext() as said:
+        if outcome != "refused":
+            fxlora.fold_checkpoint(base, ADAPTER, Path("out"))
+    if said:
+        assert "nothing says whether these are tied" in str(said[0].message)
+    with warnings.catch_warnings():  # the advice
+        warnings.simplefilter("error", fxlora.FxLoraWarning)
+        shutil.rmtree("out", ignore_errors=True)
+        fxlora.fold_checkpoint(base, ADAPTER, Path("out"), model=Only if not more else Both)
+
+
+class Only(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+
+
+class Both(Only):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 11, bias=False)
 
 
 def test_all_names_of_a_tie_fold_once() -> None:

@@ -257,6 +257,19 @@ def test_a_base_that_shrinks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("out").exists() and not Path(".out.fxlora").exists()
 
 
+def test_a_base_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = work_folder.Work.record
+
+    def changes(*args: Any) -> None:
+        change_base()
+        honest(*args)
+
+    monkeypatch.setattr(work_folder.Work, "record", changes)
+    with pytest.raises(fxlora.ConfigError, match="changed while it was read"):
+        fold()
+    assert not Path("out").exists() and not Path(".out.fxlora").exists()
+
+
 def test_two_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is refused while the first writes, and the first one's result is whole."""
     began, may_end = threading.Event(), threading.Event()

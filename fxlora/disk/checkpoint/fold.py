@@ -99,6 +99,7 @@ def fold_checkpoint(
     with work_for(target) as work:
         if inputs.base.is_folder and _is_full(target):
             return _there_already(inputs, target)
+        stamps = inputs.stamps()
         work.begin(inputs.key())
         _check_space(inputs, target, work)
         with _bar(inputs.base.size, progress) as bar:
@@ -107,6 +108,8 @@ def fold_checkpoint(
         for other in inputs.base.others:
             (work.content / other).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inputs.base.path / other, work.content / other)
+        if inputs.stamps() != stamps:
+            raise ConfigError(f"the checkpoint {inputs.base.path} changed while it was read.")
         inputs.check_base({n: data.get("base") for n, data in work.records.items()})
         whole = work.content if inputs.base.is_folder else next(work.content.iterdir())
         whole.replace(target)

@@ -129,19 +129,24 @@ class Inputs:
     def key(self) -> Any:
         """Return all that the result depends on, as data.
 
-        The adapter counts by its content, as it is in memory. The base's files count by their
-        inodes, sizes and times: that of the last change (ctime) cannot be set back as mtime can.
+        The adapter counts by its content, as it is in memory.
+        """
+        entries = {n: [e.to_data() for e in f.entries] for n, f in self.changes.folded.items()}
+        held = {n: fingerprint(tensor) for n, tensor in self.content.tensors.items()}
+        return [self.stamps(), entries, held, sorted(self.changes.replaced), self.allow_nonfinite]
+
+    def stamps(self) -> list[Any]:
+        """Return what tells whether the base's files changed: their inodes, sizes and times.
+
+        The time of the last change (ctime) cannot be set back, as mtime can.
         """
         paths = [file.path for file in self.base.files]
         paths += [self.base.path / other for other in self.base.others]
-        stats = [
+        return [
             (str(path.resolve()), at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns)
             for path in paths
             for at in [path.stat()]
         ]
-        entries = {n: [e.to_data() for e in f.entries] for n, f in self.changes.folded.items()}
-        held = {n: fingerprint(tensor) for n, tensor in self.content.tensors.items()}
-        return [stats, entries, held, sorted(self.changes.replaced), self.allow_nonfinite]
 
     def report(
         self, measured: dict[str, dict[str, Any]] | None = None, *, resumed: bool = False
