@@ -423,7 +423,8 @@ def unfold(module: CapturedModule) -> CapturedModule:
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        InjectError: it is not folded, or its fold kept nothing.
+        InjectError: it is not folded, or its fold kept nothing; or weights of the adapted module
+            were written to since, as where the source, which shares them, was trained.
 
     Example:
         >>> import torch, fxlora
@@ -438,6 +439,12 @@ def unfold(module: CapturedModule) -> CapturedModule:
         raise InjectError(
             "nothing to unfold: the module was not folded with keep=True. Keep the adapted module "
             "itself, or load its adapter again (fxlora.load_adapter)."
+        )
+    if written := module.known.unfolded.changed_weights():
+        raise InjectError(
+            f"nothing to unfold to: {some(written)} was written to since the adapter was injected, "
+            "as where the source, which shares its memory, was trained. Capture a copy of the "
+            "source (copy.deepcopy), or load its weights and the adapter again."
         )
     result = module.known.unfolded.derive()
     return result.train(module.training)

@@ -567,6 +567,32 @@ def test_all_names_of_a_tie_fold_once() -> None:
     assert torch.equal(found["emb.weight"], fxlora.fold(lora).state_dict()["emb.weight"])
 
 
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def fails() -> nn.Module:
+    raise ZeroDivisionError("mine")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (fails, "cannot be built on the meta device.*ZeroDivisionError: mine"),
+        (lambda size: nn.Linear(size, 2), "TypeError.*Give a function without arguments"),
+        (lambda: None, "a function that builds one, not"),
+        ("module:callable", "a function that builds one, not 'module:callable'"),
+        (nn.Sequential(nn.LazyLinear(3)), r"no shapes yet for 0\.weight"),
+    ],
+)
+def test_what_is_no_model_of_the_checkpoint(model: Any, said: str) -> None:
+    square = pair("fc", 5, 5)  # whose layout a model would tell
+    save_file({"fc.weight": torch.randn(5, 5), "fc.bias": torch.randn(5)}, BASE)
+    write_adapter(ADAPTER, square)
+    with pytest.raises(ConfigError, match=said):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT, model=model)
+    assert not OUT.exists()
+
+
 # ---- verify -------------------------------------------------------------------------------------
 
 

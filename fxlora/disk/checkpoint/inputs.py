@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ...data import as_path
 from ...errors import AdapterError, ConfigError
 from ...module.fingerprints import fingerprint
+from ...names import shown
 from ...tables import some
 from ..folder import Folder, read_folder
 from ..keys import CONFIG
@@ -179,11 +181,24 @@ def skeleton(model: Model) -> Skeleton:
     """Return a model, built on the meta device if it is not built yet.
 
     Raises:
-        ConfigError: it is no model.
+        ConfigError: it is no model, cannot be built, or has parameters without a shape.
     """
+    given = model
+    if not isinstance(model, nn.Module) and callable(model):
+        try:
+            with torch.device("meta"):
+                model = model()
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(
+                f"the model cannot be built on the meta device, without memory for its weights: "
+                f"{type(error).__name__}: {error}. Give a function without arguments that reads no "
+                "values of weights, or the model itself."
+            ) from error
     if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = model()
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be an nn.Module, or build one, not {type(model).__name__}.")
+        raise ConfigError(
+            f"model must be an nn.Module, or a function that builds one, not {shown(given)}."
+        )
+    held = model.state_dict(keep_vars=True)
+    if lazy := [name for name, tensor in held.items() if is_lazy(tensor)]:
+        raise ConfigError(f"the model has no shapes yet for {some(lazy)}: call it once before.")
     return Skeleton(model)
