@@ -222,6 +222,24 @@ def test_a_folder_with_something_else_stays() -> None:
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
 
 
+@pytest.mark.parametrize("link", ["folder", "nowhere"])
+def test_a_target_that_is_a_link(link: str) -> None:
+    Path("folder").mkdir()
+    Path("out").symlink_to(link)
+    assert_nothing_written(fold, "it is a link. Name the folder")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_where_it_is_written_first_stays(link: bool) -> None:
+    Path("mine" if link else ".out.fxlora").mkdir()
+    if link:
+        Path(".out.fxlora").symlink_to("mine")
+    Path(".out.fxlora/precious").write_text("x")
+    with pytest.raises(ExportError, match=r"\.out\.fxlora, where it is written first, holds"):
+        fold()
+    assert [path.name for path in Path(".out.fxlora").iterdir()] == ["precious"]
+
+
 # ---- memory, and other processes ----------------------------------------------------------------
 
 

@@ -155,6 +155,10 @@ def _check_target(inputs: Inputs, target: Path) -> None:
             raise ExportError(f"cannot write {target}: no folder {target.parent}.")
         if target.name in ("", "..") or target.resolve() == target.parent.resolve():
             raise ExportError(f"cannot write {target}: it is no name of a new file or folder.")
+        if inputs.base.is_folder and target.is_symlink():
+            raise ExportError(
+                f"cannot write {target}: it is a link. Name the folder that it is to point to."
+            )
         if inputs.base.is_folder and target.exists() and not target.is_dir():
             raise ExportError(f"cannot write {target}: it is a file, and the base a folder.")
         if not inputs.base.is_folder and target.is_dir():
