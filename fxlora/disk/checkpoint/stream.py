@@ -19,6 +19,7 @@ from .budget import Budget
 from .pieces import ROWS, Copied, Piece, Replaced, Rows
 from .trained_over import hashed_span, hashes
 
+_THREADS = 8  # each has some 15 MiB
 _STEP = 2**26  # bytes that are copied at a time, between two signs of progress
 _of_thread = threading.local()
 Progress = Callable[[int], object]
@@ -80,8 +81,11 @@ def one_thread() -> Generator[int]:
 
 @contextmanager
 def threads() -> Generator[ThreadPoolExecutor]:
-    """Yield as many threads as torch has, which sum pieces of their own."""
-    with one_thread() as number, ThreadPoolExecutor(number, "fold") as pool:
+    """Yield as many threads as torch has, which sum pieces of their own.
+
+    More than a few would sum faster than one thread can write.
+    """
+    with one_thread() as number, ThreadPoolExecutor(min(number, _THREADS), "fold") as pool:
         yield pool
 
 
