@@ -40,6 +40,7 @@ class Budget:
 
     def observe(self, weight: torch.Tensor, exact: torch.Tensor) -> None:
         """Take account of a block: W0, and the sum in float64."""
+        weight, exact = (tensor.flatten(0, -2) for tensor in (weight, exact))
         rows = max(8, len(exact) // _SHARE)
         weight, exact = weight[:rows], exact[:rows]
         update = exact - weight.to(torch.float64)

@@ -130,11 +130,12 @@ def _span(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:
 
 
 def _fold(piece: Rows, rows: torch.Tensor, observe: Observer | None) -> None:
-    """Fold rows in place, in memory that this thread uses again."""
-    if not hasattr(_of_thread, "scratch"):
-        _of_thread.scratch = Scratch()
+    """Fold rows in place, in memory that this thread uses again unless there are many."""
+    scratch = Scratch()
+    if piece.stop - piece.start <= ROWS:
+        scratch = _of_thread.__dict__.setdefault("scratch", scratch)
     fold = piece.fold
-    folded_weight(fold.entries, rows, fold.values, rows, piece.first, observe, _of_thread.scratch)
+    folded_weight(fold.entries, rows, fold.values, rows, piece.first, observe, scratch)
 
 
 # ---- reading ------------------------------------------------------------------------------------
