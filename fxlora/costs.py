@@ -67,7 +67,7 @@ class _Totals:
     @property
     def percent(self) -> float:
         """Trainable parameters as a percentage of those of the model and its adapters together."""
-        return 100 * self.trainable / self.adapted
+        return 100 * self.trainable / max(1, self.adapted)
 
     def training_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Return the bytes of gradients and Adam state for full fine-tuning and for the plan.

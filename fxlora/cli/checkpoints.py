@@ -26,7 +26,7 @@ _OF_CHECKPOINTS = {"skeleton": "--model", "dry_run": "--dry-run"}
 def is_checkpoint(options: Namespace) -> bool:
     """Whether a command is about files: it names an adapter after them, or they are there."""
     source = Path(options.model)
-    named = source.suffix == ".safetensors" or (":" not in options.model and source.exists())
+    named = source.suffix == ".safetensors" or (":" not in options.model and _exists(source))
     found = options.folder is not None or named
     wrong = _OF_MODELS if found else _OF_CHECKPOINTS
     if given := [name for dest, name in wrong.items() if getattr(options, dest, None)]:
@@ -39,6 +39,13 @@ def is_checkpoint(options: Namespace) -> bool:
     elif (options.folder is None) == (options.adapter is None):
         raise ConfigError(f"give one adapter: {options.model} ADAPTER …")
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or has a null character
+        return False
 
 
 def fold_files(options: Namespace) -> str:
