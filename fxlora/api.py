@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
 from .passes import FoldConstants, Inject, Optimize, Remove, Unroute
+from .passes.fold_constants import quantised_sites
+from .passes.fold_quantised import QuantisedFold
 from .plan import Plan
 from .tables import some
 
@@ -256,6 +259,9 @@ def fold(
     inplace: bool = False,
     keep: bool = False,
     allow_nonfinite: bool = False,
+    quantised: str | None = None,
+    quantiser: Any = None,
+    min_retention: float = 0.9,
 ) -> CapturedModule:
     """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
@@ -273,6 +279,14 @@ def fold(
             besides the folded weights, also with `inplace`.
         allow_nonfinite: whether the adapters, and so the folded weights, may have NaN or
             infinities.
+        quantised: what to do with adapted weights that are quantised, which are refused otherwise:
+            "keep" their branches, which the result then still has; "dequantise" them: they become
+            plain weights in the dtype that they compute in; or "requantise" them, with fresh
+            scales. `result.retention` then says how much of s·BA each kept.
+        quantiser: the function (tensor → quantised tensor) or the configuration of torchao's
+            `quantize_` that made the quantised weights; by default it is found by their class.
+        min_retention: the least retention ⟨Q(W + d) - Q(W), d⟩ / ‖d‖² of d = s·BA for each
+            weight that is quantised anew.
 
     Returns:
         The folded module.
@@ -283,6 +297,9 @@ def fold(
     Raises:
         NotCapturedError: the module is not a captured one.
         InjectError: the module never had adapters, or they have NaN or infinities.
+        QuantisedError: an adapted weight is quantised, and `quantised` does not say what to do;
+            its layer computes more than a product; no quantiser is known, or it loses s·BA.
+        ConfigError: an argument about quantised weights has no meaning.
 
     Example:
         >>> import torch, fxlora
@@ -301,8 +318,13 @@ def fold(
             "load_state_dict into the model's own class would tie them again, wrongly. To keep "
             'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
         )
+    how = _of_quantised(quantised, quantiser, min_retention)
+    if quantised == "keep" and (branches := quantised_sites(module)):
+        if inplace or keep:
+            raise ConfigError('quantised="keep" gives a new module: leave out inplace and keep.')
+        return _fold_others(module, set(branches), allow_nonfinite)
     kept = module.derive() if keep and module.plan is not None else None
-    step = FoldConstants(inplace=inplace, allow_nonfinite=allow_nonfinite)
+    step = FoldConstants(inplace=inplace, allow_nonfinite=allow_nonfinite, quantised=how)
     if inplace:
         refuse_copy(module)
         step.apply(module)
@@ -312,6 +334,41 @@ def fold(
     if kept is not None or module.plan is not None:
         result.update_state(unfolded=kept)
     return result
+
+
+_HOW = ("keep", "dequantise", "requantise")
+
+
+def _of_quantised(how: Any, quantiser: Any, least: Any) -> QuantisedFold | None:
+    """Return what a fold does with quantised weights, by the user's arguments."""
+    if how is not None and how not in _HOW:
+        raise ConfigError(f"quantised must be one of {', '.join(_HOW)}, not {shown(how)}.")
+    if quantiser is not None and how != "requantise":
+        raise ConfigError('quantiser needs quantised="requantise".')
+    if not is_finite(least) or least > 1:
+        raise ConfigError(f"min_retention must be a number up to 1, not {shown(least)}.")
+    return None if how in (None, "keep") else QuantisedFold(how, quantiser, float(least))
+
+
+def _fold_others(
+    module: CapturedModule, branches: set[str], allow_nonfinite: bool
+) -> CapturedModule:
+    """Fold the adapters of all sites but some, which keep their branches."""
+    assert module.plan is not None
+    values = {name: module.get_parameter(name).detach() for name in module.adapter_parameters()}
+    left = [entry for entry in module.plan if entry.site in branches]
+    others = [entry for entry in module.plan if entry.site not in branches]
+    result = Remove(restore=False)(module)
+    for entries, trained in ((others, ()), (left, ())):
+        if not entries:
+            continue
+        plan = replace(module.plan, entries=tuple(entries), trained=trained, trained_dtypes={})
+        plan = replace(plan, untied={}, modules_to_save=(), trained_parameters=0)
+        starts = {name: values[name] for entry in entries for name in entry.tensors}
+        result = Inject(plan, starts)(result)
+        if entries is others:
+            result = FoldConstants(allow_nonfinite=allow_nonfinite)(result)
+    return result.train(module.training)
 
 
 @no_ambient_modes()

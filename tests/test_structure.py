@@ -90,6 +90,7 @@ GRAPH_WRITERS = {
     "frontends/kept/checkpoints.py": "checkpoints become nested graphs while a capture is made",
     "frontends/kept/functions.py": "calls of autograd.Functions, in a graph just exported",
     "frontends/kept/tensor_state.py": "aliases recorded in an export, in a graph just exported",
+    "frontends/kept/subclasses.py": "calls on quantised weights, in a graph just exported",
     "frontends/kept/recurrent.py": "torch's ops for opaque ones, in a graph just exported",
     "frontends/spellings.py": "aten overloads for Python's spellings, in a graph just traced",
     "frontends/tree.py": "tied weights under each module's name, in a capture that is being made",

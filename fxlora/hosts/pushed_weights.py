@@ -14,6 +14,7 @@ from ..module import CapturedModule, check_captured
 from ..module.adapted_weight import folded_weight
 from ..module.ambient import no_ambient_modes
 from ..module.memory import overlapping
+from ..module.quantised import dequantised, is_quantised
 from ..module.sharded import is_sharded, whole, write
 from ..module.shared_parameter import own
 from ..names import shown
@@ -71,6 +72,7 @@ def fold_into(
         **dict(module.named_buffers()),
     }
     values = {n: v.detach() for n, v in values.items() if n not in module.adapter_parameters()}
+    values = {n: v if n not in target else dequantised(v) for n, v in values.items()}
     _check_names(module, target, entries, values)
     _check_memory(target, entries, values)
     for name, tensor in target.items():
@@ -145,6 +147,8 @@ def _check_names(
         why = None
         if tensor.shape != values[name].shape:
             why = f"is {tuple(tensor.shape)}, and {tuple(values[name].shape)} in the module"
+        elif is_quantised(tensor):
+            why = 'is quantised: give a plain tensor, or use fold(…, quantised="requantise")'
         elif tensor.is_meta or values[name].is_meta:
             why = "has no memory (device 'meta')"
         elif name in entries and tensor.dtype not in DTYPES.values():

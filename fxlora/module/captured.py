@@ -33,6 +33,7 @@ from .moving import moving
 from .parameters import aliases, remove_parameter, set_parameter
 from .parent import ParentModule, parent_program
 from .program import FACADE, MODES, Program, ProgramModule, tensors_of
+from .quantised import dequantised
 from .regions import described, uncovered
 from .schedule import Schedule
 from .seal import Seal
@@ -212,7 +213,9 @@ class CapturedModule(ProgramModule):
 
     def adapted_weight(self, name: str) -> torch.Tensor:
         """Return W0 + s·BA of a weight, with gradients to A and B; W0 if it is not adapted."""
-        value: torch.Tensor = self.get_parameter(name)
+        value = (
+            dequantised(self.get_parameter(name)) if self.known.plan else self.get_parameter(name)
+        )
         dtype = value.dtype
         for entry in self.known.plan or ():
             if name in entry.names:
@@ -374,6 +377,11 @@ class CapturedModule(ProgramModule):
     def folded(self) -> tuple[Plan, ...]:
         """The plans folded into the weights, in order."""
         return self.known.folded
+
+    @property
+    def retention(self) -> Mapping[str, float]:
+        """How much of s·BA the last fold kept in each weight that it quantised anew, by site."""
+        return self.known.retention
 
     @property
     def trained(self) -> frozenset[str]:

@@ -41,6 +41,7 @@ class State:
             the name of the attribute.
         optimized: how the fast graphs that run are derived, or None if the explicit ones run.
         unfolded: the adapted module that a fold with `keep` was of, or None.
+        retention: how much of s·BA a fold kept in each weight that it quantised anew, by site.
         routing: the adapters that the graphs choose among for each sample, or None.
     """
 
@@ -61,6 +62,7 @@ class State:
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     optimized: Fast | None = None
     unfolded: CapturedModule | None = None
+    retention: Mapping[str, float] = field(default_factory=dict[str, float])
     routing: Routing | None = None
 
     @property

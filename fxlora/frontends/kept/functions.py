@@ -138,6 +138,17 @@ _active: list[Functions] = []  # a stack: the capture in progress is last
 
 
 @contextmanager
+def own_forwards() -> Generator[None]:
+    """Within the context, Functions run their own forwards, as inside of a Function."""
+    functions = _active[-1] if _active else Functions()
+    inside, functions.inside = functions.inside, True
+    try:
+        yield
+    finally:
+        functions.inside = inside
+
+
+@contextmanager
 def opaque_functions() -> Generator[Functions]:
     """Within the context, every Function's forward is one opaque op, however `apply` is reached."""
     functions = Functions()
