@@ -29,6 +29,7 @@ from ..tables import some
 from .arguments import check_model, given_calls, shapes_of
 from .call_sources import Sources
 from .caller_modes import callers_autocast
+from .decoded import decode_weights
 from .exported import Source
 from .failures import capture_error
 from .kept.asked_modes import forget_searches
@@ -310,6 +311,7 @@ def _assemble(
         state=state,
     )
     read_by_own_names(result)
+    decode_weights(result)
     result.copy_when_trained()  # the source's storage
     return result
 

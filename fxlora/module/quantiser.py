@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, QuantisedError
+from .decoded import DecodedTensor
 from .quantised import dequantised, is_quantised, stored
 
 Quantiser = Callable[[torch.Tensor], torch.Tensor]
@@ -95,6 +96,8 @@ def _by_configuration(values: torch.Tensor, configuration: Any) -> torch.Tensor:
 
 def _constructors(weight: torch.Tensor) -> Iterator[Quantiser]:
     """Yield calls of the constructors of a subclass, with the arguments that the weight tells."""
+    if isinstance(weight, DecodedTensor):
+        yield weight.encoded
     for name in ("from_hp", "from_tensor"):
         if make := getattr(type(weight), name, None):
             parameters = list(inspect.signature(make).parameters.values())[1:]
