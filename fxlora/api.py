@@ -33,7 +33,7 @@ from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
-from .passes import FoldConstants, Inject, Optimize, Remove, Unroute
+from .passes import FoldConstants, Inject, MergeAware, Optimize, Remove, Unroute
 from .passes.fold_constants import quantised_sites
 from .passes.fold_quantised import QuantisedFold
 from .plan import Plan
@@ -318,7 +318,7 @@ def fold(
             "load_state_dict into the model's own class would tie them again, wrongly. To keep "
             'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
         )
-    how = _of_quantised(quantised, quantiser, min_retention)
+    how = _of_quantised(module, quantised, quantiser, min_retention)
     if quantised == "keep" and (branches := quantised_sites(module)):
         if inplace or keep:
             raise ConfigError('quantised="keep" gives a new module: leave out inplace and keep.')
@@ -339,7 +339,9 @@ def fold(
 _HOW = ("keep", "dequantise", "requantise")
 
 
-def _of_quantised(how: Any, quantiser: Any, least: Any) -> QuantisedFold | None:
+def _of_quantised(
+    module: CapturedModule, how: Any, quantiser: Any, least: Any
+) -> QuantisedFold | None:
     """Return what a fold does with quantised weights, by the user's arguments."""
     if how is not None and how not in _HOW:
         raise ConfigError(f"quantised must be one of {', '.join(_HOW)}, not {shown(how)}.")
@@ -347,7 +349,10 @@ def _of_quantised(how: Any, quantiser: Any, least: Any) -> QuantisedFold | None:
         raise ConfigError('quantiser needs quantised="requantise".')
     if not is_finite(least) or least > 1:
         raise ConfigError(f"min_retention must be a number up to 1, not {shown(least)}.")
-    return None if how in (None, "keep") else QuantisedFold(how, quantiser, float(least))
+    if how in (None, "keep"):
+        return None
+    known = module.known.merge_aware if how == "requantise" and quantiser is None else {}
+    return QuantisedFold(how, quantiser, float(least), known)
 
 
 def _fold_others(
@@ -446,7 +451,9 @@ def optimize(
 
 @no_ambient_modes()
 def explicit(module: CapturedModule) -> CapturedModule:
-    """Return a module whose calls run the explicit graphs again: `optimize` undone.
+    """Return a module whose calls run the explicit graphs again.
+
+    It undoes `optimize` and `merge_aware`.
 
     Args:
         module: an optimized module; it is not changed.
@@ -465,6 +472,39 @@ def explicit(module: CapturedModule) -> CapturedModule:
         True
     """
     return Optimize(None)(module)
+
+
+@no_ambient_modes()
+def merge_aware(module: CapturedModule, *, quantiser: Any = None) -> CapturedModule:
+    """Return a module whose calls read each quantised weight W as a fold makes it: Q(W + s·BA).
+
+    What is trained is then what `fold(…, quantised="requantise")` ships: its outputs have the same
+    bits. Gradients pass to A and B straight through the rounding (Bengio et al. 2013). A, B and the
+    optimizer's state are those of the given module's form; `explicit` leads back to it.
+
+    Args:
+        module: an adapted module over a quantised base, without lora_dropout; it is not changed.
+        quantiser: as for `fold`.
+
+    Returns:
+        The module that runs merge-aware graphs, in both modes.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+        QuantisedError: no adapted weight is quantised, or no quantiser is known.
+        ConfigError: an adapter has dropout.
+        InjectError: the module is optimized, or has no whole graphs.
+
+    Example:
+        >>> import torch, fxlora
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=fxlora.Rule(
+        ...     lora=fxlora.LoraConfig(r=2)))
+        >>> fxlora.merge_aware(lora)
+        Traceback (most recent call last):
+        fxlora.errors.QuantisedError: no adapted weight is quantised.
+    """
+    check_captured(module, "merge_aware")
+    return MergeAware(quantiser)(module)
 
 
 @no_ambient_modes()

@@ -255,7 +255,7 @@ def test_requantise_stores_the_sum_as_the_base_is_stored(case: Case) -> None:
         change = 2 * b @ a
         after = dequantised(folded.get_parameter(f"{name}.weight")).double()
         moved = after - dequantised(source.weight).double()
-        expected = float((moved * change).sum() / change.square().sum())
+        expected = float(((moved * change).sum() / change.square().sum()).detach())
         assert abs(folded.retention[name] - expected) < 1e-5
     merged = fxlora.merged(case.model, folded).eval()
     assert torch.equal(merged(X), folded(X))
@@ -303,6 +303,54 @@ def test_fold_into_takes_plain_targets_of_a_quantised_base() -> None:
     torch.testing.assert_close(target(X), case.lora(X), rtol=1e-4, atol=1e-5)
     with pytest.raises(fxlora.ConfigError, match=r"'0\.weight' is quantised"):
         fxlora.fold_into(case.lora, copy.deepcopy(case.model).state_dict())
+
+
+# ---- merge-aware training -----------------------------------------------------------------------
+
+
+def test_merge_aware_has_the_bits_that_the_fold_ships(case: Case) -> None:
+    aware = fxlora.merge_aware(case.lora)
+    shipped = fxlora.fold(aware, quantised="requantise")
+    assert not torch.equal(aware(X), case.lora(X))
+    assert torch.equal(aware(X), shipped(X))
+    for same in (copy.deepcopy(aware), aware.train().eval()):
+        assert torch.equal(same(X), shipped(X))
+    assert torch.equal(fxlora.explicit(aware)(X), case.lora(X))
+    assert aware.state_dict().keys() == case.lora.state_dict().keys()
+
+
+def test_merge_aware_gradients_pass_straight_through(product: Case) -> None:
+    aware = fxlora.merge_aware(product.lora)
+    parameters = fxlora.lora_parameters(aware)
+    ours = torch.autograd.grad(aware(X).square().sum(), parameters)
+
+    leaves = {name: aware.get_parameter(name) for name in aware.adapter_parameters()}
+    shipped = fxlora.fold(aware, quantised="requantise")
+
+    def layer(x: torch.Tensor, name: str, bias: Any) -> torch.Tensor:
+        a, b = (leaves[f"{name}.lora_{k}.default.weight"] for k in "AB")
+        change = 2 * b @ a
+        rounded = dequantised(shipped.get_parameter(f"{name}.weight"))
+        return F.linear(x, change + (rounded - change).detach(), bias)
+
+    hidden = torch.tanh(layer(X, "0", product.model[0].bias))
+    theirs = torch.autograd.grad(layer(hidden, "2", None).square().sum(), list(leaves.values()))
+    by_name = dict(zip(leaves, theirs, strict=True))
+    for parameter, one in zip(parameters, ours, strict=True):
+        name = next(n for n in leaves if leaves[n] is parameter)
+        torch.testing.assert_close(one, by_name[name], rtol=1e-3, atol=1e-3)
+
+
+def test_merge_aware_refuses_what_it_cannot_train() -> None:
+    case = case_of("int8")
+    with pytest.raises(QuantisedError, match="no adapted weight is quantised"):
+        fxlora.merge_aware(fxlora.adapt(plain_model(), X, rules=CONFIG))
+    dropped = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1)
+    with pytest.raises(fxlora.ConfigError, match="lora_dropout on 0"):
+        fxlora.merge_aware(fxlora.inject(case.captured, fxlora.match(case.captured, dropped)))
+    with pytest.raises(fxlora.InjectError, match=r"fxlora\.explicit"):
+        fxlora.merge_aware(fxlora.optimize(case.lora))
+    fxlora.merge_aware(fxlora.explicit(fxlora.optimize(case.lora)))  # the advice
 
 
 # ---- the other way round ------------------------------------------------------------------------

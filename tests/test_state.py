@@ -112,6 +112,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         read_values={"lin.scale": 0.5},
         optimized=Fast(recompute=True),
         unfolded=once,
+        merge_aware={"lin.weight": torch.clone},
         retention={"lin": 0.5},
         routing=Routing((None,), ()),
     )

@@ -101,6 +101,7 @@ GRAPH_WRITERS = {
     "module/blocks/around.py": "calls of submodules, in a copy of the flat graph, which stays",
     "module/blocks/inside.py": "a graph of its own for each outlined call",
     "module/blocks/prepared.py": "a copy of the flat graph, to be split at calls",
+    "module/merge_aware.py": "reads of quantised weights, in a copy of the explicit graph",
     "module/casts.py": "casts of A and B, after the user's .to(); passes mark their places",
     "module/captured.py": "the meta of a module's copy, no node's",
     "module/retarget.py": "devices and dtypes that constants name, after the user's .to()",

@@ -29,6 +29,7 @@ from .contract import InputSpec
 from .copies import complete_memo, deep_copy, derived, shallow_copy
 from .host_attributes import ALL, DATA, MISSING, TRAINING, joined
 from .memory import overlaps_of
+from .merge_aware import merge_aware_graph
 from .moving import moving
 from .parameters import aliases, remove_parameter, set_parameter
 from .parent import ParentModule, parent_program
@@ -137,6 +138,8 @@ class CapturedModule(ProgramModule):
     def running(self, graph: fx.Graph) -> fx.Graph:
         if id(graph) in self._running:
             return self._running[id(graph)]
+        if self.known.merge_aware and self.plan is not None:
+            return merge_aware_graph(graph, self.plan, self.known.merge_aware)
         how = self.known.optimized
         return fast_graph(graph, how, self) if how else graph
 

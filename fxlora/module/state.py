@@ -10,6 +10,7 @@ import torch
 
 from ..fast import Fast
 from ..plan import Plan
+from .quantiser import Quantiser
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class State:
         read_values: the numbers, strings and flags that the captured calls read in the source, by
             the name of the attribute.
         optimized: how the fast graphs that run are derived, or None if the explicit ones run.
+        merge_aware: the quantisers of the weights that calls read as a fold makes them, by the
+            names of their parameters; empty if calls read them as they are.
         unfolded: the adapted module that a fold with `keep` was of, or None.
         retention: how much of s·BA a fold kept in each weight that it quantised anew, by site.
         routing: the adapters that the graphs choose among for each sample, or None.
@@ -61,6 +64,7 @@ class State:
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     optimized: Fast | None = None
+    merge_aware: Mapping[str, Quantiser] = field(default_factory=dict[str, Quantiser])
     unfolded: CapturedModule | None = None
     retention: Mapping[str, float] = field(default_factory=dict[str, float])
     routing: Routing | None = None
@@ -90,4 +94,4 @@ class State:
 
     def without_adapters(self) -> State:
         """Return the state as it was before injection."""
-        return replace(self, plan=None, originals={}, base_fingerprints={})
+        return replace(self, plan=None, originals={}, base_fingerprints={}, merge_aware={})

@@ -8,6 +8,7 @@ except for `module/retarget.py` and `module/casts.py`, which follow a module's `
 from .base import Pass, as_pass
 from .fold_constants import FoldConstants
 from .inject import Inject
+from .merge_aware import MergeAware
 from .optimize import Optimize
 from .remove import Remove
 from .route import Route
@@ -17,6 +18,7 @@ from .unroute import Unroute
 __all__ = [
     "FoldConstants",
     "Inject",
+    "MergeAware",
     "Optimize",
     "Pass",
     "Remove",

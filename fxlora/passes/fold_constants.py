@@ -92,9 +92,9 @@ class FoldConstants(Pass):
             if self.quantised.how == "dequantise":
                 mine = [i for one in inserted for i in one if i.entry in weight.entries]
                 check_products(site, weight.weight, [i.read for i in mine])
-            given = (site, weight.weight, folded[weight.names], retention)
-            folded[weight.names] = self.quantised.stored(*given)
-        if self.quantised is not None:
+            given = (site, weight.entries[0].parameter, weight.weight, folded[weight.names])
+            folded[weight.names] = self.quantised.stored(*given, retention)
+        if self.quantised is not None and not self.quantised.known:
             self.quantised.check(retention)
         return retention
 

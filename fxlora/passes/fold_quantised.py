@@ -8,7 +8,7 @@ step, so that a fold may lose what was trained. **Retention** tells how much is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..errors import QuantisedError
 from ..fx.calls import example_value
 from ..fx.trials import concrete_sizes
 from ..module.quantised import dequantised
-from ..module.quantiser import quantiser_of
+from ..module.quantiser import Quantiser, quantiser_of
 
 # The largest difference between a layer's outputs and the product with the values of its weight,
 # relative to the largest output: the rounding of sums in the dtype of the outputs.
@@ -35,26 +35,35 @@ class QuantisedFold:
         how: "dequantise" or "requantise".
         quantiser: the quantiser that made them, or None to find it.
         min_retention: the least retention of a site; below it, the fold raises.
+        known: the quantisers that the module was trained for, by the names of the parameters. What
+            they round away was away in the training, too: any retention is as it should be.
     """
 
     how: str
     quantiser: Any = None
     min_retention: float = 0.9
+    known: Mapping[str, Quantiser] = field(default_factory=dict[str, Quantiser])
 
     def stored(
-        self, site: str, weight: torch.Tensor, folded: torch.Tensor, retention: dict[str, float]
+        self,
+        site: str,
+        name: str,
+        weight: torch.Tensor,
+        folded: torch.Tensor,
+        retention: dict[str, float],
     ) -> torch.Tensor:
         """Return a folded weight as it is to be stored, and note its retention.
 
         Args:
             site: the site's name.
+            name: the name of the weight's parameter.
             weight: the quantised weight.
             folded: its values plus s·BA.
             retention: the retention by site, which is added to.
         """
         if self.how == "dequantise":
             return folded
-        quantised = quantiser_of(weight, self.quantiser)(folded)
+        quantised = (self.known.get(name) or quantiser_of(weight, self.quantiser))(folded)
         before, after = dequantised(weight).double(), dequantised(quantised).double()
         moved = folded.double() - before
         size = float(moved.square().sum())
