@@ -56,6 +56,7 @@ from .passes.shard_adapters import ShardedTensor, ShardPlan, shard_plan
 from .pictures import draw
 from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify
+from .proof.simplify import simplify
 from .reads.readers import Reader
 from .reads.sites import Site
 from .routed import route, swap_adapter, take_adapter
@@ -127,6 +128,7 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "shard_plan",
+    "simplify",
     "swap_adapter",
     "take_adapter",
     "unfold",

@@ -20,7 +20,8 @@ ShardedTensor Site SiteCheck SubmoduleError UnsupportedOpError Variant Verificat
 VerificationError adapt capture capture_more combine draw explicit export extract fold
 fold_checkpoint fold_into hosted initialize_from inject load_adapter load_rules lora_parameters
 match merge_aware merged optimize recorded_calls register_op register_variant remove report route
-save_adapter scale_adapter shard_plan swap_adapter take_adapter unfold verify verify_checkpoint
+save_adapter scale_adapter shard_plan simplify swap_adapter take_adapter unfold verify
+verify_checkpoint
 """
 FUNCTIONS = [name for name in fxlora.__all__ if inspect.isfunction(getattr(fxlora, name))]
 WITH_EXAMPLES = [*FUNCTIONS, "LoraConfig", "Rule", "Plan"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import FxLoraError, InputError, SubmoduleError
+from ..errors import FxLoraError, InjectError, InputError, SubmoduleError
 from ..fast import fast_graph
 from ..fx.calls import part_of
 from ..fx.literals import same_literal
@@ -46,6 +46,7 @@ from .several_calls import (
     signature_of_all,
 )
 from .sharing import copy_when_trained, unshare
+from .simplified import Simplification
 from .state import State
 from .submodules import Container, check_absent, check_kinds, children_of, seal_part
 
@@ -249,6 +250,8 @@ class CapturedModule(ProgramModule):
         return value if seal is None else seal.outside("", name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            self._check_mode(value)
         seal: Seal | None = self.__dict__.get("_seal")
         if seal is not None and not seal.open:
             check_absent(seal, name, value)
@@ -279,9 +282,19 @@ class CapturedModule(ProgramModule):
             )
 
     def train(self, mode: bool = True) -> CapturedModule:
+        self._check_mode(mode)
         super().train(mode)
         self._seal.all_set(self)
         return self
+
+    def _check_mode(self, mode: bool) -> None:
+        """Raise InjectError for the train mode of a module that is for inference only."""
+        known: State | None = self.__dict__.get("known")
+        if mode and known is not None and known.simplified and "_own_names" in self.__dict__:
+            raise InjectError(
+                "a simplified module is for inference: it has no train mode. Train the module that "
+                "was given to simplify, and simplify that again."
+            )
 
     def requires_grad_(self, requires_grad: bool = True) -> CapturedModule:
         """Set `requires_grad` of all parameters; those that would train are copied first."""
@@ -380,6 +393,11 @@ class CapturedModule(ProgramModule):
     def folded(self) -> tuple[Plan, ...]:
         """The plans folded into the weights, in order."""
         return self.known.folded
+
+    @property
+    def simplified(self) -> Simplification | None:
+        """What `fxlora.simplify` did to make this module, or None."""
+        return self.known.simplified
 
     @property
     def retention(self) -> Mapping[str, float]:

@@ -12,6 +12,7 @@ from ..fast import Fast
 from ..plan import Plan
 from .quantiser import Quantiser
 from .routing import Routing
+from .simplified import Simplification
 
 if TYPE_CHECKING:
     from .captured import CapturedModule
@@ -44,6 +45,7 @@ class State:
         merge_aware: the quantisers of the weights that calls read as a fold makes them, by the
             names of their parameters; empty if calls read them as they are.
         unfolded: the adapted module that a fold with `keep` was of, or None.
+        simplified: the passes that made the module smaller for inference, or None.
         retention: how much of s·BA a fold kept in each weight that it quantised anew, by site.
         routing: the adapters that the graphs choose among for each sample, or None.
     """
@@ -66,6 +68,7 @@ class State:
     optimized: Fast | None = None
     merge_aware: Mapping[str, Quantiser] = field(default_factory=dict[str, Quantiser])
     unfolded: CapturedModule | None = None
+    simplified: Simplification | None = None
     retention: Mapping[str, float] = field(default_factory=dict[str, float])
     routing: Routing | None = None
 
