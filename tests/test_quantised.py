@@ -17,6 +17,8 @@ import fxlora
 from fxlora import CapturedModule, LoraConfig, QuantisedError
 from fxlora.module.quantised import dequantised, is_quantised, stored, stored_bytes
 
+from .typed import plan_of, untyped
+
 pytest.importorskip("torchao", reason="the torchao extra is not installed")
 
 from torchao.quantization import (
@@ -25,8 +27,8 @@ from torchao.quantization import (
     IntxWeightOnlyConfig,
     quantize_,
 )
-from torchao.quantization.granularity import PerGroup
-from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 CONFIG = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
@@ -196,6 +198,100 @@ def test_a_quantised_weight_needs_the_branch() -> None:
     pissa = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
     lora = fxlora.inject(case.captured, fxlora.match(case.captured, pissa)).eval()
     torch.testing.assert_close(lora(X), case.model(X))
+
+
+class DirectNF4(nn.Module):
+    """A bare weight that an autograd.Function reads, as torchtune's QLoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coded = nn.Parameter(nf4(torch.randn(96, 64)), requires_grad=False)
+        self.out = nn.Linear(96, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(linear_nf4(x, untyped(self.coded)))
+
+
+def test_a_function_that_computes_the_product_takes_the_branch() -> None:
+    torch.manual_seed(0)
+    model = DirectNF4()
+    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
+    rule = fxlora.Rule("coded", lora=config)
+    lora = fxlora.adapt(model, X, rules=rule).eval()
+    assert [(e.op, e.form) for e in plan_of(lora)] == [("linear", "branch")]
+    a, b = (lora.get_parameter(f"coded_adapter.lora_{k}.default.weight") for k in "AB")
+    branch = 2 * (X @ a.T) @ b.T
+    expected = model.out(linear_nf4(X, untyped(model.coded)) + branch)
+    assert float((expected - model(X)).detach().abs().max()) > 1e-2
+    torch.testing.assert_close(lora(X), expected)
+    assert fxlora.verify(lora, X).sites
+    plain = fxlora.fold(lora, quantised="dequantise")
+    torch.testing.assert_close(plain(X), expected, rtol=1e-4, atol=1e-4)
+
+
+class Scaled(torch.autograd.Function):
+    """A product that passes another gradient on: no branch has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return 3 * grads[0] @ weight.to(grads[0].dtype), None
+
+
+def test_a_function_with_a_gradient_of_its_own_is_refused() -> None:
+    class Model(DirectNF4):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(untyped(Scaled.apply)(x, self.coded))
+
+    captured = fxlora.capture(Model(), X)
+    with pytest.raises(fxlora.UnsupportedOpError, match=r"is quantised.*read by Scaled"):
+        fxlora.match(captured, fxlora.Rule("coded", lora=LoraConfig(r=2)))
+
+
+def test_quantised_embeddings() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.lin = nn.Embedding(50, 64, padding_idx=0), nn.Linear(64, 32)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.lin(self.table(ids)).mean(1)
+
+    model, ids = Model().eval(), torch.randint(0, 50, (3, 5))
+    rows: Any = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, rows, lambda module, _: isinstance(module, nn.Embedding | nn.Linear))
+    config = LoraConfig(r=2, target_modules=["table", "lin"], init_lora_weights=False)
+    lora = fxlora.adapt(model, ids, rules=config).eval()
+    assert [(e.op, e.form) for e in plan_of(lora)] == [
+        ("embedding", "branch"),
+        ("linear", "branch"),
+    ]
+    assert len(weights(lora)) == 2
+    assert not torch.allclose(lora(ids), model(ids), atol=1e-2)
+    plain = fxlora.fold(lora, quantised="dequantise")
+    torch.testing.assert_close(plain(ids), lora(ids), rtol=1e-4, atol=1e-5)
+    aware = fxlora.merge_aware(lora)
+    assert torch.equal(aware(ids), fxlora.fold(aware, quantised="requantise")(ids))
+
+
+def test_the_tracer_asks_for_example_inputs() -> None:
+    with pytest.raises(fxlora.CaptureError, match="Give example inputs"):
+        fxlora.capture(case_of("int8").model)
+    assert fxlora.capture(case_of("int8").model, X).exported  # the advice
+
+
+def test_other_weights_of_the_same_form_are_other_weights() -> None:
+    case = case_of("int8")
+    other = plain_model()
+    nn.init.normal_(other.get_parameter("0.weight"))
+    KINDS["int8"](other)
+    with pytest.raises(fxlora.InputError, match=r"0\.weight"):
+        fxlora.capture_more(case.captured, other, X[:, None])
 
 
 # ---- fold ---------------------------------------------------------------------------------------

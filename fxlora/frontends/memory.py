@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..module.memory import copied_together, overlapping, span_of
-from ..module.quantised import with_parts
+from ..module.quantised import stored, with_parts
 from .kept.undisturbed import plain_tensors
 
 
@@ -46,7 +46,7 @@ class ParameterMemory:
 
 
 def _view(tensor: torch.Tensor) -> Any:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return next(stored(tensor)).data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def own_tensors(

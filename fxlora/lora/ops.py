@@ -425,6 +425,11 @@ def times_matrix(target: Any) -> tuple[int, Op] | None:
     return next(((at, row) for at, row in rows if row.branch is _times_weight), None)
 
 
+def matrix_products() -> tuple[OpOverload, ...]:
+    """Return the overloads of x @ W^T and x @ W, whose weight is their second argument."""
+    return aten.linear.default, aten.matmul.default
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether the call's op has a row, for any of its arguments."""
     target = overload_of(node.target)

@@ -9,20 +9,15 @@ the subclass again, and needs nothing of fxlora.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dispatch.python import no_python_dispatcher
-from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    get_proxy_slot,
-    has_proxy_slot,
-    track_tensor_tree,
-)
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +26,7 @@ from ...fx.dispatched import Dispatched, Position
 from ...fx.trials import concrete_sizes
 from ...module.quantised import is_quantised
 from .functions import own_forwards
+from .opaque import opaque_node
 
 
 class SubclassCalls(TorchFunctionMode):
@@ -53,24 +49,17 @@ class SubclassCalls(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any]
     ) -> tuple[torch.Tensor] | None:
         """Record a call as one node, and return its result; None if it cannot be one."""
-        mode: Any = _get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if mode is None or not all(has_proxy_slot(t, mode.tracer) for t in tensors):
-            return None
         if len(set(map(id, tensors))) < len(tensors) or any(map(_is_symbol, leaves)):
             return None
-        with disable_proxy_modes_tracing(), own_forwards():
+        with own_forwards():
             plain = _call_on_plain(func, args, kwargs)
-            result = func(*args, **kwargs) if plain else None
-        if not plain or not isinstance(result, FakeTensor):
-            return None
-        proxies = [get_proxy_slot(tensor, mode.tracer).proxy for tensor in tensors]
-        given = (len(self.calls), proxies)
-        self.calls.append(plain)
-        name = plain[0].__name__
-        proxy = mode.tracer.create_proxy("call_function", _OP, given, {}, name=name)
-        track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
-        return (result,)
+            if plain is None:
+                return None
+            self.calls.append(plain)
+            number, name = len(self.calls) - 1, plain[0].__name__
+            result = opaque_node(_OP, number, tensors, (), name, lambda: func(*args, **kwargs))
+        return None if result is None else (result,)
 
     def restore(self, module: fx.GraphModule) -> None:
         """Replace the opaque ops in a graph and its nested graphs by the calls."""
@@ -100,7 +89,9 @@ def _call_on_plain(
     """
     leaves, structure = pytree.tree_flatten((args, kwargs))
     # Below autograd, ops that are made of other ops are still whole.
-    with unset_fake_temporarily(), no_python_dispatcher(), torch._C._AutoDispatchBelowAutograd():
+    with ExitStack() as stack:
+        for context in _PLAIN:
+            stack.enter_context(context())
         tensors = {i: _like(v) for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)}
         order = {id(tensor): number for number, tensor in enumerate(tensors.values())}
         plain = [tensors.get(i, leaf) for i, leaf in enumerate(leaves)]
@@ -127,6 +118,14 @@ def _call_on_plain(
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(concrete_sizes(tensor.shape), dtype=tensor.dtype, device="meta")
+
+
+_PLAIN = (
+    unset_fake_temporarily,
+    disable_proxy_modes_tracing,
+    no_python_dispatcher,
+    torch._C._AutoDispatchBelowAutograd,
+)
 
 
 class _Recorder(TorchDispatchMode):
