@@ -294,6 +294,22 @@ def test_other_weights_of_the_same_form_are_other_weights() -> None:
         fxlora.capture_more(case.captured, other, X[:, None])
 
 
+def test_a_quantised_weight_cannot_train_in_full() -> None:
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    with pytest.raises(fxlora.UnsupportedOpError, match=r"'2\.weight' is to train .* quantised"):
+        fxlora.match(case_of("int8").captured, config)
+
+
+def test_adapters_of_a_quantised_base_are_routed() -> None:
+    case = case_of("int8")
+    both = [case.lora, fxlora.scale_adapter(case.lora, 0.5)]
+    routed = fxlora.route(both).eval()
+    found = routed(X, adapter_ids=torch.tensor([0, 1, 1, 0, -1]))
+    expected = [both[0](X), both[1](X), both[1](X), both[0](X), case.model(X)]
+    for row, other in enumerate(expected):
+        torch.testing.assert_close(found[row], other[row], rtol=1e-4, atol=1e-5)
+
+
 # ---- fold ---------------------------------------------------------------------------------------
 
 

@@ -198,5 +198,8 @@ def test_arguments_are_checked() -> None:
     lora = fxlora.adapt(model, X, rules=LoraConfig(r=2, target_modules=["head"]))
     with pytest.raises(fxlora.InjectError, match="fold"):
         fxlora.simplify(lora, X)
+    two = fxlora.capture(nn.Linear(3, 2), calls=[((X[0, 0, 0, :3],), {}), ((X[0, :, :, :3],), {})])
+    with pytest.raises(fxlora.InjectError, match="one whole graph"):
+        fxlora.simplify(two, X[0, 0, 0, :3])
     only = fxlora.simplify(folded, X, passes=["dropout", "dead"])
     assert "batch_norm" in kinds(only) and "dropout" not in kinds(only)

@@ -74,10 +74,10 @@ def simplify(
         raise InjectError(
             "simplify takes a module without adapters: fold them first (fxlora.fold)."
         )
-    if module.known.outlined or module.parent_module:
+    if module.known.outlined or module.parent_module or len(module.programs) > 1:
         raise InjectError(
-            "simplify takes a module of whole graphs: capture without modules=, a model that has "
-            "a whole graph."
+            "simplify takes a module of one whole graph, which one run proves: capture one call of "
+            "the model, without modules=."
         )
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     if not positional and not kwargs:
