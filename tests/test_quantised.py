@@ -52,7 +52,9 @@ KINDS: dict[str, Callable[[nn.Module], None]] = {
     "nf4": in_nf4,
     "int8 x int8": lambda model: quantize_(model, Int8DynamicActivationInt8WeightConfig()),
 }
-PRODUCTS = [kind for kind in KINDS if kind != "int8 x int8"]
+QUICK = ("int8", "nf4")
+EVERY = [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in KINDS]
+PRODUCTS = [kind for kind in EVERY if "int8 x int8" not in kind.values]
 
 
 def plain_model() -> nn.Module:
@@ -85,7 +87,7 @@ class Case:
 _CASES: dict[str, Case] = {}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EVERY)
 def case(request: pytest.FixtureRequest) -> Case:
     return case_of(request.param)
 

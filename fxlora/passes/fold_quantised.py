@@ -128,4 +128,5 @@ def _random(node: fx.Node, generator: torch.Generator, weight: torch.Tensor) -> 
     shape = concrete_sizes(example.shape)
     if not example.is_floating_point():
         return torch.zeros(shape, dtype=example.dtype, device=weight.device)
-    return torch.randn(shape, generator=generator).to(weight.device, example.dtype)
+    # The example may be of before a `.to()`; the weight is as it is now.
+    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)

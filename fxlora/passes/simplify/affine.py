@@ -142,11 +142,18 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
     scales = [_scale(first, source, held), _scale(second, first, held)]
     if example is None or scales[0] is None or scales[1] is None:
         return
-    both = (scales[0] * scales[1]).to(example.device, example.dtype)
+    both = scales[0] * scales[1]
     if both.ndim > example.ndim:
         return
     graph = second.graph
-    factor = held.new(f"_simplified.{second.name}", both, second)
+    # The constants are in the dtype and on the device of now; the example may be of before a move.
+    used = [held.of(n) for call in (first, second) for n in call.all_input_nodes if n in held.nodes]
+    if (not used and both.ndim) or not all(tensor.is_floating_point() for tensor in used):
+        return
+    factor: Any = float(both) if not used else None
+    if used:
+        value = both.to(used[0].device, used[0].dtype)
+        factor = held.new(f"_simplified.{second.name}", value, second)
     with graph.inserting_before(second):
         made = graph.create_node("call_function", aten.mul.Tensor, (source, factor))
     made.meta = dict(second.meta)
