@@ -27,6 +27,8 @@ def decode_weights(module: CapturedModule) -> None:
     codes and back are then rounded straight-through, so that what is in front of them can train.
     """
     buffers = dict(module.named_buffers(remove_duplicate=False))
+    if not any(map(_is_code, buffers.values())):
+        return
     chains = _chains(module, buffers)
     for chain in chains:
         chain.replace(module, buffers)

@@ -281,7 +281,7 @@ def _exported(
         stack.enter_context(marked_checkpoints())
         stack.enter_context(refuse_constant_draws(type(model).__name__))
         assigned = stack.enter_context(refuse_state(model))
-        of_subclasses = stack.enter_context(kept_subclass_calls())
+        of_subclasses = stack.enter_context(kept_subclass_calls(model))
         program = run_export(model, example)
     _refuse_unanswered(model, reads)
     # Before `_as_module`, which generates code from these names.

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dispatch.python import no_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -146,8 +146,12 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def kept_subclass_calls() -> Generator[SubclassCalls]:
-    """Within the context, a call on a tensor subclass is one opaque op."""
+def kept_subclass_calls(model: nn.Module) -> Generator[SubclassCalls]:
+    """Within the context, a call on a tensor subclass that a model holds is one opaque op."""
+    held = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    if not any(map(is_quantised, held)):
+        yield SubclassCalls()
+        return
     with SubclassCalls() as calls:
         yield calls
 
