@@ -2,10 +2,17 @@
 
 A batch of 32 samples is spread over N adapters on every linear layer of an MLP. PEFT computes each
 adapter on the samples that name it, one after the other; the routed graph gathers A and B.
+
+A second table has one layer in the forms that a mixed batch can take, by multiplications and memory
+(numbers per sample of n tokens, with N slots): gathering A and B costs r·(in + out) copied numbers
+and n·r·(in + out) multiplications; one product with the A of all slots, where a mask leaves the
+sample's own, N·n·r·(in + out) multiplications; sorting the samples into a product for each adapter
+2·n·(in + out) copied numbers, in n·r·(in + out) multiplications.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from collections.abc import Callable
@@ -30,11 +37,19 @@ def main() -> None:
     options_parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     options_parser.add_argument("--tokens", type=int, nargs="+", default=[4, 64])
     options_parser.add_argument("--train", action="store_true", help="forward and backward")
+    options_parser.add_argument("--forms", action="store_true", help="only the forms of one layer")
     options_parser.add_argument("--compile", action="store_true", help="also a compiled graph")
-    options = start(options_parser, rounds=25)
+    options = start(options_parser, rounds=15)
     if options.quick:
         options.hidden, options.layers, options.adapters, options.tokens = 128, 2, [1, 4], [4]
     report = Report(options)
+    compare_forms(options, report)
+    if not options.forms:
+        compare_sides(options, report)
+
+
+def compare_sides(options: argparse.Namespace, report: Report) -> None:
+    """Time the base, the routed graph and PEFT on the same mixed batches."""
     rows = []
     timings = {}
     for tokens in options.tokens:
@@ -65,6 +80,60 @@ def main() -> None:
         f"{options.hidden}, r={R}"
     )
     report.add(title, rows, timings)
+
+
+# ---- the forms of one layer ---------------------------------------------------------------------
+
+
+def compare_forms(options: argparse.Namespace, report: Report) -> None:
+    """Time one layer of a mixed batch in every form."""
+    rows = []
+    timings = {}
+    for tokens in (4, 64, 256):
+        for adapters in (1, 8, 64):
+            calls = forms(options.hidden, tokens, adapters, options.device)
+            expected = calls["gathered"]()
+            for form in ("all slots, masked", "sorted"):
+                assert error(calls[form](), expected) < 1e-4, form
+            sides = {n: Side(lambda call: call(), lambda run=run: run) for n, run in calls.items()}
+            times = interleave(sides, options.rounds, options.device, warmup=2)
+            timings |= {f"forms, {tokens} tokens, {adapters}, {n}": t for n, t in times.items()}
+            ratios = {f"{n} / base": f"{times[n].over(times[BASE]):.2f}" for n in list(calls)[1:]}
+            row = {"tokens": str(tokens), "adapters": str(adapters), "base, ms": str(times[BASE])}
+            rows.append(row | ratios)
+    title = f"Forms of one layer {options.hidden} x {options.hidden}, batch {SAMPLES}, r={R}"
+    report.add(title, rows, timings)
+
+
+def forms(hidden: int, tokens: int, adapters: int, device: str) -> dict[str, Call]:
+    """Return the same adapted layer in every form."""
+    x = torch.randn(SAMPLES, tokens, hidden, device=device)
+    weight = torch.randn(hidden, hidden, device=device) / hidden**0.5
+    down = torch.randn(adapters, R, hidden, device=device) / hidden**0.5
+    up = torch.randn(adapters, hidden, R, device=device)
+    ids = torch.arange(SAMPLES, device=device) % adapters
+    own = (ids[:, None] == torch.arange(adapters, device=device)).repeat_interleave(R, 1)
+
+    def base() -> torch.Tensor:
+        return nn.functional.linear(x, weight)
+
+    def gathered() -> torch.Tensor:
+        return torch.baddbmm(base(), x @ down[ids].mT, up[ids].mT)
+
+    def masked() -> torch.Tensor:
+        wide = nn.functional.linear(x, down.flatten(0, 1)) * own[:, None]
+        return base() + wide @ up.mT.flatten(0, 1)
+
+    def in_order() -> torch.Tensor:
+        order = ids.argsort()
+        parts = x[order].split(torch.bincount(ids, minlength=adapters).tolist())
+        outputs = [part @ a.T @ b.T for part, a, b in zip(parts, down, up, strict=True)]
+        return base() + torch.cat(outputs)[order.argsort()]
+
+    return {BASE: base, "gathered": gathered, "all slots, masked": masked, "sorted": in_order}
+
+
+# ---- the sides ----------------------------------------------------------------------------------
 
 
 def model(hidden: int, layers: int, device: str) -> nn.Sequential:

@@ -23,6 +23,7 @@ CLIENTS, REQUESTS, SWAPS, MOST = 64, 5, 4, 32
 class Server:
     def __init__(self, routed: fxlora.CapturedModule, slots: dict[str, int]) -> None:
         self.routed, self.slots = routed.eval(), slots
+        self.base = fxlora.remove(routed)
         self.waiting: asyncio.Queue[tuple[list[float], int, asyncio.Future[list[float]]]]
         self.waiting = asyncio.Queue()
         self.free = asyncio.Lock()  # a swap writes between two batches, never in one
@@ -41,11 +42,12 @@ class Server:
 
     async def swap(self, request: web.Request) -> web.Response:
         slot, folder = self.slots[request.match_info["name"]], (await request.json())["folder"]
-        async with self.free:
-            try:
-                await asyncio.to_thread(fxlora.swap_adapter, self.routed, slot, folder)
-            except fxlora.AdapterError as error:  # nothing was written
-                raise web.HTTPConflict(text=str(error)) from error
+        try:  # the batches go on while the files are read
+            adapter = await asyncio.to_thread(fxlora.load_adapter, self.base, folder)
+            async with self.free:
+                await asyncio.to_thread(fxlora.swap_adapter, self.routed, slot, adapter)
+        except fxlora.AdapterError as error:  # nothing was written
+            raise web.HTTPConflict(text=str(error)) from error
         return web.Response()
 
     async def work(self) -> None:

@@ -2,12 +2,14 @@
 
 from . import peft as peft
 from .api import (
+    activate,
     adapt,
     capture_more,
     explicit,
     fold,
     inject,
     lora_parameters,
+    match,
     merge_aware,
     optimize,
     remove,
@@ -49,7 +51,6 @@ from .lora.layout import Layout
 from .lora.ops import register_op
 from .lora.row import Op, Read
 from .lora.variants import Variant, register_variant
-from .matching import match
 from .module import CapturedModule
 from .passes.eva import Initialized, initialize_from
 from .passes.shard_adapters import ShardedTensor, ShardPlan, shard_plan
@@ -98,6 +99,7 @@ __all__ = [
     "Variant",
     "Verification",
     "VerificationError",
+    "activate",
     "adapt",
     "capture",
     "capture_more",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import matching
 from .config import Rules, is_finite
 from .errors import (
     CaptureError,
@@ -25,7 +26,7 @@ from .frontends import capture, capture_recorded
 from .frontends.arguments import given_calls
 from .frontends.joined import check_same_model, joined
 from .lora.dtypes import dtype_rule
-from .matching import match
+from .matching.importance import Loss
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
 from .module.blocks.chosen import Modules
@@ -33,11 +34,52 @@ from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
-from .passes import FoldConstants, Inject, MergeAware, Optimize, Remove, Unroute
+from .passes import (
+    Activate,
+    FoldConstants,
+    Inject,
+    MergeAware,
+    Optimize,
+    Remove,
+    Unroute,
+    chosen,
+)
+from .passes.active import as_names
 from .passes.fold_constants import quantised_sites
 from .passes.fold_quantised import QuantisedFold
 from .plan import Plan
 from .tables import some
+
+
+def match(
+    module: CapturedModule,
+    rules: Rules | str | Path,
+    *,
+    adapter_name: str = "default",
+    budget: int | str | None = None,
+    rank_by: str | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Plan:
+    check_captured(module, "match")
+    if isinstance(adapter_name, str) and adapter_name in module.known.adapters:
+        raise ConfigError(
+            f"the module has an adapter {shown(adapter_name)} already: give another adapter_name, "
+            "or fold or remove that one first."
+        )
+    base = Remove()(module) if module.known.adapters else module
+    return matching.match(
+        base,
+        rules,
+        adapter_name=adapter_name,
+        budget=budget,
+        rank_by=rank_by,
+        data=data,
+        loss=loss,
+    )
+
+
+match.__doc__ = matching.match.__doc__  # it matches the base: the adapters are no part of it
 
 
 @no_ambient_modes()
@@ -53,8 +95,11 @@ def inject(
     Only A, B and the parameters that the plan trains in full require gradients. With the default
     init B is zero, and the outputs equal the given module's bit for bit.
 
+    A module that has adapters gets another one beside them, if the plan was matched with another
+    `adapter_name`. Those that are active stay so: their branches are summed. See `activate`.
+
     Args:
-        module: a captured module without adapters; it is not changed.
+        module: a captured module; it is not changed.
         plan: from `match` on this module.
         starts: initial values of adapter tensors by name, of the shapes `(r, in_features)` for A
             and `(out_features, r)` for B; the others are initialised as the plan says.
@@ -66,7 +111,8 @@ def inject(
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        InjectError: the plan does not fit the module, or the module has adapters already.
+        InjectError: the plan does not fit the module; the module has an adapter of this name; or
+            the new adapter and those that are active have no sum.
         ConfigError: adapter_dtype is no dtype in which an adapter can be trained.
 
     Example:
@@ -85,6 +131,42 @@ def inject(
     return Inject(plan, starts or {})(module)
 
 
+def activate(module: CapturedModule, adapters: str | Sequence[str]) -> CapturedModule:
+    """Return a module with other graphs over the same tensors: those of some of its adapters.
+
+    The branches of several adapters are summed; `[]` gives the base. The others stay in the result
+    as parameters that no graph reads. Only active adapters train. The two modules share the memory
+    of all adapters, so what one trains, the other has; the buffers are each module's own.
+
+    Args:
+        module: an adapted module; it is not changed.
+        adapters: the name or names of the adapters that are to be active.
+
+    Returns:
+        The module with these adapters in its graphs.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+        InjectError: it has no such adapter; or the sum of these is not what each adds to the base:
+            one scales the outputs (DoRA) of a weight that another adapts, two train one parameter
+            in full, or calls changed buffers in the training of one of them.
+        ConfigError: the names are none.
+
+    Example:
+        >>> import torch, fxlora
+        >>> gm = fxlora.capture(torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6))
+        >>> config, lora = fxlora.LoraConfig(r=2, target_modules="all-linear"), gm
+        >>> for name in ("a", "b"):
+        ...     lora = fxlora.inject(lora, fxlora.match(gm, config, adapter_name=name))
+        >>> only = fxlora.activate(lora, "b")
+        >>> [name for name, p in only.named_parameters() if p.requires_grad]
+        ['0.lora_A.b.weight', '0.lora_B.b.weight']
+    """
+    check_captured(module, "activate")
+    return Activate(as_names(adapters))(module)
+
+
+@no_ambient_modes()
 def adapt(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | None = None,
@@ -192,6 +274,12 @@ def capture_more(
             "model with all its calls. Adapters that are trained already move to it: "
             "new = inject(captured, lora.plan), and new.load_state_dict(lora.state_dict())."
         )
+    if len(module.known.adapters) > len(module.known.active[:1]):
+        raise InputError(
+            "capture_more takes a module with one adapter, an active one. Take the others out, "
+            "capture more, and load them again: save_adapter(module, folder, adapter=name), then "
+            "remove(module, adapter=name), and load_adapter(more, folder, adapter_name=name)."
+        )
     if not isinstance(model, nn.Module):
         raise CaptureError(f"capture_more takes the nn.Module, not {type(model).__name__}.")
     model = uncompiled(model, CaptureError)
@@ -256,6 +344,7 @@ def _refuse_captured(module: CapturedModule, method: str, call: Call) -> None:
 def fold(
     module: CapturedModule,
     *,
+    adapter: str | Sequence[str] | None = None,
     inplace: bool = False,
     keep: bool = False,
     allow_nonfinite: bool = False,
@@ -271,6 +360,8 @@ def fold(
 
     Args:
         module: an adapted module; it is not changed, unless `inplace`.
+        adapter: the name or names of the adapters to fold; by default the active ones. The result
+            has no adapters, so the others are not in it.
         inplace: fold the module itself: it loses its adapters, and is returned. A weight whose
             memory no other tensor holds is overwritten, without a second copy. The source and the
             captured module hold it, so delete them first; where one is left, its weights stay as
@@ -296,10 +387,12 @@ def fold(
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        InjectError: the module never had adapters, or they have NaN or infinities.
+        InjectError: the module never had adapters, or they have NaN or infinities; or as for
+            `activate`.
         QuantisedError: an adapted weight is quantised, and `quantised` does not say what to do;
             its layer computes more than a product; no quantiser is known, or it loses s·BA.
-        ConfigError: an argument about quantised weights has no meaning.
+        ConfigError: `adapter` together with `inplace`; or an argument about quantised weights has
+            no meaning.
 
     Example:
         >>> import torch, fxlora
@@ -309,8 +402,11 @@ def fold(
         True
     """
     check_captured(module, "fold")
-    if module.plan is None and not module.folded:
-        raise InjectError("nothing to fold: the module has no adapters.")
+    if inplace and adapter is not None:
+        raise ConfigError("fold(…, inplace=True) folds the active adapters: activate them first.")
+    module = chosen(module, adapter)
+    if module.plan is None and (module.known.adapters or not module.folded):
+        raise InjectError(f"nothing to fold: {_without_adapter(module)}")
     for groups in module.plan.split_ties if module.plan else ():
         names = " from ".join(some(group) for group in groups[::-1])
         warn(
@@ -334,6 +430,13 @@ def fold(
     if kept is not None or module.plan is not None:
         result.update_state(unfolded=kept)
     return result
+
+
+def _without_adapter(module: CapturedModule) -> str:
+    """Return why no adapter is in a module's graphs, and what to do."""
+    if known := module.known.adapters:
+        return f"none of its adapters is active. activate(module, '{next(iter(known))}')."
+    return "the module has no adapters."
 
 
 _HOW = ("keep", "dequantise", "requantise")
@@ -508,7 +611,7 @@ def merge_aware(module: CapturedModule, *, quantiser: Any = None) -> CapturedMod
 
 
 @no_ambient_modes()
-def remove(module: CapturedModule) -> CapturedModule:
+def remove(module: CapturedModule, *, adapter: str | Sequence[str] | None = None) -> CapturedModule:
     """Return a new module without the adapters, as it was before `inject`.
 
     Weights, parameters that were trained in full, and buffers have their values from before the
@@ -516,6 +619,8 @@ def remove(module: CapturedModule) -> CapturedModule:
 
     Args:
         module: an adapted or a routed module; it is not changed.
+        adapter: the name or names of the adapters to remove; by default all. The others stay as
+            they are.
 
     Returns:
         The captured module again.
@@ -532,7 +637,9 @@ def remove(module: CapturedModule) -> CapturedModule:
         ['weight', 'bias']
     """
     check_captured(module, "remove", routed=True)
-    return Unroute()(module) if module.known.routing else Remove()(module)
+    if module.known.routing:
+        return Unroute()(module)
+    return Remove(names=None if adapter is None else as_names(adapter))(module)
 
 
 def lora_parameters(
@@ -570,7 +677,7 @@ def lora_parameters(
     """
     check_captured(module, "lora_parameters", routed=True)
     if module.plan is None and module.known.routing is None:
-        raise InjectError("no adapters to train: inject a plan first.")
+        raise InjectError(f"no adapters to train: {_without_adapter(module)}")
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
         if value is not None and not (is_finite(value) and value > 0):
             raise ConfigError(f"{name} must be a finite number > 0, not {shown(value)}.")

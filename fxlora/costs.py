@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
 from .module.quantised import is_quantised, stored_bytes
 from .names import printable
-from .plan import Entry, Plan
+from .passes.active import as_names, check_known
+from .plan import Entry, Plan, joined
 from .tables import FORMATS, render, some
 
 HEADER = ("site", "op", "weight", "form", "r", "alpha", "W", "A and B", "fewer", "factor")
@@ -79,7 +81,9 @@ class _Totals:
 
 
 @no_ambient_modes()
-def report(x: Plan | CapturedModule, format: str = "table") -> str:
+def report(
+    x: Plan | CapturedModule, format: str = "table", *, adapter: str | Sequence[str] | None = None
+) -> str:
     r"""Report how many parameters and how much training memory a plan saves.
 
     Only shapes are needed, so it works on the meta device. With the numbers of parameters w of a
@@ -102,6 +106,7 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
     Args:
         x: a plan, an adapted module, or a folded module (for its last folded plan).
         format: "table", "github" (a Markdown table), "html", "json" or "csv" (only the sites).
+        adapter: the name or names of the adapters of a module; by default the active ones.
 
     Returns:
         The report as text. Numbers in "json" and "csv" are not rounded, and memory in "json" is in
@@ -109,7 +114,7 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
 
     Raises:
         ConfigError: the format is unknown.
-        InjectError: the module never had adapters.
+        InjectError: the module never had adapters, or has none of this name.
         NotCapturedError: `x` is neither a plan nor a captured module.
 
     Example:
@@ -123,7 +128,7 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
         >>> json.loads(fxlora.report(plan, "json"))["trainable_parameters"]
         10
     """
-    plan, folded = _plan_of(x)
+    plan, folded = _plan_of(x, adapter)
     holds = sum(p.numel() for p in x.parameters()) if isinstance(x, CapturedModule) else 0
     totals = _Totals(
         plan.model_parameters,
@@ -151,7 +156,7 @@ def report(x: Plan | CapturedModule, format: str = "table") -> str:
 
 def site_rows(plan: Plan) -> list[list[str]]:
     """Return the report's rows, one per entry, with the columns of HEADER."""
-    return [_row(entry) for entry in plan]
+    return [_row(entry, plan.label(entry)) for entry in plan]
 
 
 def _held(plan: Plan) -> int:
@@ -159,8 +164,13 @@ def _held(plan: Plan) -> int:
     return sum(math.prod(shape) for entry in plan for shape in entry.tensors.values())
 
 
-def _plan_of(x: Plan | CapturedModule) -> tuple[Plan, bool]:
+def _plan_of(x: Plan | CapturedModule, adapter: str | Sequence[str] | None) -> tuple[Plan, bool]:
     """Return the plan to report on, and whether it is folded into the weights."""
+    if adapter is not None:
+        check_captured(x, "report(…, adapter=…)")
+        assert isinstance(x, CapturedModule)
+        check_known(x, names := as_names(adapter))
+        return joined([x.known.adapters[name] for name in names]), False
     if isinstance(x, Plan):
         return x, False
     if isinstance(x, CapturedModule) and x.plan is not None:
@@ -177,10 +187,10 @@ def _reduction(entry: Entry) -> tuple[float, float]:
     return 100 * (1 - ratio), 1 / ratio
 
 
-def _row(entry: Entry) -> list[str]:
+def _row(entry: Entry, label: str) -> list[str]:
     percent, factor = _reduction(entry)
     return [
-        entry.site,
+        label,
         entry.op,
         "x".join(map(str, entry.adapted_shape)),
         entry.form,
@@ -271,7 +281,7 @@ def _csv(plan: Plan) -> str:
     writer.writerow(HEADER)
     for entry in plan:
         percent, factor = _reduction(entry)
-        row = map(printable, _row(entry)[:6])
+        row = map(printable, _row(entry, plan.label(entry))[:6])
         writer.writerow([*row, entry.weight_parameters, entry.adapter_parameters, percent, factor])
     return text.getvalue()
 
@@ -283,6 +293,7 @@ def _data(plan: Plan, totals: _Totals) -> dict[str, Any]:
         sites.append(
             {
                 "site": entry.site,
+                "adapter": entry.adapter,
                 "op": entry.op,
                 "shape": list(entry.adapted_shape),
                 "form": entry.form,

@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import tomli_w
@@ -352,6 +353,7 @@ class Plan:
         trained_parameters: number of those that train in full.
         trained_dtypes: the dtypes of parameters trained in full, by name, as in
             `LoraConfig.autocast_adapter_dtype`; True for those that it leaves out.
+        adapter: name of the adapter; of the first entry's, if there are entries.
         untied: other names of the tensor of a parameter trained in full, by its name, which do not
             train with it: injection splits the tie. (`match` trains a tensor under all its names;
             PEFT's `modules_to_save` splits ties.)
@@ -362,8 +364,8 @@ class Plan:
             `base_model_name_or_path`, … (see LoraConfig). They are written to folders.
 
     Raises:
-        ConfigError: an attribute has a wrong type or value, or two entries adapt the same rows of
-            a weight, or one weight by different adapters.
+        ConfigError: an attribute has a wrong type or value, or two entries of one adapter adapt
+            the same rows of a weight.
 
     Example:
         >>> import torch, fxlora
@@ -388,6 +390,7 @@ class Plan:
     trained_dtypes: Mapping[str, DtypeRule] = field(default_factory=dict[str, DtypeRule])
     descriptions: Mapping[str, Any] = field(default_factory=dict[str, Any])
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    adapter: str = "default"
 
     def __post_init__(self) -> None:
         counts = (self.model_parameters, self.trained_parameters)
@@ -397,6 +400,10 @@ class Plan:
         )
         entries = isinstance(self.entries, tuple) and all(isinstance(e, Entry) for e in self)
         _check(entries, "the entries of a plan must be a tuple of Entry")
+        if self.entries:
+            object.__setattr__(self, "adapter", self.entries[0].adapter)
+        adapter = is_adapter(self.adapter)
+        _check(adapter, f"adapter {shown(self.adapter)} is not a valid name: {ADAPTER_RULE}")
         for what in ("trained", "modules_to_save"):
             names = getattr(self, what)
             paths = isinstance(names, tuple) and all(map(is_path, names))
@@ -425,15 +432,10 @@ class Plan:
             for name in entry.names:
                 held.setdefault(name, []).append(entry)
         for name, sharing in held.items():
-            adapters = dict.fromkeys(entry.adapter for entry in sharing)
-            _check(
-                len(adapters) == 1,
-                f"the plan adapts '{name}' by {some(adapters)}: one adapter at a time, because a "
-                "file holds one; fold the first before the second",
-            )
-            rows = sorted(entry.rows or (0, MAX_SIZE) for entry in sharing)
-            apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(rows))
-            _check(apart, f"the plan adapts the same rows of '{name}' more than once")
+            for adapter in dict.fromkeys(entry.adapter for entry in sharing):
+                rows = sorted(e.rows or (0, MAX_SIZE) for e in sharing if e.adapter == adapter)
+                apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(rows))
+                _check(apart, f"the plan adapts the same rows of '{name}' more than once")
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -462,6 +464,15 @@ class Plan:
         held = held_dtype(self.trained_dtypes.get(name, True), weight)
         exact = held == weight or torch.promote_types(held, weight) == held
         return held if exact else weight
+
+    @cached_property
+    def one_adapter(self) -> bool:
+        """Whether all entries are of one adapter."""
+        return len({entry.adapter for entry in self}) < 2
+
+    def label(self, entry: Entry) -> str:
+        """Return the site of an entry for a table, with the adapter's name if there are several."""
+        return entry.site if self.one_adapter else f"{entry.site} ({entry.adapter})"
 
     @property
     def inference_mode(self) -> bool:
@@ -495,7 +506,7 @@ class Plan:
         header = ["site", "op", "weight", "form", "r", "alpha", "+parameters", "rule", "note"]
         rows = [
             [
-                e.site,
+                self.label(e),
                 e.op,
                 "x".join(map(str, e.adapted_shape)),
                 e.form,
@@ -550,3 +561,36 @@ class Plan:
         # tomli_w leaves some unprintable characters as they are. It writes basic strings only, in
         # which a \U escape is valid.
         return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Return one plan of several adapters on one model; of one, its own plan."""
+    if len(plans) == 1:
+        return plans[0]
+    first = plans[0]
+    adapted = {entry.site for plan in plans for entry in plan}
+    return Plan(
+        entries=tuple(entry for plan in plans for entry in plan),
+        trained=tuple(dict.fromkeys(n for plan in plans for n in plan.trained)),
+        skipped=tuple((site, why) for site, why in first.skipped if site not in adapted),
+        modules_to_save=tuple(dict.fromkeys(n for plan in plans for n in plan.modules_to_save)),
+        model_parameters=first.model_parameters,
+        trained_parameters=sum(plan.trained_parameters for plan in plans),
+        trained_dtypes={n: rule for plan in plans for n, rule in plan.trained_dtypes.items()},
+        descriptions=first.descriptions,
+        untied={n: others for plan in plans for n, others in plan.untied.items()},
+        adapter=first.adapter,
+    )
+
+
+def separated(plan: Plan) -> dict[str, Plan]:
+    """Return the plan of each adapter in a plan, by name; the first one's has all but entries."""
+    names = dict.fromkeys([plan.adapter, *(entry.adapter for entry in plan)])
+    if len(names) == 1:
+        return {plan.adapter: plan}
+    found: dict[str, Plan] = {}
+    for name in names:
+        entries = tuple(entry for entry in plan if entry.adapter == name)
+        rest = plan if not found else Plan((), model_parameters=plan.model_parameters)
+        found[name] = dataclasses.replace(rest, entries=entries, adapter=name)
+    return found

@@ -10,9 +10,10 @@ import torch
 from .config import is_whole
 from .disk.load import load_adapter
 from .errors import ConfigError, InjectError
-from .module import CapturedModule, check_captured
+from .module import CapturedModule, check_captured, check_one_adapter
 from .module.ambient import no_ambient_modes
 from .names import shown
+from .passes.active import Activate, as_names
 from .passes.inject import Inject
 from .passes.remove import Remove
 from .passes.route import Route
@@ -24,42 +25,49 @@ from .tables import some
 
 @no_ambient_modes()
 def route(
-    modules: Sequence[CapturedModule],
+    modules: CapturedModule | Sequence[CapturedModule],
     *,
+    adapters: Sequence[str] | None = None,
     slots: int | None = None,
     rank: int | None = None,
     batch: str | None = None,
-    strengths: bool = False,
+    weights: bool = False,
+    mixture: int = 1,
 ) -> CapturedModule:
     """Return a module that gives each sample of a batch an adapter of its own.
 
     Its graphs have one more argument, `adapter_ids`, an int64 tensor (batch,): the position in
-    `modules` of the adapter that a sample gets, or -1 for none. A and B of all adapters are stacked
-    (slots + 1, …) in the graphs, with the base in the last row, and gathered for each sample. They
-    train: the gradient of a sample reaches its own adapter only.
+    `modules` (or in `adapters`) of the adapter that a sample gets, or -1 for none. A and B of all
+    adapters are stacked (slots + 1, …) in the graphs, with the base in the last row, and gathered
+    for each sample. They train: the gradient of a sample reaches its own adapter only.
 
     Args:
-        modules: adapted modules over one captured model; they are not changed.
-        slots: the number of adapters that the module has room for; by default `len(modules)`.
-            `swap_adapter` fills the others.
+        modules: a module with several adapters, or adapted modules over one captured model, with
+            one active adapter each; they are not changed.
+        adapters: the names of the adapters of a module with several, active or not; by default all.
+        slots: the number of adapters that the module has room for; by default the number of those
+            given. `swap_adapter` fills the others.
         rank: the rank that each adapted place has room for at least.
         batch: the argument whose first dimension counts the samples; needed only if arguments have
             different dynamic first dimensions.
-        strengths: whether the graphs have a second argument, `adapter_strengths`, float32 (batch,),
-            which multiplies the effect of the adapter on each sample, s·BA.
+        weights: whether the graphs have a second argument, `adapter_weights`, float32 in the shape
+            of `adapter_ids`, which multiplies the effect of the adapter on each sample, s·BA.
+        mixture: the number of adapters of each sample, whose effects are summed. Above 1,
+            `adapter_ids` is (batch, mixture), padded with -1.
 
     Returns:
         The routed module. It shares the base weights with the given ones.
 
     Raises:
         NotCapturedError: a module is not a captured one.
-        ConfigError: `modules` is empty or has more than `slots`, or `slots` or `rank` is no number
-            above 0.
-        InjectError: a module has no adapters, or is over another base.
+        ConfigError: there are no adapters or more than `slots`; or `slots`, `rank` or `mixture` is
+            no number above 0.
+        InjectError: a module has no adapters, none of such a name or several active ones, or is
+            over another base.
         InputError: the capture does not tell which dimension counts the samples.
         UnsupportedOpError: at a weight, the adapters differ in more than rank, scaling and values;
             or it is read where the samples cannot be told apart, or in a way that takes no
-            strength. Names the weight.
+            weights and no mixture. Names the weight.
 
     Example:
         >>> import torch, fxlora
@@ -71,53 +79,80 @@ def route(
         >>> torch.allclose(y[0], loras[1](x)[0], atol=1e-6), torch.allclose(y[2], gm(x)[2])
         (True, True)
     """
-    if isinstance(modules, CapturedModule) or not modules:
-        raise ConfigError("route takes a list of adapted modules, with at least one.")
+    modules = _each(modules, adapters)
     slots = len(modules) if slots is None else slots
-    for name, value in (("slots", slots), ("rank", 1 if rank is None else rank)):
+    numbers = {"slots": slots, "rank": 1 if rank is None else rank, "mixture": mixture}
+    for name, value in numbers.items():
         if not is_whole(value, 1, 2**16):
             raise ConfigError(f"{name} must be a number from 1 to {2**16}, not {shown(value)}.")
     if len(modules) > slots:
         raise ConfigError(f"{len(modules)} adapters do not fit into {slots} slots.")
-    bases: list[CapturedModule] = []
     for module in modules:
         check_captured(module, "route")
+        check_one_adapter(module, "route")
         if module.plan is None:
             raise InjectError("route takes adapted modules: inject a plan first.")
-        bases.append(Remove()(module))
-    for module, base in zip(modules, bases, strict=True):
-        _check_same_base(module, base, bases[0])
-    adapters = [_adapter(module) for module in modules]
-    empty = [None] * (slots - len(adapters))
-    routed = Route([*adapters, *empty], rank, batch, strengths)(bases[0])
+        _check_same_base(module, modules[0])
+    given = [_adapter(module) for module in modules]
+    empty = [None] * (slots - len(given))
+    routed = Route([*given, *empty], rank, batch, weights, mixture)(Remove()(modules[0]))
     routed.training = modules[0].training
     return routed
+
+
+def _each(
+    given: CapturedModule | Sequence[CapturedModule], adapters: Sequence[str] | None
+) -> Sequence[CapturedModule]:
+    """Return a module for each adapter, in which it is active."""
+    if not isinstance(given, CapturedModule):
+        if adapters is not None:
+            raise ConfigError("adapters= names those of one module: give it instead of a list.")
+        if not given:
+            raise ConfigError("route takes a module with adapters, or a list with at least one.")
+        return given
+    check_captured(given, "route")
+    names = list(given.known.adapters) if adapters is None else as_names(adapters)
+    if not names:
+        raise InjectError("route takes a module with adapters: inject a plan first.")
+    return [Activate([name])(given) for name in names]
 
 
 def _adapter(module: CapturedModule) -> tuple[Plan, Values]:
     """Return the plan of an adapted module, and the values of all that it trains."""
     assert module.plan is not None
-    names = (*module.adapter_parameters(), *module.plan.trained)
+    names = (*(n for entry in module.plan for n in entry.tensors), *module.plan.trained)
     return module.plan, {name: module.get_parameter(name).detach() for name in names}
 
 
-def _check_same_base(module: CapturedModule, base: CapturedModule, first: CapturedModule) -> None:
-    """Raise InjectError unless a module's base is the first one's, buffers included."""
-    ours, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (base, first))
-    other = [n for n in ours.keys() | theirs.keys() if not _alike(ours.get(n), theirs.get(n))]
-    if other or len(base.programs) != len(first.programs):
+def _check_same_base(module: CapturedModule, other: CapturedModule) -> None:
+    """Raise InjectError unless a module has the base of another, and calls left its buffers so."""
+    ours, theirs = _base(module), _base(other)
+    differ = [n for n in ours.keys() | theirs.keys() if not _alike(ours.get(n), theirs.get(n))]
+    if differ or len(module.programs) != len(other.programs):
+        what = some(sorted(differ)) or "calls"
         raise InjectError(
-            f"the modules have different base weights or calls ({some(sorted(other)) or 'calls'}): "
-            "inject all plans into one captured module."
+            f"the modules have different base weights or calls ({what}): inject all plans into one "
+            "captured module."
         )
-    before, held = base.state_tensors(), module.state_tensors()
-    before |= {f"{name} of the first": t for name, t in first.state_tensors().items()}
-    changed = [n for n, t in held.items() if n in before and not _alike(t, before[n])]
-    if changed:
-        raise InjectError(
-            f"calls of an adapted module changed {some(changed)}, of which a routed graph has only "
-            "one. Train with these in eval(), so that all adapters have the base's."
-        )
+    before = {**other.state_tensors(), **other.known.originals}
+    for one in (module, other):
+        held = {n: t for n, t in one.state_tensors().items() if n not in one.trained}
+        if changed := [n for n, t in held.items() if n in before and not _alike(t, before[n])]:
+            raise InjectError(
+                f"calls of an adapted module changed {some(changed)}, of which a routed graph has "
+                "only one. Train with these in eval(), so that all adapters have the base's."
+            )
+
+
+def _base(module: CapturedModule) -> dict[str, torch.Tensor]:
+    """Return a module's parameters, by all of their names, as they are without adapters."""
+    own, known = module.adapter_parameters(), module.known
+    named = module.named_parameters(remove_duplicate=False)
+    held: dict[str, torch.Tensor] = {name: p for name, p in named if name not in own}
+    for names in module.aliases().values() if module.trained else ():
+        for name in module.trained.intersection(names):
+            held |= dict.fromkeys(names, known.originals[name])
+    return held
 
 
 def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -158,15 +193,16 @@ def swap_adapter(module: CapturedModule, slot: int, source: CapturedModule | str
         True
     """
     _check_slot(module, slot, "swap_adapter")
-    base = Unroute()(module)
-    adapted = source if isinstance(source, CapturedModule) else load_adapter(base, source)
+    given = isinstance(source, CapturedModule)
+    adapted = source if given else load_adapter(Unroute()(module), source)
     check_captured(adapted, "swap_adapter")
+    check_one_adapter(adapted, "swap_adapter")
     if adapted.plan is None:
         raise InjectError("swap_adapter takes an adapted module, or the folder of an adapter.")
-    if adapted is source:
-        _check_same_base(adapted, Remove()(adapted), base)
+    if given:
+        _check_same_base(adapted, module)
     plan, values = _adapter(adapted)
-    write_slot(module, slot, base, plan, values)
+    write_slot(module, slot, plan, values)
 
 
 @no_ambient_modes()

@@ -616,7 +616,8 @@ def _planned(broken: Mutant, index: int, change: Callable[[Entry], list[Entry]])
     if index >= len(before):
         return False
     after = (*before[:index], *change(before[index]), *before[index + 1 :])
-    broken.lora.update_state(plan=dataclasses.replace(plan_of(broken.lora), entries=after))
+    plan = dataclasses.replace(plan_of(broken.lora), entries=after)
+    broken.lora.known = broken.lora.known.with_plans(lambda _: plan)
     return True
 
 

@@ -262,7 +262,7 @@ def test_inject_refuses_what_does_not_fit() -> None:
     gm = fxlora.capture(Mlp(), torch.randn(2, 5))
     plan = fxlora.match(gm, Rule("up", lora=R))
     lora = fxlora.inject(gm, plan)
-    with pytest.raises(InjectError, match="has adapters already"):
+    with pytest.raises(InjectError, match="has an adapter 'default' already"):
         fxlora.inject(lora, plan)
     with pytest.raises(fxlora.NotCapturedError, match="captured module"):
         fxlora.inject(untyped(Mlp()), plan)

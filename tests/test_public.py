@@ -17,7 +17,7 @@ AdaptedRead AdapterError CaptureError CapturedModule CheckpointReport ConfigErro
 FoldedTensor FxLoraError FxLoraWarning Initialized InjectError InputError Layout LoraConfig
 MisfitError NoMatchError NotCapturedError Op Plan QuantisedError Read Reader Rule ShardPlan
 ShardedTensor Site SiteCheck SubmoduleError UnsupportedOpError Variant Verification
-VerificationError adapt capture capture_more combine draw explicit export extract fold
+VerificationError activate adapt capture capture_more combine draw explicit export extract fold
 fold_checkpoint fold_into hosted initialize_from inject load_adapter load_rules lora_parameters
 match merge_aware merged optimize recorded_calls register_op register_variant remove report route
 save_adapter scale_adapter shard_plan simplify swap_adapter take_adapter unfold verify

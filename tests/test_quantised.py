@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxlora
-from fxlora import CapturedModule, LoraConfig, QuantisedError
+from fxlora import CapturedModule, InjectError, LoraConfig, QuantisedError
 from fxlora.module.quantised import dequantised, is_quantised, stored, stored_bytes
 
 from .typed import plan_of, untyped
@@ -312,6 +312,20 @@ def test_adapters_of_a_quantised_base_are_routed() -> None:
         torch.testing.assert_close(found[row], other[row], rtol=1e-4, atol=1e-5)
 
 
+def test_two_adapters_of_a_quantised_base() -> None:
+    """Their branches are summed, and a fold that keeps branches keeps both."""
+    case = case_of("int8")
+    plan = fxlora.match(case.captured, CONFIG, adapter_name="other")
+    both = fxlora.inject(case.lora, plan)
+    with torch.no_grad():
+        for name in fxlora.activate(both, "other").adapter_parameters():
+            nn.init.normal_(both.get_parameter(name))
+    other = fxlora.activate(both, "other")
+    assert not torch.allclose(other(X), case.model(X), atol=1e-3)
+    kept = fxlora.fold(both.eval(), quantised="keep")
+    torch.testing.assert_close(kept.eval()(X), both(X), rtol=1e-4, atol=1e-5)
+
+
 # ---- fold ---------------------------------------------------------------------------------------
 
 
@@ -465,6 +479,11 @@ def test_merge_aware_refuses_what_it_cannot_train() -> None:
     with pytest.raises(fxlora.InjectError, match=r"fxlora\.explicit"):
         fxlora.merge_aware(fxlora.optimize(case.lora))
     fxlora.merge_aware(fxlora.explicit(fxlora.optimize(case.lora)))  # the advice
+    aware = fxlora.merge_aware(case.lora)
+    with pytest.raises(InjectError, match=r"fxlora\.explicit\(module\)"):
+        fxlora.activate(aware, [])
+    name = next(iter(case.lora.known.adapters))
+    fxlora.merge_aware(fxlora.activate(fxlora.explicit(aware), name))  # the advice
 
 
 # ---- the other way round ------------------------------------------------------------------------

@@ -382,7 +382,7 @@ def test_match_needs_a_captured_module() -> None:
     with pytest.raises(ConfigError, match="adapter_name"):
         match(gm, Rule("emb", lora=R), adapter_name="a.b")
     lora = fxlora.inject(gm, match(gm, Rule("emb", lora=R)))
-    with pytest.raises(ConfigError, match="has adapters already"):
+    with pytest.raises(ConfigError, match="has an adapter 'default' already"):
         match(lora, Rule("emb", lora=R))
 
 

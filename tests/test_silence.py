@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -315,13 +314,6 @@ def test_initial_values_that_do_not_fit_are_refused(
     plan = fxlora.match(gm, Rule("0", lora=R))
     with pytest.raises(InjectError, match=match):
         fxlora.inject(gm, plan, starts={name: start})
-
-
-def test_two_adapters_on_one_weight_are_no_plan() -> None:
-    gm = one_layer()
-    one, two = (fxlora.match(gm, Rule("0", lora=R), adapter_name=name) for name in ("one", "two"))
-    with pytest.raises(fxlora.ConfigError, match="one adapter at a time"):
-        dataclasses.replace(one, entries=(*one.entries, *two.entries))
 
 
 # ---- writes and casts that are not where one looks for them -------------------------------------

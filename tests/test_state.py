@@ -105,6 +105,7 @@ def test_no_copy_forgets_a_field(how: str) -> None:
     config = LoraConfig(r=2, target_modules=["other"], modules_to_save=["twin"])
     lora = fxlora.inject(once, fxlora.match(once, config))
     lora.update_state(
+        buffers={"another": {}},
         grads=frozenset(["lin.bias"]),
         outputs=frozenset(["other.weight"]),
         model_type="llama",

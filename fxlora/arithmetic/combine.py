@@ -9,7 +9,7 @@ import torch
 
 from ..config import is_finite
 from ..errors import AdapterError, ConfigError, InjectError
-from ..module import CapturedModule, check_captured
+from ..module import CapturedModule, check_captured, check_one_adapter
 from ..module.ambient import no_ambient_modes
 from ..names import ADAPTER_RULE, is_adapter, shown
 from ..plan import Entry, Plan, scales_outputs
@@ -123,7 +123,7 @@ def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> li
 
     Raises:
         ConfigError: there are no modules, or not a finite weight for each.
-        InjectError: a module has no adapters.
+        InjectError: a module has no adapters, or several active ones.
         AdapterError: an adapter cannot be combined.
     """
     if not isinstance(adapters, Sequence) or not adapters:
@@ -131,6 +131,7 @@ def _checked(adapters: Sequence[CapturedModule], weights: Sequence[float]) -> li
     plans: list[Plan] = []
     for module in adapters:
         check_captured(module, "combine")
+        check_one_adapter(module, "combine")
         if module.plan is None:
             raise InjectError("nothing to combine: a module has no adapters (before fold).")
         plans.append(module.plan)

@@ -6,7 +6,7 @@ import dataclasses
 
 from ..config import is_finite
 from ..errors import ConfigError, InjectError
-from ..module import CapturedModule, check_captured
+from ..module import CapturedModule, check_captured, check_one_adapter
 from ..module.ambient import no_ambient_modes
 from ..names import shown
 from .rebuilt import with_adapters
@@ -27,7 +27,7 @@ def scale_adapter(module: CapturedModule, factor: float) -> CapturedModule:
     plan has the new s, and the `alpha` that gives it.
 
     Args:
-        module: an adapted module; it is not changed.
+        module: an adapted module with one active adapter; it is not changed.
         factor: a finite number, which may be negative or 0.
 
     Returns:
@@ -35,7 +35,7 @@ def scale_adapter(module: CapturedModule, factor: float) -> CapturedModule:
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        InjectError: the module has no adapters.
+        InjectError: the module has no adapters, or several are active.
         ConfigError: the factor is not a finite number.
 
     Example:
@@ -46,6 +46,7 @@ def scale_adapter(module: CapturedModule, factor: float) -> CapturedModule:
         [1.0]
     """
     check_captured(module, "scale_adapter")
+    check_one_adapter(module, "scale_adapter")
     if module.plan is None:
         raise InjectError("nothing to scale: the module has no adapters (before fold, not after).")
     if not is_finite(factor):
@@ -55,7 +56,7 @@ def scale_adapter(module: CapturedModule, factor: float) -> CapturedModule:
         for e in module.plan
     )
     plan = dataclasses.replace(module.plan, entries=entries)
-    adapters = {name: module.get_parameter(name) for name in module.adapter_parameters()}
+    adapters = {n: module.get_parameter(n) for entry in plan for n in entry.tensors}
     result = with_adapters(module, plan, adapters, dict.fromkeys(plan.trained, module))
     for name in {*adapters, *plan.trained}:  # what the user froze stays frozen
         result.get_parameter(name).requires_grad_(module.get_parameter(name).requires_grad)

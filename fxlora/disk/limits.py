@@ -45,7 +45,7 @@ _CASTS = frozenset(("_to_copy", "to", "type_as"))
 
 def unadapted(module: CapturedModule) -> CapturedModule:
     """Return a module without its adapters (and maybe without values), to read its graphs."""
-    if module.plan is None:
+    if not module.known.adapters:
         return module
     return Remove(restore=False)(skeleton(module) if has_fsdp(module) else module)
 

@@ -15,7 +15,9 @@ from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.sharded import write
 from ..names import ADAPTER_RULE, is_adapter, shown
+from ..passes import Remove, chosen
 from ..passes.inject import with_dtypes
+from ..tables import some
 from .folder import Folder, plan_from_header, read_folder
 from .foreign.format import check_no_effect, checked_options
 from .foreign.plans import read_foreign
@@ -57,7 +59,7 @@ def load_adapter(
     PEFT computes what PEFT trained, or is refused with the reason.
 
     Args:
-        module: a captured module without adapters; it is not changed.
+        module: a captured module; it is not changed. Adapters that it has stay as they are.
         folder: the adapter folder, or the file of another library.
         adapter_name: the adapter's name in the new module.
         adapter_dtype: the dtype of all adapters and of the parameters trained in full, instead of
@@ -108,10 +110,14 @@ def load_adapter(
         ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
     check_captured(module, "load_adapter")
-    if module.plan is not None:
-        raise AdapterError("the module has adapters already: fold or remove them first.")
     if not is_adapter(adapter_name):
         raise ConfigError(f"adapter_name must be {ADAPTER_RULE}, not {shown(adapter_name)}.")
+    if adapter_name in module.known.adapters:
+        raise AdapterError(
+            f"the module has an adapter {shown(adapter_name)} already: give another adapter_name, "
+            "or fold or remove that one first."
+        )
+    beside, module = module, Remove()(module) if module.known.adapters else module
     rule = None if adapter_dtype is None else dtype_rule(adapter_dtype, "adapter_dtype")
     path = as_path(folder, AdapterError)
     options = checked_options(lora_alpha, use_rslora, enable_lora, component)
@@ -133,8 +139,8 @@ def load_adapter(
             _check_as_peft(module, reading, content.path, as_formula)
     plan = reading.plan if rule is None else reading.plan.with_adapter_dtype(rule)
     reading = reading.with_plan(with_dtypes(module, plan))
-    result = _applied(module, reading, content.path, allow_nonfinite)
-    check_base(result, content, strict_base)
+    result = _applied(module, beside, reading, content.path, allow_nonfinite)
+    check_base(chosen(result, adapter_name) if beside.plan else result, content, strict_base)
     return result
 
 
@@ -163,12 +169,22 @@ def _check_as_peft(module: CapturedModule, reading: Reading, path: Path, as_form
 
 
 def _applied(
-    module: CapturedModule, reading: Reading, path: Path, allow_nonfinite: bool
+    base: CapturedModule,
+    module: CapturedModule,
+    reading: Reading,
+    path: Path,
+    allow_nonfinite: bool,
 ) -> CapturedModule:
-    """Return the module with the plan and the values of a file."""
+    """Return a module over a base with the plan and the values of a file."""
     for note in reading.notes:
         warn(f"{path}: {note}")
-    starts, stored = fitted(module, reading, path, allow_nonfinite)
+    changed = [name for name in reading.stored if name not in reading.plan.trained]
+    if changed and module.known.active:
+        raise AdapterError(
+            f"{path} has values of {some(changed)} with which its adapter was trained, and a graph "
+            "has only one for all active adapters: load it onto activate(module, [])."
+        )
+    starts, stored = fitted(base, reading, path, allow_nonfinite)
     try:
         result = inject(module, reading.plan, starts=starts)
     except MisfitError as error:

@@ -25,6 +25,7 @@ from ..module.ambient import no_ambient_modes
 from ..module.fingerprints import differing_copies
 from ..module.fsdp import mesh_of
 from ..module.sharded import is_first, is_sharded, once, whole
+from ..passes import chosen
 from ..plan import Plan
 from ..tables import some
 from .files import whole_file
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @no_ambient_modes()
-def save_adapter(module: CapturedModule, folder: str | Path) -> None:
+def save_adapter(module: CapturedModule, folder: str | Path, *, adapter: str | None = None) -> None:
     """Save the tensors that training changed: adapters, parameters trained in full, and buffers.
 
     PEFT can read the folder if it can represent the adapters: those of layers and bare parameters
@@ -58,12 +59,14 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
     Args:
         module: an adapted module.
         folder: the folder to write to; it is made if missing.
+        adapter: the name of the adapter, if the module has several; by default the active one.
 
     Raises:
-        AdapterError: the module has no adapters; a parameter outside of the plan requires
-            gradients; the module is on the meta device; a value is NaN or infinite, which
-            `load_adapter` would refuse (an earlier adapter stays in the folder); or the folder
-            cannot be written.
+        InjectError: the module has no adapter of this name.
+        AdapterError: the module has no adapters, or several are active and none is named; a
+            parameter outside of the plan requires gradients; the module is on the meta device; a
+            value is NaN or infinite, which `load_adapter` would refuse (an earlier adapter stays
+            in the folder); or the folder cannot be written.
 
     Warns:
         FxLoraWarning: PEFT cannot read the folder; says why.
@@ -80,6 +83,13 @@ def save_adapter(module: CapturedModule, folder: str | Path) -> None:
         True
     """
     check_captured(module, "save_adapter")
+    module = chosen(module, adapter)
+    if len(active := module.known.active) > 1:
+        raise AdapterError(
+            f"a folder holds one adapter, and {some(active)} are active: name one, "
+            f"save_adapter(module, folder, adapter='{active[0]}'), or make one of them all with "
+            "fxlora.combine."
+        )
     if module.plan is None:
         raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")
     if stray := module.unplanned():

@@ -93,14 +93,15 @@ def gathered_convolution(dims: int) -> Gathered:
     def branch(samples: Samples) -> Any:
         read, (size_i, size_o) = samples.read, samples.sizes
         stride, padding, dilation, groups = (read.arg(position) for position in (3, 4, 5, 6))
-        r, all_groups = read.rank, samples.count * groups
-        down = aten.unsqueeze.default(samples.own(samples.down), 1)
+        r, all_groups = samples.rank, samples.count * groups
+        down = aten.unsqueeze.default(samples.own_down, 1)
         down = aten.repeat.default(down, [1, groups, 1, 1, *one])  # (b, groups, r, in/groups, …)
         down = aten.flatten.using_ints(down, 0, 2)
-        up = aten.flatten.using_ints(samples.own(samples.up), 0, 1)  # (b·out, r, 1, …)
+        up = aten.flatten.using_ints(samples.own_up, 0, 1)  # (b·out, r, 1, …)
         x = _side_by_side(samples, read.x, size_i * groups, dims)
         hidden = read.node.target(x, down, None, stride, padding, dilation, all_groups)  # pyright: ignore[reportCallIssue]
-        hidden = samples.scaled(_one_by_one(samples, hidden, groups * r, dims), dims + 2)
+        hidden = _one_by_one(samples, hidden, groups * r, dims)
+        hidden = samples.scaled(hidden, dims + 2, 1, groups)
         hidden = _side_by_side(samples, hidden, groups * r, dims)
         outputs = pointwise(hidden, up, None, one, none, one, all_groups)
         return _one_by_one(samples, outputs, size_o, dims)
@@ -119,16 +120,17 @@ def gathered_transposed(dims: int) -> Gathered:
     def branch(samples: Samples) -> Any:
         read, (size_i, size_o) = samples.read, samples.sizes
         stride, padding, extra, groups, dilation = (read.arg(position) for position in range(3, 8))
-        r, all_groups = read.rank, samples.count * groups
-        down = samples.own(samples.down)
+        r, all_groups = samples.rank, samples.count * groups
+        down = samples.own_down
         down = aten.reshape.default(down, [samples.count, r, groups, size_i // groups, *one])
         down = aten.flatten.using_ints(aten.transpose.int(down, 1, 2), 0, 2)
-        up = aten.unsqueeze.default(aten.transpose.int(samples.own(samples.up), 1, 2), 1)
+        up = aten.unsqueeze.default(aten.transpose.int(samples.own_up, 1, 2), 1)
         up = aten.repeat.default(up, [1, groups, 1, 1, *one])  # (b, groups, r, out/groups, …)
         up = aten.flatten.using_ints(up, 0, 2)
         x = _side_by_side(samples, read.x, size_i, dims)
         hidden = pointwise(x, down, None, one, none, one, all_groups)
-        hidden = samples.scaled(_one_by_one(samples, hidden, groups * r, dims), dims + 2)
+        hidden = _one_by_one(samples, hidden, groups * r, dims)
+        hidden = samples.scaled(hidden, dims + 2, 1, groups)
         hidden = _side_by_side(samples, hidden, groups * r, dims)
         geometry = (stride, padding, extra, all_groups, dilation)
         outputs = read.node.target(hidden, up, None, *geometry)  # pyright: ignore[reportCallIssue]

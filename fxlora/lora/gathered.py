@@ -48,15 +48,18 @@ class Samples:
 
     Attributes:
         read: the read.
-        slots: (b,): the row of the stacks for each sample; -1 is the last.
+        slots: (b,), or (b, k) for a mixture: the row, or the k rows, of the stacks for each sample;
+            -1 is the last.
         down: the stack (slots, r, in, …) of A, as the read's op takes it.
         up: the stack (slots, out, r, …) of B.
-        scaling: the stack (slots,) of the scalings s.
+        scaling: the stack (slots, 1) of the scalings s.
         sizes: the numbers (in, out) of features.
         batch: where the samples are in x.
         dims: number of dimensions of x.
         gathered: marks a gathered factor, so that it is cast to the weight's dtype.
-        strengths: (b,): a further factor for each sample, or None.
+        weights: as slots: a further factor, or None.
+        mixture: k, the number of rows for each sample. Their pairs are one of rank k·r: the sum of
+            B_j·A_j is (B_1 … B_k)·(A_1 … A_k).
     """
 
     read: Read
@@ -68,23 +71,52 @@ class Samples:
     batch: BatchDim
     dims: int
     gathered: Callable[[Any], Any]
-    strengths: Any = None
+    weights: Any = None
+    mixture: int = 1
 
     @property
     def count(self) -> Any:
         """The number of samples, b."""
         return aten.sym_size.int(self.slots, 0)
 
-    def own(self, stack: Any) -> Any:
-        """Return the row of a stack for each sample: (b, …)."""
-        return self.gathered(aten.index.Tensor(stack, [self.slots]))
+    @property
+    def rank(self) -> int:
+        """The rank of the pair of each sample: r, or k·r."""
+        return self.read.rank * self.mixture
 
-    def scaled(self, hidden: Any, dims: int) -> Any:
-        """Multiply A(x), (b, …), by s of each sample, as `Read.scaled` does by one number."""
-        own = aten.index.Tensor(self.scaling, [self.slots])
-        if self.strengths is not None:
-            own = aten.mul.Tensor(own, self.strengths)
-        own = aten.reshape.default(own, [-1] + [1] * (dims - 1))
+    @property
+    def own_down(self) -> Any:
+        """A of each sample: (b, r, in, …)."""
+        down = aten.index.Tensor(self.down, [self.slots])
+        if self.mixture > 1:
+            down = aten.flatten.using_ints(down, 1, 2)  # (b, k, r, in, …) -> (b, k·r, in, …)
+        return self.gathered(down)
+
+    @property
+    def own_up(self) -> Any:
+        """B of each sample: (b, out, r, …)."""
+        up = aten.index.Tensor(self.up, [self.slots])
+        if self.mixture > 1:  # (b, k, out, r, …) -> (b, out, k·r, …)
+            up = aten.flatten.using_ints(aten.transpose.int(up, 1, 2), 2, 3)
+        return self.gathered(up)
+
+    def scaled(self, hidden: Any, dims: int, at: int, groups: int = 1) -> Any:
+        """Multiply A(x), (b, …), by s of each sample, as `Read.scaled` does by one number.
+
+        Args:
+            hidden: A(x).
+            dims: the number of its dimensions.
+            at: the dimension of the ranks, which has them once for each group.
+            groups: the number of groups.
+        """
+        own = aten.squeeze.dim(aten.index.Tensor(self.scaling, [self.slots]), -1)
+        if self.weights is not None:
+            own = aten.mul.Tensor(own, self.weights)
+        sizes: list[Any] = [-1] + [1] * (dims - 1)
+        if self.mixture > 1:  # (b, k) -> (b, groups·k·r)
+            own = aten.repeat_interleave.self_int(own, self.read.rank, 1)
+            own, sizes[at] = aten.repeat.default(own, [1, groups]), self.rank * groups
+        own = aten.reshape.default(own, sizes)
         # s has the precision in which torch multiplies by a number, so this rounds once, too
         return aten.type_as.default(aten.mul.Tensor(hidden, own), hidden)
 
@@ -135,29 +167,32 @@ class Samples:
 def times_weights(samples: Samples) -> Any:
     """Emit the branch of x @ W or x @ W^T: (…, in) -> (…, out)."""
     x, dims, (size_i, size_o) = samples.read.x, samples.dims, samples.sizes
-    down, up = samples.own(samples.down), samples.own(samples.up)
     # (b, n, in) @ (b, in, r) -> (b, n, r)
+    down, up = samples.own_down, samples.own_up
     hidden = aten.bmm.default(samples.rows(x, dims, size_i), aten.transpose.int(down, 1, 2))
     # (b, n, r) @ (b, r, out) -> (b, n, out)
-    rows = aten.bmm.default(samples.scaled(hidden, 3), aten.transpose.int(up, 1, 2))
+    rows = aten.bmm.default(samples.scaled(hidden, 3, 2), aten.transpose.int(up, 1, 2))
     return samples.restored(rows, x, dims, size_o)
 
 
 def looked_up(samples: Samples) -> Any:
     """Emit the branch of an embedding: (…) -> (…, dim)."""
     read, x, dims = samples.read, samples.read.x, samples.dims
-    r, padding = read.rank, read.arg(2)
+    padding = read.arg(2)
     # The rows of all samples' tables, without a copy of a table: (slots, r, num) -> (…, r)
     tables = aten.transpose.int(samples.down, 1, 2)
-    slots = samples.batch.along(samples.slots, x, dims)
-    found = samples.gathered(aten.index.Tensor(tables, [slots, x]))
+    several = samples.mixture > 1
+    each = [aten.select.int(samples.slots, 1, k) for k in range(samples.mixture)] if several else ()
+    each = [samples.batch.along(slots, x, dims) for slots in each or (samples.slots,)]
+    rows = [aten.index.Tensor(tables, [slots, x]) for slots in each]
+    found = samples.gathered(aten.cat.default(rows, -1) if several else rows[0])
     padded = aten.unsqueeze.default(aten.eq.Scalar(x, padding), -1) if padding >= 0 else None
     if padded is not None and not read.padding_trains:  # A gets no gradient there
         found = aten.masked_fill.Scalar(found, padded, 0)
-    hidden = samples.scaled(samples.rows(found, dims + 1, r), 3)  # (b, n, r)
-    up = aten.transpose.int(samples.own(samples.up), 1, 2)
-    rows = aten.bmm.default(hidden, up)  # (b, n, r) @ (b, r, dim) -> (b, n, dim)
-    branch = samples.restored(rows, found, dims + 1, samples.sizes[1])
+    hidden = samples.scaled(samples.rows(found, dims + 1, samples.rank), 3, 2)  # (b, n, r)
+    up = aten.transpose.int(samples.own_up, 1, 2)
+    outputs = aten.bmm.default(hidden, up)  # (b, n, r) @ (b, r, dim) -> (b, n, dim)
+    branch = samples.restored(outputs, found, dims + 1, samples.sizes[1])
     if padded is None or not read.padding_trains:
         return branch
     return aten.where.self(padded, aten.detach.default(branch), branch)

@@ -44,7 +44,7 @@ def match(
     """Return the plan that `inject` can apply to a module; nothing is changed.
 
     Args:
-        module: a captured module without adapters.
+        module: a captured module; of one with adapters, its base is matched.
         rules: a LoraConfig, a Rule, a list of these (the first that matches a site wins), or
             the path of a rules file. A LoraConfig without `target_modules` takes those that PEFT
             has for the model's architecture.
@@ -165,6 +165,7 @@ def _plan(
         model_parameters=sum(sizes.values()),
         trained_parameters=sum(size for name, size in sizes.items() if name in in_full),
         rules=choice.rules,
+        adapter=planned.adapter_name,
         trained_dtypes=dtype_rules(choice, names, saved, biased),
         descriptions=_descriptions(choice.rules),
     )

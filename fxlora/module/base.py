@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,14 +13,22 @@ if TYPE_CHECKING:
     from .captured import CapturedModule
 
 
-def base_fingerprints(module: CapturedModule) -> dict[tuple[str, ...], int]:
+def base_fingerprints(
+    module: CapturedModule, known: Mapping[tuple[str, ...], int] | None = None
+) -> dict[tuple[str, ...], int]:
     """Return the fingerprints of the weights that the module's plan does not train.
 
     Each is keyed by all names of its weight. Empty if the module has no plan.
+
+    Args:
+        module: the module.
+        known: fingerprints to keep, of a time when the weights were the base's.
     """
-    trains = module.known.adapter_parameters | module.trained
+    trains, known = module.known.adapter_parameters | module.trained, known or {}
     return {
-        tuple(names): fingerprint(module.get_parameter(names[0]))
+        tuple(names): known[tuple(names)]
+        if tuple(names) in known
+        else fingerprint(module.get_parameter(names[0]))
         for names in module.aliases().values()
         if module.plan is not None and trains.isdisjoint(names)
         if module.known.written.isdisjoint(names)

@@ -120,7 +120,8 @@ def base_tensors(module: CapturedModule) -> list[torch.Tensor]:
     """Return the tensors of the model itself, in the dtypes that the graphs were made for."""
     own = {id(module.get_parameter(n)) for n in module.adapter_parameters() | module.trained}
     held = [parameter for parameter in module.parameters() if id(parameter) not in own]
-    return [*held, *module.buffers(), *module.known.originals.values()]
+    aside = (tensor for kept in module.known.buffers.values() for tensor in kept.values())
+    return [*held, *module.buffers(), *module.known.originals.values(), *aside]
 
 
 def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
@@ -129,7 +130,7 @@ def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
     If `fn` would cast a tensor that trains, the tensor is cast to its dtype in the plan instead,
     and never by way of the model's dtype, which may be narrower.
     """
-    plan = module.plan
+    plan, known = module.plan, module.known
     wanted: dict[int, torch.dtype] = {}
 
     def want(name: str, dtype: torch.dtype) -> None:
@@ -138,8 +139,9 @@ def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
         if parameter.grad is not None:
             wanted[id(parameter.grad)] = dtype
 
-    routing = module.known.routing
-    for entry in (*(plan or ()), *(routing.entries if routing else ())):
+    routing = known.routing
+    adapters = [entry for each in known.adapters.values() for entry in each]
+    for entry in (*adapters, *(routing.entries if routing else ())):
         weight = _moved_empty(module.get_parameter(entry.parameter), fn).dtype
         for name in entry.tensors:
             want(name, entry.dtype_over(weight))
@@ -149,6 +151,9 @@ def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
     for name in module.trained:
         weight = _moved_empty(module.known.originals[name], fn).dtype
         want(name, plan.trained_dtype(name, weight) if plan else weight)
+    for held, (adapter, name) in known.kept_aside.items():
+        weight = _moved_empty(known.originals.get(name, module.get_parameter(name)), fn).dtype
+        want(held, known.adapters[adapter].trained_dtype(name, weight))
 
     def kept(tensor: torch.Tensor) -> torch.Tensor:
         moved = _moved_empty(tensor, fn) if id(tensor) in wanted else None

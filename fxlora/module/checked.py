@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import InjectError, NotCapturedError
+from ..tables import some
 from .captured import CapturedModule
 
 
@@ -50,6 +51,15 @@ def check_captured(module: object, verb: str, *, routed: bool = False) -> None:
 
 
 _FOR_INFERENCE = ("export",)  # functions that take a simplified module
+
+
+def check_one_adapter(module: CapturedModule, verb: str) -> None:
+    """Raise InjectError if several adapters are active, where a function takes one."""
+    if len(active := module.known.active) > 1:
+        raise InjectError(
+            f"{verb} takes one adapter, and {some(active)} are active: "
+            f"activate(module, '{active[0]}') gives it one of them."
+        )
 
 
 def _captured_inside(module: object) -> str:

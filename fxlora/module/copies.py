@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,13 @@ if TYPE_CHECKING:
     from .captured import CapturedModule
 
 
-def derived(module: CapturedModule) -> CapturedModule:
-    """Return a copy to rewrite (see `CapturedModule.derive`)."""
+def derived(module: CapturedModule, *, same_adapters: bool = False) -> CapturedModule:
+    """Return a copy to rewrite (see `CapturedModule.derive`).
+
+    Args:
+        module: the module.
+        same_adapters: whether the copy trains the same memory: then it only has other graphs.
+    """
     refuse_copy(module)
     trains = module.known.adapter_parameters | module.trained
     kept = module.state_parameters()
@@ -32,7 +36,7 @@ def derived(module: CapturedModule) -> CapturedModule:
         if name in kept:
             continue
         tensor = with_parts(parameter, torch.Tensor.detach)
-        tensor = tensor.clone() if name in trains else tensor
+        tensor = tensor.clone() if name in trains and not same_adapters else tensor
         memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
     result = module.rebuilt(memo, module.known.with_originals(torch.clone))
     copy_hooks(module, result, copy.copy)
@@ -45,8 +49,8 @@ def deep_copy(module: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
     """Return a copy with tensors of its own."""
     refuse_copy(module)
     module.check_blocks("deepcopy")
-    originals = copy.deepcopy(dict(module.known.originals), memo)
-    result = module.rebuilt(memo, dataclasses.replace(module.known, originals=originals))
+    known = module.known.with_originals(lambda tensor: copy.deepcopy(tensor, memo))
+    result = module.rebuilt(memo, known)
     memo[id(module)] = result
     copy_hooks(module, result, functools.partial(copy.deepcopy, memo=memo))
     return result

@@ -55,9 +55,9 @@ def _follow(module: CapturedModule, moves: Moves) -> None:
         program.inputs = {mode: spec and spec.moved(moves) for mode, spec in specs}
         known = program.autocasts.items()
         program.autocasts = {mode: casts.moved(moves) for mode, casts in known}
-    if module.plan is not None:
+    if module.known.adapters:
         weights = dict(module.named_parameters(remove_duplicate=False))
-        module.update_state(plan=module.plan.over(weights))
+        module.known = module.known.with_plans(lambda plan: plan.over(weights))
     if module.plan is not None or module.known.routing is not None:
         set_casts(module)
     for part in nested:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from ..plan import Entry, Plan, scales_outputs
 
 ROUTED = "routed"  # name of the adapter in the names of stacks
-INPUT = "adapter_ids"  # name of the input that chooses an adapter for each sample
-STRENGTHS = "adapter_strengths"  # name of the input that multiplies its effect
-INPUTS = (INPUT, STRENGTHS)
+INPUT = "adapter_ids"  # name of the input that chooses the adapters of each sample
+WEIGHTS = "adapter_weights"  # name of the input that multiplies their effects
+INPUTS = (INPUT, WEIGHTS)
+ROWS = "adapter_rows"  # name of the argument of blocks: the row of the stacks for each sample
+BLOCK_INPUTS = (ROWS, WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Routing:
 
     @property
     def owned(self) -> dict[str, Entry | str]:
-        """Names of the flags (slots,) that tell which slots have an adapter at a place.
+        """Names of the flags (slots, 1) that tell which slots have an adapter at a place.
 
         Of an entry that scales the outputs, and of the stack of a parameter that trains in full:
         another slot has the base's weight there, whatever training or weight decay does to its row.
@@ -70,5 +72,5 @@ def owned_of(place: Entry | str) -> str:
 
 
 def scaling_of(entry: Entry) -> str:
-    """Return the name of the stack (slots + 1,) of the scalings s."""
+    """Return the name of the stack (slots + 1, 1) of the scalings s."""
     return entry.name_of("lora_scaling")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..fast import Fast
-from ..plan import Plan
+from ..plan import Plan, joined
 from .quantiser import Quantiser
 from .routing import Routing
 from .simplified import Simplification
@@ -23,7 +24,10 @@ class State:
     """The data that every copy of a captured module carries over, as one value so none is lost.
 
     Attributes:
-        plan: the injected plan, or None.
+        adapters: the plan of each adapter that the module holds, by its name.
+        active: the names of those in the graphs, in the order of injection. The tensors of the
+            others are parameters that no graph reads (see `passes/active.py`).
+        buffers: the buffers that calls changed under an adapter that is not active, by its name.
         folded: the plans folded into the weights, in order.
         originals: buffers and parameters trained in full, by name, as they were before injection.
         base_fingerprints: a fingerprint of every weight that an adapted module does not change,
@@ -50,7 +54,11 @@ class State:
         routing: the adapters that the graphs choose among for each sample, or None.
     """
 
-    plan: Plan | None = None
+    adapters: Mapping[str, Plan] = field(default_factory=dict[str, Plan])
+    active: tuple[str, ...] = ()
+    buffers: Mapping[str, Mapping[str, torch.Tensor]] = field(
+        default_factory=dict[str, Mapping[str, torch.Tensor]]
+    )
     folded: tuple[Plan, ...] = ()
     originals: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     base_fingerprints: Mapping[tuple[str, ...], int] = field(
@@ -72,6 +80,11 @@ class State:
     retention: Mapping[str, float] = field(default_factory=dict[str, float])
     routing: Routing | None = None
 
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The plan of the active adapters, or None if no adapter is active."""
+        return joined([self.adapters[name] for name in self.active]) if self.active else None
+
     @property
     def trained(self) -> frozenset[str]:
         """Names of the parameters, other than the adapters', that train (in full, as copies)."""
@@ -79,14 +92,36 @@ class State:
 
     @property
     def adapter_parameters(self) -> frozenset[str]:
-        """Names of the parameters that injection added: A, B, and a variant's own."""
+        """Names of the parameters that injection added: A, B, and a variant's own.
+
+        Also of adapters that are not active, with what these train in full.
+        """
         routed = self.routing.parameters if self.routing else ()
-        return frozenset([*(n for entry in self.plan or () for n in entry.tensors), *routed])
+        held = [n for plan in self.adapters.values() for entry in plan for n in entry.tensors]
+        return frozenset([*held, *self.kept_aside, *routed])
+
+    @property
+    def kept_aside(self) -> dict[str, tuple[str, str]]:
+        """Names of the values that inactive adapters train in full: (adapter, parameter)."""
+        return {
+            aside(adapter, name): (adapter, name)
+            for adapter, plan in self.adapters.items()
+            if adapter not in self.active
+            for name in plan.trained
+        }
 
     def with_originals(self, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
         """Return the state with `change` (a clone or a move) applied to the original tensors."""
         originals = {name: change(tensor) for name, tensor in self.originals.items()}
-        return replace(self, originals=originals)
+        buffers = {
+            adapter: {name: change(tensor) for name, tensor in held.items()}
+            for adapter, held in self.buffers.items()
+        }
+        return replace(self, originals=originals, buffers=buffers)
+
+    def with_plans(self, change: Callable[[Plan], Plan]) -> State:
+        """Return the state with `change` applied to the plan of every adapter."""
+        return replace(self, adapters={name: change(p) for name, p in self.adapters.items()})
 
     def with_mirrors(self, found: Mapping[str, Sequence[str]]) -> State:
         """Return the state with further names added to `mirrors`."""
@@ -97,4 +132,23 @@ class State:
 
     def without_adapters(self) -> State:
         """Return the state as it was before injection."""
-        return replace(self, plan=None, originals={}, base_fingerprints={}, merge_aware={})
+        none = State()
+        return replace(
+            self,
+            adapters=none.adapters,
+            active=none.active,
+            buffers=none.buffers,
+            originals=none.originals,
+            base_fingerprints=none.base_fingerprints,
+            merge_aware=none.merge_aware,
+        )
+
+
+def aside(adapter: str, name: str) -> str:
+    """Return the name of a parameter that trains in full while its adapter is not active (PEFT's).
+
+    >>> aside("a", "classifier.weight")
+    'classifier.modules_to_save.a.weight'
+    """
+    owner, _, last = name.rpartition(".")
+    return ".".join(filter(None, (owner, "modules_to_save", adapter, last)))

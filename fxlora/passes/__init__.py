@@ -5,6 +5,7 @@ new one, which shares the storage of frozen parameters with it. Only passes rewr
 except for `module/retarget.py` and `module/casts.py`, which follow a module's `.to()`.
 """
 
+from .active import Activate, chosen
 from .base import Pass, as_pass
 from .fold_constants import FoldConstants
 from .inject import Inject
@@ -16,6 +17,7 @@ from .to_weight_form import ToWeightForm
 from .unroute import Unroute
 
 __all__ = [
+    "Activate",
     "FoldConstants",
     "Inject",
     "MergeAware",
@@ -26,4 +28,5 @@ __all__ = [
     "ToWeightForm",
     "Unroute",
     "as_pass",
+    "chosen",
 ]

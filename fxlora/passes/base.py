@@ -39,9 +39,13 @@ class Pass(ABC):
 
     def __call__(self, module: CapturedModule) -> CapturedModule:
         check_captured(module, type(self).__name__, routed=self.routed)
-        result = module.derive()
+        result = self.copied(module)
         self.apply(result)
         return result
+
+    def copied(self, module: CapturedModule) -> CapturedModule:
+        """Return the copy of a module that the pass edits."""
+        return module.derive()
 
 
 @dataclass(frozen=True)

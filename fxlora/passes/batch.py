@@ -17,7 +17,7 @@ from ..fx.nested import call_of, every_call
 from ..module import CapturedModule
 from ..module.contract import InputSpec
 from .batch_inputs import Batch
-from .batch_runs import Facts, trial_of
+from .batch_runs import Facts, sized_like, trial_of
 
 _INTEGERS = (64, 16, 4, 2)  # bounds to draw integers below: they may be indices of a small table
 
@@ -57,6 +57,8 @@ def facts_about(
             dims = [trial.dims.get(node) for trial in trials]
             if dims[0] is not None and dims[0] == dims[1]:
                 facts.dims[node] = dims[0]
+            elif sized_like(node, batch):
+                facts.mixed.add(node)
             left.discard(node)
         for trial in trials:
             facts.writers |= trial.writers

@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import fx, nn
+from torch import nn
 
 from ..errors import InjectError
-from ..fx.compare import alike_graphs
-from ..fx.nested import nested_graph
 from ..module import CapturedModule
-from ..module.casts import base_dtype, unmark
-from ..module.state import State
+from ..module.casts import base_dtype
+from ..module.state import State, aside
+from .active import check_known, leave_graphs, put_in, remove_nodes, take_out
 from .base import Pass
-from .structure import insertions, remove_insertion
 
 
 @dataclass(frozen=True)
 class Remove(Pass):
-    """Take the adapters out of the graphs, and delete their parameters.
+    """Take adapters out of the graphs, and delete their parameters.
 
     Attributes:
         restore: whether to also restore buffers and the parameters trained in full to their values
             before injection.
+        names: the adapters to remove; None for all. The others stay as they are, active or not.
     """
 
     restore: bool = True
+    names: Sequence[str] | None = None
 
     def check(self, module: CapturedModule) -> None:
-        if module.plan is None:
+        if not module.known.adapters:
             raise InjectError("nothing to remove: the module has no adapters.")
+        check_known(module, self.names or ())
 
     def rewrite(self, module: CapturedModule) -> State:
-        for graph in module.distinct_graphs():
-            for insertion in reversed(insertions(module, graph)):
-                remove_insertion(insertion)
-        if self.restore:
-            _restore(module)
-        return drop_adapters(module)
+        names = tuple(module.known.adapters) if self.names is None else tuple(self.names)
+        active = module.known.active
+        if not self.restore:
+            remove_nodes(module)
+            return drop_adapters(module)
+        take_out(module)
+        for name in names:
+            _delete(module, name)
+        if not module.known.adapters:
+            return module.known.without_adapters()
+        put_in(module, tuple(name for name in active if name not in names))
+        return module.known
 
 
-def _restore(module: CapturedModule) -> None:
-    """Restore buffers and the parameters trained in full to their values before injection."""
-    aliases, held = module.aliases(), module.state_tensors()
-    apart = module.plan.untied if module.plan else {}
-    for name, original in module.known.originals.items():
-        if name in module.trained:
-            restored = nn.Parameter(original)
-            for alias in (*aliases[name], *apart.get(name, ())):  # tied again
-                module.set_parameter(alias, restored)
-        else:
-            with torch.no_grad():
-                held[name].copy_(original)
+def _delete(module: CapturedModule, adapter: str) -> None:
+    """Delete the tensors of an adapter that is not active."""
+    known = module.known
+    plan = known.adapters[adapter]
+    for name in (*(n for e in plan for n in e.tensors), *(aside(adapter, n) for n in plan.trained)):
+        module.remove_parameter(name)
+    module.known = replace(
+        known,
+        adapters={name: plan for name, plan in known.adapters.items() if name != adapter},
+        buffers={name: held for name, held in known.buffers.items() if name != adapter},
+    )
 
 
 def drop_adapters(module: CapturedModule) -> State:
-    """Delete the plan's parameters, and require gradients where the source model did.
+    """Delete the parameters of all adapters, and require gradients where the source model did.
 
     Returns:
         The module's state without adapters.
@@ -64,10 +70,7 @@ def drop_adapters(module: CapturedModule) -> State:
     for name in module.adapter_parameters():
         module.remove_parameter(name)
     _round_trained(module)
-    unmark(module)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in module.known.grads)
-    merge_modes(module)
+    leave_graphs(module)
     return module.known.without_adapters()
 
 
@@ -80,18 +83,3 @@ def _round_trained(module: CapturedModule) -> None:
             rounded = nn.Parameter(parameter.detach().to(dtype))
             for alias in aliases[name]:
                 module.set_parameter(alias, rounded)
-
-
-def merge_modes(module: CapturedModule) -> None:
-    """Share one graph between the modes again where only dropout on branches made them differ."""
-    for program in module.programs:
-        train, evaluation = program.graphs["train"], program.graphs["eval"]
-        if train is not evaluation and alike_graphs(train, evaluation):
-            program.graphs["train"] = evaluation
-            for path in _nested_paths(module, train) - _nested_paths(module, evaluation):
-                module.delete_submodule(path)
-
-
-def _nested_paths(module: CapturedModule, graph: fx.Graph) -> set[str]:
-    """Return the paths of the nested graphs that a graph fetches."""
-    return {str(node.target) for node in graph.nodes if nested_graph(node, module)}

@@ -26,17 +26,19 @@ from ..module.casts import set_casts
 from ..module.contract import InputSpec, SlotsInput, TensorInput
 from ..module.fsdp import mesh_of
 from ..module.program import MODES, Program
-from ..module.routing import INPUT, INPUTS, STRENGTHS, Routing
+from ..module.routing import INPUT, INPUTS, WEIGHTS, Routing
 from ..module.state import State
 from ..plan import Entry, Plan, scales_outputs
 from ..reads.readers import Reader
 from ..reads.sites import Site
 from ..tables import some
+from .active import split_modes
 from .base import Pass
 from .batch import downstream, facts_about
 from .batch_inputs import Batch
 from .batch_runs import Facts
-from .inject import check_fits, split_modes
+from .fits import check_fits
+from .route_blocks import pass_to_blocks
 from .slots import SlotGraph
 from .stacks import Values, add_stacks, stacked_entries
 
@@ -51,13 +53,15 @@ class Route(Pass):
         adapters: the plan and the tensors, by name, of the adapter in each slot; None if empty.
         rank: the least rank for which every place has room, or None.
         batch: the argument whose first dimension counts the samples, or None if that is clear.
-        strengths: whether to add an input with a further factor for each sample.
+        weights: whether to add an input with a further factor for each adapter of a sample.
+        mixture: the number of adapters of each sample.
     """
 
     adapters: Sequence[tuple[Plan, Values] | None]
     rank: int | None = None
     batch: str | None = None
-    strengths: bool = False
+    weights: bool = False
+    mixture: int = 1
 
     def check(self, module: CapturedModule) -> None:
         if module.plan is not None:
@@ -65,17 +69,14 @@ class Route(Pass):
         if module.parent_module or not module.exported:
             raise UnsupportedOpError(
                 "only a module of whole graphs from example inputs can be routed: Python code "
-                "around regions would have to pass adapter_ids on."
+                "around regions would have to pass adapter_ids on, and may reorder the samples. "
+                "Hold the adapters in one module instead (inject under several names), and run "
+                "activate(module, name) on the samples of each."
             )
         if mesh_of(module) is not None:
             raise UnsupportedOpError(
                 "the module is sharded over processes, and stacks of adapters are whole: route the "
                 "modules before they are sharded."
-            )
-        if module.known.outlined:
-            raise UnsupportedOpError(
-                f"the calls of {some(module.known.outlined)} have no argument for adapter_ids: "
-                "capture without modules= for a routed graph."
             )
         specs = [spec for program in module.programs for spec in program.inputs.values()]
         if taken := next((n for n in INPUTS if any(s and n in s.names for s in specs)), None):
@@ -102,10 +103,16 @@ class Route(Pass):
         ways = [_way(module, program, routing, sites, self.batch) for program in module.programs]
         add_stacks(module, routing, self.adapters)
         for program, of_program in zip(module.programs, ways, strict=True):
+            made: dict[fx.Graph, SlotGraph] = {}
             for graph, way in of_program.items():
                 dropout = graph is not program.graphs["eval"]
-                way.insert(SlotGraph(graph, routing.slots, self.strengths), routing, dropout)
-            _add_inputs(program, routing.slots, self.batch, self.strengths)
+                made[graph] = SlotGraph(graph, routing.slots, self.weights, self.mixture)
+                way.insert(made[graph], routing, dropout)
+            if module.known.outlined:
+                spec = program.inputs["eval"]
+                assert spec is not None
+                pass_to_blocks(program, made, Batch.of(spec, self.batch))
+            self._add_inputs(program)
         if any(
             of_program[program.graphs["eval"]].mixes
             for program, of_program in zip(module.programs, ways, strict=True)
@@ -119,6 +126,27 @@ class Route(Pass):
         module.known = dataclasses.replace(module.known, routing=routing)
         set_casts(module)
         return module.known
+
+    def _add_inputs(self, program: Program) -> None:
+        """Add the inputs to the contracts; the graphs have them already."""
+        for mode, spec in program.inputs.items():
+            assert spec is not None
+            samples = Batch.of(spec, self.batch)
+            dims = (samples.size, self.mixture) if self.mixture > 1 else (samples.size,)
+            slots, symbols = len(self.adapters), samples.symbols
+            leaves: list[TensorInput] = [
+                SlotsInput(INPUT, dims, torch.int64, slots=slots, symbols=symbols)
+            ]
+            if self.weights:
+                leaves.append(TensorInput(WEIGHTS, dims, torch.float32))
+            most = len(spec.names) if spec.positional is None else spec.positional
+            program.inputs[mode] = dataclasses.replace(
+                spec,
+                names=(*spec.names, *(leaf.name for leaf in leaves)),
+                structures=(*spec.structures, *(pytree.tree_structure(0) for _ in leaves)),
+                leaves=(*spec.leaves, *((leaf,) for leaf in leaves)),
+                positional=most,
+            )
 
 
 def _stack_name(name: str) -> str:
@@ -271,27 +299,3 @@ def _fits(reader: Reader, dims: Mapping[fx.Node, BatchDim]) -> bool:
     if op.kernel:
         return batch.plain and value.ndim == op.kernel + 2
     return not op.dropout or batch.dim < value.ndim - 1  # indices have no dimension of features
-
-
-# ---- the input ----------------------------------------------------------------------------------
-
-
-def _add_inputs(program: Program, slots: int, batch: str | None, strengths: bool) -> None:
-    """Add the inputs to the contracts; the graphs have them already."""
-    for mode, spec in program.inputs.items():
-        assert spec is not None
-        samples = Batch.of(spec, batch)
-        dims = (samples.size,)
-        leaves: list[TensorInput] = [
-            SlotsInput(INPUT, dims, torch.int64, slots=slots, symbols=samples.symbols)
-        ]
-        if strengths:
-            leaves.append(TensorInput(STRENGTHS, dims, torch.float32))
-        most = len(spec.names) if spec.positional is None else spec.positional
-        program.inputs[mode] = dataclasses.replace(
-            spec,
-            names=(*spec.names, *(leaf.name for leaf in leaves)),
-            structures=(*spec.structures, *(pytree.tree_structure(0) for _ in leaves)),
-            leaves=(*spec.leaves, *((leaf,) for leaf in leaves)),
-            positional=most,
-        )

@@ -19,8 +19,9 @@ from ..lora.gathered import BatchDim, Samples
 from ..lora.row import Read, aten
 from ..lora.variants import VARIANTS
 from ..module.adapted_weight import adapted_weight, rank, to_weights
+from ..module.blocks.recorded import CALLS
 from ..module.casts import mark
-from ..module.routing import INPUT, INPUTS, STRENGTHS, owned_of, scaling_of
+from ..module.routing import INPUT, INPUTS, WEIGHTS, owned_of, scaling_of
 from ..plan import Entry, scales_outputs
 from ..reads.facts import padding_row
 from ..reads.readers import Reader
@@ -31,24 +32,37 @@ KEPT = None  # the mark of a node that replaces no other
 class SlotGraph:
     """A graph that gets the input `adapter_ids`, and the nodes that depend on it."""
 
-    def __init__(self, graph: fx.Graph, slots: int, strengths: bool) -> None:
-        self.graph, self.slots = graph, slots
+    def __init__(self, graph: fx.Graph, slots: int, weights: bool, mixture: int) -> None:
+        self.graph, self.slots, self.mixture = graph, slots, mixture
         self._tracer = _Tracer(graph)
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            self.ids = graph.placeholder(INPUT)
-        self.ids.meta[ROUTED] = KEPT
-        self.strengths: fx.Node | None = None
-        if strengths:
-            with graph.inserting_after(self.ids):
-                self.strengths = graph.placeholder(STRENGTHS)
-            self.strengths.meta[ROUTED] = KEPT
-        extend_inputs(graph, INPUTS if strengths else (INPUT,))
-        with self._before((self.strengths or self.ids).next):
-            ids = self.proxy(self.ids)
-            inside = aten.logical_and.default(aten.ge.Scalar(ids, -1), aten.lt.Scalar(ids, slots))
-            message = f"adapter_ids must be from -1 (the base) to {slots - 1}"
-            aten._assert_async.msg(aten.all.default(inside), message)
+        ids = self._input(INPUT, last)
+        self.weights = self._input(WEIGHTS, ids) if weights else None
+        extend_inputs(graph, INPUTS if weights else (INPUT,))
+        with self._before((self.weights or ids).next):
+            self.rows = self._checked(self.proxy(ids)).node
+        node = self.rows  # of no block, though one may be all that uses it
+        while node is not (self.weights or ids):
+            node.meta[CALLS], node = (), node.prev
+
+    def _input(self, name: str, before: fx.Node) -> fx.Node:
+        with self.graph.inserting_after(before):
+            node = self.graph.placeholder(name)
+        node.meta[ROUTED] = KEPT
+        return node
+
+    def _checked(self, ids: Any) -> Any:
+        """Return the rows of the stacks that ids choose: -1 chooses the last.
+
+        The assertion has a message; ONNX has none. There, an id out of range is an index that the
+        table does not have, which a runtime refuses.
+        """
+        outside = aten.logical_or.default(aten.lt.Scalar(ids, -1), aten.ge.Scalar(ids, self.slots))
+        message = f"adapter_ids must be from -1 (the base) to {self.slots - 1}"
+        aten._assert_async.msg(aten.logical_not.default(aten.any.default(outside)), message)
+        ones = aten.new_ones.default(ids, [self.slots + 1])
+        table = aten.sub.Tensor(aten.cumsum.default(ones, 0), 1)  # 0 … slots
+        return aten.index.Tensor(table, [aten.masked_fill.Scalar(ids, outside, self.slots + 1)])
 
     def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self._tracer)
@@ -81,8 +95,16 @@ class SlotGraph:
                 behind = entry.shape[entry.layout.part_dim] - entry.rows[1]
                 pad = [0, 0] * (-1 - op.output) + [entry.rows[0], behind]
                 branch = aten.constant_pad_nd.default(branch, pad)
-            output = aten.add.Tensor(self.proxy(base), branch).node
+            output = self._sum(self.proxy(base), branch).node
         self._replace(base, output, 0, users)
+
+    def _sum(self, base: Any, branch: Any) -> Any:
+        """Add a branch; one that ends in a product in the shape of the sum is added in it."""
+        if branch.node.target is not aten.bmm.default:
+            return aten.add.Tensor(base, branch)
+        factors = [self.proxy(factor) for factor in branch.node.args]
+        self.graph.erase_node(branch.node)
+        return aten.baddbmm.default(base, *factors)
 
     def _samples(self, entry: Entry, reader: Reader, batch: BatchDim, dropout: float) -> Samples:
         op, node = reader.op, reader.node
@@ -105,7 +127,7 @@ class SlotGraph:
         trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None
         return Samples(
             Read(node, reader.weight, x, layout, entry.shape, rank(entry), 1.0, trains),
-            self.proxy(self.ids),
+            self.proxy(self.rows),
             down,
             up,
             self._fetch(scaling_of(entry)),
@@ -113,7 +135,8 @@ class SlotGraph:
             batch,
             value.ndim,
             lambda factor: to_weights(entry, factor),
-            self.proxy(self.strengths) if self.strengths else None,
+            self.proxy(self.weights) if self.weights else None,
+            self.mixture,
         )
 
     # ---- values once per slot -------------------------------------------------------------------
@@ -138,11 +161,12 @@ class SlotGraph:
             UnsupportedOpError: a value that depends on a weight writes to memory, or leaves the
                 graph before the samples can be told apart; names the weight.
         """
-        if sources and self.strengths:
+        if sources and (self.weights or self.mixture > 1):
             name = next(iter(sources)).target
             raise UnsupportedOpError(
-                f"'{name}' is not adapted by a gathered branch, so it takes no strength for each "
-                "sample. Route without strengths=True."
+                f"'{name}' is not adapted by a gathered branch, so it takes no weights and no "
+                "mixture for each sample. Route without weights= and mixture=, or combine the "
+                "adapters into one (fxlora.combine)."
             )
         copies: dict[fx.Node, list[fx.Node]] = {}  # of a node, by slot
         origin: dict[fx.Node, str] = {}
@@ -172,7 +196,7 @@ class SlotGraph:
                 flags = self._fetch(owned_of(full[adapted]))
                 return [
                     aten.where.self(
-                        aten.select.int(flags, 0, slot),
+                        _number(flags, slot),
                         mark(aten.select.int(stack, 0, slot), full[adapted], adapted),
                         self.proxy(node),
                     ).node
@@ -185,7 +209,13 @@ class SlotGraph:
             for slot in range(self.slots):
                 weight = self.proxy(node)
                 for entry in adapted:
-                    row = {name: aten.select.int(stacks[name], 0, slot) for name in stacks}
+                    numbers = {scaling_of(entry), owned_of(entry)}
+                    row = {
+                        name: _number(stack, slot)
+                        if name in numbers
+                        else aten.select.int(stack, 0, slot)
+                        for name, stack in stacks.items()
+                    }
                     before, weight = weight, _adapted(entry, weight, row)
                     if scales_outputs(entry):
                         weight = aten.where.self(row[owned_of(entry)], weight, before)
@@ -220,13 +250,18 @@ class SlotGraph:
         users, chosen = set(node.users), node
         for slot, copied in enumerate(made):
             with self._before(max(copied, chosen).next):
-                mine = aten.eq.Scalar(self.proxy(self.ids), slot)
+                mine = aten.eq.Scalar(self.proxy(self.rows), slot)
                 mine = batch.along(mine, self.proxy(node), value.ndim)
                 args = (mine, self.proxy(copied), self.proxy(chosen))
                 output = aten.where.self(*args).node
             output.meta = {**node.meta, ROUTED: 2}
             chosen = output
         node.replace_all_uses_with(chosen, delete_user_cb=lambda user: user in users)
+
+
+def _number(stack: Any, slot: int) -> Any:
+    """Return the number of a slot, from a stack (slots, 1)."""
+    return aten.select.int(aten.select.int(stack, 0, slot), 0, 0)
 
 
 def _adapted(entry: Entry, weight: Any, row: Mapping[str, Any]) -> Any:

@@ -101,7 +101,9 @@ def add_stacks(
             parameter = nn.Parameter(stack.contiguous(), name in entry.trainable)
             module.set_parameter(name, parameter)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        scalings = torch.tensor([s for _, s in rows], dtype=torch.float64)
+        # In two dimensions, because AOTInductor writes small vectors into its code as literals,
+        # which `load_constants` does not change.
+        scalings = torch.tensor([[s] for _, s in rows], dtype=torch.float64)
         scalings = scalings.to(weight.device, wide)
         module.set_parameter(scaling_of(entry), nn.Parameter(scalings, requires_grad=False))
     for stack_name, names in routing.names_of_full.items():
@@ -113,7 +115,7 @@ def add_stacks(
         stack = torch.stack([value.to(base.device, dtype) for value in given])
         module.set_parameter(stack_name, nn.Parameter(stack))
     for name, place in routing.owned.items():
-        flags = [bool(adapter) and _owns(routing, adapter[0], place) for adapter in adapters]
+        flags = [[bool(adapter) and _owns(routing, adapter[0], place)] for adapter in adapters]
         device = next(module.parameters()).device
         module.set_parameter(name, nn.Parameter(torch.tensor(flags, device=device), False))
 
@@ -206,9 +208,7 @@ def misfit(routing: Routing, plan: Plan) -> str | None:
     return None
 
 
-def write_slot(
-    module: CapturedModule, slot: int, base: CapturedModule, plan: Plan, values: Values
-) -> None:
+def write_slot(module: CapturedModule, slot: int, plan: Plan, values: Values) -> None:
     """Write an adapter's values into a slot, in place: all of them, or none.
 
     Raises:
@@ -220,16 +220,16 @@ def write_slot(
         raise AdapterError(f"the adapter does not fit slot {slot}: {why}.")
     writes: list[tuple[Tensor, Tensor]] = []
     for entry in routing.entries:
-        row, scaling = row_of(base, entry, (plan, values))
+        row, scaling = row_of(module, entry, (plan, values))
         for name, value in row.items():
             writes.append((module.get_parameter(name), value))
         scalings = module.get_parameter(scaling_of(entry))
-        writes.append((scalings, scalings.new_tensor(scaling)))
+        writes.append((scalings, scalings.new_tensor([scaling])))
     for stack, names in routing.names_of_full.items():
-        value = _whole_value(names, values, base.get_parameter(names[0]))
+        value = _whole_value(names, values, module.get_parameter(names[0]))
         writes.append((module.get_parameter(stack), value))
     for name, place in routing.owned.items():
-        writes.append((module.get_parameter(name), torch.tensor(_owns(routing, plan, place))))
+        writes.append((module.get_parameter(name), torch.tensor([_owns(routing, plan, place)])))
     ready: list[tuple[Tensor, Tensor]] = []
     for stack, value in writes:
         target = stack.detach()[slot]

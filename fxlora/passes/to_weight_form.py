@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..module import CapturedModule
 from ..module.casts import set_casts
 from ..module.state import State
+from ..plan import Plan
 from .base import Pass
 from .structure import WeightNodes, insert_weight, insertions, remove_insertion
 
@@ -31,7 +32,9 @@ class ToWeightForm(Pass):
                 for node in weights.read(entry.names):
                     insert_weight(graph, entry, node)
         set_casts(module)
-        entries = tuple(dataclasses.replace(e, form="weight", dropout=0.0) for e in module.plan)
-        return dataclasses.replace(
-            module.known, plan=dataclasses.replace(module.plan, entries=entries)
-        )
+        return module.known.with_plans(_in_weight_form)
+
+
+def _in_weight_form(plan: Plan) -> Plan:
+    entries = tuple(dataclasses.replace(e, form="weight", dropout=0.0) for e in plan)
+    return dataclasses.replace(plan, entries=entries)

@@ -14,8 +14,9 @@ from ..module.casts import unmark
 from ..module.contract import InputSpec
 from ..module.routing import INPUTS
 from ..module.state import State
+from .active import merge_modes
 from .base import Pass
-from .remove import merge_modes
+from .route_blocks import take_from_blocks
 from .slots import remove_slots
 
 
@@ -35,6 +36,7 @@ class Unroute(Pass):
         for graph in graphs:
             remove_slots(graph)
         for program in module.programs:
+            take_from_blocks(program)
             program.inputs = {mode: _without(spec) for mode, spec in program.inputs.items()}
         for name in module.adapter_parameters():
             module.remove_parameter(name)

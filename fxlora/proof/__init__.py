@@ -20,7 +20,7 @@ from ..module.example_calls import Call, MethodCalls, calls_of, calls_of_methods
 from ..module.fsdp import mesh_of
 from ..module.parent import RegionCall
 from ..module.program import MODES
-from ..passes import FoldConstants, Inject
+from ..passes import FoldConstants, Inject, chosen
 from ..passes.fold_quantised import QuantisedFold
 from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage
@@ -62,6 +62,7 @@ def verify(
     calls: Sequence[Call] | None = None,
     methods: Mapping[str, MethodCalls] | None = None,
     folded: CapturedModule | None = None,
+    adapter: str | Sequence[str] | None = None,
 ) -> Verification:
     """Check the laws of fxlora on the given inputs, with a few forward and backward passes.
 
@@ -89,6 +90,7 @@ def verify(
         calls: several inputs `(args, kwargs)` instead, which together reach every adapter.
         methods: inputs of captured methods, as for `capture`.
         folded: the folded module to check; by default `fold(module)`.
+        adapter: the name or names of the adapters to check; by default the active ones.
 
     Returns:
         The reads, errors and gradients of each site; print it for a table.
@@ -96,7 +98,7 @@ def verify(
     Raises:
         NotCapturedError: `module` or `folded` is not a captured module.
         VerificationError: a law does not hold; names the law, and the site if there is one.
-        InjectError: the module has no adapters or is on the meta device.
+        InjectError: the module has no active adapter, or is on the meta device.
 
     Example:
         >>> import torch, fxlora
@@ -107,6 +109,7 @@ def verify(
         [('0', 1, True)]
     """
     check_captured(module, "verify")
+    module = chosen(module, adapter)
     if module.plan is None:
         raise InjectError("nothing to verify: pass the adapted module, before it is folded.")
     if folded is not None:
@@ -183,7 +186,7 @@ def _verified(
     _check_drawn(module, copied, base, calls)
     checks = [
         SiteCheck(
-            site=entry.site,
+            site=module.plan.label(entry),
             form=entry.form,
             reads=found,
             effect=moved[entry.name_a].effect,
@@ -252,7 +255,7 @@ def _modes_differ(module: CapturedModule) -> bool:
 
 @no_gradients()
 def _copy_adapters(source: CapturedModule, target: CapturedModule) -> None:
-    for name in source.adapter_parameters():
+    for name in target.adapter_parameters():  # the source may hold others, which are not active
         target.get_parameter(name).copy_(source.get_parameter(name))
 
 
