@@ -21,6 +21,7 @@ from ..module.ambient import no_ambient_modes
 from ..module.contract import InputSpec, TensorInput
 from ..module.fsdp import mesh_of
 from ..module.program import ProgramModule
+from ..module.quantised import is_quantised
 from ..tables import some
 from .files import whole_file
 
@@ -130,10 +131,20 @@ def exported(
     for example in _examples(call.contract, args, kwargs, dynamic_shapes):
         try:
             with torch.no_grad():  # for inference: nothing has to mark where gradients stop
-                return run_export(program, example)
+                return _with_plain_state(run_export(program, example))
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
+
+
+def _with_plain_state(program: ExportedProgram) -> ExportedProgram:
+    """Return a program whose state has the parts of quantised weights, as plain tensors.
+
+    A file would need the package of their classes to be read.
+    """
+    if not any(is_quantised(tensor) for tensor in program.state_dict.values()):
+        return program
+    return program.run_decompositions({})
 
 
 def _refuse_counts(args: Any, kwargs: Any) -> None:

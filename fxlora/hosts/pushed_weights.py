@@ -15,6 +15,7 @@ from ..module import CapturedModule, check_captured
 from ..module.adapted_weight import folded_weight
 from ..module.ambient import no_ambient_modes
 from ..module.memory import overlapping
+from ..module.quantised import dequantised, is_quantised
 from ..module.sharded import is_sharded, whole, write
 from ..module.shared_parameter import own
 from ..names import shown
@@ -72,6 +73,7 @@ def fold_into(
         **dict(module.named_buffers()),
     }
     values = {n: v.detach() for n, v in values.items() if n not in module.adapter_parameters()}
+    values = {n: v if n not in target else dequantised(v) for n, v in values.items()}
     _check_names(module, target, entries, values)
     _check_memory(target, entries, values)
     for name, tensor in target.items():
@@ -169,6 +171,8 @@ def _unwritable(tensor: torch.Tensor) -> str | None:
     """Say why values cannot be written into a tensor, whatever they are."""
     if is_lazy(tensor):
         return "has no shape yet (a lazy module)"
+    if is_quantised(tensor):
+        return 'is quantised: give a plain tensor, or use fold(…, quantised="requantise")'
     if is_sharded(tensor):
         return None
     if getattr(type(tensor), _DISPATCH) is not getattr(torch.Tensor, _DISPATCH):
