@@ -10,6 +10,7 @@ from .api import (
     inject,
     lora_parameters,
     match,
+    merge_aware,
     optimize,
     remove,
     unfold,
@@ -37,6 +38,7 @@ from .errors import (
     MisfitError,
     NoMatchError,
     NotCapturedError,
+    QuantisedError,
     SubmoduleError,
     UnsupportedOpError,
     VerificationError,
@@ -55,6 +57,7 @@ from .passes.shard_adapters import ShardedTensor, ShardPlan, shard_plan
 from .pictures import draw
 from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify
+from .proof.simplify import simplify
 from .reads.readers import Reader
 from .reads.sites import Site
 from .routed import route, swap_adapter, take_adapter
@@ -83,6 +86,7 @@ __all__ = [
     "NotCapturedError",
     "Op",
     "Plan",
+    "QuantisedError",
     "Read",
     "Reader",
     "Rule",
@@ -115,6 +119,7 @@ __all__ = [
     "load_rules",
     "lora_parameters",
     "match",
+    "merge_aware",
     "merged",
     "optimize",
     "recorded_calls",
@@ -126,6 +131,7 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "shard_plan",
+    "simplify",
     "swap_adapter",
     "take_adapter",
     "unfold",

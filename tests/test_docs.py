@@ -24,7 +24,7 @@ from fxlora.lora.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = ("peft", "torchvision", "transformers")
+OPTIONAL = ("peft", "torchao", "torchvision", "transformers")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

@@ -180,6 +180,11 @@ def _add_files(parser: _Parser, named: str) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="take an adapter with NaN or infinities"
     )
+    parser.add_argument(
+        "--strict-base",
+        action="store_true",
+        help="fail unless the weights are known to be those that the adapter was trained over",
+    )
 
 
 def _rule_options(*, adapter: bool = False) -> _Parser:

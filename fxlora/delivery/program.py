@@ -20,6 +20,7 @@ from ..frontends.exported import contract_with_small_sizes, run_export
 from ..fx.calls import example_value
 from ..module.contract import InputSpec
 from ..module.program import ProgramModule
+from ..module.quantised import is_quantised
 from .call import ADAPTERS, Call, distinct_names, is_tensor
 from .metadata import Tracer, root_class, with_places
 from .sizes import resized
@@ -70,7 +71,7 @@ def exported(call: Call, dynamic_shapes: Any) -> Exported:
     for example in _examples(call, dynamic_shapes):
         try:
             with torch.no_grad():  # for inference: nothing has to mark where gradients stop
-                found = run_export(program, example)
+                found = _with_plain_state(run_export(program, example))
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
             continue
@@ -78,6 +79,16 @@ def exported(call: Call, dynamic_shapes: Any) -> Exported:
         spec = contract_with_small_sizes(program, found, example, _of_one(call))
         return Exported(found, call, spec)
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
+
+
+def _with_plain_state(program: ExportedProgram) -> ExportedProgram:
+    """Return a program whose state has the parts of quantised weights, as plain tensors.
+
+    A file would need the package of their classes to be read.
+    """
+    if not any(is_quantised(tensor) for tensor in program.state_dict.values()):
+        return program
+    return program.run_decompositions({})
 
 
 def _refuse_own_ops(program: ExportedProgram) -> None:

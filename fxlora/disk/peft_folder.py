@@ -280,7 +280,7 @@ class _PeftReader:
 
     def _wrappers(self, entry: Entry, pair: Pair) -> Wrappers:
         """Return PEFT's layout for one weight; shapes say how a stack is laid out, if need be."""
-        inputs = pair.tensors[A].shape[-1] if A in pair.tensors else 0
+        inputs = pair.tensors[A].shape[-1:].numel() if A in pair.tensors else 0
         first, last = entry.shape[-2:]
         transposed = is_transposed(self.module, entry) if entry.layout.stacked else False
         if transposed is None and first != last:

@@ -47,6 +47,7 @@ from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.python_state import Attribute, Changes, noted, noted_reads
 from .kept.recurrent import any_number_of_steps, restore_recurrent
+from .kept.subclasses import kept_subclass_calls
 from .kept.tensor_state import StateReads, kept_state, remove_aliases
 from .kept.undisturbed import mode_of, refuse_state
 from .mode_proof import Proof, computes_the_same
@@ -280,6 +281,7 @@ def _exported(
         stack.enter_context(marked_checkpoints())
         stack.enter_context(refuse_constant_draws(type(model).__name__))
         assigned = stack.enter_context(refuse_state(model))
+        of_subclasses = stack.enter_context(kept_subclass_calls(model))
         program = run_export(model, example)
     _refuse_unanswered(model, reads)
     # Before `_as_module`, which generates code from these names.
@@ -289,6 +291,7 @@ def _exported(
     _refuse_assigned_state(model, module, assigned)
     _refuse_other_constants(model, module)
     functions.restore(module)
+    of_subclasses.restore(module)
     remove_metadata_assertions(module)
     return program, module
 
