@@ -459,7 +459,7 @@ class Fuzz:
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    if not torch.allclose(found, expected, rtol=1e-8, atol=1e-8):
+    if not torch.allclose(found, expected, rtol=1e-8, atol=1e-8, equal_nan=True):
         raise Wrong(f"outputs are off by {float((found - expected).abs().max()):g}")
 
 

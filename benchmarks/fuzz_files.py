@@ -88,7 +88,11 @@ def checkpoint(
     index: Any = {
         "weight_map": {n: f"{i}.safetensors" for i, part in enumerate(parts) for n in part}
     }
-    files: dict[Path, Any] = {base / INDEX: index, folder / CONFIG: config}
+    files: dict[Path, Any] = {
+        base / INDEX: index,
+        base / "config.json": {"text_config": {"vocab_size": 11}, "tie_word_embeddings": False},
+        folder / CONFIG: config,
+    }
     saved = {
         base / "0.safetensors": parts[0],
         base / "1.safetensors": parts[1],

@@ -3,15 +3,19 @@
 The script makes the checkpoint (Llama's layers in bfloat16, in shards) and two adapters: of q and
 v, and of all seven projections. Each side runs in a process of its own, which imports first and
 then takes the time, in interleaved rounds: cold, with the base out of the page cache, and warm.
-Memory is the peak of the process (VmHWM) above what it has after its imports.
+Memory is the peak of the process (VmHWM) above what it has after its imports. Sides in brackets
+are no folds but limits of one, on one thread: bytes that are read, converted and written, and
+products alone.
 
-    python benchmarks/stream.py            # 4 GB
-    python benchmarks/stream.py --quick    # 100 MB
+    python benchmarks/stream.py                        # 4 GB; ten minutes
+    python benchmarks/stream.py --only "all linear"    # one of the adapters
+    python benchmarks/stream.py --quick                # 100 MB
+
+mergekit may be in another environment: --mergekit PYTHON names its interpreter.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -42,12 +46,26 @@ PROJECTIONS = {
 ADAPTERS = {"q and v": ["q_proj", "v_proj"], "all linear": list(PROJECTIONS)}
 SHARD = 2**30
 
+COPY, PEFT, MERGEKIT = "copy", "PEFT merge_and_unload", "mergekit base+adapter"
+PRODUCT = """
+import torch
+from safetensors.torch import load_file
+def run():
+    torch.set_num_threads(1)
+    pairs = load_file(ADAPTER + "/adapter_model.safetensors")
+    for key, b in pairs.items():
+        if key.endswith("lora_B.weight"):
+            a, b = pairs[key.replace("lora_B", "lora_A")].to(DTYPE), b.to(DTYPE)
+            block = torch.zeros(256, a.shape[1], dtype=DTYPE)
+            for rows in b.split(256):
+                block[:len(rows)].addmm_(rows, a, alpha=2)
+"""
 SIDES = {
-    "copy": "import shutil\nrun = lambda: shutil.copytree(BASE, OUT)",
+    COPY: "import shutil\nrun = lambda: shutil.copytree(BASE, OUT)",
     "fxlora.fold_checkpoint": (
         "import fxlora\nrun = lambda: fxlora.fold_checkpoint(BASE, ADAPTER, OUT)"
     ),
-    "PEFT merge_and_unload": """
+    PEFT: """
 import torch, peft
 from transformers import LlamaForCausalLM
 def run():
@@ -55,7 +73,38 @@ def run():
     model = peft.PeftModel.from_pretrained(model, ADAPTER)
     model.merge_and_unload(progressbar=False).save_pretrained(OUT)
 """,
+    MERGEKIT: """
+import torch, transformers, peft
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+def run():
+    models = [{"model": f"{BASE}+{ADAPTER}"}]
+    config = {"merge_method": "passthrough", "dtype": "bfloat16", "models": models}
+    options = MergeOptions(
+        lora_merge_cache=OUT + ".cache", lora_merge_dtype="bfloat16", copy_tokenizer=False,
+        write_model_card=False, quiet=True,
+    )
+    run_merge(MergeConfiguration.model_validate(config), OUT, options)
+""",
+    "[read, to float32 and back, write]": """
+import os, pathlib, torch
+def run():
+    os.mkdir(OUT)
+    torch.set_num_threads(1)
+    memory = torch.empty(2**21, dtype=torch.uint8)
+    held, wide = memory.view(torch.bfloat16), torch.empty(2**20)
+    for path in pathlib.Path(BASE).iterdir():
+        target = open(f"{OUT}/{path.name}", "wb", buffering=0)
+        with open(path, "rb", buffering=0) as source, target:
+            while count := source.readinto(memory.numpy()):
+                held.copy_(wide.copy_(held))
+                target.write(memory.numpy()[:count])
+""",
+    "[B·A alone, in float64]": PRODUCT.replace("DTYPE", "torch.float64"),
+    "[B·A alone, in float32]": PRODUCT.replace("DTYPE", "torch.float32"),
 }
+ONCE = (PEFT, MERGEKIT)  # their times are not near the others'
 CHILD = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -76,8 +125,13 @@ print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak() 
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--folder", type=Path, help="where to make the files")
+    options_parser.add_argument("--only", choices=ADAPTERS, help="one of the adapters")
+    options_parser.add_argument(
+        "--mergekit", default=sys.executable, metavar="PYTHON", help="an interpreter that has it"
+    )
     options = start(options_parser, rounds=3)
     report = Report(options)
+    sides = [side for side in SIDES if side != MERGEKIT or has_mergekit(options.mergekit)]
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         folder = Path(place)
         config = LlamaConfig(
@@ -93,12 +147,26 @@ def main() -> None:
         size, largest = write_base(folder / "base", config)
         print(f"\ncheckpoint: {size / 1e9:.2f} GB, its largest tensor {largest / 2**20:.0f} MiB")
         for name, targets in ADAPTERS.items():
+            if options.only not in (None, name):
+                continue
             adapter = folder / name.replace(" ", "_")
             held = write_adapter(adapter, folder / "base", targets)
             title = f"{name}: r = {R}, the adapter has {held / 2**20:.0f} MiB"
-            report.add(title, measured(folder, adapter, targets, options))
-    if importlib.util.find_spec("mergekit") is None:
-        print("\nmergekit: skipped, it is not installed")
+            report.add(title, measured(folder, adapter, sides, options))
+
+
+def has_mergekit(python: str) -> bool:
+    """Whether an interpreter can import mergekit; if it cannot, say why."""
+    check = [python, "-c", "from mergekit.merge import run_merge; from importlib import metadata; "]
+    check[-1] += "print(metadata.version('mergekit'))"
+    try:
+        run = subprocess.run(check, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        print(f"mergekit: skipped, {said.strip().splitlines()[-1]}")
+        return False
+    print(f"mergekit: {run.stdout.strip()}")
+    return True
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -137,7 +205,8 @@ def write_base(folder: Path, config: Any) -> tuple[int, int]:
         largest = max(largest, shard[name].nbytes)
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
             flush()
-    flush()
+    if shard:
+        flush()
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(path.stat().st_size for path in folder.iterdir()), largest
@@ -164,17 +233,19 @@ def write_adapter(folder: Path, base: Path, targets: list[str]) -> int:
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def measured(folder: Path, adapter: Path, targets: list[str], options: Any) -> list[dict[str, Any]]:
+def measured(folder: Path, adapter: Path, sides: list[str], options: Any) -> list[dict[str, Any]]:
     """Run all sides in turn, cold and warm; return the table's rows."""
     found: dict[tuple[str, str], list[list[float]]] = {}
-    wrong: dict[str, str] = {"copy": ""}
+    wrong = {side: "" for side in sides if side == COPY or side.startswith("[")}
     for number in range(options.rounds):
         for cache in ("cold", "warm"):
-            for side in SIDES:
-                if side.startswith("PEFT") and number:
-                    continue  # once: its time is not near the others'
+            for side in sides:
+                alone = side.startswith("[B") or side in ONCE
+                if alone and (number or cache == "cold"):
+                    continue
                 out = folder / "out"
-                shutil.rmtree(out, ignore_errors=True)
+                for old in (out, folder / "out.cache"):
+                    shutil.rmtree(old, ignore_errors=True)
                 os.sync()
                 set_cache(folder / "base", cache)
                 found.setdefault((side, cache), []).append(
@@ -184,7 +255,7 @@ def measured(folder: Path, adapter: Path, targets: list[str], options: Any) -> l
                     wrong[side] = not_nearest(folder / "base", adapter, out)
     rows: list[dict[str, Any]] = []
     for (side, cache), runs in sorted(found.items(), key=lambda item: (item[0][1], -len(item[1]))):
-        copies = found["copy", cache]
+        copies = found[COPY, cache]
         ratio = statistics.median(c[0] / run[0] for c, run in zip(copies, runs, strict=False))
         seconds = sorted(run[0] for run in runs)
         rows.append(
@@ -219,7 +290,7 @@ def child(side: str, folder: Path, adapter: Path, out: Path, options: Any) -> li
     words = [str(folder / "base"), str(adapter), str(out), str(options.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     run = subprocess.run(
-        [sys.executable, "-c", script, *words],
+        [options.mergekit if side == MERGEKIT else sys.executable, "-c", script, *words],
         capture_output=True,
         text=True,
         check=False,
@@ -243,10 +314,13 @@ def not_nearest(base: Path, adapter: Path, out: Path) -> str:
                         continue
                     a = pairs.get_tensor(f"{site}.lora_A.weight").double()
                     b = pairs.get_tensor(f"{site}.lora_B.weight").double()
-                    exact = file.get_tensor(name).double().add_(b @ a, alpha=ALPHA / R)
+                    weight = file.get_tensor(name)
                     with safe_open(where[name], "pt") as folded:
                         found = folded.get_tensor(name)
-                    wrong += int((found != rounded(exact)).sum())
+                    for first in range(0, len(weight), 64):  # few rows, which stay in the cache
+                        rows = slice(first, first + 64)
+                        exact = weight[rows].double().addmm_(b[rows], a, alpha=ALPHA / R)
+                        wrong += int((found[rows] != rounded(exact)).sum())
                     entries += found.numel()
     return f"{wrong:,} of {entries:,} ({wrong / entries:.4%})"
 

@@ -10,6 +10,7 @@ from .api import (
     inject,
     lora_parameters,
     match,
+    merge_aware,
     optimize,
     remove,
     unfold,
@@ -19,11 +20,11 @@ from .arithmetic.extract import extract
 from .arithmetic.scale import scale_adapter
 from .config import LoraConfig, Rule, load_rules
 from .costs import report
+from .delivery import export, export_adapter
 from .disk.checkpoint.fold import fold_checkpoint
 from .disk.checkpoint.report import CheckpointReport, FoldedTensor
 from .disk.checkpoint.verify import verify_checkpoint
 from .disk.load import load_adapter
-from .disk.pt2 import export
 from .disk.save import save_adapter
 from .errors import (
     AdapterError,
@@ -37,6 +38,7 @@ from .errors import (
     MisfitError,
     NoMatchError,
     NotCapturedError,
+    QuantisedError,
     SubmoduleError,
     UnsupportedOpError,
     VerificationError,
@@ -55,6 +57,7 @@ from .passes.shard_adapters import ShardedTensor, ShardPlan, shard_plan
 from .pictures import draw
 from .plan import Entry, Plan
 from .proof import AdaptedRead, SiteCheck, Verification, verify
+from .proof.simplify import simplify
 from .reads.readers import Reader
 from .reads.sites import Site
 from .routed import route, swap_adapter, take_adapter
@@ -83,6 +86,7 @@ __all__ = [
     "NotCapturedError",
     "Op",
     "Plan",
+    "QuantisedError",
     "Read",
     "Reader",
     "Rule",
@@ -103,6 +107,7 @@ __all__ = [
     "draw",
     "explicit",
     "export",
+    "export_adapter",
     "extract",
     "fold",
     "fold_checkpoint",
@@ -114,6 +119,7 @@ __all__ = [
     "load_rules",
     "lora_parameters",
     "match",
+    "merge_aware",
     "merged",
     "optimize",
     "recorded_calls",
@@ -125,6 +131,7 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "shard_plan",
+    "simplify",
     "swap_adapter",
     "take_adapter",
     "unfold",

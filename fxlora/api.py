@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,19 @@ from .module.compiled import uncompiled
 from .module.example_calls import Call, MethodCalls
 from .module.fsdp import refuse_copy
 from .names import shown
-from .passes import Activate, FoldConstants, Inject, Optimize, Remove, Unroute, chosen
+from .passes import (
+    Activate,
+    FoldConstants,
+    Inject,
+    MergeAware,
+    Optimize,
+    Remove,
+    Unroute,
+    chosen,
+)
 from .passes.active import as_names
+from .passes.fold_constants import quantised_sites
+from .passes.fold_quantised import QuantisedFold
 from .plan import Plan
 from .tables import some
 
@@ -336,6 +348,9 @@ def fold(
     inplace: bool = False,
     keep: bool = False,
     allow_nonfinite: bool = False,
+    quantised: str | None = None,
+    quantiser: Any = None,
+    min_retention: float = 0.9,
 ) -> CapturedModule:
     """Return a new module with every adapted weight W0 replaced by `W0 + s·BA`.
 
@@ -355,6 +370,14 @@ def fold(
             besides the folded weights, also with `inplace`.
         allow_nonfinite: whether the adapters, and so the folded weights, may have NaN or
             infinities.
+        quantised: what to do with adapted weights that are quantised, which are refused otherwise:
+            "keep" their branches, which the result then still has; "dequantise" them: they become
+            plain weights in the dtype that they compute in; or "requantise" them, with fresh
+            scales. `result.retention` then says how much of s·BA each kept.
+        quantiser: the function (tensor → quantised tensor) or the configuration of torchao's
+            `quantize_` that made the quantised weights; by default it is found by their class.
+        min_retention: the least retention ⟨Q(W + d) - Q(W), d⟩ / ‖d‖² of d = s·BA for each
+            weight that is quantised anew.
 
     Returns:
         The folded module.
@@ -366,7 +389,10 @@ def fold(
         NotCapturedError: the module is not a captured one.
         InjectError: the module never had adapters, or they have NaN or infinities; or as for
             `activate`.
-        ConfigError: `adapter` together with `inplace`.
+        QuantisedError: an adapted weight is quantised, and `quantised` does not say what to do;
+            its layer computes more than a product; no quantiser is known, or it loses s·BA.
+        ConfigError: `adapter` together with `inplace`; or an argument about quantised weights has
+            no meaning.
 
     Example:
         >>> import torch, fxlora
@@ -388,8 +414,13 @@ def fold(
             "load_state_dict into the model's own class would tie them again, wrongly. To keep "
             'the tie, adapt every read of it alike (LoraConfig(tied="share")).'
         )
+    how = _of_quantised(module, quantised, quantiser, min_retention)
+    if quantised == "keep" and (branches := quantised_sites(module)):
+        if inplace or keep:
+            raise ConfigError('quantised="keep" gives a new module: leave out inplace and keep.')
+        return _fold_others(module, set(branches), allow_nonfinite)
     kept = module.derive() if keep and module.plan is not None else None
-    step = FoldConstants(inplace=inplace, allow_nonfinite=allow_nonfinite)
+    step = FoldConstants(inplace=inplace, allow_nonfinite=allow_nonfinite, quantised=how)
     if inplace:
         refuse_copy(module)
         step.apply(module)
@@ -408,6 +439,46 @@ def _without_adapter(module: CapturedModule) -> str:
     return "the module has no adapters."
 
 
+_HOW = ("keep", "dequantise", "requantise")
+
+
+def _of_quantised(
+    module: CapturedModule, how: Any, quantiser: Any, least: Any
+) -> QuantisedFold | None:
+    """Return what a fold does with quantised weights, by the user's arguments."""
+    if how is not None and how not in _HOW:
+        raise ConfigError(f"quantised must be one of {', '.join(_HOW)}, not {shown(how)}.")
+    if quantiser is not None and how != "requantise":
+        raise ConfigError('quantiser needs quantised="requantise".')
+    if not is_finite(least) or least > 1:
+        raise ConfigError(f"min_retention must be a number up to 1, not {shown(least)}.")
+    if how in (None, "keep"):
+        return None
+    known = module.known.merge_aware if how == "requantise" and quantiser is None else {}
+    return QuantisedFold(how, quantiser, float(least), known)
+
+
+def _fold_others(
+    module: CapturedModule, branches: set[str], allow_nonfinite: bool
+) -> CapturedModule:
+    """Fold the adapters of all sites but some, which keep their branches."""
+    assert module.plan is not None
+    values = {name: module.get_parameter(name).detach() for name in module.adapter_parameters()}
+    left = [entry for entry in module.plan if entry.site in branches]
+    others = [entry for entry in module.plan if entry.site not in branches]
+    result = Remove(restore=False)(module)
+    for entries, trained in ((others, ()), (left, ())):
+        if not entries:
+            continue
+        plan = replace(module.plan, entries=tuple(entries), trained=trained, trained_dtypes={})
+        plan = replace(plan, untied={}, modules_to_save=(), trained_parameters=0)
+        starts = {name: values[name] for entry in entries for name in entry.tensors}
+        result = Inject(plan, starts)(result)
+        if entries is others:
+            result = FoldConstants(allow_nonfinite=allow_nonfinite)(result)
+    return result.train(module.training)
+
+
 @no_ambient_modes()
 def unfold(module: CapturedModule) -> CapturedModule:
     """Return the adapted module that `fold(…, keep=True)` was called with, as it was then.
@@ -423,7 +494,8 @@ def unfold(module: CapturedModule) -> CapturedModule:
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        InjectError: it is not folded, or its fold kept nothing.
+        InjectError: it is not folded, or its fold kept nothing; or weights of the adapted module
+            were written to since, as where the source, which shares them, was trained.
 
     Example:
         >>> import torch, fxlora
@@ -438,6 +510,12 @@ def unfold(module: CapturedModule) -> CapturedModule:
         raise InjectError(
             "nothing to unfold: the module was not folded with keep=True. Keep the adapted module "
             "itself, or load its adapter again (fxlora.load_adapter)."
+        )
+    if written := module.known.unfolded.changed_weights():
+        raise InjectError(
+            f"nothing to unfold to: {some(written)} was written to since the adapter was injected, "
+            "as where the source, which shares its memory, was trained. Capture a copy of the "
+            "source (copy.deepcopy), or load its weights and the adapter again."
         )
     result = module.known.unfolded.derive()
     return result.train(module.training)
@@ -483,7 +561,9 @@ def optimize(
 
 @no_ambient_modes()
 def explicit(module: CapturedModule) -> CapturedModule:
-    """Return a module whose calls run the explicit graphs again: `optimize` undone.
+    """Return a module whose calls run the explicit graphs again.
+
+    It undoes `optimize` and `merge_aware`.
 
     Args:
         module: an optimized module; it is not changed.
@@ -502,6 +582,39 @@ def explicit(module: CapturedModule) -> CapturedModule:
         True
     """
     return Optimize(None)(module)
+
+
+@no_ambient_modes()
+def merge_aware(module: CapturedModule, *, quantiser: Any = None) -> CapturedModule:
+    """Return a module whose calls read each quantised weight W as a fold makes it: Q(W + s·BA).
+
+    What is trained is then what `fold(…, quantised="requantise")` ships: its outputs have the same
+    bits. Gradients pass to A and B straight through the rounding (Bengio et al. 2013). A, B and the
+    optimizer's state are those of the given module's form; `explicit` leads back to it.
+
+    Args:
+        module: an adapted module over a quantised base, without lora_dropout; it is not changed.
+        quantiser: as for `fold`.
+
+    Returns:
+        The module that runs merge-aware graphs, in both modes.
+
+    Raises:
+        NotCapturedError: the module is not a captured one.
+        QuantisedError: no adapted weight is quantised, or no quantiser is known.
+        ConfigError: an adapter has dropout.
+        InjectError: the module is optimized, or has no whole graphs.
+
+    Example:
+        >>> import torch, fxlora
+        >>> lora = fxlora.adapt(torch.nn.Linear(6, 4), torch.randn(2, 6), rules=fxlora.Rule(
+        ...     lora=fxlora.LoraConfig(r=2)))
+        >>> fxlora.merge_aware(lora)
+        Traceback (most recent call last):
+        fxlora.errors.QuantisedError: no adapted weight is quantised.
+    """
+    check_captured(module, "merge_aware")
+    return MergeAware(quantiser)(module)
 
 
 @no_ambient_modes()

@@ -15,6 +15,7 @@ import torch
 from .errors import ConfigError, InjectError
 from .module import CapturedModule, check_captured
 from .module.ambient import no_ambient_modes
+from .module.quantised import is_quantised, stored_bytes
 from .names import printable
 from .passes.active import as_names, check_known
 from .plan import Entry, Plan, joined
@@ -67,7 +68,7 @@ class _Totals:
     @property
     def percent(self) -> float:
         """Trainable parameters as a percentage of those of the model and its adapters together."""
-        return 100 * self.trainable / self.adapted
+        return 100 * self.trainable / max(1, self.adapted)
 
     def training_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Return the bytes of gradients and Adam state for full fine-tuning and for the plan.
@@ -137,7 +138,7 @@ def report(
         holds - plan.model_parameters if folded else None,
     )
     if format == "json":
-        return json.dumps(_data(plan, totals), indent=2)
+        return json.dumps({**_data(plan, totals), **_stored_data(x)}, indent=2)
     if format == "csv":
         return _csv(plan)
     if format not in FORMATS:
@@ -149,7 +150,8 @@ def report(
         [_memory_row(totals, dtype) for dtype in DTYPES],
         format,
     )
-    return "\n\n".join([sites, sums, memory, *_split_ties(plan, folded)])
+    said = [*_split_ties(plan, folded), *_stored(x)]
+    return "\n\n".join([sites, sums, memory, *said])
 
 
 def site_rows(plan: Plan) -> list[list[str]]:
@@ -232,6 +234,36 @@ def _split_ties(plan: Plan, folded: bool) -> list[str]:
     said = [" from ".join(some(names) for names in groups[::-1]) for groups in plan.split_ties]
     when = "split by the fold" if folded else "that a fold splits"
     return [f"Ties {when}: {'; '.join(said)}."] if said else []
+
+
+def _stored(x: Plan | CapturedModule) -> list[str]:
+    """Return lines on quantised weights: their bytes, and what a fold kept of s·BA in each."""
+    stored = _stored_sizes(x)
+    if not stored or not isinstance(x, CapturedModule):
+        return []
+    held, plain = stored
+    lines = [f"Quantised weights: {_bytes(held)} as stored, {_bytes(plain)} in their dtype."]
+    if x.retention:
+        kept = ", ".join(f"{site} {value:.3f}" for site, value in x.retention.items())
+        lines.append(f"Retention of s·BA in the weights that the fold quantised: {kept}.")
+    return ["\n".join(lines)]
+
+
+def _stored_data(x: Plan | CapturedModule) -> dict[str, Any]:
+    """Return what `_stored` tells, as data; empty without quantised weights."""
+    stored = _stored_sizes(x)
+    if not stored or not isinstance(x, CapturedModule):
+        return {}
+    quantised = {"stored_bytes": stored[0], "bytes_in_dtype": stored[1]}
+    return {"quantised_weights": {**quantised, "retention": dict(x.retention)}}
+
+
+def _stored_sizes(x: Plan | CapturedModule) -> tuple[int, int] | None:
+    """Return the bytes of quantised weights as stored, and in their dtype; None without any."""
+    parameters = x.parameters() if isinstance(x, CapturedModule) else ()
+    found = [parameter for parameter in parameters if is_quantised(parameter)]
+    plain = sum(p.numel() * p.dtype.itemsize for p in found)
+    return (sum(map(stored_bytes, found)), plain) if found else None
 
 
 def _bytes(count: int) -> str:

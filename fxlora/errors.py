@@ -54,6 +54,10 @@ class SubmoduleError(FxLoraError):
     """A submodule of a captured module was used in a way that would have no effect."""
 
 
+class QuantisedError(FxLoraError):
+    """A quantised weight does not allow what was asked, or would lose it."""
+
+
 class MisfitError(InjectError):
     """A plan was made for another module.
 

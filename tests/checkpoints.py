@@ -41,7 +41,7 @@ def write_sharded(folder: Path, *shards: Tensors, metadata: dict[str, str] | Non
         places |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": 1}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"model_type": "own"}')
+    (folder / "config.json").write_text('{"tie_word_embeddings": false}')
     (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "tokenizer" / "vocab.txt").write_text("a b c")
     return folder

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +261,50 @@ def test_an_update_below_the_rounding_does_not_survive() -> None:
     assert report.folded[0].relative_error == pytest.approx(1)
 
 
+# ---- the base that an adapter was trained over --------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [64, 2**21])
+@pytest.mark.parametrize(("trained", "held"), [(BF16, BF16), (BF16, torch.float32)])
+def test_the_base_that_an_adapter_was_trained_over(
+    rows: int, trained: torch.dtype, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprints are computed from pieces that may be shorter or longer than their rows."""
+    monkeypatch.setattr(pieces, "ROWS", rows)
+    model = nn.Sequential(nn.Linear(301, 297), nn.Linear(297, 5)).to(trained)
+    rules = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    fxlora.save_adapter(fxlora.adapt(model, torch.randn(2, 301).to(trained), rules=rules), ADAPTER)
+    state = {name: tensor.to(held) for name, tensor in model.state_dict().items()}
+    save_file(state, BASE)
+    found = folded(strict_base=True)
+    assert not torch.equal(found["0.weight"], state["0.weight"])
+    state["0.weight"][296, 300] += 1
+    save_file(state, BASE)
+    said = r"trained over other weights: 0\.weight\. Fold it into the checkpoint"
+    with pytest.raises(AdapterError, match=said):
+        fxlora.fold_checkpoint(BASE, ADAPTER, Path("new.safetensors"), strict_base=True)
+    assert not Path("new.safetensors").exists() and not list(Path().glob(".*fxlora"))
+    with pytest.warns(fxlora.FxLoraWarning, match=said):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT)
+    with pytest.warns(fxlora.FxLoraWarning, match=said):
+        fxlora.verify_checkpoint(BASE, ADAPTER, OUT)
+    with pytest.raises(AdapterError, match=said):
+        fxlora.verify_checkpoint(BASE, ADAPTER, OUT, strict_base=True)
+
+
+def test_a_base_of_which_not_all_is_known() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    rules = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    fxlora.save_adapter(fxlora.adapt(model, torch.randn(2, 6), rules=rules), ADAPTER)
+    save_file({name: tensor.to(BF16) for name, tensor in model.state_dict().items()}, BASE)
+    with pytest.warns(fxlora.FxLoraWarning, match=r"in a wider dtype: 0\.weight"):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT)
+    write_adapter(Path("pefts"), pair("0", 5, 6))
+    fxlora.fold_checkpoint(BASE, Path("pefts"), OUT)
+    with pytest.raises(AdapterError, match=r"PEFT writes none.*: fold without strict_base"):
+        fxlora.fold_checkpoint(BASE, Path("pefts"), OUT, strict_base=True)
+
+
 # ---- bytes --------------------------------------------------------------------------------------
 
 
@@ -448,11 +495,60 @@ def test_a_tie_that_the_adapter_splits_is_refused() -> None:
     save_file({"emb.weight": model.emb.weight.detach()}, BASE)
     said = refused(BASE, embedding_pair(), model=Tied)
     assert "not head.weight, which is tied to it" in said and 'tied="share"' in said
-    config = {"tie_word_embeddings": True, "vocab_size": 11}
-    (Path("folder")).mkdir()
-    (Path("folder/config.json")).write_text(json.dumps(config))
-    save_file({"emb.weight": torch.randn(11, 6)}, Path("folder/model.safetensors"))
-    assert "head may be tied" in refused(Path("folder"), embedding_pair())
+
+
+VOCAB = {"vocab_size": 11}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+HEAD = {"head.weight": torch.randn(11, 6)}
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "outcome"),
+    [
+        (TIED | VOCAB, {}, "refused"),
+        (TIED | VOCAB, HEAD, "refused"),  # which a class that ties would not read
+        (VOCAB, {}, "refused"),  # the default depends on the class
+        ({"parts": [{"text_config": TIED | VOCAB}]}, {}, "refused"),
+        (UNTIED | {"decoder": TIED | VOCAB}, HEAD, "refused"),
+        ({"text_config": UNTIED | VOCAB}, {}, "refused"),
+        (UNTIED | VOCAB, {}, "folded"),
+        (VOCAB, HEAD, "warned"),  # another tensor of this shape may not be the head
+        ({}, {}, "warned"),
+        ({}, HEAD, "warned"),
+    ],
+)
+def test_an_embedding_that_may_be_tied(config: Any, more: Any, outcome: str) -> None:
+    base, save = Path("folder"), Path("folder/model.safetensors")
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(config))
+    save_file({"emb.weight": torch.randn(11, 6), **more}, save)
+    if outcome == "refused":
+        assert "may be tied to it" in refused(base, embedding_pair())
+        if more:
+            return
+    write_adapter(ADAPTER, embedding_pair())
+    untied = fxlora.FxLoraWarning if outcome == "warned" else None
+    with pytest.warns(untied) if untied else contextlib.nullcontext() as said:
+        if outcome != "refused":
+            fxlora.fold_checkpoint(base, ADAPTER, Path("out"))
+    if said:
+        assert "nothing says whether these are tied" in str(said[0].message)
+    with warnings.catch_warnings():  # the advice
+        warnings.simplefilter("error", fxlora.FxLoraWarning)
+        shutil.rmtree("out", ignore_errors=True)
+        fxlora.fold_checkpoint(base, ADAPTER, Path("out"), model=Only if not more else Both)
+
+
+class Only(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+
+
+class Both(Only):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 11, bias=False)
 
 
 def test_all_names_of_a_tie_fold_once() -> None:
@@ -469,6 +565,32 @@ def test_all_names_of_a_tie_fold_once() -> None:
     )
     assert list(found) == ["emb.weight"]
     assert torch.equal(found["emb.weight"], fxlora.fold(lora).state_dict()["emb.weight"])
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def fails() -> nn.Module:
+    raise ZeroDivisionError("mine")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (fails, "cannot be built on the meta device.*ZeroDivisionError: mine"),
+        (lambda size: nn.Linear(size, 2), "TypeError.*Give a function without arguments"),
+        (lambda: None, "a function that builds one, not"),
+        ("module:callable", "a function that builds one, not 'module:callable'"),
+        (nn.Sequential(nn.LazyLinear(3)), r"no shapes yet for 0\.weight"),
+    ],
+)
+def test_what_is_no_model_of_the_checkpoint(model: Any, said: str) -> None:
+    square = pair("fc", 5, 5)  # whose layout a model would tell
+    save_file({"fc.weight": torch.randn(5, 5), "fc.bias": torch.randn(5)}, BASE)
+    write_adapter(ADAPTER, square)
+    with pytest.raises(ConfigError, match=said):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT, model=model)
+    assert not OUT.exists()
 
 
 # ---- verify -------------------------------------------------------------------------------------

@@ -101,7 +101,24 @@ def test_what_is_written_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -
     assert not Path(".out.fxlora").exists()
 
 
-def test_other_inputs_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def change_base() -> None:
+    (first, *_) = Path("base").glob("*.safetensors")
+    content = first.read_bytes()
+    with first.open("r+b") as file:  # in place: the inode stays
+        file.seek(len(content) - 1)
+        file.write(bytes([content[-1] ^ 1]))
+
+
+def change_adapter() -> None:
+    write_adapter(Path("adapter"), pair("a", 40, 30) | pair("c", 33, 44))
+
+
+@pytest.mark.parametrize("change", [change_base, change_adapter])
+def test_other_inputs_begin_anew(
+    change: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if they have the size and the time of those before."""
+
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -109,7 +126,11 @@ def test_other_inputs_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(work_folder.Work, "record", stop)
         with pytest.raises(KeyboardInterrupt):
             fold()
-    write_adapter(Path("adapter"), pair("a", 40, 30) | pair("c", 33, 44))
+    times = {path: path.stat() for path in Path().glob("*/*.*")}
+    change()
+    for path, before in times.items():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
     assert not fold().resumed
     fxlora.verify_checkpoint("base", "adapter", "out")
 
@@ -201,6 +222,24 @@ def test_a_folder_with_something_else_stays() -> None:
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
 
 
+@pytest.mark.parametrize("link", ["folder", "nowhere"])
+def test_a_target_that_is_a_link(link: str) -> None:
+    Path("folder").mkdir()
+    Path("out").symlink_to(link)
+    assert_nothing_written(fold, "it is a link. Name the folder")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_where_it_is_written_first_stays(link: bool) -> None:
+    Path("mine" if link else ".out.fxlora").mkdir()
+    if link:
+        Path(".out.fxlora").symlink_to("mine")
+    Path(".out.fxlora/precious").write_text("x")
+    with pytest.raises(ExportError, match=r"\.out\.fxlora, where it is written first, holds"):
+        fold()
+    assert [path.name for path in Path(".out.fxlora").iterdir()] == ["precious"]
+
+
 # ---- memory, and other processes ----------------------------------------------------------------
 
 
@@ -232,6 +271,19 @@ def test_a_base_that_shrinks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stream, "read_into", shrinks)
     with pytest.raises(fxlora.ConfigError, match="became shorter"):
+        fold()
+    assert not Path("out").exists() and not Path(".out.fxlora").exists()
+
+
+def test_a_base_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = work_folder.Work.record
+
+    def changes(*args: Any) -> None:
+        change_base()
+        honest(*args)
+
+    monkeypatch.setattr(work_folder.Work, "record", changes)
+    with pytest.raises(fxlora.ConfigError, match="changed while it was read"):
         fold()
     assert not Path("out").exists() and not Path(".out.fxlora").exists()
 

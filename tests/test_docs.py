@@ -18,12 +18,13 @@ import torch
 
 import fxlora
 from fxlora import cli
+from fxlora.delivery.formats import FORMATS
 from fxlora.lora.ops import OPS
 from fxlora.lora.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = ("peft", "torchvision", "transformers")
+OPTIONAL = ("peft", "torchao", "torchvision", "transformers")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -73,6 +74,33 @@ def test_a_page_is_a_session(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         if package in page.read_text("utf-8"):
             pytest.importorskip(package, reason=f"{package} is optional")
     run_page(page, sessions(page), tmp_path, monkeypatch)
+
+
+def tagged(page: Path) -> dict[str, tuple[str, str | None]]:
+    """Return the Python block, with its output, of each format of which a page has a recipe."""
+    pattern = r"^```python (\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    found = re.findall(pattern, page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return {name: (code, text or None) for name, code, text in found}
+
+
+DELIVERY = ROOT / "docs" / "delivery.md"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "onnx" else pytest.mark.slow)
+        for name in tagged(DELIVERY)
+    ],
+)
+def test_a_recipe_of_a_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in FORMATS[name].packages:
+        pytest.importorskip(package, reason=f"{package} is optional")
+    run_page(DELIVERY, [sessions(DELIVERY)[0], tagged(DELIVERY)[name]], tmp_path, monkeypatch)
+
+
+def test_every_format_has_a_recipe() -> None:
+    assert {"pt2", *tagged(DELIVERY)} == set(FORMATS)
 
 
 @pytest.mark.usefixtures("_tables")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -131,7 +132,17 @@ def without(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor
     return {n: t for n, t in state.items() if n != name}
 
 
-BYTES = torch.ones(7, 5).to(torch.float8_e5m2)
+def fake(*shape: int) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(shape)
+
+
+def freed(*shape: int) -> torch.Tensor:
+    tensor = torch.empty(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 BAD: dict[str, Any] = {
     "has no fc.weight, which training changes": lambda s: {
         n: t for n, t in s.items() if n != "fc.weight"
@@ -139,6 +150,18 @@ BAD: dict[str, Any] = {
     "has no head.bias": lambda s: {n: t for n, t in s.items() if n != "head.bias"},
     "has more, which the module has not": lambda s: s | {"more": torch.ones(1)},
     r"'packed' is \(7, 9\)": lambda s: s | {"packed": torch.ones(7, 9)},
+    "'fc.bias' has several entries": lambda s: s | {"fc.bias": torch.empty(1).expand(7)},
+    "'fc.weight' has several": lambda s: (
+        s | {"fc.weight": torch.empty(20).as_strided((7, 5), (2, 1))}
+    ),
+    "'packed' is torch.sparse_coo": lambda s: s | {"packed": torch.zeros(9, 7).to_sparse()},
+    "'packed' is a FakeTensor": lambda s: s | {"packed": fake(9, 7)},
+    "'packed' has no memory .it was freed": lambda s: s | {"packed": freed(9, 7)},
+    "'packed' has no shape yet": lambda s: s | {"packed": nn.UninitializedParameter()},
+    "'fc.bias' is torch.float8": lambda s: s | {"fc.bias": torch.ones(7).to(torch.float8_e5m2)},
+    "num_batches_tracked' is torch.int8": lambda s: (
+        s | {"norm.num_batches_tracked": torch.tensor(0, dtype=torch.int8)}
+    ),
     "'fc.weight' is torch.int8": lambda s: s | {"fc.weight": torch.ones(7, 5, dtype=torch.int8)},
     "'fc.weight' is torch.float8": lambda s: (
         s | {"fc.weight": torch.ones(7, 5).to(torch.float8_e5m2)}
@@ -211,6 +234,11 @@ def test_values_that_are_not_finite(model: nn.Module, lora: CapturedModule) -> N
     with pytest.raises(InjectError, match=r"not finite in torch\.float16"):
         fxlora.fold_into(lora, half)
     with torch.no_grad():
+        lora.get_parameter(entry.name_b).fill_(1)
+        lora.get_parameter("head.weight")[0, 0] = 1e6  # which is trained in full
+    with pytest.raises(InjectError, match=r"'head\.weight' is not finite in torch\.float16"):
+        fxlora.fold_into(lora, half)
+    with torch.no_grad():
         lora.get_parameter(entry.name_b)[0, 0] = torch.nan
     before = bits(server)
     with pytest.raises(InjectError, match="not finite"):
@@ -242,6 +270,19 @@ def test_unfold_gives_the_bits_back(model: nn.Module, inplace: bool) -> None:
     again = fxlora.unfold(folded)
     again.get_parameter("fc.lora_B.default.weight").data.zero_()
     assert_same(fxlora.unfold(folded).state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "packed", "norm.weight"])
+def test_unfold_after_the_source_was_trained(model: nn.Module, name: str) -> None:
+    twin = copy.deepcopy(model)  # the advice
+    loras = [fxlora.adapt(m, X, rules=RULES) for m in (model, twin)]
+    before = bits(loras[1])
+    kept = [fxlora.fold(lora, keep=True) for lora in loras]
+    with torch.no_grad():
+        model.get_parameter(name).add_(1)
+    with pytest.raises(InjectError, match=f"{name} was written to since the adapter was injected"):
+        fxlora.unfold(kept[0])
+    assert_same(fxlora.unfold(kept[1]).state_dict(), before)
 
 
 def test_unfold_of_what_kept_nothing(lora: CapturedModule) -> None:

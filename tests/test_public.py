@@ -15,12 +15,13 @@ from fxlora.lora.variants import VARIANTS
 NAMES = """
 AdaptedRead AdapterError CaptureError CapturedModule CheckpointReport ConfigError Entry ExportError
 FoldedTensor FxLoraError FxLoraWarning Initialized InjectError InputError Layout LoraConfig
-MisfitError NoMatchError NotCapturedError Op Plan Read Reader Rule ShardPlan ShardedTensor Site
-SiteCheck SubmoduleError UnsupportedOpError Variant Verification VerificationError activate adapt
-capture capture_more combine draw explicit export extract fold fold_checkpoint fold_into hosted
-initialize_from inject load_adapter load_rules lora_parameters match merged optimize recorded_calls
-register_op register_variant remove report route save_adapter scale_adapter shard_plan swap_adapter
-take_adapter unfold verify verify_checkpoint
+MisfitError NoMatchError NotCapturedError Op Plan QuantisedError Read Reader Rule ShardPlan
+ShardedTensor Site SiteCheck SubmoduleError UnsupportedOpError Variant Verification
+VerificationError activate adapt capture capture_more combine draw explicit export export_adapter
+extract fold fold_checkpoint fold_into hosted initialize_from inject load_adapter load_rules
+lora_parameters match merge_aware merged optimize recorded_calls register_op register_variant remove
+report route save_adapter scale_adapter shard_plan simplify swap_adapter take_adapter unfold verify
+verify_checkpoint
 """
 FUNCTIONS = [name for name in fxlora.__all__ if inspect.isfunction(getattr(fxlora, name))]
 WITH_EXAMPLES = [*FUNCTIONS, "LoraConfig", "Rule", "Plan"]

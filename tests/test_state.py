@@ -15,6 +15,7 @@ import fxlora
 from fxlora import CapturedModule, InjectError, InputError, LoraConfig, Rule, UnsupportedOpError
 from fxlora.fast import Fast
 from fxlora.module.routing import Routing
+from fxlora.module.simplified import Simplification, Step
 from fxlora.module.state import State
 
 from .laws import randomise
@@ -114,6 +115,9 @@ def test_no_copy_forgets_a_field(how: str) -> None:
         read_values={"lin.scale": 0.5},
         optimized=Fast(recompute=True),
         unfolded=once,
+        merge_aware={"lin.weight": torch.clone},
+        retention={"lin": 0.5},
+        simplified=Simplification((Step("dead", 1, 0, 0.0, True),)),
         routing=Routing((None,), ()),
     )
     for program in lora.programs:

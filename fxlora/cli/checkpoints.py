@@ -26,7 +26,7 @@ _OF_CHECKPOINTS = {"skeleton": "--model", "dry_run": "--dry-run"}
 def is_checkpoint(options: Namespace) -> bool:
     """Whether a command is about files: it names an adapter after them, or they are there."""
     source = Path(options.model)
-    named = source.suffix == ".safetensors" or (":" not in options.model and source.exists())
+    named = source.suffix == ".safetensors" or (":" not in options.model and _exists(source))
     found = options.folder is not None or named
     wrong = _OF_MODELS if found else _OF_CHECKPOINTS
     if given := [name for dest, name in wrong.items() if getattr(options, dest, None)]:
@@ -41,6 +41,13 @@ def is_checkpoint(options: Namespace) -> bool:
     return found
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or has a null character
+        return False
+
+
 def fold_files(options: Namespace) -> str:
     """Write a checkpoint with an adapter folded in, without its model."""
     report = fold_checkpoint(
@@ -49,6 +56,7 @@ def fold_files(options: Namespace) -> str:
         options.out,
         model=_skeleton(options),
         allow_nonfinite=options.allow_nonfinite,
+        strict_base=options.strict_base,
         dry_run=options.dry_run,
         progress=True,
     )
@@ -68,6 +76,7 @@ def verify_files(options: Namespace) -> str:
         options.out,
         model=_skeleton(options),
         allow_nonfinite=options.allow_nonfinite,
+        strict_base=options.strict_base,
     )
     if options.json:
         return report.to_json()

@@ -10,10 +10,10 @@ import torch
 
 from ..api import fold, inject
 from ..costs import report
+from ..delivery import export
 from ..disk.files import whole_file
 from ..disk.keys import WEIGHTS
 from ..disk.load import load_adapter
-from ..disk.pt2 import export
 from ..disk.save import save_adapter
 from ..errors import AdapterError, ConfigError, ExportError
 from ..matching import match
@@ -67,7 +67,12 @@ def run_fold(options: Namespace) -> str:
         raise ConfigError(f"--json cannot be used with the model {options.model}.")
     model = build_model(options)
     odd = options.allow_nonfinite
-    adapted = load_adapter(captured_model(model, options), options.adapter, allow_nonfinite=odd)
+    adapted = load_adapter(
+        captured_model(model, options),
+        options.adapter,
+        allow_nonfinite=odd,
+        strict_base=options.strict_base,
+    )
     folded = fold(adapted, allow_nonfinite=odd)
     write_weights(model, folded, options.out)
     return f"{options.out}: the model's weights, {len(folded.folded[-1])} of them folded."
@@ -79,7 +84,8 @@ def run_verify(options: Namespace) -> str:
         return verify_files(options)
     if options.allow_nonfinite:
         raise ConfigError(f"--allow-nonfinite cannot be used with the model {options.model}.")
-    adapted = load_adapter(captured_model(build_model(options), options), options.adapter)
+    module, strict = captured_model(build_model(options), options), options.strict_base
+    adapted = load_adapter(module, options.adapter, strict_base=strict)
     folded = fold(adapted)
     if options.folded is not None:
         load_checkpoint(folded, read_checkpoint(options.folded), options.folded)
@@ -91,14 +97,14 @@ def run_verify(options: Namespace) -> str:
 
 
 def run_export(options: Namespace) -> str:
-    """Write the model, with an adapter folded in if given, as a program for torch.export.load."""
+    """Write the model, with an adapter folded in if given, as a file."""
     module = captured_model(build_model(options), options)
     if options.adapter is not None:
         module = fold(load_adapter(module, options.adapter))
     args, kwargs = example_inputs(options)
     with quiet(options):
         export(module, options.out, args, kwargs, format=options.format)
-    return f"{options.out}: torch.export.load reads it without fxlora."
+    return f"{options.out}: its runtime reads it without fxlora."
 
 
 def run_report(options: Namespace) -> str:

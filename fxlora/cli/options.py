@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, tables
-from ..disk.pt2 import FORMATS as EXPORT_FORMATS
+from ..delivery.formats import FORMATS as EXPORT_FORMATS
 from ..errors import ConfigError
 from ..matching.budget import limit_of
 from .commands import (
@@ -100,12 +100,12 @@ def build_parser() -> _Parser:
     )
     detail.add_argument("--json", action="store_true", help="print the full result as JSON")
 
-    exporting = command(run_export, "write a program that plain PyTorch runs", fed)
+    exporting = command(run_export, "write a file that a runtime without fxlora runs", fed)
     exporting.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to fold in first")
     exporting.add_argument(
-        "--out", type=_file, required=True, metavar="FILE", help="for torch.export.load"
+        "--out", type=_file, required=True, metavar="FILE", help="its suffix says the format"
     )
-    exporting.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0])
+    exporting.add_argument("--format", choices=tuple(EXPORT_FORMATS))
 
     reporting = command(run_report, "count parameters", shaped, _rule_options(adapter=True))
     style = reporting.add_mutually_exclusive_group()
@@ -179,6 +179,11 @@ def _add_files(parser: _Parser, named: str) -> None:
     )
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="take an adapter with NaN or infinities"
+    )
+    parser.add_argument(
+        "--strict-base",
+        action="store_true",
+        help="fail unless the weights are known to be those that the adapter was trained over",
     )
 
 

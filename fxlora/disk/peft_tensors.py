@@ -14,6 +14,7 @@ from .folder import Folder
 from .peft import ROOT
 from .peft_tokens import END as TOKENS
 from .saved import paths_of
+from .values import same
 
 _KEY = re.compile(r"(?P<path>.+)\.(?P<kind>lora_[A-Za-z_]+)(?P<end>\.weight|\.bias)?", re.ASCII)
 _KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -153,9 +154,8 @@ class _Sorting:
         name = f"{place}.{last}"
         if owner in self.paths or name not in self.held:
             return False
-        held = self.content.tensors.get(f"{ROOT}{name}")
-        same = held is not None and torch.equal(held, tensor)
-        return wrapper == "original_module" or (wrapper == "modules_to_save" and same)
+        again = same(tensor, self.content.tensors.get(f"{ROOT}{name}"))
+        return wrapper == "original_module" or (wrapper == "modules_to_save" and again)
 
     def pairs(self) -> Iterable[Pair]:
         """Yield a pair for each wrapper; those of no weight become strange."""

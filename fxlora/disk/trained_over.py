@@ -32,7 +32,7 @@ def base_data(module: CapturedModule) -> dict[str, Any]:
     of_name = {name: mark for names, mark in marks.items() for name in names}
     adapted = {name for entry in module.plan or () for name in (*entry.names, *entry.tied)}
     weights = {
-        e.parameter: [_dtype(module, e.parameter), _text(of_name[e.parameter])]
+        e.parameter: [_dtype(module, e.parameter), mark_text(of_name[e.parameter])]
         for e in module.plan or ()
         if of_name.get(e.parameter)
     }
@@ -78,14 +78,8 @@ def check_base(module: CapturedModule, content: Folder, strict: bool) -> None:
 
 def _differing(module: CapturedModule, content: Folder, base: Any, strict: bool) -> str:
     """Return in what the base differs from a recorded one, with advice, or ""."""
-    weights = base.get("weights") if isinstance(base, dict) else None
+    weights = recorded_weights(content, base)
     now = base_data(module)
-    if not isinstance(weights, dict):
-        raise _damaged(content.path)
-    for recorded in weights.values():
-        pair = isinstance(recorded, list) and len(recorded) == 2
-        if not pair or not isinstance(recorded[0], str) or recorded[0] not in DTYPES:
-            raise _damaged(content.path)
     other: list[str] = []
     rounded: list[str] = []
     for name, recorded in weights.items():
@@ -119,6 +113,22 @@ def _differing(module: CapturedModule, content: Folder, base: Any, strict: bool)
     return ""
 
 
+def recorded_weights(content: Folder, base: Any) -> dict[str, list[str]]:
+    """Return the dtypes and fingerprints of weights, by name, in the data of a header.
+
+    Raises:
+        AdapterError: the data is damaged.
+    """
+    weights = base.get("weights") if isinstance(base, dict) else None
+    if not isinstance(weights, dict):
+        raise _damaged(content.path)
+    for recorded in weights.values():
+        pair = isinstance(recorded, list) and len(recorded) == 2
+        if not pair or not isinstance(recorded[0], str) or recorded[0] not in DTYPES:
+            raise _damaged(content.path)
+    return weights
+
+
 def _alike(module: CapturedModule, name: str, recorded: list[Any], now: list[Any]) -> bool | None:
     """Whether a weight is the recorded one; None if its dtype is too narrow to tell."""
     then, held = DTYPES[recorded[0]], module.get_parameter(name)
@@ -126,14 +136,15 @@ def _alike(module: CapturedModule, name: str, recorded: list[Any], now: list[Any
         return recorded[1] == now[1]
     if torch.promote_types(then, held.dtype) != held.dtype:
         return None
-    return recorded[1] == _text(fingerprint(held.detach().to(then)))
+    return recorded[1] == mark_text(fingerprint(held.detach().to(then)))
 
 
 def _dtype(module: CapturedModule, name: str) -> str:
     return name_of(module.get_parameter(name).dtype)
 
 
-def _text(mark: int) -> str:
+def mark_text(mark: int) -> str:
+    """Return a fingerprint as headers have it."""
     return f"{mark & (2**64 - 1):016x}"
 
 

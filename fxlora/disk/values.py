@@ -26,7 +26,7 @@ def not_finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in a dtype that isfinite supports: it does not support float8."""
+    """Return a tensor in a dtype that isfinite and equal support: they do not support float8."""
     return tensor if tensor.is_complex() or tensor.itemsize > 1 else tensor.float()
 
 
@@ -34,7 +34,7 @@ def same(tensor: torch.Tensor, original: torch.Tensor | None) -> bool:
     """Whether a tensor equals its original; on the meta device, whether there is an original."""
     if tensor.is_meta or original is None:
         return original is not None
-    return tensor.shape == original.shape and torch.equal(tensor, original)
+    return tensor.shape == original.shape and torch.equal(_wide(tensor), _wide(original))
 
 
 def fitted(

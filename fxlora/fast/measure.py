@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
 from ..fx.calls import example_value
 from ..fx.trials import concrete_sizes
@@ -73,5 +72,7 @@ def seconds(shapes: Shapes) -> tuple[float, float]:
 
 
 def _median(run: Callable[[], None]) -> float:
+    from torch.utils.benchmark import Timer  # looks for compilers, and says so
+
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.1).median)

@@ -24,11 +24,13 @@ from ..module.host_attributes import dotted, plain_values
 from ..module.memory import overlapping
 from ..module.parent import ParentModule
 from ..module.program import MODES, Program
+from ..module.quantised import is_quantised
 from ..module.state import State
 from ..tables import some
 from .arguments import check_model, given_calls, shapes_of
 from .call_sources import Sources
 from .caller_modes import callers_autocast
+from .decoded import decode_weights
 from .exported import Source
 from .failures import capture_error
 from .kept.asked_modes import forget_searches
@@ -244,6 +246,11 @@ def _capture_by_regions(
 
 
 def _capture_traced(model: nn.Module) -> CapturedModule:
+    if quantised := [name for name, p in model.named_parameters() if is_quantised(p)]:
+        raise CaptureError(
+            f"{some(quantised)}: the tracer does not see how quantised weights are read. Give "
+            "example inputs: capture(model, args)."
+        )
     if model._forward_hooks or model._forward_pre_hooks:
         raise CaptureError(
             f"{type(model).__name__} has forward hooks on the root module, which torch.fx's "
@@ -311,6 +318,7 @@ def _assemble(
         state=state,
     )
     read_by_own_names(result)
+    decode_weights(result)
     result.copy_when_trained()  # the source's storage
     return result
 

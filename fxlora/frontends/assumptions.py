@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.exported_program import _convert_guards_to_code
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -101,6 +102,32 @@ def with_state(
         )
 
     return replace(spec, leaves=tuple(tuple(map(noted, group)) for group in spec.leaves))
+
+
+def drop_guards_on_small_sizes(
+    program: ExportedProgram, module: fx.GraphModule, spec: InputSpec, items: Sequence[Any]
+) -> None:
+    """Take the guards out of a program that exclude only small sizes, where inputs violate them.
+
+    Args:
+        program: the program; it is changed.
+        module: its graph module.
+        spec: its input contract.
+        items: the leaves of the inputs.
+    """
+    environment = _shape_env(module)
+    if environment is None:
+        return
+    sizes = _sizes([leaf for group in spec.leaves for leaf in group])
+    kept: list[Any] = []
+    for guard in environment.guards:
+        condition: Any = environment.replace(guard.expr)
+        known = condition.free_symbols and all(str(s) in sizes for s in condition.free_symbols)
+        found = guard_of(condition, sizes) if known else None
+        if found is None or not found.excludes_small or found.holds(items):
+            kept.append(guard)
+    environment.guards[:] = kept
+    program._guards_code = _convert_guards_to_code(program.graph_module)
 
 
 def _guards(module: fx.GraphModule, leaves: Sequence[Input], model: nn.Module) -> Iterator[Guard]:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,7 @@ from ..module.autocasts import Autocasts
 from ..module.blocks.recorded import ModuleCall
 from ..module.contract import Dimension, InputSpec, TensorInput, Update
 from ..module.program import MODES
-from .assumptions import contract_of, with_state
+from .assumptions import contract_of, drop_guards_on_small_sizes, with_state
 from .autocast_choices import remove_metadata_assertions
 from .caller_modes import inside_autocast, wanted
 from .examples import Example
@@ -47,6 +47,7 @@ from .kept.module_calls import recorded_calls_of
 from .kept.patches import patched
 from .kept.python_state import Attribute, Changes, noted, noted_reads
 from .kept.recurrent import any_number_of_steps, restore_recurrent
+from .kept.subclasses import kept_subclass_calls
 from .kept.tensor_state import StateReads, kept_state, remove_aliases
 from .kept.undisturbed import mode_of, refuse_state
 from .mode_proof import Proof, computes_the_same
@@ -280,6 +281,7 @@ def _exported(
         stack.enter_context(marked_checkpoints())
         stack.enter_context(refuse_constant_draws(type(model).__name__))
         assigned = stack.enter_context(refuse_state(model))
+        of_subclasses = stack.enter_context(kept_subclass_calls(model))
         program = run_export(model, example)
     _refuse_unanswered(model, reads)
     # Before `_as_module`, which generates code from these names.
@@ -289,6 +291,7 @@ def _exported(
     _refuse_assigned_state(model, module, assigned)
     _refuse_other_constants(model, module)
     functions.restore(module)
+    of_subclasses.restore(module)
     remove_metadata_assertions(module)
     return program, module
 
@@ -392,6 +395,30 @@ def widened_if_proved(
         return None
     sizes = spec.symbols(single.args, single.kwargs)
     return wider if same_graph_except_sizes(module.graph, static.graph, sizes) else None
+
+
+def contract_with_small_sizes(
+    model: nn.Module, program: ExportedProgram, example: Example, singles: Iterable[Example]
+) -> InputSpec:
+    """Return a program's input contract, after it takes sizes of 0 and 1 if it is right for them.
+
+    Args:
+        model: the module that was exported.
+        program: the program; guards that exclude only such sizes are taken out of it, if it is
+            proved to compute the same as the module there.
+        example: the inputs that it was exported with.
+        singles: inputs to allow.
+    """
+    module = _as_module(program)
+    spec = contract_of(program, module, model, example)
+    for single in singles:
+        if spec.holds_for(single.args, single.kwargs):
+            continue
+        if wider := widened_if_proved(model, module, spec, single):
+            items = [item for _, item in spec.pairs(single.args, single.kwargs)]
+            drop_guards_on_small_sizes(program, module, spec, items)
+            spec = wider
+    return spec
 
 
 def _squeezes(graph: fx.Graph) -> bool:

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..module import CapturedModule
 from ..module.constants import CONSTANTS
 from ..module.copies import copy_hooks
+from ..module.quantised import is_quantised, stored
 from ..tables import some
 
 
@@ -83,6 +84,9 @@ def check_same_model(module: CapturedModule, more: CapturedModule) -> None:
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
+    if is_quantised(one) or is_quantised(other):
+        pairs = zip(stored(one), stored(other), strict=type(one) is type(other))
+        return type(one) is type(other) and all(_alike(a, b) for a, b in pairs)
     same_memory = (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
     return one.is_meta or same_memory or torch.equal(one, other)
 

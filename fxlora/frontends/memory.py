@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..module.memory import copied_together, overlapping, span_of
+from ..module.quantised import stored, with_parts
 from .kept.undisturbed import plain_tensors
 
 
@@ -45,7 +46,7 @@ class ParameterMemory:
 
 
 def _view(tensor: torch.Tensor) -> Any:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return next(stored(tensor)).data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def own_tensors(
@@ -70,6 +71,6 @@ def own_tensors(
         for together in overlapping(copied):
             ours |= zip(map(id, together), copied_together(together), strict=True)
     for key, parameter in parameters.items():
-        own = ours.get(key, parameter.detach())
+        own = ours[key] if key in ours else with_parts(parameter, torch.Tensor.detach)
         ours[key] = nn.Parameter(own, parameter.requires_grad)
     return ours

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .dispatched import overload_of
 from .literals import literal
 
 
@@ -58,8 +59,9 @@ def is_torch_call(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return str(node.target).partition(".")[0] in ("aten", "prims")
+    target = overload_of(node.target)
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(target).partition(".")[0] in ("aten", "prims")
     root = str(getattr(node.target, "__module__", "")).partition(".")[0]
     higher_order = isinstance(node.target, torch._ops.OperatorBase)
     return not higher_order and (root in ("torch", "_operator") or node.target is getattr)
@@ -72,8 +74,9 @@ def torch_kind(node: fx.Node) -> str:
 
 def qualified_kind(node: fx.Node) -> str:
     """Return the kind of a call of a registered op, with its namespace ("aten.add"), else ""."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return f"{node.target.namespace}.{kind_of(node)}"
+    target = overload_of(node.target)
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{kind_of(node)}"
     return ""
 
 

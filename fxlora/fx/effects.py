@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .dispatched import overload_of
 from .nested import call_of
 from .trials import memory_use
 
@@ -115,7 +116,7 @@ def _aliased(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
 
 def _may_return_input(node: fx.Node) -> bool:
     """Whether a call may return an input although its schema, if any, does not say so."""
-    target = node.target
+    target = overload_of(node.target)
     if isinstance(target, torch._ops.OpOverload):
         return target.has_kernel_for_dispatch_key(_COMPOSED)
     if target is operator.pos or isinstance(target, torch._ops.OpOverloadPacket):

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import InjectError, warn
 from ..module import CapturedModule, check_captured
 from ..module.compiled import uncompiled
+from ..module.quantised import is_quantised, with_parts
 from ..module.sharded import whole
 from ..tables import some
 from .host import Host
@@ -60,7 +61,8 @@ def merged(model: Model, folded: CapturedModule) -> Model:
                 f"the folded module has no '{name}' of shape {tuple(tensor.shape)}: give the model "
                 "that it was captured from."
             )
-    result = copy.deepcopy(model)
+    quantised = {id(p): _own(p, p.requires_grad) for p in filter(is_quantised, model.parameters())}
+    result = copy.deepcopy(model, dict(quantised))
     split = _write(result, held)
     if split:
         warn(f"merged splits a tie: {some(split)} were one tensor, and the fold gave them two.")
@@ -73,10 +75,13 @@ def _write(model: nn.Module, held: dict[str, torch.Tensor]) -> list[str]:
     """Write values into a model; return names that were tied and are no longer."""
     first: dict[int, str] = {}
     split: list[str] = []
+    made: dict[int, nn.Parameter] = {}
     for name, tensor in _tensors(model).items():
         before = first.setdefault(id(tensor), name)
         value = whole(held[name].detach())
-        if before == name:
+        if is_quantised(tensor) or is_quantised(value):
+            _replace(model, name, held, made)
+        elif before == name:
             _copied(tensor, value)
         elif held[before] is not held[name] and not torch.equal(whole(held[before]), value):
             owner, _, attribute = name.rpartition(".")
@@ -85,6 +90,27 @@ def _write(model: nn.Module, held: dict[str, torch.Tensor]) -> list[str]:
             model.get_submodule(owner)._parameters[attribute] = own
             split += [before, name]
     return split
+
+
+def _own(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    """Return a parameter with a value in memory of its own."""
+    return nn.Parameter(with_parts(value, lambda part: part.detach().clone()), requires_grad)
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    held: dict[str, torch.Tensor],
+    made: dict[int, nn.Parameter],
+) -> None:
+    """Replace a parameter that is, or becomes, a quantised one: its class is another then."""
+    owner, _, attribute = name.rpartition(".")
+    before = model.get_submodule(owner)._parameters
+    tensor = before[attribute]
+    assert tensor is not None
+    device = tensor.device
+    value = with_parts(held[name], lambda part: part.detach().to(device))
+    before[attribute] = made.setdefault(id(held[name]), _own(value, tensor.requires_grad))
 
 
 def _copied(tensor: torch.Tensor, value: torch.Tensor) -> None:

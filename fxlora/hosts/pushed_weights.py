@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, InjectError
-from ..lora.dtypes import DTYPES
+from ..lora.dtypes import DTYPES, correctly_rounded
 from ..module import CapturedModule, check_captured
 from ..module.adapted_weight import folded_weight
 from ..module.ambient import no_ambient_modes
 from ..module.memory import overlapping
+from ..module.quantised import dequantised, is_quantised
 from ..module.sharded import is_sharded, whole, write
 from ..module.shared_parameter import own
 from ..names import shown
@@ -71,14 +73,24 @@ def fold_into(
         **dict(module.named_buffers()),
     }
     values = {n: v.detach() for n, v in values.items() if n not in module.adapter_parameters()}
+    values = {n: v if n not in target else dequantised(v) for n, v in values.items()}
     _check_names(module, target, entries, values)
     _check_memory(target, entries, values)
     for name, tensor in target.items():
         own(tensor)  # it may be a captured weight, in the memory of the user's model
         with torch.inference_mode() if tensor.is_inference() else nullcontext():
-            _write(module, tensor.detach(), values[name], entries.get(name, []), allow_nonfinite)
+            _write(
+                module, name, tensor.detach(), values[name], entries.get(name, []), allow_nonfinite
+            )
     changed = {*entries, *module.trained, *module.known.originals}
     return tuple(name for name in target if name in changed)
+
+
+_DISPATCH = "__torch_dispatch__"  # of subclasses that hold values elsewhere
+_TOO_NARROW = (
+    "the dtype of its target, which has been written to. Train again with a smaller learning rate, "
+    "or give a target in a wider dtype."
+)
 
 
 def _entries_by_name(plan: Plan) -> dict[str, list[Entry]]:
@@ -92,6 +104,7 @@ def _entries_by_name(plan: Plan) -> dict[str, list[Entry]]:
 @torch.no_grad()
 def _write(
     module: CapturedModule,
+    name: str,
     tensor: torch.Tensor,
     value: torch.Tensor,
     entries: list[Entry],
@@ -99,7 +112,14 @@ def _write(
 ) -> None:
     """Write one value, with the entries of it folded in."""
     if not entries:
-        write(tensor, whole(value).to(tensor.device))
+        value = whole(value)
+        if value.dtype == torch.float64 and tensor.dtype != value.dtype:
+            folded = correctly_rounded(value, tensor.dtype)
+        else:
+            folded = value.to(tensor.dtype)
+        if value.is_floating_point() and not allow_nonfinite and overflows(folded, value):
+            raise InjectError(f"'{name}' is not finite in {tensor.dtype}, {_TOO_NARROW}")
+        write(tensor, folded.to(tensor.device))
         return
     held = {n: module.get_parameter(n).detach() for e in entries for n in e.tensors}
     if is_sharded(value) or is_sharded(tensor):
@@ -111,9 +131,7 @@ def _write(
         folded = folded_weight(entries, value, held, tensor)
     if not allow_nonfinite and overflows(folded, value.to(folded.device)):
         raise InjectError(
-            f"'{entries[0].site}': W0 + s·BA is not finite in {tensor.dtype}, the dtype of its "
-            "target, which has been written to. Train again with a smaller learning rate, or give "
-            "a target in a wider dtype."
+            f"'{entries[0].site}': W0 + s·BA is not finite in {tensor.dtype}, {_TOO_NARROW}"
         )
 
 
@@ -142,20 +160,51 @@ def _check_names(
             "trained model."
         )
     for name, tensor in target.items():
-        why = None
-        if tensor.shape != values[name].shape:
-            why = f"is {tuple(tensor.shape)}, and {tuple(values[name].shape)} in the module"
-        elif tensor.is_meta or values[name].is_meta:
-            why = "has no memory (device 'meta')"
-        elif name in entries and tensor.dtype not in DTYPES.values():
-            why = f"is {tensor.dtype}, to which no weight is rounded"
-        elif values[name].is_floating_point() != tensor.is_floating_point():
-            why = f"is {tensor.dtype}, and {values[name].dtype} in the module"
-        if why:
+        if why := _unwritable(tensor) or _unlike(tensor, values[name], name in entries):
             raise ConfigError(f"the target's '{name}' {why}.")
     for name in entries:
         if len({id(module.get_parameter(n)) for n in entries[name][0].names}) > 1:
             raise InjectError(f"'{name}' was tied when its adapter was injected, and is not now.")
+
+
+def _unwritable(tensor: torch.Tensor) -> str | None:
+    """Say why values cannot be written into a tensor, whatever they are."""
+    if is_lazy(tensor):
+        return "has no shape yet (a lazy module)"
+    if is_quantised(tensor):
+        return 'is quantised: give a plain tensor, or use fold(…, quantised="requantise")'
+    if is_sharded(tensor):
+        return None
+    if getattr(type(tensor), _DISPATCH) is not getattr(torch.Tensor, _DISPATCH):
+        return f"is a {type(tensor).__name__}, of whose memory nothing is known"
+    if tensor.layout is not torch.strided:
+        return f"is {tensor.layout}, not strided"
+    if tensor.is_meta:
+        return "has no memory (device 'meta')"
+    steps = sorted(
+        (step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    )
+    last = 0  # the largest offset so far
+    for step, size in steps if tensor.numel() else ():
+        if step <= last:
+            return "has several entries in one place (expand); give a clone of it"
+        last += step * (size - 1)
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    if tensor.untyped_storage().nbytes() < needed:
+        return "has no memory (it was freed)"
+    return None
+
+
+def _unlike(tensor: torch.Tensor, value: torch.Tensor, adapted: bool) -> str | None:
+    """Say why a tensor cannot hold a value of the module."""
+    if tensor.shape != value.shape:
+        return f"is {tuple(tensor.shape)}, and {tuple(value.shape)} in the module"
+    if value.is_meta:
+        return "has no values in the module (device 'meta')"
+    rounded = tensor.dtype in DTYPES.values() and value.is_floating_point()
+    if not rounded and (adapted or tensor.dtype != value.dtype):
+        return f"is {tensor.dtype}, to which no {value.dtype} is rounded"
+    return None
 
 
 def _check_memory(

@@ -67,25 +67,37 @@ def rounds(value: torch.Tensor, dtype: torch.dtype) -> bool:
     return not bool(((there_and_back == value) | (value != value)).all())
 
 
-def correctly_rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def correctly_rounded(
+    exact: torch.Tensor,
+    dtype: torch.dtype,
+    into: torch.Tensor | None = None,
+    single: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Round float64 values to a dtype, once.
 
     torch converts float64 to a dtype of two bytes via float32, which rounds twice.
+
+    Args:
+        exact: the values.
+        dtype: the dtype.
+        into: the tensor to write to, of this dtype; by default a new one.
+        single: contiguous memory of the same shape in float32, which is written to.
     """
-    if dtype.itemsize >= 4:
-        return exact.to(dtype)
     if dtype != torch.bfloat16 or exact.dim() < 2 or not exact.numel():
-        return _rounded_via_odd(exact, dtype)
-    single = exact.to(torch.float32, memory_format=torch.contiguous_format)
-    rounded = single.to(dtype)
+        found = exact if dtype.itemsize >= 4 else _rounded_via_odd(exact, dtype)
+        return found.to(dtype) if into is None else into.copy_(found)
+    if single is None:
+        single = torch.empty(exact.shape, dtype=torch.float32, device=exact.device)
+    rounded = torch.empty_like(single, dtype=dtype) if into is None else into
+    rounded.copy_(single.copy_(exact))
     # bfloat16 is the first half of float32. Rounding twice differs only where the first step gives
     # a number halfway between two of bfloat16, whose second half is 0x8000: the least of int16.
     # (So is the first half of a negative zero.)
-    halfway = single.view(torch.int16).amin(-1) == -(2**15)
-    if bool(halfway.any()):
-        rows, at = rounded[halfway], single[halfway].view(torch.int32) << 16 == -(2**31)
-        rows[at] = _rounded_via_odd(exact[halfway][at], dtype)
-        rounded[halfway] = rows
+    rows = (single.view(torch.int16).amin(-1) == -(2**15)).nonzero(as_tuple=True)
+    if len(rows[0]):
+        *among, column = (single[rows].view(torch.int32) << 16 == -(2**31)).nonzero(as_tuple=True)
+        at = (*(row[among[0]] for row in rows), column)
+        rounded[at] = _rounded_via_odd(exact[at], dtype)
     return rounded
 
 

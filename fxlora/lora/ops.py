@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 
 from ..errors import ConfigError
 from ..fx.calls import argument, example_value, flat_inputs, kind_of, named_argument, qualified_kind
+from ..fx.dispatched import overload_of
 from ..names import shown
 from .convolutions import (
     convolution,
@@ -396,7 +397,7 @@ def row_of(node: fx.Node, weight: fx.Node) -> Op | None:
     uses = sum(n is weight for n in flat_inputs(node))
     if not positions or uses != 1:
         return None
-    return OPS.get((node.target, positions[0]))
+    return OPS.get((overload_of(node.target), positions[0]))
 
 
 def layout_given(node: fx.Node, weight: fx.Node, row: Op | None, dims: int) -> Layout | None:
@@ -424,6 +425,12 @@ def times_matrix(target: Any) -> tuple[int, Op] | None:
     return next(((at, row) for at, row in rows if row.branch is _times_weight), None)
 
 
+def matrix_products() -> tuple[OpOverload, ...]:
+    """Return the overloads of x @ W^T and x @ W, whose weight is their second argument."""
+    return aten.linear.default, aten.matmul.default
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether the call's op has a row, for any of its arguments."""
-    return any(overload == node.target for overload, _ in OPS)  # no cache: rows may be added later
+    target = overload_of(node.target)
+    return any(overload == target for overload, _ in OPS)  # no cache: rows may be added later

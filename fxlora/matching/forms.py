@@ -60,7 +60,7 @@ def choose_form(
         return _weight_form(site, obstacle)
     ops = [(reader.op, reader.node) for reader in site.readers if reader.op]
     costlier = next(filter(None, (op.costlier(node, site.shape, r) for op, node in ops)), None)
-    if costlier and not dropout:
+    if costlier and not dropout and not site.quantised:
         return _weight_form(site, costlier)
     if dropout and not all(op.dropout for op, _ in ops):
         return Form("branch", "indices take no dropout")
@@ -131,6 +131,10 @@ _OBSTACLES: tuple[tuple[str, Callable[[_BranchRequest], bool]], ...] = (
         lambda a: a.scales and a.site.groups > 1 and a.site.layout.in_first,
     ),
     (
+        "{0.scaling} reads the weight, which is quantised",
+        lambda a: a.site.quantised and a.scales,
+    ),
+    (
         "{0.scaling} scales its outputs",
         lambda a: a.scales and bool(a.rows or a.reader.path or a.op.result is not None),
     ),
@@ -155,6 +159,12 @@ def _obstacle(asked: _BranchRequest) -> str | None:
 
 def _weight_form(site: Site, reason: str) -> Form:
     """Return the weight form; raise if a look-up would give W + s·BA a sparse gradient."""
+    if site.quantised:
+        raise UnsupportedOpError(
+            f"'{site.name}' is quantised, so that its adapter has to be added to the outputs of "
+            f"its reads, and one of them allows that not ({reason}). Leave it out of the rule "
+            "(Rule(name, lora=None) before it), or quantise the model without it."
+        )
     sparse = [r for r in site.readers if named_argument(r.node, "sparse") is True]
     if sparse:
         raise UnsupportedOpError(

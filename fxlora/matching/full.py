@@ -10,6 +10,7 @@ from ..config import LoraConfig, Rule
 from ..errors import ConfigError, UnsupportedOpError, warn
 from ..lora.dtypes import DtypeRule
 from ..module import CapturedModule
+from ..module.quantised import is_quantised
 from ..plan import Entry
 from ..reads.sites import Site
 from ..tables import some
@@ -219,14 +220,21 @@ def check_trains(site: Site) -> None:
 
 
 def check_own_memory(module: CapturedModule, names: Iterable[str]) -> None:
-    """Raise if a parameter that is to train in full shares memory with another tensor.
+    """Raise if a parameter that is to train in full is quantised, or shares memory with another.
 
-    It trains as a copy, and the other tensor would not change with it.
+    It trains as a copy, and the other tensor would not change with it. No gradient changes the
+    codes of a quantised one.
 
     Raises:
-        UnsupportedOpError: names both.
+        UnsupportedOpError: names the tensors.
     """
     for name in names:
+        if is_quantised(module.get_parameter(name)):
+            raise UnsupportedOpError(
+                f"'{name}' is to train in full, and is quantised: no optimizer changes its codes. "
+                "Quantise the model without it (the filter_fn of torchao's quantize_), or adapt it "
+                "instead."
+            )
         if others := module.known.mirrors.get(name):
             raise UnsupportedOpError(
                 f"'{name}' is to train in full, and shares memory with '{others[0]}', which is "

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 Values = Mapping[str, Any]  # an entry's tensors, or proxies for them, by name
 
 # Entries of a weight that a fold sums at a time, in float64.
-_CPU_BLOCK = 2**18  # for each thread: few enough to stay in its cache
+_CPU_BLOCK = 2**19  # for each thread: few enough to stay in its cache
 _LARGE_BLOCK = 2**24  # on other devices, where a kernel launch costs more
 
 
@@ -122,7 +122,22 @@ def _largest(tensor: torch.Tensor) -> float:
     return max(abs(float(bound)) for bound in tensor.aminmax())
 
 
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+Observer = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+class Scratch:
+    """Memory for blocks, which is used again: fresh memory costs as much as a sum."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def take(self, like: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return contiguous memory in the shape of a tensor, without values."""
+        held = self.held.get((dtype, device))
+        if held is None or held.numel() < like.numel():
+            held = torch.empty(like.numel(), dtype=dtype, device=device)
+            self.held[dtype, device] = held
+        return held[: like.numel()].view(like.shape)
 
 
 def folded_weight(
@@ -132,6 +147,7 @@ def folded_weight(
     into: torch.Tensor | None = None,
     first: int = 0,
     observe: Observer | None = None,
+    scratch: Scratch | None = None,
 ) -> torch.Tensor:
     """Return the weight with its entries applied: summed in float64, and rounded once.
 
@@ -142,7 +158,8 @@ def folded_weight(
         into: the tensor to write to, which may be `weight`, and whose dtype is rounded to; by
             default a new one, as `weight` is.
         first: the first row of W0 that `weight` has.
-        observe: called for each block with W0, the sum in float64, and the rounded sum.
+        observe: called for each block with W0 and the sum in float64.
+        scratch: memory for one call at a time.
     """
     if weight.is_meta:
         return torch.empty_like(weight)
@@ -159,21 +176,23 @@ def folded_weight(
     dim = 0 if found is None else found
     size = weight.shape[dim]
     blocks = [(0, size)] if found is None else list(_blocks(entries, weight, dim, first))
-    longest = max(stop - start for start, stop in blocks)
-    memory = torch.empty_like(weight.narrow(dim, 0, longest), dtype=torch.float64, device=device)
+    scratch = scratch or Scratch()
     for start, stop in blocks:
         before = weight.narrow(dim, start, stop - start)
-        block = memory.narrow(dim, 0, stop - start).copy_(before)
+        block = scratch.take(before, torch.float64, device).copy_(before)
         for entry in entries:
             if found is None:
                 block = adapted_weight(entry, block, wide)
             else:
                 block = _with_block(entry, block, dim, first + start, wide)
-        half = folded.dtype.itemsize < 4
-        rounded = correctly_rounded(block, folded.dtype) if half else block
         if observe is not None:
-            observe(before, block, rounded.to(folded.dtype))
-        folded.narrow(dim, start, stop - start).copy_(rounded)
+            observe(before, block)
+        place = folded.narrow(dim, start, stop - start)
+        if device == folded.device:
+            single = scratch.take(before, torch.float32, device)
+            correctly_rounded(block, folded.dtype, place, single)
+        else:
+            place.copy_(correctly_rounded(block, folded.dtype))
     return folded
 
 

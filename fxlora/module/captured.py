@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import FxLoraError, InputError, SubmoduleError
+from ..errors import FxLoraError, InjectError, InputError, SubmoduleError
 from ..fast import fast_graph
 from ..fx.calls import part_of
 from ..fx.literals import same_literal
@@ -29,10 +29,12 @@ from .contract import InputSpec
 from .copies import complete_memo, deep_copy, derived, shallow_copy
 from .host_attributes import ALL, DATA, MISSING, TRAINING, joined
 from .memory import overlaps_of
+from .merge_aware import merge_aware_graph
 from .moving import moving
 from .parameters import aliases, remove_parameter, set_parameter
 from .parent import ParentModule, parent_program
 from .program import FACADE, MODES, Program, ProgramModule, tensors_of
+from .quantised import dequantised
 from .regions import described, uncovered
 from .schedule import Schedule
 from .seal import Seal
@@ -44,6 +46,7 @@ from .several_calls import (
     signature_of_all,
 )
 from .sharing import copy_when_trained, unshare
+from .simplified import Simplification
 from .state import State
 from .submodules import Container, check_absent, check_kinds, children_of, seal_part
 
@@ -136,6 +139,8 @@ class CapturedModule(ProgramModule):
     def running(self, graph: fx.Graph) -> fx.Graph:
         if id(graph) in self._running:
             return self._running[id(graph)]
+        if self.known.merge_aware and self.plan is not None:
+            return merge_aware_graph(graph, self.plan, self.known.merge_aware)
         how = self.known.optimized
         return fast_graph(graph, how, self) if how else graph
 
@@ -212,7 +217,9 @@ class CapturedModule(ProgramModule):
 
     def adapted_weight(self, name: str) -> torch.Tensor:
         """Return W0 + s·BA of a weight, with gradients to A and B; W0 if it is not adapted."""
-        value: torch.Tensor = self.get_parameter(name)
+        value = (
+            dequantised(self.get_parameter(name)) if self.known.plan else self.get_parameter(name)
+        )
         dtype = value.dtype
         for entry in self.known.plan or ():
             if name in entry.names:
@@ -243,6 +250,8 @@ class CapturedModule(ProgramModule):
         return value if seal is None else seal.outside("", name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            self._check_mode(value)
         seal: Seal | None = self.__dict__.get("_seal")
         if seal is not None and not seal.open:
             check_absent(seal, name, value)
@@ -273,9 +282,19 @@ class CapturedModule(ProgramModule):
             )
 
     def train(self, mode: bool = True) -> CapturedModule:
+        self._check_mode(mode)
         super().train(mode)
         self._seal.all_set(self)
         return self
+
+    def _check_mode(self, mode: bool) -> None:
+        """Raise InjectError for the train mode of a module that is for inference only."""
+        known: State | None = self.__dict__.get("known")
+        if mode and known is not None and known.simplified and "_own_names" in self.__dict__:
+            raise InjectError(
+                "a simplified module is for inference: it has no train mode. Train the module that "
+                "was given to simplify, and simplify that again."
+            )
 
     def requires_grad_(self, requires_grad: bool = True) -> CapturedModule:
         """Set `requires_grad` of all parameters; those that would train are copied first."""
@@ -374,6 +393,16 @@ class CapturedModule(ProgramModule):
     def folded(self) -> tuple[Plan, ...]:
         """The plans folded into the weights, in order."""
         return self.known.folded
+
+    @property
+    def simplified(self) -> Simplification | None:
+        """What `fxlora.simplify` did to make this module, or None."""
+        return self.known.simplified
+
+    @property
+    def retention(self) -> Mapping[str, float]:
+        """How much of s·BA the last fold kept in each weight that it quantised anew, by site."""
+        return self.known.retention
 
     @property
     def trained(self) -> frozenset[str]:

@@ -19,7 +19,7 @@ def check_captured(module: object, verb: str, *, routed: bool = False) -> None:
 
     Raises:
         NotCapturedError: it is not a captured module.
-        InjectError: it is a routed module, which the function does not take.
+        InjectError: it is a routed or a simplified module, which the function does not take.
         SubmoduleError: one of its outlined submodules was replaced by a module without a graph.
     """
     if not isinstance(module, CapturedModule):
@@ -44,11 +44,19 @@ def check_captured(module: object, verb: str, *, routed: bool = False) -> None:
             "fxlora.capture(model, args) makes one."
         )
     module.check_blocks(verb)
+    if module.known.simplified and verb not in _FOR_INFERENCE:
+        raise InjectError(
+            f"{verb} does not take a simplified module, whose layers are not the model's any more: "
+            "call it on the module that was given to simplify."
+        )
     if module.known.routing and not routed:
         raise InjectError(
             f"{verb} does not take a routed module: take_adapter(module, slot) makes a module with "
             "one of its adapters, and remove(module) one without any."
         )
+
+
+_FOR_INFERENCE = ("export",)  # functions that take a simplified module
 
 
 def check_one_adapter(module: CapturedModule, verb: str) -> None:

@@ -411,6 +411,16 @@ class InputSpec:
 
         return self._with_dims(raised)
 
+    def up_to(self, symbols: Mapping[str, int]) -> InputSpec:
+        """Return the contract with the values in `symbols` as maximums where there are none."""
+
+        def bounded(dim: int | Dimension) -> int | Dimension:
+            if isinstance(dim, Dimension) and dim.max is None and dim.symbol in symbols:
+                return replace(dim, max=max(dim.min, symbols[dim.symbol]))
+            return dim
+
+        return self._with_dims(bounded)
+
     def _with_dims(self, change: Callable[[int | Dimension], int | Dimension]) -> InputSpec:
         def changed(leaf: Input) -> Input:
             if not isinstance(leaf, TensorInput):

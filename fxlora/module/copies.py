@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import SubmoduleError
 from .blocks.tree import module_at
 from .fsdp import refuse_copy
+from .quantised import is_quantised, with_parts
 from .sharing import copy_when_trained, is_shared
 from .submodules import HOOKS
 
@@ -34,7 +35,7 @@ def derived(module: CapturedModule, *, same_adapters: bool = False) -> CapturedM
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in kept:
             continue
-        tensor = parameter.detach()
+        tensor = with_parts(parameter, torch.Tensor.detach)
         tensor = tensor.clone() if name in trains and not same_adapters else tensor
         memo.setdefault(id(parameter), nn.Parameter(tensor, parameter.requires_grad))
     result = module.rebuilt(memo, module.known.with_originals(torch.clone))
@@ -77,6 +78,10 @@ def complete_memo(module: CapturedModule, memo: dict[int, Any]) -> None:
     for buffer in module.buffers():
         if not buffer.is_leaf and id(buffer) not in memo:
             memo[id(buffer)] = copy.deepcopy(buffer.detach(), memo)
+    for parameter in filter(is_quantised, module.parameters()):
+        if id(parameter) not in memo:
+            data = with_parts(parameter, lambda part: copy.deepcopy(part.detach(), memo))
+            memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
     for parameter in module.state_parameters().values():  # views of a buffer stay views of it
         if id(parameter) not in memo:
             data = copy.deepcopy(parameter.detach(), memo)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _ROW = 8192  # 64-bit words in a row: few enough that their factors stay in the cache
+ROW_BYTES = 8 * _ROW
 _ROWS = {"cpu": 32}  # rows hashed at a time: few enough that the temporaries stay in the cache
 _MANY_ROWS = 1024  # on other devices, where a kernel launch costs more
 
@@ -48,10 +49,23 @@ def fingerprint(tensor: torch.Tensor) -> int:
     plain = type(tensor) is torch.Tensor or issubclass(type(tensor), nn.Parameter)
     if not plain or tensor.layout is not torch.strided or tensor.is_meta:
         return 0
-    words, level = _words(tensor.detach()), 0
-    while level == 0 or len(words) > 1:
-        words, level = _hashed(words, level), level + 1
-    return int(words.sum()) ^ _digest((tuple(tensor.shape), tensor.dtype))
+    return of_row_hashes(row_hashes(tensor), tuple(tensor.shape), tensor.dtype)
+
+
+def row_hashes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the hash of each `ROW_BYTES` of a tensor's bits; the last row may be shorter.
+
+    Those of a tensor's consecutive parts, of whole rows each, are together those of the tensor.
+    """
+    return _hashed(_words(tensor.detach()), 0)
+
+
+def of_row_hashes(hashes: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the fingerprint of a tensor from its row hashes, shape and dtype."""
+    level = 1
+    while len(hashes) > 1:
+        hashes, level = _hashed(hashes, level), level + 1
+    return int(hashes.sum()) ^ _digest((shape, dtype))
 
 
 def differing_copies(mesh: DeviceMesh, tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -12,12 +12,17 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from .quantised import is_quantised, stored, with_parts
 
 Span = tuple[int, int]  # the first address, and the one after the last
 
 
 def span_of(tensor: torch.Tensor) -> Span | None:
-    """Return the addresses that a tensor lies within, or None if it has no memory."""
+    """Return the addresses that a tensor lies within, or None if it has no memory.
+
+    A quantised tensor lies where the first of its parts does.
+    """
+    tensor = next(stored(tensor), tensor)
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return None
     start = tensor.data_ptr()
@@ -27,6 +32,7 @@ def span_of(tensor: torch.Tensor) -> Span | None:
 
 def memory_id(tensor: torch.Tensor) -> int:
     """Return an id of a tensor's storage, or of the tensor itself if it is not strided."""
+    tensor = next(stored(tensor), tensor)
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
@@ -108,7 +114,9 @@ def copied_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         CaptureError: torch has no view like one of the tensors.
     """
     if len(tensors) == 1:
-        return [tensors[0].detach().clone()]
+        return [with_parts(tensors[0], lambda part: part.detach().clone())]
+    if any(map(is_quantised, tensors)):
+        raise CaptureError("quantised tensors share memory, which a call writes to.")
     spans = [span for tensor in tensors if (span := span_of(tensor))]
     first = min(start for start, _ in spans) // _ALIGNED * _ALIGNED
     size = max(end for _, end in spans) - first

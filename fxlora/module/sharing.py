@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .memory import memory_id
+from .quantised import stored
 from .shared_parameter import share, unshared
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def copy_memory(parameters: Iterable[nn.Parameter], memory: Collection[int]) -> 
     held = {id(p): p for p in parameters if memory_id(p) in memory}
     memo: dict[int, object] = {}
     for parameter in held.values():
-        parameter.data = copy.deepcopy(parameter.data, memo)
+        for part in stored(parameter):
+            part.data = copy.deepcopy(part.data, memo)
         unshared(parameter)
 
 

@@ -11,7 +11,9 @@ import torch
 
 from ..fast import Fast
 from ..plan import Plan, joined
+from .quantiser import Quantiser
 from .routing import Routing
+from .simplified import Simplification
 
 if TYPE_CHECKING:
     from .captured import CapturedModule
@@ -45,7 +47,11 @@ class State:
         read_values: the numbers, strings and flags that the captured calls read in the source, by
             the name of the attribute.
         optimized: how the fast graphs that run are derived, or None if the explicit ones run.
+        merge_aware: the quantisers of the weights that calls read as a fold makes them, by the
+            names of their parameters; empty if calls read them as they are.
         unfolded: the adapted module that a fold with `keep` was of, or None.
+        simplified: the passes that made the module smaller for inference, or None.
+        retention: how much of s·BA a fold kept in each weight that it quantised anew, by site.
         routing: the adapters that the graphs choose among for each sample, or None.
     """
 
@@ -70,7 +76,10 @@ class State:
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     read_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     optimized: Fast | None = None
+    merge_aware: Mapping[str, Quantiser] = field(default_factory=dict[str, Quantiser])
     unfolded: CapturedModule | None = None
+    simplified: Simplification | None = None
+    retention: Mapping[str, float] = field(default_factory=dict[str, float])
     routing: Routing | None = None
 
     @cached_property
@@ -133,6 +142,7 @@ class State:
             buffers=none.buffers,
             originals=none.originals,
             base_fingerprints=none.base_fingerprints,
+            merge_aware=none.merge_aware,
         )
 
 

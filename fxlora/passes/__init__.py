@@ -9,6 +9,7 @@ from .active import Activate, chosen
 from .base import Pass, as_pass
 from .fold_constants import FoldConstants
 from .inject import Inject
+from .merge_aware import MergeAware
 from .optimize import Optimize
 from .remove import Remove
 from .route import Route
@@ -19,6 +20,7 @@ __all__ = [
     "Activate",
     "FoldConstants",
     "Inject",
+    "MergeAware",
     "Optimize",
     "Pass",
     "Remove",

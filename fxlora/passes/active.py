@@ -127,7 +127,16 @@ def _apart(one: Plan, other: Plan, tied: Mapping[str, str]) -> str | None:
 
 
 def take_out(module: CapturedModule) -> None:
-    """Take the active adapters out of the graphs; the module keeps their tensors."""
+    """Take the active adapters out of the graphs; the module keeps their tensors.
+
+    Raises:
+        InjectError: calls read weights with these adapters in them.
+    """
+    if module.known.merge_aware:
+        raise InjectError(
+            "the module is merge-aware for its active adapters: choose others on "
+            "fxlora.explicit(module), and then call fxlora.merge_aware again."
+        )
     if module.known.active:
         remove_nodes(module)
         _set_aside(module)

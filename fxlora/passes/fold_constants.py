@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..errors import InjectError
+from ..errors import InjectError, QuantisedError
 from ..module import CapturedModule
 from ..module.adapted_weight import folded_weight, is_bounded
 from ..module.memory import held_alone
+from ..module.quantised import dequantised, is_quantised
 from ..module.state import State
 from ..plan import Entry
 from ..tables import some
 from .base import Pass
+from .fold_quantised import QuantisedFold, check_products
 from .remove import drop_adapters
 from .structure import Insertion, insertions, remove_insertion
 
@@ -33,10 +35,23 @@ class FoldConstants(Pass):
     Attributes:
         inplace: whether a weight whose memory nothing else holds keeps it, and is overwritten.
         allow_nonfinite: whether values may be NaN or infinite.
+        quantised: what to do with quantised weights; None refuses them.
     """
 
     inplace: bool = False
     allow_nonfinite: bool = False
+    quantised: QuantisedFold | None = None
+
+    def check(self, module: CapturedModule) -> None:
+        sites = quantised_sites(module)
+        if sites and self.quantised is None:
+            raise QuantisedError(
+                f"the weights of {some(sites)} are quantised, and lie on a grid: how to add s·BA "
+                "to them is for you to say. fold(…, quantised=…) takes "
+                '"keep" (these sites keep their branches), "dequantise" (they become plain '
+                'weights, in the dtype that they compute in) or "requantise" (they are quantised '
+                "anew, with the retention of s·BA checked)."
+            )
 
     def rewrite(self, module: CapturedModule) -> State:
         plan = module.plan
@@ -50,6 +65,7 @@ class FoldConstants(Pass):
         finite = not self.allow_nonfinite
         # What may fail comes before the first weight is overwritten.
         folded = {w.names: w.folded(finite=finite) for w in weights if w not in overwritten}
+        retention = self._stored(weights, folded, inserted)
         for insertion in reversed([i for of_graph in inserted for i in of_graph]):
             remove_insertion(insertion)
         folded |= {w.names: w.folded(into=w.weight, finite=finite) for w in overwritten}
@@ -59,7 +75,34 @@ class FoldConstants(Pass):
                 module.set_parameter(name, parameter)
         state = drop_adapters(module)
         module.requires_grad_(False)  # unadapted weights share the source model's storage
-        return replace(state, folded=(*state.folded, plan))
+        return replace(state, folded=(*state.folded, plan), retention=retention)
+
+    def _stored(
+        self,
+        weights: list[_Weight],
+        folded: dict[tuple[str, ...], torch.Tensor],
+        inserted: list[list[Insertion]],
+    ) -> dict[str, float]:
+        """Have the folded weights of quantised sites stored as asked; return their retention."""
+        retention: dict[str, float] = {}
+        for weight in weights:
+            if self.quantised is None or not is_quantised(weight.weight):
+                continue
+            site = weight.entries[0].site
+            if self.quantised.how == "dequantise":
+                mine = [i for one in inserted for i in one if i.entry in weight.entries]
+                check_products(site, weight.weight, [i.read for i in mine])
+            given = (site, weight.entries[0].parameter, weight.weight, folded[weight.names])
+            folded[weight.names] = self.quantised.stored(*given, retention)
+        if self.quantised is not None and not self.quantised.known:
+            self.quantised.check(retention)
+        return retention
+
+
+def quantised_sites(module: CapturedModule) -> list[str]:
+    """Return the sites of a module's plan whose weights are quantised."""
+    plan = module.plan or ()
+    return [e.site for e in plan if is_quantised(module.get_parameter(e.parameter))]
 
 
 def check_finite(module: CapturedModule) -> None:
@@ -102,7 +145,8 @@ def _weights(module: CapturedModule, inserted: list[list[Insertion]]) -> list[_W
 def _expendable(module: CapturedModule, weights: list[_Weight]) -> list[_Weight]:
     """Return the weights that can be overwritten: held by nothing else, and with a finite sum."""
     aliases = {name: names for names in module.aliases().values() for name in names}
-    whole = [w for w in weights if set(aliases[w.names[0]]) == set(w.names)]  # no tie is split
+    plain = [weight for weight in weights if not is_quantised(weight.weight)]
+    whole = [w for w in plain if set(aliases[w.names[0]]) == set(w.names)]  # no tie is split
     keys = [id(module.get_parameter(weight.names[0])) for weight in whole]
     alone = held_alone(module)
     if not alone.issuperset(keys):
@@ -145,7 +189,7 @@ class _Weight:
         """Return W0 + s·BA, rounded once to the dtype of W0."""
         weight = self.weight
         with torch.no_grad():
-            folded = folded_weight(self.entries, weight, self.values, into)
+            folded = folded_weight(self.entries, dequantised(weight), self.values, into)
         if finite and into is None and overflows(folded, weight):
             raise InjectError(
                 f"'{self.entries[0].site}': W0 + s·BA is not finite in {folded.dtype}: A and B are "
@@ -157,6 +201,7 @@ class _Weight:
 
 def overflows(folded: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether an entry is not finite where the weight's is."""
+    weight = dequantised(weight)
     if folded.is_meta or bool(folded.sum().isfinite()):  # the sum reads the entries only once
         return False
     return bool((~folded.isfinite() & weight.isfinite()).any())

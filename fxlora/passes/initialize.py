@@ -10,6 +10,7 @@ from ..lora.inits import FILLS, STARTS, embedding
 from ..lora.ops import is_lookup
 from ..lora.variants import VARIANTS
 from ..module.adapted_weight import sum_matrix
+from ..module.quantised import dequantised
 from ..plan import Entry
 
 
@@ -27,6 +28,8 @@ def new_tensors(entry: Entry, weight: torch.Tensor) -> dict[str, nn.Parameter]:
         InjectError: torch cannot compute A and B from this weight.
         ConfigError: the init does not allow the rank, or a variant does not allow the weight.
     """
+    if entry.variants or entry.init in STARTS or entry.rows:  # others need only its shape
+        weight = dequantised(weight)
     if entry.rows is not None:
         start, stop = entry.rows
         weight = weight.narrow(entry.layout.part_dim, start, stop - start)
@@ -76,8 +79,8 @@ def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         wide = outputs_first.to(torch.promote_types(weight.dtype, torch.float32))
         down, up = start(wide, entry.r, entry.scaling)
         return down.to(dtype), up.to(dtype)
-    down = weight.new_empty(*stack, entry.r, size_i, dtype=dtype)
-    up = weight.new_empty(*stack, size_o, entry.r, dtype=dtype)
+    down = torch.empty(*stack, entry.r, size_i, dtype=dtype, device=weight.device)
+    up = torch.empty(*stack, size_o, entry.r, dtype=dtype, device=weight.device)
     # An A of zeros would leave B without a gradient for ever if it does not train.
     drawn = is_lookup(entry.op) and entry.name_a in entry.trainable
     fill = embedding if entry.init is True and drawn else FILLS[entry.init]
@@ -92,5 +95,5 @@ def _selected(
     rows, features = entry.shape
     tokens = torch.tensor(entry.tokens, device=weight.device)
     chosen = nn.functional.one_hot(tokens, rows).to(dtype)  # (tokens, rows)
-    nothing = weight.new_zeros(features, len(tokens), dtype=dtype)
+    nothing = torch.zeros(features, len(tokens), dtype=dtype, device=weight.device)
     return (chosen, nothing) if entry.layout.in_first else (nothing.mT, chosen.mT)

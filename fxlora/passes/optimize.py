@@ -21,4 +21,4 @@ class Optimize(Pass):
     fast: Fast | None
 
     def rewrite(self, module: CapturedModule) -> State:
-        return replace(module.known, optimized=self.fast)
+        return replace(module.known, optimized=self.fast, merge_aware={})

@@ -19,7 +19,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from ..errors import ConfigError
 from ..fx.calls import argument
 from ..fx.marks import ADAPTER
-from ..fx.nested import Path, call_of, inside
+from ..fx.nested import Path, call_of, inside, operand_of
 from ..lora.row import Op, Read
 from ..module import CapturedModule
 from ..module.adapted_weight import adapted_weight, factors, output_gains, rank, to_weights
@@ -48,6 +48,24 @@ class Insertion:
     base: fx.Node
     output: fx.Node
     path: Path
+
+    @property
+    def read(self) -> tuple[fx.Node, fx.Node]:
+        """The node that reads the weight in a branch's insertion, and the node of the weight."""
+        node = self.base
+        if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+            node = source
+        sources = (given for given in node.all_input_nodes if self._is_weight(given))
+        return node, next(sources)
+
+    def _is_weight(self, given: fx.Node) -> bool:
+        path = self.path
+        while given.op == "placeholder" and path:
+            outside = operand_of(path[-1], given)
+            if outside is None:
+                return False
+            given, path = outside, path[:-1]
+        return given.op == "get_attr" and str(given.target) in self.entry.names
 
 
 # ---- inserting ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ..config import LoraConfig
 from ..errors import ConfigError
 from ..hosts.host import hosted
 from ..module import CapturedModule
+from ..module.quantised import stored
 from ..names import shown
 from ..tables import some
 
@@ -123,7 +124,8 @@ def _once_for_shared(modules: list[CapturedModule], fn: Fn) -> Fn:
     places: dict[int, tuple[Any, ...]] = {}
     for module in modules:
         for parameter in module.parameters():
-            place = (parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
+            start = next(stored(parameter)).data_ptr()
+            place = (start, parameter.shape, parameter.stride(), parameter.dtype)
             if parameter.numel() and parameter.device.type != "meta":
                 places[id(parameter)] = (*place, parameter.device)
     moved: dict[tuple[Any, ...], torch.Tensor] = {}

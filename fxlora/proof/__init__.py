@@ -21,6 +21,7 @@ from ..module.fsdp import mesh_of
 from ..module.parent import RegionCall
 from ..module.program import MODES
 from ..passes import FoldConstants, Inject, chosen
+from ..passes.fold_quantised import QuantisedFold
 from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage
 from .effects import draw_adapters, effects
@@ -169,7 +170,7 @@ def _verified(
     check_base(module)
     check_finite(module)
     if folded is None:
-        folded = FoldConstants()(module)
+        folded = _fold(module)
     else:
         check_code(folded, "the folded module")
         folded = folded.derive()
@@ -237,9 +238,14 @@ def _check_drawn(
         entries = tuple(dataclasses.replace(e, init=True, dropout=0.0) for e in module.plan)
         copied = Inject(dataclasses.replace(module.plan, entries=entries))(base)
     draw_adapters(copied, module)
-    folded = FoldConstants()(copied)
+    folded = _fold(copied)
     for mode in MODES if _modes_differ(base) else ("eval",):
         _output_error(copied.train(mode == "train"), folded, calls)
+
+
+def _fold(module: CapturedModule) -> CapturedModule:
+    """Fold a module; quantised weights become plain ones, which need not be rounded to a grid."""
+    return FoldConstants(quantised=QuantisedFold("dequantise"))(module)
 
 
 def _modes_differ(module: CapturedModule) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..module import CapturedModule
+from ..module.quantised import dequantised
 from ..module.sharded import whole, write
 from ..plan import Entry
 from .runs import MethodCall, float_tensors, record_calls
@@ -151,7 +152,7 @@ def _fill(module: CapturedModule, trained: Values, draw: _Draw) -> None:
         a, b = (module.get_parameter(name).requires_grad_(True) for name in _pair(entry))
         for name in entry.tensors:  # also the tensors of variants
             module.get_parameter(name).copy_(trained.get_parameter(name))
-        size = draw.size * _size_of(whole(module.get_parameter(entry.parameter)))
+        size = draw.size * _size_of(dequantised(whole(module.get_parameter(entry.parameter))))
         # An entry of s·BA has a standard deviation of s·√r·std(A)·std(B).
         product = size / abs(entry.scaling or 1.0) / entry.r**0.5  # std(A)·std(B)
         now_a, now_b = whole(a), whole(b)

@@ -11,6 +11,7 @@ import torch
 
 from ..module import CapturedModule
 from ..module.adapted_weight import adapted_weight
+from ..module.quantised import dequantised
 from ..plan import Entry, scales_outputs
 
 
@@ -35,7 +36,7 @@ def exact_weight(module: CapturedModule, entries: Sequence[Entry]) -> Exact:
     (Higham, Accuracy and Stability, §3.1). Where a variant scales the outputs by g, the second term
     is scaled by g as well, and the error of g itself is added.
     """
-    weight = module.get_parameter(entries[0].parameter).detach()
+    weight = dequantised(module.get_parameter(entries[0].parameter).detach())
     value, error = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for entry in entries:
         tensors = {n: module.get_parameter(n).detach().double() for n in entry.tensors}

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..module import CapturedModule
 from ..module.memory import copied_values
 from ..module.parent import RegionCall
+from ..module.quantised import is_quantised, stored
 
 
 class MethodCall(NamedTuple):
@@ -74,6 +75,9 @@ def equal_tensors(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have equal dtypes, shapes and entries; NaN counts as equal to NaN."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
+    if is_quantised(a) or is_quantised(b):
+        pairs = zip(stored(a), stored(b), strict=type(a) is type(b))
+        return type(a) is type(b) and all(equal_tensors(x, y) for x, y in pairs)
     if (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()):  # same memory, same view
         return True
     return bool(((a == b) | ((a != a) & (b != b))).all())

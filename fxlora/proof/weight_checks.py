@@ -9,6 +9,8 @@ from ..errors import VerificationError
 from ..module import CapturedModule
 from ..module.adapted_weight import factors
 from ..module.casts import base_dtype
+from ..module.memory import memory_id
+from ..module.quantised import is_quantised
 from ..module.sharded import whole
 from ..plan import Entry
 from ..tables import some
@@ -140,6 +142,12 @@ def _weight_error(
     """Return error and tolerance of the entry whose error is largest relative to its tolerance."""
     site = entries[0].site
     weight, found = (m.get_parameter(name).detach() for m in (module, folded))
+    if is_quantised(found):
+        raise VerificationError(
+            f"fold: '{site}' was quantised anew, so that its weight is not W0 + s·BA, and how far "
+            "it is off is no error of rounding. folded.retention tells what is kept; verify the "
+            "module without folded=."
+        )
     if found.dtype != weight.dtype or found.shape != weight.shape:
         raise VerificationError(
             f"fold: '{site}' is folded to {found.dtype} {tuple(found.shape)} from {weight.dtype} "
@@ -187,9 +195,9 @@ def _tensors(module: CapturedModule) -> dict[str, Tensor]:
 
 def check_shared_memory(module: CapturedModule, folded: CapturedModule) -> None:
     """Raise if training the folded module would change memory that it shares with the source."""
-    ours = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    ours = {memory_id(p) for p in module.parameters()}
     for name, parameter in folded.named_parameters():
-        if parameter.requires_grad and parameter.untyped_storage().data_ptr() in ours:
+        if parameter.requires_grad and memory_id(parameter) in ours:
             raise VerificationError(
                 f"fold: '{name}' requires gradients in the folded module but shares memory with "
                 "the source model, which training would change. Freeze it, or give it a copy."

@@ -30,10 +30,12 @@ from ..lora.ops import is_product, layout_given, row_of
 from ..lora.row import Op
 from ..module import CapturedModule
 from ..module.ambient import no_ambient_modes
+from ..module.quantised import is_quantised
 from .facts import reads_no_values
 from .gradient_flow import Flow
 from .gradient_trials import passes_gradient
 from .moves import Moved, moved
+from .trial_rows import row_by_trial
 from .weights_only import WeightsOnly
 
 
@@ -231,6 +233,8 @@ class _Search:
 
     def _reader(self, node: fx.Node, value: fx.Node, chain: _OpChain) -> Reader:
         row, given = row_of(node, value), self._moved(value, chain)
+        if row is None and is_quantised(self.weight):
+            row = row_by_trial(node, value)
         read = given and layout_given(node, value, row, given.dims)
         layout = given.layout(read) if given and read else None
         weights_only = bool(node.users) and self.weights.include(node, value)

@@ -15,6 +15,7 @@ from ..lora.layout import Layout, Shape, standard_layout
 from ..lora.ops import layout_given
 from ..module import CapturedModule
 from ..module.memory import overlaps_of
+from ..module.quantised import is_quantised
 from .facts import padding_row
 from .readers import Reader, readers_and_writers
 
@@ -52,6 +53,7 @@ class Site:
         writer: a node that writes to it, or None.
         merged: whether it was merged from several sites, which one rule adapts.
         overlaps: names of other parameters, buffers and constants that share its memory.
+        quantised: whether it is a tensor subclass that stores it in another form.
         outside: where Python reads it outside of every captured region ("" if nothing was seen
             to read it), or None if only graphs read it.
     """
@@ -73,6 +75,7 @@ class Site:
     writer: Reader | None = field(repr=False)
     merged: bool = False
     overlaps: tuple[str, ...] = ()
+    quantised: bool = False
     outside: str | None = None
 
     @property
@@ -244,6 +247,7 @@ def _site(
         dtype=weight.dtype,
         readers=readers,
         writer=writer,
+        quantised=is_quantised(weight),
         **_described(readers, tuple(weight.shape)),
     )
 

@@ -1,18 +1,24 @@
-"""The error budget of a fold: how much of an update survives the rounding to the weight's dtype."""
+"""What is measured of a weight while it is folded.
+
+The error budget: how much of an update survives the rounding to the weight's dtype; and hashes of
+W0, which tell whether the adapter was trained over it.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-_SHARE = 32  # of the rows of each block, one in so many is measured: all would double the time
+from ...lora.dtypes import correctly_rounded
+
+_SHARE = 8  # of the rows of each measured block, one in so many: all would double the time
 
 
 @dataclass
 class Budget:
-    """Sums over some rows of each block of a weight: a 32nd of them, and eight at least.
+    """Sums over some of a weight's rows: a 32nd, in blocks, and eight at least.
 
     With d the exact update (in float64) and e the rounding's error, folded = W0 + d + e.
 
@@ -22,6 +28,7 @@ class Budget:
         kept: ⟨d + e, d⟩.
         square: ‖d‖².
         overflows: whether an entry is not finite where the weight's is.
+        hashes: the row hashes of W0, in the order of its pieces.
     """
 
     error: float = 0.0
@@ -29,15 +36,15 @@ class Budget:
     kept: float = 0.0
     square: float = 0.0
     overflows: bool = False
+    hashes: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
-    def observe(self, weight: torch.Tensor, exact: torch.Tensor, folded: torch.Tensor) -> None:
-        """Take account of a block: W0, the sum in float64, and the rounded sum."""
-        if not bool(folded.sum().isfinite()):
-            self.overflows |= bool((~folded.isfinite() & weight.isfinite()).any())
-        rows = min(len(exact), max(8, len(exact) // _SHARE))
-        weight, exact, folded = (tensor[:rows] for tensor in (weight, exact, folded))
+    def observe(self, weight: torch.Tensor, exact: torch.Tensor) -> None:
+        """Take account of a block: W0, and the sum in float64."""
+        weight, exact = (tensor.flatten(0, -2) for tensor in (weight, exact))
+        rows = max(8, len(exact) // _SHARE)
+        weight, exact = weight[:rows], exact[:rows]
         update = exact - weight.to(torch.float64)
-        error = folded.to(torch.float64) - exact  # not in place: `folded` may be `exact`
+        error = correctly_rounded(exact, weight.dtype).to(torch.float64) - exact
         self.error = max(self.error, _largest(error))
         self.update = max(self.update, _largest(update))
         square = float(update.square().sum())
@@ -49,6 +56,7 @@ class Budget:
         self.error, self.update = max(self.error, other.error), max(self.update, other.update)
         self.kept, self.square = self.kept + other.kept, self.square + other.square
         self.overflows |= other.overflows
+        self.hashes += other.hashes
 
     @property
     def relative_error(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from .pairs import Pairs
 from .prefix import Prefix, find_prefix
 from .settings import Settings
 from .ties import check_ties
+from .trained_over import TrainedOver
 from .weights_file import REPLACED
 
 ADAPTER_NAME = "default"
@@ -41,10 +42,12 @@ class Fold:
     Attributes:
         entries: in the order in which they apply.
         values: their tensors, by name.
+        base: the weight that they were trained over, if the adapter's file says.
     """
 
     entries: tuple[Entry, ...]
     values: Mapping[str, torch.Tensor]
+    base: TrainedOver | None = None
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,16 @@ def _of_plan(
         for name in map(prefix, entry.names):
             if name in base.tensors:
                 groups.setdefault(name, []).append(entry)
-    folded = {name: _fold(entries, values) for name, entries in groups.items()}
+    marks = TrainedOver.in_header(content, header)
+    folded = {
+        name: Fold(
+            tuple(entries),
+            {tensor: values[tensor] for e in entries for tensor in e.tensors},
+            marks.get(entries[0].parameter),
+        )
+        for name, entries in groups.items()
+    }
     return Changes(folded, {prefix(n): t for n, t in plain.items()}, prefix=prefix)
-
-
-def _fold(entries: Sequence[Entry], values: Mapping[str, torch.Tensor]) -> Fold:
-    return Fold(tuple(entries), {name: values[name] for e in entries for name in e.tensors})
 
 
 def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:

@@ -19,6 +19,7 @@ from .inputs import Inputs, Model
 from .pieces import Replaced, Rows, pieces_of, restart
 from .report import CheckpointReport, readable
 from .stream import Progress, sequential, write_pieces
+from .trained_over import fingerprint_of
 from .verify import differences
 from .weights_file import WeightsFile
 from .work import Work, work_for
@@ -32,6 +33,7 @@ def fold_checkpoint(
     *,
     model: Model | None = None,
     allow_nonfinite: bool = False,
+    strict_base: bool = False,
     dry_run: bool = False,
     progress: bool = False,
 ) -> CheckpointReport:
@@ -50,6 +52,8 @@ def fold_checkpoint(
         model: the model of the checkpoint, or a function that builds it, which is called on the
             meta device. Only needed where names, layouts or ties are ambiguous without it.
         allow_nonfinite: whether the adapter may have NaN or infinities.
+        strict_base: whether to raise unless the checkpoint's weights are known to be those that the
+            adapter was trained over (fxlora's adapters have their fingerprints).
         dry_run: only return the report, from the headers; write nothing.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
@@ -57,13 +61,14 @@ def fold_checkpoint(
         The weights that were folded, with the error of the rounding relative to each update.
 
     Warns:
-        FxLoraWarning: files beside the checkpoint were not copied, as they may hold weights; or a
-            tie may be split.
+        FxLoraWarning: files beside the checkpoint were not copied, as they may hold weights; a tie
+            may be split; or the adapter was trained over other weights.
 
     Raises:
         ConfigError: the checkpoint is missing or damaged, or the model is not its.
         AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit the
-            checkpoint, or does so in several ways.
+            checkpoint, or does so in several ways; or, with `strict_base`, it was trained over
+            another one.
         ExportError: the target cannot be written, or is being written by another process.
 
     Example:
@@ -80,7 +85,7 @@ def fold_checkpoint(
         >>> [tensor.name for tensor in report.folded], report.copied
         (['0.weight'], 1)
     """
-    inputs = Inputs.read(base, adapter, model, allow_nonfinite)
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base)
     target = as_path(out, ExportError)
     if inputs.base.left:
         warn(
@@ -94,6 +99,7 @@ def fold_checkpoint(
     with work_for(target) as work:
         if inputs.base.is_folder and _is_full(target):
             return _there_already(inputs, target)
+        stamps = inputs.stamps()
         work.begin(inputs.key())
         _check_space(inputs, target, work)
         with _bar(inputs.base.size, progress) as bar:
@@ -102,6 +108,9 @@ def fold_checkpoint(
         for other in inputs.base.others:
             (work.content / other).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inputs.base.path / other, work.content / other)
+        if inputs.stamps() != stamps:
+            raise ConfigError(f"the checkpoint {inputs.base.path} changed while it was read.")
+        inputs.check_base({n: data.get("base") for n, data in work.records.items()})
         whole = work.content if inputs.base.is_folder else next(work.content.iterdir())
         whole.replace(target)
         return inputs.report(work.records, resumed=work.resumed)
@@ -120,7 +129,8 @@ def _write_file(inputs: Inputs, file: WeightsFile, work: Work, progress: Progres
                     "B are too large. Train again with a smaller learning rate."
                 )
             measured = {"relative_error": budget.relative_error, "survives": budget.survives}
-            work.record(piece.tensor.name, measured)
+            mark = fingerprint_of(piece, budget.hashes)
+            work.record(piece.tensor.name, {**measured, "base": mark})
 
     with ExitStack() as stack:
         source = os.open(file.path, os.O_RDONLY)
@@ -145,6 +155,10 @@ def _check_target(inputs: Inputs, target: Path) -> None:
             raise ExportError(f"cannot write {target}: no folder {target.parent}.")
         if target.name in ("", "..") or target.resolve() == target.parent.resolve():
             raise ExportError(f"cannot write {target}: it is no name of a new file or folder.")
+        if inputs.base.is_folder and target.is_symlink():
+            raise ExportError(
+                f"cannot write {target}: it is a link. Name the folder that it is to point to."
+            )
         if inputs.base.is_folder and target.exists() and not target.is_dir():
             raise ExportError(f"cannot write {target}: it is a file, and the base a folder.")
         if not inputs.base.is_folder and target.is_dir():
@@ -166,8 +180,9 @@ def _is_full(target: Path) -> bool:
 
 def _there_already(inputs: Inputs, target: Path) -> CheckpointReport:
     """Return the report if the target is the result already, as after a kill at the very end."""
+    marks: dict[str, str | None] = {}
     try:
-        same = not differences(inputs, target)
+        same = not differences(inputs, target, marks)
     except ConfigError:  # no checkpoint
         same = False
     if not same:
@@ -175,6 +190,7 @@ def _there_already(inputs: Inputs, target: Path) -> CheckpointReport:
             f"cannot write {target}: the folder holds something else already. Choose another "
             "one, or remove it."
         )
+    inputs.check_base(marks)
     return inputs.report()
 
 

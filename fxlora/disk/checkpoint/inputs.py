@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ...data import as_path
 from ...errors import AdapterError, ConfigError
+from ...module.fingerprints import fingerprint
+from ...names import shown
 from ...tables import some
 from ..folder import Folder, read_folder
-from ..keys import CONFIG, WEIGHTS
+from ..keys import CONFIG
 from ..values import not_finite
 from .base import Checkpoint
 from .changes import Changes, changes_of
 from .model import Skeleton
 from .report import CheckpointReport, FoldedTensor
-from .stream import read_into
+from .stream import one_thread, read_into
+from .trained_over import check_trained_over, comparable_marks
 from .weights_file import REPLACED
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -35,25 +39,37 @@ class Inputs:
     content: Folder
     changes: Changes
     allow_nonfinite: bool
+    strict_base: bool
 
     @classmethod
     def read(
-        cls, base: str | Path, adapter: str | Path, model: Model | None, allow_nonfinite: bool
+        cls,
+        base: str | Path,
+        adapter: str | Path,
+        model: Model | None,
+        allow_nonfinite: bool,
+        strict_base: bool,
     ) -> Inputs:
         """Read headers and the adapter.
 
         Raises:
             ConfigError: the checkpoint is missing or damaged, or the model is not its.
             AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit
-                the checkpoint, or does so in several ways.
+                the checkpoint, or does so in several ways; or, with `strict_base`, it does not say
+                which weights it was trained over.
         """
         checkpoint = Checkpoint.read(base)
         content = read_folder(as_path(adapter, AdapterError))
         if not content.tensors:
             raise AdapterError(f"{content.path} has no tensors.")
         changes = changes_of(checkpoint, content, None if model is None else skeleton(model))
-        return cls(checkpoint, content, changes, allow_nonfinite)
+        inputs = cls(checkpoint, content, changes, allow_nonfinite, strict_base)
+        if strict_base:
+            known = comparable_marks(changes.folded, checkpoint.tensors)
+            inputs.check_base(known)  # as if they were the base's: those that are missing count
+        return inputs
 
+    @one_thread()
     def check_values(self) -> None:
         """Raise unless the adapter's values are finite, and those of frozen tensors the base's.
 
@@ -87,6 +103,14 @@ class Inputs:
                     "adapter for another checkpoint?"
                 )
 
+    def check_base(self, marks: Mapping[str, str | None]) -> None:
+        """Warn, or raise, if fingerprints of weights are not those in the adapter's file.
+
+        Raises:
+            AdapterError: `strict_base`, and they are others or unknown.
+        """
+        check_trained_over(self.content.path, self.changes.folded, marks, self.strict_base)
+
     def values(self, name: str) -> torch.Tensor | None:
         """Read a tensor of the checkpoint, or return None for a dtype that is not torch's."""
         tensor = self.base.tensors[name]
@@ -105,13 +129,26 @@ class Inputs:
         return buffer.view(REPLACED[tensor.code]).view(tensor.shape)
 
     def key(self) -> Any:
-        """Return all that the result depends on, as data: files by size and time, and entries."""
+        """Return all that the result depends on, as data.
+
+        The adapter counts by its content, as it is in memory.
+        """
+        entries = {n: [e.to_data() for e in f.entries] for n, f in self.changes.folded.items()}
+        held = {n: fingerprint(tensor) for n, tensor in self.content.tensors.items()}
+        return [self.stamps(), entries, held, sorted(self.changes.replaced), self.allow_nonfinite]
+
+    def stamps(self) -> list[Any]:
+        """Return what tells whether the base's files changed: their inodes, sizes and times.
+
+        The time of the last change (ctime) cannot be set back, as mtime can.
+        """
         paths = [file.path for file in self.base.files]
         paths += [self.base.path / other for other in self.base.others]
-        paths += [self.content.path / name for name in (WEIGHTS, CONFIG)]
-        stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
-        entries = {n: [e.to_data() for e in f.entries] for n, f in self.changes.folded.items()}
-        return [stats, entries, sorted(self.changes.replaced), self.allow_nonfinite]
+        return [
+            (str(path.resolve()), at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns)
+            for path in paths
+            for at in [path.stat()]
+        ]
 
     def report(
         self, measured: dict[str, dict[str, Any]] | None = None, *, resumed: bool = False
@@ -123,7 +160,7 @@ class Inputs:
                 name,
                 base.tensors[name].code,
                 changes.folded[name].entries,
-                (measured or {}).get(name),
+                {k: v for k, v in (measured or {}).get(name, {}).items() if k != "base"},
             )
             for name in base.tensors
             if name in changes.folded
@@ -144,11 +181,24 @@ def skeleton(model: Model) -> Skeleton:
     """Return a model, built on the meta device if it is not built yet.
 
     Raises:
-        ConfigError: it is no model.
+        ConfigError: it is no model, cannot be built, or has parameters without a shape.
     """
+    given = model
+    if not isinstance(model, nn.Module) and callable(model):
+        try:
+            with torch.device("meta"):
+                model = model()
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(
+                f"the model cannot be built on the meta device, without memory for its weights: "
+                f"{type(error).__name__}: {error}. Give a function without arguments that reads no "
+                "values of weights, or the model itself."
+            ) from error
     if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = model()
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be an nn.Module, or build one, not {type(model).__name__}.")
+        raise ConfigError(
+            f"model must be an nn.Module, or a function that builds one, not {shown(given)}."
+        )
+    held = model.state_dict(keep_vars=True)
+    if lazy := [name for name, tensor in held.items() if is_lazy(tensor)]:
+        raise ConfigError(f"the model has no shapes yet for {some(lazy)}: call it once before.")
     return Skeleton(model)

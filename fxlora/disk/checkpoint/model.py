@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...errors import ConfigError
 from .base import Checkpoint
 from .prefix import Prefix
 
@@ -24,17 +25,26 @@ class Skeleton:
 
     def transposed(self, owner: str) -> bool:
         """Whether a module is Hugging Face's Conv1D, whose weight is (in, out)."""
-        classes = type(self.module.get_submodule(owner)).__mro__
+        classes = type(self._owner(owner)).__mro__
         return any(f"{c.__module__}.{c.__name__}" == CONV1D for c in classes)
 
     def transposes_stacks(self, owner: str) -> bool:
         """Whether a module tells PEFT that its stacks are (e, in, out)."""
-        return getattr(self.module.get_submodule(owner), "is_transposed", False) is True
+        return getattr(self._owner(owner), "is_transposed", False) is True
 
     def order(self, owner: str) -> list[str]:
         """Return the names of a module's own parameters, in its order."""
-        held = self.module.get_submodule(owner)
+        held = self._owner(owner)
         return [f"{owner}.{n}".removeprefix(".") for n, _ in held.named_parameters(recurse=False)]
+
+    def _owner(self, path: str) -> nn.Module:
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError as error:
+            raise ConfigError(
+                f"{type(self.module).__name__}, the given model, has no module '{path}', which the "
+                "adapter names: it is not the checkpoint's model, or has another prefix."
+            ) from error
 
     def tied(self, name: str) -> set[str]:
         """Return all names of a parameter."""

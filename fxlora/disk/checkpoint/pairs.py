@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,6 +53,9 @@ class Pairs:
     """
 
     owners: Mapping[str, tuple[Mapping[str, torch.Tensor], ...]]
+    _found: dict[tuple[str, Prefix], list[tuple[Entry, ...]]] = field(
+        default_factory=dict[tuple[str, Prefix], list[tuple[Entry, ...]]], compare=False, repr=False
+    )
 
     @classmethod
     def of(cls, content: Folder) -> tuple[Pairs, list[str]]:
@@ -126,6 +129,8 @@ class Pairs:
         prefix: Prefix,
     ) -> list[tuple[Entry, ...]]:
         """Return the ways in which a module's pairs fit weights of it: an entry for each pair."""
+        if (owner, prefix) in self._found:
+            return self._found[owner, prefix]
         pairs = self.owners[owner]
         names = [f"{owner}.{n.rpartition('.')[2]}" for n in children.get(prefix(owner), ())]
         bare = [name for name in names if settings.targets(name)]
@@ -142,6 +147,7 @@ class Pairs:
                 for (name, tables), pair in zip(order, pairs, strict=True)
             ]
             found += itertools.product(*each)
+        self._found[owner, prefix] = found
         return found
 
 

@@ -12,7 +12,8 @@ from ...module.adapted_weight import folds_by_rows
 from .changes import Changes, Fold
 from .weights_file import REPLACED, TensorAt, WeightsFile
 
-ROWS = 2**22  # bytes of a weight that are in memory at a time, if its rows can be folded alone
+ROWS = 2**21  # bytes of a weight that are a piece, if its rows can be folded alone
+_MEASURED = 4  # of so many pieces of a weight, one is measured
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Rows:
         first: the first row.
         shape: the shape of the rows.
         start, stop: their bytes.
+        measured: whether the error of the rounding is measured on some of them.
     """
 
     tensor: TensorAt
@@ -41,6 +43,7 @@ class Rows:
     shape: tuple[int, ...]
     start: int
     stop: int
+    measured: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def _rows(tensor: TensorAt, fold: Fold) -> Iterator[Rows]:
         count = min(step, rows - first)
         start = tensor.start + first * size
         shape = (count, *tensor.shape[1:])
-        yield Rows(tensor, fold, first, shape, start, start + count * size)
+        measured = first // step % _MEASURED == 0
+        yield Rows(tensor, fold, first, shape, start, start + count * size, measured)
 
 
 def restart(file: WeightsFile, changes: Changes, written: int, recorded: set[str]) -> int:

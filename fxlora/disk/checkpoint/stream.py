@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ExportError
-from ...module.adapted_weight import folded_weight
+from ...module.adapted_weight import Observer, Scratch, folded_weight
 from .budget import Budget
 from .pieces import ROWS, Copied, Piece, Replaced, Rows
+from .trained_over import hashed_span, hashes
 
+_THREADS = 8  # each has some 15 MiB
 _STEP = 2**26  # bytes that are copied at a time, between two signs of progress
+_of_thread = threading.local()
 Progress = Callable[[int], object]
 Done = Callable[[Rows | Replaced, Budget], object]
 
@@ -40,8 +43,8 @@ def write_pieces(
         ConfigError: the file has become shorter.
         ExportError: there is not enough memory.
     """
-    with _threads() as pool, _Writer() as writer:
-        memory = _Memory((pool._max_workers + 1) * ROWS)
+    with threads() as pool, _Writer() as writer:
+        memory = _Memory(4 * pool._max_workers * ROWS)
         total = Budget()
         for piece in pieces:
             if isinstance(piece, Copied):
@@ -63,18 +66,27 @@ def write_pieces(
 
 
 @contextmanager
-def _threads() -> Generator[ThreadPoolExecutor]:
-    """Yield threads for sums, of which each uses one of torch's.
+def one_thread() -> Generator[int]:
+    """Within the context, torch's functions use one thread each; yield how many they used before.
 
-    Each sums pieces of its own, so that none waits for another after every block.
+    On short tensors, several threads wait for each other for longer than they compute.
     """
     number = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(number + 1, "fold") as pool:
-            yield pool
+        yield number
     finally:
         torch.set_num_threads(number)
+
+
+@contextmanager
+def threads() -> Generator[ThreadPoolExecutor]:
+    """Yield as many threads as torch has, which sum pieces of their own.
+
+    More than a few would sum faster than one thread can write.
+    """
+    with one_thread() as number, ThreadPoolExecutor(min(number, _THREADS), "fold") as pool:
+        yield pool
 
 
 def read_and_fold(
@@ -85,18 +97,45 @@ def read_and_fold(
     Raises:
         ExportError: there is not enough memory.
     """
-    assert piece.tensor.dtype is not None
-    rows = read_into(source, piece.start, buffer).view(piece.tensor.dtype).view(piece.shape)
-    entries, values = piece.fold.entries, piece.fold.values
+    rows = _rows(source, piece, buffer)
     try:
         with torch.no_grad():
-            observe = None if budget is None else budget.observe
-            folded_weight(entries, rows, values, rows, piece.first, observe)
+            if budget and piece.fold.base and piece.fold.base.comparable(piece.tensor.dtype):
+                budget.hashes.append(hashes(piece, _span(source, piece, buffer)))
+            _fold(piece, rows, budget.observe if budget and piece.measured else None)
+            if budget is not None and not bool(rows.sum().isfinite()):
+                before = _rows(source, piece, torch.empty_like(buffer))
+                budget.overflows |= bool((~rows.isfinite() & before.isfinite()).any())
     except (MemoryError, RuntimeError) as error:  # torch raises the latter when memory is short
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         raise ExportError(f"not enough memory to fold '{piece.tensor.name}'.") from error
     return buffer
+
+
+def _rows(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:
+    assert piece.tensor.dtype is not None
+    return read_into(source, piece.start, buffer).view(piece.tensor.dtype).view(piece.shape)
+
+
+def _span(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of which a piece has the hashes: with some of the next piece's."""
+    start, stop = hashed_span(piece)
+    mine = buffer[start - piece.start : max(0, stop - piece.start)]
+    if stop <= piece.stop or start == stop:
+        return mine
+    first = max(start, piece.stop)
+    rest = read_into(source, first, torch.empty(stop - first, dtype=torch.uint8))
+    return torch.cat([mine, rest])
+
+
+def _fold(piece: Rows, rows: torch.Tensor, observe: Observer | None) -> None:
+    """Fold rows in place, in memory that this thread uses again unless there are many."""
+    scratch = Scratch()
+    if piece.stop - piece.start <= ROWS:
+        scratch = _of_thread.__dict__.setdefault("scratch", scratch)
+    fold = piece.fold
+    folded_weight(fold.entries, rows, fold.values, rows, piece.first, observe, scratch)
 
 
 # ---- reading ------------------------------------------------------------------------------------

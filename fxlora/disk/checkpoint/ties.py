@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +34,8 @@ def check_ties(
     """Raise if a name that the adapter leaves alone would change with one that it changes.
 
     The model tells the ties, the files' headers, the plan of the adapter, or the configuration of
-    a transformers model; without any, a warning says what is not known.
+    a transformers model. Without any, an embedding that may be tied to a head is refused if the
+    configuration has its size, and else a warning says what is not known.
 
     Raises:
         AdapterError: the adapter splits a tie.
@@ -56,8 +57,11 @@ def check_ties(
                 "it: a class that ties them makes one of the two weights, wrongly."
             )
     if model is None:
-        for name in _possible_heads(base, changed):
-            _check_embedding(base, content, name, known=len(changed[name]) > 1)
+        for name, together in changed.items():
+            fold = folded.get(name)
+            if len(together) == 1 and _is_embedding(base, name, fold):
+                planned = fold is not None and content.header is not None
+                _check_embedding(base, content, name, planned)
 
 
 def _tied(
@@ -77,22 +81,51 @@ def _tied(
     return found - {name}
 
 
-def _possible_heads(base: Checkpoint, changed: Iterable[str]) -> list[str]:
-    """Return the changed embeddings that no other tensor equals in shape, as a head would."""
-    config = base.config or {}
-    text = config.get("text_config")
-    sizes = [c.get("vocab_size") for c in (config, text if isinstance(text, dict) else {})]
-    shapes = [tensor.shape for tensor in base.tensors.values()]
-    matrices = [n for n in changed if len(base.tensors[n].shape) == 2]
-    alone = [n for n in matrices if shapes.count(base.tensors[n].shape) == 1]
-    return [n for n in alone if base.tensors[n].shape[0] in sizes]
+# ---- embeddings without a model -----------------------------------------------------------------
 
 
-def _check_embedding(base: Checkpoint, content: Folder, name: str, known: bool) -> None:
-    tied = (base.config or {}).get("tie_word_embeddings", True)
-    if tied is not False and not known:
+def _is_embedding(base: Checkpoint, name: str, fold: Fold | None) -> bool:
+    """Whether a changed tensor is an embedding or a head: PEFT's pair, or its size, tells."""
+    shape = base.tensors[name].shape
+    by_pair = fold is not None and any(entry.op == "embedding" for entry in fold.entries)
+    return len(shape) == 2 and (by_pair or shape[0] in _sizes(base))
+
+
+def _check_embedding(base: Checkpoint, content: Folder, name: str, planned: bool) -> None:
+    """Raise if a head may be tied to an embedding that alone is changed; warn if nothing tells.
+
+    Args:
+        planned: whether the adapter's plan has the ties of the model that it was trained on.
+    """
+    said = list(_values(base.config, "tie_word_embeddings"))
+    top = (base.config or {}).get("tie_word_embeddings")
+    if True not in said and (planned or top is False):
+        return
+    shape = base.tensors[name].shape
+    others = [n for n, t in base.tensors.items() if t.shape == shape and n != name]
+    where = f"{content.path} changes '{name}', an embedding or a head of {base.path}"
+    advice = f"Pass the model (--model module:callable, model=…), which tells. {ADVICE}"
+    if True in said or (shape[0] in _sizes(base) and not others):
         raise AdapterError(
-            f"{content.path} changes '{name}', the embedding of {base.path}, to which the model's "
-            "head may be tied (tie_word_embeddings): then it would change, too. Pass the model "
-            f"(--model module:callable), which tells. {ADVICE}"
+            f"{where}: the other one may be tied to it (tie_word_embeddings), and would change, "
+            f"too. {advice}"
         )
+    like = f"{some(others)}, of the same shape, may not be the other one" if others else "it may be"
+    warn(f"{where}, and nothing says whether these are tied: {like}. {advice}")
+
+
+def _sizes(base: Checkpoint) -> set[Any]:
+    """Return the sizes of vocabularies in a configuration."""
+    return {size for size in _values(base.config, "vocab_size") if isinstance(size, int)}
+
+
+def _values(config: Any, end: str) -> Iterator[Any]:
+    """Yield the values of all keys with an end, also in the configurations of parts of a model."""
+    waiting = [config]
+    while waiting:
+        held = waiting.pop()
+        if isinstance(held, Mapping):
+            yield from (v for k, v in held.items() if str(k).endswith(end))
+            waiting += held.values()
+        elif isinstance(held, list):
+            waiting += held

@@ -15,10 +15,12 @@ from ...module.adapted_weight import folded_weight
 from ...module.ambient import no_ambient_modes
 from ...tables import count
 from .base import Checkpoint
+from .budget import Budget
 from .inputs import Inputs, Model
 from .pieces import Copied, Replaced, Rows, pieces_of
 from .report import CheckpointReport
 from .stream import read_and_fold, read_into, sequential
+from .trained_over import fingerprint_of
 from .weights_file import REPLACED, WeightsFile
 
 _STEP = 2**24  # bytes that are compared at a time
@@ -36,6 +38,7 @@ def verify_checkpoint(
     *,
     model: Model | None = None,
     allow_nonfinite: bool = False,
+    strict_base: bool = False,
 ) -> CheckpointReport:
     """Check that a checkpoint is another one with an adapter folded in, bit for bit.
 
@@ -43,7 +46,7 @@ def verify_checkpoint(
     `fold_checkpoint`, no model is built, and no tensor need fit into memory.
 
     Args:
-        base, adapter, model, allow_nonfinite: as for `fold_checkpoint`.
+        base, adapter, model, allow_nonfinite, strict_base: as for `fold_checkpoint`.
         out: the checkpoint to check.
 
     Returns:
@@ -65,21 +68,26 @@ def verify_checkpoint(
         >>> fxlora.fold_checkpoint(*files) and len(fxlora.verify_checkpoint(*files).folded)
         1
     """
-    inputs = Inputs.read(base, adapter, model, allow_nonfinite)
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base)
     inputs.check_values()
     target = as_path(out, ConfigError)
-    if differ := differences(inputs, target):
+    marks: dict[str, str | None] = {}
+    if differ := differences(inputs, target, marks):
         listed = "; ".join(f"'{name}': {what}" for name, what in list(differ.items())[:8])
         more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise VerificationError(
             f"{target} is not {inputs.base.path} with {inputs.content.path} folded in; "
             f"{count(len(differ), 'tensor')} differ: {listed}{more}."
         )
+    inputs.check_base(marks)
     return inputs.report()
 
 
-def differences(inputs: Inputs, target: Path) -> dict[str, str]:
-    """Return the tensors of a checkpoint that are not what they should be, and why."""
+def differences(inputs: Inputs, target: Path, marks: dict[str, str | None]) -> dict[str, str]:
+    """Return the tensors of a checkpoint that are not what they should be, and why.
+
+    Fingerprints of the base's adapted weights are added to `marks`.
+    """
     found = Checkpoint.read(target)
     base = inputs.base
     differ = {name: "missing" for name in base.tensors if name not in found.tensors}
@@ -90,7 +98,7 @@ def differences(inputs: Inputs, target: Path) -> dict[str, str]:
             differ[name] = f"{theirs.code} {theirs.shape}, not {ours.code} {ours.shape}"
     places = {tensor.name: file.path for file in found.files for tensor in file.tensors}
     for file in base.files:
-        differ |= _differences_of_file(inputs, file, found, places, differ)
+        differ |= _differences_of_file(inputs, file, found, places, differ, marks)
     return {name: differ[name] for name in sorted(differ)}
 
 
@@ -100,8 +108,10 @@ def _differences_of_file(
     found: Checkpoint,
     places: dict[str, Path],
     known: dict[str, str],
+    marks: dict[str, str | None],
 ) -> dict[str, str]:
     wrong: dict[str, int] = {}
+    hashes: list[torch.Tensor] = []
     with ExitStack() as stack:
         source = _opened(file.path, stack)
         others: dict[Path, int] = {}
@@ -120,7 +130,12 @@ def _differences_of_file(
             if isinstance(piece, Copied):
                 number = _differing_bytes(source, theirs, piece, shift)
             else:
-                number = _differing_entries(source, theirs, piece, shift)
+                budget = Budget()
+                number = _differing_entries(source, theirs, piece, shift, budget)
+                hashes += budget.hashes
+            if isinstance(piece, Rows) and piece.stop == piece.tensor.stop:
+                marks[name] = fingerprint_of(piece, hashes)
+                hashes.clear()
             if number:
                 wrong[name] = wrong.get(name, 0) + number
     changed = {*inputs.changes.folded, *inputs.changes.replaced}
@@ -149,11 +164,13 @@ def _differing_bytes(source: int, other: int, piece: Copied, shift: int) -> int:
     return number
 
 
-def _differing_entries(source: int, other: int, piece: Rows | Replaced, shift: int) -> int:
+def _differing_entries(
+    source: int, other: int, piece: Rows | Replaced, shift: int, budget: Budget
+) -> int:
     size = piece.stop - piece.start
     theirs = read_into(other, piece.start + shift, torch.empty(size, dtype=torch.uint8))
     if isinstance(piece, Rows):
-        ours = read_and_fold(source, piece, torch.empty(size, dtype=torch.uint8))
+        ours = read_and_fold(source, piece, torch.empty(size, dtype=torch.uint8), budget)
     else:
         ours = piece.content()
     if torch.equal(ours, theirs):

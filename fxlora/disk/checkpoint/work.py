@@ -24,6 +24,7 @@ try:
 except ImportError:  # pragma: no cover - Windows
     fcntl = None
 
+_NAMES = {"lock", "inputs", "journal", "content"}  # in the folder
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -117,6 +118,11 @@ def _locked(folder: Path, target: Path) -> int:
     path = folder / "lock"
     while True:
         folder.mkdir(exist_ok=True)
+        if folder.is_symlink() or {path.name for path in folder.glob("*")} - _NAMES:
+            raise ExportError(
+                f"cannot write {target}: {folder}, where it is written first, holds something "
+                "else. Move that away, or choose another target."
+            )
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another process has just finished, and removed the folder

@@ -26,6 +26,8 @@ from ...errors import CaptureError
 from ...fx.effects import arguments_of
 from ...fx.literals import literal
 from ...module.memory import memory_id
+from ...module.quantised import is_quantised, stored
+from .opaque import opaque_node
 from .patches import patched
 
 _OPEN = object()  # marks a tensor or symbolic size among the arguments of a FunctionCall
@@ -81,11 +83,29 @@ class Functions:
             return proxy.tracer.create_proxy("call_function", call, tuple(values), {})
         self.calls.append(call)
         self.outputs.append(None)
+        if (
+            any(map(is_quantised, values))
+            and (kept := self._of_quantised(call, values)) is not None
+        ):
+            return kept
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         sizes = [value for value in values if not isinstance(value, torch.Tensor)]
         kinds = [isinstance(value, torch.Tensor) for value in values]
         found = iter(_OP(len(self.calls) - 1, tensors, sizes, kinds))
         return pytree.tree_map_only(torch.Tensor, lambda _: next(found), self.outputs[-1])
+
+    def _of_quantised(self, call: FunctionCall, values: list[Any]) -> torch.Tensor | None:
+        """Add the node for a call on a quantised tensor, which no registered op takes."""
+        sizes = [value for value in values if not isinstance(value, torch.Tensor)]
+
+        def result() -> torch.Tensor | None:
+            found = self.fake(len(self.calls) - 1, values)
+            return found[0] if isinstance(self.outputs[-1], torch.Tensor) else None
+
+        kinds = [isinstance(value, torch.Tensor) for value in values]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        others, number = (sizes, kinds), len(self.calls) - 1
+        return opaque_node(_OP_OF_QUANTISED, number, tensors, others, call.__name__, result)
 
     def fake(self, number: int, values: list[Any]) -> list[torch.Tensor]:
         """Run the Function's forward on fake tensors, and return the tensors among its outputs."""
@@ -107,7 +127,11 @@ class Functions:
         """Replace the opaque ops in a graph and its nested graphs by calls of the Functions."""
         for inner in module.modules():
             if isinstance(inner, fx.GraphModule):
-                found = inner.graph.find_nodes(op="call_function", target=_OP)
+                found = [
+                    node
+                    for target in (_OP, _OP_OF_QUANTISED)
+                    for node in inner.graph.find_nodes(op="call_function", target=target)
+                ]
                 for node in found:
                     self._restore(node)
                 if found:
@@ -117,6 +141,7 @@ class Functions:
         """Replace an opaque op, which returns a list of only the tensors, by its call."""
         number, tensors, sizes, kinds = cast("tuple[Any, ...]", node.args)
         sources = {True: iter(tensors), False: iter(sizes)}
+        of_list = node.target is _OP
         node.target = self.calls[number]
         node.args = tuple(next(sources[is_tensor]) for is_tensor in kinds)
         result = self.outputs[number]
@@ -125,7 +150,7 @@ class Functions:
             if isinstance(result, tuple)
             else None
         )
-        for user in list(node.users):
+        for user in list(node.users) if of_list else ():
             assert user.target is operator.getitem
             if places is None:
                 user.replace_all_uses_with(node)
@@ -135,6 +160,17 @@ class Functions:
 
 
 _active: list[Functions] = []  # a stack: the capture in progress is last
+
+
+@contextmanager
+def own_forwards() -> Generator[None]:
+    """Within the context, Functions run their own forwards, as inside of a Function."""
+    functions = _active[-1] if _active else Functions()
+    inside, functions.inside = functions.inside, True
+    try:
+        yield
+    finally:
+        functions.inside = inside
 
 
 @contextmanager
@@ -201,7 +237,8 @@ class _RefuseOutsideTensors(TorchDispatchMode):
     def __init__(self, call: FunctionCall, values: list[Any]) -> None:
         super().__init__()
         self.call = call
-        self.given = {memory_id(v) for v in values if isinstance(v, torch.Tensor)}
+        tensors = (value for value in values if isinstance(value, torch.Tensor))
+        self.given = {memory_id(part) for tensor in tensors for part in stored(tensor)}
         self.known = set(self.given)
 
     def __torch_dispatch__(
@@ -245,4 +282,8 @@ def _fake(
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
 _LIBRARY.define("function(int number, Tensor[] tensors, SymInt[] sizes, bool[] kinds) -> Tensor[]")
 torch.library.register_fake("fxlora::function", _fake, lib=_LIBRARY)
+_LIBRARY.define(
+    "function_of_quantised(int number, Tensor[] tensors, SymInt[] sizes, bool[] kinds) -> Tensor"
+)
 _OP = torch.ops.fxlora.function.default
+_OP_OF_QUANTISED = torch.ops.fxlora.function_of_quantised.default

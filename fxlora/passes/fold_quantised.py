@@ -1,0 +1,132 @@
+"""The fold of quantised weights: to their values plus s·BA, as plain weights or quantised anew.
+
+A quantised weight lies on a grid. Rounding W + d to a grid loses every entry of d below half a
+step, so that a fold may lose what was trained. **Retention** tells how much is left:
+⟨Q(W + d) - Q(W), d⟩ / ‖d‖², which is 1 if Q keeps d on average, and 0 if it loses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from ..errors import QuantisedError
+from ..fx.calls import example_value
+from ..fx.trials import concrete_sizes
+from ..module.quantised import dequantised
+from ..module.quantiser import Quantiser, quantiser_of
+
+# The largest difference between a layer's outputs and the product with the values of its weight,
+# relative to the largest output: the rounding of sums in the dtype of the outputs.
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class QuantisedFold:
+    """How a fold treats quantised weights.
+
+    Attributes:
+        how: "dequantise" or "requantise".
+        quantiser: the quantiser that made them, or None to find it.
+        min_retention: the least retention of a site; below it, the fold raises.
+        known: the quantisers that the module was trained for, by the names of the parameters. What
+            they round away was away in the training, too: any retention is as it should be.
+    """
+
+    how: str
+    quantiser: Any = None
+    min_retention: float = 0.9
+    known: Mapping[str, Quantiser] = field(default_factory=dict[str, Quantiser])
+
+    def stored(
+        self,
+        site: str,
+        name: str,
+        weight: torch.Tensor,
+        folded: torch.Tensor,
+        retention: dict[str, float],
+    ) -> torch.Tensor:
+        """Return a folded weight as it is to be stored, and note its retention.
+
+        Args:
+            site: the site's name.
+            name: the name of the weight's parameter.
+            weight: the quantised weight.
+            folded: its values plus s·BA.
+            retention: the retention by site, which is added to.
+        """
+        if self.how == "dequantise":
+            return folded
+        quantised = (self.known.get(name) or quantiser_of(weight, self.quantiser))(folded)
+        before, after = dequantised(weight).double(), dequantised(quantised).double()
+        moved = folded.double() - before
+        size = float(moved.square().sum())
+        retention[site] = float(((after - before) * moved).sum()) / size if size else 1.0
+        return quantised
+
+    def check(self, retention: Mapping[str, float]) -> None:
+        """Raise QuantisedError if a site retains less than the least."""
+        low = {site: kept for site, kept in retention.items() if not kept >= self.min_retention}
+        if low:
+            sites = ", ".join(f"'{site}' {kept:.3f}" for site, kept in low.items())
+            raise QuantisedError(
+                "the grid of the quantised weights is too coarse for what was trained: of s·BA, "
+                f"{sites} is retained, less than min_retention={self.min_retention:g}. Train with "
+                "fxlora.merge_aware, whose forward has the quantised weights that this fold gives; "
+                'or fold with quantised="dequantise" or quantised="keep".'
+            )
+
+
+@torch.no_grad()
+def check_products(site: str, weight: torch.Tensor, reads: Iterable[tuple[fx.Node, Any]]) -> None:
+    """Raise QuantisedError unless reads of a quantised weight compute the product with its values.
+
+    They are run on random inputs. A weight may have its inputs quantised, too, and a fold to its
+    values would leave that out.
+
+    Args:
+        site: the site's name.
+        weight: the quantised weight.
+        reads: the reading nodes, each with the node that it takes the weight from.
+    """
+    values = dequantised(weight)
+    for node, source in reads:
+        generator = torch.Generator().manual_seed(0)
+        inputs = {n: _random(n, generator, weight) for n in node.all_input_nodes if n is not source}
+        if any(value is None for value in inputs.values()):
+            continue
+        found, expected = (_run(node, {**inputs, source: held}) for held in (weight, values))
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not error <= _TOLERANCES.get(found.dtype, _TOLERANCE):
+            raise QuantisedError(
+                f"'{site}': its layer computes more than the product with the values of its "
+                f"weight, as one does that quantises its inputs, too (they differ by {error:.2g}). "
+                'Fold with quantised="requantise" or quantised="keep", which leave it as it is.'
+            )
+
+
+def _run(node: fx.Node, given: Mapping[fx.Node, Any]) -> torch.Tensor:
+    function: Any = node.target
+    args: Any = map_aggregate(node.args, lambda a: given[a] if isinstance(a, fx.Node) else a)
+    kwargs: Any = map_aggregate(
+        dict(node.kwargs), lambda a: given[a] if isinstance(a, fx.Node) else a
+    )
+    return function(*args, **kwargs)
+
+
+def _random(node: fx.Node, generator: torch.Generator, weight: torch.Tensor) -> Any:
+    """Return random values like the example of a node; zeros for indices; None if unknown."""
+    example = example_value(node)
+    if example is None:
+        return None
+    shape = concrete_sizes(example.shape)
+    if not example.is_floating_point():
+        return torch.zeros(shape, dtype=example.dtype, device=weight.device)
+    # The example may be of before a `.to()`; the weight is as it is now.
+    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)

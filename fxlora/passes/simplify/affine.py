@@ -1,0 +1,200 @@
+"""FoldAffine: scales and shifts into the layer before them, as batch norms in eval are.
+
+A call is affine for each channel, y = s·x + t, if runs of it say so: on zeros (t), on ones (s + t)
+and on random numbers, in float64. Behind a layer W x + b, it is the layer (s·W) x + (s·b + t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...fx.calls import argument, example_value
+from ...lora.layout import OUTPUT
+from ...lora.ops import OPS
+from ...lora.row import Op
+from ...module import CapturedModule
+from ...module.state import State
+from ..base import Pass
+from .values import Constants, is_pure
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldAffine(Pass):
+    """Fold affine calls into the layer before them, and consecutive scales into one."""
+
+    def rewrite(self, module: CapturedModule) -> State:
+        for graph in module.distinct_graphs():
+            held = Constants(graph, module)
+            for node in list(graph.nodes):
+                source = _only_data(node, held)
+                if source is None or list(source.users) != [node]:
+                    continue
+                if (layer := _Layer.of(source, held)) is not None:
+                    _absorb(layer, node, held)
+                elif (before := _only_data(source, held)) is not None:
+                    _merge_scales(source, node, before, held)
+        return module.known
+
+
+def _only_data(node: fx.Node, held: Constants) -> fx.Node | None:
+    """Return the only input of a pure call that is no constant, in its dtype and shape, or None."""
+    if not is_pure(node) or node in held.nodes:
+        return None
+    data = [given for given in node.all_input_nodes if given not in held.nodes]
+    if len(data) != 1:
+        return None
+    given, result = example_value(data[0]), example_value(node)
+    if given is None or result is None or not given.is_floating_point():
+        return None
+    alike = given.dtype == result.dtype and given.ndim == result.ndim
+    return data[0] if alike else None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose weight and bias are constants that the graph fetches.
+
+    Attributes:
+        node: its call.
+        row: the row of its op.
+        weight: the node of its weight.
+        bias: the node of its bias, or None.
+        dim: the dimension of the weight with the output features.
+        features: their number.
+    """
+
+    node: fx.Node
+    row: Op
+    weight: fx.Node
+    bias: fx.Node | None
+    dim: int
+    features: int
+
+    @classmethod
+    def of(cls, node: fx.Node, held: Constants) -> _Layer | None:
+        rows = ((at, row) for (target, at), row in OPS.items() if target == node.target)
+        found = (cls._of_row(node, argument(node, at), row, held) for at, row in rows)
+        return next(filter(None, found), None)
+
+    @classmethod
+    def _of_row(cls, node: fx.Node, weight: Any, row: Op, held: Constants) -> _Layer | None:
+        example = example_value(node)
+        bias = None if row.bias is None else argument(node, row.bias)
+        fetched = [given for given in (weight, bias) if given is not None]
+        if example is None or not all(held.fetches(given) for given in fetched):
+            return None
+        shape = tuple(held.of(weight).shape)
+        layout = row.layout_of(node, weight, len(shape))
+        if layout is None or row.output is None or row.result is not None:
+            return None
+        if layout.stacked or layout.roles.count(OUTPUT) > 1 or row.obstacle(node, weight, shape):
+            return None
+        features = shape[layout.part_dim]
+        if example.shape[row.output] != features:  # as of a transposed convolution in groups
+            return None
+        if bias is not None and tuple(held.of(bias).shape) != (features,):
+            return None
+        return cls(node, row, weight, bias, layout.part_dim, features)
+
+
+def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
+    """Fold a call after a layer into its weight and bias, if it is affine."""
+    node, position, output = layer.node, layer.row.bias, layer.row.output
+    example = example_value(node)
+    assert example is not None and output is not None
+    found = _affine(after, node, example.ndim, output, layer.features, held)
+    if found is None or (position is None and bool(found[1].any())):
+        return
+    weight = held.of(layer.weight)
+    scale, shift = (value.to(weight.device) for value in found)
+    along = [-1 if dim == layer.dim else 1 for dim in range(weight.ndim)]
+    scaled = (weight.double() * scale.reshape(along)).to(weight.dtype)
+    node.replace_input_with(layer.weight, held.replaced(layer.weight, node, scaled))
+    if position is not None and layer.bias is not None:
+        bias = (held.of(layer.bias).double() * scale + shift).to(weight.dtype)
+        node.replace_input_with(layer.bias, held.replaced(layer.bias, node, bias))
+    elif position is not None:
+        owner = str(layer.weight.target).rpartition(".")[0]
+        name = f"{owner}.bias" if owner else "bias"
+        _set_argument(node, position, held.new(name, shift.to(weight.dtype), node))
+    after.replace_all_uses_with(node)
+    after.graph.erase_node(after)
+
+
+def _set_argument(node: fx.Node, position: int, value: fx.Node) -> None:
+    """Set an argument of a call by its position in the schema; those before it get positions."""
+    schema: Any = getattr(node.target, "_schema", None)
+    before = [argument(node, place) for place in range(position)]
+    taken = {declared.name for declared in schema.arguments[: position + 1]}
+    node.args = (*before, value, *node.args[position + 1 :])
+    node.kwargs = {name: given for name, given in node.kwargs.items() if name not in taken}
+
+
+def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Constants) -> None:
+    """Make two products with constants in a row one product."""
+    example = example_value(source)
+    scales = [_scale(first, source, held), _scale(second, first, held)]
+    if example is None or scales[0] is None or scales[1] is None:
+        return
+    both = scales[0] * scales[1]
+    if both.ndim > example.ndim:
+        return
+    graph = second.graph
+    # The constants are in the dtype and on the device of now; the example may be of before a move.
+    used = [held.of(n) for call in (first, second) for n in call.all_input_nodes if n in held.nodes]
+    if (not used and both.ndim) or not all(tensor.is_floating_point() for tensor in used):
+        return
+    factor: Any = float(both) if not used else None
+    if used:
+        value = both.to(used[0].device, used[0].dtype)
+        factor = held.new(f"_simplified.{second.name}", value, second)
+    with graph.inserting_before(second):
+        made = graph.create_node("call_function", aten.mul.Tensor, (source, factor))
+    made.meta = dict(second.meta)
+    second.replace_all_uses_with(made)
+    for old in (second, first):
+        graph.erase_node(old)
+
+
+# ---- trials -------------------------------------------------------------------------------------
+
+_EXACT = 1e-10  # the largest error of a trial in float64, relative
+
+
+def _affine(
+    node: fx.Node, source: fx.Node, dims: int, channel: int, features: int, held: Constants
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return scale and shift (features,) of a call that is affine for each channel, or None."""
+    shape = [2] * dims
+    shape[channel] = features
+    zeros = torch.zeros(shape, dtype=torch.float64)
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ran = [held.trial(node, source, x) for x in (zeros, zeros + 1, random)]
+    if not all(isinstance(x, torch.Tensor) and x.shape == zeros.shape for x in ran):
+        return None
+    start, end, found = ran
+    scale = end - start
+    error = float((scale * random + start - found).abs().max())
+    if not error <= _EXACT * max(1.0, float(found.abs().max())):
+        return None
+    one = tuple(slice(None) if dim == channel % dims else slice(0, 1) for dim in range(dims))
+    if not all(torch.equal(value[one].expand(shape), value) for value in (start, scale)):
+        return None
+    return scale[one].flatten().clone(), start[one].flatten().clone()
+
+
+def _scale(node: fx.Node, source: fx.Node, held: Constants) -> torch.Tensor | None:
+    """Return the factor of a call that is a product with constants, as they broadcast, or None."""
+    values = [torch.tensor(x, dtype=torch.float64) for x in (0.0, 1.0, -0.73)]
+    ran = [held.trial(node, source, x) for x in values]
+    if not all(isinstance(x, torch.Tensor) and x.shape == ran[0].shape for x in ran):
+        return None
+    zero, scale, found = ran
+    exact = torch.allclose(scale * values[2], found, rtol=_EXACT, atol=0)
+    return scale if exact and not bool(zero.any()) else None

@@ -1,0 +1,510 @@
+"""Files for other runtimes, each run by that runtime alone and compared with the module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxlora
+from fxlora import CapturedModule, ConfigError, ExportError, LoraConfig
+from fxlora.delivery import compared, onnx, pt2
+from fxlora.delivery.files import whole_files
+from fxlora.delivery.formats import FORMATS
+
+from .typed import untyped
+
+SITES = {"conv": 3, "up": 2}  # ranks
+X = torch.randn(4, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([1, -1, 0, 1])
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.up = nn.Linear(6 * 5 * 3, 8)
+        self.down = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.up(torch.relu(self.conv(x)).flatten(1))
+        return {"logits": self.down(torch.tanh(hidden)), "hidden": hidden}
+
+
+def adapted(gm: CapturedModule, seed: int, **config: Any) -> CapturedModule:
+    settings = LoraConfig(r=2, lora_alpha=3, target_modules=list(SITES), **config)
+    lora = fxlora.inject(gm, fxlora.match(gm, settings)).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(fxlora.lora_parameters(lora)):
+            drawn = torch.Generator().manual_seed(100 * seed + number)
+            parameter.add_(torch.randn(parameter.shape, generator=drawn).to(parameter) * 0.3)
+    return lora
+
+
+@pytest.fixture(scope="module")
+def gm() -> CapturedModule:
+    torch.manual_seed(0)
+    return fxlora.capture(Net().eval(), X)
+
+
+@pytest.fixture(scope="module")
+def loras(gm: CapturedModule) -> list[CapturedModule]:
+    found = [adapted(gm, seed) for seed in (1, 2)]
+    with torch.no_grad():
+        y, base = [lora(X)["logits"] for lora in found], gm.eval()(X)["logits"]
+    assert min(float((one - two).abs().max()) for one, two in ((y[0], y[1]), (y[0], base))) > 0.1
+    return found
+
+
+def close(found: Any, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    difference = torch.as_tensor(found) - expected
+    return bool(difference.abs().max() <= tolerance * expected.abs().max())
+
+
+# ---- torch.export -------------------------------------------------------------------------------
+
+
+def places(program: Any) -> list[tuple[Any, ...]]:
+    """Return what matchers of patterns read of each node."""
+    keys = ("nn_module_stack", "torch_fn", "source_fn_stack")
+    return [(str(n.target), *map(n.meta.get, keys)) for n in program.graph.nodes]
+
+
+def partitions(program: Any) -> dict[str, list[int]]:
+    """Return the number of nodes of each convolution and linear layer that a matcher finds."""
+    from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
+
+    found = get_source_partitions(program.graph, [nn.Conv2d, nn.Linear])
+    return {kind.__name__: [len(p.nodes) for p in found[kind]] for kind in found}
+
+
+def test_a_file_says_of_its_nodes_what_torch_export_says(
+    gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path
+) -> None:
+    auto = torch.export.Dim.AUTO
+    source = torch.export.export(Net().eval(), (X,), dynamic_shapes=({0: auto},))
+    for module in (gm, fxlora.fold(loras[0])):
+        program = torch.export.load(fxlora.export(module, tmp_path / "m.pt2", X))
+        assert places(program) == places(source)
+        assert partitions(program) == partitions(source) and partitions(source)["Linear"] == [1, 1]
+    program = torch.export.load(fxlora.export(loras[0], tmp_path / "m.pt2", X))
+    stacks = [list((n.meta.get("nn_module_stack") or {}).values()) for n in program.graph.nodes]
+    inside = [stack[-1] for stack in stacks if stack and stack[-1][1] == "fxlora.Adapter"]
+    assert {path for path, _ in inside} == {"conv.lora", "up.lora"}
+    assert partitions(program) == partitions(source)  # the base's ops alone
+    assert {"conv", "up", "down", "up.lora"} <= {
+        path for path, _ in torch.export.unflatten(program).named_modules()
+    }
+
+
+@pytest.mark.slow
+def test_a_quantizer_finds_the_places_that_it_finds_in_the_source(
+    gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    def quantised(program: Any) -> int:
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(program.module(), quantizer)
+        prepared(X)
+        return sum("quantize" in str(node.target) for node in convert_pt2e(prepared).graph.nodes)
+
+    expected = quantised(torch.export.export(Net().eval(), (X,)))
+    for module in (gm, fxlora.fold(loras[0])):
+        path = fxlora.export(module, tmp_path / "m.pt2", X)
+        assert quantised(torch.export.load(path)) == expected > 0
+    path = fxlora.export(loras[0], tmp_path / "m.pt2", X)
+    assert quantised(torch.export.load(path)) >= expected
+
+
+class Tagger(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer: Any = untyped(kind)(4, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_of_one_of_a_recurrent_layer(rows: int, tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 4).double()
+    config = LoraConfig(r=2, target_modules=["layer", "head"], init_lora_weights=False)
+    lora = fxlora.adapt(Tagger(nn.LSTM).double(), x, rules=config)
+    folded = fxlora.fold(lora).eval()
+    program = torch.export.load(fxlora.export(folded, tmp_path / "m.pt2", x[:rows])).module()
+    for size in (1, 2, 7):
+        given = torch.randn(size, 5, 4).double()
+        assert close(program(given), folded(given), 1e-12)
+
+
+def test_a_program_takes_adapters_as_inputs(gm: CapturedModule, tmp_path: Path) -> None:
+    base = fxlora.capture(Net().double().eval(), X.double()).eval()
+    x = X[:1].double()
+    drawn = {"use_dora": True, "init_lora_weights": False}
+    for settings in (drawn, {"init_lora_weights": "pissa"}):
+        loras = [adapted(base, seed, **settings) for seed in (1, 2)]
+        path = fxlora.export(loras[0], tmp_path / "m.pt2", X.double(), adapters="inputs")
+        program = torch.export.load(path).module()
+        assert not any("lora" in name for name in program.state_dict())
+        for lora in loras:
+            values = load_file(
+                fxlora.export_adapter(lora, tmp_path / "a.safetensors", like=loras[0])
+            )
+            expected = lora(x)["logits"]
+            assert not close(expected, base(x)["logits"], 1e-3)
+            assert close(program(x, adapters=values)["logits"], expected, 1e-10)
+
+
+@dataclass
+class Output:
+    """A container of another library."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+torch.export.register_dataclass(Output, serialized_type_name="tests.test_delivery.Output")
+
+
+class Wrapped(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        return Output(**super().forward(x))
+
+
+def test_other_libraries_containers_become_dicts(tmp_path: Path) -> None:
+    gm = fxlora.capture(Wrapped().eval(), X).eval()
+    for plain in (False, True):
+        program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", X, plain=plain))
+        output: Any = program.module()(X)
+        assert isinstance(output, dict) is plain and isinstance(output, Output) is not plain
+        logits = output["logits"] if isinstance(output, dict) else output.logits
+        assert torch.equal(logits, gm(X).logits)
+        assert ("Output" in str(program.call_spec.out_spec)) is not plain
+
+
+# ---- ONNX ---------------------------------------------------------------------------------------
+
+
+def session(path: Path) -> Any:
+    onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def onnx_names(path: Path) -> set[str]:
+    model: Any = pytest.importorskip("onnx", reason="onnx is not installed").load(path)
+    return {initializer.name for initializer in model.graph.initializer}
+
+
+def test_onnx_folded_and_with_constants(loras: list[CapturedModule], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    adapter = {name for name in loras[0].state_dict() if "lora_" in name}
+    for way in ("folded", "constants"):
+        path = fxlora.export(loras[0], tmp_path / f"{way}.onnx", X, adapters=way)
+        assert [p.name for p in tmp_path.glob(f"{way}*")] == [path.name]
+        assert (onnx_names(path) & adapter) == (adapter if way == "constants" else set())
+        run = session(path)
+        assert [i.name for i in run.get_inputs()] == ["x"]
+        assert [o.name for o in run.get_outputs()] == ["logits", "hidden"]
+        for x in (X, X[:1], torch.cat([X, X])):
+            logits, hidden = run.run(None, {"x": x.numpy()})
+            expected = loras[0](x)
+            assert close(logits, expected["logits"]) and close(hidden, expected["hidden"])
+
+
+def test_onnx_adapters_are_inputs_that_may_be_left_out(
+    gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path
+) -> None:
+    onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    path = fxlora.export(loras[0], tmp_path / "m.onnx", X, adapters="inputs")
+    other = fxlora.export_adapter(loras[1], tmp_path / "other.onnx_adapter", like=loras[0])
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "m.onnx_adapter", other.name}
+    run, given = session(path), {"x": X[:3].numpy()}
+    assert close(run.run(None, given)[0], gm(X[:3])["logits"])
+    for lora, file in ((loras[0], path.with_suffix(".onnx_adapter")), (loras[1], other)):
+        adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+        adapter.Load(str(file))
+        options.add_active_adapter(adapter)
+        assert close(run.run(None, given, options)[0], lora(X[:3])["logits"])
+
+
+class Mlp(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_onnx_of_a_routed_module(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    x = torch.randn(4, 6)
+    gm = fxlora.capture(Mlp().eval(), x)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    loras = [fxlora.inject(gm, fxlora.match(gm, config)).eval() for _ in range(2)]
+    routed = fxlora.route(loras)
+    path = fxlora.export(routed, tmp_path / "m.onnx", x, {"adapter_ids": IDS})
+    assert "0.lora_A.routed.weight" in onnx_names(path)
+    (found,) = session(path).run(None, {"input": x.numpy(), "adapter_ids": IDS.numpy()})
+    for sample, slot in enumerate(IDS.tolist()):
+        module = loras[slot] if slot >= 0 else gm.eval()
+        assert close(found[sample], module(x)[sample])
+
+
+# ---- AOTInductor, ExecuTorch, OpenVINO ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mlps() -> tuple[CapturedModule, list[CapturedModule]]:
+    """A base, and three adapters: one of B = 0, and one of another scaling."""
+    torch.manual_seed(0)
+    gm = fxlora.capture(Mlp().eval(), X6).eval()
+    configs = [{}, {"init_lora_weights": False}, {"init_lora_weights": False, "lora_alpha": 20}]
+    made = [LoraConfig(r=2, target_modules="all-linear", **config) for config in configs]
+    return gm, [fxlora.inject(gm, fxlora.match(gm, config)).eval() for config in made]
+
+
+X6 = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routed", [False, True])
+def test_aoti_keeps_constants_that_a_swap_replaces(
+    mlps: tuple[CapturedModule, list[CapturedModule]], routed: bool, tmp_path: Path
+) -> None:
+    """Also those of one value: B = 0, the scalings 1, and an empty slot of a routed module."""
+    gm, (fresh, one, two) = mlps
+    module = fxlora.route([fresh, one], slots=3).eval() if routed else fresh
+    given = {"adapter_ids": torch.tensor([2, 2, 2, -1])} if routed else {}
+    path = fxlora.export(module, tmp_path / "m.pt2", X6, given, format="aoti")
+    package: Any = torch._inductor.aoti_load_package(str(path))
+    assert set(load_file(path.with_suffix(".safetensors"))) <= set(package.get_constant_fqns())
+    if routed:
+        fxlora.swap_adapter(module, 2, two)
+    file = fxlora.export_adapter(module if routed else two, tmp_path / "a.safetensors", like=module)
+    package.load_constants(load_file(file), check_full_update=False)
+    found, expected = package(X6, **given), two(X6)
+    assert close(found[:3], expected[:3]) and not close(expected, gm(X6), 1e-3)
+    assert close(found[3], (gm if routed else two)(X6)[3])
+    assert close(package(X6[:1], **{k: v[:1] for k, v in given.items()}), expected[:1])
+
+
+@pytest.mark.slow
+def test_executorch_has_one_program_for_every_adapter(
+    gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path
+) -> None:
+    for package in FORMATS["executorch"].packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    load: Any = importlib.import_module(
+        "executorch.extension.pybindings.portable_lib"
+    )._load_for_executorch
+
+    shapes = ({0: torch.export.Dim("batch", max=16)},)
+    paths = [
+        fxlora.export(lora, tmp_path / f"{number}.pte", X, dynamic_shapes=shapes)
+        for number, lora in enumerate(loras)
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    for number, lora in enumerate(loras):
+        alone = fxlora.export_adapter(lora, tmp_path / "alone.ptd", like=loras[0])
+        assert alone.read_bytes() == paths[number].with_suffix(".ptd").read_bytes()
+        for x in (X, X[:1], torch.cat([X, X, X])):
+            found = load(str(paths[0]), str(alone)).forward([x])
+            assert close(found[0], lora(x)["logits"])
+    folded = fxlora.export(loras[0], tmp_path / "folded.pte", X, adapters="folded")
+    assert not folded.with_suffix(".ptd").exists()
+    assert b"XnnpackBackend" in folded.read_bytes()
+    routed, given = fxlora.route(loras), {"adapter_ids": IDS}
+    path = fxlora.export(routed, tmp_path / "routed.pte", X, given, adapters="inputs")
+    held = routed.adapter_parameters()
+    values = [p.detach() for name, p in routed.named_parameters() if name in held]
+    found = load(str(path)).forward([X, IDS, *values])
+    assert close(found[0][1], gm(X)["logits"][1]) and close(found[0][0], loras[1](X)["logits"][0])
+
+
+@pytest.mark.slow
+def test_openvino(mlps: tuple[CapturedModule, list[CapturedModule]], tmp_path: Path) -> None:
+    openvino: Any = pytest.importorskip("openvino", reason="openvino is not installed")
+    gm, (_, one, two) = mlps
+
+    def outputs(path: Path, *given: torch.Tensor) -> torch.Tensor:
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0].copy())
+
+    for way in ("folded", "constants"):
+        path = fxlora.export(one, tmp_path / "m.xml", X6, adapters=way)
+        assert close(outputs(path, X6[:3]), one(X6[:3]))
+    path = fxlora.export(one, tmp_path / "m.xml", X6, adapters="inputs")
+    file = fxlora.export_adapter(two, tmp_path / "two.safetensors", like=one)  # of another scaling
+    values = load_file(file)
+    ordered = [values[name] for name, _ in two.named_parameters() if name in values]
+    assert close(outputs(path, X6[:3], *ordered), two(X6[:3]))
+    ids = torch.tensor([0, -1, 1, 1])
+    path = fxlora.export(fxlora.route([one, two]), tmp_path / "r.xml", X6, {"adapter_ids": ids})
+    found = outputs(path, X6, ids)
+    assert close(found[0], one(X6)[0]) and close(found[1], gm(X6)[1])
+    assert close(found[2:], two(X6)[2:])
+
+
+@pytest.mark.slow
+def test_a_process_without_transformers_reads_a_plain_file(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 6}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2)
+    gm = fxlora.capture(transformers.BertForTokenClassification(config).eval(), ids).eval()
+    path = fxlora.export(gm, tmp_path / "m.pt2", ids, plain=True)
+    script = f"""
+import sys
+sys.modules["fxlora"] = sys.modules["transformers"] = None  # importing them fails
+import torch
+print(torch.export.load({str(path)!r}).module()(torch.tensor({ids.tolist()}))["logits"].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.tensor(json.loads(done.stdout)), gm(ids).logits)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    gm: CapturedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.pt2"
+    path.write_text("before")
+
+    def load(*given: Any) -> compared.Run:
+        run = pt2.load(*given)
+        return lambda *args: pytree.tree_map(lambda t: t * (1 + 1e-3), run(*args))
+
+    wrong = untyped(type(pt2.FORMAT))(".pt2", pt2.write, load, flat=False)
+    monkeypatch.setitem(untyped(FORMATS), "pt2", wrong)
+    with pytest.raises(ExportError, match=r"something else than the module .* 1.0e-03 of its"):
+        fxlora.export(gm, path, X)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    assert fxlora.export(gm, path, X, tolerance=0.01) == path
+    assert path.read_bytes()[:2] == b"PK"
+
+
+def test_files_that_belong_together_are_replaced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [tmp_path / "m.onnx", tmp_path / "m.onnx.data"]
+
+    def write(text: str) -> None:
+        with whole_files(targets[0]) as temporary:
+            for target in targets:
+                temporary.with_name(target.name).write_text(text)
+
+    write("before")
+    replace = Path.replace
+
+    def fails_at_the_last(self: Path, target: Path) -> Path:
+        if target == targets[0]:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails_at_the_last)
+    with pytest.raises(ExportError, match="No space left"):
+        write("after")
+    assert [t.read_text() for t in targets] == ["before", "before"]
+    assert sorted(tmp_path.iterdir()) == targets
+    monkeypatch.undo()
+    write("after")
+    assert [t.read_text() for t in targets] == ["after", "after"]
+
+
+@pytest.mark.parametrize("name", ["onnx", "executorch", "openvino"])
+def test_a_missing_package_is_named(
+    gm: CapturedModule, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    packages = FORMATS[name].packages
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda p, *a: None if p in packages else find(p, *a)
+    )
+    with pytest.raises(
+        ExportError, match=rf"needs {packages[0]}.*pip install \"fxlora\[{name}\]\""
+    ):
+        fxlora.export(gm, tmp_path / f"m{FORMATS[name].suffix}", X, format=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments(gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    with pytest.raises(ConfigError, match="adapters must be one of folded, constants, inputs"):
+        fxlora.export(gm, path, X, adapters="merged")
+    with pytest.raises(ConfigError, match="needs adapters, and the module has none"):
+        fxlora.export(gm, path, X, adapters="inputs")
+    with pytest.raises(ConfigError, match="tolerance must be a number"):
+        fxlora.export(gm, path, X, tolerance=-1)
+    with pytest.raises(ConfigError, match=r"ends in \.safetensors, \.onnx_adapter"):
+        fxlora.export_adapter(loras[0], tmp_path / "a.bin", like=loras[0])
+    with pytest.raises(ConfigError, match="has no adapters"):
+        fxlora.export_adapter(gm, tmp_path / "a.safetensors", like=loras[0])
+    larger = fxlora.inject(gm, fxlora.match(gm, LoraConfig(r=3, target_modules=["up"])))
+    with pytest.raises(ConfigError, match=r"differs from the program's in conv\.lora_A"):
+        fxlora.export_adapter(larger, tmp_path / "a.safetensors", like=loras[0])
+    routed = fxlora.route(loras)
+    with pytest.raises(ConfigError, match="routed module has several adapters"):
+        fxlora.export(routed, path, X, {"adapter_ids": IDS}, adapters="folded")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_a_graph_format_cannot_hold_is_a_typed_error(
+    loras: list[CapturedModule], tmp_path: Path
+) -> None:
+    """A routed convolution has as many groups as the batch has samples; ONNX's number is fixed."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    routed = fxlora.route(loras)
+    with pytest.raises(ExportError, match=r"translating node %conv2d_1 .*attribute type"):
+        fxlora.export(routed, tmp_path / "m.onnx", X, {"adapter_ids": IDS})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_host_is_exported_as_its_module(tmp_path: Path) -> None:
+    x = torch.randn(4, 6)
+    model = Mlp().eval()
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    host = fxlora.hosted(model, fxlora.adapt(model, x, rules=config).eval())
+    program = torch.export.load(fxlora.export(host, tmp_path / "m.pt2", x)).module()
+    assert torch.equal(program(x), host(x))
+
+
+def test_the_distance_of_two_tensors() -> None:
+    distance = untyped(compared)._distance
+    a = torch.tensor([1.0, -4.0, float("nan"), float("inf")])
+    assert distance(a, a.clone()) == 0
+    assert distance(a + 0.5, a) == pytest.approx(0.125)
+    assert distance(torch.zeros(4), a) == float("inf")
+    assert distance(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+
+
+@pytest.mark.slow
+def test_large_weights_are_in_a_file_of_their_own(
+    gm: CapturedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    monkeypatch.setattr(onnx, "_INLINE", 100)
+    path = fxlora.export(gm, tmp_path / "m.onnx", X)
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    found = np.asarray(session(path).run(None, {"x": X.numpy()})[0])
+    assert close(found, gm(X)["logits"])

@@ -1,0 +1,205 @@
+"""simplify: smaller graphs for inference, proved equal."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxlora
+from fxlora import CapturedModule, LoraConfig
+from fxlora.passes import Pass
+from fxlora.passes.simplify import PASSES
+
+from .typed import untyped
+
+
+class Net(nn.Module):
+    """Batch norms behind each kind of layer, scales, dropout, and constants of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.c2, self.b2 = nn.Conv2d(8, 12, 3, groups=2), nn.BatchNorm2d(12)
+        self.t, self.b3 = nn.ConvTranspose2d(12, 6, 2), nn.BatchNorm2d(6)
+        self.lin = nn.utils.parametrizations.weight_norm(nn.Linear(6 * 9, 7))
+        self.b4, self.drop = nn.BatchNorm1d(7), nn.Dropout(0.3)
+        self.places = nn.Embedding(9, 7)
+        self.gain = nn.Parameter(torch.rand(7) + 0.5)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu_(self.b1(self.c1(x)))
+        x = self.drop(self.b2(self.c2(x)).relu())
+        x = self.b4(self.lin(self.b3(self.t(x)).flatten(1)))
+        x = torch.tanh(x) + self.places(torch.arange(7, device=x.device)).mean(0)
+        return self.head(torch.sin(x) * self.gain * 0.5 * 3.0) * 0.5 + 1
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Give batch norms statistics and weights that are not their initial ones."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight, std=0.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model.eval()
+
+
+X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@functools.cache
+def nets() -> tuple[nn.Module, CapturedModule, CapturedModule]:
+    """A model in float64, its fold, and the simplified fold."""
+    torch.manual_seed(0)
+    model = with_statistics(Net().double())
+    config = LoraConfig(r=2, target_modules=["c1", "c2", "head"], init_lora_weights=False)
+    folded = fxlora.fold(fxlora.adapt(model, X, rules=config).eval())
+    return model, folded, fxlora.simplify(folded, X)
+
+
+def kinds(module: CapturedModule) -> list[str]:
+    return [str(n.target).split(".")[1] for n in module.graph.nodes if n.op == "call_function"]
+
+
+def test_everything_is_folded_and_equal() -> None:
+    model, folded, small = nets()
+    expected = folded(X)
+    assert float((expected - model(X)).detach().abs().max()) > 1e-2  # the adapters have an effect
+    assert float(expected.detach().std()) > 1e-2
+    error = (small(X) - expected).abs().max() / expected.abs().max()
+    assert float(error.detach()) < 1e-10
+    assert kinds(small) == [
+        *("conv2d", "relu_", "conv2d", "relu", "conv_transpose2d", "flatten", "linear"),
+        *("tanh", "add", "sin", "mul", "linear"),
+    ]
+    assert not any("running" in name or "places" in name for name in small.state_dict())
+
+
+def test_the_given_module_stays_as_it_was() -> None:
+    model, folded, small = nets()
+    assert "batch_norm" in kinds(folded) and folded.simplified is None
+    ours = {id(p) for p in folded.parameters()}
+    assert not ours & {id(p) for p in small.parameters()}
+    plain = fxlora.merged(model, folded)
+    assert torch.equal(plain(X), folded(X))
+
+
+def test_the_report_says_what_each_pass_brought() -> None:
+    _, folded, small = nets()
+    assert small.simplified is not None
+    steps = {step.name: step for step in small.simplified.steps}
+    assert list(steps) == list(PASSES) and all(step.kept for step in steps.values())
+    assert all(step.error <= 1e-10 for step in steps.values())
+    removed = {name: step.ops for name, step in steps.items() if step.ops}
+    assert removed == {"dropout": 1, "constants": 4, "affine": 8}
+    assert sum(removed.values()) == len(kinds(folded)) - len(kinds(small))
+    size = sum(t.numel() * t.element_size() for t in (*folded.parameters(), *folded.buffers()))
+    left = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
+    assert sum(step.size for step in steps.values()) == size - left
+    assert "affine" in str(small.simplified) and "left out" not in str(small.simplified)
+
+
+def test_in_float32_it_is_equal_to_rounding() -> None:
+    single, x = copy.deepcopy(nets()[1]).to(torch.float32), X.float()
+    small = fxlora.simplify(single, x)
+    error = (small(x) - single(x)).abs().max() / single(x).abs().max()
+    assert 0 < float(error.detach()) < 1e-5
+    assert "batch_norm" not in kinds(small)
+
+
+def test_it_is_for_inference() -> None:
+    _, _, small = nets()
+    assert not small.training and small.eval() is small
+    for train in (lambda: small.train(), lambda: setattr(small, "training", True)):
+        with pytest.raises(fxlora.InjectError, match="has no train mode"):
+            train()
+    assert not small.training
+    for refused in (fxlora.fold, fxlora.remove, fxlora.optimize):
+        with pytest.raises(fxlora.InjectError, match="does not take a simplified module"):
+            refused(small)
+    with pytest.raises(fxlora.InjectError, match="match does not take a simplified module"):
+        fxlora.match(copy.deepcopy(small), LoraConfig(r=2, target_modules=["head"]))
+
+
+def test_copies_state_dicts_and_files(tmp_path: Path) -> None:
+    _, folded, small = nets()
+    assert torch.equal(copy.deepcopy(small)(X), small(X))
+    small.load_state_dict(small.state_dict())
+    path = fxlora.export(small, tmp_path / "model.pt2", X)
+    found = torch.export.load(path).module()(X[:3])
+    torch.testing.assert_close(found, folded(X[:3]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(small(X[:3]), folded(X[:3]), rtol=1e-9, atol=1e-9)
+
+
+class Odd(nn.Module):
+    """Batch norms and constants that cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)
+        self.twice, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.other = nn.BatchNorm2d(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        calls = self.get_buffer("calls")
+        calls.add_(1)
+        x = self.conv(self.first(x))  # its padding is not scaled
+        read = self.twice(x)
+        shared = self.norm(self.twice(x.tanh()))  # one weight behind two norms
+        noise = torch.rand(4, 1, 1) * 0
+        return self.norm(read) + read + self.other(shared).sin() + calls * 0 + noise
+
+
+def test_what_would_not_be_equal_stays() -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(Odd()), torch.randn(2, 3, 5, 5)
+    captured = fxlora.capture(model, x)
+    small = fxlora.simplify(captured, x)
+    torch.testing.assert_close(small(x), captured(x), rtol=1e-5, atol=1e-5)
+    assert kinds(small).count("batch_norm") == 2  # the first, and that of a result read twice
+    assert "rand" in kinds(small) and "add_" in kinds(small)
+    assert float(small.get_buffer("calls")) == 1  # the proof's runs left it alone
+    weight, _ = (small.get_parameter("twice.weight"), captured.get_parameter("twice.weight"))
+    assert torch.equal(weight, model.get_parameter("twice.weight"))
+
+
+def test_a_pass_that_is_not_equal_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(Pass):
+        def rewrite(self, module: CapturedModule) -> Any:
+            module.set_parameter("head.bias", nn.Parameter(module.get_parameter("head.bias") + 1))
+            return module.known
+
+    monkeypatch.setitem(PASSES, "dropout", untyped(Wrong()))
+    _, folded, _ = nets()
+    small = fxlora.simplify(folded, X)
+    assert small.simplified is not None
+    assert [s.name for s in small.simplified.steps if not s.kept] == ["dropout"]
+    assert "left out" in str(small.simplified)
+    torch.testing.assert_close(small(X), folded(X), rtol=1e-9, atol=1e-9)
+
+
+def test_arguments_are_checked() -> None:
+    _, folded, _ = nets()
+    with pytest.raises(fxlora.ConfigError, match="passes must be a list of dropout, constants"):
+        fxlora.simplify(folded, X, passes=["batch norm"])
+    with pytest.raises(fxlora.InputError, match="by a run"):
+        fxlora.simplify(folded)
+    again = LoraConfig(r=2, target_modules=["head"])
+    lora = fxlora.inject(folded, fxlora.match(folded, again))
+    with pytest.raises(fxlora.InjectError, match="fold"):
+        fxlora.simplify(lora, X)
+    two = fxlora.capture(nn.Linear(3, 2), calls=[((X[0, 0, 0, :3],), {}), ((X[0, :, :, :3],), {})])
+    with pytest.raises(fxlora.InjectError, match="one whole graph"):
+        fxlora.simplify(two, X[0, 0, 0, :3])
+    only = fxlora.simplify(folded, X, passes=["dropout", "dead"])
+    assert "batch_norm" in kinds(only) and "dropout" not in kinds(only)
