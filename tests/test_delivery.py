@@ -117,19 +117,25 @@ def test_a_quantizer_finds_the_places_that_it_finds_in_the_source(
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    def quantised(program: Any) -> int:
+    def quantised(program: Any) -> tuple[int, torch.Tensor]:
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = prepare_pt2e(program.module(), quantizer)
         prepared(X)
-        return sum("quantize" in str(node.target) for node in convert_pt2e(prepared).graph.nodes)
+        made = convert_pt2e(prepared)
+        found = sum("quantize" in str(node.target) for node in made.graph.nodes)
+        return found, made(X)["logits"]
 
-    expected = quantised(torch.export.export(Net().eval(), (X,)))
-    for module in (gm, fxlora.fold(loras[0])):
+    for module in (gm.eval(), fxlora.fold(loras[0])):
+        source = Net().eval()
+        source.load_state_dict(module.state_dict())
+        places, expected = quantised(torch.export.export(source, (X,)))
         path = fxlora.export(module, tmp_path / "m.pt2", X)
-        assert quantised(torch.export.load(path)) == expected > 0
+        found, logits = quantised(torch.export.load(path))
+        assert found == places > 0 and torch.equal(logits, expected)
+        assert not torch.equal(logits, module(X)["logits"])
     path = fxlora.export(loras[0], tmp_path / "m.pt2", X)
-    assert quantised(torch.export.load(path)) >= expected
+    assert quantised(torch.export.load(path))[0] >= places
 
 
 class Tagger(nn.Module):

@@ -501,3 +501,15 @@ def test_a_folded_model_is_quantised_as_its_source_is() -> None:
     assert torch.equal(ours(X), source(X))
     hosted = fxlora.capture(source, X).eval()
     assert torch.equal(hosted(X), source(X))
+
+
+def test_a_graph_is_not_quantised_below() -> None:
+    """Its ops are those of plain weights; what it computes stays as it is."""
+    model = plain_model()
+    lora = fxlora.adapt(model, X, rules=CONFIG).eval()
+    folded = fxlora.fold(lora)
+    for module in (lora, folded, fxlora.hosted(model, folded)):
+        expected = module(X)
+        with pytest.raises(fxlora.SubmoduleError, match=r"fxlora\.merged\(model"):
+            quantize_(module, Int8WeightOnlyConfig())
+        assert torch.equal(module(X), expected)

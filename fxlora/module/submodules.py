@@ -35,6 +35,7 @@ from .host_attributes import (
     joined,
     set_by_calls,
 )
+from .quantised import is_quantised
 from .seal import Seal, call_refusal, refusal
 
 # Functions of a module that set a tensor. Code of torch.distributed may call them: FSDP sets its
@@ -126,7 +127,13 @@ def check_kinds(module: nn.Module, state_dict: Mapping[str, Any], path: str) -> 
 
 
 def check_kind(held: torch.Tensor, value: torch.Tensor, name: str) -> None:
-    """Raise if a tensor differs in dtype or kind of device from the one in its place."""
+    """Raise if a tensor differs in dtype, kind of device or storage from the one in its place."""
+    if is_quantised(value) and type(value) is not type(held):
+        raise SubmoduleError(
+            f"'{name}' would become a {type(value).__name__}, which the graph cannot read. Quantise "
+            "the model before the capture; or the folded weights in a copy of the model: "
+            "fxlora.merged(model, fxlora.fold(module))."
+        )
     ours, theirs = ((str(t.dtype), t.device.type) for t in (held, value))
     if ours != theirs and not held.is_meta:  # no call has worked with a meta tensor before
         raise SubmoduleError(
