@@ -130,8 +130,8 @@ def check_kind(held: torch.Tensor, value: torch.Tensor, name: str) -> None:
     """Raise if a tensor differs in dtype, kind of device or storage from the one in its place."""
     if is_quantised(value) and type(value) is not type(held):
         raise SubmoduleError(
-            f"'{name}' would become a {type(value).__name__}, which the graph cannot read. Quantise "
-            "the model before the capture; or the folded weights in a copy of the model: "
+            f"'{name}' would become a {type(value).__name__}, and its graph cannot read that. "
+            "Quantise the model before the capture; or the folded weights in a copy of the model: "
             "fxlora.merged(model, fxlora.fold(module))."
         )
     ours, theirs = ((str(t.dtype), t.device.type) for t in (held, value))
