@@ -76,6 +76,15 @@ class Soft(Model):
         return F.cross_entropy(rows, labels.view(-1))
 
 
+class Alike(Model):
+    """Compares the rows with each other, with a bias of their own."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        rows = self.head(self.up(self.embed(ids)).tanh()).view(-1, V)
+        bias = rows.sum(-1) if self.how else None
+        return F.cross_entropy(F.linear(rows, rows, bias), labels.view(-1))
+
+
 class Mixed(Model):
     """The same numbers in rows of other sizes: no row of logits is one of the head's outputs."""
 
@@ -193,6 +202,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "another function": (Soft(), "not of the outputs of a linear layer, but of aten.tanh"),
     "weighed": (Model(weight=torch.rand(V).double()), "weighs the classes"),
     "other rows": (Mixed(), "not of the outputs of a linear layer"),
+    "rows with rows": (Alike(), "depends on its input"),
+    "a bias of the rows": (Alike(ignore_index=-1), "depends on its input"),
     "a write between": (Between(), "may write to a tensor"),
     "dropout": (Model(), "dropout"),
 }

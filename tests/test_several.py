@@ -19,6 +19,7 @@ from fxlora import (
     CapturedModule,
     ConfigError,
     InjectError,
+    InputError,
     LoraConfig,
     Rule,
     UnsupportedOpError,
@@ -293,6 +294,8 @@ def test_buffers_are_those_of_the_adapter_that_changed_them(tmp_path: Path) -> N
             run(fxlora.load_adapter(gm, tmp_path / name).eval(), (images,), {}),
             run(expected, (images,), {}),
         )
+    with pytest.raises(InputError, match="state dict has those of the active one"):
+        fxlora.activate(both, "b").load_state_dict(both.state_dict())
     with pytest.raises(AdapterError, match=r"load it onto activate\(module, \[\]\)"):
         fxlora.load_adapter(both, tmp_path / "a", adapter_name="c")
     fxlora.load_adapter(fxlora.activate(both, []), tmp_path / "a", adapter_name="c")

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..fx.calls import argument, example_value
+from ..fx.calls import argument, example_value, flat_inputs
 from ..fx.marks import ADAPTER, CHUNKED
 from ..lora.ops import times_matrix
 from .layers import NotJoinable, between, is_barrier, layer_of
@@ -124,8 +124,31 @@ def _tail_of(loss: fx.Node) -> _Tail:
             raise _NotChunked(f"is not of the outputs of a linear layer, but of {node.target}")
         node = node.args[0]
     tail = _Tail(*_head(node), tuple(shaping), tuple(casts), loss)
+    twice = any(flat_inputs(n).count(tail.x) > 1 for n in tail.head)
+    if twice or any(_is_computed_from(given, tail.x) for given in _operands(tail)):
+        raise _NotChunked("is of a head whose weight or bias depends on its input")
     _check(tail)
     return tail
+
+
+def _operands(tail: _Tail) -> list[fx.Node]:
+    """Return what the head reads besides the rows of x."""
+    given = [node for n in tail.head for node in n.all_input_nodes]
+    return [node for node in dict.fromkeys(given) if node is not tail.x and node not in tail.head]
+
+
+def _is_computed_from(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node depends on another, or is it."""
+    seen: set[fx.Node] = set()
+    left = [node]
+    while left:
+        node = left.pop()
+        if node is source:
+            return True
+        if node not in seen:
+            seen.add(node)
+            left += node.all_input_nodes
+    return False
 
 
 def _is_head(node: fx.Node) -> bool:
@@ -202,11 +225,7 @@ def _width(node: fx.Node) -> Any:
 
 def _replace(tail: _Tail, fast: Callable[[fx.Graph], fx.Graph]) -> None:
     graph, loss = tail.loss.graph, tail.loss
-    operands = [
-        node
-        for node in dict.fromkeys(given for n in tail.head for given in n.all_input_nodes)
-        if node is not tail.x and node not in tail.head
-    ]
+    operands = _operands(tail)
     found = ChunkedLoss(tail.weight, int(_width(argument(loss, 0))))
     inner = fx.GraphModule(nn.Module(), fast(_part(tail, operands)))
     with graph.inserting_before(loss):

@@ -526,7 +526,19 @@ class CapturedModule(ProgramModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load as nn.Module does, without writing into the source model's storage."""
+        """Load as nn.Module does, without writing into the source model's storage.
+
+        Raises:
+            InputError: calls change buffers, and the module has adapters that are not active: these
+                have values of their own for the buffers, which a state dict does not hold.
+        """
+        if self.known.written and len(self.known.adapters) > 1:
+            raise InputError(
+                f"calls change {some(sorted(self.known.written))}, of which each adapter has its own "
+                "values, and a state dict has those of the active one only. Save every adapter "
+                "(save_adapter(module, folder, adapter=name)) and load it (load_adapter); or copy "
+                "the module (copy.deepcopy)."
+            )
         if assign:
             check_kinds(self, state_dict, "")
         else:
