@@ -685,6 +685,11 @@ def lora_parameters(
     check_captured(module, "lora_parameters", routed=True)
     if module.plan is None and module.known.routing is None:
         raise InjectError(f"no adapters to train: {_without_adapter(module)}")
+    if module.known.routing and module.training and (written := module.written_tensors()):
+        warn(
+            f"calls of the routed module change {some(sorted(written))}, of which all adapters "
+            "have the same. Train with these modules in eval(), set before the capture."
+        )
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
         if value is not None and not (is_finite(value) and value > 0):
             raise ConfigError(f"{name} must be a finite number > 0, not {shown(value)}.")

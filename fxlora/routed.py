@@ -199,8 +199,7 @@ def swap_adapter(module: CapturedModule, slot: int, source: CapturedModule | str
     check_one_adapter(adapted, "swap_adapter")
     if adapted.plan is None:
         raise InjectError("swap_adapter takes an adapted module, or the folder of an adapter.")
-    if given:
-        _check_same_base(adapted, module)
+    _check_same_base(adapted, module)  # of a folder, the buffers that it brings
     plan, values = _adapter(adapted)
     write_slot(module, slot, plan, values)
 

@@ -21,9 +21,9 @@ def whole_files(path: Path) -> Generator[Path]:
     Raises:
         ExportError: the files cannot be written.
     """
-    if path.is_dir():
-        raise ExportError(f"cannot write {path}: it is a folder.")
     try:
+        if path.is_dir():
+            raise ExportError(f"cannot write {path}: it is a folder.")
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as cause:
         raise ExportError(f"cannot write {path}: {cause.strerror or cause}.") from cause

@@ -35,10 +35,12 @@ def make_nested_fast(
     """
     for source in list(graph.find_nodes(op="get_attr")):
         explicit = nested_graph(source, owner)
+        if explicit is None:
+            continue
         calls = [call_of(user, owner) for user in source.users]
         regions = [call for call in calls if call and call.where and call.where.spread]
-        if explicit and regions and len(regions) == len(calls):
-            with graph.inserting_before(next(n for n in graph.nodes if n in source.users)):
+        if regions and len(regions) == len(calls):
+            with graph.inserting_after(source):
                 fetched = graph.call_function(Fetched(explicit, fast(explicit, regions[0])))
             source.replace_all_uses_with(fetched)
             graph.erase_node(source)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from ..errors import FxLoraError, InjectError, InputError, SubmoduleError
 from ..fast import fast_graph
 from ..fx.calls import part_of
+from ..fx.effects import written_attributes
 from ..fx.literals import same_literal
 from ..plan import Plan
 from ..tables import some
@@ -532,10 +533,10 @@ class CapturedModule(ProgramModule):
             InputError: calls change buffers, and the module has adapters that are not active: these
                 have values of their own for the buffers, which a state dict does not hold.
         """
-        if self.known.written and len(self.known.adapters) > 1:
+        if len(self.known.adapters) > 1 and (written := self.written_tensors()):
             raise InputError(
-                f"calls change {some(sorted(self.known.written))}, of which each adapter has its own "
-                "values, and a state dict has those of the active one only. Save every adapter "
+                f"calls change {some(sorted(written))}: each adapter has its own values, and a "
+                "state dict has those of the active one only. Save every adapter "
                 "(save_adapter(module, folder, adapter=name)) and load it (load_adapter); or copy "
                 "the module (copy.deepcopy)."
             )
@@ -587,6 +588,11 @@ class CapturedModule(ProgramModule):
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a call may change: the buffers and the `state_parameters`."""
         return {**dict(self.named_buffers(remove_duplicate=False)), **self.state_parameters()}
+
+    def written_tensors(self) -> set[str]:
+        """Return the names of the parameters and buffers that a graph writes to."""
+        nodes = (node for graph in self.distinct_graphs() for node in graph.nodes)
+        return {name for node in nodes for name in written_attributes(node, self)}
 
     def unplanned(self) -> list[str]:
         """Return the names of parameters that require gradients although no plan trains them."""

@@ -186,7 +186,11 @@ def _set_aside(module: CapturedModule) -> None:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.is_meta or torch.equal(one, other)
+    if one.is_meta or one is other:
+        return True
+    if one.layout is not torch.strided:  # which torch.equal does not know
+        one, other = one.to_dense(), other.to_dense()
+    return torch.equal(one, other)
 
 
 def merge_modes(module: CapturedModule) -> None:
