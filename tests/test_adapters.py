@@ -520,7 +520,7 @@ def damaged(folder: Path, what: str) -> None:
         ("no config", r"has no adapter_config\.json"),
         ("bad config", "damaged"),
         ("config is a list", "expected an object"),
-        ("another method", "'IA3', not for LORA"),
+        ("another method", "'IA3'; of PEFT's methods"),
         ("unknown option", "uses use_qalora"),
         ("edited config", "contradicts adapter_model"),
         ("edited plan", "its plan is damaged"),

@@ -52,17 +52,16 @@ def unadapted(module: CapturedModule) -> CapturedModule:
     return Remove(restore=False)(skeleton(module) if has_fsdp(module) else module)
 
 
-def why_not(
-    base: CapturedModule, plan: Plan, saved: Saved, *, from_peft: bool = False
-) -> str | None:
+def why_not(base: CapturedModule, plan: Plan, saved: Saved, *, from_peft: str = "") -> str | None:
     """Return why PEFT would compute another result from this adapter, or None if it would not.
 
     Args:
         base: the module without adapters.
         plan: the adapters.
         saved: the modules that PEFT wraps to train in full.
-        from_peft: whether PEFT has made the adapter on this model: then it can wrap its layers,
-            and a layer of an unknown class counts by what its forward does.
+        from_peft: the method ("LORA") by which PEFT has made the adapter on this model, or "". If
+            it has, it can wrap the layers, and one of an unknown class counts by what its forward
+            does.
     """
     readers: dict[str, list[Reader]] = {}
     for site in find_sites(base):
@@ -117,7 +116,7 @@ def _why_not_these(group: Group) -> str | None:
 
 
 def _why_not_tokens(
-    base: CapturedModule, entry: Entry, readers: Sequence[Reader], apart: set[str], from_peft: bool
+    base: CapturedModule, entry: Entry, readers: Sequence[Reader], apart: set[str], from_peft: str
 ) -> str | None:
     """Return why PEFT would not replace rows at all reads of a weight, or None.
 
@@ -148,7 +147,7 @@ def _why_not_tokens(
 
 
 def _why_not_read(
-    base: CapturedModule, entry: Entry, readers: Sequence[Reader], shared: bool, from_peft: bool
+    base: CapturedModule, entry: Entry, readers: Sequence[Reader], shared: bool, from_peft: str
 ) -> str | None:
     """Return why PEFT would not adapt all reads of a weight, or None.
 
@@ -166,7 +165,7 @@ def _why_not_read(
         return "one module under several names"
     for reader in readers:
         below = is_bare(entry) and reader.call_site.startswith(f"{owner}.")
-        if reader.through and _is_used_inside(base, entry, lookups=from_peft):
+        if reader.through and _is_used_inside(base, entry, lookups=bool(from_peft)):
             continue
         if reader.call_site != owner and not below:
             return f"{reader.describe()} outside of the forward of '{owner}'"
@@ -214,7 +213,7 @@ def _is_of_users(reader: Reader) -> bool:
     return bool(classes) and not classes[-1].startswith("torch.nn.")
 
 
-def _why_not_layer(entry: Entry, reader: Reader, from_peft: bool) -> str | None:
+def _why_not_layer(entry: Entry, reader: Reader, from_peft: str) -> str | None:
     """Return why PEFT's wrapper of a layer would compute another result at this read, or None."""
     classes = module_classes(reader.node)
     known = bool(classes) and classes[-1] == LAYERS[entry.op]
@@ -225,9 +224,11 @@ def _why_not_layer(entry: Entry, reader: Reader, from_peft: bool) -> str | None:
     if entry.layout.kernel(entry.shape):
         padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]
         dilation = named_argument(reader.node, "dilation") or [1]
-        if named_argument(reader.node, "groups") not in (None, 1):
+        alike = from_peft == "LOKR"  # the branch has the groups and the dilation of its layer
+        if named_argument(reader.node, "groups") not in (None, 1) and not alike:
             return "a grouped convolution"
-        if any(n != 1 for n in dilation) or any(call_site(n) == owner_of(entry) for n in padded):
+        dilated = any(n != 1 for n in dilation) and not alike
+        if dilated or any(call_site(n) == owner_of(entry) for n in padded):
             return "a convolution with dilation, or with padding by another op"
     assert reader.op is not None
     given = reader.op.input_of(reader.node, reader.weight)

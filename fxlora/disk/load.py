@@ -18,6 +18,7 @@ from ..names import ADAPTER_RULE, is_adapter, shown
 from ..passes import Remove, chosen
 from ..passes.inject import with_dtypes
 from ..tables import some
+from .as_lora import as_lora, check_method
 from .folder import Folder, plan_from_header, read_folder
 from .foreign.format import check_no_effect, checked_options
 from .foreign.plans import read_foreign
@@ -136,8 +137,8 @@ def load_adapter(
         if content.header is not None:
             reading = read_own(module, content, adapter_name)
         else:
-            reading = read_peft(module, content, adapter_name)
-            _check_as_peft(module, reading, content.path, as_formula)
+            reading = read_peft(module, as_lora(module, content), adapter_name)
+            _check_as_peft(module, reading, content, as_formula)
     plan = reading.plan if rule is None else reading.plan.with_adapter_dtype(rule)
     reading = reading.with_plan(with_dtypes(module, plan))
     result = _applied(module, beside, reading, content.path, allow_nonfinite)
@@ -148,19 +149,22 @@ def load_adapter(
 def _misfits(module: CapturedModule, content: Folder) -> Callable[[Folder], Sequence[str]]:
     """Return a function that gives the names in a folder that do not fit the module."""
     if content.header is None:
-        check_config(content)
-        return lambda folder: PeftTensors.of(module, folder).misfits(module)
+        check_method(content)
+        check_config(as_lora(module, content))
+        return lambda folder: PeftTensors.of(module, as_lora(module, folder)).misfits(module)
     plan, _ = plan_from_header(content.header, content.path, "default")
     return lambda folder: misfits(module, plan, folder.names)
 
 
-def _check_as_peft(module: CapturedModule, reading: Reading, path: Path, as_formula: bool) -> None:
+def _check_as_peft(
+    module: CapturedModule, reading: Reading, content: Folder, as_formula: bool
+) -> None:
     """Raise if PEFT computes another result from its own folder, or warn if the user knows."""
     plan = reading.plan
-    why = why_not(module, plan, Saved.of(module, plan), from_peft=True)
+    why = why_not(module, plan, Saved.of(module, plan), from_peft=content.config["peft_type"])
     if why is None:
         return
-    said = f"PEFT computes another result from {path} than W0 + s·BA: {why}."
+    said = f"PEFT computes another result from {content.path} than W0 + s·BA: {why}."
     if not as_formula:
         raise AdapterError(
             f"{said} To read it by the formula anyway, at every read of the weight: "

@@ -51,7 +51,8 @@ def check_config(content: Folder) -> None:
     config = content.config
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}, not for LORA."
+            f"{content.path / CONFIG} is for {shown(config.get('peft_type'))}; of PEFT's "
+            "methods, LORA, VERA and LOKR are read: for another, merge it in PEFT."
         )
     unknown = [k for k, v in config.items() if v and k not in _READ and k not in INFORMATION]
     if unknown:

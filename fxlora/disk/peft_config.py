@@ -39,8 +39,8 @@ def configuration(module: CapturedModule, plan: Plan, saved: Saved) -> dict[str,
         "lora_dropout": max((entry.dropout for entry in plan), default=0.0) if not bare else 0.0,
         "target_modules": _modules(module, layers) if layers or not bare else None,
         "target_parameters": bare or None,
-        "rank_pattern": {_exactly(site): n for site, n in ranks.items() if n != r},
-        "alpha_pattern": {_exactly(site): n for site, n in alphas.items() if n != alpha},
+        "rank_pattern": {exactly(site): n for site, n in ranks.items() if n != r},
+        "alpha_pattern": {exactly(site): n for site, n in alphas.items() if n != alpha},
         "modules_to_save": list(saved.names) or None,
         "trainable_token_indices": indices_of(plan),
         "bias": _bias(module, plan, saved),
@@ -95,7 +95,7 @@ def _modules(module: CapturedModule, sites: list[str]) -> list[str] | str:
     return sites
 
 
-def _exactly(site: str) -> str:
+def exactly(site: str) -> str:
     """Return a pattern for one site: PEFT would match the bare name as the end of a path, too."""
     return f"^{re.escape(site)}"
 

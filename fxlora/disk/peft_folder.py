@@ -18,6 +18,7 @@ from ..config import ALL_LINEAR, LoraConfig, Rule
 from ..errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
 from ..lora.inits import FILLS, STARTS
 from ..matching import match
+from ..matching.choice import by_pattern
 from ..matching.targets import Targets
 from ..module import CapturedModule
 from ..names import shown
@@ -194,9 +195,9 @@ class _PeftReader:
         looked_up = site.op == "embedding" or "lora_embedding_A" in pair.tensors
         starts = init in STARTS and not looked_up and not pair.bare
         return {
-            "r": _by_pattern(config, "rank_pattern", pair.target, _given(config, "r", 8)),
-            "lora_alpha": _by_pattern(
-                config, "alpha_pattern", pair.target, _given(config, "lora_alpha", 8)
+            "r": by_pattern(config.get("rank_pattern") or {}, pair.target, _given(config, "r", 8)),
+            "lora_alpha": by_pattern(
+                config.get("alpha_pattern") or {}, pair.target, _given(config, "lora_alpha", 8)
             ),
             "lora_dropout": 0.0 if pair.bare else config.get("lora_dropout") or 0.0,
             "use_rslora": bool(config.get("use_rslora")),
@@ -324,13 +325,6 @@ def _scaled(entry: Entry, scaling: float | None) -> Entry:
 def _given(config: Mapping[str, Any], field: str, default: Any) -> Any:
     value = config.get(field)
     return default if value is None else value
-
-
-def _by_pattern(config: Mapping[str, Any], field: str, target: str, default: Any) -> Any:
-    """Return PEFT's value for a target: of the first pattern for its end, or the default."""
-    patterns = config.get(field) or {}
-    found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", target))
-    return next(found, default)
 
 
 def _as_peft_has(plan: Plan) -> Plan:

@@ -56,7 +56,8 @@ def _tucker(layer: Layer, core: str, sides: str) -> torch.Tensor:
     return tucker(layer.take(core), layer.matrix(f"{sides}_a").mT, layer.matrix(f"{sides}_b"))
 
 
-def _lokr(layer: Layer) -> Made:
+def lokr(layer: Layer) -> Made:
+    """Return the pair of LoKr's tensors, and the rank that alpha is divided by; 0 for none."""
     first, rank = _lokr_factor(layer, "lokr_w1", "lokr_t1")
     second, other = _lokr_factor(layer, "lokr_w2", "lokr_t2")
     return shortened(kronecker(first, second)), rank or other
@@ -75,8 +76,8 @@ def _lokr_factor(layer: Layer, name: str, core: str) -> Made:
 KINDS: dict[str, Callable[[Layer], Made]] = {
     "lora_down": _locon,
     "hada_w1_b": _loha,
-    "lokr_w1": _lokr,
-    "lokr_w1_b": _lokr,
+    "lokr_w1": lokr,
+    "lokr_w1_b": lokr,
 }
 
 

@@ -56,6 +56,17 @@ class Layer:
             raise AdapterError(f"'{self.name}': '{end}' is {tuple(found.shape)}, not a matrix.")
         return found.flatten(1)
 
+    def vector(self, end: str) -> torch.Tensor:
+        """Return a tensor of one dimension, in float64.
+
+        Raises:
+            AdapterError: the file does not have it, or it has other dimensions.
+        """
+        found = self.take(end)
+        if found.dim() != 1:
+            raise AdapterError(f"'{self.name}': '{end}' is {tuple(found.shape)}, not a vector.")
+        return found
+
     def number(self, end: str) -> float | None:
         """Return a tensor of one number, or None if the file does not have it.
 
