@@ -17,7 +17,7 @@ import fxlora
 from fxlora import CaptureError, ConfigError, FxLoraError, LoraConfig, Plan, Rule
 from fxlora.errors import warn
 from fxlora.names import is_adapter, is_path, is_word, printable, shown
-from fxlora.tables import render, some
+from fxlora.tables import did_you_mean, render, some
 
 RUNS = "exec(\"open('ran','w')\")"
 HOSTILE = [
@@ -210,3 +210,15 @@ def test_values_of_any_kind_are_shown() -> None:
     assert shown(10**5000) == "a value of type int"
     assert len(shown("x" * 10**6)) < 250
     assert printable("a\nb", "\n") == "a\nb"
+
+
+def test_what_was_meant() -> None:
+    held = ["layers.0.q_proj", "layers.1.q_proj", "layers.0.k_proj", "lm_head", "head"]
+    assert did_you_mean("q_prj", held) == (
+        " Did you mean 'layers.0.q_proj', 'layers.1.q_proj' or 'layers.0.k_proj'?"
+    )
+    assert did_you_mean("layers.1.qproj", held, limit=1) == " Did you mean 'layers.1.q_proj'?"
+    assert did_you_mean("lm_haed", held, limit=2) == " Did you mean 'lm_head' or 'head'?"
+    assert did_you_mean("heads", [*held, "head"], limit=1) == " Did you mean 'head'?"
+    assert did_you_mean("zzz", held) == did_you_mean("head", []) == ""
+    assert did_you_mean("x[2J", ["x\x1b[2J"]) == " Did you mean 'x\\x1b[2J'?"

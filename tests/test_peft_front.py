@@ -19,12 +19,21 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 import fxlora
-from fxlora import AdapterError, ConfigError, InjectError, LoraConfig, NoMatchError, Rule
+from fxlora import (
+    AdapterError,
+    ConfigError,
+    FxLoraWarning,
+    InjectError,
+    LoraConfig,
+    NoMatchError,
+    Rule,
+)
 from fxlora.config import REFUSED, TASKS
 from fxlora.matching.architectures import TARGETS
 from fxlora.peft import PeftModel, TaskType, get_peft_model
 from fxlora.peft.model import as_config
 
+from .models import Tied
 from .typed import untyped
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -581,3 +590,35 @@ def test_one_optimizer_trains_adapters_in_turns() -> None:
     assert model.get_model_status().merged_adapters == []
     with model.disable_adapter():
         assert model.get_nb_trainable_parameters()[0] < 100 and not model(x).requires_grad
+
+
+def test_each_name_of_a_tie_has_an_adapter_as_in_peft(tmp_path: Path) -> None:
+    """Unless `tied` says otherwise; a step of SGD is PEFT's, and a merge splits the tie."""
+    torch.manual_seed(0)
+    base, ids = Tied().double().eval(), torch.tensor([[1, 2, 5], [3, 3, 0]])
+    targets: dict[str, Any] = {
+        "r": 2,
+        "target_modules": ["emb", "head"],
+        "init_lora_weights": False,
+    }
+    ours = untyped(get_peft_model(base, LoraConfig(**targets), ids).eval())
+    ours.save_pretrained(tmp_path)
+    pefts = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), is_trainable=True)
+    assert [entry.site for entry in ours.captured_module.plan] == ["emb", "head"]
+    for model in (ours, pefts.eval()):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        before = model(ids)
+        before.square().sum().backward()
+        optimizer.step()
+        assert (model(ids) - before).abs().max() > 1e-2
+    torch.testing.assert_close(ours(ids), pefts(ids), rtol=1e-10, atol=1e-10)
+    with pytest.warns(FxLoraWarning, match="splits a tie"):
+        merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(ids), pefts(ids), rtol=1e-10, atol=1e-10)
+    assert merged.emb.weight is not merged.head.weight
+    gm = fxlora.capture(base, ids)
+    for tied, sites in (("rule", ["emb"]), ("share", ["emb"]), ("each", ["emb", "head"])):
+        plan = fxlora.match(gm, LoraConfig(**targets, tied=tied))
+        assert [entry.site for entry in plan] == sites
+        assert fxlora.match(gm, plan.rules) == plan
+    assert as_config(LoraConfig(**targets, tied="share")).tied == "share"

@@ -199,7 +199,12 @@ def test_rows_are_kept_apart_from_pairs(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOpError, match="tokens"):
         fxlora.route(adapters)
     rules = [Rule("emb", tokens=[3, 9]), Rule("mix", lora=LoraConfig(r=2))]
-    plan = fxlora.match(gm, rules, budget=40)
+    plan = fxlora.match(gm, rules, budget=50)  # each rank takes 12, and so do the two rows
     assert [entry.r for entry in plan] == [3, 2]
+    assert plan.adapter_parameters == 48
+    with pytest.raises(ConfigError, match=r"takes 12 and the rows that train alone take 12\."):
+        fxlora.match(gm, rules, budget=23)
+    with pytest.raises(ConfigError, match="the rows that train alone take 12"):
+        fxlora.match(gm, rules[:1], budget=11)
     (tmp_path / "plan.toml").write_text(plan.to_toml())
     assert fxlora.load_rules(tmp_path / "plan.toml") == plan.rules

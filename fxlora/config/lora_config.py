@@ -105,8 +105,9 @@ class LoraConfig:
             DoRA, eq. 5). "fa" freezes A as it is drawn, so that the backward keeps A·x (…, r) and
             not x (Zhang et al. 2023, LoRA-FA, §3). "from_weight" subtracts the initial s·BA from
             W0; the inits "pissa" and "olora" select it by themselves.
-        tied: how a rule adapts a weight that has several names: only where it is read under a name
-            that the rule matches ("rule"), or wherever it is read ("share").
+        tied: how a rule adapts a weight that has several names: by one adapter where it is read
+            under the names that the rule matches ("rule"), by an adapter for each of these names
+            ("each", as PEFT does), or by one adapter wherever it is read ("share").
         autocast_adapter_dtype: the dtype of A, B, a variant's tensors, and the parameters that
             `bias` and `modules_to_save` train in full. True: float32, or the weight's dtype if
             that is wider. False: the weight's dtype. Or a dtype, as a torch.dtype or a name
@@ -165,7 +166,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     target_parameters: Sequence[str] | None = None
     variant: str | None = None
-    tied: Literal["rule", "share"] = "rule"
+    tied: Literal["rule", "each", "share"] = "rule"
     autocast_adapter_dtype: bool | str | torch.dtype = True
     expert_rank: Literal["r", "r/topk"] = "r"
     task_type: str | None = None
@@ -205,7 +206,7 @@ class LoraConfig:
         for name in _FLAGS:
             check_one_of(name, getattr(self, name), (True, False))
         check_one_of("bias", self.bias, ("none", "all", "lora_only"))
-        check_one_of("tied", self.tied, ("rule", "share"))
+        check_one_of("tied", self.tied, ("rule", "each", "share"))
         check_one_of("variant", self.variant, (*sorted(VARIANTS), None))
         if self.use_dora and self.variant not in (None, "dora"):
             raise ConfigError(f"use_dora=True and variant={self.variant!r} contradict each other.")

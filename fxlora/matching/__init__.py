@@ -53,8 +53,9 @@ def match(
             has for the model's architecture.
         adapter_name: the adapter's name, which is part of its parameters' names.
         budget: the most parameters that all A and B together may have, as a number or as a share
-            of the model's parameters ("1%"). The ranks keep the proportions that the rules give
-            them, unless `rank_by` says otherwise, and each site keeps its scaling factor s.
+            of the model's parameters ("1%"). Rows that train alone count, too. The ranks keep the
+            proportions that the rules give them, unless `rank_by` says otherwise, and each site
+            keeps its scaling factor s.
         rank_by: share out the budget by what each further rank of a site is worth per parameter:
             by the singular values of its weight ("spectrum"), the variance of its inputs ("eva"),
             or the gradients of its weight ("fisher"); see `fxlora.matching.importance`.

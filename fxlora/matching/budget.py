@@ -20,6 +20,7 @@ def within(
     budget: Any,
     model: nn.Module,
     gains: Mapping[str, Sequence[float]] | None = None,
+    rows: int = 0,
 ) -> list[Entry]:
     """Return the entries with the largest ranks for which A and B stay within a budget.
 
@@ -33,19 +34,23 @@ def within(
         model: the model whose parameters a share refers to.
         gains: what rank 1, 2, … of each entry's site is worth; then the ranks are those that are
             worth most per parameter, instead of in proportion.
+        rows: the parameters of rows that train alone, which the budget is for, too.
 
     Raises:
         ConfigError: the budget is invalid, or too small for rank 1 everywhere.
     """
     limit = limit_of(budget, sum(p.numel() for p in model.parameters()))
+    least = _cost(entries, [rank_multiple(entry.init) for entry in entries])
+    if least + rows > limit:
+        takes = [f"the least rank at all {len(entries)} sites takes {least:,}"] if entries else []
+        takes += [f"the rows that train alone take {rows:,}"] if rows else []
+        raise ConfigError(
+            f"budget={budget!r} is {limit:,} parameters; {' and '.join(takes)}. Give more, or "
+            "target fewer sites."
+        )
     if not entries:
         return []
-    least = _cost(entries, [rank_multiple(entry.init) for entry in entries])
-    if least > limit:
-        raise ConfigError(
-            f"budget={budget!r} is {limit:,} parameters, and the least rank at all {len(entries)} "
-            f"sites takes {least:,}. Give more, or target fewer sites."
-        )
+    limit -= rows
     if gains is None:
         ranks = _filled(entries, _proportional(entries, limit), limit)
     else:

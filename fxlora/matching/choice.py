@@ -64,7 +64,8 @@ class Choice:
     def _tied(self, chosen: Chosen) -> Chosen:
         """Merge the sites of one tied weight that one rule matches into one site.
 
-        A rule that shares ties adapts all of them, including those that no rule matches.
+        A rule that shares ties adapts all of them, including those that no rule matches; one with
+        tied="each" leaves them apart.
         """
         found: Chosen = []
         done: set[str] = set()
@@ -78,7 +79,8 @@ class Choice:
                 self._check_shared(sharing, tie)
                 number, together = sharing, [s for s, _ in others]
             else:
-                together = [s for s, n in others if n == number and number]
+                apart = not number or self._parts_ties(number)
+                together = [s for s, n in others if n == number and not apart]
             found.append((merged([site, *together]), number))
             done |= {s.parameter for s in (site, *together)}
         return found
@@ -91,6 +93,11 @@ class Choice:
             return lora is not None
         looked_up = any(is_lookup(reader.kind) for site in tie for reader in site.readers)
         return lora.ensure_weight_tying and looked_up
+
+    def _parts_ties(self, number: int) -> bool:
+        """Whether a rule gives each name of a tied weight an adapter of its own."""
+        lora = self.rules[number - 1].lora
+        return lora is not None and lora.tied == "each"
 
     def _check_shared(self, sharing: int, tied: Sequence[tuple[Site, int]]) -> None:
         names = some(f"'{site.name}'" for site, _ in tied)

@@ -111,14 +111,16 @@ class Entries:
         sites = {site.names: site for site in self.adapted}
         found: list[Entry] = []
         whole = [entry for entry in entries if not entry.tokens]
-        for entry in within(whole, budget, self.choice.module, gains):
+        rows = [entry for entry in entries if entry.tokens]
+        alone = sum(entry.adapter_parameters for entry in rows)
+        for entry in within(whole, budget, self.choice.module, gains, alone):
             site, lora = sites[entry.names], self.choice.rules[entry.rule - 1].lora
             dropout = lora.lora_dropout if lora else 0.0
             form = choose_form(site, entry.r, dropout, entry.rows, entry.variants)
             kept = dropout if form.name == "branch" else 0.0
             reason = notes(site, form)
             found.append(dataclasses.replace(entry, form=form.name, reason=reason, dropout=kept))
-        return [*found, *(entry for entry in entries if entry.tokens)]
+        return [*found, *rows]
 
     def _check_padding(self, entry: Entry) -> None:
         """Raise if a variant that scales outputs would change the padding_idx row."""

@@ -172,7 +172,7 @@ def _rules(
             continue
         share = lora.tied == "share" or lora.ensure_weight_tying or (follows and path == source)
         config = LoraConfig(
-            tied="share" if share else "rule",
+            tied="share" if share else lora.tied,
             inference_mode=lora.inference_mode,
             autocast_adapter_dtype=lora.dtype_rule,
         )

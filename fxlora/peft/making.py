@@ -23,11 +23,13 @@ from .adapters import Adapters, set_trained
 def as_config(config: Any) -> LoraConfig:
     """Return a configuration: fxlora's LoraConfig, or PEFT's as one.
 
+    As in PEFT, each name of a tied weight has an adapter of its own, unless `tied` is "share".
+
     Raises:
         ConfigError: it is neither, or uses something that fxlora does not do.
     """
     if isinstance(config, LoraConfig):
-        return config
+        return config if config.tied == "share" else dataclasses.replace(config, tied="each")
     if isinstance(config, type) or not callable(to_dict := getattr(config, "to_dict", None)):
         raise ConfigError(f"peft_config must be a LoraConfig, not {shown(config)}.")
     fields: Any = to_dict()
@@ -37,7 +39,7 @@ def as_config(config: Any) -> LoraConfig:
             f"peft_config is a {type(config).__name__}, of the method {kind}, and fxlora has LoRA "
             "only: give a LoraConfig, or train this one in PEFT."
         )
-    return LoraConfig(**fields)
+    return LoraConfig(**fields, tied="each")
 
 
 def captured(
