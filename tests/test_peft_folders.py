@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -158,6 +159,65 @@ def test_pefts_pairs_of_both_names_of_a_tie(tmp_path: Path) -> None:
     lora = fxlora.load_adapter(fxlora.capture(model, *IDS), tmp_path).eval()
     assert [entry.site for entry in plan_of(lora)] == ["emb", "head"]
     assert_close(run(lora, IDS, {}), run(made, IDS, {}))
+
+
+class Uncalled(Tied):
+    """The embedding has a second module, which nothing calls, as T5's `shared`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero = nn.Embedding(17, 6)
+        self.zero.weight = self.emb.weight
+
+
+def test_a_pair_at_a_name_of_a_tie_that_nothing_calls_is_refused(tmp_path: Path) -> None:
+    model = Uncalled().to(D).eval()
+    made = theirs(model, tmp_path, r=2, target_modules=["zero"])
+    gm = fxlora.capture(model, *IDS).eval()
+    assert_close(run(made, IDS, {}), run(gm, IDS, {}))  # PEFT's has no effect
+    with pytest.raises(AdapterError, match=r"outside of the forward of 'zero'.*as_formula"):
+        fxlora.load_adapter(gm, tmp_path)
+
+
+def language_model() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.LlamaConfig(
+        vocab_size=13,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    ids = torch.tensor([[1, 2, 5, 11], [3, 3, 0, 2]])
+    return transformers.LlamaForCausalLM(config).to(D).eval(), {"input_ids": ids}
+
+
+def test_pairs_that_peft_ties_train_as_one(tmp_path: Path) -> None:
+    """`ensure_weight_tying`: outputs and a step of SGD; pairs that differ train apart."""
+    model, ids = language_model()
+    options = {"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    made = theirs(model, tmp_path, **options)
+    gm = fxlora.capture(model, kwargs=ids).eval()
+    lora = fxlora.load_adapter(gm, tmp_path).eval()
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    for plan in (plan_of(lora), fxlora.match(gm, LoraConfig(**options))):
+        assert [entry.names for entry in plan] == [names]
+    for module in (lora, made):
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+        before = module(**ids).logits
+        before.square().mean().backward()
+        optimizer.step()
+        assert (module(**ids).logits - before).abs().max() > 1e-3
+    assert_close([lora(**ids).logits], [made(**ids).logits])
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_B.weight"] += 0.1
+    save_file(tensors, file)
+    with pytest.warns(FxLoraWarning, match="PEFT trains the pairs of tied weights"):
+        apart = fxlora.load_adapter(gm, tmp_path)
+    assert [entry.site for entry in plan_of(apart)] == ["model.embed_tokens", "lm_head"]
 
 
 # ---- where PEFT computes something else ---------------------------------------------------------

@@ -31,6 +31,7 @@ from .peft_tensors import PeftTensors
 from .reading import Reading
 from .renaming import with_names
 from .saved import Saved
+from .tied_pairs import by_layer
 from .trained_over import check_base
 from .values import fitted, tensor_of
 
@@ -160,7 +161,7 @@ def _check_as_peft(
     module: CapturedModule, reading: Reading, content: Folder, as_formula: bool
 ) -> None:
     """Raise if PEFT computes another result from its own folder, or warn if the user knows."""
-    plan = reading.plan
+    plan = by_layer(module, reading)
     why = why_not(module, plan, Saved.of(module, plan), from_peft=content.config["peft_type"])
     if why is None:
         return

@@ -36,6 +36,7 @@ from .peft_tensors import Pair, PeftTensors
 from .reading import Reading
 from .renaming import advice
 from .saved import is_below
+from .tied_pairs import joined, wrapped
 from .token_rows import token_rules, token_starts
 
 # Inits that leave the base weight unchanged. For an adapter from a file, they do not matter.
@@ -50,7 +51,9 @@ def read_peft(module: CapturedModule, content: Folder, adapter_name: str) -> Rea
     """
     tensors = PeftTensors.of(module, content)
     sites = {name: site for site in find_sites(module) for name in site.names}
-    return _PeftReader(module, content, adapter_name, tensors, sites).read()
+    one_each, sites = joined(content, tensors, sites)
+    reading = _PeftReader(module, content, adapter_name, one_each, sites).read()
+    return dataclasses.replace(reading, wrapped=wrapped(tensors, sites))
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class _PeftReader:
         content: the folder.
         adapter: the adapter's name in the module.
         tensors: the folder's tensors.
-        sites: the module's sites by every name.
+        sites: the module's sites by every name; of a tie that PEFT adapts as one, the whole.
         missing, strange, misshapen: what does not fit.
     """
 

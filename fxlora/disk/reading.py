@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +21,14 @@ class Reading:
             of PiSSA and OLoRA in PEFT's) are computed from the base weight again.
         stored: values of parameters trained in full and of buffers, by name.
         notes: warnings for the user.
+        wrapped: the names under which PEFT has pairs of each adapted parameter, for its folders.
     """
 
     plan: Plan
     starts: dict[str, torch.Tensor]
     stored: dict[str, torch.Tensor]
     notes: tuple[str, ...] = field(default=())
+    wrapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def with_plan(self, plan: Plan) -> Reading:
         return dataclasses.replace(self, plan=plan)
