@@ -14,7 +14,7 @@ from torch import nn
 
 import fxlora
 from fxlora import LoraConfig, QuantisedError
-from fxlora.module.decoded import DecodedTensor
+from fxlora.module.decoded import DecodedTensor, Decoder
 from fxlora.module.quantised import dequantised, is_quantised
 
 pytest.importorskip("torchao", reason="the torchao extra is not installed")
@@ -136,21 +136,108 @@ def test_the_fold_says_what_becomes_of_the_codes() -> None:
     assert again.retention["3"] > 0.9
 
 
-def test_masks_and_positions_of_few_bits_are_no_weights() -> None:
-    class Masked(nn.Module):
+def test_buffers_of_few_bits_are_weights_only_if_an_op_dequantises_them() -> None:
+    class Graph(nn.Module):
+        """A graph network: an adjacency of bytes, multiplied with data, and a mask by hand."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.lin = nn.Linear(6, 6)
-            self.register_buffer("mask", torch.tril(torch.ones(5, 5, dtype=torch.uint8)))
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.register_buffer("adj", (torch.rand(5, 5) > 0.5).to(torch.uint8))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            scores = x @ self.lin(x).mT + (1.0 - self.get_buffer("mask").float()) * -1e9
-            return scores.softmax(-1) @ x
+            h = self.a(x)
+            h = h * (h > 0).to(h.dtype)
+            return self.b(torch.matmul(self.get_buffer("adj").to(h.dtype), h))
 
-    model, x = Masked().eval(), torch.randn(2, 5, 6)
+    torch.manual_seed(0)
+    model, x = Graph().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64)
     captured = fxlora.capture(model, x)
+    assert not any(map(is_quantised, captured.parameters()))
     assert captured.state_dict().keys() == model.state_dict().keys()
-    assert torch.equal(captured(x), model(x))
+    captured.load_state_dict(model.state_dict())
+    assert_same_gradients(captured, model, x)
+
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    lora = fxlora.inject(captured, fxlora.match(captured, config)).eval()
+    folded = fxlora.fold(lora)
+    merged = fxlora.merged(model, folded)
+    assert torch.equal(merged(x), folded(x))
+    assert_same_gradients(lora, merged, x)
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
+    x = x.clone().requires_grad_()
+    grads = [torch.autograd.grad(module(x).square().sum(), x)[0] for module in (ours, theirs)]
+    assert grads[1].abs().max() > 0
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
+
+
+class Quantised(nn.Module):
+    """PT2E's ops by hand: codes of a weight, one quantised activation with three readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        codes = torch.randint(-127, 127, (6, 6), dtype=torch.int8, generator=generator)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", torch.rand(6, generator=generator) / 100)
+        self.register_buffer("zeros", torch.zeros(6, dtype=torch.int64))
+
+    def quantise(self, h: torch.Tensor) -> torch.Tensor:
+        return OPS.quantize_per_tensor(h, 0.02, 128, 0, 255, torch.uint8)
+
+    def dequantise(self, codes: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return OPS.dequantize_per_tensor(codes, 0.02, 128, 0, 255, torch.uint8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = self.get_buffer("codes"), self.get_buffer("scales"), self.get_buffer("zeros")
+        weight = OPS.dequantize_per_channel(*codes, 0, -128, 127, torch.int8)
+        h = F.linear(x, weight)
+        h = h * (h > 0.1).to(h.dtype)
+        q = self.quantise(h)
+        first, second = self.dequantise(q, h), self.dequantise(q, h)
+        return F.linear(first, weight) + second.sin() + (q > 130).to(h.dtype)
+
+
+class StraightThrough(Quantised):
+    """The same, with the gradients that are meant."""
+
+    def dequantise(self, codes: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return h + (super().dequantise(codes, h) - h).detach()
+
+
+OPS: Any = torch.ops.quantized_decomposed
+
+
+def test_only_quantisers_are_straight_through_and_all_their_readers_are() -> None:
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+    captured = fxlora.capture(Quantised().eval(), x)
+    assert [n for n, p in captured.named_parameters() if is_quantised(p)] == ["codes"]
+    assert torch.equal(captured(x), Quantised()(x))
+    x.requires_grad_()
+    ours, theirs = (
+        torch.autograd.grad(module(x).square().sum(), x)[0]
+        for module in (captured, StraightThrough())
+    )
+    assert theirs.abs().max() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 600), (torch.float16, 5000)])
+def test_scales_of_16_bits_and_many_channels_stay_apart(dtype: torch.dtype, channels: int) -> None:
+    def decode(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return codes.to(dtype) * scales
+
+    generator = torch.Generator().manual_seed(6)
+    scales = torch.rand(channels, 1, generator=generator).mul(4).exp().div(127).to(dtype)
+    codes = torch.randint(-127, 128, (channels, 3), generator=generator).to(torch.int8)
+    codes[0, 0], codes[0, 1] = 127, -127
+    decoder = Decoder(torch.fx.symbolic_trace(decode), (channels, 3), dtype)
+    weight = DecodedTensor({"part_0": codes, "part_1": scales}, decoder)
+    wanted = weight.dequantize() * 1.5
+    errors = (weight.encoded(wanted).dequantize() - wanted).double().abs().amax(1)
+    assert float((errors / wanted.double().abs().amax(1)).max()) < 0.02
 
 
 def test_a_folded_model_is_quantised_as_its_source_is() -> None:

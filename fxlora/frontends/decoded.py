@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..fx.calls import call_site, example_value
 from ..module import CapturedModule
 from ..module.decoded import DecodedTensor, Decoder
-from .rounded import round_straight_through
+from .rounded import dequantises, round_straight_through
 from .subgraphs import as_module, computed_from
 
 _MOST_BITS = 8
@@ -21,10 +21,12 @@ _MOST_BITS = 8
 def decode_weights(module: CapturedModule) -> None:
     """Replace each chain of ops from constants to a weight, in all graphs, by a parameter.
 
-    The constants are the module's buffers, of which one holds codes of 8 bits or fewer; the weight
-    is read by an op that is not pointwise. The parameter is the `weight` of the module whose
-    forward reads it, or else has the name of the codes. Activations that the same graphs round to
-    codes and back are then rounded straight-through, so that what is in front of them can train.
+    The constants are the module's buffers, of which one holds codes of 8 bits or fewer that only an
+    op which dequantises by definition reads: other buffers of few bits are masks, adjacencies or
+    tables, whatever they are multiplied with. The weight is read by an op that is not pointwise.
+    The parameter is the `weight` of the module whose forward reads it, or else has the name of the
+    codes. Activations that the same graphs quantise and dequantise are then rounded
+    straight-through, so that what is in front of them can train.
     """
     buffers = dict(module.named_buffers(remove_duplicate=False))
     if not any(map(_is_code, buffers.values())):
@@ -105,10 +107,10 @@ class _Chain:
         names = [str(node.target) for node in sources]
         if len(set(names)) < len(names) or not buffers.keys() >= set(names):
             return None
-        codes = [name for name in names if _is_code(buffers[name])]
-        if len(codes) != 1:
+        codes = [node for node in sources if _is_code(buffers[str(node.target)])]
+        if len(codes) != 1 or not all(map(dequantises, codes[0].users)):
             return None
-        sources.sort(key=lambda node: node.target != codes[0])
+        sources.sort(key=lambda node: node is not codes[0])
         decoder = Decoder(as_module(sources, nodes), tuple(value.shape), value.dtype)
         return cls(last, nodes, tuple(str(node.target) for node in sources), decoder)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -12,62 +9,56 @@ from ..fx.calls import example_value
 from ..fx.straight_through import Rounding
 from .subgraphs import as_module, computed_from
 
+# The libraries whose ops quantise by definition. Other ops may cast for any reason: a comparison
+# cast to floats is a mask, whose gradient is zero.
+_NAMESPACES = ("quantized_decomposed", "torchao")
+
 
 def round_straight_through(graph: fx.Graph) -> None:
-    """Make each round trip of an activation through integers one node that passes gradients."""
-    for last in list(graph.nodes):
-        trip = _RoundTrip.to(last)
-        if trip is None:
-            continue
-        given = (trip.start, *trip.constants)
-        target = Rounding(as_module(given, trip.nodes))
-        with graph.inserting_before(last):
-            made = graph.create_node("call_function", target, given)
-        made.meta = dict(last.meta)
-        last.replace_all_uses_with(made)
-        for node in reversed(trip.nodes):
-            graph.erase_node(node)
+    """Make the readers that dequantise a quantised activation pass their gradients to it.
 
-
-@dataclass(frozen=True)
-class _RoundTrip:
-    """Ops that turn a tensor into integers and back.
-
-    Attributes:
-        start: the node of the tensor.
-        nodes: the ops, in order.
-        constants: the nodes of their other inputs.
+    Each becomes one node that quantises and dequantises. Other readers of the codes stay.
     """
+    for quantise in list(graph.nodes):
+        if not _is_op(quantise, "quantize_") or computed_from(quantise) is not None:
+            continue
+        for dequantise in list(quantise.users):
+            if dequantises(dequantise):
+                _join(quantise, dequantise)
+        if not quantise.users:
+            graph.erase_node(quantise)
 
-    start: fx.Node
-    nodes: Sequence[fx.Node]
-    constants: Sequence[fx.Node]
 
-    @classmethod
-    def to(cls, last: fx.Node) -> _RoundTrip | None:
-        """Return the round trip that ends at a node, or None."""
-        value, nodes, node = example_value(last), list[fx.Node](), last
-        if value is None or not value.is_floating_point():
-            return None
-        while True:
-            target = node.target
-            nodes.append(node)
-            op = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-            before = node.args[0] if op and node.args else None
-            if not isinstance(before, fx.Node) or (held := example_value(before)) is None:
-                return None
-            if held.shape != value.shape:
-                return None
-            if held.is_floating_point():
-                break
-            if len(before.users) > 1:
-                return None
-            node = before
-        inputs = (given for n in nodes for given in n.all_input_nodes)
-        constants = [n for n in dict.fromkeys(inputs) if n is not before and n not in nodes]
-        rounds = len(nodes) > 1 and held.dtype == value.dtype
-        if not rounds or computed_from(before) is not None:
-            return None
-        if any(n.op != "get_attr" for n in constants):
-            return None
-        return cls(before, nodes[::-1], constants)
+def dequantises(node: fx.Node) -> bool:
+    """Whether a node calls an op that dequantises by definition."""
+    return _is_op(node, "dequantize_")
+
+
+def _is_op(node: fx.Node, prefix: str) -> bool:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name.partition("::")[2]
+    known = target.namespace in _NAMESPACES and name.startswith(prefix)
+    return known and not target._schema.is_mutable
+
+
+def _join(quantise: fx.Node, dequantise: fx.Node) -> None:
+    """Replace a node that dequantises by one that does both, if their values allow it."""
+    start = quantise.args[0] if quantise.args else None
+    if not isinstance(start, fx.Node) or dequantise.args[:1] != (quantise,):
+        return
+    before, after = example_value(start), example_value(dequantise)
+    if before is None or after is None or before.shape != after.shape:
+        return
+    if before.dtype != after.dtype or not before.is_floating_point():
+        return
+    inputs = (*quantise.all_input_nodes, *dequantise.all_input_nodes)
+    given = [node for node in dict.fromkeys((start, *inputs)) if node is not quantise]
+    graph = dequantise.graph
+    with graph.inserting_before(dequantise):
+        target = Rounding(as_module(given, (quantise, dequantise)))
+        made = graph.create_node("call_function", target, tuple(given))
+    made.meta = dict(dequantise.meta)
+    dequantise.replace_all_uses_with(made)
+    graph.erase_node(dequantise)

@@ -56,6 +56,7 @@ class DecodedTensor(torch.Tensor):
         Raises:
             QuantisedError: it is not, or the scales are no part.
         """
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         codes = getattr(self, self.names[0])
         low, high = (torch.full_like(codes, int(bound)) for bound in codes.aminmax())
         name, of_entry = self._scales()
@@ -90,9 +91,17 @@ class DecodedTensor(torch.Tensor):
                 continue
             if not torch.equal(self._decoded({name: part * 2}, codes), before * 2):
                 continue
-            numbers = torch.arange(1, part.numel() + 1).reshape(part.shape).to(part)
-            steps = [self._decoded({name: numbers}, given) for given in (ones, zeros)]
-            return name, (steps[0] - steps[1]).round().long().abs() - 1
+            numbers = torch.arange(part.numel(), device=part.device).reshape(part.shape)
+            of_entry = torch.zeros(codes.shape, dtype=torch.int64, device=part.device)
+            # Bit by bit, as scales of 1 and 2: few dtypes of scales have all numbers.
+            for bit in range(part.numel().bit_length()):
+                marked = (1 + (numbers >> bit & 1)).to(part)
+                steps = [
+                    (self._decoded({name: scale}, ones) - self._decoded({name: scale}, zeros)).abs()
+                    for scale in (marked, torch.ones_like(part))
+                ]
+                of_entry |= (steps[0] > 1.5 * steps[1]).long() << bit
+            return name, of_entry
         raise QuantisedError("a weight has no part of scales that could be made anew.")
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
