@@ -16,6 +16,7 @@ from torch import nn
 import fxlora
 from fxlora import CapturedModule, InjectError, LoraConfig, QuantisedError
 from fxlora.module.quantised import dequantised, is_quantised, stored, stored_bytes
+from fxlora.passes.fold_quantised import QuantisedFold
 
 from .typed import plan_of, untyped
 
@@ -75,6 +76,7 @@ class Case:
     """One capture of a quantised model, and an injection of random adapters."""
 
     def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.model: Any = plain_model()
         KINDS[kind](self.model)
         self.before = [part.clone() for w in weights(self.model) for part in stored(w)]
@@ -369,9 +371,46 @@ def test_dequantise_gives_plain_weights(product: Case) -> None:
     assert torch.equal(plain.eval()(X), folded(X))
 
 
-def test_dequantise_refuses_a_layer_that_quantises_its_inputs() -> None:
-    with pytest.raises(QuantisedError, match="computes more than the product"):
-        fxlora.fold(case_of("int8 x int8").lora, quantised="dequantise")
+def test_dequantise_refuses_a_layer_that_quantises_its_inputs_in_bfloat16() -> None:
+    x = X.bfloat16()
+    for config, refused in (
+        (Int8DynamicActivationInt8WeightConfig(), True),
+        (Int8WeightOnlyConfig(), False),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32)).bfloat16()
+        quantize_(model, config)
+        lora = fxlora.adapt(model, x, rules=LoraConfig(r=2, target_modules="all-linear"))
+        if refused:
+            with pytest.raises(QuantisedError, match="computes more than the product"):
+                fxlora.fold(lora, quantised="dequantise")
+        else:
+            assert not weights(fxlora.fold(lora, quantised="dequantise"))
+
+
+def test_retention_far_above_one_is_refused_as_noise() -> None:
+    fold = QuantisedFold("requantise", min_retention=0.9)
+    fold.check({"a": 0.9, "b": 1.1})
+    for kept in (0.89, 1.11, float("nan")):
+        with pytest.raises(QuantisedError, match=r"less than min_retention=0.9 or more than 1.1"):
+            fold.check({"a": kept})
+
+
+def test_retention_counts_from_what_the_quantiser_makes_of_the_base() -> None:
+    retention: dict[str, float] = {}
+    weight = case_of("int8").model[0].weight
+    values = dequantised(weight)
+
+    def off(given: torch.Tensor) -> torch.Tensor:
+        layer = nn.Linear(64, 96, bias=False)
+        layer.weight = nn.Parameter(given * 1.03, requires_grad=False)
+        quantize_(layer, Int8WeightOnlyConfig())
+        return layer.weight.detach()
+
+    # A change of the weights' own direction: 3 % more of W is no part of it.
+    fold = QuantisedFold("requantise", quantiser=off)
+    fold.stored("a", "a.weight", weight, values * 1.01, retention)
+    assert 1 < retention["a"] < 1.06
 
 
 def test_requantise_stores_the_sum_as_the_base_is_stored(case: Case) -> None:
@@ -382,13 +421,22 @@ def test_requantise_stores_the_sum_as_the_base_is_stored(case: Case) -> None:
         a, b = (case.lora.get_parameter(f"{name}.lora_{k}.default.weight").double() for k in "AB")
         change = 2 * b @ a
         after = dequantised(folded.get_parameter(f"{name}.weight")).double()
-        moved = after - dequantised(source.weight).double()
+        moved = after - requantised(case, source).double()
         expected = float(((moved * change).sum() / change.square().sum()).detach())
         assert abs(folded.retention[name] - expected) < 1e-5
     merged = fxlora.merged(case.model, folded).eval()
     assert torch.equal(merged(X), folded(X))
     assert same_bits(weights(merged), weights(folded))
     assert "Retention of s·BA" in fxlora.report(folded)
+
+
+def requantised(case: Case, layer: Any) -> torch.Tensor:
+    """The values of what torchao makes of a layer's values."""
+    values = dequantised(layer.weight)
+    plain = nn.Linear(values.shape[1], values.shape[0], bias=False)
+    plain.weight = nn.Parameter(values, requires_grad=False)
+    KINDS[case.kind](nn.Sequential(plain))
+    return dequantised(plain.weight)
 
 
 def test_requantise_is_what_torchao_makes_of_the_folded_weights() -> None:
