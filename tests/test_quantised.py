@@ -16,7 +16,7 @@ from torch import nn
 import fxlora
 from fxlora import CapturedModule, InjectError, LoraConfig, QuantisedError
 from fxlora.module.quantised import dequantised, is_quantised, stored, stored_bytes
-from fxlora.passes.fold_quantised import QuantisedFold
+from fxlora.passes.fold_quantised import QuantisedFold, check_products
 
 from .typed import plan_of, untyped
 
@@ -386,6 +386,14 @@ def test_dequantise_refuses_a_layer_that_quantises_its_inputs_in_bfloat16() -> N
                 fxlora.fold(lora, quantised="dequantise")
         else:
             assert not weights(fxlora.fold(lora, quantised="dequantise"))
+
+
+def test_dequantise_refuses_a_read_whose_inputs_are_unknown() -> None:
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.get_attr("weight")
+    read = graph.call_function(F.linear, (x, weight))
+    with pytest.raises(QuantisedError, match="not known what shapes x have"):
+        check_products("site", case_of("int8").model[0].weight, [(read, weight)])
 
 
 def test_retention_far_above_one_is_refused_as_noise() -> None:
