@@ -16,6 +16,7 @@ from torch import nn
 import fxlora
 from fxlora import CapturedModule, InjectError, LoraConfig, QuantisedError
 from fxlora.module.quantised import dequantised, is_quantised, stored, stored_bytes
+from fxlora.module.quantiser import quantiser_of
 from fxlora.passes.fold_quantised import QuantisedFold, check_products
 
 from .typed import plan_of, untyped
@@ -76,7 +77,6 @@ class Case:
     """One capture of a quantised model, and an injection of random adapters."""
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
         self.model: Any = plain_model()
         KINDS[kind](self.model)
         self.before = [part.clone() for w in weights(self.model) for part in stored(w)]
@@ -429,22 +429,15 @@ def test_requantise_stores_the_sum_as_the_base_is_stored(case: Case) -> None:
         a, b = (case.lora.get_parameter(f"{name}.lora_{k}.default.weight").double() for k in "AB")
         change = 2 * b @ a
         after = dequantised(folded.get_parameter(f"{name}.weight")).double()
-        moved = after - requantised(case, source).double()
+        moved = (
+            after - dequantised(quantiser_of(source.weight)(dequantised(source.weight))).double()
+        )
         expected = float(((moved * change).sum() / change.square().sum()).detach())
         assert abs(folded.retention[name] - expected) < 1e-5
     merged = fxlora.merged(case.model, folded).eval()
     assert torch.equal(merged(X), folded(X))
     assert same_bits(weights(merged), weights(folded))
     assert "Retention of s·BA" in fxlora.report(folded)
-
-
-def requantised(case: Case, layer: Any) -> torch.Tensor:
-    """The values of what torchao makes of a layer's values."""
-    values = dequantised(layer.weight)
-    plain = nn.Linear(values.shape[1], values.shape[0], bias=False)
-    plain.weight = nn.Parameter(values, requires_grad=False)
-    KINDS[case.kind](nn.Sequential(plain))
-    return dequantised(plain.weight)
 
 
 def test_requantise_is_what_torchao_makes_of_the_folded_weights() -> None:
