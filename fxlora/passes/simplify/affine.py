@@ -1,7 +1,7 @@
 """FoldAffine: scales and shifts into the layer before them, as batch norms in eval are.
 
-A call is affine for each channel, y = s·x + t, if runs of it say so: on zeros (t), on ones (s + t)
-and on random numbers, in float64. Behind a layer W x + b, it is the layer (s·W) x + (s·b + t).
+Behind a layer W x + b, a call y = s·x + t is the layer (s·W) x + (s·b + t). Which calls are affine,
+and which are layers, is known by definition: `affine_ops.py` and `_LAYERS`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,30 @@ from ...lora.row import Op
 from ...module import CapturedModule
 from ...module.state import State
 from ..base import Pass
+from .affine_ops import affine_of, channelwise
 from .values import Constants, is_pure
 
 aten = torch.ops.aten
+
+# (op, position of its weight): the results are W x + b, and linear in W.
+_LAYERS = frozenset(
+    [
+        (aten.linear.default, 1),
+        (aten.addmm.default, 2),
+        (aten.mm.default, 1),
+        (aten.matmul.default, 1),
+        (aten.embedding.default, 0),
+        (aten.conv1d.default, 1),
+        (aten.conv2d.default, 1),
+        (aten.conv3d.default, 1),
+        (aten.conv1d.padding, 1),
+        (aten.conv2d.padding, 1),
+        (aten.conv3d.padding, 1),
+        (aten.conv_transpose1d.default, 1),
+        (aten.conv_transpose2d.input, 1),
+        (aten.conv_transpose3d.input, 1),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +99,8 @@ class _Layer:
 
     @classmethod
     def of(cls, node: fx.Node, held: Constants) -> _Layer | None:
-        rows = ((at, row) for (target, at), row in OPS.items() if target == node.target)
-        found = (cls._of_row(node, argument(node, at), row, held) for at, row in rows)
+        ours = [(op, at) for op, at in _LAYERS if op is node.target and (op, at) in OPS]
+        found = (cls._of_row(node, argument(node, at), OPS[op, at], held) for op, at in ours)
         return next(filter(None, found), None)
 
     @classmethod
@@ -108,21 +129,24 @@ def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
     node, position, output = layer.node, layer.row.bias, layer.row.output
     example = example_value(node)
     assert example is not None and output is not None
-    found = _affine(after, node, example.ndim, output, layer.features, held)
-    if found is None or (position is None and bool(found[1].any())):
+    found = channelwise(after, node, example.ndim, output, layer.features, held)
+    if found is None or (position is None and bool(found.shift.any())):
         return
     weight = held.of(layer.weight)
     scale, shift = (value.to(weight.device) for value in found)
     along = [-1 if dim == layer.dim else 1 for dim in range(weight.ndim)]
     scaled = (weight.double() * scale.reshape(along)).to(weight.dtype)
+    old = 0.0 if layer.bias is None else held.of(layer.bias).double()
+    bias = (old * scale + shift).to(weight.dtype)
+    if not bool(scaled.isfinite().all() and bias.isfinite().all()):
+        return
     node.replace_input_with(layer.weight, held.replaced(layer.weight, node, scaled))
     if position is not None and layer.bias is not None:
-        bias = (held.of(layer.bias).double() * scale + shift).to(weight.dtype)
         node.replace_input_with(layer.bias, held.replaced(layer.bias, node, bias))
     elif position is not None:
         owner = str(layer.weight.target).rpartition(".")[0]
         name = f"{owner}.bias" if owner else "bias"
-        _set_argument(node, position, held.new(name, shift.to(weight.dtype), node))
+        _set_argument(node, position, held.new(name, bias, node))
     after.replace_all_uses_with(node)
     after.graph.erase_node(after)
 
@@ -143,7 +167,7 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
     if example is None or scales[0] is None or scales[1] is None:
         return
     both = scales[0] * scales[1]
-    if both.ndim > example.ndim:
+    if both.ndim > example.ndim or not _keeps(both, example.dtype):
         return
     graph = second.graph
     # The constants are in the dtype and on the device of now; the example may be of before a move.
@@ -162,39 +186,15 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
         graph.erase_node(old)
 
 
-# ---- trials -------------------------------------------------------------------------------------
-
-_EXACT = 1e-10  # the largest error of a trial in float64, relative
-
-
-def _affine(
-    node: fx.Node, source: fx.Node, dims: int, channel: int, features: int, held: Constants
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return scale and shift (features,) of a call that is affine for each channel, or None."""
-    shape = [2] * dims
-    shape[channel] = features
-    zeros = torch.zeros(shape, dtype=torch.float64)
-    random = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ran = [held.trial(node, source, x) for x in (zeros, zeros + 1, random)]
-    if not all(isinstance(x, torch.Tensor) and x.shape == zeros.shape for x in ran):
-        return None
-    start, end, found = ran
-    scale = end - start
-    error = float((scale * random + start - found).abs().max())
-    if not error <= _EXACT * max(1.0, float(found.abs().max())):
-        return None
-    one = tuple(slice(None) if dim == channel % dims else slice(0, 1) for dim in range(dims))
-    if not all(torch.equal(value[one].expand(shape), value) for value in (start, scale)):
-        return None
-    return scale[one].flatten().clone(), start[one].flatten().clone()
-
-
 def _scale(node: fx.Node, source: fx.Node, held: Constants) -> torch.Tensor | None:
     """Return the factor of a call that is a product with constants, as they broadcast, or None."""
-    values = [torch.tensor(x, dtype=torch.float64) for x in (0.0, 1.0, -0.73)]
-    ran = [held.trial(node, source, x) for x in values]
-    if not all(isinstance(x, torch.Tensor) and x.shape == ran[0].shape for x in ran):
+    if node.target is aten.batch_norm.default:
         return None
-    zero, scale, found = ran
-    exact = torch.allclose(scale * values[2], found, rtol=_EXACT, atol=0)
-    return scale if exact and not bool(zero.any()) else None
+    found = affine_of(node, source, held)
+    return None if found is None or bool(found.shift.any()) else found.scale
+
+
+def _keeps(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether no entry becomes zero or infinite in a dtype."""
+    rounded = value.to(dtype)
+    return bool(rounded.isfinite().all()) and torch.equal(rounded == 0, value == 0)

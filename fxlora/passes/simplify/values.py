@@ -21,7 +21,9 @@ def is_pure(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     seeded = torch.Tag.nondeterministic_seeded in target.tags
-    return target.namespace in ("aten", "prims") and not seeded and not target._schema.is_mutable
+    schema = target._schema  # one without results is called for its effect, as an assertion is
+    fixed = not seeded and not schema.is_mutable and bool(schema.returns)
+    return target.namespace in ("aten", "prims") and fixed
 
 
 def call(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
@@ -88,22 +90,6 @@ class Constants:
             with torch.no_grad():
                 self._known[node] = call(node, {n: self.of(n) for n in node.all_input_nodes})
         return self._known[node]
-
-    def trial(self, node: fx.Node, source: fx.Node, x: torch.Tensor) -> Any:
-        """Run a call in float64 on a value for its one input that is no constant; None if it fails.
-
-        A call for other shapes, or one that has no float64, fails.
-        """
-        given: dict[fx.Node, Any] = {source: x}
-        for other in node.all_input_nodes:
-            if other is not source:
-                value = self.of(other).cpu()
-                given[other] = value.double() if value.is_floating_point() else value
-        try:
-            with torch.no_grad():
-                return call(node, given)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return None
 
     def replaced(self, node: fx.Node, reader: fx.Node, value: torch.Tensor) -> fx.Node:
         """Return a node that fetches a new value for one reader of a constant.
