@@ -29,7 +29,7 @@ def written_nodes(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
     """Return the nodes whose tensors a call may write to, directly or through a view."""
     found: dict[fx.Node, None] = {}
     for value in _written(node, owner):
-        found |= dict.fromkeys(_alias_roots(value, owner))
+        found |= dict.fromkeys(alias_roots(value, owner))
     return list(found)
 
 
@@ -74,12 +74,12 @@ def _written_by_nested(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
         given = dict(call.given(nested)) if call else {}
         for inner in nested.graph.nodes:
             for value in _written(inner, nested):
-                for root in _alias_roots(value, nested):
+                for root in alias_roots(value, nested):
                     if isinstance(outside := given.get(root), fx.Node):
                         yield outside
 
 
-def _alias_roots(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
+def alias_roots(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
     """Return the nodes whose tensors this one may alias, or the node itself."""
     found: dict[fx.Node, None] = {}
     ahead, met = [node], set[fx.Node]()
@@ -141,7 +141,7 @@ def _passed_through(node: fx.Node, index: Any, owner: nn.Module) -> fx.Node | No
         results: Any = nested.graph.output_node().args[0]
         if isinstance(results, list | tuple) and isinstance(results[index], fx.Node):
             given = dict(call.given(nested)) if call else {}
-            for root in _alias_roots(results[index], nested):
+            for root in alias_roots(results[index], nested):
                 if isinstance(outside := given.get(root), fx.Node):
                     return outside
     return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from ...fx.effects import alias_roots
 from ...module import CapturedModule
 from ...module.memory import memory_id
 from ...module.state import State
@@ -21,14 +23,15 @@ class EvaluateConstants(Pass):
     """Replace the last nodes that depend on constants only by their values.
 
     Among them are parametrized weights, masks, positions and the embeddings of those. A view of a
-    constant stays: it costs nothing.
+    constant stays: it costs nothing. So does what the graph returns, which is new at each call.
     """
 
     def rewrite(self, module: CapturedModule) -> State:
         for graph in module.distinct_graphs():
             held = Constants(graph, module)
+            returned = _memory(graph.output_node().all_input_nodes, module)
             for node in [n for n in graph.nodes if n in held.nodes and n.op == "call_function"]:
-                if held.nodes.issuperset(node.users):
+                if held.nodes.issuperset(node.users) or returned & _memory([node], module):
                     continue
                 value = held.of(node)
                 if not isinstance(value, torch.Tensor) or not _is_worth(node, value, held):
@@ -40,6 +43,11 @@ class EvaluateConstants(Pass):
                 if node in held.nodes and not node.users:
                     graph.erase_node(node)
         return module.known
+
+
+def _memory(nodes: Iterable[fx.Node], module: CapturedModule) -> set[fx.Node]:
+    """Return the nodes whose memory the values of some nodes may share, or the nodes themselves."""
+    return {root for node in nodes for root in alias_roots(node, module)}
 
 
 def _is_worth(node: fx.Node, value: torch.Tensor, held: Constants) -> bool:

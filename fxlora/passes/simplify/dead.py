@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import fx, nn
 
+from ...fx.effects import is_python_function, written_nodes
+from ...fx.nested import call_of
 from ...module import CapturedModule
 from ...module.state import State
 from ..base import Pass
+from .values import is_pure
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,9 @@ class RemoveDead(Pass):
 
     def rewrite(self, module: CapturedModule) -> State:
         for graph in module.distinct_graphs():
-            graph.eliminate_dead_code()
+            for node in reversed(list(graph.nodes)):
+                if not node.users and not _has_effect(node, module):
+                    graph.erase_node(node)
         if module.parent_module:  # its Python may read any of them
             return module.known
         read = {name for graph in module.distinct_graphs() for name in _fetched(graph)}
@@ -30,6 +36,20 @@ class RemoveDead(Pass):
                 owner, _, attribute = name.rpartition(".")
                 del module.get_submodule(owner)._buffers[attribute]
         return module.known
+
+
+def _has_effect(node: fx.Node, owner: nn.Module) -> bool:
+    """Whether a node may do more than return a value, itself or in nested graphs of its owner."""
+    if node.op == "get_attr" or is_pure(node):
+        return False
+    if node.op != "call_function" or node.is_impure() or written_nodes(node, owner):
+        return True
+    if call := call_of(node, owner):
+        inner = ((one, graph) for graph in call.graphs for one in graph.graph.nodes)
+        ends = ("placeholder", "output")
+        return any(one.op not in ends and _has_effect(one, graph) for one, graph in inner)
+    # Python's operators have none; an op that is not torch's, and any other function, may have.
+    return isinstance(node.target, torch._ops.OperatorBase) or is_python_function(node)
 
 
 def _fetched(graph: fx.Graph) -> list[str]:
