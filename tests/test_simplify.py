@@ -188,6 +188,165 @@ def test_a_pass_that_is_not_equal_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(small(X), folded(X), rtol=1e-9, atol=1e-9)
 
 
+class NotAffine(nn.Module):
+    """Calls that are affine on small numbers, or at the sizes of an example, only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 5).double()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            self.lin(x).clamp(-10, 10),
+            nn.functional.threshold(self.lin(x), -30.0, 0.0),
+            self.lin(x).nan_to_num(),
+            self.lin(x)[..., :5].tril(9),
+            x.cumsum(0) * 2.0 * 3.0,
+            x.sum(0, keepdim=True) * 2.0,
+            (x * 0.5).clamp(-20, 20) * 3.0,
+            torch.rrelu(x.sum(), training=False),
+            3.0 / (self.lin(x) * 2.0),
+        )
+
+
+def test_only_what_is_affine_by_definition_is_folded() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(1, 4, dtype=torch.float64)  # its sum is positive, as rrelu's input
+    captured = fxlora.capture(NotAffine().eval(), x)
+    small = fxlora.simplify(captured, x)
+    assert small.simplified is not None and all(step.kept for step in small.simplified.steps)
+    kept = {"clamp", "threshold", "nan_to_num", "tril", "cumsum", "sum", "rrelu"}
+    assert kept <= set(kinds(small))
+    # cumsum's two products are one, and the one behind a layer is folded.
+    assert kinds(captured).count("mul") - kinds(small).count("mul") == 2
+    for other in (100 * torch.randn(13, 4, dtype=torch.float64), -x, x * torch.inf):
+        for one, two in zip(small(other), captured(other), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+class Sums(nn.Module):
+    """Each form of a sum or product with constants behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lins = nn.ModuleList(nn.Linear(3, 4, bias=n % 2 == 0).double() for n in range(9))
+        self.c = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, c = [lin(x) for lin in self.lins], self.c
+        return (
+            *(torch.add(y[0], c, alpha=3), torch.add(c, y[1], alpha=3), c - y[2] + 2.0),
+            *(torch.sub(y[3], c, alpha=-2), torch.rsub(y[4], 5, alpha=3), -y[5] / c),
+            *(y[6].true_divide(4), torch.sub(c, y[7], alpha=0.3), c * y[8]),
+        )
+
+
+def test_each_form_of_sum_and_product_is_folded() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    captured = fxlora.capture(Sums().eval(), x)
+    small = fxlora.simplify(captured, x)
+    assert set(kinds(small)) == {"linear"}
+    for one, two in zip(small(x), captured(x), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+class Effects(nn.Module):
+    """Writes to a buffer in a nested graph, and returns a constant, logits and a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.w = nn.Linear(4, 6), nn.Parameter(torch.ones(6))
+        self.register_buffer("n", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.lin(x.cumsum(0))
+        with torch.no_grad():
+            self.get_buffer("n").add_(y.mean())
+        masked = y.masked_fill(torch.arange(6) > 4, torch.finfo(y.dtype).min)
+        return masked, y.argmax(-1), self.w * 2
+
+
+@functools.cache
+def effects() -> tuple[CapturedModule, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4)
+    return fxlora.capture(Effects().eval(), x), x
+
+
+def test_writes_in_nested_graphs_stay() -> None:
+    captured, x = effects()
+    small, source = fxlora.simplify(captured, x), copy.deepcopy(captured)
+    for n in range(1, 3):
+        small(x * n), source(x * n)
+        assert float(source.get_buffer("n")) != 0
+        assert torch.equal(small.get_buffer("n"), source.get_buffer("n"))
+
+
+def test_a_constant_that_is_returned_is_new_at_each_call() -> None:
+    captured, x = effects()
+    small = fxlora.simplify(captured, x)
+    with torch.no_grad():
+        small(x)[2].add_(1)
+    assert torch.equal(small(x)[2], captured(x)[2])
+
+
+class Edit(Pass):
+    """A wrong pass: it edits the only graph, or a parameter."""
+
+    def __init__(self, edit: Any) -> None:
+        self.edit = edit
+
+    def rewrite(self, module: CapturedModule) -> Any:
+        self.edit(module)
+        return module.known
+
+
+def drop(kind: str) -> Any:
+    def edit(module: CapturedModule) -> None:
+        graph = module.distinct_graphs()[0]
+        node = next(n for n in graph.nodes if f".{kind}." in str(n.target))
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+
+    return edit
+
+
+def drop_nested(module: CapturedModule) -> None:
+    graph = module.distinct_graphs()[0]
+    node = next(n for n in graph.nodes if "grad_enabled" in str(n.target))
+    for user in list(node.users):
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def scale_bias(module: CapturedModule) -> None:
+    bias = module.get_parameter("lin.bias")
+    module.set_parameter("lin.bias", nn.Parameter(bias + 1e-3))
+
+
+@pytest.mark.parametrize("edit", [drop("cumsum"), drop_nested, scale_bias])
+def test_the_proof_sees_other_sizes_writes_and_numbers_beside_a_mask(
+    monkeypatch: pytest.MonkeyPatch, edit: Any
+) -> None:
+    captured, x = effects()
+    monkeypatch.setitem(PASSES, "dropout", untyped(Edit(edit)))
+    small = fxlora.simplify(captured, x, passes=["dropout"])
+    assert small.simplified is not None and not small.simplified.steps[0].kept
+    assert len(small.graph.nodes) == len(captured.graph.nodes)
+
+
+def test_the_proof_compares_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Choice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.neg().argmax(-1)
+
+    x = torch.randn(5, 7)
+    monkeypatch.setitem(PASSES, "dropout", untyped(Edit(drop("neg"))))
+    small = fxlora.simplify(fxlora.capture(Choice(), x), x, passes=["dropout"])
+    assert small.simplified is not None and not small.simplified.steps[0].kept
+
+
 def test_arguments_are_checked() -> None:
     _, folded, _ = nets()
     with pytest.raises(fxlora.ConfigError, match="passes must be a list of dropout, constants"):

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..module.program import ProgramModule
+from ..module.sizes import Arguments, larger, resized
 from .adapters import Tensors
 from .program import Exported
-from .sizes import Arguments, larger, resized
 
 # The largest difference from the module, relative to the largest number of an output, that another
 # runtime's kernels may make by rounding.

@@ -21,9 +21,9 @@ from ..fx.calls import example_value
 from ..module.contract import InputSpec
 from ..module.program import ProgramModule
 from ..module.quantised import is_quantised
+from ..module.sizes import resized
 from .call import ADAPTERS, Call, distinct_names, is_tensor
 from .metadata import Tracer, root_class, with_places
-from .sizes import resized
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ class Step:
         name: the pass.
         ops: how many calls of ops it removed from the graphs.
         size: how many bytes of parameters and buffers it removed.
-        error: the largest difference of the outputs, relative to the largest entry of each.
+        error: the largest difference in what the module returns and writes, relative to the number
+            or to the usual size in its tensor; inf if integers, shapes or writes differ.
         kept: whether it was equal, and so is part of the result.
     """
 

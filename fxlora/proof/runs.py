@@ -64,6 +64,29 @@ def run(
         return call(*args, **kwargs)
 
 
+class Ran(NamedTuple):
+    """What a run returned and left behind.
+
+    Attributes:
+        output: a copy of the output, and of the inputs as the run left them.
+        written: the parameters and buffers that the run changed, by name, as it left them.
+    """
+
+    output: Any
+    written: dict[str, Tensor]
+
+
+def run_with_state(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
+    """Run a module as `run` does, and return also what it changed."""
+    args, kwargs = copied_values((args, kwargs))
+    before = copied_values(module.state_tensors())
+    with fixed_seed(module), _state_restored(module):
+        output = module(*args, **kwargs)
+        after = module.state_tensors()
+        changed = {n: t for n, t in after.items() if not equal_tensors(t.detach(), before[n])}
+        return Ran(*copied_values(((output, args, kwargs), changed)))
+
+
 def float_tensors(outputs: Any) -> list[Tensor]:
     """Return the floating-point tensors among the outputs, with complex ones as pairs of reals."""
     leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]

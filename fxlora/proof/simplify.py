@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, InjectError, InputError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.autocasts import no_gradients
-from ..module.quantised import stored_bytes
+from ..module.quantised import is_quantised, stored_bytes
 from ..module.simplified import Simplification, Step
+from ..module.sizes import Arguments, larger, resized
 from ..names import shown
 from ..passes.simplify import PASSES, ForInference
-from .runs import float_tensors, run
+from .runs import Ran, equal_tensors, run_with_state
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 _TOLERANCE = 1e-2  # of narrower dtypes, to which each new weight is rounded
@@ -32,10 +36,12 @@ def simplify(
 ) -> CapturedModule:
     """Return a module for inference, with fewer ops, that computes the same.
 
-    Each pass is proved by a run on the given inputs, against the module's own outputs: to 1e-10 of
-    the largest output in float64, to 1e-5 in float32. One that is not equal is left out.
+    Each pass is proved by runs on the given inputs, and on larger ones where sizes are dynamic: all
+    that the module returns and writes must be its own. Integers and booleans must be equal; other
+    numbers may differ by 1e-10 of their size or of the usual size in their tensor in float64, by
+    1e-5 in float32, by 1e-2 in half precision. A pass that is not equal is left out.
 
-    - "dropout": drop random ops that are switched off in eval.
+    - "dropout": drop dropouts that are switched off in eval.
     - "constants": compute once what depends on parameters and buffers only: parametrized weights,
       masks, positions and their embeddings.
     - "affine": fold scales and shifts into the layer before them (batch norms into convolutions
@@ -85,18 +91,16 @@ def simplify(
     return _simplified(module, (positional, dict(kwargs or {})), passes)
 
 
-def _simplified(
-    module: CapturedModule, inputs: tuple[Any, dict[str, Any]], passes: Sequence[str]
-) -> CapturedModule:
+def _simplified(module: CapturedModule, inputs: Arguments, passes: Sequence[str]) -> CapturedModule:
     current = ForInference()(module).eval()
-    expected = _outputs(current, inputs)
+    calls = list(_calls(current, inputs))
     steps: list[Step] = []
     for name, one in PASSES.items():
         if name not in passes:
             continue
         tried = one(current)
-        error = _error(expected, _outputs(tried, inputs))
-        equal = error <= min((_tolerance(t) for t in expected), default=0.0)
+        found = [_compared(expected, tried, call) for call, expected in calls]
+        error, equal = max(one.error for one in found), all(one.equal for one in found)
         steps.append(_step(name, current, tried, error, equal))
         current = tried if equal else current
     known = replace(current.known, simplified=Simplification(tuple(steps)))
@@ -104,28 +108,87 @@ def _simplified(
     return current
 
 
-def _outputs(module: CapturedModule, inputs: tuple[Any, dict[str, Any]]) -> list[torch.Tensor]:
-    with no_gradients():
-        return float_tensors(run(module, *inputs))
+# ---- proof --------------------------------------------------------------------------------------
 
 
-def _error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Return the largest difference, relative to the largest entry of its output."""
-    worst = 0.0
-    for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return float("inf")
-        if not one.numel():
+class _Comparison(NamedTuple):
+    error: float
+    equal: bool
+
+
+def _calls(module: CapturedModule, inputs: Arguments) -> Iterator[tuple[Arguments, Ran]]:
+    """Yield the call, and one of another size if there is one that the module runs.
+
+    Larger sizes in all dynamic dimensions are tried first, then the batch's alone.
+    """
+    yield inputs, _ran(module, inputs)
+    spec = module.programs[0].inputs["eval"]
+    if spec is None:
+        return
+    batches = spec.symbols(*inputs).values()
+    others = resized(spec, *inputs, size=max(batches, default=0) + 1)
+    for other in itertools.chain(larger(spec, *inputs), others):
+        try:
+            expected = _ran(module, other)
+        except (RuntimeError, IndexError, ValueError):  # as of positions beyond a table's end
             continue
-        same = (one == other) | (one.isnan() & other.isnan())
-        apart = torch.where(same, 0.0, (one.double() - other.double()).abs())
-        size = float(one.double().abs().nan_to_num().max()) or 1.0
-        worst = max(worst, float(apart.nan_to_num(float("inf")).max()) / size)
-    return worst
+        yield other, expected
+        return
 
 
-def _tolerance(output: torch.Tensor) -> float:
-    return TOLERANCES.get(output.dtype, _TOLERANCE)
+def _ran(module: CapturedModule, inputs: Arguments) -> Ran:
+    with no_gradients():
+        return run_with_state(module, *inputs)
+
+
+def _compared(expected: Ran, tried: CapturedModule, inputs: Arguments) -> _Comparison:
+    """Run a module, and compare all that it returns and writes."""
+    leaves, structure = pytree.tree_flatten(tuple(expected))
+    try:
+        found, other_structure = pytree.tree_flatten(tuple(_ran(tried, inputs)))
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return _Comparison(math.inf, False)
+    if structure != other_structure:
+        return _Comparison(math.inf, False)
+    errors = [_error(one, other) for one, other in zip(leaves, found, strict=True)]
+    equal = all(e <= _tolerance(one) for e, one in zip(errors, leaves, strict=True))
+    return _Comparison(max(errors, default=0.0), equal)
+
+
+def _error(expected: Any, found: Any) -> float:
+    """Return the largest |found - expected| / max(|expected|, usual size); inf if not comparable.
+
+    What is no number of floating point is equal or not. The usual size is the median of the sizes
+    that occur, each counted once: zeros, and fill values such as a mask's, do not set it.
+    """
+    if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return 0.0 if type(expected) is type(found) and _same(expected, found) else math.inf
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return math.inf
+    if equal_tensors(expected, found) or not expected.numel():
+        return 0.0
+    if expected.is_complex():
+        expected, found = (torch.view_as_real(t.resolve_conj()) for t in (expected, found))
+    if not expected.is_floating_point() or is_quantised(expected):
+        return math.inf
+    exact, other = expected.double(), found.double()
+    same = (exact == other) | (exact.isnan() & other.isnan())
+    apart = torch.where(same, 0.0, (exact - other).abs()).nan_to_num(math.inf)
+    size = exact.abs()
+    sizes = size[size.isfinite() & (size > 0)].unique()
+    usual = sizes.median() if sizes.numel() else torch.zeros_like(exact).sum()
+    relative = torch.where(same, 0.0, apart / torch.maximum(size.nan_to_num(0.0), usual))
+    return float(relative.nan_to_num(math.inf).max())
+
+
+def _same(expected: Any, found: Any) -> bool:
+    return bool(expected == found or (expected != expected and found != found))  # NaN is NaN
+
+
+def _tolerance(leaf: Any) -> float:
+    if not isinstance(leaf, torch.Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        return 0.0
+    return TOLERANCES.get(leaf.dtype.to_real(), _TOLERANCE)
 
 
 def _step(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..module.contract import Dimension, InputSpec, TensorInput
+from .contract import Dimension, InputSpec, TensorInput
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
