@@ -316,6 +316,26 @@ OPS: dict[tuple[Any, int], Op] = {
     **_conv_rows(3),
 }
 
+# The rows whose results are W x + b by definition, for `simplify`; registered ops are not.
+AFFINE_READS = frozenset(
+    [
+        (aten.linear.default, 1),
+        (aten.addmm.default, 2),
+        (aten.mm.default, 1),
+        (aten.matmul.default, 1),
+        (aten.embedding.default, 0),
+        (aten.conv1d.default, 1),
+        (aten.conv2d.default, 1),
+        (aten.conv3d.default, 1),
+        (aten.conv1d.padding, 1),
+        (aten.conv2d.padding, 1),
+        (aten.conv3d.padding, 1),
+        (aten.conv_transpose1d.default, 1),
+        (aten.conv_transpose2d.input, 1),
+        (aten.conv_transpose3d.input, 1),
+    ]
+)
+
 
 def register_op(target: OpOverload, weight: int, op: Op) -> None:
     """Give calls of an op a branch, so that weights that it reads are adapted like a linear's.

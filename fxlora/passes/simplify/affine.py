@@ -1,7 +1,7 @@
 """FoldAffine: scales and shifts into the layer before them, as batch norms in eval are.
 
 Behind a layer W x + b, a call y = s·x + t is the layer (s·W) x + (s·b + t). Which calls are affine,
-and which are layers, is known by definition: `affine_ops.py` and `_LAYERS`.
+and which are layers, is known by definition: `affine_ops.py` and `AFFINE_READS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import fx
 
 from ...fx.calls import argument, example_value
 from ...lora.layout import OUTPUT
-from ...lora.ops import OPS
+from ...lora.ops import AFFINE_READS, OPS
 from ...lora.row import Op
 from ...module import CapturedModule
 from ...module.state import State
@@ -23,26 +23,6 @@ from .affine_ops import affine_of, channelwise
 from .values import Constants, is_pure
 
 aten = torch.ops.aten
-
-# (op, position of its weight): the results are W x + b, and linear in W.
-_LAYERS = frozenset(
-    [
-        (aten.linear.default, 1),
-        (aten.addmm.default, 2),
-        (aten.mm.default, 1),
-        (aten.matmul.default, 1),
-        (aten.embedding.default, 0),
-        (aten.conv1d.default, 1),
-        (aten.conv2d.default, 1),
-        (aten.conv3d.default, 1),
-        (aten.conv1d.padding, 1),
-        (aten.conv2d.padding, 1),
-        (aten.conv3d.padding, 1),
-        (aten.conv_transpose1d.default, 1),
-        (aten.conv_transpose2d.input, 1),
-        (aten.conv_transpose3d.input, 1),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +79,7 @@ class _Layer:
 
     @classmethod
     def of(cls, node: fx.Node, held: Constants) -> _Layer | None:
-        ours = [(op, at) for op, at in _LAYERS if op is node.target and (op, at) in OPS]
+        ours = [(op, at) for op, at in AFFINE_READS if op is node.target and (op, at) in OPS]
         found = (cls._of_row(node, argument(node, at), OPS[op, at], held) for op, at in ours)
         return next(filter(None, found), None)
 

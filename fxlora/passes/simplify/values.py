@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from ...fx.effects import written_nodes
 from ...module import CapturedModule
+from ...module.memory import memory_id
 from ...module.quantised import is_quantised
 
 
@@ -61,12 +62,17 @@ class Constants:
     def _found(self) -> set[fx.Node]:
         changed = {s for node in self._graph.nodes for s in written_nodes(node, self._module)}
         names = {str(node.target) for node in changed if node.op == "get_attr"}
-        written = self._module.known.written | names
+        module, held = self._module, dict[str, torch.Tensor]()
+        held |= dict(module.named_parameters(remove_duplicate=False))
+        held |= dict(module.named_buffers(remove_duplicate=False))
+        # Also under another name.
+        written = {memory_id(held[n]) for n in module.known.written | names if n in held}
         found: set[fx.Node] = set()
         for node in self._graph.nodes:
-            if node.op == "get_attr" and str(node.target) not in written:
+            if node.op == "get_attr":
                 value = self._tensor(node)
-                if isinstance(value, torch.Tensor) and not is_quantised(value):
+                plain = isinstance(value, torch.Tensor) and not is_quantised(value)
+                if plain and node not in changed and memory_id(value) not in written:
                     found.add(node)
             elif is_pure(node) and found.issuperset(node.all_input_nodes) and node not in changed:
                 found.add(node)
