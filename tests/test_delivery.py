@@ -499,7 +499,7 @@ def test_the_distance_of_two_tensors() -> None:
     distance = untyped(compared)._distance
     a = torch.tensor([1.0, -4.0, float("nan"), float("inf")])
     assert distance(a, a.clone()) == 0
-    assert distance(a + 0.5, a) == pytest.approx(0.125)
+    assert distance(a + 0.5, a) == pytest.approx(0.5)  # of the 1
     assert distance(torch.zeros(4), a) == float("inf")
     assert distance(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
 
@@ -514,3 +514,173 @@ def test_large_weights_are_in_a_file_of_their_own(
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     found = np.asarray(session(path).run(None, {"x": X.numpy()})[0])
     assert close(found, gm(X)["logits"])
+
+
+# ---- what a file cannot hold --------------------------------------------------------------------
+
+NEEDS_ONNX = pytest.mark.skipif(
+    any(importlib.util.find_spec(p) is None for p in FORMATS["onnx"].packages),
+    reason="the packages of fxlora[onnx] are not installed",
+)
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("masked", [1, 90])
+def test_a_masked_score_hides_no_error(masked: int) -> None:
+    distance = untyped(compared)._distance
+    scores = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    scores[:masked] = LOWEST
+    wrong = scores.clone()
+    wrong[-1] += 1
+    assert distance(wrong, scores) > 0.1
+    scaled = torch.where(scores == LOWEST, scores, scores * (1 + 1e-6))
+    assert distance(scaled, scores) < 1e-5
+    flags = torch.tensor([True, False])
+    assert distance(flags.to(torch.uint8), flags) == 0
+    assert distance(torch.tensor([2, 0]), flags) == float("inf")
+    assert distance(torch.tensor([1.5, 2.0]), torch.tensor([1, 2])) == float("inf")
+
+
+class Counting(nn.Module):
+    """Writes to a buffer, or to its input."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.layer = where, nn.Linear(4, 3)
+        self.register_buffer("calls", torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x) * self.get_buffer("calls")
+        (x[0] if self.where == "x" else self.get_buffer("calls")).add_(1)
+        return y
+
+
+@NEEDS_ONNX
+@pytest.mark.parametrize("where", ["calls", "x"])
+def test_a_file_of_outputs_only_refuses_writes(where: str, tmp_path: Path) -> None:
+    x = torch.randn(5, 4)
+    gm = fxlora.capture(Counting(where).eval(), x.clone()).eval()
+    with pytest.raises(ExportError, match=rf'write to {where}.*format="pt2"'):
+        fxlora.export(gm, tmp_path / "m.onnx", x.clone())
+    assert not list(tmp_path.iterdir())
+    program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", x.clone())).module()
+    ours, theirs = x.clone(), x.clone()
+    for _ in range(2):
+        assert torch.equal(program(theirs), gm(ours)) and torch.equal(theirs, ours)
+    assert (ours[0] != x[0]).all() if where == "x" else gm.get_buffer("calls") > 1
+
+
+def test_a_second_call_shows_that_a_file_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> compared.Run:
+        return lambda *args: pt2.load(*given)(*args)  # as new at each call
+
+    forgets = untyped(type(pt2.FORMAT))(".pt2", pt2.write, load, flat=False, stateful=True)
+    monkeypatch.setitem(untyped(FORMATS), "pt2", forgets)
+    x = torch.randn(5, 4)
+    gm = fxlora.capture(Counting("calls").eval(), x, dynamic_shapes={"x": {}}).eval()
+    with pytest.raises(ExportError, match="something else than the module"):
+        fxlora.export(gm, tmp_path / "m.pt2", x)
+
+
+class Limited(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, times: int) -> Any:
+        y = self.layer(x) * times
+        return y if x.shape[0] <= 8 else y * 100
+
+
+@pytest.fixture
+def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format of files that take and return tensors only, and do not say what they assume."""
+    made = untyped(type(pt2.FORMAT))(".flat", pt2.write, pt2.load)
+    monkeypatch.setitem(untyped(FORMATS), "flat", made)
+
+
+@pytest.mark.usefixtures("tensors_only")
+def test_what_a_file_does_not_check_is_named(tmp_path: Path) -> None:
+    x = torch.randn(5, 4)
+    gm = fxlora.capture(Limited().eval(), (x, 3)).eval()
+    message = r"dimension 0 of x is from [01] to 8,.* times is 3, a constant"
+    with pytest.warns(fxlora.FxLoraWarning, match=message):
+        path = fxlora.export(gm, tmp_path / "m.flat", (x, 3))
+    assert torch.equal(torch.export.load(path).module()(x[:2])[0], gm(x[:2], 3))
+    path = fxlora.export(gm, tmp_path / "m.pt2", (x, 3))  # no warning: it checks them
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.export.load(path).module()(torch.randn(9, 4), 3)
+
+
+class Counted(nn.Module):
+    def __init__(self, as_tensor: bool) -> None:
+        super().__init__()
+        self.layer, self.as_tensor = nn.Linear(4, 3), as_tensor
+
+    def forward(self, x: torch.Tensor) -> Any:
+        size = torch.tensor(x.shape[0]) if self.as_tensor else x.shape[0]
+        return {"y": self.layer(x), "size": size, "none": None}
+
+
+@pytest.mark.usefixtures("tensors_only")
+def test_an_integer_output_is_refused_where_only_tensors_return(tmp_path: Path) -> None:
+    x, path = torch.randn(5, 4), tmp_path / "m.flat"
+    gm = fxlora.capture(Counted(False).eval(), x).eval()
+    with pytest.raises(ExportError, match=r"size.*returns no tensor there.*torch\.tensor"):
+        fxlora.export(gm, path, x)
+    gm = fxlora.capture(Counted(True).eval(), x).eval()  # as the message says
+    y, size = torch.export.load(fxlora.export(gm, path, x)).module()(x[:2])
+    assert torch.equal(y, gm(x[:2])["y"]) and size == 2
+
+
+def test_hooks_around_the_graph_are_refused(tmp_path: Path) -> None:
+    x, model = torch.randn(5, 6), Mlp().eval()
+    gm = fxlora.capture(model, x).eval()
+    for add in (gm.register_forward_hook, gm.register_forward_pre_hook):
+        handle = add(lambda *_: None)
+        with pytest.raises(ExportError, match=r"has forward hooks.*on the source model before"):
+            fxlora.export(gm, tmp_path / "m.pt2", x)
+        handle.remove()
+    assert not list(tmp_path.iterdir())
+    y = gm(x)
+    model.register_forward_hook(lambda *call: call[-1] * 2)
+    gm = fxlora.capture(model, x).eval()  # as the message says
+    program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", x)).module()
+    assert torch.equal(program(x), 2 * y)
+
+
+def test_an_adapter_file_has_what_is_active(
+    mlps: tuple[CapturedModule, list[CapturedModule]], tmp_path: Path
+) -> None:
+    gm, path = mlps[0], tmp_path / "a.safetensors"
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    both = fxlora.inject(gm, fxlora.match(gm, config, adapter_name="a"))
+    both = fxlora.inject(both, fxlora.match(both, config, adapter_name="b")).eval()
+    a, b = (fxlora.activate(both, name).eval() for name in "ab")
+    assert (a(X6) - b(X6)).abs().max() > 1e-3 and (a(X6) - both(X6)).abs().max() > 1e-3
+    for module, like in ((b, a), (both, a), (a, both)):
+        with pytest.raises(ConfigError, match="the same adapters must be active"):
+            fxlora.export_adapter(module, path, like=like)
+    written = load_file(fxlora.export_adapter(a, path, like=a))
+    assert set(written) == {f"{site}.lora_{x}.a.weight" for site in "02" for x in "AB"}
+    program = fxlora.export(a, tmp_path / "m.pt2", X6, adapters="inputs")
+    found = torch.export.load(program).module()(X6, adapters=written)
+    assert close(found, a(X6), 1e-6)
+
+
+def test_an_adapter_of_another_dtype_is_refused(
+    mlps: tuple[CapturedModule, list[CapturedModule]], tmp_path: Path
+) -> None:
+    gm, (_, like, _) = mlps
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    other = fxlora.inject(gm, fxlora.match(gm, config)).eval()
+    for p in fxlora.lora_parameters(other):
+        p.data = p.data.bfloat16()
+    with pytest.raises(ConfigError, match=r"is torch\.bfloat16, and torch\.float32 there.*p\.data"):
+        fxlora.export_adapter(other, tmp_path / "a.safetensors", like=like)
+    for p in fxlora.lora_parameters(other):  # as the message says
+        p.data = p.data.to(torch.float32)
+    values = load_file(fxlora.export_adapter(other, tmp_path / "a.safetensors", like=like))
+    assert {value.dtype for value in values.values()} == {torch.float32}

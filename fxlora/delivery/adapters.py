@@ -78,11 +78,14 @@ def held(module: CapturedModule, way: str) -> tuple[CapturedModule, Adapters]:
 
 
 def adapter_tensors(module: CapturedModule) -> dict[str, torch.Tensor]:
-    """Return what makes the adapters of a module: A, B, and all else that its plan added or trains.
+    """Return what makes the active adapters of a module: A, B, and all else that its plan trains.
 
-    Each tensor has its name in the module's `state_dict()`, which is also its name in files.
+    Each tensor has its name in the module's `state_dict()`, which is also its name in files. No
+    graph reads those of adapters that are not active.
     """
-    names = {*module.adapter_parameters(), *module.trained}
+    plan, routing = module.plan, module.known.routing
+    names = {name for entry in plan or () for name in entry.tensors} | module.trained
+    names |= routing.parameters if routing else frozenset()
     return {name: p.detach() for name, p in module.named_parameters() if name in names}
 
 
@@ -99,7 +102,13 @@ def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch
     if other := sorted(n for n in shapes | others if shapes.get(n) != others.get(n)):
         raise ConfigError(
             f"the adapter differs from the program's in {some(other)}: it must have the same "
-            "targets, ranks, variants and name."
+            "targets, ranks, variants and name, and the same adapters must be active."
+        )
+    if other := [n for n in values if values[n].dtype is not theirs[n].dtype]:
+        raise ConfigError(
+            f"the adapter has other dtypes than the program's: {other[0]} is "
+            f"{values[other[0]].dtype}, and {theirs[other[0]].dtype} there ({len(other)} tensors). "
+            "Convert it first, as in `p.data = p.data.to(dtype)` for p in lora_parameters(module)."
         )
     entries = {entry.name_b: entry for entry in like.plan or ()}
     for entry in module.plan or ():

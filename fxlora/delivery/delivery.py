@@ -39,6 +39,8 @@ class Format:
         flat: whether programs take and return tensors only (see `Form`).
         packages: the packages that it needs, of the extra with the format's name.
         strict: whether a path must have the suffix.
+        stateful: whether a file keeps what calls write to buffers and inputs.
+        checks: whether a file checks what the graph assumes about its inputs.
         bounded: whether a dimension without a maximum takes sizes up to the example's.
         defaults: whether inputs that are adapters may be left out, which gives the base.
         adapter: the suffix of a file of an adapter alone, "" if there is none.
@@ -51,6 +53,8 @@ class Format:
     flat: bool = True
     packages: tuple[str, ...] = ()
     strict: bool = False
+    stateful: bool = False
+    checks: bool = False
     bounded: bool = False
     defaults: bool = False
     adapter: str = ""

@@ -11,15 +11,11 @@ import torch
 
 from ..data import as_path
 from ..disk.files import whole_file
-from ..errors import ConfigError, ExportError, InputError, warn
-from ..frontends.kept.containers import counts
+from ..errors import ConfigError, ExportError, InputError
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
-from ..module.contract import TensorInput
-from ..module.fsdp import mesh_of
 from ..module.program import ProgramModule
 from ..names import shown
-from ..tables import some
 from .adapters import Adapters, base_of, check_way, held, values_like
 from .call import Call, Form, distinct_names
 from .compared import Trial, check, tolerance_for, trials
@@ -27,6 +23,15 @@ from .delivery import Delivery, Format
 from .files import whole_files
 from .formats import format_of, writer_of_adapters
 from .program import Exported, exported, output_names
+from .refusals import (
+    refuse_counts,
+    refuse_hooks,
+    refuse_lost_outputs,
+    refuse_sharded,
+    refuse_writes,
+    warn_of_state,
+    warn_of_unchecked,
+)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,8 +72,9 @@ def export(
             graph are dynamic in the file.
         plain: whether "pt2" and "aoti" take and return dicts and tuples instead of other libraries'
             containers (transformers' outputs), which must be imported to load the file.
-        tolerance: the largest difference allowed, relative to the largest number of an output; by
-            default 1e-9 in float64, 1e-4 in float32, and 0.02 and 0.05 in float16 and bfloat16.
+        tolerance: the largest difference of a number allowed, relative to itself or to the median
+            of its output, whichever is larger (integers and booleans must be equal); by default
+            1e-9 in float64, 1e-4 in float32, and 0.02 and 0.05 in float16 and bfloat16.
             With `math.inf`, the file is neither loaded nor compared.
 
     Returns:
@@ -76,8 +82,9 @@ def export(
 
     Raises:
         NotCapturedError: the module is not a captured one.
-        ExportError: it has no whole graph, the format's exporter refuses it, a package is missing,
-            the file computes something else, or it cannot be written.
+        ExportError: it has no whole graph, or has hooks around it; the format cannot hold what it
+            returns or writes to; the format's exporter refuses it, a package is missing, the file
+            computes something else, or it cannot be written.
         ConfigError: an argument is invalid, or the module has no such adapters.
         InputError: the captured graph does not hold for the inputs.
 
@@ -90,12 +97,14 @@ def export(
         torch.Size([5, 4])
     """
     path = as_path(path, ConfigError)
-    module = _captured(module, "export")
+    outside, module = module, _captured(module, "export")
     check_way(adapters)
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ConfigError(f"tolerance must be a number from 0, not {shown(tolerance)}.")
     _, form = format_of(path, format)
-    _refuse_sharded(module)
+    refuse_sharded(module)
+    for called_module in (outside, module):
+        refuse_hooks(called_module, method)
     positional = (args,) if isinstance(args, torch.Tensor) else tuple(args or ())
     called = positional, dict(kwargs or {})
     try:
@@ -106,6 +115,8 @@ def export(
         if args is not None or kwargs:
             raise
         raise InputError(f"{error} export needs inputs: export(module, path, args).") from error
+    refuse_writes(made, form)
+    warn_of_unchecked(made, form)
     delivery = _delivery(made, ways)
     with whole_files(path) as temporary:
         _write(form, delivery, temporary)
@@ -166,22 +177,6 @@ def _captured(module: Any, verb: str) -> CapturedModule:
     return found
 
 
-def _refuse_sharded(module: CapturedModule) -> None:
-    if mesh_of(module) is not None:
-        raise ExportError(
-            "the module is sharded over processes, and a file holds whole weights. Load its "
-            "adapter (save_adapter, load_adapter) into a module that is not sharded, and export "
-            "the fold of that."
-        )
-    if module.parent_module:
-        raise ExportError(
-            f"there is no whole graph to export: the model was captured by regions "
-            f"({some(module.regions)}), between which its Python runs ({module.parent_module.why}) "
-            "Change the source's branch to torch.where or torch.cond; or run the source with the "
-            "folded weights: fxlora.merged(model, folded)."
-        )
-
-
 def _call(
     module: CapturedModule,
     called: Arguments,
@@ -193,39 +188,20 @@ def _call(
     runner = _runner(module, called, method)
     for parameter in runner.parameters():
         parameter.requires_grad_(False)
-    _refuse_counts(called)
-    _warn_of_state(runner)
+    refuse_counts(*called)
+    warn_of_state(runner)
     inputs = adapters.values if adapters.way == "inputs" else {}
     for name in adapters.aliases if inputs else ():  # the file does not hold them
         owner, _, leaf = name.rpartition(".")
         del runner.get_submodule(owner)._parameters[leaf]
-    return Call(runner, *called, Form(form.flat, plain, inputs, adapters.aliases))
+    call = Call(runner, *called, Form(form.flat, plain, inputs, adapters.aliases))
+    refuse_lost_outputs(call)
+    return call
 
 
 def _runner(module: CapturedModule, called: Arguments, method: str) -> ProgramModule:
     """Return the module that runs a call, in eval mode, over tensors of its own."""
     return module.derive().eval().chosen_call(*called, method)
-
-
-def _refuse_counts(called: Arguments) -> None:
-    """Raise ExportError for a cache of which only this process knows that it has integers."""
-    if counts(called):
-        raise ExportError(
-            "the cache among the inputs counts tokens in integers, which are inputs of the graph: "
-            "a file could be called by fxlora only. Export without a cache (use_cache=False), or "
-            "capture this one call, in a process of its own."
-        )
-
-
-def _warn_of_state(call: ProgramModule) -> None:
-    groups = call.contract.leaves if call.contract else ()
-    tensors = [leaf for group in groups for leaf in group if isinstance(leaf, TensorInput)]
-    if names := [leaf.name for leaf in tensors if leaf.order or leaf.gradient]:
-        warn(
-            f"the source reads how its tensors lie in memory, or their gradients: the file holds "
-            f"for {some(names)} like the example's only (strides, requires_grad), and does not "
-            "check it."
-        )
 
 
 # ---- the file -----------------------------------------------------------------------------------

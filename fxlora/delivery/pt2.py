@@ -38,4 +38,4 @@ def load(delivery: Delivery, path: Path) -> Run:
     return run
 
 
-FORMAT = Format(".pt2", write, load, flat=False)
+FORMAT = Format(".pt2", write, load, flat=False, stateful=True, checks=True)
