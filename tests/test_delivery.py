@@ -670,6 +670,18 @@ def test_an_adapter_file_has_what_is_active(
     assert close(found, a(X6), 1e-6)
 
 
+def test_statistics_are_no_part_of_an_adapters_file(tmp_path: Path) -> None:
+    x = torch.randn(8, 5)
+    net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    gm = fxlora.capture(net, x)
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    one, two = (fxlora.inject(gm, fxlora.match(gm, config)) for _ in range(2))
+    fxlora.export_adapter(two, tmp_path / "two.safetensors", like=one)
+    two.train()(3 * x + 1)
+    with pytest.raises(ConfigError, match=r"1\.running_mean.*no part of an adapter's file"):
+        fxlora.export_adapter(two, tmp_path / "two.safetensors", like=one)
+
+
 def test_an_adapter_of_another_dtype_is_refused(
     mlps: tuple[CapturedModule, list[CapturedModule]], tmp_path: Path
 ) -> None:

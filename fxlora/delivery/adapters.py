@@ -110,6 +110,14 @@ def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch
             f"{values[other[0]].dtype}, and {theirs[other[0]].dtype} there ({len(other)} tensors). "
             "Convert it first, as in `p.data = p.data.to(dtype)` for p in lora_parameters(module)."
         )
+    held, there = module.state_tensors(), like.state_tensors()
+    changed = [n for n in held.keys() & there.keys() - values.keys() if _differ(held[n], there[n])]
+    if changed:
+        raise ConfigError(
+            f"{some(sorted(changed))} differ from the program's, as after training with batch norms "
+            "in train(), and are no part of an adapter's file. Export the module itself; or train "
+            "with these modules in eval()."
+        )
     entries = {entry.name_b: entry for entry in like.plan or ()}
     for entry in module.plan or ():
         ratio = entry.scaling / entries[entry.name_b].scaling
@@ -121,6 +129,10 @@ def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch
                 )
             values[entry.name_b] = (values[entry.name_b].double() * ratio).to(values[entry.name_b])
     return values
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not (one is other or one.is_meta or bool(torch.equal(one, other)))
 
 
 def base_of(module: CapturedModule) -> CapturedModule:
