@@ -114,9 +114,9 @@ def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch
     changed = [n for n in held.keys() & there.keys() - values.keys() if _differ(held[n], there[n])]
     if changed:
         raise ConfigError(
-            f"{some(sorted(changed))} differ from the program's, as after training with batch norms "
-            "in train(), and are no part of an adapter's file. Export the module itself; or train "
-            "with these modules in eval()."
+            f"{some(sorted(changed))} differ from the program's, as after training with batch "
+            "norms in train(), and are no part of an adapter's file. Export the module itself; or "
+            "train with these modules in eval()."
         )
     entries = {entry.name_b: entry for entry in like.plan or ()}
     for entry in module.plan or ():
