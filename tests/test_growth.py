@@ -112,8 +112,19 @@ def calls_in(work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::fxlora.FxLoraWarning")
-@pytest.mark.parametrize("step", [match, inject, fold, remove, save_and_load, verify, optimize])
-@pytest.mark.parametrize("kind", [nn.Sequential, InOneRegion])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        *((nn.Sequential, step) for step in (match, inject, fold, remove, save_and_load, verify)),
+        *((InOneRegion, step) for step in (match, inject, fold, optimize)),
+        # what these walk, those above walk, too
+        pytest.param(nn.Sequential, optimize, marks=pytest.mark.slow),
+        *(
+            pytest.param(InOneRegion, step, marks=pytest.mark.slow)
+            for step in (remove, save_and_load, verify)
+        ),
+    ],
+)
 def test_twice_the_layers_take_twice_the_calls(kind: Any, step: Any, tmp_path: Path) -> None:
     for layers in LAYERS:
         step(kind, layers, tmp_path / "before")  # fills caches, and captures

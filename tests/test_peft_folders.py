@@ -191,7 +191,8 @@ def language_model() -> tuple[nn.Module, dict[str, Any]]:
         use_cache=False,
     )
     ids = torch.tensor([[1, 2, 5, 11], [3, 3, 0, 2]])
-    return transformers.LlamaForCausalLM(config).to(D).eval(), {"input_ids": ids}
+    model: Any = transformers.LlamaForCausalLM(config)
+    return model.to(D).eval(), {"input_ids": ids}
 
 
 def test_pairs_that_peft_ties_train_as_one(tmp_path: Path) -> None:

@@ -617,8 +617,9 @@ def test_each_name_of_a_tie_has_an_adapter_as_in_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(merged(ids), pefts(ids), rtol=1e-10, atol=1e-10)
     assert merged.emb.weight is not merged.head.weight
     gm = fxlora.capture(base, ids)
-    for tied, sites in (("rule", ["emb"]), ("share", ["emb"]), ("each", ["emb", "head"])):
-        plan = fxlora.match(gm, LoraConfig(**targets, tied=tied))
+    how: Any
+    for how, sites in (("rule", ["emb"]), ("share", ["emb"]), ("each", ["emb", "head"])):
+        plan = fxlora.match(gm, LoraConfig(**targets, tied=how))
         assert [entry.site for entry in plan] == sites
         assert fxlora.match(gm, plan.rules) == plan
     assert as_config(LoraConfig(**targets, tied="share")).tied == "share"

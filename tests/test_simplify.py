@@ -278,7 +278,8 @@ def test_writes_in_nested_graphs_stay() -> None:
     captured, x = effects()
     small, source = fxlora.simplify(captured, x), copy.deepcopy(captured)
     for n in range(1, 3):
-        small(x * n), source(x * n)
+        for module in (small, source):
+            module(x * n)
         assert float(source.get_buffer("n")) != 0
         assert torch.equal(small.get_buffer("n"), source.get_buffer("n"))
 
