@@ -670,6 +670,23 @@ def test_an_adapter_file_has_what_is_active(
     assert close(found, a(X6), 1e-6)
 
 
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(13, 6, mode="sum")
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.bag(ids, offsets)
+
+
+def test_values_that_are_wrong_at_other_sizes_are_not_tried_there(tmp_path: Path) -> None:
+    given = torch.arange(9), torch.tensor([0, 2, 5])
+    config = LoraConfig(r=2, target_modules=["bag"], init_lora_weights=False)
+    lora = fxlora.adapt(Bags().double(), given, rules=config).eval()
+    program = torch.export.load(fxlora.export(lora, tmp_path / "m.pt2", given)).module()
+    assert close(program(*given), lora(*given), 1e-12)
+
+
 def test_statistics_are_no_part_of_an_adapters_file(tmp_path: Path) -> None:
     x = torch.randn(8, 5)
     net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
