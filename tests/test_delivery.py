@@ -694,6 +694,10 @@ def test_statistics_are_no_part_of_an_adapters_file(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
     one, two = (fxlora.inject(gm, fxlora.match(gm, config)) for _ in range(2))
     fxlora.export_adapter(two, tmp_path / "two.safetensors", like=one)
+    base = fxlora.capture(nn.Sequential(nn.Linear(5, 6), net[1], net[2]), x)
+    other = fxlora.inject(base, fxlora.match(base, config))
+    with pytest.raises(ConfigError, match=r"0\.bias, 0\.weight differ"):
+        fxlora.export_adapter(other, tmp_path / "two.safetensors", like=one)
     two.train()(3 * x + 1)
     with pytest.raises(ConfigError, match=r"1\.running_mean.*no part of an adapter's file"):
         fxlora.export_adapter(two, tmp_path / "two.safetensors", like=one)

@@ -11,6 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..lora.variants import VARIANTS
 from ..module import CapturedModule
+from ..module.quantised import is_quantised, stored
 from ..module.routing import owned_of, scaling_of
 from ..names import shown
 from ..passes.fold_constants import FoldConstants
@@ -110,13 +111,13 @@ def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch
             f"{values[other[0]].dtype}, and {theirs[other[0]].dtype} there ({len(other)} tensors). "
             "Convert it first, as in `p.data = p.data.to(dtype)` for p in lora_parameters(module)."
         )
-    held, there = module.state_tensors(), like.state_tensors()
+    held, there = _tensors(module), _tensors(like)
     changed = [n for n in held.keys() & there.keys() - values.keys() if _differ(held[n], there[n])]
     if changed:
         raise ConfigError(
-            f"{some(sorted(changed))} differ from the program's, as after training with batch "
-            "norms in train(), and are no part of an adapter's file. Export the module itself; or "
-            "train with these modules in eval()."
+            f"{some(sorted(changed))} differ from the program's, and are no part of an adapter's "
+            "file: the base is another one, or batch norms were in train() in the training. Export "
+            "the module itself; or train over the same base, with these modules in eval()."
         )
     entries = {entry.name_b: entry for entry in like.plan or ()}
     for entry in module.plan or ():
@@ -131,8 +132,17 @@ def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch
     return values
 
 
+def _tensors(module: CapturedModule) -> Tensors:
+    return {**dict(module.named_parameters()), **module.state_tensors()}  # ties under one name
+
+
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return not (one is other or one.is_meta or bool(torch.equal(one, other)))
+    if one is other or one.is_meta:
+        return False
+    forms = [(t.shape, t.dtype, t.device, is_quantised(t)) for t in (one, other)]
+    if forms[0] != forms[1]:
+        return True
+    return not all(map(torch.equal, stored(one), stored(other)))
 
 
 def base_of(module: CapturedModule) -> CapturedModule:
