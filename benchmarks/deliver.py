@@ -183,13 +183,12 @@ def _executorch(path: Path, x: Any, given: Any, values: Any) -> Callable[[], Any
 
 
 def _openvino(path: Path, x: Any, given: Any, values: Any) -> Callable[[], Any]:
-    import openvino
-
+    openvino: Any = importlib.import_module("openvino")
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    model: Any = openvino.Core().compile_model(path, "CPU", settings)
+    model = openvino.Core().compile_model(path, "CPU", settings)
     inputs = [tensor.numpy() for tensor in (x, *given.values(), *values.values())]
     return lambda: torch.from_numpy(model(inputs)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,9 @@ from torch.export import ExportedProgram
 from .compared import Run
 from .delivery import Delivery, Format
 
-# pyright: reportMissingImports=false, reportUnknownParameterType=false
-# pyright: reportUnknownArgumentType=false
-
 
 def write(delivery: Delivery, path: Path) -> None:
-    import openvino
-
+    openvino: Any = import_module("openvino")
     shapes = [openvino.PartialShape(shape) for shape in _shapes(delivery.made.program)]
     model = openvino.convert_model(delivery.made.program, input=shapes)
     for given, name in zip(model.inputs, delivery.inputs, strict=True):
@@ -35,9 +32,8 @@ def _shapes(program: ExportedProgram) -> list[list[int]]:
 
 
 def load(delivery: Delivery, path: Path) -> Run:
-    import openvino
-
-    model: Any = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    openvino: Any = import_module("openvino")
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(*args: torch.Tensor) -> Any:
         found = model([tensor.detach().cpu().numpy() for tensor in args])
