@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 LIBRARIES = ("torch", "fxlora", "peft", "transformers", "torchvision")
@@ -248,6 +250,31 @@ def _saved(forward: Callable[[], torch.Tensor], module: nn.Module) -> int:
         loss = forward()
     loss.backward()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that ops read and write when each moves its operands once.
+
+    Ops that return views or metadata only move nothing. An op that is one call, as the joint op
+    of `fxlora.optimize` is, counts as one, whatever it does inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not is_view(func):
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return result
+
+
+def is_view(op: Any) -> bool:
+    """Whether the results share the memory of arguments that the op does not write."""
+    returned = [r.alias_info for r in op._schema.returns]
+    return bool(returned) and all(a is not None and not a.is_write for a in returned)
 
 
 # ---- models -------------------------------------------------------------------------------------

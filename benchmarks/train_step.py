@@ -3,6 +3,8 @@
 "frozen" is the limit: the same model without adapters, whose backward computes the gradients of
 activations only, from the output of its first layer on. "full" trains every parameter.
 The FLOP limit is the frozen step with the adapters' own products, at the speed of the others.
+The traffic is what the ops of an eager step move, over the frozen step's; the traffic limit is that
+of the optimized step, whose joint ops then move their operands once.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from common import (
     DTYPES,
     Report,
     Side,
+    Traffic,
     copy_adapters,
     error,
     gpt2,
@@ -81,19 +84,6 @@ class Trainee:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
-@dataclass
-class Sides:
-    """The sides of one comparison.
-
-    Attributes:
-        trainees: by name.
-        flops: the number of operations of a step, by name, where it is counted.
-    """
-
-    trainees: dict[str, Trainee]
-    flops: dict[str, int] = field(default_factory=dict[str, int])
-
-
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -120,6 +110,7 @@ def compare(
 ) -> None:
     device = options.device
     flops = {name: operations(trainees[name]) for name in (EXPLICIT, FROZEN)}
+    moved = {} if options.compile else {name: traffic(t) for name, t in trainees.items()}
     memory = {name: step_memory(t.loss, t.module, device) for name, t in trainees.items()}
     steps = interleave(
         {name: Side(step(t)) for name, t in trainees.items()}, options.rounds, device
@@ -132,6 +123,7 @@ def compare(
             "× frozen": f"{steps[name].over(steps[FROZEN]):.3f}",
             "× PEFT": f"{steps[name].over(steps[PEFT]):.3f}",
             f"MB {measured}": f"{memory[name] / 1e6:.1f}",
+            **({"traffic": f"{moved[name] / moved[FROZEN]:.2f}"} if moved else {}),
         }
         for name in trainees
     ]
@@ -158,6 +150,15 @@ def operations(trainee: Trainee) -> int:
     with FlopCounterMode(display=False) as counter:
         trainee.loss().backward()
     return counter.get_total_flops()
+
+
+def traffic(trainee: Trainee) -> int:
+    """Count the bytes that the ops of a step move."""
+    for parameter in trainee.trained.values():
+        parameter.grad = None
+    with Traffic() as counter:
+        trainee.loss().backward()
+    return counter.bytes
 
 
 # ---- the sides ----------------------------------------------------------------------------------
