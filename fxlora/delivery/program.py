@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..frontends.examples import Example, example_for, examples_for
-from ..frontends.exported import contract_with_small_sizes, run_export
+from ..frontends.one_export import run_export
+from ..frontends.small_sizes import contract_with_small_sizes
 from ..fx.calls import example_value
 from ..module.contract import InputSpec
 from ..module.program import ProgramModule

@@ -19,7 +19,7 @@ from ..errors import CaptureError, InputError
 from ..module import CapturedModule, example_calls
 from ..module.parent import ParentModule
 from .examples import Example, in_signature_order
-from .exported import Source, depends_on_data, export_modes, widened_if_proved
+from .exported import Source, depends_on_data, export_modes
 from .failures import unable
 from .kept.undisturbed import mode_of
 from .methods import signature_of
@@ -31,6 +31,7 @@ from .observe import (
     observe_autocast,
     refuse_closures,
 )
+from .small_sizes import widened_if_proved
 from .tree import separate_copy, working_copy
 
 # The most kinds of calls of a submodule, and the most sizes per kind, that get a graph each. If
