@@ -9,7 +9,8 @@ of x, to which the layers and the branches add in place:
     G_i = s_i g_i B_i,  G = [G_1 … G_k]            (tokens, r_1 + … + r_k)
     dx = sum_i g_i W_i + G A,  dA = G^T x,  dB_i = s_i g_i^T (x A_i^T)
 
-It saves x and x A^T, as the explicit nodes do. Where tensors are not plain ones, or somebody needs
+It saves x and x A^T, as the explicit nodes do; not x if that is the result of a chain that is
+computed again in the backward (`again.py`). Where tensors are not plain ones, or somebody needs
 more than a first gradient (functorch, forward-mode, a gradient's gradient), it runs the formula as
 it is written, with torch's own gradients.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
+from .again import again, source_of
 from .plain import autocast_of, autocast_to, is_plain
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
@@ -54,6 +56,7 @@ def linears(
     Returns:
         The output of each layer, (…, out).
     """
+    source = source_of(x)
     x, weights, biases, downs, ups = _as_autocast(x, weights, biases, downs, ups)
     with autocast_to(x.device.type, None):
         tensors = [x, *weights, *(b for b in biases if b is not None), *downs, *ups]
@@ -62,7 +65,7 @@ def linears(
             return [_formula(x, *layer) for layer in layers]
         if not torch.is_grad_enabled():
             return _forward(x, weights, biases, downs, ups, scalings)[0]
-        outputs = _Linears.apply(tuple(scalings), x, *weights, *biases, *downs, *ups)
+        outputs = _Linears.apply(tuple(scalings), source, x, *weights, *biases, *downs, *ups)
         return list(cast("tuple[Tensor, ...]", outputs))
 
 
@@ -128,18 +131,22 @@ def _forward(
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scalings: tuple[float, ...], x: Tensor, *given: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, scalings: tuple[float, ...], source: Any, x: Tensor, *given: Tensor | None
+    ) -> Any:
         weights, biases, downs, ups = _in_fours(given)
         outputs, hidden = _forward(x, weights, biases, downs, ups, scalings)
         ctx.scalings = scalings
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)
-        of_x = weights if ctx.needs_input_grad[1] else ()  # only a gradient of x reads W
-        of_weights, _, of_downs, _ = _in_fours(ctx.needs_input_grad[2:])
-        ctx.shape = x.shape
+        of_x = weights if ctx.needs_input_grad[2] else ()  # only a gradient of x reads W
+        of_weights, _, of_downs, _ = _in_fours(ctx.needs_input_grad[3:])
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         # only gradients of W and A read x: with frozen ones (LoRA-FA), x A^T is enough
-        rows = x if any((*of_weights, *of_downs)) else None
-        ctx.save_for_backward(rows, hidden, *downs, *ups, *of_x)
+        reads_x = any((*of_weights, *of_downs))
+        ctx.source = source if reads_x else None
+        saved = x if reads_x and source is None else None
+        ctx.save_for_backward(saved, hidden, *downs, *ups, *of_x)
         return tuple(outputs)
 
     @staticmethod
@@ -147,11 +154,13 @@ class _Linears(torch.autograd.Function):
         count = len(ctx.scalings)
         x, hidden, *held = ctx.saved_tensors
         downs, ups, weights = held[:count], held[count : 2 * count], held[2 * count :]
+        if ctx.source is not None:
+            x = again(ctx.source).to(ctx.dtype)
         with autocast_to(hidden.device.type, None):
             # If the gradient itself is to be differentiated, or is a batch of gradients.
             if torch.is_grad_enabled() or not is_plain([g for g in grads if g is not None], True):
-                return None, *_by_formula(ctx, x, hidden, weights, downs, ups, grads)
-            return None, *_gradients(ctx, x, hidden, weights, downs, ups, grads)
+                return None, None, *_by_formula(ctx, x, hidden, weights, downs, ups, grads)
+            return None, None, *_gradients(ctx, x, hidden, weights, downs, ups, grads)
 
 
 def _gradients(
@@ -164,7 +173,7 @@ def _gradients(
     grads: Sequence[Tensor | None],
 ) -> Iterator[Tensor | None]:
     """Yield the gradients of x, W, b, A and B; x is None if those of W and A are not needed."""
-    needs = ctx.needs_input_grad[1:]
+    needs = ctx.needs_input_grad[2:]
     of_weights, of_biases, of_downs, of_ups = _in_fours(needs[1:])
     rows = hidden if x is None else x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -243,7 +252,7 @@ def _by_formula(
     rows = None if x is None else x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     pairs = list(zip(flat, downs, ups, ctx.scalings, strict=True))
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[2]:
         of_x = [
             g @ w + (g @ up * s) @ down
             for (g, down, up, s), w in zip(pairs, weights, strict=True)

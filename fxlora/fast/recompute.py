@@ -4,6 +4,9 @@ Autograd saves what each op needs: for a GELU that is written out, six tensors a
 whose inner values nobody else reads can be computed again from its inputs, which are saved instead.
 Which is less is found by a trial on the meta device, with the sizes of the example.
 
+A joint op saves its input for the gradients of A. If a chain ends there, it is computed again for
+the joint op, too: a gate in front of a down projection, or a norm in front of q, k and v.
+
 The dropout in front of an adapter's A is such a chain, too, with the product: its result and its
 mask are drawn again, from the random state of the forward.
 """
@@ -11,21 +14,20 @@ mask are drawn again, from the random state of the forward.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
-from ..fx.autocast import current_autocast
 from ..fx.calls import example_value
 from ..fx.marks import ADAPTER, RECOMPUTED
 from ..fx.trials import concrete_sizes
+from .again import Chain
 from .layers import between, draws, hidden_of
-from .plain import autocast_to, is_plain
 
 aten = torch.ops.aten
 
@@ -60,28 +62,47 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
         if not written.isdisjoint(_bases(inputs)):
             continue  # autograd would refuse to read them in the backward
         inner = _graph_of(chain, inputs)
+        joint = all(map(_is_joint, chain[-1].users))
         exposed = [node for node in inputs if not _is_private(node, returned)]
-        found = _measured(inner, inputs, chain, exposed)
+        found = _measured(inner, inputs, chain, exposed, joint)
         if found and found.after < found.before:
-            _replace(chain, inputs, _Chain(inner, number, draws(chain[0])), found)
+            _replace(chain, inputs, Chain(inner, number, draws(chain[0])), found)
 
 
 # ---- chains -------------------------------------------------------------------------------------
 
 
 def _chains(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Yield chains of at least two ops, in graph order, of which only the last one is read."""
-    ends: dict[fx.Node, fx.Node] = {}  # the last op of each op's chain
+    """Yield chains of ops, in graph order, of which only the last one is read.
+
+    One that ends in the input of a joint op may have a single op, and views and norms in it.
+    """
+    ends: dict[fx.Node, fx.Node] = {}  # the last op of each op's chain, or the joint op after it
     for node in reversed(list(graph.nodes)):
-        if _is_elementwise(node):
-            found = {ends.get(user) for user in node.users}
-            end = found.pop() if len(found) == 1 else None
-            ends[node] = end or node
+        found = {ends.get(user) for user in node.users}
+        end = found.pop() if len(found) == 1 else None
+        if _is_joint(node):
+            ends[node] = node
+        elif end and _is_joint(end) and (end not in node.users or _is_input_only(node, end)):
+            if _is_elementwise(node) or _is_cheap(node):
+                ends[node] = end
+        elif _is_elementwise(node):
+            ends[node] = node if end is None or _is_joint(end) else end
     chains: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node in ends:
+        if node in ends and not _is_joint(node):
             chains.setdefault(ends[node], []).append(node)
-    yield from (chain for chain in chains.values() if len(chain) > 1)
+    yield from (chain for end, chain in chains.items() if len(chain) > 1 or _is_joint(end))
+
+
+def _is_joint(node: fx.Node) -> bool:
+    return node.target is torch.ops.fxlora.linears.default
+
+
+def _is_input_only(node: fx.Node, joint: fx.Node) -> bool:
+    """Whether a joint op reads a node as its x, and as nothing else."""
+    x, *others = joint.args
+    return node is x and node not in pytree.tree_leaves(others)
 
 
 def _dropouts(graph: fx.Graph) -> Iterator[list[fx.Node]]:
@@ -109,6 +130,19 @@ def _is_elementwise(node: fx.Node) -> bool:
         and not target._schema.is_mutable
         and not any(value.alias_info for value in target._schema.returns)
     )
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether an op takes little time beside a product: a view, a cast or a norm."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, OpOverload) or ADAPTER in node.meta:
+        return False
+    is_view = any(value.alias_info for value in target._schema.returns)
+    return not target._schema.is_mutable and (is_view or target.overloadpacket in _CHEAP)
+
+
+# A norm that is not here is saved as it was.
+_CHEAP = (aten.layer_norm, aten.rms_norm, aten.clone, aten._to_copy)
 
 
 def _inputs(chain: list[fx.Node]) -> list[fx.Node]:
@@ -151,7 +185,7 @@ def _graph_of(chain: list[fx.Node], inputs: list[fx.Node]) -> fx.GraphModule:
 
 
 def _replace(
-    chain: list[fx.Node], inputs: list[fx.Node], function: _Chain, found: Recomputed
+    chain: list[fx.Node], inputs: list[fx.Node], function: Chain, found: Recomputed
 ) -> None:
     last = chain[-1]
     with last.graph.inserting_before(last):
@@ -166,12 +200,19 @@ def _replace(
 
 
 def _measured(
-    inner: fx.GraphModule, inputs: list[fx.Node], chain: list[fx.Node], exposed: list[fx.Node]
+    inner: fx.GraphModule,
+    inputs: list[fx.Node],
+    chain: list[fx.Node],
+    exposed: list[fx.Node],
+    joint: bool,
 ) -> Recomputed | None:
     """Return what a chain saves on the meta device; None if that cannot be tried.
 
     Weights, which are there anyway, do not count. None also if it would save an `exposed` input
     that autograd does not save without it: somebody might write to it before the backward.
+
+    Args:
+        joint: whether a joint op reads the result, and saves it.
     """
     examples = [_example(node) for node in inputs]
     if draws(chain[0]) and isinstance(examples[0], Tensor):  # A, of which one row is enough
@@ -186,9 +227,11 @@ def _measured(
 
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, _same):
-            inner(*examples)
+            result = inner(*examples)
     except Exception:  # noqa: BLE001 - an op may have no meta kernel
         return None
+    if joint:
+        note(result)
     held = {_memory(example): example for example in tensors.values()}
     if not draws(chain[0]):
         known = [_memory(tensors[node]) for node in exposed if node in tensors]
@@ -204,6 +247,8 @@ def _measured(
 def _example(node: fx.Node) -> Any:
     """Return a meta tensor like a node's example; what a weight does not compute has a gradient."""
     value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return concrete_sizes([value])[0]
     if not isinstance(value, Tensor):
         return value
     made = torch.empty(concrete_sizes(value.shape), dtype=value.dtype, device="meta")
@@ -216,90 +261,3 @@ def _memory(tensor: Tensor) -> int:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-# ---- the call -----------------------------------------------------------------------------------
-
-
-class _Chain:
-    """A function that computes a chain, and computes it again in the backward."""
-
-    def __init__(self, inner: fx.GraphModule, number: int, draws: bool) -> None:
-        self.inner, self.draws = inner, draws
-        self.__name__, self.__module__ = f"recomputed_{number}", __name__  # which torch.fx asks for
-
-    def __call__(self, *given: Any) -> Any:
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.inner(*given)  # a compiler chooses what to compute again
-        if not any(tensor.requires_grad for tensor in tensors) or not is_plain(tensors):
-            return self.inner(*given)
-        return _Recompute.apply(self.inner, self.draws, *given)
-
-
-class _Recompute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inner: fx.GraphModule, draws: bool, *given: Any) -> Any:
-        ctx.inner, ctx.autocast = inner, current_autocast()
-        ctx.random = _random_states(given) if draws else {}
-        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in given]
-        ctx.save_for_backward(*(value for value in given if isinstance(value, Tensor)))
-        return inner(*given)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        twice = torch.is_grad_enabled()  # the gradient itself is to be differentiated
-        needed = ctx.needs_input_grad[2:]
-        saved = iter(ctx.saved_tensors)
-        given = [next(saved) if other is None else other[0] for other in ctx.others]
-        given = [
-            _apart(value, need, twice) if isinstance(value, Tensor) else value
-            for value, need in zip(given, needed, strict=True)
-        ]
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_with_random_states(ctx.random))
-            for device in {t.device.type for t in grads}:
-                stack.enter_context(autocast_to(device, dict(ctx.autocast).get(device)))
-            output = ctx.inner(*given)
-        wanted = [value for value, need in zip(given, needed, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(output, wanted, grads, create_graph=twice, allow_unused=True)
-        )
-        return None, None, *(next(found) if need else None for need in needed)
-
-
-def _apart(value: Tensor, needed: bool, twice: bool) -> Tensor:
-    """Return a tensor whose gradient is that of one input alone, not of what it is computed from.
-
-    If the gradient is to be differentiated (`twice`), it depends on the input.
-    """
-    return value.view_as(value) if twice else value.detach().requires_grad_(needed)
-
-
-States = dict[torch.device, Tensor]  # of random generators
-
-
-def _random_states(given: tuple[Any, ...]) -> States:
-    devices = {value.device for value in given if isinstance(value, Tensor)}
-    return {device: _generator(device).get_state() for device in devices}
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """Return the default generator of a device."""
-    if device.type == "cpu":
-        return torch.default_generator
-    return torch.get_device_module(device).default_generators[device.index]
-
-
-@contextmanager
-def _with_random_states(states: States) -> Generator[None]:
-    """Within the context, the generators go on from these states."""
-    before = {device: _generator(device).get_state() for device in states}
-    try:
-        for device, state in states.items():
-            _generator(device).set_state(state)
-        yield
-    finally:
-        for device, state in before.items():
-            _generator(device).set_state(state)
