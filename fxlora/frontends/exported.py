@@ -119,23 +119,37 @@ def export_modes(
     inputs: dict[str, InputSpec | None] = {}
     autocasts: dict[str, Autocasts] = {}
     values, changes, reads = Values(), Changes(), set[Attribute]()
+    used: dict[str, Example] = {}
     for mode in MODES:
         of_mode = mode_of(root or model, mode == "train")
         with of_mode, noted(model, changes), noted_reads(model, reads):
-            modules[mode], inputs[mode], used = _export_mode(model, examples, mode, parts, values)
+            made = _export_mode(model, examples, mode, parts, values)
+            modules[mode], inputs[mode], used[mode] = made
             calls[mode] = modules[mode].meta.pop(RECORDED, ())
+        examples = examples[examples.index(used[mode]) :]
+    same = used["train"] is used["eval"] and _same(modules, inputs, calls)
+    proof: Proof | None = None
+    for mode in MODES:
         of_mode = mode_of(root or model, mode == "train")
         with of_mode, noted_reads(model, reads):  # without the attributes of the export
-            again = functools.partial(_attempt, model, used, mode, parts, values)
-            modules[mode], autocasts[mode] = _proved(model, modules[mode], used, values, again)
+            again = functools.partial(_attempt, model, used[mode], mode, parts, values)
+            given = model, modules[mode], used[mode], values, again
+            modules[mode], autocasts[mode], proof = _proved(*given, proof if same else None)
         calls[mode] = modules[mode].meta.pop(RECORDED, calls[mode])
-        examples = examples[examples.index(used) :]
-    train, evaluation = modules["train"], modules["eval"]
-    same_inputs = inputs["train"] == inputs["eval"] and calls["train"] == calls["eval"]
-    if same_inputs and alike(train, evaluation) and marks_of(train) == marks_of(evaluation):
-        modules["train"] = evaluation
+    if _same(modules, inputs, calls):
+        modules["train"] = modules["eval"]
     known = None if any(map(_has_unseen_code, modules.values())) else frozenset(reads)
     return Source(modules, inputs, path, calls, autocasts, changes=changes, reads=known)
+
+
+def _same(modules: dict[str, fx.GraphModule], *others: dict[str, Any]) -> bool:
+    """Whether the graphs of both modes, and what is known of them, are the same."""
+    if any(known["train"] != known["eval"] for known in others):
+        return False
+    train, evaluation = modules["train"], modules["eval"]
+    if train is evaluation:
+        return True
+    return alike(train, evaluation) and marks_of(train) == marks_of(evaluation)
 
 
 # torch.export makes these of code that runs in the trace like any other.
@@ -161,21 +175,29 @@ def _proved(
     example: Example,
     values: Values,
     again: Callable[[], tuple[fx.GraphModule, InputSpec]],
-) -> tuple[fx.GraphModule, Autocasts]:
-    """Return a mode's graph with the autocasts that it holds for; the caller's is one of them.
+    other: Proof | None,
+) -> tuple[fx.GraphModule, Autocasts, Proof | None]:
+    """Return a mode's graph, the autocasts that it holds for, and the proof of that.
 
-    If the graph cannot follow the caller's autocast, it is made `again` with this autocast as a
-    region inside it.
+    The caller's autocast is one of them: if the graph cannot follow it, the graph is made `again`
+    with this autocast as a region inside it, without a proof.
+
+    Args:
+        other: the proof of the other mode, whose graph was the same before it was repaired. If it
+            holds for this mode's source too, that graph is this mode's.
     """
 
     def export(given: Example) -> fx.GraphModule:
         return export_module(model, given, StateReads())[1]
 
     reads = module.meta.pop(_READS)
-    found = Proof(model, module, example, export, values, reads).autocasts()
+    proof = other and other.for_source(model, export, reads)
+    if other is None or proof is None or not proof.found.holds_where(other.found):
+        proof = Proof(model, module, example, export, values, reads)
+    found = proof.found
     context = wanted()
     if not context or context in found.proved:
-        return module, found
+        return proof.module, found, proof
     with inside_autocast(model, context):
         module, _ = again()
     module.meta.pop(_READS)
@@ -184,13 +206,14 @@ def _proved(
         f"({dict(found.differs).get(context, found.otherwise)}). It was captured with "
         f"{described(context)} inside, which every call of it runs under."
     )
-    return module, replace(
+    found = replace(
         found,
         proved=(context,),
         differs=(),
         otherwise="the graph was captured for another autocast",
         by_device=(),
     )
+    return module, found, None
 
 
 def _export_mode(

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class Proof:
             graph that is not to be repaired.
         values: shared by all proofs of a capture.
         reads: what the source reads of the state of tensors, and of gradients.
+        repairs: whether the graph may be changed.
     """
 
     model: nn.Module
@@ -84,6 +86,8 @@ class Proof:
     export: Callable[[Example], fx.GraphModule] | None
     values: Values
     reads: StateReads = field(default_factory=StateReads)
+    repairs: bool = True
+    _of_graph: dict[Any, tuple[Outcome, Run]] = field(default_factory=dict[Any, Any])
     _expected: dict[Mode, tuple[Outcome, Run]] = field(
         default_factory=dict[Mode, tuple[Outcome, Run]]
     )
@@ -93,8 +97,7 @@ class Proof:
     )
     _target: torch.device | None = None  # where the weights are moved to
 
-    def autocasts(self) -> Autocasts:
-        """Return the autocasts that the graph holds for, and why it does not for others."""
+    def _autocasts(self) -> Autocasts:
         gradients = tuple(self._gradient_modes())
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
         held = (*self.model.parameters(), *self.model.buffers(), *given)
@@ -109,6 +112,21 @@ class Proof:
         if self._target and types == {"cpu"}:
             known.append((self._target.type, self._facts([self._target.type])))
         return Autocasts(*here, by_device=tuple(known), gradients=gradients)
+
+    def for_source(
+        self, model: nn.Module, export: Callable[[Example], fx.GraphModule], reads: StateReads
+    ) -> Proof:
+        """Return the proof that another source computes the same as this proof's graph.
+
+        The runs of the graph, which stays as it is, are this proof's.
+        """
+        changed = replace(self, model=model, export=export, reads=reads, repairs=False)
+        return replace(changed, _expected={}, _found={}, _target=None)
+
+    @cached_property
+    def found(self) -> Autocasts:
+        """The autocasts that the graph holds for, after repairs, and why it does not for others."""
+        return self._autocasts()
 
     def holds(self) -> bool:
         """Whether the graph computes the same as the source, outside of autocast."""
@@ -154,7 +172,7 @@ class Proof:
 
     def _repair(self, context: Context) -> None:
         """Merge the source's graph under an autocast into the module's, if it has one."""
-        if self.export is None:
+        if self.export is None or not self.repairs:
             return
         try:
             with undisturbed(self.model), under(context):
@@ -166,10 +184,15 @@ class Proof:
         devices = {autocast[0]} | ({device.type} if device else set[str]())
         guesses = [guess for (guess,) in contexts(devices) if guess != autocast]
         choose(self.module, other, autocast, guesses)
-        self._found.clear()
+        self._forget()
         if self._difference(context) and bypass_regions(self.module):
             choose(self.module, other, autocast, guesses)
-            self._found.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Forget what was found about a graph that is now another one."""
+        self._found.clear()
+        self._of_graph.clear()
 
     def _difference(self, mode: Mode) -> _Difference | None:
         """Return None if graph and source compute the same in a mode."""
@@ -181,7 +204,10 @@ class Proof:
         try:
             if mode not in self._expected:
                 self._expected[mode] = self._run(self.model, mode)
-            (expected, run), (found, own) = self._expected[mode], self._run(self.module, mode)
+            key = mode, self._target
+            if key not in self._of_graph:
+                self._of_graph[key] = self._run(self.module, mode)
+            (expected, run), (found, own) = self._expected[mode], self._of_graph[key]
         except Exception as error:  # noqa: BLE001 - the source may raise anything
             text = str(error) if isinstance(error, Unknown) else f"{type(error).__name__}: {error}"
             first_line = next(iter(text.strip().splitlines()), "")

@@ -66,6 +66,14 @@ class Autocasts:
     by_device: tuple[tuple[str, Facts], ...] = ()
     gradients: tuple[tuple[GradientMode, str], ...] = ()
 
+    def holds_where(self, other: Autocasts) -> bool:
+        """Whether this holds for every caller that the other holds for."""
+        here, there = dict(self.by_device), dict(other.by_device)
+        pairs = [(self.proved, other.proved)]
+        pairs += [(here[kind][0] if kind in here else (), there[kind][0]) for kind in there]
+        refused = {mode for mode, _ in self.gradients} - {mode for mode, _ in other.gradients}
+        return not refused and all(set(theirs) <= set(ours) for ours, theirs in pairs)
+
     def check(self) -> None:
         """Raise OtherModeError where the caller's mode is one that the graph does not hold for."""
         for mode, why in self.gradients:
