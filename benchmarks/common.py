@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -267,8 +268,14 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not is_view(func):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+            self.bytes += sum(map(_held, tensors))
         return result
+
+
+def _held(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor, of which an expanded dimension repeats the same ones."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(n for n, stride in sizes if stride)
 
 
 def is_view(op: Any) -> bool:
