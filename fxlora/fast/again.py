@@ -1,12 +1,11 @@
-"""A function that computes a chain of ops, and computes it again in the backward.
+"""Compute a chain of ops again in the backward.
 
-A joint op that reads the result needs it in the backward, too, for the gradients of A. Its backward
-comes first: it has the chain computed again (`again`), and leaves what the chain's backward needs.
+A chain is a graph whose inputs are saved instead of what its ops save.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,69 +24,71 @@ class Chain:
         self.__name__, self.__module__ = f"recomputed_{number}", __name__  # which torch.fx asks for
 
     def __call__(self, *given: Any) -> Any:
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.inner(*given)  # a compiler chooses what to compute again
-        if not any(tensor.requires_grad for tensor in tensors) or not is_plain(tensors):
+        if not may_repeat(given):
             return self.inner(*given)
         return _Recompute.apply(self.inner, self.draws, *given)
+
+
+def may_repeat(given: Sequence[Any]) -> bool:
+    """Whether a chain is to be computed again for a gradient of one of its inputs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False  # a compiler chooses what to compute again
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    return any(tensor.requires_grad for tensor in tensors) and is_plain(tensors)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inner: fx.GraphModule, draws: bool, *given: Any) -> Any:
-        ctx.inner, ctx.autocast = inner, current_autocast()
-        ctx.random = _random_states(given) if draws else {}
-        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in given]
+        ctx.again = Again(inner, given, draws)
         ctx.save_for_backward(*(value for value in given if isinstance(value, Tensor)))
-        ctx.computed = None
         return inner(*given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        given, output = ctx.computed or _computed(ctx)
-        ctx.computed = None
         needed = ctx.needs_input_grad[2:]
-        wanted = [value for value, need in zip(given, needed, strict=True) if need]
-        twice = torch.is_grad_enabled()
-        found = iter(
-            torch.autograd.grad(output, wanted, grads, create_graph=twice, allow_unused=True)
-        )
-        return None, None, *(next(found) if need else None for need in needed)
+        given, output = ctx.again.computed(ctx.saved_tensors, needed)
+        return None, None, *gradients(given, needed, output, grads)
 
 
-def source_of(tensor: Tensor) -> Any:
-    """Return what computed a tensor if it can compute it again, or None."""
-    node = tensor.grad_fn
-    return node if isinstance(node, _Recompute._backward_cls) else None
+class Again:
+    """What is known of a chain's run but its tensors, which are saved."""
+
+    def __init__(self, inner: fx.GraphModule, given: Sequence[Any], draws: bool = False) -> None:
+        self.inner, self.autocast = inner, current_autocast()
+        self.random = _random_states(given) if draws else {}
+        self.others = [None if isinstance(value, Tensor) else (value,) for value in given]
+
+    def computed(self, saved: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Any], Tensor]:
+        """Compute the chain again; return its inputs, in a graph of their own, and its result.
+
+        Args:
+            saved: the tensors among its inputs.
+            needed: of which inputs a gradient is wanted.
+        """
+        twice = torch.is_grad_enabled()  # the gradient itself is to be differentiated
+        tensors = iter(saved)
+        given = [next(tensors) if other is None else other[0] for other in self.others]
+        given = [
+            _apart(value, need, twice) if isinstance(value, Tensor) else value
+            for value, need in zip(given, needed, strict=True)
+        ]
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_with_random_states(self.random))
+            for device in {tensor.device.type for tensor in saved}:
+                stack.enter_context(autocast_to(device, dict(self.autocast).get(device)))
+            return given, self.inner(*given)
 
 
-def again(source: Any) -> Tensor:
-    """Return the tensor of a source, computed again.
-
-    Saved tensors can be read once in a backward, as checkpoints want it: the source's own backward
-    takes what was computed here.
-    """
-    source.computed = _computed(source)
-    output = source.computed[1]
-    return output if torch.is_grad_enabled() else output.detach()
-
-
-def _computed(ctx: Any) -> tuple[list[Any], Tensor]:
-    """Compute a chain again; return its inputs, in a graph of their own, and the result."""
-    twice = torch.is_grad_enabled()  # the gradient itself is to be differentiated
-    saved = iter(ctx.saved_tensors)
-    given = [next(saved) if other is None else other[0] for other in ctx.others]
-    given = [
-        _apart(value, need, twice) if isinstance(value, Tensor) else value
-        for value, need in zip(given, ctx.needs_input_grad[2:], strict=True)
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_with_random_states(ctx.random))
-        for device in {value.device.type for value in given if isinstance(value, Tensor)}:
-            stack.enter_context(autocast_to(device, dict(ctx.autocast).get(device)))
-        return given, ctx.inner(*given)
+def gradients(
+    given: Sequence[Any], needed: Sequence[bool], output: Tensor, grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of a chain's inputs, or None where none is needed."""
+    wanted = [value for value, need in zip(given, needed, strict=True) if need]
+    twice = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(output, wanted, grads, create_graph=twice, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def _apart(value: Tensor, needed: bool, twice: bool) -> Tensor:
@@ -101,7 +102,7 @@ def _apart(value: Tensor, needed: bool, twice: bool) -> Tensor:
 States = dict[torch.device, Tensor]  # of random generators
 
 
-def _random_states(given: tuple[Any, ...]) -> States:
+def _random_states(given: Sequence[Any]) -> States:
     devices = {value.device for value in given if isinstance(value, Tensor)}
     return {device: _generator(device).get_state() for device in devices}
 

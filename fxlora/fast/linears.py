@@ -9,10 +9,10 @@ of x, to which the layers and the branches add in place:
     G_i = s_i g_i B_i,  G = [G_1 … G_k]            (tokens, r_1 + … + r_k)
     dx = sum_i g_i W_i + G A,  dA = G^T x,  dB_i = s_i g_i^T (x A_i^T)
 
-It saves x and x A^T, as the explicit nodes do; not x if that is the result of a chain that is
-computed again in the backward (`again.py`). Where tensors are not plain ones, or somebody needs
-more than a first gradient (functorch, forward-mode, a gradient's gradient), it runs the formula as
-it is written, with torch's own gradients.
+It saves x and x A^T, as the explicit nodes do. If x is the result of a chain, it may save the
+inputs of the chain instead (`LinearsOf`), and compute x again (`again.py`). Where tensors are not
+plain ones, or somebody needs more than a first gradient (functorch, forward-mode, a gradient's
+gradient), it runs the formula as it is written, with torch's own gradients.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .again import again, source_of
+from .again import Again, gradients, may_repeat
 from .plain import autocast_of, autocast_to, is_plain
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
@@ -56,7 +56,6 @@ def linears(
     Returns:
         The output of each layer, (…, out).
     """
-    source = source_of(x)
     x, weights, biases, downs, ups = _as_autocast(x, weights, biases, downs, ups)
     with autocast_to(x.device.type, None):
         tensors = [x, *weights, *(b for b in biases if b is not None), *downs, *ups]
@@ -65,7 +64,34 @@ def linears(
             return [_formula(x, *layer) for layer in layers]
         if not torch.is_grad_enabled():
             return _forward(x, weights, biases, downs, ups, scalings)[0]
-        outputs = _Linears.apply(tuple(scalings), source, x, *weights, *biases, *downs, *ups)
+        outputs = _Linears.apply(tuple(scalings), None, 1, x, *weights, *biases, *downs, *ups)
+        return list(cast("tuple[Tensor, ...]", outputs))
+
+
+class LinearsOf:
+    """The op on the result of a chain, which is computed again in the backward, and not saved."""
+
+    def __init__(self, inner: fx.GraphModule, number: int) -> None:
+        self.inner = inner
+        self.__name__, self.__module__ = f"linears_of_{number}", __name__  # which torch.fx asks for
+
+    def __call__(
+        self,
+        given: Sequence[Any],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        scalings: Sequence[float],
+    ) -> list[Tensor]:
+        """Return the outputs of `linears`, with the chain's inputs (given) in the place of x."""
+        tensors = [*weights, *(b for b in biases if b is not None), *downs, *ups]
+        if not may_repeat(given) or not is_plain(tensors):
+            x = self.inner(*given)
+            return torch.ops.fxlora.linears(x, weights, biases, downs, ups, scalings)
+        weights, biases, downs, ups = _all_as_autocast(weights, biases, downs, ups)
+        layers = *weights, *biases, *downs, *ups
+        outputs = _Linears.apply(tuple(scalings), self.inner, len(given), *given, *layers)
         return list(cast("tuple[Tensor, ...]", outputs))
 
 
@@ -88,21 +114,27 @@ def _as_autocast(
     ups: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor]]:
     """Cast all tensors as the caller's autocast casts those of a linear layer."""
-    dtype = autocast_of(x.device.type)
-    if dtype is None:
-        return x, weights, biases, downs, ups
+    return _cast(x), *_all_as_autocast(weights, biases, downs, ups)
 
-    def cast_(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64
-        return tensor.to(dtype) if eligible else tensor
 
+def _all_as_autocast(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor]]:
     return (
-        cast_(x),
-        [cast_(weight) for weight in weights],
-        [None if bias is None else cast_(bias) for bias in biases],
-        [cast_(down) for down in downs],
-        [cast_(up) for up in ups],
+        [_cast(weight) for weight in weights],
+        [None if bias is None else _cast(bias) for bias in biases],
+        [_cast(down) for down in downs],
+        [_cast(up) for up in ups],
     )
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    dtype = autocast_of(tensor.device.type)
+    eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64
+    return tensor if dtype is None or not eligible else tensor.to(dtype)
 
 
 def _forward(
@@ -132,39 +164,68 @@ def _forward(
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scalings: tuple[float, ...], source: Any, x: Tensor, *given: Tensor | None
+        ctx: Any,
+        scalings: tuple[float, ...],
+        inner: fx.GraphModule | None,
+        count: int,
+        *given: Any,
     ) -> Any:
-        weights, biases, downs, ups = _in_fours(given)
-        outputs, hidden = _forward(x, weights, biases, downs, ups, scalings)
-        ctx.scalings = scalings
+        """Compute the outputs; the first `count` inputs are x, or those of a chain (`inner`)."""
+        first, (weights, biases, downs, ups) = given[:count], _in_fours(given[count:])
+        x = first[0] if inner is None else _cast(inner(*first))
+        with autocast_to(x.device.type, None):
+            outputs, hidden = _forward(x, weights, biases, downs, ups, scalings)
+        ctx.scalings, ctx.count = scalings, count
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)
-        of_x = weights if ctx.needs_input_grad[2] else ()  # only a gradient of x reads W
-        of_weights, _, of_downs, _ = _in_fours(ctx.needs_input_grad[3:])
+        of_first, of_layers = _needed(ctx)
+        of_x = weights if any(of_first) else ()  # only a gradient of x reads W
+        of_weights, _, of_downs, _ = _in_fours(of_layers)
         ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.again = None if inner is None else Again(inner, first)
+        saved = [value for value in first if isinstance(value, Tensor)]
         # only gradients of W and A read x: with frozen ones (LoRA-FA), x A^T is enough
-        reads_x = any((*of_weights, *of_downs))
-        ctx.source = source if reads_x else None
-        saved = x if reads_x and source is None else None
-        ctx.save_for_backward(saved, hidden, *downs, *ups, *of_x)
+        if inner is None and not any((*of_weights, *of_downs)):
+            saved = [None]
+        ctx.number = len(saved)
+        ctx.save_for_backward(*saved, hidden, *downs, *ups, *of_x)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        count = len(ctx.scalings)
-        x, hidden, *held = ctx.saved_tensors
-        downs, ups, weights = held[:count], held[count : 2 * count], held[2 * count :]
-        if ctx.source is not None:
-            x = again(ctx.source).to(ctx.dtype)
+        tensors = ctx.saved_tensors  # which checkpoints give once
+        saved, (hidden, *held) = tensors[: ctx.number], tensors[ctx.number :]
+        layers = len(ctx.scalings)
+        downs, ups, weights = held[:layers], held[layers : 2 * layers], held[2 * layers :]
+        of_first, of_layers = _needed(ctx)
+        given, output = [], None
+        (x, *_) = saved
+        if ctx.again:
+            given, output = ctx.again.computed(saved, of_first)
+            x = output.to(ctx.dtype) if torch.is_grad_enabled() else output.detach().to(ctx.dtype)
+        needs = any(of_first), *of_layers
         with autocast_to(hidden.device.type, None):
             # If the gradient itself is to be differentiated, or is a batch of gradients.
-            if torch.is_grad_enabled() or not is_plain([g for g in grads if g is not None], True):
-                return None, None, *_by_formula(ctx, x, hidden, weights, downs, ups, grads)
-            return None, None, *_gradients(ctx, x, hidden, weights, downs, ups, grads)
+            twice = torch.is_grad_enabled()
+            plain = not twice and is_plain([g for g in grads if g is not None], True)
+            compute = _gradients if plain else _by_formula
+            of_x, *others = compute(ctx, needs, x, hidden, weights, downs, ups, grads)
+        firsts = [of_x]
+        if output is not None:
+            of_output = None if of_x is None else of_x.to(output.dtype)
+            firsts = gradients(given, of_first, output, [of_output])
+        return None, None, None, *firsts, *others
+
+
+def _needed(ctx: Any) -> tuple[Sequence[bool], Sequence[bool]]:
+    """Return whether gradients are needed of x, or a chain's inputs, and of the layers' tensors."""
+    needs = ctx.needs_input_grad[3:]
+    return needs[: ctx.count], needs[ctx.count :]
 
 
 def _gradients(
     ctx: Any,
+    needs: Sequence[bool],
     x: Tensor | None,
     hidden: Tensor,
     weights: Sequence[Tensor],
@@ -173,7 +234,6 @@ def _gradients(
     grads: Sequence[Tensor | None],
 ) -> Iterator[Tensor | None]:
     """Yield the gradients of x, W, b, A and B; x is None if those of W and A are not needed."""
-    needs = ctx.needs_input_grad[2:]
     of_weights, of_biases, of_downs, of_ups = _in_fours(needs[1:])
     rows = hidden if x is None else x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -236,6 +296,7 @@ def _down_gradients(
 
 def _by_formula(
     ctx: Any,
+    needs: Sequence[bool],
     x: Tensor | None,
     hidden: Tensor,
     weights: Sequence[Tensor],
@@ -252,7 +313,7 @@ def _by_formula(
     rows = None if x is None else x.reshape(-1, x.shape[-1])
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     pairs = list(zip(flat, downs, ups, ctx.scalings, strict=True))
-    if ctx.needs_input_grad[2]:
+    if needs[0]:
         of_x = [
             g @ w + (g @ up * s) @ down
             for (g, down, up, s), w in zip(pairs, weights, strict=True)

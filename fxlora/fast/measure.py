@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..fx.calls import example_value
+from ..fx.marks import INPUT
 from ..fx.trials import concrete_sizes
 from .linears import linears
 
@@ -36,7 +37,7 @@ class Shapes:
     @classmethod
     def of(cls, joint: fx.Node, sizes: Sequence[tuple[int, int]]) -> Shapes | None:
         """Return the sizes of a joint op, given each layer's outputs and rank; None if unknown."""
-        x = example_value(joint.args[0])
+        x = joint.meta[INPUT] if INPUT in joint.meta else example_value(joint.args[0])
         if x is None:
             return None
         biases: Any = joint.args[2]

@@ -4,8 +4,8 @@ Autograd saves what each op needs: for a GELU that is written out, six tensors a
 whose inner values nobody else reads can be computed again from its inputs, which are saved instead.
 Which is less is found by a trial on the meta device, with the sizes of the example.
 
-A joint op saves its input for the gradients of A. If a chain ends there, it is computed again for
-the joint op, too: a gate in front of a down projection, or a norm in front of q, k and v.
+A joint op saves its input for the gradients of A. If a chain ends there, the joint op computes it
+again: a gate in front of a down projection, or a norm in front of q, k and v.
 
 The dropout in front of an adapter's A is such a chain, too, with the product: its result and its
 mask are drawn again, from the random state of the forward.
@@ -24,10 +24,11 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from ..fx.calls import example_value
-from ..fx.marks import ADAPTER, RECOMPUTED
+from ..fx.marks import ADAPTER, INPUT, RECOMPUTED
 from ..fx.trials import concrete_sizes
 from .again import Chain
 from .layers import between, draws, hidden_of
+from .linears import LinearsOf
 
 aten = torch.ops.aten
 
@@ -66,7 +67,11 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
         exposed = [node for node in inputs if not _is_private(node, returned)]
         found = _measured(inner, inputs, chain, exposed, joint)
         if found and found.after < found.before:
-            _replace(chain, inputs, Chain(inner, number, draws(chain[0])), found)
+            (reader, *_) = chain[-1].users
+            if joint:
+                _read_by_joint(reader, chain, inputs, LinearsOf(inner, number), found)
+            else:
+                _replace(chain, inputs, Chain(inner, number, draws(chain[0])), found)
 
 
 # ---- chains -------------------------------------------------------------------------------------
@@ -193,6 +198,23 @@ def _replace(
     call.meta = {**last.meta, RECOMPUTED: found}
     last.replace_all_uses_with(call)
     for node in reversed(chain):
+        node.graph.erase_node(node)
+
+
+def _read_by_joint(
+    joint: fx.Node,
+    chain: list[fx.Node],
+    inputs: list[fx.Node],
+    function: LinearsOf,
+    found: Recomputed,
+) -> None:
+    """Replace a joint op by a call that has the chain in front of it in it."""
+    _, *layers = joint.args
+    with joint.graph.inserting_before(joint):
+        call = joint.graph.call_function(function, (inputs, *layers))
+    call.meta = {**joint.meta, RECOMPUTED: found, INPUT: chain[-1].meta.get("val")}
+    joint.replace_all_uses_with(call)
+    for node in (joint, *reversed(chain)):
         node.graph.erase_node(node)
 
 

@@ -71,6 +71,8 @@ class Schedule:
         losses: dict[ChunkedLoss, dict[str, None]] = {}
         for mode, graph in runs:
             for node in running_nodes(graph):
+                if chain := node.meta.get(RECOMPUTED):
+                    again[mode][chain] += 1
                 if names := node.meta.get(JOINED):
                     modes.setdefault((names, ""), {})[mode] = None
                     adapted = [entries[name] for name in names]
@@ -79,8 +81,6 @@ class Schedule:
                     units[names] = {"explicit": explicit, "fast": fast, "shapes": shapes}
                 elif loss := node.meta.get(CHUNKED):
                     losses.setdefault(loss, {})[mode] = None
-                elif chain := node.meta.get(RECOMPUTED):
-                    again[mode][chain] += 1
                 elif ADAPTER in node.meta:
                     reason = node.meta.get(APART, "")
                     modes.setdefault(((node.meta[ADAPTER][0],), reason), {})[mode] = None
