@@ -168,6 +168,7 @@ def test_compiled() -> None:
     assert_alike(torch.autograd.grad(compiled(x).sin().sum(), trained), gradients(lora))
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_reads_what_each_call_saved() -> None:
     lora, fast = made()
     compiler: Any = torch.compile(backend="aot_eager")
