@@ -7,7 +7,8 @@ input_ids=…)`. Whatever fxlora does not do raises a `ConfigError` that says wh
 """
 
 from ..config import LoraConfig
-from .model import PeftModel, get_peft_model
+from .entry import get_peft_model
+from .model import PeftModel
 from .status import LayerStatus, ModelStatus
 from .tasks import TaskType
 

@@ -3,117 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..api import fold
 from ..arithmetic.combine import combine
 from ..config import LoraConfig
 from ..data import as_path
 from ..disk.save import save_adapter
-from ..errors import AdapterError, ConfigError, InjectError, warn
-from ..hosts.host import Host
-from ..hosts.merged_source import merged
+from ..errors import AdapterError, ConfigError, warn
 from ..module import CapturedModule
 from ..module.blocks.chosen import Modules
 from ..module.example_calls import Call, MethodCalls
 from ..names import shown
 from ..tables import some
 from .adapters import Adapters, set_trained
-from .making import add, as_config, captured, load, name_of
+from .making import add, as_config, captured, load
+from .running import RunningModule, host_of, listed
 from .status import LayerStatus, ModelStatus, layer_statuses, model_status
 
 
-def get_peft_model(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    *args: Any,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-    calls: Sequence[Call] | None = None,
-    methods: Mapping[str, MethodCalls] | None = None,
-    dynamic_shapes: Any = None,
-    modules: Modules | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Return a copy of a model with adapters: an instance of its class, with PeftModel's methods.
-
-    The model itself stays as it is. The copy shares its frozen weights, and runs the graph captured
-    on the example (see `fxlora.hosted`): `generate`, `config` and training loops work as on it.
-
-    Args:
-        model: any nn.Module.
-        peft_config: a LoraConfig, or PEFT's.
-        args: example inputs, as the model is called with.
-        adapter_name: the adapter's name.
-        mixed: only False.
-        autocast_adapter_dtype: False holds A and B in the dtype of their weight.
-        revision: `LoraConfig.revision`.
-        low_cpu_mem_usage: only False.
-        calls, methods, dynamic_shapes, modules: further examples, as for `fxlora.capture`.
-        kwargs: example inputs by name.
-
-    Returns:
-        The model with one adapter, which is active and trains.
-
-    Raises:
-        CaptureError: the model has no graph.
-        NoMatchError, UnsupportedOpError, ConfigError: as for `fxlora.match`; or an option that
-            fxlora does not have.
-        InjectError: the model cannot be hosted.
-
-    Example:
-        >>> import torch
-        >>> from fxlora.peft import LoraConfig, get_peft_model
-        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(3, 6)
-        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]), x)
-        >>> model.print_trainable_parameters()
-        trainable params: 20 || all params: 48 || trainable%: 41.6667
-        >>> type(model).__name__, model.merge_and_unload()(x).shape
-        ('Sequential', torch.Size([3, 4]))
-    """
-    if mixed or low_cpu_mem_usage:
-        raise ConfigError("mixed and low_cpu_mem_usage are not supported: leave them out.")
-    options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
-    base = captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
-    adapters = Adapters(model, base)
-    config = as_config(peft_config)
-    described = {"revision": revision, "base_model_name_or_path": name_of(model)}
-    config = dataclasses.replace(config, **{k: v for k, v in described.items() if v is not None})
-    add(adapters, adapter_name, config, autocast_adapter_dtype)
-    return _peft_model(adapters)
-
-
-def _peft_model(adapters: Adapters) -> Any:
-    """Return a host of the active module whose class also has PeftModel's methods."""
-    host: Any = adapters.running()
-    kind = type(host)
-    names = {
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    result: Any = nn.Module.__new__(type(kind.__name__, (PeftModel, kind), names))
-    object.__setattr__(result, "__dict__", host.__dict__)
-    result.__dict__["_peft"] = adapters
-    return result
-
-
-class PeftModel(Host):
+class PeftModel(RunningModule):
     """The methods that `get_peft_model` and `from_pretrained` add to a host of the user's model.
 
     A model may hold several adapters over the same weights, of which one is active.
     """
-
-    _peft: Adapters
 
     @classmethod
     def from_pretrained(
@@ -152,7 +68,7 @@ class PeftModel(Host):
         base = captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
         adapters = Adapters(model, base)
         load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
-        result = _peft_model(adapters)
+        result = host_of(adapters, PeftModel)
         return result if is_trainable else result.eval()
 
     # ---- adapters --------------------------------------------------------------------------------
@@ -161,11 +77,6 @@ class PeftModel(Host):
     def peft_config(self) -> dict[str, LoraConfig]:
         """The configurations of the adapters, by name."""
         return dict(self._peft.configs)
-
-    @property
-    def active_adapter(self) -> str:
-        """The name of the active adapter."""
-        return self._peft.active
 
     @property
     def active_adapters(self) -> list[str]:
@@ -213,7 +124,7 @@ class PeftModel(Host):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, which trains unless `inference_mode`; others do not."""
-        names = _listed("set_adapter", adapter_name)
+        names = listed("set_adapter", adapter_name)
         if len(names) != 1:
             raise ConfigError(
                 f"one adapter is active at a time, not {shown(names)}: add_weighted_adapter makes "
@@ -294,81 +205,6 @@ class PeftModel(Host):
         set_trained(combined, False)
         self._peft.add(adapter_name, combined, config)
 
-    # ---- running without them --------------------------------------------------------------------
-
-    def disable_adapter_layers(self) -> None:
-        """Run the base model from now on."""
-        self._peft.enabled = False
-        self._run()
-
-    def enable_adapter_layers(self) -> None:
-        """Run the active adapter again."""
-        self._peft.enabled = True
-        self._run()
-
-    @contextmanager
-    def disable_adapter(self) -> Generator[None]:
-        """Run the base model in a `with` block."""
-        before = self._peft.enabled
-        self.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            self._peft.enabled = before
-            self._run()
-
-    def merge_adapter(
-        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Run the graph with folded weights, until `unmerge_adapter`."""
-        self._check_active(adapter_names)
-        self._peft.merged = self.active_adapter
-        self._run()
-
-    def unmerge_adapter(self) -> None:
-        """Run the active adapter as a branch again."""
-        self._peft.merged = None
-        self._run()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: str | list[str] | None = None,
-    ) -> Any:
-        """Return a copy of the user's own model with folded weights (`fxlora.merged`).
-
-        Args:
-            progressbar: without effect.
-            safe_merge: raise if a folded weight is not finite.
-            adapter_names: only the active adapter.
-
-        Raises:
-            InjectError: a folded weight is NaN or infinite.
-        """
-        self._check_active(adapter_names)
-        folded = fold(self._peft.modules[self.active_adapter])
-        if safe_merge and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
-            raise InjectError(f"{some(bad)}: NaN or infinity after the merge.")
-        result = merged(self._peft.source, folded)
-        devices = {p.device for p in folded.parameters()}
-        return result.to(devices.pop()) if len(devices) == 1 else result
-
-    def unload(self) -> nn.Module:
-        """Return the user's own model, which never had adapters."""
-        return self._peft.source
-
-    def get_base_model(self) -> Any:
-        """Return the model with its adapters: it is an instance of the user's class itself."""
-        return self
-
-    def _check_active(self, names: str | Sequence[str] | None) -> None:
-        if names is not None and _listed("adapter_names", names) != [self.active_adapter]:
-            raise ConfigError(
-                f"only the active adapter {shown(self.active_adapter)} is merged, not "
-                f"{shown(names)}: set_adapter first."
-            )
-
     # ---- files and numbers -----------------------------------------------------------------------
 
     def save_pretrained(
@@ -414,36 +250,6 @@ class PeftModel(Host):
                 save_adapter(module, folder if name == "default" else folder / name)
         return None
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield all parameters, of every adapter: one optimizer may train them in turns."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        for name, parameter in self._peft.others() if recurse else ():
-            yield f"{prefix}.{name}".removeprefix("."), parameter
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors of the model and of all adapters, by their names here."""
-        state = super().state_dict(*args, **kwargs)
-        for name, parameter in self._peft.others():
-            state[f"{kwargs.get('prefix', '')}{name}"] = parameter.detach()
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load the tensors of the running module, and those of other adapters that are given."""
-        others = dict(self._peft.others())
-        mine = {name: tensor for name, tensor in state_dict.items() if name not in others}
-        result = super().load_state_dict(mine, *args, **kwargs)
-        with torch.no_grad():
-            for name in state_dict.keys() & others.keys():
-                if others[name].shape != state_dict[name].shape:
-                    raise AdapterError(
-                        f"'{name}' is {tuple(state_dict[name].shape)} in the state, and "
-                        f"{tuple(others[name].shape)} here."
-                    )
-                others[name].copy_(state_dict[name])
-        return result
-
     @property
     def captured_module(self) -> CapturedModule:
         """The captured module that runs, which fxlora's functions take: `fxlora.verify(…)`, …"""
@@ -469,49 +275,3 @@ class PeftModel(Host):
     def get_model_status(self) -> ModelStatus:
         """Return the status of the model's adapters."""
         return model_status(self._peft, *self.get_nb_trainable_parameters())
-
-    # ---- the host that runs ----------------------------------------------------------------------
-
-    def _run(self) -> None:
-        """Become the host of the module that is to run, in the same mode and with the same hooks.
-
-        Loops and optimizers hold this object, so it takes over the other host's attributes.
-        """
-        before, host = self.__dict__, self._peft.running()
-        if host.__dict__ is before:
-            return
-        own = {name: host.__dict__[name] for name in _OF_HOST}
-        host.__dict__.update({**before, **own})
-        object.__setattr__(self, "__dict__", host.__dict__)
-        self.train(before["training"])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._peft.apply(fn)
-        self._run()  # a merged module is made anew
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = _peft_model(self._peft.copied(memo))
-        copied.train(self.training)
-        return copied
-
-
-def _listed(what: str, names: Any) -> list[str]:
-    """Return one name or several as a list.
-
-    Raises:
-        ConfigError: they are none.
-    """
-    listed = [names] if isinstance(names, str) else names
-    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
-        raise ConfigError(f"{what} takes the name of an adapter, or a list of one: {shown(names)}.")
-    return list(listed)
-
-
-# The attributes in which two hosts of one model differ.
-_TENSORS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_OF_HOST = (*_TENSORS, "_captured", "_held", "_seal")
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

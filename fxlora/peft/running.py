@@ -1,0 +1,199 @@
+"""Which module of a PeftModel runs: with an adapter, without, or merged; and the tensors of all."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..api import fold
+from ..errors import AdapterError, ConfigError, InjectError
+from ..hosts.host import Host
+from ..hosts.merged_source import merged
+from ..names import shown
+from ..tables import some
+from .adapters import Adapters
+
+# The attributes in which two hosts of one model differ.
+_TENSORS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_OF_HOST = (*_TENSORS, "_captured", "_held", "_seal")
+
+
+def host_of(adapters: Adapters, methods: type[RunningModule]) -> Any:
+    """Return a host of the module that is to run, whose class also has some methods."""
+    host: Any = adapters.running()
+    kind = type(host)
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    result: Any = nn.Module.__new__(type(kind.__name__, (methods, kind), names))
+    object.__setattr__(result, "__dict__", host.__dict__)
+    result.__dict__["_peft"] = adapters
+    return result
+
+
+class RunningModule(Host):
+    """A host that becomes another one, of the same model: of the module that is to run."""
+
+    _peft: Adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter."""
+        return self._peft.active
+
+    # ---- running without them --------------------------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """Run the base model from now on."""
+        self._peft.enabled = False
+        self._run()
+
+    def enable_adapter_layers(self) -> None:
+        """Run the active adapter again."""
+        self._peft.enabled = True
+        self._run()
+
+    @contextmanager
+    def disable_adapter(self) -> Generator[None]:
+        """Run the base model in a `with` block."""
+        before = self._peft.enabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._peft.enabled = before
+            self._run()
+
+    def merge_adapter(
+        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Run the graph with folded weights, until `unmerge_adapter`."""
+        self._check_active(adapter_names)
+        self._peft.merged = self.active_adapter
+        self._run()
+
+    def unmerge_adapter(self) -> None:
+        """Run the active adapter as a branch again."""
+        self._peft.merged = None
+        self._run()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: str | list[str] | None = None,
+    ) -> Any:
+        """Return a copy of the user's own model with folded weights (`fxlora.merged`).
+
+        Args:
+            progressbar: without effect.
+            safe_merge: raise if a folded weight is not finite.
+            adapter_names: only the active adapter.
+
+        Raises:
+            InjectError: a folded weight is NaN or infinite.
+        """
+        self._check_active(adapter_names)
+        folded = fold(self._peft.modules[self.active_adapter])
+        if safe_merge and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
+            raise InjectError(f"{some(bad)}: NaN or infinity after the merge.")
+        result = merged(self._peft.source, folded)
+        devices = {p.device for p in folded.parameters()}
+        return result.to(devices.pop()) if len(devices) == 1 else result
+
+    def unload(self) -> nn.Module:
+        """Return the user's own model, which never had adapters."""
+        return self._peft.source
+
+    def get_base_model(self) -> Any:
+        """Return the model with its adapters: it is an instance of the user's class itself."""
+        return self
+
+    def _check_active(self, names: str | Sequence[str] | None) -> None:
+        if names is not None and listed("adapter_names", names) != [self.active_adapter]:
+            raise ConfigError(
+                f"only the active adapter {shown(self.active_adapter)} is merged, not "
+                f"{shown(names)}: set_adapter first."
+            )
+
+    # ---- the tensors of all adapters -------------------------------------------------------------
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all parameters, of every adapter: one optimizer may train them in turns."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        for name, parameter in self._peft.others() if recurse else ():
+            yield f"{prefix}.{name}".removeprefix("."), parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors of the model and of all adapters, by their names here."""
+        state = super().state_dict(*args, **kwargs)
+        for name, parameter in self._peft.others():
+            state[f"{kwargs.get('prefix', '')}{name}"] = parameter.detach()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load the tensors of the running module, and those of other adapters that are given."""
+        others = dict(self._peft.others())
+        mine = {name: tensor for name, tensor in state_dict.items() if name not in others}
+        result = super().load_state_dict(mine, *args, **kwargs)
+        with torch.no_grad():
+            for name in state_dict.keys() & others.keys():
+                if others[name].shape != state_dict[name].shape:
+                    raise AdapterError(
+                        f"'{name}' is {tuple(state_dict[name].shape)} in the state, and "
+                        f"{tuple(others[name].shape)} here."
+                    )
+                others[name].copy_(state_dict[name])
+        return result
+
+    # ---- the host that runs ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Become the host of the module that is to run, in the same mode and with the same hooks.
+
+        Loops and optimizers hold this object, so it takes over the other host's attributes.
+        """
+        before, host = self.__dict__, self._peft.running()
+        if host.__dict__ is before:
+            return
+        own = {name: host.__dict__[name] for name in _OF_HOST}
+        host.__dict__.update({**before, **own})
+        object.__setattr__(self, "__dict__", host.__dict__)
+        self.train(before["training"])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._peft.apply(fn)
+        self._run()  # a merged module is made anew
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = nn.Module.__new__(type(self))
+        adapters = self._peft.copied(memo)
+        object.__setattr__(copied, "__dict__", adapters.running().__dict__)
+        copied.__dict__["_peft"] = adapters
+        copied.train(self.training)
+        return copied
+
+
+def listed(what: str, names: Any) -> list[str]:
+    """Return one name or several as a list.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    found = [names] if isinstance(names, str) else names
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"{what} takes the name of an adapter, or a list of one: {shown(names)}.")
+    return list(found)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
