@@ -21,6 +21,7 @@ from torch import nn
 import fxlora
 from fxlora import (
     AdapterError,
+    CaptureError,
     ConfigError,
     FxLoraWarning,
     InjectError,
@@ -31,7 +32,7 @@ from fxlora import (
 from fxlora.config import REFUSED, TASKS
 from fxlora.matching.architectures import TARGETS
 from fxlora.peft import PeftModel, TaskType, get_peft_model
-from fxlora.peft.model import as_config
+from fxlora.peft.making import as_config
 
 from .models import Tied
 from .typed import untyped
@@ -478,6 +479,7 @@ def test_what_is_not_supported_says_so(tmp_path: Path) -> None:
         lambda: get_peft_model(net(), config, X, mixed=True),
         lambda: get_peft_model(net(), config, "default"),
         lambda: get_peft_model(model, config, X),
+        lambda: PeftModel(net(), config),
         lambda: model.add_adapter("default", config),
         lambda: model.set_adapter(["default", "other"]),
         lambda: model.set_adapter("other"),
@@ -496,6 +498,21 @@ def test_what_is_not_supported_says_so(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             call()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_needs_an_example_says_how_to_give_one(tmp_path: Path) -> None:
+    base = tf.LlamaForCausalLM(LLAMA).eval()
+    batch = {"input_ids": torch.randint(1, 40, (2, 6))}
+    calls: list[tuple[Any, Any]] = [
+        (get_peft_model, LoraConfig(r=2)),
+        (PeftModel.from_pretrained, tmp_path),
+    ]
+    for call, second in calls:
+        with pytest.raises(CaptureError, match=r"here: .*, input_ids=….*, \*\*batch\)"):
+            call(base, second)
+        model = call(base, second, **batch)
+        assert torch.equal(model.eval()(**batch).logits, base(**batch).logits)
+        model.save_pretrained(tmp_path)
 
 
 def test_another_method_of_pefts_is_named() -> None:

@@ -72,7 +72,8 @@ def get_peft_model(
     if mixed or low_cpu_mem_usage:
         raise ConfigError("mixed and low_cpu_mem_usage are not supported: leave them out.")
     options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
-    base = captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+    options |= {"dynamic_shapes": dynamic_shapes, "call": "get_peft_model(model, config"}
+    base = captured(model, args, kwargs, **options)
     adapters = Adapters(model, base)
     config = as_config(peft_config)
     described = {"revision": revision, "base_model_name_or_path": name_of(model)}

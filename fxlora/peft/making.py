@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import nn
 from ..api import inject
 from ..config import LoraConfig
 from ..disk.load import load_adapter
-from ..errors import ConfigError
+from ..errors import CaptureError, ConfigError
 from ..frontends import capture
+from ..frontends.methods import signature_of
 from ..hosts.host import Host
 from ..matching import match
 from ..module import CapturedModule
+from ..module.example_calls import Call
 from ..names import shown
 from .adapters import Adapters, set_trained
 
@@ -43,8 +46,23 @@ def as_config(config: Any) -> LoraConfig:
 
 
 def captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    call: str,
+    calls: Sequence[Call] | None,
+    **options: Any,
 ) -> CapturedModule:
+    """Return the module captured from a model.
+
+    Args:
+        call: the user's call, for the message that it lacks an example: "get_peft_model(model".
+
+    Raises:
+        ConfigError: an argument is no example, or the model has adapters.
+        CaptureError: the model cannot be captured.
+    """
     if args and isinstance(args[0], str):
         raise ConfigError(
             f"{shown(args[0])} is not an example input. Give the adapter's name by keyword: "
@@ -52,7 +70,17 @@ def captured(
         )
     if isinstance(model, Host) and "_peft" in vars(model):
         raise ConfigError("the model has adapters already: add_adapter adds another.")
-    return capture(model, args or None, kwargs or None, **options)
+    try:
+        return capture(model, args or None, kwargs or None, calls=calls, **options)
+    except CaptureError as error:
+        if args or kwargs or calls is not None or not isinstance(model, nn.Module):
+            raise
+        first = next(iter(signature_of(model).parameters), "*args")
+        example = f"{first}=…" if first.isidentifier() else first
+        raise CaptureError(
+            f"{str(error).rstrip('.')}; here: {call}, {example}), with the arguments that your "
+            f"training gives: {call}, **batch), or calls=[(args, kwargs), …]."
+        ) from error
 
 
 def name_of(model: nn.Module) -> str | None:

@@ -31,6 +31,12 @@ class PeftModel(RunningModule):
     A model may hold several adapters over the same weights, of which one is active.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError(
+            "PeftModel(…) makes no model: call get_peft_model(model, config, *example), or "
+            "PeftModel.from_pretrained(model, folder, *example)."
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -65,7 +71,9 @@ class PeftModel(RunningModule):
             AdapterError: as for `fxlora.load_adapter`.
         """
         options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
-        base = captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+        call = f"{cls.__name__}.from_pretrained(model, folder"
+        options |= {"dynamic_shapes": dynamic_shapes, "call": call}
+        base = captured(model, args, kwargs, **options)
         adapters = Adapters(model, base)
         load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         result = host_of(adapters, PeftModel)
