@@ -27,6 +27,7 @@ from fxlora import (
     InjectError,
     LoraConfig,
     NoMatchError,
+    QuantisedError,
     Rule,
 )
 from fxlora.config import REFUSED, TASKS
@@ -470,6 +471,33 @@ def test_merge_adapter_and_back() -> None:
     assert not model.get_model_status().enabled
     model.enable_adapter_layers()
     assert torch.equal(model(X), expected)
+
+
+def test_a_merge_into_quantised_weights_says_what_to_choose() -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    base, x = (
+        nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)).eval(),
+        torch.randn(3, 64),
+    )
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(base, config, x).eval()
+    expected = model(x)
+    assert float((expected - base(x)).detach().abs().max()) > 0.1
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(QuantisedError, match=r'"dequantise".*"requantise"'):
+            merge()
+        assert torch.equal(model(x), expected)  # it still runs the branch
+    with pytest.raises(ConfigError, match='take "dequantise" or "requantise"'):
+        model.merge_and_unload(quantised="keep")
+    for how, kind in {"dequantise": nn.Parameter, "requantise": type(base[0].weight)}.items():
+        plain = model.merge_and_unload(quantised=how)
+        assert type(plain[0].weight) is kind
+        assert torch.allclose(plain(x), expected, atol=1e-4 if how == "dequantise" else 0.5)
+        model.merge_adapter(quantised=how)
+        assert torch.equal(model(x), plain(x))
+        model.unmerge_adapter()
+        assert torch.equal(model(x), expected)
 
 
 def test_what_is_not_supported_says_so(tmp_path: Path) -> None:

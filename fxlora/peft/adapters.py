@@ -33,6 +33,7 @@ class Adapters:
         active: the name of the active adapter.
         enabled: whether it runs, and not the base model.
         merged: the name of the adapter that is merged, or None.
+        quantised: what a merge does with quantised weights, as for `fold`.
     """
 
     def __init__(self, source: nn.Module, base: CapturedModule) -> None:
@@ -44,6 +45,7 @@ class Adapters:
         self.active = ""
         self.enabled = True
         self.merged: str | None = None
+        self.quantised: str | None = None
         self._hosts: dict[int, nn.Module] = {}  # by the id of their module, which they keep alive
 
     def add(self, name: str, module: CapturedModule, config: LoraConfig) -> None:
@@ -67,7 +69,9 @@ class Adapters:
         if not self.enabled:
             return self._host(self.base)
         module = self.modules[self.active]
-        return hosted(self.source, fold(module)) if self.merged else self._host(module)
+        if self.merged is None:
+            return self._host(module)
+        return hosted(self.source, fold(module, quantised=self.quantised))
 
     def _host(self, module: CapturedModule) -> nn.Module:
         if id(module) not in self._hosts:
@@ -108,7 +112,8 @@ class Adapters:
         result = Adapters(self.source, copy.deepcopy(self.base, memo))
         for name, module in self.modules.items():
             result.add(name, copy.deepcopy(module, memo), self.configs[name])
-        result.active, result.enabled, result.merged = self.active, self.enabled, self.merged
+        result.active, result.enabled = self.active, self.enabled
+        result.merged, result.quantised = self.merged, self.quantised
         return result
 
 

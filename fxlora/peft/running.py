@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..api import fold
-from ..errors import AdapterError, ConfigError, InjectError
+from ..errors import AdapterError, ConfigError, FxLoraError, InjectError
 from ..hosts.host import Host
 from ..hosts.merged_source import merged
 from ..names import shown
@@ -71,12 +71,20 @@ class RunningModule(Host):
             self._run()
 
     def merge_adapter(
-        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False
+        self,
+        adapter_names: str | list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        quantised: str | None = None,
     ) -> None:
-        """Run the graph with folded weights, until `unmerge_adapter`."""
+        """Run the graph with folded weights, until `unmerge_adapter`; see `fold` for `quantised`."""
         self._check_active(adapter_names)
-        self._peft.merged = self.active_adapter
-        self._run()
+        self._peft.merged, self._peft.quantised = self.active_adapter, quantised
+        try:
+            self._run()
+        except FxLoraError:
+            self.unmerge_adapter()
+            raise
 
     def unmerge_adapter(self) -> None:
         """Run the active adapter as a branch again."""
@@ -88,6 +96,8 @@ class RunningModule(Host):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: str | list[str] | None = None,
+        *,
+        quantised: str | None = None,
     ) -> Any:
         """Return a copy of the user's own model with folded weights (`fxlora.merged`).
 
@@ -95,12 +105,19 @@ class RunningModule(Host):
             progressbar: without effect.
             safe_merge: raise if a folded weight is not finite.
             adapter_names: only the active adapter.
+            quantised: for quantised weights, "dequantise" or "requantise", as for `fxlora.fold`.
 
         Raises:
             InjectError: a folded weight is NaN or infinite.
+            QuantisedError: as for `fxlora.fold`.
         """
         self._check_active(adapter_names)
-        folded = fold(self._peft.modules[self.active_adapter])
+        if quantised == "keep":
+            raise ConfigError(
+                'the model\'s own class has no branches, which quantised="keep" would keep: take '
+                '"dequantise" or "requantise", or this model as it is.'
+            )
+        folded = fold(self._peft.modules[self.active_adapter], quantised=quantised)
         if safe_merge and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
             raise InjectError(f"{some(bad)}: NaN or infinity after the merge.")
         result = merged(self._peft.source, folded)
