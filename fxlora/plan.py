@@ -70,7 +70,8 @@ class Entry:
         rule: number of the rule that matched the site, from 1.
         variants: rows of the table of variants, in the order in which they apply.
         part: name of the part of a packed weight, or None.
-        rows: range (start, stop) of the part in the weight's output dimension, or None.
+        rows: range (start, stop) of the part in the weight's output dimension, or None. For a part
+            of the rows of a table, `layout` has these as outputs.
         tokens: rows of the weight, in its first dimension, that train alone (see `Rule.tokens`):
             one of A and B, frozen, selects them, and the other has what is added to each. Empty
             for a low-rank pair.

@@ -132,6 +132,8 @@ def adapted(
         more = tensors[entry.name_of("lora_B")].mT if dims[0] == "i" else None
         more = tensors[entry.name_of("lora_A")] if more is None else more
         return weight.index_add(0, torch.tensor(rule.tokens), more)
+    if rule.part_dim is not None and rule.part_dim == dims.index("i"):
+        dims = dims.translate(str.maketrans("io", "oi"))  # a pair of its own for these inputs
     dim = dims.index("o")
     start, stop = rows(rule, entry.part, weight.shape[dim])
     before, part, behind = weight.tensor_split((start, stop), dim)

@@ -18,7 +18,7 @@ from fxlora import ConfigError, InjectError, LoraConfig, Rule, UnsupportedOpErro
 from fxlora.reads.sites import find_sites
 
 from .laws import check_laws, randomise
-from .models import Reads, Several, gpt2
+from .models import Reads, Several, Tied, gpt2
 from .typed import plan_of, untyped
 
 LORA = LoraConfig(r=2, lora_alpha=3)
@@ -234,6 +234,95 @@ def test_features_of_an_embedding() -> None:
     rule = Rule("0", lora=LORA, parts={"a": (0, 2), "b": (4, 6)})
     _, lora = check_laws(model, (torch.tensor([[1, 2, 8]]),), rules=rule)
     assert [entry.shapes for entry in plan_of(lora)] == [((2, 9), (2, 2))] * 2
+
+
+class Tables(nn.Module):
+    """An embedding with a padding row, a bag, and a table of which each row is read, too."""
+
+    subscripts: ClassVar = {"table": "io"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.bag = nn.Embedding(17, 6, padding_idx=1), nn.EmbeddingBag(17, 6, mode="sum")
+        self.table = nn.Parameter(torch.randn(17, 6))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.emb(ids) + F.embedding(ids, self.table) + self.table[-1]
+        return torch.tanh(x + self.bag(ids).unsqueeze(1))
+
+
+IDS = torch.tensor([[3, 9, 1, 11, 16], [2, 9, 16, 0, 12]])
+NEW: dict[str, Any] = {"old": (2, 4), "new": (9, 13)}
+R2_SHARED = LoraConfig(r=2, lora_alpha=3, tied="share")
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "forms"),
+    [
+        (Tables(), Rule(["emb", "bag", "table"], parts=NEW, part_dim=0, lora=LORA), "wwbbbb"),
+        (Tied(), Rule("emb", parts=NEW, part_dim=0, lora=LORA), "bb"),
+        (Tied(), Rule("head", parts=NEW, part_dim=0, lora=R2_SHARED), "bb"),
+    ],
+    ids=["tables", "one of a tie", "tied"],
+)
+def test_rows_of_a_table(model: nn.Module, rule: Rule, forms: str, tmp_path: Path) -> None:
+    """A pair for the rows of new tokens, at every read of them."""
+    gm, lora = check_laws(model, (IDS,), rules=rule)
+    plan = plan_of(lora)
+    assert "".join(entry.form[0] for entry in plan) == forms
+    assert {entry.shapes for entry in plan} == {((2, 6), (2, 2)), ((2, 6), (4, 2))}
+    found = fxlora.match(gm, dataclasses.replace(rule, part_dim=None))  # they fit only the rows
+    assert found.entries == plan.entries and "rows 9 to 12" in str(found)
+    randomise(lora)
+    expected, folded = lora.eval()(IDS), fxlora.fold(lora)
+    assert float((expected - gm.eval()(IDS)).detach().abs().max()) > 0.1
+    assert fxlora.verify(lora, (IDS,), folded=folded)
+    before, after = (m.get_parameter(plan.entries[0].parameter) for m in (gm, folded))
+    assert (before != after).any(1).nonzero().flatten().tolist() == [2, 3, 9, 10, 11, 12]
+    fxlora.save_adapter(lora, tmp_path)
+    again = fxlora.load_adapter(gm, tmp_path).eval()
+    assert torch.equal(again(IDS), expected) and plan_of(again).entries == plan.entries
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert fxlora.match(gm, tmp_path / "plan.json").entries == plan.entries
+
+
+def test_peft_reads_rows_of_an_embedding(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is optional")
+    model = nn.Sequential(nn.Embedding(17, 6), nn.Linear(6, 4)).double().eval()
+    rules = [Rule("0", parts={"old": 9, "new": 8}, enable=["new"], lora=LORA), Rule("1", lora=LORA)]
+    lora = fxlora.adapt(model, IDS, rules=rules).eval()
+    randomise(lora)
+    fxlora.save_adapter(lora, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(IDS), lora(IDS), rtol=1e-10, atol=1e-10)
+
+
+def test_rows_of_a_table_that_are_refused() -> None:
+    gm = fxlora.capture(Tables(), IDS)
+    for rule, error, message in (
+        (Rule("emb", parts={"a": (0, 9)}), ConfigError, "row 1, its padding_idx"),
+        (
+            Rule("emb", parts={"a": (2, 9)}, lora=LoraConfig(use_dora=True)),
+            UnsupportedOpError,
+            "dora",
+        ),
+        (Rule("emb", parts={"a": (2, 99)}), ConfigError, "fit neither dimension"),
+        (Rule("table", parts={"a": (2, 4)}), ConfigError, "say which by part_dim=0"),
+        (
+            Rule("emb", parts={"a": (2, 4)}, part_dim=2),
+            ConfigError,
+            "in dimension 1, or rows, in 0",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            fxlora.match(gm, rule)
+    assert len(fxlora.match(gm, Rule("table", parts={"a": (2, 4)}, part_dim=1, lora=LORA))) == 1
+    with pytest.raises(ConfigError, match="of its outputs, in dimension 0"):
+        fxlora.match(captured(Packed)[1], Rule("qkv", parts={"a": (0, 4)}, part_dim=1))
+    wrong: list[dict[str, Any]] = [{"part_dim": 0}, {"parts": 2, "part_dim": -1}]
+    for options in wrong:
+        with pytest.raises(ConfigError, match="part_dim is the dimension that parts= cuts"):
+            Rule("emb", **options)
 
 
 def test_outputs_of_experts() -> None:

@@ -45,6 +45,10 @@ class Rule:
         parts: the parts of a packed weight, each of which gets its own adapter. A number of equal
             parts along the output dimension; or, by name, their sizes (`{"q": 64, "k": 16,
             "v": 16}`, all parts in order) or ranges (`{"q": (0, 64), "v": (80, 96)}`, from and to).
+            Of an embedding, rows too, those of tokens: ranges or sizes that its outputs, the
+            features, cannot have are of its rows.
+        part_dim: the dimension of the weight that `parts` cuts, where an embedding has both: 0 for
+            its rows. None takes the outputs if the parts fit them.
         enable: the parts to adapt, as one flag for each part or as names; None adapts all.
         tokens: rows of the weight, in its first dimension, that train alone, in full: those of new
             tokens in an embedding (`range(32000, 32004)`), or of outputs of a linear layer. What
@@ -80,6 +84,7 @@ class Rule:
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     train: bool = False
     parts: Parts = None
+    part_dim: int | None = None
     enable: Sequence[bool] | Sequence[str] | None = None
     tokens: Sequence[int] | None = None
 
@@ -98,6 +103,12 @@ class Rule:
         self._check_kernel_size()
         check_one_of("train", self.train, (True, False))
         check_parts(self.parts, self.enable)
+        if self.part_dim is not None and not (
+            self.parts is not None and is_whole(self.part_dim, 0, MAX_SIZE)
+        ):
+            raise ConfigError(
+                f"part_dim is the dimension that parts= cuts, from 0: {shown(self.part_dim)}."
+            )
         self._check_tokens()
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
             raise ConfigError(f"lora must be a LoraConfig or None, not {shown(self.lora)}.")

@@ -87,6 +87,16 @@ def rows_of(parts: Any, enable: Any, outputs: int, site: str) -> dict[str, Rows]
     return {name: rows for name, rows in found.items() if name in wanted}
 
 
+def may_be_of(parts: Any, size: int) -> bool:
+    """Whether the numbers of `parts=` are those of parts of a dimension of this size."""
+    if isinstance(parts, int):
+        return size % parts == 0
+    values = list(parts.values())
+    if all(isinstance(value, int) for value in values):
+        return sum(values) == size
+    return all(_range(name, value)[1] <= size for name, value in parts.items())
+
+
 def _consecutive(sizes: Mapping[str, int], outputs: int, site: str) -> dict[str, Rows]:
     if sum(sizes.values()) != outputs:
         raise ConfigError(

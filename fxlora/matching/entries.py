@@ -20,6 +20,7 @@ from .choice import Choice, by_pattern
 from .experts import rank_at
 from .forms import choose_form, notes
 from .importance import Gains
+from .part_dims import cut_along, cut_note
 from .refusals import check_supported
 from .tokens import tokens_entry
 
@@ -47,6 +48,7 @@ class Entries:
         self.adapted.append(site)
         if rule.parts is None:
             return [self._entry(site, number, rule.lora)]
+        site = cut_along(site, number, rule)
         parts = rows_of(rule.parts, rule.enable, site.shape[site.layout.part_dim], site.name)
         for part, rows in parts.items():
             if not any(r.reaches(site.layout.part_dim, rows) for r in site.readers):
@@ -87,7 +89,7 @@ class Entries:
             padding_idx=site.padding_idx,
             tied=site.tied,
             form=form.name,
-            reason=notes(site, form),
+            reason=notes(site, form, cut_note(site, rows)),
             r=r,
             alpha=alpha,
             scaling=config.scaling(r, alpha),
@@ -115,10 +117,11 @@ class Entries:
         alone = sum(entry.adapter_parameters for entry in rows)
         for entry in within(whole, budget, self.choice.module, gains, alone):
             site, lora = sites[entry.names], self.choice.rules[entry.rule - 1].lora
+            site = site.as_in(entry.layout)
             dropout = lora.lora_dropout if lora else 0.0
             form = choose_form(site, entry.r, dropout, entry.rows, entry.variants)
             kept = dropout if form.name == "branch" else 0.0
-            reason = notes(site, form)
+            reason = notes(site, form, cut_note(site, entry.rows))
             found.append(dataclasses.replace(entry, form=form.name, reason=reason, dropout=kept))
         return [*found, *rows]
 

@@ -97,9 +97,12 @@ class _BranchRequest:
         return ", ".join(self.variants)
 
     @property
-    def by_output(self) -> bool:
-        """Whether the adapter treats outputs differently: a part, or a variant that scales them."""
-        return self.rows is not None or self.scales
+    def at_outputs(self) -> bool:
+        """Whether the branch changes by output: of a part of them, or by a variant's scales.
+
+        Where the read takes the part for inputs, the branch has a factor with zeros for the others.
+        """
+        return self.scales or (self.rows is not None and self.layout == self.site.layout)
 
 
 # (reason why no branch can be added to a read, condition); the first condition that holds counts.
@@ -119,11 +122,11 @@ _OBSTACLES: tuple[tuple[str, Callable[[_BranchRequest], bool]], ...] = (
     ),
     (
         "read by {0.reader.kind}, whose outputs are not in one dimension",
-        lambda a: a.by_output and (a.op.output is None or a.site.layout.stacked),
+        lambda a: a.at_outputs and (a.op.output is None or a.site.layout.stacked),
     ),
     (
         "read by {0.reader.kind}, whose outputs are the inputs of other readers",
-        lambda a: a.by_output and a.layout != a.site.layout,
+        lambda a: a.scales and a.layout != a.site.layout,
     ),
     ("a part of a grouped convolution", lambda a: a.rows is not None and a.site.groups > 1),
     (
@@ -175,9 +178,13 @@ def _weight_form(site: Site, reason: str) -> Form:
     return Form("weight", reason)
 
 
-def notes(site: Site, form: Form) -> str:
-    """Return the notes on an entry that the plan shows: the reason for its form, and ties."""
-    notes = [form.reason]
+def notes(site: Site, form: Form, cut: str = "") -> str:
+    """Return the notes on an entry that the plan shows: the reason for its form, and ties.
+
+    Args:
+        cut: what the site is cut along, if that is to be said.
+    """
+    notes = [cut, form.reason]
     if site.tied:
         notes.append(f"split from its tie with {', '.join(site.tied)}")
     elif len(site.names) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Mapping
 
 import torch
@@ -109,6 +110,8 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
             f"'{entry.parameter}' that is one tensor under these names and no others: "
             f"{some(entry.names)}."
         )
+    if entry.part is not None and entry.layout != site.layout:  # a part of a table's rows
+        site = dataclasses.replace(site.as_in(entry.layout), padding_idx=entry.padding_idx)
     # W + s·BA is the same for all uses of it; the plan gives the meaning of BA's dimensions.
     same_layout = site.layout == entry.layout or entry.form == "weight"
     if site.shape != entry.shape or not same_layout:

@@ -82,7 +82,8 @@ def _started(entry: Entry, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     down = torch.empty(*stack, entry.r, size_i, dtype=dtype, device=weight.device)
     up = torch.empty(*stack, size_o, entry.r, dtype=dtype, device=weight.device)
     # An A of zeros would leave B without a gradient for ever if it does not train.
-    drawn = is_lookup(entry.op) and entry.name_a in entry.trainable
+    looked_up = is_lookup(entry.op) and entry.layout.in_first
+    drawn = looked_up and entry.name_a in entry.trainable
     fill = embedding if entry.init is True and drawn else FILLS[entry.init]
     fill(down, up)
     return down, up

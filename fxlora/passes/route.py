@@ -283,6 +283,7 @@ def _may_gather(site: Site, entry: Entry, reader: Reader) -> bool:
         reader.path
         or op is None
         or op.gathered is None
+        or (entry.rows is not None and reader.layout != entry.layout)  # no gathered row pads inputs
         or branch_obstacle(site, entry.rows, entry.variants)
     ):
         return False

@@ -117,7 +117,15 @@ class _Branch:
         branch = self._low_rank(dropout)
         if scales_outputs(self.entry):
             branch = self._with_gains(branch)
-        return branch if self.entry.rows is None else self._padded(branch, self.entry.rows)
+        if self.entry.rows is None or self._turned:
+            return branch
+        return self._padded(branch, self.entry.rows)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether this op takes the entry's outputs as inputs."""
+        layout = self.reader.layout or self.entry.layout
+        return layout.in_first != self.entry.layout.in_first
 
     def _low_rank(self, dropout: float) -> Any:
         """Emit s·B(A(dropout(x)))."""
@@ -127,10 +135,11 @@ class _Branch:
             x = aten.dropout.default(x, dropout, True)
         entry, layout = self.entry, self.reader.layout or self.entry.layout
         down, up = factors(entry, self.values)
-        if layout.in_first != entry.layout.in_first:
-            # This op takes the weight's outputs as inputs: (BA)^T = A^T B^T.
+        if self._turned:  # (BA)^T = A^T B^T
             turn = entry.layout.transpose_factor
             down, up = turn(up), turn(down)  # (…, out, r) -> (…, r, out), (…, r, in) -> (…, in, r)
+            if entry.rows is not None:
+                down = self._over_all(down, entry.rows)
         # Without a padding_idx in the entry, another read of the tied weight trains this row.
         trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None
         read = Read(node, weight, x, layout, entry.shape, rank(entry), entry.scaling, trains)
@@ -140,6 +149,14 @@ class _Branch:
         """Pad a part's outputs with zeros to all outputs of the weight."""
         behind = self.entry.shape[self.entry.layout.part_dim] - rows[1]
         return aten.constant_pad_nd.default(branch, [0, 0] * self._behind + [rows[0], behind])
+
+    def _over_all(self, down: Any, rows: tuple[int, int]) -> Any:
+        """Pad the factor of a part of the inputs with zeros to all inputs of the weight."""
+        layout, shape = self.entry.layout, self.entry.shape
+        size = shape[layout.part_dim]
+        each = layout.features(shape)[1] // size  # of several dimensions, the part is of the first
+        pad = [rows[0] * each, (size - rows[1]) * each]
+        return aten.constant_pad_nd.default(down, [0, 0] * len(layout.kernel(shape)) + pad)
 
     def _with_gains(self, branch: Any) -> Any:
         """Emit branch + (g - 1)·(op(x, W) - bias + branch), for variants that scale outputs by g.

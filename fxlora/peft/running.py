@@ -77,7 +77,7 @@ class RunningModule(Host):
         *,
         quantised: str | None = None,
     ) -> None:
-        """Run the graph with folded weights, until `unmerge_adapter`; see `fold` for `quantised`."""
+        """Run the graph with folded weights (see `fold`), until `unmerge_adapter`."""
         self._check_active(adapter_names)
         self._peft.merged, self._peft.quantised = self.active_adapter, quantised
         try:

@@ -78,6 +78,14 @@ class Site:
     quantised: bool = False
     outside: str | None = None
 
+    def as_in(self, layout: Layout) -> Site:
+        """Return the site as an adapter with this layout has it, if inputs and outputs differ.
+
+        The rows of a table that is looked up are its inputs. An adapter of some of them takes them
+        for outputs.
+        """
+        return dataclasses.replace(self, layout=layout) if layout == self.layout.swapped else self
+
     @property
     def inseparable(self) -> bool:
         """Whether the reads of a tied weight cannot be assigned to its names by their modules."""
