@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import warnings
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxlora
-from fxlora import AdapterError, FxLoraWarning, LoraConfig
+from fxlora import AdapterError, FxLoraWarning, LoraConfig, UnsupportedOpError
 
 from .laws import assert_close, assert_same, randomise, run
 from .models import Tied
@@ -221,6 +222,22 @@ def test_pairs_that_peft_ties_train_as_one(tmp_path: Path) -> None:
     assert [entry.site for entry in plan_of(apart)] == ["model.embed_tokens", "lm_head"]
 
 
+def test_what_peft_does_not_tie_is_not_tied() -> None:
+    """By `ensure_weight_tying`, PEFT ties by the names of targets, and gives each its magnitude."""
+    model, ids = language_model()
+    gm = fxlora.capture(model, kwargs=ids)
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)
+    with pytest.raises(UnsupportedOpError, match=r"dora with ensure_weight_tying.*tied='each'"):
+        fxlora.match(gm, dataclasses.replace(config, ensure_weight_tying=True))
+    for tied, names in (("each", 1), ("share", 2)):
+        plan = fxlora.match(gm, dataclasses.replace(config, tied=tied))
+        assert [len(entry.names) for entry in plan] == [names]
+    other = LoraConfig(r=2, target_modules=["emb"], ensure_weight_tying=True)
+    with pytest.warns(FxLoraWarning, match=r'no effect on emb.*say tied="share"'):
+        plan = fxlora.match(fxlora.capture(Tied(), IDS), other)
+    assert [entry.names for entry in plan] == [("emb.weight",)]
+
+
 # ---- where PEFT computes something else ---------------------------------------------------------
 
 
@@ -238,6 +255,21 @@ class Same(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         flat = input.reshape(-1, input.shape[-1])
         return (F.linear(flat, self.weight) + self.bias).view(*input.shape[:-1], -1)
+
+
+class Sub(nn.Linear):
+    pass
+
+
+class Lookup(nn.Embedding):
+    """A table whose rows are scaled, as Gemma's are."""
+
+    def __init__(self, rows: int, features: int) -> None:
+        super().__init__(rows, features)
+        self.register_buffer("embed_scale", torch.tensor(1.5), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.get_buffer("embed_scale").to(self.weight.dtype)
 
 
 class Around(nn.Module):
@@ -323,14 +355,13 @@ def test_what_peft_computes_otherwise_is_refused(tmp_path: Path, what: str) -> N
     assert_close(run(lora, (x,), {}), run(merged, (x,), {}))
 
 
-@pytest.mark.parametrize("what", ["subclass", "reshapes"])
-def test_a_subclass_that_computes_the_same_is_read(tmp_path: Path, what: str) -> None:
-    kind = type("Sub", (nn.Linear,), {}) if what == "subclass" else Same
-    model, x = Around(kind(5, 7)).to(D).eval(), torch.randn(2, 3, 5, dtype=D)
+@pytest.mark.parametrize("what", ["subclass", "reshapes", "scaled"])
+def test_a_subclass_that_computes_the_same(tmp_path: Path, what: str) -> None:
+    layer = Sub(5, 7) if what == "subclass" else Same(5, 7)
+    model = Around(Lookup(7, 5) if what == "scaled" else layer).to(D).eval()
+    x = torch.tensor([[1, 2, 6]]) if what == "scaled" else torch.randn(2, 3, 5, dtype=D)
     made = theirs(model, tmp_path, r=2, target_modules=["layer"])
-    lora = fxlora.load_adapter(fxlora.capture(model, x), tmp_path).eval()
-    assert (made(x) - model(x)).abs().max() > 1e-3
-    assert_close(run(lora, (x,), {}), run(made, (x,), {}))
+    assert_equal_to_pefts(model, (x,), tmp_path, made)
 
 
 class Experts(nn.Module):

@@ -96,6 +96,20 @@ def _llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
+def _gemma() -> nn.Module:
+    """A tied embedding whose rows are scaled."""
+    config = transformers.Gemma2Config(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    return transformers.Gemma2ForCausalLM(config).double().eval()
+
+
 LLAMA: dict[str, Any] = {"target_modules": ["q_proj"]}
 MIX: dict[str, Any] = {"target_modules": ["mix"], "r": 2}
 
@@ -106,12 +120,13 @@ MIX: dict[str, Any] = {"target_modules": ["mix"], "r": 2}
         (Tied().double(), {**MIX, "trainable_token_indices": {"emb": TOKENS}}),
         (Tied().double(), {**MIX, "trainable_token_indices": {"head": [9]}}),
         (_llama(), {**LLAMA, "trainable_token_indices": TOKENS, "use_dora": True}),
+        (_gemma(), {**LLAMA, "trainable_token_indices": TOKENS}),
         (
             _llama(),
             {**LLAMA, "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [9]}},
         ),
     ],
-    ids=["custom tie", "custom head", "tied", "other rows"],
+    ids=["custom tie", "custom head", "tied", "scaled", "other rows"],
 )
 def test_folders_of_pefts_both_ways(
     model: nn.Module, config: dict[str, Any], tmp_path: Path

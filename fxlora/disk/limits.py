@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +44,7 @@ _RESHAPES = frozenset(
         "contiguous",
     ]
 )
+_TORCHS = "torch.nn.modules."
 _CASTS = frozenset(("_to_copy", "to", "type_as"))
 
 
@@ -134,11 +137,10 @@ def _why_not_tokens(
         return f"a module whose name is the end of '{more[0]}', in which PEFT replaces rows too"
     for reader in readers:
         known = reader.kind in ("embedding", "linear") and not reader.through
-        classes = module_classes(reader.node)
         if reader.call_site not in owners or not known:
             return f"{reader.describe()}, where PEFT does not replace rows"
-        if not from_peft and classes[-1:] != [LAYERS[reader.kind]]:
-            return f"read by {classes[-1] if classes else 'a module of unknown class'}"
+        if not from_peft and (why := _why_not_class(reader, reader.kind)):
+            return why
         assert reader.op is not None
         given = reader.op.input_of(reader.node, reader.weight)
         if why := _why_not_around(reader.call_site, reader.node, given, reader.kind):
@@ -168,6 +170,12 @@ def _why_not_read(
         if reader.through and _is_used_inside(base, entry, lookups=bool(from_peft)):
             continue
         if reader.call_site != owner and not below:
+            owners = {name.rpartition(".")[0] for name in entry.names}
+            if reader.call_site in owners and not from_peft:
+                return (
+                    f"one pair for {some(entry.names)}, which are tied, where PEFT has one for "
+                    'each (tied="each", to train them so)'
+                )
             return f"{reader.describe()} outside of the forward of '{owner}'"
     for reader in readers:
         # A module of torch.nn may keep its weights elsewhere, too, as nn.LSTM does; other modules
@@ -213,13 +221,40 @@ def _is_of_users(reader: Reader) -> bool:
     return bool(classes) and not classes[-1].startswith("torch.nn.")
 
 
+def _why_not_class(reader: Reader, kind: str) -> str | None:
+    """Return the class of the module that reads, if PEFT wraps none such by a kind of op."""
+    classes = module_classes(reader.node)
+    if not classes:
+        return "read by a module of unknown class"
+    return None if LAYERS[kind] in _layer_class(classes[-1]) else f"read by {classes[-1]}"
+
+
+def _layer_class(name: str) -> tuple[str, ...]:
+    """Return the name of a class and, if it is none of torch.nn, of the one there that it extends.
+
+    The class is looked up among the modules that are imported; one that is not found has no other.
+    """
+    if name.startswith(_TORCHS):
+        return (name,)
+    module = name
+    while module and module not in sys.modules:
+        module = module.rpartition(".")[0]
+    found: Any = sys.modules.get(module)
+    for attribute in name.removeprefix(f"{module}.").split("."):
+        found = getattr(found, attribute, None)
+    above = [f"{c.__module__}.{c.__qualname__}" for c in getattr(found, "__mro__", ())]
+    layers = (c for c in above if c.startswith(_TORCHS) or c == LAYERS["addmm"])
+    return (name, *itertools.islice(layers, 1))
+
+
 def _why_not_layer(entry: Entry, reader: Reader, from_peft: str) -> str | None:
     """Return why PEFT's wrapper of a layer would compute another result at this read, or None."""
-    classes = module_classes(reader.node)
-    known = bool(classes) and classes[-1] == LAYERS[entry.op]
-    if reader.through or not (known or from_peft):
-        return f"read by {classes[-1] if classes else 'a module of unknown class'}"
-    if FUSED_LAYER in classes:
+    why = _why_not_class(reader, entry.op)
+    if why and (reader.through or not from_peft):
+        return why
+    if reader.through:
+        return f"read by {reader.kind} through {reader.through}"
+    if FUSED_LAYER in module_classes(reader.node):
         return "in a torch.nn.TransformerEncoderLayer, whose fused kernel may bypass its layers"
     if entry.layout.kernel(entry.shape):
         padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 from ..config import LoraConfig, Rule
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedOpError, warn
 from ..lora.ops import is_lookup
+from ..lora.variants import VARIANTS, variants_of
 from ..module import CapturedModule
 from ..reads.sites import Site, merged
 from ..tables import some
@@ -92,7 +93,19 @@ class Choice:
         if lora is None or lora.tied == "share":
             return lora is not None
         looked_up = any(is_lookup(reader.kind) for site in tie for reader in site.readers)
-        return lora.ensure_weight_tying and looked_up
+        if not (lora.ensure_weight_tying and looked_up):
+            return False
+        names = {name for site in tie for name in (*site.names, *site.tied)}
+        if ties_as_peft(self.module, lora, names):
+            _check_one_pair(lora, names)
+            return True
+        if len(names) > 1:
+            warn(
+                f"ensure_weight_tying has no effect on {some(sorted(names))}: as in PEFT, it is "
+                "for the input embedding of a transformers model, with embed_tokens or lm_head in "
+                'target_modules. To adapt the tied weight as one, say tied="share".'
+            )
+        return False
 
     def _parts_ties(self, number: int) -> bool:
         """Whether a rule gives each name of a tied weight an adapter of its own."""
@@ -106,6 +119,32 @@ class Choice:
                 f'{names} are one tied weight. Rule {sharing} says tied="share", but rule '
                 f"{number} matches one of them: let one rule match all of them."
             )
+
+
+def ties_as_peft(module: CapturedModule, lora: LoraConfig, names: Collection[str]) -> bool:
+    """Whether PEFT adapts a tied weight as one by `ensure_weight_tying`."""
+    source = f"{module.known.embedding}.weight" if module.known.model_type else ""
+    targets = lora.target_modules
+    if targets is None:
+        return True  # in a rule with a name, which PEFT does not have
+    if isinstance(targets, str):
+        named = any(re.fullmatch(targets, name) for name in _PEFTS_EMBEDDINGS)
+    else:
+        named = any(name.rpartition(".")[2] in _PEFTS_EMBEDDINGS for name in targets)
+    return named and source in names
+
+
+_PEFTS_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def _check_one_pair(lora: LoraConfig, names: Collection[str]) -> None:
+    variants = variants_of(lora.init_lora_weights, lora.row)
+    if scaling := [name for name in variants if VARIANTS[name].gain]:
+        raise UnsupportedOpError(
+            f"{', '.join(scaling)} with ensure_weight_tying: PEFT trains one pair for "
+            f"{some(sorted(names))}, and magnitudes for each. Instead, say tied='each', for a pair "
+            "for each, or tied='share', for one pair and one magnitude."
+        )
 
 
 def matches_name(pattern: str, site: Site) -> bool:
