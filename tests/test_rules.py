@@ -474,6 +474,33 @@ def test_experts_share_the_rank_of_a_dense_layer() -> None:
     assert not plan.remarks
 
 
+class Besides(Routed):
+    """Experts among stacks and lists that look like them: before, beside and after."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.before, self.beside = (nn.Parameter(torch.randn(4, 6, n)) for n in (6, 50))
+        self.after = nn.Parameter(torch.randn(4, 50, 5))
+        self.shared_experts = nn.ModuleList(nn.Linear(6, 50) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.einsum("ni,eio->no", x, self.before)
+        y = super().forward(x) + torch.einsum("ni,eio->no", x, self.beside)
+        y = y + torch.stack([expert(x) for expert in self.shared_experts]).sum(0)
+        return torch.einsum("ni,eio->no", y, self.after)
+
+
+def test_experts_are_what_a_topk_selects_from() -> None:
+    gm = fxlora.capture(nn.Sequential(Besides(), nn.Linear(5, 6), Besides()), torch.randn(3, 6))
+    plan = fxlora.match(gm, Rule(lora=LoraConfig(r="4/topk")))
+    assert {entry.site for entry in plan if entry.r != 4} == {"0.up", "2.up"}
+    assert {entry.r for entry in plan} == {2, 4}
+    (remark,) = plan.remarks
+    assert remark.startswith("r=\"r/topk\": r is not divided at '0.before', '0.beside', '0.after'")
+    with pytest.raises(ConfigError, match="no top-k of a graph selects from it"):
+        fxlora.match(gm, LoraConfig(r="4/topk", target_parameters=["beside"]))
+
+
 def test_a_share_of_the_rank_needs_experts_and_their_number() -> None:
     one = fxlora.capture(Layers(Routed(True, None)), torch.randn(5, 6))
     with pytest.raises(ConfigError, match=r"not known.*no top-k.*rank_pattern=\{r\"\.\*up\": …\}"):

@@ -16,7 +16,6 @@ from ..reads.sites import find_sites
 from .architectures import with_architecture
 from .choice import Choice
 from .entries import Entries, check_rank
-from .experts import check_met
 from .full import (
     biases,
     check_own_memory,
@@ -151,9 +150,11 @@ def _plan(
         else:
             entries += planned.made(site, number, rule)
     unmatched.check(chosen, entries, list(saved))
-    for number, rule in enumerate(choice.rules, 1):
-        if rule.lora is not None:
-            check_met(rule.lora, number, [site for site, mine in chosen if mine == number])
+    plain = [
+        choice.experts.check_met(rule.lora, number, [s for s, mine in chosen if mine == number])
+        for number, rule in enumerate(choice.rules, 1)
+        if rule.lora is not None
+    ]
     if budget is not None:
         entries = planned.within_budget(entries, budget, gains)
     for entry in entries:
@@ -178,7 +179,7 @@ def _plan(
         adapter=planned.adapter_name,
         trained_dtypes=dtype_rules(choice, names, saved, biased),
         descriptions=_descriptions(choice.rules),
-        remarks=left_alone(chosen, entries, in_full),
+        remarks=(*filter(None, plain), *left_alone(chosen, entries, in_full)),
     )
 
 

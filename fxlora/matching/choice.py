@@ -15,6 +15,7 @@ from ..lora.variants import VARIANTS, variants_of
 from ..module import CapturedModule
 from ..reads.sites import Site, merged
 from ..tables import some
+from .experts import Experts
 from .targets import Targets, is_suffix
 
 Chosen = list[tuple[Site, int]]  # each site with the number (from 1) of its rule, or 0
@@ -57,6 +58,11 @@ class Choice:
         return tuple(
             Targets(rule.lora or LoraConfig(), self.module, self.sites) for rule in self.rules
         )
+
+    @cached_property
+    def experts(self) -> Experts:
+        """The experts among the sites."""
+        return Experts(self.sites)
 
     def key(self, number: int, site: Site) -> str:
         """Return the name under which a rule's configuration means a site."""

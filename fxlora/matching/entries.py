@@ -17,7 +17,6 @@ from ..plan import Entry, scales_outputs
 from ..reads.sites import Site
 from .budget import within
 from .choice import Choice, by_pattern
-from .experts import rank_at
 from .forms import choose_form, notes
 from .importance import Gains
 from .part_dims import cut_along, cut_note
@@ -68,7 +67,7 @@ class Entries:
     ) -> Entry:
         key = self.choice.key(number, site)
         r = int(by_pattern(config.rank_pattern, key, config.rank))
-        r = rank_at(site, r, config, self.choice.module)
+        r = self.choice.experts.rank_at(site, r, config)
         alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
         variants = variants_of(config.init_lora_weights, config.row)
         if (rows or any(VARIANTS[name].gain for name in variants)) and not site.layout_known:
