@@ -508,6 +508,10 @@ def test_what_is_not_supported_says_so(tmp_path: Path) -> None:
         lambda: get_peft_model(net(), config, "default"),
         lambda: get_peft_model(model, config, X),
         lambda: PeftModel(net(), config),
+        lambda: PeftModel.from_pretrained(net(), tmp_path, X, config={}),
+        lambda: PeftModel.from_pretrained(net(), tmp_path, X, torch_device="cpu"),
+        lambda: model.load_adapter(tmp_path, "b", torch_device="cpu"),
+        lambda: model.load_adapter(tmp_path, "b", revision="main"),
         lambda: model.add_adapter("default", config),
         lambda: model.set_adapter(["default", "other"]),
         lambda: model.set_adapter("other"),
@@ -541,6 +545,49 @@ def test_a_model_that_needs_an_example_says_how_to_give_one(tmp_path: Path) -> N
         model = call(base, second, **batch)
         assert torch.equal(model.eval()(**batch).logits, base(**batch).logits)
         model.save_pretrained(tmp_path)
+
+
+def test_statuses_are_pefts_and_names_are_mapped(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.conv = nn.Embedding(9, 6), nn.Conv1d(6, 4, 2)
+            self.last, self.w = nn.Linear(4, 5), nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.conv(self.emb(ids).mT).mT
+            return self.last(x) @ self.w
+
+    base, ids = Mixed().eval(), torch.tensor([[1, 2, 8]])
+    options: dict[str, Any] = {
+        "r": 2,
+        "target_modules": ["emb", "conv"],
+        "modules_to_save": ["last"],
+    }
+    ours = get_peft_model(base, LoraConfig(**options, init_lora_weights=False), ids).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
+
+    def said(model: Any) -> Any:
+        found = [dataclasses.asdict(status) for status in model.get_layer_status()]
+        return sorted(found, key=lambda status: status["name"])
+
+    assert said(ours) == said(theirs)
+    assert [status["module_type"] for status in said(ours)] == [
+        "lora.Conv1d",
+        "lora.Embedding",
+        "ModulesToSaveWrapper",
+    ]
+    assert ours.get_model_status().num_adapter_layers == 3
+    with pytest.warns(FxLoraWarning, match=r"without the trained values of last.*merge_and_unload"):
+        assert ours.unload() is base
+    ours.save_pretrained(tmp_path)
+    other = nn.Sequential(Mixed()).eval()
+    other[0].load_state_dict(base.state_dict())
+    loaded = PeftModel.from_pretrained(other, tmp_path, ids, key_mapping={"^": "0."})
+    loaded.load_adapter(tmp_path, "again", key_mapping={"^": "0."})
+    assert torch.equal(loaded(ids), ours(ids)) and not torch.equal(ours(ids), base(ids))
+    loaded.set_adapter("again")
+    assert torch.equal(loaded(ids), ours(ids))
 
 
 def test_another_method_of_pefts_is_named() -> None:

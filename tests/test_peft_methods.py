@@ -165,6 +165,10 @@ def test_damaged_folders_and_other_methods(tmp_path: Path) -> None:
         save_file({**tensors, **change}, file)
         with pytest.raises(AdapterError, match=message):
             fxlora.load_adapter(gm, tmp_path)
+    save_file(tensors, file)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(AdapterError, match=r"for 'VERA', not for LORA\. Fold with the model"):
+        fxlora.fold_checkpoint(tmp_path / "model.safetensors", tmp_path, tmp_path / "out")
     save_file({k: t for k, t in tensors.items() if k != key}, file)
     with pytest.raises(AdapterError, match="no 'vera_lambda_d'"):
         fxlora.load_adapter(gm, tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..matching import match
 from ..module import CapturedModule
 from ..module.example_calls import Call
 from ..names import shown
+from ..tables import some
 from .adapters import Adapters, set_trained
 
 
@@ -83,6 +84,14 @@ def captured(
         ) from error
 
 
+def check_left_out(method: str, **options: Any) -> None:
+    """Raise ConfigError if an option of PEFT's that has no meaning here is given."""
+    if given := [
+        name for name, value in options.items() if value is not None and value is not False
+    ]:
+        raise ConfigError(f"{method} does not support {some(given)}: leave it out.")
+
+
 def name_of(model: nn.Module) -> str | None:
     """Return the name of the checkpoint that a model of transformers was loaded from."""
     name = model.__dict__.get("name_or_path")
@@ -100,11 +109,22 @@ def add(adapters: Adapters, name: str, config: LoraConfig, autocast: bool) -> No
 
 
 def load(
-    adapters: Adapters, folder: str | Path, name: str, is_trainable: bool, autocast: bool
+    adapters: Adapters,
+    folder: str | Path,
+    name: str,
+    is_trainable: bool,
+    autocast: bool,
+    key_mapping: Mapping[str, str] | None,
 ) -> None:
+    """Add an adapter from a folder; its configuration is the one that it was matched with."""
     adapters.check_new(name)
-    dtype = None if autocast else False
-    module = load_adapter(adapters.base, folder, adapter_name=name, adapter_dtype=dtype)
+    module = load_adapter(
+        adapters.base,
+        folder,
+        adapter_name=name,
+        adapter_dtype=None if autocast else False,
+        key_mapping=key_mapping,
+    )
     set_trained(module, is_trainable)
     config = dataclasses.replace(_config_of(module), inference_mode=not is_trainable)
     adapters.add(name, module, config)

@@ -20,7 +20,7 @@ from ..module.example_calls import Call, MethodCalls
 from ..names import shown
 from ..tables import some
 from .adapters import Adapters, set_trained
-from .making import add, as_config, captured, load
+from .making import add, as_config, captured, check_left_out, load
 from .running import RunningModule, host_of, listed
 from .status import LayerStatus, ModelStatus, layer_statuses, model_status
 
@@ -45,8 +45,12 @@ class PeftModel(RunningModule):
         *args: Any,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: Any = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        torch_device: str | None = None,
         calls: Sequence[Call] | None = None,
         methods: Mapping[str, MethodCalls] | None = None,
         dynamic_shapes: Any = None,
@@ -61,21 +65,27 @@ class PeftModel(RunningModule):
             args: example inputs, as the model is called with.
             adapter_name: the adapter's name.
             is_trainable: whether it trains; if not, the model is in eval mode.
+            config, ephemeral_gpu_offload, torch_device: only the defaults: the configuration is the
+                folder's, the device that of the weights.
             autocast_adapter_dtype: False holds A and B in the dtype of their weight.
             low_cpu_mem_usage: without effect: nothing large is copied.
+            key_mapping: names in the folder for other ones, as for `fxlora.load_adapter`.
             calls, methods, dynamic_shapes, modules: further examples, as for `fxlora.capture`.
             kwargs: example inputs by name.
 
         Raises:
             CaptureError: the model has no graph.
-            AdapterError: as for `fxlora.load_adapter`.
+            AdapterError, ConfigError: as for `fxlora.load_adapter`; or an option that fxlora does
+                not have.
         """
+        refused = {"config": config, "torch_device": torch_device}
+        check_left_out("from_pretrained", ephemeral_gpu_offload=ephemeral_gpu_offload, **refused)
         options: dict[str, Any] = {"calls": calls, "methods": methods, "modules": modules}
         call = f"{cls.__name__}.from_pretrained(model, folder"
         options |= {"dynamic_shapes": dynamic_shapes, "call": call}
         base = captured(model, args, kwargs, **options)
         adapters = Adapters(model, base)
-        load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        load(adapters, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping)
         result = host_of(adapters, PeftModel)
         return result if is_trainable else result.eval()
 
@@ -119,14 +129,21 @@ class PeftModel(RunningModule):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         """Add an adapter from a folder, which `set_adapter` can make active.
 
-        Unless it is trainable, the model is set to eval mode, as in PEFT.
+        Unless it is trainable, the model is set to eval mode, as in PEFT. `torch_device`,
+        `ephemeral_gpu_offload` and other options of PEFT's are refused by name.
         """
-        load(self._peft, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        refused = {"torch_device": torch_device, "ephemeral_gpu_offload": ephemeral_gpu_offload}
+        check_left_out("load_adapter", **refused, **options)
+        load(self._peft, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping)
         if not is_trainable:
             self.eval()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..api import fold
-from ..errors import AdapterError, ConfigError, FxLoraError, InjectError
+from ..errors import AdapterError, ConfigError, FxLoraError, InjectError, warn
 from ..hosts.host import Host
 from ..hosts.merged_source import merged
 from ..names import shown
@@ -125,7 +125,17 @@ class RunningModule(Host):
         return result.to(devices.pop()) if len(devices) == 1 else result
 
     def unload(self) -> nn.Module:
-        """Return the user's own model, which never had adapters."""
+        """Return the user's own model, which never had adapters.
+
+        Warns:
+            FxLoraWarning: modules or biases train in full, whose values PEFT's result has.
+        """
+        plan = self._peft.modules[self.active_adapter].plan
+        if plan is not None and plan.trained:
+            warn(
+                f"unload() gives the model that was given, without the trained values of "
+                f"{some(plan.trained)}, which PEFT's has: merge_and_unload() has them."
+            )
         return self._peft.source
 
     def get_base_model(self) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+
+from ..disk.peft import LAYERS, is_bare
+from ..module import CapturedModule
+from ..plan import Entry
 
 if TYPE_CHECKING:
     from .adapters import Adapters
@@ -20,7 +24,9 @@ class LayerStatus:
 
     Attributes:
         name: the site of the weight, behind "model." as in PEFT.
-        module_type: the kind of its op, behind "lora.".
+        module_type: PEFT's name of its layer, "lora.Linear" or "lora.ParamWrapper"; the kind of its
+            op behind "lora." where PEFT has no layer. "ModulesToSaveWrapper" is a module that trains
+            in full.
         enabled: whether its active adapter is applied.
         active_adapters: the active adapter, if the weight has it.
         merged_adapters: the adapter that is merged into the weight, if any.
@@ -72,16 +78,15 @@ class ModelStatus:
 
 
 def layer_statuses(adapters: Adapters) -> list[LayerStatus]:
-    """Return the status of every weight that has an adapter."""
+    """Return the status of every weight that has an adapter, then of modules trained in full."""
     tensors: dict[tuple[str, str], dict[str, list[torch.Tensor]]] = {}
     for name, module in adapters.modules.items():
-        for entry in module.plan or ():
-            held = tensors.setdefault((entry.site, entry.op), {}).setdefault(name, [])
-            held += [module.get_parameter(tensor) for tensor in entry.trainable]
+        for place, held in _trained(module):
+            tensors.setdefault(place, {}).setdefault(name, []).extend(held)
     return [
         LayerStatus(
             name=f"model.{site}",
-            module_type=f"lora.{op}",
+            module_type=kind,
             enabled=adapters.enabled,
             active_adapters=[adapters.active] if adapters.active in by_adapter else [],
             merged_adapters=[n for n in by_adapter if n == adapters.merged],
@@ -89,8 +94,37 @@ def layer_statuses(adapters: Adapters) -> list[LayerStatus]:
             available_adapters=sorted(by_adapter),
             devices=_devices(by_adapter),
         )
-        for (site, op), by_adapter in tensors.items()
+        for (site, kind), by_adapter in sorted(tensors.items(), key=_saved_last)
     ]
+
+
+def _trained(module: CapturedModule) -> Iterator[tuple[tuple[str, str], list[torch.Tensor]]]:
+    """Yield the name and the type of each layer of PEFT's, with the tensors that train there."""
+    plan = module.plan
+    assert plan is not None
+    for entry in plan:
+        held = [module.get_parameter(name) for name in entry.trainable]
+        yield (entry.site, f"lora.{_kind(entry)}"), held
+    for path in plan.modules_to_save:
+        names = [name for name in plan.trained if name == path or name.startswith(f"{path}.")]
+        yield (path, _SAVED), [module.get_parameter(name) for name in names]
+
+
+def _saved_last(item: tuple[tuple[str, str], object]) -> bool:
+    return item[0][1] == _SAVED
+
+
+_SAVED = "ModulesToSaveWrapper"
+
+
+def _kind(entry: Entry) -> str:
+    """Return PEFT's name of the layer that adapts a weight, or the kind of its op."""
+    if entry.op not in LAYERS:
+        return entry.op
+    if is_bare(entry):
+        return "ParamWrapper"
+    name = LAYERS[entry.op].rpartition(".")[2]
+    return "Linear" if entry.op == "addmm" else name  # as PEFT wraps transformers' Conv1D
 
 
 def model_status(adapters: Adapters, trainable: int, total: int) -> ModelStatus:
@@ -102,7 +136,7 @@ def model_status(adapters: Adapters, trainable: int, total: int) -> ModelStatus:
         total: the number of all parameters.
     """
     tensors = {
-        name: [module.get_parameter(t) for e in module.plan or () for t in e.trainable]
+        name: [tensor for _, held in _trained(module) for tensor in held]
         for name, module in adapters.modules.items()
     }
     return ModelStatus(

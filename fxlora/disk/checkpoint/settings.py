@@ -13,6 +13,7 @@ from ...lora.inits import FILLS
 from ...matching.choice import pattern_holds
 from ...names import shown
 from ...tables import some
+from ..as_lora import METHODS
 from ..folder import Folder
 from ..keys import CONFIG, INFORMATION
 
@@ -57,8 +58,9 @@ class Settings:
             AdapterError: it is not for LoRA, or uses something else that changes the weights.
         """
         config, path = content.config, content.path / CONFIG
-        if config.get("peft_type") != "LORA":
-            raise AdapterError(f"{path} is for {shown(config.get('peft_type'))}, not for LORA.")
+        if (kind := config.get("peft_type")) != "LORA":
+            model = " Fold with the model: fxlora fold MODEL --adapter …" if kind in METHODS else ""
+            raise AdapterError(f"{path} is for {shown(kind)}, not for LORA.{model}")
         if unknown := [k for k, v in config.items() if v and k not in _WITHOUT_EFFECT | _READ]:
             raise AdapterError(
                 f"{path} uses {some(unknown)}, which fxlora cannot fold into a checkpoint."
