@@ -25,8 +25,8 @@ class LayerStatus:
     Attributes:
         name: the site of the weight, behind "model." as in PEFT.
         module_type: PEFT's name of its layer, "lora.Linear" or "lora.ParamWrapper"; the kind of its
-            op behind "lora." where PEFT has no layer. "ModulesToSaveWrapper" is a module that trains
-            in full.
+            op behind "lora." where PEFT has no layer. "ModulesToSaveWrapper" for a module that
+            trains in full.
         enabled: whether its active adapter is applied.
         active_adapters: the active adapter, if the weight has it.
         merged_adapters: the adapter that is merged into the weight, if any.
@@ -103,7 +103,7 @@ def _trained(module: CapturedModule) -> Iterator[tuple[tuple[str, str], list[tor
     plan = module.plan
     assert plan is not None
     for entry in plan:
-        held = [module.get_parameter(name) for name in entry.trainable]
+        held: list[torch.Tensor] = [module.get_parameter(name) for name in entry.trainable]
         yield (entry.site, f"lora.{_kind(entry)}"), held
     for path in plan.modules_to_save:
         names = [name for name in plan.trained if name == path or name.startswith(f"{path}.")]
