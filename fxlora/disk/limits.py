@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from torch import fx
-
-from ..fx.calls import call_site, example_value, kind_of, module_classes, named_argument
+from ..fx.calls import kind_of, module_classes
 from ..lora.ops import is_lookup
 from ..module import CapturedModule
 from ..module.fsdp import has_fsdp
@@ -20,32 +15,13 @@ from ..plan import Entry, Plan
 from ..reads.readers import Reader
 from ..reads.sites import Site, find_sites
 from ..tables import some
+from .layer_forwards import is_inside, why_not_around, why_not_class, why_not_layer
 from .peft import LAYERS, Group, groups_of, is_bare, is_transposed, owner_of
 from .peft_config import name_suffixes
 from .saved import Saved, paths_of
 
 # Those that PEFT has an equal of; a frozen A ("fa") is a matter of training.
 VARIANTS = ((), ("from_weight",), ("dora",), ("from_weight", "dora"))
-# Its fused kernel in eval mode reads the weights without calling the forwards of their modules.
-FUSED_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
-# Ops around a layer's own that neither mix nor change entries. PEFT's branch passes around them.
-_RESHAPES = frozenset(
-    [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "_reshape_alias",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "alias",
-        "clone",
-        "contiguous",
-    ]
-)
-_TORCHS = "torch.nn.modules."
-_CASTS = frozenset(("_to_copy", "to", "type_as"))
 
 
 def unadapted(module: CapturedModule) -> CapturedModule:
@@ -139,11 +115,11 @@ def _why_not_tokens(
         known = reader.kind in ("embedding", "linear") and not reader.through
         if reader.call_site not in owners or not known:
             return f"{reader.describe()}, where PEFT does not replace rows"
-        if not from_peft and (why := _why_not_class(reader, reader.kind)):
+        if not from_peft and (why := why_not_class(reader, reader.kind)):
             return why
         assert reader.op is not None
         given = reader.op.input_of(reader.node, reader.weight)
-        if why := _why_not_around(reader.call_site, reader.node, given, reader.kind):
+        if why := why_not_around(reader.call_site, reader.node, given, reader.kind):
             return why
     return None
 
@@ -184,7 +160,7 @@ def _why_not_read(
             return f"read by {reader.kind}"
     if is_bare(entry):
         return _why_not_parameter(base, entry)
-    whys = (_why_not_layer(entry, reader, from_peft) for reader in readers)
+    whys = (why_not_layer(entry, reader, from_peft) for reader in readers)
     return next(filter(None, whys), None)
 
 
@@ -206,11 +182,11 @@ def _is_used_inside(base: CapturedModule, entry: Entry, lookups: bool) -> bool:
         for node in graph.find_nodes(op="get_attr", target=name)
         for user in node.users
     ]
-    inside = bool(uses) and all(_is_inside(user, owner) for user in uses)
+    inside = bool(uses) and all(is_inside(user, owner) for user in uses)
     if not (inside and lookups):
         return inside
     return all(
-        is_lookup(kind_of(user)) and not _why_not_around(owner, user, user.args[1], kind_of(user))
+        is_lookup(kind_of(user)) and not why_not_around(owner, user, user.args[1], kind_of(user))
         for user in uses
     )
 
@@ -219,115 +195,6 @@ def _is_of_users(reader: Reader) -> bool:
     """Whether the class of the module that reads is known, and not one of torch.nn."""
     classes = module_classes(reader.node)
     return bool(classes) and not classes[-1].startswith("torch.nn.")
-
-
-def _why_not_class(reader: Reader, kind: str) -> str | None:
-    """Return the class of the module that reads, if PEFT wraps none such by a kind of op."""
-    classes = module_classes(reader.node)
-    if not classes:
-        return "read by a module of unknown class"
-    return None if LAYERS[kind] in _layer_class(classes[-1]) else f"read by {classes[-1]}"
-
-
-def _layer_class(name: str) -> tuple[str, ...]:
-    """Return the name of a class and, if it is none of torch.nn, of the one there that it extends.
-
-    The class is looked up among the modules that are imported; one that is not found has no other.
-    """
-    if name.startswith(_TORCHS):
-        return (name,)
-    module = name
-    while module and module not in sys.modules:
-        module = module.rpartition(".")[0]
-    found: Any = sys.modules.get(module)
-    for attribute in name.removeprefix(f"{module}.").split("."):
-        found = getattr(found, attribute, None)
-    above = [f"{c.__module__}.{c.__qualname__}" for c in getattr(found, "__mro__", ())]
-    layers = (c for c in above if c.startswith(_TORCHS) or c == LAYERS["addmm"])
-    return (name, *itertools.islice(layers, 1))
-
-
-def _why_not_layer(entry: Entry, reader: Reader, from_peft: str) -> str | None:
-    """Return why PEFT's wrapper of a layer would compute another result at this read, or None."""
-    why = _why_not_class(reader, entry.op)
-    if why and (reader.through or not from_peft):
-        return why
-    if reader.through:
-        return f"read by {reader.kind} through {reader.through}"
-    if FUSED_LAYER in module_classes(reader.node):
-        return "in a torch.nn.TransformerEncoderLayer, whose fused kernel may bypass its layers"
-    if entry.layout.kernel(entry.shape):
-        padded = [n for n in reader.node.all_input_nodes if n.op != "get_attr"]
-        dilation = named_argument(reader.node, "dilation") or [1]
-        alike = from_peft == "LOKR"  # the branch has the groups and the dilation of its layer
-        if named_argument(reader.node, "groups") not in (None, 1) and not alike:
-            return "a grouped convolution"
-        dilated = any(n != 1 for n in dilation) and not alike
-        if dilated or any(call_site(n) == owner_of(entry) for n in padded):
-            return "a convolution with dilation, or with padding by another op"
-    assert reader.op is not None
-    given = reader.op.input_of(reader.node, reader.weight)
-    return _why_not_around(owner_of(entry), reader.node, given, reader.kind)
-
-
-def _why_not_around(owner: str, op: fx.Node, given: Any, kind: str) -> str | None:
-    """Return what else a layer's forward, or a hook on it, computes around its op, or None.
-
-    PEFT adds s·BA of the layer's input to the layer's output.
-
-    Args:
-        owner: the layer's path.
-        op: the call of its op.
-        given: the op's input.
-        kind: the op's kind.
-    """
-    while isinstance(given, fx.Node) and _is_inside(given, owner):
-        if not _keeps_entries(given):
-            return f"{kind_of(given)} in the forward of '{owner}', before its {kind}"
-        given = given.all_input_nodes[0]
-    ahead = [op]
-    while ahead:
-        value = ahead.pop()
-        for user in value.users:
-            if not user.users or not _is_inside(user, owner):
-                continue
-            if not _passes_on(user, value, owner):
-                return f"{kind_of(user)} in the forward of '{owner}', after its {kind}"
-            ahead.append(user)
-    return None
-
-
-def _is_inside(node: fx.Node, owner: str) -> bool:
-    """Whether a call is made in a module's forward, by a node with inputs."""
-    return node.op not in ("placeholder", "get_attr") and call_site(node) == owner
-
-
-def _passes_on(user: fx.Node, value: fx.Node, owner: str) -> bool:
-    """Whether a call keeps a branch that is added to its input: reshapes, a bias, PEFT's scale.
-
-    PEFT multiplies the branch of an embedding by the `embed_scale` of its layer.
-    """
-    kind, others = kind_of(user), [n for n in user.all_input_nodes if n is not value]
-    held = [str(n.target) for n in map(_unreshaped, others) if n.op == "get_attr"]
-    if kind == "mul":
-        return held == [f"{owner}.embed_scale"] and len(others) == 1
-    if kind in ("add", "add_"):
-        return held == [f"{owner}.bias"] and len(others) == 1
-    return _keeps_entries(user) or kind == "getitem"
-
-
-def _keeps_entries(node: fx.Node) -> bool:
-    """Whether a call only reshapes its first input."""
-    if kind_of(node) in _CASTS:
-        before, after = example_value(node.args[0]), example_value(node)
-        return before is not None and after is not None and before.dtype == after.dtype
-    return kind_of(node) in _RESHAPES
-
-
-def _unreshaped(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and kind_of(node) in _RESHAPES | _CASTS:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _why_not_parameter(base: CapturedModule, entry: Entry) -> str | None:
