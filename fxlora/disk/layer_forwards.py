@@ -41,10 +41,13 @@ _CASTS = frozenset(("_to_copy", "to", "type_as"))
 
 def why_not_class(reader: Reader, kind: str) -> str | None:
     """Return the class of the module that reads, if PEFT wraps none such by a kind of op."""
-    classes = module_classes(reader.node)
-    if not classes:
-        return "read by a module of unknown class"
-    return None if LAYERS[kind] in _layer_class(classes[-1]) else f"read by {classes[-1]}"
+    own = _class_of(reader)
+    return None if LAYERS[kind] in _layer_class(own) else f"read by {own}"
+
+
+def _class_of(reader: Reader) -> str:
+    """Return the class of the module that reads, for messages, too."""
+    return (module_classes(reader.node) or ["a module of unknown class"])[-1]
 
 
 def _layer_class(name: str) -> tuple[str, ...]:
@@ -67,11 +70,9 @@ def _layer_class(name: str) -> tuple[str, ...]:
 
 def why_not_layer(entry: Entry, reader: Reader, from_peft: str) -> str | None:
     """Return why PEFT's wrapper of a layer would compute another result at this read, or None."""
-    why = why_not_class(reader, entry.op)
-    if why and (reader.through or not from_peft):
-        return why
-    if reader.through:
-        return f"read by {reader.kind} through {reader.through}"
+    own = _class_of(reader)
+    if reader.through or (not from_peft and why_not_class(reader, entry.op)):
+        return f"read by {own}"
     if FUSED_LAYER in module_classes(reader.node):
         return "in a torch.nn.TransformerEncoderLayer, whose fused kernel may bypass its layers"
     if entry.layout.kernel(entry.shape):
@@ -85,7 +86,8 @@ def why_not_layer(entry: Entry, reader: Reader, from_peft: str) -> str | None:
             return "a convolution with dilation, or with padding by another op"
     assert reader.op is not None
     given = reader.op.input_of(reader.node, reader.weight)
-    return why_not_around(owner_of(entry), reader.node, given, reader.kind)
+    why = why_not_around(owner_of(entry), reader.node, given, reader.kind)
+    return f"read by {own}: {why}" if why and not from_peft and own != LAYERS[entry.op] else why
 
 
 def why_not_around(owner: str, op: fx.Node, given: Any, kind: str) -> str | None:

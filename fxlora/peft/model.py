@@ -200,6 +200,10 @@ class PeftModel(RunningModule):
         """Add an adapter made of others, which does not train; see `fxlora.combine`.
 
         `svd_full_matrices` does not change the result.
+
+        Warns:
+            FxLoraWarning: it has a module with the values that trained in full; PEFT's has the
+                base's.
         """
         self._peft.check_new(adapter_name)
         for name in adapters:
@@ -218,6 +222,11 @@ class PeftModel(RunningModule):
         )
         configs = [self._peft.configs[name] for name in adapters]
         assert combined.plan is not None
+        if saved := combined.plan.modules_to_save:
+            warn(
+                f"{shown(adapter_name)} has the trained values of {some(saved)}, which trains in "
+                "full in one of the adapters; PEFT's new adapter has the base's."
+            )
         r = max((entry.r for entry in combined.plan), default=configs[0].r)
         config = dataclasses.replace(
             configs[0],
