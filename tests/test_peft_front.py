@@ -580,9 +580,9 @@ def test_statuses_are_pefts_and_names_are_mapped(tmp_path: Path) -> None:
     assert ours.get_model_status().num_adapter_layers == 3
     with pytest.warns(FxLoraWarning, match=r"without the trained values of last.*merge_and_unload"):
         assert ours.unload() is base
-    with pytest.warns(FxLoraWarning, match=r"'half' has the trained values of last"):
-        ours.add_weighted_adapter(["default"], [0.5], "half", "linear")
-    ours.delete_adapter("half")
+    with pytest.warns(FxLoraWarning, match=r"'mixed' has the trained values of last"):
+        ours.add_weighted_adapter(["default"], [0.5], "mixed", "linear")
+    ours.delete_adapter("mixed")
     ours.save_pretrained(tmp_path)
     other = nn.Sequential(Mixed()).eval()
     other[0].load_state_dict(base.state_dict())
