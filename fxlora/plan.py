@@ -30,6 +30,13 @@ def scales_outputs(entry: Entry) -> bool:
     return any(VARIANTS[variant].gain for variant in entry.variants)
 
 
+def overlap(one: Entry, other: Entry) -> bool:
+    """Whether two entries of one weight adapt some of the same outputs."""
+    if one.rows is None or other.rows is None:
+        return True
+    return one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1]
+
+
 _HEAD = """\
 # A plan of fxlora. Edit the rules: they are matched again when the file is read.
 # The sites below them only show what the rules chose; they are not read.

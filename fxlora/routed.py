@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def route(
     adapters: Sequence[str] | None = None,
     slots: int | None = None,
     rank: int | None = None,
-    batch: str | None = None,
+    batch: str | Mapping[str, int] | None = None,
     weights: bool = False,
     mixture: int = 1,
 ) -> CapturedModule:
@@ -48,8 +48,9 @@ def route(
         slots: the number of adapters that the module has room for; by default the number of those
             given. `swap_adapter` fills the others.
         rank: the rank that each adapted place has room for at least.
-        batch: the argument whose first dimension counts the samples; needed only if arguments have
-            different dynamic first dimensions.
+        batch: the argument whose first dimension counts the samples, if arguments have different
+            dynamic first dimensions; or the dimension of each argument that has samples, if it is
+            not the first: {"x": 1}.
         weights: whether the graphs have a second argument, `adapter_weights`, float32 in the shape
             of `adapter_ids`, which multiplies the effect of the adapter on each sample, s·BA.
         mixture: the number of adapters of each sample, whose effects are summed. Above 1,
@@ -85,6 +86,7 @@ def route(
     for name, value in numbers.items():
         if not is_whole(value, 1, 2**16):
             raise ConfigError(f"{name} must be a number from 1 to {2**16}, not {shown(value)}.")
+    _check_batch(batch)
     if len(modules) > slots:
         raise ConfigError(f"{len(modules)} adapters do not fit into {slots} slots.")
     for module in modules:
@@ -98,6 +100,17 @@ def route(
     routed = Route([*given, *empty], rank, batch, weights, mixture)(Remove()(modules[0]))
     routed.training = modules[0].training
     return routed
+
+
+def _check_batch(batch: object) -> None:
+    """Raise ConfigError unless this is an argument's name, or dimensions by such names."""
+    named = isinstance(batch, Mapping) and all(isinstance(name, str) for name in batch)
+    whole = isinstance(batch, Mapping) and all(is_whole(dim, 0, 2**8) for dim in batch.values())
+    if not (batch is None or isinstance(batch, str) or (batch and named and whole)):
+        raise ConfigError(
+            "batch must be an argument's name, or {name: dimension} with dimensions from 0, not "
+            f"{shown(batch)}."
+        )
 
 
 def _each(

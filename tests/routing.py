@@ -21,7 +21,7 @@ from fxlora.fx.compare import difference
 from .laws import TOLERANCE, assert_same, randomise
 from .models import Attention, Convolutions, Mlp, Normed, Readers, Tied
 from .oracle import floats
-from .typed import untyped
+from .typed import grad_of, untyped
 
 ALL = "all-linear"
 X = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -95,6 +95,41 @@ def check(model: nn.Module, args: tuple[Any, ...], *rules: Any, **kwargs: Any) -
 def per_slot(routed: CapturedModule) -> bool:
     """Whether something is computed once per slot, and not gathered."""
     return any(node.target is torch.ops.aten.where.self for node in routed.graphs["eval"].nodes)
+
+
+def check_gradients(model: nn.Module, args: tuple[Any, ...], rules: list[Any]) -> None:
+    """Assert that each adapter's gradients are those of its own module on its own samples."""
+    gm = captured(model, *args)
+    loras = [adapted(gm, rule) for rule in rules]
+    routed = fxlora.route(loras, slots=3)
+    routed(*args, adapter_ids=IDS).square().sum().backward()
+    routing = routed.known.routing
+    assert routing is not None
+    places = {entry.prefix: entry for entry in routing.entries}
+    for slot, lora in enumerate(loras):
+        own = slot == IDS
+        lora(*(given[own] for given in args)).square().sum().backward()
+        for entry in lora.plan or ():
+            for name, stack in zip(entry.tensors, places[entry.prefix].tensors, strict=True):
+                parameter = lora.get_parameter(name)
+                if parameter.requires_grad:
+                    _compare_gradient(routed.get_parameter(stack), slot, grad_of(parameter))
+        for name in lora.trained:
+            stack = routed.get_parameter(routing.full[name])
+            _compare_gradient(stack, slot, grad_of(lora.get_parameter(name)))
+    for name in routing.trainable:
+        assert not grad_of(routed.get_parameter(name))[2:].any()  # the empty slot, and the base
+
+
+def _compare_gradient(stack: nn.Parameter, slot: int, expected: torch.Tensor) -> None:
+    found = grad_of(stack)[slot]
+    own = tuple(slice(size) for size in expected.shape)
+    assert float(expected.abs().max()) > 0
+    scale = float(expected.abs().max())
+    assert float((found[own] - expected).abs().max()) <= 1e-9 * scale
+    rest = found.clone()
+    rest[own] = 0
+    assert not rest.any()  # the padding
 
 
 # ---- every kind of read -------------------------------------------------------------------------
@@ -234,7 +269,6 @@ PER_SLOT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[Any]]] 
     ),
     "flipped": (Flipped, (X,), [config(2), config(1)]),
     "sorted": (Sorted, (X,), [config(2), config(1)]),
-    "checkpointed": (Checkpointed, (X,), [config(2), config(1, ["a"])]),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ KINDS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def exported(kind: str, path: Path) -> tuple[Any, CapturedModule, CapturedModule]:
-    """Return an exported program, the routed module, and an adapter to swap in."""
+WAYS = ("constants", "inputs")
+
+
+def modules(kind: str) -> tuple[CapturedModule, CapturedModule]:
+    """Return a routed module, and an adapter to swap in."""
     rules = KINDS[kind]
     gm = captured(Mlp(), X)
     loras = [adapted(gm, rule) for rule in rules]
-    routed = fxlora.route(loras)
-    file = fxlora.export(routed, path / "routed.pt2", X, {"adapter_ids": IDS})
-    return torch.export.load(file), routed, adapted(gm, rules[0])
+    return fxlora.route(loras), adapted(gm, rules[0])
 
 
 def stacks(routed: CapturedModule) -> dict[str, Tensor]:
@@ -51,45 +53,60 @@ def swapped(routed: CapturedModule, other: CapturedModule) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnxruntime(kind: str, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx", reason="onnx is optional")
+    """Adapters are swapped in a session: as inputs of a run, as a LoraAdapter, and in the file."""
+    onnx: Any = pytest.importorskip("onnx", reason="onnx is optional")
     pytest.importorskip("onnxscript", reason="onnxscript is optional")
-    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is optional")
-    program, routed, other = exported(kind, tmp_path)
-    # The adapters become inputs with defaults, which each run may override.
-    made: Any = torch.onnx.export(
-        program, (X,), kwargs={"adapter_ids": IDS}, dynamo=True, optimize=False, verbose=False
-    )
-    model = made.model_proto
+    runtime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is optional")
+    routed, other = modules(kind)
+    ids = {"adapter_ids": IDS}
+    before = copy.deepcopy(routed)
+    files = {w: fxlora.export(routed, tmp_path / f"{w}.onnx", X, ids, adapters=w) for w in WAYS}
+    session = runtime.InferenceSession(str(files["inputs"]))
+    feed = {"x": X.numpy(), "adapter_ids": IDS.numpy()}
+
+    def close(expected: Tensor, found: list[Any]) -> bool:
+        return torch.allclose(torch.from_numpy(found[0]), expected, rtol=0, atol=1e-10)
+
+    base = routed(X, adapter_ids=torch.full_like(IDS, -1))
+    assert close(base, session.run(None, feed))  # no values: the base
+    loaded = {}
+    for name in ("first", "swapped"):
+        if name == "swapped":
+            swapped(routed, other)
+        file = fxlora.export_adapter(routed, tmp_path / f"{name}.onnx_adapter", like=before)
+        loaded[name] = runtime.LoraAdapter()
+        loaded[name].Load(str(file))
+        options = runtime.RunOptions()
+        options.add_active_adapter(loaded[name])
+        expected = routed(X, adapter_ids=IDS)
+        assert close(expected, session.run(None, feed, options))
+        values = {n: stack.numpy() for n, stack in stacks(routed).items()}
+        assert close(expected, session.run(None, feed | values))
+        assert not close(base, session.run(None, feed | values))
+        for out_of_range in (-2, 2):
+            wrong = torch.full_like(IDS, out_of_range).numpy()
+            with pytest.raises(Exception, match="index"):
+                session.run(None, feed | {"adapter_ids": wrong}, options)
+    # The file with constants gets the swapped values under their names.
+    model = onnx.load(files["constants"])
+    session = runtime.InferenceSession(model.SerializeToString())
+    assert close(before(X, adapter_ids=IDS), session.run(None, feed))
     held = stacks(routed)
+    assert {tensor.name for tensor in model.graph.initializer} >= held.keys()
     for tensor in model.graph.initializer:
         if tensor.name in held:
-            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            model.graph.input.append(value)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    session = runtime.InferenceSession(model.SerializeToString(), options)
-    x, ids = (given.name for given in session.get_inputs())
-    given = {x: X.numpy(), ids: IDS.numpy()}
-
-    def close(more: dict[str, Any], expected: Tensor) -> bool:
-        (found,) = session.run(None, {**given, **more})
-        return torch.allclose(torch.from_numpy(found), expected, rtol=0, atol=1e-10)
-
-    assert close({}, routed(X, adapter_ids=IDS))
-    wrong = (torch.full_like(IDS, -2), torch.full_like(IDS, 2))
-    for out_of_range in wrong:
-        with pytest.raises(Exception, match="index"):
-            session.run(None, {**given, ids: out_of_range.numpy()})
-    expected = swapped(routed, other)
-    assert not close({}, expected)
-    assert {value.name for value in session.get_overridable_initializers()} == held.keys()
-    assert close({name: stack.numpy() for name, stack in stacks(routed).items()}, expected)
+            value = onnx.numpy_helper.from_array(held[tensor.name].numpy(), tensor.name)
+            tensor.CopyFrom(value)
+    session = runtime.InferenceSession(model.SerializeToString())
+    assert close(routed(X, adapter_ids=IDS), session.run(None, feed))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_aotinductor(kind: str, tmp_path: Path) -> None:
-    program, routed, other = exported(kind, tmp_path)
+    routed, other = modules(kind)
+    file = fxlora.export(routed, tmp_path / "routed.pt2", X, {"adapter_ids": IDS})
+    program = torch.export.load(file)
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "a.pt2")
     )

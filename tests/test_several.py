@@ -264,6 +264,33 @@ def test_dora_has_no_sum_with_another() -> None:
         fxlora.activate(both, ["dora", "b"])
 
 
+def test_dora_on_one_part_has_a_sum_with_another_part() -> None:
+    gm = captured(nn.Sequential(nn.Linear(5, 9)), X)
+
+    def of(*enable: bool, dora: bool = False) -> Rule:
+        lora = LoraConfig(r=2, variant="dora" if dora else None)
+        return Rule("0", parts=dict.fromkeys("qkv", 3), enable=enable, lora=lora)
+
+    dora = drawn(gm, of(True, False, True, dora=True), "a", 2)  # q and v
+    for enable in ((True, False, False), (False, False, True), (True, True, True)):
+        with pytest.raises(InjectError, match=r"scales the outputs of '0\.[qv]' \(DoRA\)"):
+            added(dora, of(*enable), "b")
+    with pytest.raises(InjectError, match=r"scales the outputs of '0' \(DoRA\)"):
+        added(dora, rule("0", r=1), "b")
+    key = drawn(gm, of(False, True, False), "b", 3)
+    both = drawn(dora, of(False, True, False), "b", 3)
+    found, base = both(X), gm(X)
+    assert_close([found - base], [dora(X) - base + key(X) - base])
+    for part in range(3):
+        columns = slice(3 * part, 3 * part + 3)
+        assert (found - base)[:, columns].abs().max() > 1e-3
+    assert_close(run(fxlora.fold(both), (X,), {}), [found.detach()])
+    routed = fxlora.route([dora, key])  # each part of a weight in a way of its own
+    ids = torch.tensor([0, 1, -1, 1, 0, 0])
+    expected = torch.stack([(dora, key, gm)[slot](X)[n] for n, slot in enumerate(ids.tolist())])
+    assert_close([routed(X, adapter_ids=ids)], [expected.detach()])
+
+
 def test_ties_under_different_names_have_no_sum() -> None:
     gm = captured(Tied(), long(6, 4))
     one = added(gm, rule("emb", r=2), "a")

@@ -86,7 +86,7 @@ def adapter_tensors(module: CapturedModule) -> dict[str, torch.Tensor]:
     """
     plan, routing = module.plan, module.known.routing
     names = {name for entry in plan or () for name in entry.tensors} | module.trained
-    names |= routing.parameters if routing else frozenset()
+    names |= routing.parameters - routing.dropouts if routing else frozenset()
     return {name: p.detach() for name, p in module.named_parameters() if name in names}
 
 

@@ -38,7 +38,7 @@ def make_nested_fast(
         if explicit is None:
             continue
         calls = [call_of(user, owner) for user in source.users]
-        regions = [call for call in calls if call and call.where and call.where.spread]
+        regions = [call for call in calls if call and call.runs_once]
         if regions and len(regions) == len(calls):
             with graph.inserting_after(source):
                 fetched = graph.call_function(Fetched(explicit, fast(explicit, regions[0])))

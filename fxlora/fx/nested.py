@@ -103,6 +103,11 @@ class Call:
         return self.where is None or len(self.graphs) > 1
 
     @property
+    def runs_once(self) -> bool:
+        """Whether the call runs its one graph exactly once: a region, such as autocast."""
+        return self.where is not None and self.where.spread and len(self.graphs) == 1
+
+    @property
     def grad(self) -> bool | None:
         """The grad mode (on or off) that the call sets, or None if it sets none."""
         return bool(self.node.args[0]) if _name(self.node) == "wrap_with_set_grad_enabled" else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .routing import scaling_of
+from .routing import dropout_of, scaling_of
 
 if TYPE_CHECKING:
     from .captured import CapturedModule
@@ -147,7 +147,8 @@ def keeping_dtypes(module: CapturedModule, fn: Fn) -> Fn:
             want(name, entry.dtype_over(weight))
     for entry in routing.entries if routing else ():
         weight = _moved_empty(module.get_parameter(entry.parameter), fn).dtype
-        want(scaling_of(entry), torch.promote_types(weight, torch.float32))
+        for name in (scaling_of(entry), *((dropout_of(entry),) if entry.dropout else ())):
+            want(name, torch.promote_types(weight, torch.float32))
     for name in module.trained:
         weight = _moved_empty(module.known.originals[name], fn).dtype
         want(name, plan.trained_dtype(name, weight) if plan else weight)

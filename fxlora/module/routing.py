@@ -23,7 +23,8 @@ class Routing:
         plans: the plan of the adapter in each slot; None for an empty slot.
         entries: the adapted places. An entry's tensors are stacks (slots + 1, …) of the tensors
             that it describes, with ranks padded by zeros; the last row is the base's, without
-            effect. Their scaling is in `scaling_of`, and not in the entry.
+            effect. Their scaling is in `scaling_of`, and not in the entry. Its dropout is the
+            largest of theirs, which are in `dropout_of`.
         full: by each name of a parameter that some adapter trains in full, the name of the stack
             (slots, …) of its values.
     """
@@ -53,7 +54,12 @@ class Routing:
     def parameters(self) -> frozenset[str]:
         """Names of all stacks."""
         held = [n for e in self.entries for n in (*e.tensors, scaling_of(e))]
-        return frozenset([*held, *self.full.values(), *self.owned])
+        return frozenset([*held, *self.full.values(), *self.owned, *self.dropouts])
+
+    @property
+    def dropouts(self) -> frozenset[str]:
+        """Names of the stacks of dropout probabilities, which only train graphs read."""
+        return frozenset(dropout_of(entry) for entry in self.entries if entry.dropout)
 
     @property
     def owned(self) -> dict[str, Entry | str]:
@@ -74,3 +80,8 @@ def owned_of(place: Entry | str) -> str:
 def scaling_of(entry: Entry) -> str:
     """Return the name of the stack (slots + 1, 1) of the scalings s."""
     return entry.name_of("lora_scaling")
+
+
+def dropout_of(entry: Entry) -> str:
+    """Return the name of the stack (slots + 1, 1) of the probabilities of dropout."""
+    return entry.name_of("lora_dropout")

@@ -26,7 +26,7 @@ from ..module.copies import derived
 from ..module.program import Program
 from ..module.state import State, aside
 from ..names import shown
-from ..plan import Plan, scales_outputs
+from ..plan import Entry, Plan, overlap, scales_outputs
 from ..reads.sites import Site
 from ..tables import some
 from .base import Pass
@@ -113,12 +113,15 @@ def _apart(one: Plan, other: Plan, tied: Mapping[str, str]) -> str | None:
     for mine, theirs in ((full[0], full[1]), (full[0], adapted[1]), (full[1], adapted[0])):
         if both := sorted(mine.keys() & theirs.keys()):
             return f"'{mine[both[0]]}' is trained in full by one, and changed by the other"
-    held = {name: entry for entry in one for name in entry.names}
+    held: dict[str, list[Entry]] = {}  # a packed weight has an entry for each of its parts
+    for entry in one:
+        for name in entry.names:
+            held.setdefault(name, []).append(entry)
     for entry in other:
-        for first in filter(None, map(held.get, entry.names)):
+        for first in itertools.chain(*(held.get(name, ()) for name in entry.names)):
             if set(first.names) != set(entry.names):
                 return f"they adapt '{entry.site}' under different names of a tied weight"
-            if scales_outputs(first) or scales_outputs(entry):
+            if overlap(first, entry) and (scales_outputs(first) or scales_outputs(entry)):
                 return f"one of them scales the outputs of '{entry.site}' (DoRA), so it is no sum"
     return None
 

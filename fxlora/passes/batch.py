@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import fx
+from torch import fx, nn
 
 from ..errors import UnsupportedOpError
 from ..fx.nested import call_of, every_call
@@ -77,15 +77,32 @@ def _forget_chosen(module: CapturedModule, graph: fx.Graph, facts: Facts) -> Non
 
     There, every sample depends on what decides.
     """
+    behind = _behind_choices(graph, module)
+    facts.mixed |= behind
+    facts.dims = {n: dim for n, dim in facts.dims.items() if n not in behind}
+
+
+def _behind_choices(graph: fx.Graph, owner: nn.Module) -> set[fx.Node]:
+    """Return the nodes of a graph, and of its nested graphs, that a choice by values decides."""
+    behind = set[fx.Node]()
     for node in graph.nodes:
-        call = call_of(node, module)
-        inner = (
-            (c for nested in call.graphs for c in every_call(nested.graph, nested)) if call else ()
-        )
-        if call and (call.chooses or any(c.chooses for c in inner)):
-            behind = downstream([node])
-            facts.mixed |= behind
-            facts.dims = {n: dim for n, dim in facts.dims.items() if n not in behind}
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+        if (call := call_of(node, owner)) is None:
+            continue
+        for nested in call.graphs:
+            if call.chooses or node in behind:
+                behind |= _every_node(nested)
+            elif inner := _behind_choices(nested.graph, nested):
+                behind |= inner
+        if call.chooses or any(not behind.isdisjoint(g.graph.nodes) for g in call.graphs):
+            behind.add(node)
+    return behind
+
+
+def _every_node(graph: fx.GraphModule) -> set[fx.Node]:
+    inner = (nested.graph for call in every_call(graph.graph, graph) for nested in call.graphs)
+    return {node for each in (graph.graph, *inner) for node in each.nodes}
 
 
 def downstream(sources: Collection[fx.Node]) -> set[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,43 +22,63 @@ class Batch:
     """The dynamic dimension that counts the samples of a contract.
 
     Attributes:
-        size: the first dimension of the first input that has one.
-        symbols: its symbol, and those of the other inputs' first dimensions.
+        size: the dimension of the first input that has one.
+        symbols: its symbol, and those of the other inputs' dimensions.
     """
 
     size: Dimension
     symbols: tuple[str, ...]
 
     @classmethod
-    def of(cls, spec: InputSpec, name: str | None) -> Batch:
-        """Return the first dimensions of all inputs, as far as they are dynamic.
+    def of(cls, spec: InputSpec, given: str | Mapping[str, int] | None) -> Batch:
+        """Return the dimensions that count the samples, as far as they are dynamic.
 
         Args:
             spec: the contract of a graph.
-            name: the only argument whose first dimension counts the samples, or None for all.
+            given: the dimension of each argument that has samples; or the only argument whose
+                first dimension counts them, or None for all.
 
         Raises:
             InputError: the contract has no such dimension.
         """
-        firsts = [
-            (argument, leaf.dims[0])
+        axes = {given: 0} if isinstance(given, str) else given
+        places = [
+            (argument, leaf.dims[axis])
             for argument, leaves in zip(spec.names, spec.leaves, strict=True)
             for leaf in leaves
-            if isinstance(leaf, TensorInput) and leaf.dims
+            for axis in ((0,) if axes is None else (axes[argument],) if argument in axes else ())
+            if isinstance(leaf, TensorInput) and axis < len(leaf.dims)
         ]
-        dynamic = [(n, dim) for n, dim in firsts if isinstance(dim, Dimension)]
-        chosen = [dim for n, dim in dynamic if name in (None, n)]
-        if not chosen or any((d.scale, d.offset) != (1, 0) for d in chosen):
+        dynamic = [dim for _, dim in places if isinstance(dim, Dimension)]
+        missing = set(axes or ()).difference(n for n, dim in places if isinstance(dim, Dimension))
+        if not dynamic or missing or any((d.scale, d.offset) != (1, 0) for d in dynamic):
+            where = "a dynamic first dimension"
+            if isinstance(given, Mapping):
+                where = f"dynamic dimensions {dict(given)}"
             raise InputError(
-                f"routing needs {f'batch={name!r}' if name else 'an input'} with a dynamic first "
-                f"dimension, which counts the samples; {some([n for n, _ in dynamic]) or 'none'} "
-                "of the inputs has one. Capture with dynamic_shapes that make it dynamic."
+                f"routing needs {f'batch={given!r}' if given else 'an input'} with {where}, which "
+                f"counts the samples; {_described(spec)}. Capture with dynamic_shapes that make it "
+                "dynamic, or say with batch={argument: dimension} where the samples are."
             )
-        return cls(chosen[0], tuple(dict.fromkeys(dim.symbol for dim in chosen)))
+        return cls(dynamic[0], tuple(dict.fromkeys(dim.symbol for dim in dynamic)))
 
     def counts(self, dim: object) -> bool:
         """Whether a dimension of an input counts the samples."""
         return isinstance(dim, Dimension) and dim.symbol in self.symbols
+
+
+def _described(spec: InputSpec) -> str:
+    """Return which dimensions of the inputs are dynamic."""
+    found = [
+        f"dimension {axis} of {argument}"
+        for argument, leaves in zip(spec.names, spec.leaves, strict=True)
+        for leaf in leaves
+        for axis, dim in enumerate(leaf.dims if isinstance(leaf, TensorInput) else ())
+        if isinstance(dim, Dimension)
+    ]
+    return (
+        f"{some(found)} {'is' if len(found) == 1 else 'are'} dynamic" if found else "none has one"
+    )
 
 
 def _hints(graph: fx.Graph) -> dict[str, int]:

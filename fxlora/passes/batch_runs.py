@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
@@ -98,13 +99,20 @@ class Trial(Facts):
                 self._compare(node, values_of[node], value, index)
         self.dims = {n: self.left[n][0] for n in self.tells if len(self.left[n]) == 1}
         self.known = {*self.dims, *(n for n in self.tells if not self.left[n])}
-        for node, value, _ in values([1, 1, *range(2, count)]):  # a change of the first sample only
-            if node in self.dims:
-                ours, theirs = (
-                    _others(v, self.dims[node], count) for v in (values_of[node], value)
-                )
-                if not _same(ours, theirs):
+        for changed in range(count):  # one sample, to the next one's values
+            order = [*range(count)]
+            order[changed] = (changed + 1) % count
+            for node, value, _ in values(order):
+                if self._mixes(node, values_of[node], value, changed, count):
                     self.mixed.add(node)
+
+    def _mixes(
+        self, node: fx.Node, before: Tensor, after: Tensor, changed: int, count: int
+    ) -> bool:
+        """Whether a change of one sample changes a value other than in that sample."""
+        if node in self.dims:
+            before, after = (_others(v, self.dims[node], changed, count) for v in (before, after))
+        return sized_like(node, self.batch) and not _same(before, after)
 
     def _values(self, leaves: list[Any]) -> dict[fx.Node, Tensor]:
         """Return the values of the wanted nodes in a run from the module's present state."""
@@ -169,11 +177,12 @@ def _reordered(value: Tensor, batch: BatchDim, order: Tensor) -> Tensor:
     return value.unflatten(dim, split).index_select(at, order).flatten(dim, dim + 1)
 
 
-def _others(value: Tensor, batch: BatchDim, count: int) -> Tensor:
-    """Return a value without its first sample."""
+def _others(value: Tensor, batch: BatchDim, sample: int, count: int) -> Tensor:
+    """Return a value without one of its samples."""
     split = (count, -1) if batch.sample_first else (-1, count)
     at = batch.dim if batch.sample_first else batch.dim + 1
-    return value.unflatten(batch.dim, split).narrow(at, 1, count - 1)
+    others = torch.tensor([n for n in range(count) if n != sample], device=value.device)
+    return value.unflatten(batch.dim, split).index_select(at, others)
 
 
 def _slack(before: Tensor, after: Tensor) -> float:
@@ -215,13 +224,14 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         if not all(torch.equal(now, before) for now, before in held):
             self.writers.add(n)
-        if n in self.wanted and isinstance(result, Tensor):
+        # Inside of a torch.vmap, a tensor is not what its nodes say, and leads nowhere outside.
+        if n in self.wanted and isinstance(result, Tensor) and not is_wrapped(result):
             self.found[n] = result.clone()
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(target, OpOverload):
-            args = tuple(_Quiet(a) if isinstance(a, fx.GraphModule) else a for a in args)
+            args = tuple(_Quiet(a, self) if isinstance(a, fx.GraphModule) else a for a in args)
         if not isinstance(target, OpOverload) or not _draws(target):
             return super().call_function(target, args, kwargs)
         names = [argument.name for argument in target._schema.arguments]
@@ -235,14 +245,18 @@ class _Recorder(fx.Interpreter):
 
 
 class _Quiet(nn.Module):
-    """A nested graph that draws no random numbers, either."""
+    """A nested graph that draws no random numbers, and keeps the tensors of some nodes, either."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, around: _Recorder) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self.around = graph, around
 
     def forward(self, *args: Any) -> Any:
-        return _Recorder(self.graph, self.graph.graph, (), ()).run(*args)
+        recorder = _Recorder(self.graph, self.graph.graph, self.around.wanted, ())
+        try:
+            return recorder.run(*args)
+        finally:
+            self.around.found |= recorder.found
 
 
 def _draws(target: OpOverload) -> bool:

@@ -38,11 +38,14 @@ from .batch import downstream, facts_about
 from .batch_inputs import Batch
 from .batch_runs import Facts
 from .fits import check_fits
+from .gathered_branches import add_branch
+from .per_slot import compute_per_slot
 from .route_blocks import pass_to_blocks
 from .slots import SlotGraph
 from .stacks import Values, add_stacks, stacked_entries
 
 Sites = Mapping[tuple[str, ...], Site]
+BatchArgument = str | Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,15 @@ class Route(Pass):
     Attributes:
         adapters: the plan and the tensors, by name, of the adapter in each slot; None if empty.
         rank: the least rank for which every place has room, or None.
-        batch: the argument whose first dimension counts the samples, or None if that is clear.
+        batch: the dimension of each argument that counts the samples; or the argument whose first
+            dimension does, or None if that is clear.
         weights: whether to add an input with a further factor for each adapter of a sample.
         mixture: the number of adapters of each sample.
     """
 
     adapters: Sequence[tuple[Plan, Values] | None]
     rank: int | None = None
-    batch: str | None = None
+    batch: BatchArgument = None
     weights: bool = False
     mixture: int = 1
 
@@ -68,8 +72,8 @@ class Route(Pass):
             raise InjectError("the module has adapters already: fold or remove them first.")
         if module.parent_module or not module.exported:
             raise UnsupportedOpError(
-                "only a module of whole graphs from example inputs can be routed: Python code "
-                "around regions would have to pass adapter_ids on, and may reorder the samples. "
+                "only a module of whole graphs from example inputs can be routed: here Python code "
+                "runs between the graphs, and may reorder the samples. "
                 "Hold the adapters in one module instead (inject under several names), and run "
                 "activate(module, name) on the samples of each."
             )
@@ -107,7 +111,7 @@ class Route(Pass):
             for graph, way in of_program.items():
                 dropout = graph is not program.graphs["eval"]
                 made[graph] = SlotGraph(graph, routing.slots, self.weights, self.mixture)
-                way.insert(made[graph], routing, dropout)
+                way.insert(made[graph], module, routing, dropout)
             if module.known.outlined:
                 spec = program.inputs["eval"]
                 assert spec is not None
@@ -175,10 +179,13 @@ class _Way:
     facts: Facts
     mixes: bool
 
-    def insert(self, slots: SlotGraph, routing: Routing, training: bool) -> None:
+    def insert(
+        self, slots: SlotGraph, module: CapturedModule, routing: Routing, training: bool
+    ) -> None:
         for reader, entry, batch in self.gathered:
-            slots.add_branch(entry, reader, batch, entry.dropout if training else 0.0)
-        slots.compute_per_slot(self.sources, routing.full, self.facts.dims, self.facts.writers)
+            add_branch(slots, entry, reader, batch, training)
+        dims, writers = self.facts.dims, self.facts.writers
+        compute_per_slot(slots, module, self.sources, routing.full, dims, writers)
 
 
 def _warn_of_dropout(ways: Sequence[Mapping[fx.Graph, _Way]]) -> None:
@@ -193,7 +200,7 @@ def _warn_of_dropout(ways: Sequence[Mapping[fx.Graph, _Way]]) -> None:
 
 
 def _way(
-    module: CapturedModule, program: Program, routing: Routing, sites: Sites, batch: str | None
+    module: CapturedModule, program: Program, routing: Routing, sites: Sites, batch: BatchArgument
 ) -> dict[fx.Graph, _Way]:
     """Return how to route each graph of a program.
 
@@ -215,7 +222,7 @@ def _way_of(
     spec: InputSpec,
     routing: Routing,
     sites: Sites,
-    batch: str | None,
+    batch: BatchArgument,
 ) -> _Way:
     readers = {
         entry.names: [reader for reader in sites[entry.names].readers if reader.graph is graph]
@@ -280,7 +287,7 @@ def _may_gather(site: Site, entry: Entry, reader: Reader) -> bool:
     """Whether a read has a gathered branch, if its input holds the samples."""
     op = reader.branch
     if (
-        reader.path
+        not all(call.runs_once for call in reader.path)
         or op is None
         or op.gathered is None
         or (entry.rows is not None and reader.layout != entry.layout)  # no gathered row pads inputs

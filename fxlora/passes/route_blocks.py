@@ -53,11 +53,11 @@ def _describe(
     """Give a node an example value, from which the contracts of blocks take its sizes."""
     held = (example_value(given) for given in graph.find_nodes(op="placeholder"))
     for value in held:
-        if value is None or not value.ndim or str(value.shape[0]) not in batch.symbols:
-            continue
-        shape = (value.shape[0], mixture) if mixture > 1 else (value.shape[0],)
-        node.meta["val"] = value.new_empty(shape, dtype=dtype)
-        return
+        for size in () if value is None else value.shape:
+            if value is not None and str(size) in batch.symbols:
+                shape = (size, mixture) if mixture > 1 else (size,)
+                node.meta["val"] = value.new_empty(shape, dtype=dtype)
+                return
 
 
 def _extended(call: ModuleCall, names: Sequence[str]) -> ModuleCall:

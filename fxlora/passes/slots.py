@@ -1,45 +1,43 @@
-"""The nodes that choose among slots, in one graph: gathered branches, and values once per slot."""
+"""A graph with the input `adapter_ids`: what gathered branches and values once per slot share."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
 
-from ..errors import UnsupportedOpError
-from ..fx.calls import example_value
-from ..fx.effects import written_nodes
 from ..fx.marks import ROUTED
-from ..lora.gathered import BatchDim, Samples
-from ..lora.row import Read, aten
-from ..lora.variants import VARIANTS
-from ..module.adapted_weight import adapted_weight, rank, to_weights
+from ..fx.nested import Call, Path, call_of
+from ..lora.row import aten
 from ..module.blocks.recorded import CALLS
-from ..module.casts import mark
-from ..module.routing import INPUT, INPUTS, WEIGHTS, owned_of, scaling_of
-from ..plan import Entry, scales_outputs
-from ..reads.facts import padding_row
-from ..reads.readers import Reader
+from ..module.routing import INPUT, INPUTS, WEIGHTS
 
 KEPT = None  # the mark of a node that replaces no other
 
 
 class SlotGraph:
-    """A graph that gets the input `adapter_ids`, and the nodes that depend on it."""
+    """A graph that gets the input `adapter_ids`, and the nodes that depend on it.
+
+    Attributes:
+        graph: the graph.
+        slots: the number of adapters that it has room for.
+        mixture: the number of adapters of each sample.
+        rows: the node of the rows of the stacks that the ids choose: (b,), or (b, mixture).
+        weights: the node of a further factor for each of them, or None.
+    """
 
     def __init__(self, graph: fx.Graph, slots: int, weights: bool, mixture: int) -> None:
         self.graph, self.slots, self.mixture = graph, slots, mixture
-        self._tracer = _Tracer(graph)
+        self._tracers: dict[fx.Graph, _Tracer] = {}
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         ids = self._input(INPUT, last)
         self.weights = self._input(WEIGHTS, ids) if weights else None
         extend_inputs(graph, INPUTS if weights else (INPUT,))
-        with self._before((self.weights or ids).next):
+        with graph.inserting_before((self.weights or ids).next):
             self.rows = self._checked(self.proxy(ids)).node
         node = self.rows  # of no block, though one may be all that uses it
         while node is not (self.weights or ids):
@@ -65,216 +63,41 @@ class SlotGraph:
         return aten.index.Tensor(table, [aten.masked_fill.Scalar(ids, outside, self.slots + 1)])
 
     def proxy(self, node: fx.Node) -> Any:
-        return fx.Proxy(node, self._tracer)
+        """Return a proxy of a node of this graph or of a nested one, whose ops emit nodes there."""
+        return fx.Proxy(node, self._tracers.setdefault(node.graph, _Tracer(node.graph)))
 
-    def _before(self, node: fx.Node) -> Any:
-        return self.graph.inserting_before(node)
-
-    def _fetch(self, name: str) -> Any:
-        node = self.graph.create_node("get_attr", name)
-        node.meta[ROUTED] = KEPT
-        return self.proxy(node)
-
-    def _replace(self, base: fx.Node, output: fx.Node, at: int, users: set[fx.Node]) -> None:
-        """Replace a node in its earlier users by one that has it as an argument."""
-        output.meta = {**base.meta, ROUTED: at}
-        base.replace_all_uses_with(output, delete_user_cb=lambda user: user in users)
-
-    # ---- gathered branches ----------------------------------------------------------------------
-
-    def add_branch(self, entry: Entry, reader: Reader, batch: BatchDim, dropout: float) -> None:
-        """Rewrite op(x, W) to op(x, W) + s_i·B_i(A_i(dropout(x))) for sample i, at one read."""
-        op, node = reader.op, reader.node
-        assert op is not None and op.gathered is not None
-        base, users = node, set(node.users)
-        with self._before(node.next):
-            samples = self._samples(entry, reader, batch, dropout)
-            branch = op.gathered(samples)
-            if entry.rows is not None:
-                assert op.output is not None
-                behind = entry.shape[entry.layout.part_dim] - entry.rows[1]
-                pad = [0, 0] * (-1 - op.output) + [entry.rows[0], behind]
-                branch = aten.constant_pad_nd.default(branch, pad)
-            output = self._sum(self.proxy(base), branch).node
-        self._replace(base, output, 0, users)
-
-    def _sum(self, base: Any, branch: Any) -> Any:
-        """Add a branch; one that ends in a product in the shape of the sum is added in it."""
-        if branch.node.target is not aten.bmm.default:
-            return aten.add.Tensor(base, branch)
-        factors = [self.proxy(factor) for factor in branch.node.args]
-        self.graph.erase_node(branch.node)
-        return aten.baddbmm.default(base, *factors)
-
-    def _samples(self, entry: Entry, reader: Reader, batch: BatchDim, dropout: float) -> Samples:
-        op, node = reader.op, reader.node
-        assert op is not None
-        given = op.input_of(node, reader.weight)
-        value = example_value(given)
-        assert value is not None
-        x = self.proxy(given)
-        if dropout and op.dropout:
-            x = aten.dropout.default(x, dropout, True)
-        layout = reader.layout or entry.layout
-        down, up = self._fetch(entry.name_a), self._fetch(entry.name_b)
-        for variant, held in entry.variant_tensors.items():
-            more = [self._fetch(name) for name in held]
-            down, up = VARIANTS[variant].factors(entry.layout, down, up, *more)
-        size_i, size_o = entry.layout.features(entry.adapted_shape)
-        if layout.in_first != entry.layout.in_first:  # (BA)^T = A^T B^T
-            down, up = aten.transpose.int(up, 1, 2), aten.transpose.int(down, 1, 2)
-            size_i, size_o = size_o, size_i
-        trains = entry.padding_idx is None and padding_row(node, entry.shape[0]) is not None
-        return Samples(
-            Read(node, reader.weight, x, layout, entry.shape, rank(entry), 1.0, trains),
-            self.proxy(self.rows),
-            down,
-            up,
-            self._fetch(scaling_of(entry)),
-            (size_i, size_o),
-            batch,
-            value.ndim,
-            lambda factor: to_weights(entry, factor),
-            self.proxy(self.weights) if self.weights else None,
-            self.mixture,
-        )
-
-    # ---- values once per slot -------------------------------------------------------------------
-
-    def compute_per_slot(
-        self,
-        sources: Mapping[fx.Node, list[Entry] | str],
-        full: Mapping[str, str],
-        batch: Mapping[fx.Node, BatchDim],
-        writers: Collection[fx.Node],
-    ) -> None:
-        """Compute all that depends on some weights once per slot, and choose where samples are.
+    def fetch(self, name: str, path: Path = ()) -> Any:
+        """Fetch a parameter; return its proxy in the graph that a path of calls leads to.
 
         Args:
-            sources: the nodes that fetch the weights, with the entries that adapt them, or with
-                the name of the parameter that an adapter trains in full.
-            full: the stack of each parameter that trains in full.
-            batch: where the samples are in the nodes.
-            writers: nodes that write to buffers.
-
-        Raises:
-            UnsupportedOpError: a value that depends on a weight writes to memory, or leaves the
-                graph before the samples can be told apart; names the weight.
+            name: the name of the parameter.
+            path: the calls of nested graphs around the place of use, outermost first.
         """
-        if sources and (self.weights or self.mixture > 1):
-            name = next(iter(sources)).target
-            raise UnsupportedOpError(
-                f"'{name}' is not adapted by a gathered branch, so it takes no weights and no "
-                "mixture for each sample. Route without weights= and mixture=, or combine the "
-                "adapters into one (fxlora.combine)."
-            )
-        copies: dict[fx.Node, list[fx.Node]] = {}  # of a node, by slot
-        origin: dict[fx.Node, str] = {}
-        for node in list(self.graph.nodes):
-            if node in sources:
-                copies[node] = self._weights(node, sources[node], full)
-                origin[node] = str(node.target)
-                continue
-            inside = [given for given in node.all_input_nodes if given in copies]
-            if not inside:
-                continue
-            weight = origin[inside[0]]
-            self._refuse(node, weight, node in writers)
-            made = [self._copied(node, copies, slot) for slot in range(self.slots)]
-            if node in batch:
-                self._choose(node, made, batch[node])
-            else:
-                copies[node], origin[node] = made, weight
+        if not path:
+            return self.proxy(self._marked(self.graph.create_node("get_attr", name)))
+        outermost = path[0].node
+        passed = (n for n in outermost.all_input_nodes if n.op == "get_attr" and n.target == name)
+        with self.graph.inserting_before(outermost):
+            node = next(passed, None) or self.graph.create_node("get_attr", name)
+        return self.seen(self._marked(node), path)
 
-    def _weights(
-        self, node: fx.Node, adapted: list[Entry] | str, full: Mapping[str, str]
-    ) -> list[fx.Node]:
-        """Return the weight of each slot."""
-        with self._before(node.next):
-            if isinstance(adapted, str):
-                stack = self._fetch(full[adapted])
-                flags = self._fetch(owned_of(full[adapted]))
-                return [
-                    aten.where.self(
-                        _number(flags, slot),
-                        mark(aten.select.int(stack, 0, slot), full[adapted], adapted),
-                        self.proxy(node),
-                    ).node
-                    for slot in range(self.slots)
-                ]
-            names = [n for entry in adapted for n in (*entry.tensors, scaling_of(entry))]
-            names += [owned_of(entry) for entry in adapted if scales_outputs(entry)]
-            stacks = {name: self._fetch(name) for name in names}
-            found: list[fx.Node] = []
-            for slot in range(self.slots):
-                weight = self.proxy(node)
-                for entry in adapted:
-                    numbers = {scaling_of(entry), owned_of(entry)}
-                    row = {
-                        name: _number(stack, slot)
-                        if name in numbers
-                        else aten.select.int(stack, 0, slot)
-                        for name, stack in stacks.items()
-                    }
-                    before, weight = weight, _adapted(entry, weight, row)
-                    if scales_outputs(entry):
-                        weight = aten.where.self(row[owned_of(entry)], weight, before)
-                found.append(weight.node)
-            return found
+    def seen(self, node: fx.Node, path: Path) -> Any:
+        """Return the proxy of a node of this graph, as a nested graph gets it from its calls."""
+        for depth, call in enumerate(path):
+            given = [self._marked(each) for each in call.seen_as(node)]
+            inner = path[depth + 1].node.graph if depth + 1 < len(path) else None
+            node = next(each for each in given if inner in (None, each.graph))
+        return self.proxy(node)
 
-    def _refuse(self, node: fx.Node, weight: str, writes: bool) -> None:
-        """Raise UnsupportedOpError for a node that cannot be computed once per slot."""
-        owner = self.graph.owning_module
-        assert owner is not None
-        writes = writes or bool(written_nodes(node, owner))
-        if node.op != "call_function" or writes:
-            what = "writes to memory" if writes else "leaves the graph"
-            raise UnsupportedOpError(
-                f"'{weight}': a value that depends on it {what} ('{node.name}') where the samples "
-                "of the batch cannot be told apart, so they cannot have different adapters. Route "
-                "adapters that leave this weight alone, or capture the model without that output."
-            )
+    @staticmethod
+    def _marked(node: fx.Node) -> fx.Node:
+        node.meta[ROUTED] = KEPT
+        return node
 
-    def _copied(self, node: fx.Node, copies: Mapping[fx.Node, list[fx.Node]], slot: int) -> fx.Node:
-        with self._before(node.next):
-            copied = self.graph.node_copy(
-                node, lambda given: copies[given][slot] if given in copies else given
-            )
-        copied.meta = {**node.meta, ROUTED: KEPT}
-        return copied
-
-    def _choose(self, node: fx.Node, made: list[fx.Node], batch: BatchDim) -> None:
-        """Give each sample the value of its slot."""
-        value = example_value(node)
-        assert value is not None
-        users, chosen = set(node.users), node
-        for slot, copied in enumerate(made):
-            with self._before(max(copied, chosen).next):
-                mine = aten.eq.Scalar(self.proxy(self.rows), slot)
-                mine = batch.along(mine, self.proxy(node), value.ndim)
-                args = (mine, self.proxy(copied), self.proxy(chosen))
-                output = aten.where.self(*args).node
-            output.meta = {**node.meta, ROUTED: 2}
-            chosen = output
-        node.replace_all_uses_with(chosen, delete_user_cb=lambda user: user in users)
-
-
-def _number(stack: Any, slot: int) -> Any:
-    """Return the number of a slot, from a stack (slots, 1)."""
-    return aten.select.int(aten.select.int(stack, 0, slot), 0, 0)
-
-
-def _adapted(entry: Entry, weight: Any, row: Mapping[str, Any]) -> Any:
-    """Return the adapted weight of one slot, from a row of the entry's stacks."""
-    down, up = row[entry.name_a], row[entry.name_b]
-    for variant, held in entry.variant_tensors.items():
-        more = [row[name] for name in held]
-        down, up = VARIANTS[variant].factors(entry.layout, down, up, *more)
-    # s is no number here, so it goes into B: W0 + (s·B)·A
-    up = aten.type_as.default(aten.mul.Tensor(up, row[scaling_of(entry)]), up)
-    gains = tuple(name for name in entry.variants if VARIANTS[name].gain)
-    plain = dataclasses.replace(entry, variants=gains, r=rank(entry))
-    return adapted_weight(plain, weight, {**row, entry.name_a: down, entry.name_b: up})
+    def replace(self, base: fx.Node, output: fx.Node, at: int, users: set[fx.Node]) -> None:
+        """Replace a node in its earlier users by one that has it as an argument, number `at`."""
+        output.meta = {**base.meta, ROUTED: at}
+        base.replace_all_uses_with(output, delete_user_cb=lambda user: user in users)
 
 
 class _Tracer(GraphAppendingTracer):
@@ -322,12 +145,30 @@ def _set_inputs(
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, info.out_spec)))
 
 
-def remove_slots(graph: fx.Graph) -> None:
-    """Take all nodes that `SlotGraph` added out of a graph again."""
-    for node in reversed(list(graph.nodes)):
-        if ROUTED not in node.meta:
-            continue
-        if (at := node.meta[ROUTED]) is not KEPT:
-            node.replace_all_uses_with(node.args[at])
-        graph.erase_node(node)
+# ---- taking out ---------------------------------------------------------------------------------
+
+
+def remove_slots(graph: fx.Graph, owner: nn.Module) -> None:
+    """Take all nodes that were added for slots out of a graph, and out of its nested graphs."""
+    _erase(graph, owner, ())
     shorten_inputs(graph)
+
+
+def _erase(graph: fx.Graph, owner: nn.Module, kept: Sequence[str]) -> None:
+    """Erase the marked nodes of a graph, but for the kinds to keep."""
+    for node in reversed(list(graph.nodes)):
+        if ROUTED in node.meta and node.op not in kept:
+            if (at := node.meta[ROUTED]) is not KEPT:
+                node.replace_all_uses_with(node.args[at])
+            graph.erase_node(node)
+        elif call := call_of(node, owner):
+            _erase_inside(call)
+
+
+def _erase_inside(call: Call) -> None:
+    """Erase the marked nodes of nested graphs, and the operands that only these used."""
+    for nested in call.graphs:
+        _erase(nested.graph, nested, ("placeholder",))
+    for index in reversed(range(len(call.operands))):
+        if any(ROUTED in given.meta for given, _ in call.inputs(index)):
+            call.drop(index)

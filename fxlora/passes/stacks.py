@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, InjectError, UnsupportedOpError
+from ..errors import AdapterError, InjectError, UnsupportedOpError, warn
 from ..lora.variants import VARIANTS
 from ..module import CapturedModule
 from ..module.adapted_weight import sum_matrix
-from ..module.routing import ROUTED, Routing, scaling_of
-from ..plan import Entry, Plan, scales_outputs
+from ..module.routing import ROUTED, Routing, dropout_of, scaling_of
+from ..plan import Entry, Plan, overlap, scales_outputs
 from ..tables import some
 
 Values = Mapping[str, Tensor]
@@ -43,7 +43,7 @@ def stacked_entries(plans: Sequence[Plan | None], rank: int | None) -> tuple[Ent
     return entries
 
 
-_COMMON = ("names", "op", "shape", "layout", "rows", "padding_idx", "variants", "dropout", "tokens")
+_COMMON = ("names", "op", "shape", "layout", "rows", "padding_idx", "variants", "tokens")
 
 
 def _stacked(entries: Sequence[Entry], rank: int | None) -> Entry:
@@ -54,9 +54,9 @@ def _stacked(entries: Sequence[Entry], rank: int | None) -> Entry:
             "sample. Route adapters apart that differ in it, in a graph each."
         )
     ranks = [entry.r for entry in entries] + ([] if rank is None or first.tokens else [rank])
-    return dataclasses.replace(
-        first, r=max(ranks), alpha=1.0, scaling=1.0, adapter=ROUTED, form="branch", rule=1
-    )
+    r, dropout = max(ranks), max(entry.dropout for entry in entries)
+    same = dataclasses.replace(first, adapter=ROUTED, form="branch", rule=1)
+    return dataclasses.replace(same, r=r, alpha=1.0, scaling=1.0, dropout=dropout)
 
 
 def _difference(one: Entry, other: Entry) -> str | None:
@@ -72,17 +72,11 @@ def _check_apart(entries: Sequence[Entry]) -> None:
     """Raise if a place with a gain overlaps another place of the same weight."""
     for one, other in itertools.combinations(entries, 2):
         gains = scales_outputs(one) or scales_outputs(other)
-        if gains and set(one.names) & set(other.names) and _overlap(one, other):
+        if gains and set(one.names) & set(other.names) and overlap(one, other):
             raise UnsupportedOpError(
                 f"'{one.site}' and '{other.site}' are adapted by different adapters, one of which "
                 "scales the outputs (DoRA). Route them apart, in a graph each."
             )
-
-
-def _overlap(one: Entry, other: Entry) -> bool:
-    if one.rows is None or other.rows is None:
-        return True
-    return one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1]
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -101,11 +95,12 @@ def add_stacks(
             parameter = nn.Parameter(stack.contiguous(), name in entry.trainable)
             module.set_parameter(name, parameter)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        # In two dimensions, because AOTInductor writes small vectors into its code as literals,
-        # which `load_constants` does not change.
-        scalings = torch.tensor([[s] for _, s in rows], dtype=torch.float64)
-        scalings = scalings.to(weight.device, wide)
-        module.set_parameter(scaling_of(entry), nn.Parameter(scalings, requires_grad=False))
+        for name in rows[0][1]:
+            # In two dimensions, because AOTInductor writes small vectors into its code as literals,
+            # which `load_constants` does not change.
+            numbers = torch.tensor([[own[name]] for _, own in rows], dtype=torch.float64)
+            numbers = numbers.to(weight.device, wide)
+            module.set_parameter(name, nn.Parameter(numbers, requires_grad=False))
     for stack_name, names in routing.names_of_full.items():
         base = module.get_parameter(names[0]).detach()
         given = [_whole_value(names, a[1], base) if a else base for a in adapters]
@@ -115,7 +110,8 @@ def add_stacks(
         stack = torch.stack([value.to(base.device, dtype) for value in given])
         module.set_parameter(stack_name, nn.Parameter(stack))
     for name, place in routing.owned.items():
-        flags = [[bool(adapter) and _owns(routing, adapter[0], place)] for adapter in adapters]
+        # Of integers, because onnxruntime takes no bool in the file of an adapter.
+        flags = [[int(bool(a) and _owns(routing, a[0], place))] for a in adapters]
         device = next(module.parameters()).device
         module.set_parameter(name, nn.Parameter(torch.tensor(flags, device=device), False))
 
@@ -134,8 +130,8 @@ def _whole_value(names: Sequence[str], values: Values, base: Tensor) -> Tensor:
 
 def row_of(
     module: CapturedModule, entry: Entry, adapter: tuple[Plan, Values] | None
-) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors of one row of an entry's stacks, and its scaling.
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the tensors and the numbers of one row of an entry's stacks, by their names.
 
     Args:
         module: a module with the base weights.
@@ -144,13 +140,18 @@ def row_of(
     """
     own = next((e for e in (adapter[0] if adapter else ()) if e.prefix == entry.prefix), None)
     if own is None or adapter is None:
-        return _without_effect(module, entry), 0.0
+        return _without_effect(module, entry), _numbers(entry, 0.0, 0.0)
     pairs = zip(entry.tensors.items(), own.tensors, strict=True)
     device = module.get_parameter(entry.parameter).device
     row = {
         name: _padded(adapter[1][mine].detach().to(device), shape) for (name, shape), mine in pairs
     }
-    return row, own.scaling
+    return row, _numbers(entry, own.scaling, own.dropout)
+
+
+def _numbers(entry: Entry, scaling: float, dropout: float) -> dict[str, float]:
+    numbers = {scaling_of(entry): scaling}
+    return numbers | ({dropout_of(entry): dropout} if entry.dropout else {})
 
 
 def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -198,11 +199,7 @@ def misfit(routing: Routing, plan: Plan) -> str | None:
                 f"'{entry.site}' has rank {entry.r}, and the slots have room for rank {place.r}: "
                 f"route(…, rank={entry.r}) leaves room for it"
             )
-        same = dataclasses.replace(
-            entry,
-            dropout=place.dropout,  # of a training
-            autocast_adapter_dtype=place.autocast_adapter_dtype,
-        )
+        same = dataclasses.replace(entry, autocast_adapter_dtype=place.autocast_adapter_dtype)
         if why := _difference(place, same):
             return f"'{entry.site}' differs in {why}"
     return None
@@ -220,16 +217,15 @@ def write_slot(module: CapturedModule, slot: int, plan: Plan, values: Values) ->
         raise AdapterError(f"the adapter does not fit slot {slot}: {why}.")
     writes: list[tuple[Tensor, Tensor]] = []
     for entry in routing.entries:
-        row, scaling = row_of(module, entry, (plan, values))
-        for name, value in row.items():
-            writes.append((module.get_parameter(name), value))
-        scalings = module.get_parameter(scaling_of(entry))
-        writes.append((scalings, scalings.new_tensor([scaling])))
+        row, numbers = row_of(module, entry, (plan, values))
+        wide = {n: torch.tensor([number], dtype=torch.float64) for n, number in numbers.items()}
+        writes += [(module.get_parameter(n), value) for n, value in {**row, **wide}.items()]
     for stack, names in routing.names_of_full.items():
         value = _whole_value(names, values, module.get_parameter(names[0]))
         writes.append((module.get_parameter(stack), value))
     for name, place in routing.owned.items():
-        writes.append((module.get_parameter(name), torch.tensor([_owns(routing, plan, place)])))
+        owns = torch.tensor([int(_owns(routing, plan, place))])
+        writes.append((module.get_parameter(name), owns))
     ready: list[tuple[Tensor, Tensor]] = []
     for stack, value in writes:
         target = stack.detach()[slot]
@@ -243,9 +239,22 @@ def write_slot(module: CapturedModule, slot: int, plan: Plan, values: Values) ->
     with torch.no_grad():
         for target, held in ready:
             target.copy_(held)
+    _warn_of_dropout(module, routing, plan)
     plans = list(routing.plans)
     plans[slot] = plan
     module.update_state(routing=dataclasses.replace(routing, plans=tuple(plans)))
+
+
+def _warn_of_dropout(module: CapturedModule, routing: Routing, plan: Plan) -> None:
+    """Warn of an adapter with dropout where the train graphs of a training module have none."""
+    dropping = {entry.prefix for entry in routing.entries if entry.dropout}
+    if not module.training:
+        return
+    if sites := [e.site for e in plan if e.dropout and e.prefix not in dropping]:
+        warn(
+            f"{some(sites)}: no adapter had lora_dropout there when the module was routed, so it "
+            "does not apply in training. Give route one that has."
+        )
 
 
 def slot_values(module: CapturedModule, slot: int) -> tuple[Plan, dict[str, Tensor]]:

@@ -34,7 +34,7 @@ class Unroute(Pass):
         unmark(module)
         graphs: list[fx.Graph] = module.distinct_graphs()
         for graph in graphs:
-            remove_slots(graph)
+            remove_slots(graph, module)
         for program in module.programs:
             take_from_blocks(program)
             program.inputs = {mode: _without(spec) for mode, spec in program.inputs.items()}

@@ -88,7 +88,7 @@ def gather_checkpoints(
     cut = [
         _extract_region(module, nodes, buffers, f"checkpoint_{'_'.join(map(str, mark))}")
         for mark, marked in regions.items()
-        if _can_be_one_call(nodes := _closed(marked))
+        if _can_be_one_call(nodes := _closed(marked, module))
     ]
     for call in filter(None, (call_of(node, module) for node in module.graph.nodes)):
         for nested in call.graphs:
@@ -114,14 +114,20 @@ def _mark(node: fx.Node, module: nn.Module) -> Mark:
     return tuple(same[0] for same in common)
 
 
-def _closed(marked: list[fx.Node]) -> list[fx.Node]:
-    """Return marked nodes, and the nodes between that depend on them, such as assertions."""
+def _closed(marked: list[fx.Node], module: nn.Module) -> list[fx.Node]:
+    """Return marked nodes, and the nodes between that depend on them, such as assertions.
+
+    With the nested graphs that these call: the branches of a cond have no marks.
+    """
     nodes = dict.fromkeys(marked)
     between, last = marked[0], marked[-1]
     while between is not last:
         if any(source in nodes for source in between.all_input_nodes):
             nodes[between] = None
         between = between.next
+    for graph in {given for node in nodes for given in node.all_input_nodes}:
+        if nested_graph(graph, module) and nodes.keys() >= graph.users.keys():
+            nodes[graph] = None
     return sorted(nodes)
 
 
