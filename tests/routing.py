@@ -213,9 +213,9 @@ class Positions(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
-        self.lstm, self.out = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+        self.lstm, self.out = nn.LSTM(5, 4, batch_first=batch_first), nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.lstm(x)[0])

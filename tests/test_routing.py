@@ -16,6 +16,7 @@ from torch import nn
 import fxlora
 from fxlora import (
     CapturedModule,
+    ConfigError,
     InputError,
     LoraConfig,
     Rule,
@@ -31,6 +32,7 @@ from .routing import (
     IDS,
     PER_SLOT,
     Dropped,
+    Recurrent,
     Two,
     X,
     adapted,
@@ -90,9 +92,47 @@ class TimeFirst(Two):
         return self.b(torch.tanh(self.a(x.transpose(0, 1)))).transpose(0, 1)
 
 
-@pytest.mark.parametrize("kind", [Flat, FlatTimeFirst, TimeFirst])
+class Twice(Two):
+    """All samples, and all again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.a(torch.cat([x, x.tanh()])).chunk(2)
+        return self.b(first * second)
+
+
+@pytest.mark.parametrize("kind", [Flat, FlatTimeFirst, TimeFirst, Twice])
 def test_the_samples_are_found_in_any_dimension(kind: type[Two]) -> None:
     assert not per_slot(check(kind(), (wide(6, 7, 5),), config(2), config(1, ["b"])))
+
+
+class Vmapped(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(super().forward)(x)
+
+
+def test_tensors_inside_of_a_vmap_tell_nothing() -> None:
+    assert per_slot(check(Vmapped(), (X,), config(2), config(1, ["b"])))
+
+
+def test_samples_in_another_dimension_than_the_first() -> None:
+    x = wide(7, 6, 5)
+    shapes = ({0: torch.export.Dim("time", min=2), 1: torch.export.Dim("batch", min=2)},)
+    gm = fxlora.capture(Recurrent(batch_first=False).double(), x, dynamic_shapes=shapes).eval()
+    loras = [adapted(gm, Rule(lora=LoraConfig(r=2))), adapted(gm, config(1, ["out"]))]
+    routed = fxlora.route(loras, slots=3, batch={"x": 1})
+    found = routed(x, adapter_ids=IDS)
+    for sample, slot in enumerate(IDS.tolist()):
+        module = loras[slot] if slot in (0, 1) else gm
+        assert torch.allclose(found[:, sample], module(x)[:, sample], rtol=0, atol=1e-10)
+        assert slot not in (0, 1) or not torch.allclose(found[:, sample], gm(x)[:, sample])
+    with pytest.raises(InputError, match="is 7"):
+        routed(x, adapter_ids=torch.zeros(7, dtype=torch.long))
+    with pytest.raises(InputError, match=r"dimension 0 of x, dimension 1 of x are dynamic"):
+        fxlora.route(loras, batch={"x": 2})
+    wrong: Any
+    for wrong in ({}, {"x": -1}, {"x": True}, 0, {0: 1}):
+        with pytest.raises(ConfigError, match="batch must be an argument's name"):
+            fxlora.route(loras, batch=wrong)
 
 
 class Rolled(Two):
@@ -175,10 +215,34 @@ class Mixed(Two):
         return self.b(torch.softmax(hidden @ hidden.T, 1) @ hidden)
 
 
-def test_samples_that_depend_on_others_are_warned_of() -> None:
-    gm = captured(Mixed(), X)
+class Scaled(Two):
+    """The largest of all samples scales each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.a(x)
+        return self.b(hidden / hidden.abs().max())
+
+
+class Clamped(Two):
+    """Only a rare value is changed by the mean of all samples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.a(x)
+        return self.b(hidden.clamp(max=hidden.mean() + 9))
+
+
+class Ranked(Two):
+    """The outputs are in the order of a value, whatever the order of the samples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x)[x[:, 0].argsort()]
+
+
+@pytest.mark.parametrize("kind", [Mixed, Scaled, Clamped, Ranked])
+def test_samples_that_depend_on_others_are_warned_of(kind: type[Two]) -> None:
+    gm = captured(kind(), X)
     with pytest.warns(fxlora.FxLoraWarning, match="depends on the other samples"):
-        fxlora.route([adapted(gm, config(2))])
+        fxlora.route([adapted(gm, config(2, ["a"]))])
 
 
 class Pairs(Two):

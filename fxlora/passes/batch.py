@@ -8,11 +8,13 @@ generate all others. Symbolic sizes only say which dimensions to try.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+import torch
 from torch import fx, nn
 
 from ..errors import UnsupportedOpError
+from ..fx.calls import example_value
 from ..fx.nested import call_of, every_call
 from ..module import CapturedModule
 from ..module.contract import InputSpec
@@ -41,14 +43,15 @@ def facts_about(
     Raises:
         UnsupportedOpError: the graph runs on no random inputs that fit its contract.
     """
-    facts, left = Facts(), set(wanted)
-    failure: Exception | None = None
+    facts, left, failure = Facts(), set(wanted), None
+    statistics = _statistics(graph, batch)
     for below in _INTEGERS:
         if not left:
             break
         try:
             # Of two signs, so that a choice by a value (where, cond) goes both ways.
-            trials = [trial_of(module, graph, spec, batch, left, below, sign) for sign in (1, -1)]
+            seen = left | statistics
+            trials = [trial_of(module, graph, spec, batch, seen, below, sign) for sign in (1, -1)]
             failure = None
         except (IndexError, RuntimeError, ValueError) as error:  # such as an index out of range
             failure = error
@@ -63,6 +66,8 @@ def facts_about(
         for trial in trials:
             facts.writers |= trial.writers
             facts.mixed |= trial.mixed
+        left = {node for node in left if example_value(node) is None or sized_like(node, batch)}
+    facts.mixed |= _scaled_by(facts.mixed & statistics)
     _forget_chosen(module, graph, facts)
     if failure and left:
         raise UnsupportedOpError(
@@ -70,6 +75,30 @@ def facts_about(
             f"{failure}"
         ) from failure
     return facts
+
+
+_VALUES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
+
+
+def _statistics(graph: fx.Graph, batch: Batch) -> set[fx.Node]:
+    """Return numbers and flags that are computed from the inputs, and have no place for samples.
+
+    If one follows the samples, as a mean of all does, what is computed from it may mix them, though
+    perhaps not for the values of a trial.
+    """
+    found = downstream(graph.find_nodes(op="placeholder"))
+    values = {node: value for node in found if (value := example_value(node)) is not None}
+    return {n for n, v in values.items() if v.dtype in _VALUES and not sized_like(n, batch)}
+
+
+def _scaled_by(statistics: Collection[fx.Node]) -> set[fx.Node]:
+    """Return what is computed from statistics, not by way of integers, as of counts of rows."""
+
+    def counts(node: fx.Node) -> bool:
+        value = example_value(node)
+        return value is not None and value.dtype not in _VALUES
+
+    return downstream(statistics, counts)
 
 
 def _forget_chosen(module: CapturedModule, graph: fx.Graph, facts: Facts) -> None:
@@ -105,11 +134,18 @@ def _every_node(graph: fx.GraphModule) -> set[fx.Node]:
     return {node for each in (graph.graph, *inner) for node in each.nodes}
 
 
-def downstream(sources: Collection[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that are computed from some nodes, at any distance."""
+def downstream(
+    sources: Collection[fx.Node], ends: Callable[[fx.Node], bool] = lambda node: False
+) -> set[fx.Node]:
+    """Return the nodes that are computed from some nodes, at any distance.
+
+    Args:
+        sources: the nodes.
+        ends: whether to leave out a node, and what is computed by way of it only.
+    """
     found, ahead = set[fx.Node](), list(sources)
     while ahead:
-        users = [user for user in ahead.pop().users if user not in found]
+        users = [user for user in ahead.pop().users if user not in found and not ends(user)]
         found.update(users)
         ahead += users
     return found

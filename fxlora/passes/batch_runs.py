@@ -30,9 +30,8 @@ class Facts:
         dims: where the samples are in a node; nodes without them, or of which that is not known,
             are left out.
         writers: nodes that write to a buffer, or to another tensor that calls change.
-        mixed: nodes in which a sample depends on other samples of the batch, or of which a
-            dimension has the size of the batch and does not hold the samples (a product of all
-            pairs of them).
+        mixed: nodes in which a sample depends on other samples of the batch, or that depend on
+            the samples and do not hold them (a mean of all, or a product of all pairs).
     """
 
     dims: dict[fx.Node, BatchDim] = field(default_factory=dict[fx.Node, BatchDim])
@@ -112,7 +111,7 @@ class Trial(Facts):
         """Whether a change of one sample changes a value other than in that sample."""
         if node in self.dims:
             before, after = (_others(v, self.dims[node], changed, count) for v in (before, after))
-        return sized_like(node, self.batch) and not _same(before, after)
+        return not _same(before, after)
 
     def _values(self, leaves: list[Any]) -> dict[fx.Node, Tensor]:
         """Return the values of the wanted nodes in a run from the module's present state."""

@@ -36,7 +36,7 @@ from .active import split_modes
 from .base import Pass
 from .batch import downstream, facts_about
 from .batch_inputs import Batch
-from .batch_runs import Facts
+from .batch_runs import Facts, sized_like
 from .fits import check_fits
 from .gathered_branches import add_branch
 from .per_slot import compute_per_slot
@@ -259,7 +259,8 @@ def _way_of(
         for entry in routing.entries
         for reader in fits.get(entry.names, ())
     ]
-    return _Way(gathered, sources, facts, bool(outputs & facts.mixed))
+    mixes = any(node in facts.mixed and sized_like(node, samples) for node in outputs)
+    return _Way(gathered, sources, facts, mixes)
 
 
 def _fetched(graph: fx.Graph, routing: Routing) -> dict[fx.Node, str]:
