@@ -457,6 +457,68 @@ def test_several_adapters_take_turns(tmp_path: Path) -> None:
     torch.testing.assert_close(model(X.float()), first.float())
 
 
+def test_several_adapters_at_once_are_those_of_peft() -> None:
+    base = net()
+    kinds: list[dict[str, Any]] = [
+        {"target_modules": ["0"], "lora_alpha": 3},
+        {"target_modules": ["0", "2"]},
+    ]
+    ours = get_peft_model(base, LoraConfig(r=2, **kinds[0]), X, adapter_name="a")
+    theirs: Any = peft.get_peft_model(
+        untyped(copy.deepcopy(base)), peft.LoraConfig(r=2, **kinds[0]), "a"
+    )
+    ours.add_adapter("b", LoraConfig(r=3, **kinds[1]))
+    theirs.add_adapter("b", peft.LoraConfig(r=3, **kinds[1]))
+    optimizer = torch.optim.SGD(ours.parameters(), 0.01)  # made before both train
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+            theirs.get_parameter(f"base_model.model.{name}").data.copy_(parameter.data)
+
+    def gap(found: Any, expected: Any) -> float:
+        return float((found - expected).detach().abs().max())
+
+    alone = ours(X)
+    ours.set_adapter(["a", "b"])
+    theirs.base_model.set_adapter(["a", "b"])
+    assert gap(ours(X), alone) > 1e-3 and gap(ours(X), theirs(X)) < 1e-10
+    assert ours.active_adapter == ["a", "b"] and ours.get_layer_status()[0].active_adapters == [
+        "a",
+        "b",
+    ]
+    for model in (ours, theirs):
+        model(X).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.01)
+    assert gap(ours(X), theirs(X)) < 1e-10
+    copied = copy.deepcopy(ours)
+    both, merged = ours(X), ours.merge_and_unload(adapter_names=["a", "b"])
+    assert gap(merged(X), both) < 1e-10
+    for name in ("a", "b"):  # what both trained together
+        ours.set_adapter(name)
+        theirs.set_adapter(name)
+        assert gap(ours(X), theirs(X)) < 1e-10
+    ours.merge_adapter(["a", "b"])
+    assert gap(ours(X), both) < 1e-10 and ours.get_model_status().merged_adapters == ["a", "b"]
+    ours.unmerge_adapter()
+    assert gap(copied(X), both) == 0
+    assert gap(copied.to(torch.float32)(X.float()), both) < 1e-4
+    copied.delete_adapter("a")
+    assert copied.active_adapter == "b" and gap(copied(X.float()), ours(X)) < 1e-4
+
+
+def test_adapters_without_a_sum_are_not_active_together() -> None:
+    head = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    model = get_peft_model(net(), head, X)
+    model.add_adapter("b", head)
+    with pytest.raises(InjectError, match="trained in full by one, and changed by the other"):
+        model.set_adapter(["default", "b"])
+    assert model.active_adapters == ["default"]
+
+
 def test_merge_adapter_and_back() -> None:
     model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"]), X)
     script(model)

@@ -97,14 +97,9 @@ class PeftModel(RunningModule):
         return dict(self._peft.configs)
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters: one."""
-        return [self._peft.active]
-
-    @property
     def active_peft_config(self) -> LoraConfig:
-        """The configuration of the active adapter."""
-        return self._peft.configs[self._peft.active]
+        """The configuration of the first active adapter."""
+        return self._peft.configs[self._peft.active[0]]
 
     @property
     def peft_type(self) -> str:
@@ -148,33 +143,38 @@ class PeftModel(RunningModule):
             self.eval()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, which trains unless `inference_mode`; others do not."""
+        """Make adapters the active ones, whose sum runs.
+
+        They train unless `inference_mode`; others do not.
+
+        Raises:
+            ConfigError: there is none of such a name.
+            InjectError: the adapters have no sum, as two heads that are trained in full.
+        """
         names = listed("set_adapter", adapter_name)
-        if len(names) != 1:
-            raise ConfigError(
-                f"one adapter is active at a time, not {shown(names)}: add_weighted_adapter makes "
-                "one of several."
-            )
-        self._peft.check_known(names[0])
-        self._peft.merged = None
-        self._peft.active = names[0]
-        self._peft.train_only(names[0], not inference_mode)
+        self._peft.with_active(names)
+        self._peft.merged = ()
+        self._peft.active = tuple(names)
+        self._peft.train_only(names, not inference_mode)
         self._run()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active, the first of the others is then."""
+        """Delete an adapter; if only it was active, the first of the others is then."""
         self._peft.check_known(adapter_name)
         if len(self._peft.modules) == 1:
             raise ConfigError(
                 f"{shown(adapter_name)} is the only adapter: unload() gives the base."
             )
+        left = [name for name in self.active_adapters if name != adapter_name]
+        was_active = left != self.active_adapters
         self._peft.remove(adapter_name)
-        if adapter_name == self._peft.merged:
-            self._peft.merged = None
-        if adapter_name == self.active_adapter:
-            first = next(iter(self._peft.modules))
-            warn(f"{shown(adapter_name)} was active; now {shown(first)} is.")
-            self.set_adapter(first)
+        if adapter_name in self._peft.merged:
+            self.unmerge_adapter()
+        if not left:
+            left = [next(iter(self._peft.modules))]
+            warn(f"{shown(adapter_name)} was active; now {shown(left[0])} is.")
+        if was_active:
+            self.set_adapter(left)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,9 +43,15 @@ class RunningModule(Host):
     _peft: Adapters
 
     @property
-    def active_adapter(self) -> str:
-        """The name of the active adapter."""
-        return self._peft.active
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter; a list if several are."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return list(self._peft.active)
 
     # ---- running without them --------------------------------------------------------------------
 
@@ -78,8 +84,8 @@ class RunningModule(Host):
         quantised: str | None = None,
     ) -> None:
         """Run the graph with folded weights (see `fold`), until `unmerge_adapter`."""
-        self._check_active(adapter_names)
-        self._peft.merged, self._peft.quantised = self.active_adapter, quantised
+        names = self._to_merge(adapter_names)
+        self._peft.merged, self._peft.quantised = tuple(names), quantised
         try:
             self._run()
         except FxLoraError:
@@ -88,7 +94,7 @@ class RunningModule(Host):
 
     def unmerge_adapter(self) -> None:
         """Run the active adapter as a branch again."""
-        self._peft.merged = None
+        self._peft.merged = ()
         self._run()
 
     def merge_and_unload(
@@ -104,20 +110,20 @@ class RunningModule(Host):
         Args:
             progressbar: without effect.
             safe_merge: raise if a folded weight is not finite.
-            adapter_names: only the active adapter.
+            adapter_names: the adapters to merge; by default the active ones.
             quantised: for quantised weights, "dequantise" or "requantise", as for `fxlora.fold`.
 
         Raises:
             InjectError: a folded weight is NaN or infinite.
             QuantisedError: as for `fxlora.fold`.
         """
-        self._check_active(adapter_names)
+        names = self._to_merge(adapter_names)
         if quantised == "keep":
             raise ConfigError(
                 'the model\'s own class has no branches, which quantised="keep" would keep: take '
                 '"dequantise" or "requantise", or this model as it is.'
             )
-        folded = fold(self._peft.modules[self.active_adapter], quantised=quantised)
+        folded = fold(self._peft.with_active(names), quantised=quantised)
         if safe_merge and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
             raise InjectError(f"{some(bad)}: NaN or infinity after the merge.")
         result = merged(self._peft.source, folded)
@@ -142,12 +148,11 @@ class RunningModule(Host):
         """Return the model with its adapters: it is an instance of the user's class itself."""
         return self
 
-    def _check_active(self, names: str | Sequence[str] | None) -> None:
-        if names is not None and listed("adapter_names", names) != [self.active_adapter]:
-            raise ConfigError(
-                f"only the active adapter {shown(self.active_adapter)} is merged, not "
-                f"{shown(names)}: set_adapter first."
-            )
+    def _to_merge(self, names: Any) -> list[str]:
+        """Return the names of the adapters to merge: the active ones, if None are given."""
+        chosen = self.active_adapters if names is None else listed("adapter_names", names)
+        self._peft.check_known(*chosen)
+        return chosen
 
     # ---- the tensors of all adapters -------------------------------------------------------------
 
@@ -218,7 +223,9 @@ def listed(what: str, names: Any) -> list[str]:
     """
     found = [names] if isinstance(names, str) else names
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise ConfigError(f"{what} takes the name of an adapter, or a list of one: {shown(names)}.")
+        raise ConfigError(
+            f"{what} takes the name of an adapter, or a list of names: {shown(names)}."
+        )
     return list(found)
 
 

@@ -28,8 +28,8 @@ class LayerStatus:
             op behind "lora." where PEFT has no layer. "ModulesToSaveWrapper" for a module that
             trains in full.
         enabled: whether its active adapter is applied.
-        active_adapters: the active adapter, if the weight has it.
-        merged_adapters: the adapter that is merged into the weight, if any.
+        active_adapters: the active adapters that the weight has.
+        merged_adapters: those that are merged into the weight.
         requires_grad: whether A and B train, by adapter; "irregular" if only some do.
         available_adapters: the adapters that the weight has.
         devices: the kinds of device of A and B, by adapter.
@@ -88,8 +88,8 @@ def layer_statuses(adapters: Adapters) -> list[LayerStatus]:
             name=f"model.{site}",
             module_type=kind,
             enabled=adapters.enabled,
-            active_adapters=[adapters.active] if adapters.active in by_adapter else [],
-            merged_adapters=[n for n in by_adapter if n == adapters.merged],
+            active_adapters=[n for n in adapters.active if n in by_adapter],
+            merged_adapters=[n for n in by_adapter if n in adapters.merged],
             requires_grad=_requires_grad(by_adapter),
             available_adapters=sorted(by_adapter),
             devices=_devices(by_adapter),
@@ -147,8 +147,8 @@ def model_status(adapters: Adapters, trainable: int, total: int) -> ModelStatus:
         total_params=total,
         num_adapter_layers=len(layer_statuses(adapters)),
         enabled=adapters.enabled,
-        active_adapters=[adapters.active],
-        merged_adapters=[adapters.merged] if adapters.merged else [],
+        active_adapters=list(adapters.active),
+        merged_adapters=list(adapters.merged),
         requires_grad=_requires_grad(tensors),
         available_adapters=sorted(adapters.modules),
         devices=_devices(tensors),
