@@ -206,7 +206,12 @@ class Reordering(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*submodules are captured instead")
 def test_python_between_submodules_is_refused() -> None:
-    gm = fxlora.capture(Reordering().double(), X).eval()
+    model = Reordering().double()
+    gm = fxlora.capture(model, X).eval()
     loras = [adapted(gm, config(2)), adapted(gm, config(1))]
     with pytest.raises(UnsupportedOpError, match=r"may reorder the samples.*activate"):
         fxlora.route(loras)
+    check(model.first, (X,), config(2), config(1))  # what the error advises
+    traced = fxlora.capture(Two().double())
+    with pytest.raises(UnsupportedOpError, match=r"without example inputs.*capture\(model, args\)"):
+        fxlora.route([adapted(traced, config(2))])

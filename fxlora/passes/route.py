@@ -70,12 +70,17 @@ class Route(Pass):
     def check(self, module: CapturedModule) -> None:
         if module.plan is not None:
             raise InjectError("the module has adapters already: fold or remove them first.")
-        if module.parent_module or not module.exported:
+        if module.parent_module:
             raise UnsupportedOpError(
-                "only a module of whole graphs from example inputs can be routed: here Python code "
-                "runs between the graphs, and may reorder the samples. "
-                "Hold the adapters in one module instead (inject under several names), and run "
-                "activate(module, name) on the samples of each."
+                "only a module of whole graphs can be routed: here Python code runs between them, "
+                "and may reorder the samples. Capture the submodule that has the adapted layers, "
+                "and route that; or hold the adapters in one module (inject under several names), "
+                "and run activate(module, name) on the samples of each."
+            )
+        if not module.exported:
+            raise UnsupportedOpError(
+                "the module was captured without example inputs, which tell where the samples are "
+                "in its graph: capture(model, args)."
             )
         if mesh_of(module) is not None:
             raise UnsupportedOpError(
