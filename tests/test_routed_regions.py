@@ -28,7 +28,7 @@ from .routing import (
     per_slot,
     wide,
 )
-from .typed import untyped
+from .typed import grad_of, untyped
 
 
 class Autocast(Two):
@@ -81,7 +81,6 @@ class Embedded(nn.Module):
 
 REGIONS: dict[str, tuple[type[nn.Module], tuple[Any, ...], list[Any]]] = {
     "autocast": (Autocast, (X,), [config(2, lora_alpha=5), config(1, ["a"])]),
-    "checkpoint": (Checkpointed, (X,), [config(2), config(1, ["a"])]),
     "both": (InBoth, (wide(6, 7, 5),), [config(2), config(3, ["b"], use_rslora=True)]),
     "no_grad": (NoGrad, (X,), [config(2), config(1, ["b"])]),
     "each op": (
@@ -124,6 +123,35 @@ def test_a_region_with_both_ways() -> None:
     rules = [config(2, ["b"], use_dora=True), config(1, ["a"])]
     assert per_slot(check(Checkpointed(), (X,), *rules))
     check_gradients(Partly(), (X,), [config(2), config(1, ["b"])])
+
+
+class Linear(nn.Module):
+    """A product in a checkpoint, of a weight that is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 4, bias=False)
+        nn.init.zeros_(self.a.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return untyped(checkpoint(self.a.forward, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("more", [{}, {"mixture": 2}], ids=str)
+def test_dropout_in_regions_is_the_same_in_the_backward(more: Any) -> None:
+    gm = captured(Linear(), X)
+    loras = [adapted(gm, config(2, lora_dropout=p)) for p in (0.5, 0.0)]
+    routed = fxlora.route(loras, **more)
+    ids = IDS.clamp(max=1)
+    given = {"adapter_ids": torch.stack([ids, ids * 0 - 1], 1) if more else ids}
+    expected = routed(X, **given)
+    found = routed.train()(X, **given)
+    found.sum().backward()
+    up = routed.get_parameter("a.lora_B.routed.weight")  # of which the outputs are linear
+    assert abs(float((up * grad_of(up)).sum() - found.sum())) < 1e-10
+    equal = (found - expected).abs().amax(1) < 1e-10
+    assert not equal[ids == 0].any() and equal[ids != 0].all()
+    assert fxlora.remove(routed).code == gm.code
 
 
 def test_weights_and_mixtures_in_regions() -> None:

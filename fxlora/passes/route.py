@@ -107,6 +107,7 @@ class Route(Pass):
         module.requires_grad_(False)
         if any(entry.dropout for entry in routing.entries):
             split_modes(module)
+            module.look()  # at the nested graphs that this added
             for plan in given:
                 sites |= check_fits(module, plan)
         ways = [_way(module, program, routing, sites, self.batch) for program in module.programs]
