@@ -506,6 +506,7 @@ def test_several_adapters_at_once_are_those_of_peft() -> None:
     ours.unmerge_adapter()
     assert gap(copied(X), both) == 0
     assert gap(copied.to(torch.float32)(X.float()), both) < 1e-4
+    copied.merge_adapter(["a", "b"])
     copied.delete_adapter("a")
     assert copied.active_adapter == "b" and gap(copied(X.float()), ours(X)) < 1e-4
 

@@ -77,9 +77,9 @@ class Adapters:
         self.check_known(*names)
         if not names:
             raise ConfigError("give the name of an adapter; disable_adapter_layers runs the base.")
-        if len(names) == 1:
-            return self.modules[names[0]]
         key = tuple(name for name in self.modules if name in names)
+        if len(key) == 1:
+            return self.modules[key[0]]
         if key not in self._joined:
             self._joined[key] = joined(self.base, [self.modules[name] for name in key])
         return self._joined[key]

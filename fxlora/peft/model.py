@@ -151,7 +151,7 @@ class PeftModel(RunningModule):
             ConfigError: there is none of such a name.
             InjectError: the adapters have no sum, as two heads that are trained in full.
         """
-        names = listed("set_adapter", adapter_name)
+        names = list(dict.fromkeys(listed("set_adapter", adapter_name)))
         self._peft.with_active(names)
         self._peft.merged = ()
         self._peft.active = tuple(names)
@@ -169,12 +169,14 @@ class PeftModel(RunningModule):
         was_active = left != self.active_adapters
         self._peft.remove(adapter_name)
         if adapter_name in self._peft.merged:
-            self.unmerge_adapter()
+            self._peft.merged = ()
         if not left:
             left = [next(iter(self._peft.modules))]
             warn(f"{shown(adapter_name)} was active; now {shown(left[0])} is.")
         if was_active:
             self.set_adapter(left)
+        else:
+            self._run()
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True

@@ -136,7 +136,7 @@ class RunningModule(Host):
         Warns:
             FxLoraWarning: modules or biases train in full, whose values PEFT's result has.
         """
-        plan = self._peft.modules[self.active_adapter].plan
+        plan = self._peft.with_active(self.active_adapters).plan
         if plan is not None and plan.trained:
             warn(
                 f"unload() gives the model that was given, without the trained values of "
