@@ -513,20 +513,28 @@ HEAD = {"head.weight": torch.randn(11, 6)}
         ({"text_config": UNTIED | VOCAB}, {}, "refused"),
         (UNTIED | VOCAB, {}, "folded"),
         (VOCAB, HEAD, "warned"),  # another tensor of this shape may not be the head
-        ({}, {}, "warned"),
+        (VOCAB | {"vocab_size": 12}, {}, "warned"),
+        ({}, {}, "refused"),
         ({}, HEAD, "warned"),
     ],
 )
-def test_an_embedding_that_may_be_tied(config: Any, more: Any, outcome: str) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_embedding_that_may_be_tied(config: Any, more: Any, outcome: str, whole: bool) -> None:
+    """By a pair, or trained in full, which is no embedding if the vocabulary has another size."""
+    if whole and config.get("vocab_size") == 12:
+        outcome = "folded"
+    made = {"emb.weight": torch.randn(11, 6)} if whole else embedding_pair()
+    how: Any = {"modules_to_save": ["emb"]} if whole else {}
     base, save = Path("folder"), Path("folder/model.safetensors")
     base.mkdir()
     (base / "config.json").write_text(json.dumps(config))
     save_file({"emb.weight": torch.randn(11, 6), **more}, save)
     if outcome == "refused":
-        assert "may be tied to it" in refused(base, embedding_pair())
+        said = refused(base, made, how)
+        assert "may be tied to it" in said and ("put its config.json" in said) == (not config)
         if more:
             return
-    write_adapter(ADAPTER, embedding_pair())
+    write_adapter(ADAPTER, made, **how)
     untied = fxlora.FxLoraWarning if outcome == "warned" else None
     with pytest.warns(untied) if untied else contextlib.nullcontext() as said:
         if outcome != "refused":
@@ -749,7 +757,7 @@ def test_fractions_are_not_cut_off() -> None:
     save_file(state, "base.safetensors")
     tensors = {**pair("one", 5, 6), "head.weight": torch.randn(3, 5)}
     write_adapter(Path("a"), tensors, target_modules=["one"], modules_to_save=["head"])
-    with pytest.raises(AdapterError, match="which whole numbers cannot hold"):
+    with pytest.raises(AdapterError, match=r"is I8 in .*cannot hold the torch\.float32"):
         fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
 
 

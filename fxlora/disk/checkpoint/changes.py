@@ -59,12 +59,15 @@ class Changes:
         replaced: tensors that were trained in full, or buffers; as the adapter's file has them.
         same: tensors that the file repeats, and that must be the checkpoint's own.
         prefix: how the adapter's names become the checkpoint's.
+        untied: other names of replaced tensors, which do not change with them, by their names;
+            None if the adapter does not say.
     """
 
     folded: Mapping[str, Fold]
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     same: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     prefix: Prefix = field(default_factory=Prefix)
+    untied: Mapping[str, tuple[str, ...]] | None = None
 
 
 def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None) -> Changes:
@@ -81,10 +84,12 @@ def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None)
     for name in (*changes.folded, *changes.replaced):
         known = base.tensors[name]
         given = changes.replaced.get(name)
-        if given is not None and given.is_floating_point() and known.code in _WHOLE_NUMBERS:
+        dtype = REPLACED.get(known.code)
+        if given is not None and dtype is not None and not _holds(dtype, given):
             raise AdapterError(
-                f"'{name}' is {known.code} in {base.path}, as in a quantised checkpoint, and "
-                f"{given.dtype} in {content.path}, which whole numbers cannot hold."
+                f"'{name}' is {known.code} in {base.path}, which cannot hold the {given.dtype} in "
+                f"{content.path}, as in a quantised checkpoint. Fold into the checkpoint that it "
+                "was made from."
             )
         if known.dtype is None and (name in changes.folded or known.code not in REPLACED):
             raise AdapterError(
@@ -97,12 +102,17 @@ def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None)
             f"{content.path} has both a pair and the whole tensor for {some(sorted(twice))}: which "
             "of them counts is not known."
         )
-    check_ties(base, content, changes.folded, changes.replaced, changes.prefix, model)
+    check_ties(base, content, changes, model)
     return changes
 
 
-# safetensors' codes of dtypes without fractions.
-_WHOLE_NUMBERS = frozenset(("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"))
+def _holds(dtype: torch.dtype, value: torch.Tensor) -> bool:
+    """Whether a dtype can hold values: rounded if both have fractions, else exactly."""
+    if dtype == value.dtype or (dtype.is_floating_point and value.is_floating_point()):
+        return True
+    if value.is_floating_point() or value.is_complex():
+        return False
+    return torch.equal(value.to(dtype).to(value.dtype), value)
 
 
 # ---- folders with a plan ------------------------------------------------------------------------
@@ -158,7 +168,8 @@ def _of_plan(
         )
         for name, entries in groups.items()
     }
-    return Changes(folded, {prefix(n): t for n, t in plain.items()}, prefix=prefix)
+    untied = {prefix(n): tuple(map(prefix, others)) for n, others in plan.untied.items()}
+    return Changes(folded, {prefix(n): t for n, t in plain.items()}, prefix=prefix, untied=untied)
 
 
 def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
