@@ -176,7 +176,7 @@ def value_for(rng: random.Random, now: Any) -> Any:
         return now[:where] + rng.choice((*CODE, "x", ".", "\n", "\0")) + now[where:]
     if isinstance(now, bool):
         return not now
-    if isinstance(now, int | float):
+    if isinstance(now, int | float) and abs(now) < 2**1000:
         return rng.choice((now + 1, now - 1, -now, now * 1.5, float(now), now * 10**30, str(now)))
     if isinstance(now, list) and now:
         return rng.choice((now[::-1], now[:-1], now + now[:1], now[0], [*now, rng.choice(POOL)]))

@@ -139,6 +139,18 @@ def test_a_block_has_the_products_of_its_parts(roles: str, limit: int) -> None:
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_parts_are_folded_in_any_order(order: int) -> None:
+    lora = adapted("parts", F64)
+    entries = list(lora.plan or ())[::order]
+    values = {n: lora.get_parameter(n).detach() for e in entries for n in e.tensors}
+    weight = lora.get_parameter("weight").detach()
+    found = folded_weight.folded_weight(entries, weight, values)
+    torch.testing.assert_close(found, exact(lora), rtol=0, atol=1e-12)
+    rows = folded_weight.folded_weight(entries, weight[4:, 4:], values, first=(4, 4))
+    torch.testing.assert_close(rows, found[4:, 4:], rtol=0, atol=1e-12)
+
+
 # ---- in place -----------------------------------------------------------------------------------
 
 

@@ -62,9 +62,10 @@ class Box:
             yield from self._range(dim, first, stop).split(others, limit)
 
     def cut_at(self, dim: int, indices: Sequence[int]) -> list[Box]:
-        """Return the parts before, between and after indices of a dimension."""
-        inside = {index for index in indices if 0 < index < self.shape[dim]}
-        edges = sorted({0, self.shape[dim], *inside})
+        """Return the parts before, between and after indices of the tensor, in a dimension."""
+        size = self.shape[dim]
+        inside = {at for index in indices if 0 < (at := index - self.first[dim]) < size}
+        edges = sorted({0, size, *inside})
         return [self._range(dim, *pair) for pair in itertools.pairwise(edges)] or [self]
 
     def _range(self, dim: int, start: int, stop: int) -> Box:
