@@ -405,7 +405,7 @@ class Fuzz:
         with safe_open(path / WEIGHTS, "pt") as file:
             header = json.loads((file.metadata() or {}).get("fxlora", "null"))
         tensors = {k: t.double() for k, t in load_file(path / WEIGHTS).items()}
-        said = {e["site"]: e["scaling"] for e in header["entries"]} if header else None
+        said = {_site(e): e["scaling"] for e in header["entries"]} if header else None
         scalings = said or {entry.site: entry.scaling for entry in plan or ()}
         if plan is not None and {entry.site for entry in plan} != set(scalings):
             raise Wrong("it adapts other sites than the file says")
@@ -480,6 +480,12 @@ class Fuzz:
         if all(entry.init is not False for entry in plan):
             same(injected(IDS), self.model(IDS))
         return injected
+
+
+def _site(entry: dict[str, Any]) -> str:
+    """Return the name of a site from its parameter; the file's own name of it is only a label."""
+    name = entry["parameter"]
+    return entry["site"] if name == "W" else name.removesuffix(".weight")
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -255,6 +255,7 @@ COMMANDS = (
     "verify base.safetensors small done.safetensors",
     "verify base.safetensors --adapter small done.safetensors --strict-base --json",
     "fold base.safetensors small --allow-nonfinite --strict-base -o out.safetensors",
+    "fold base.safetensors small --key-mapping ^0=0 -o out.safetensors",
     "verify base.safetensors small base.safetensors",
     "fold fuzzed:build --input 2x5 --adapter small -o out.safetensors",
     "verify fuzzed:build --input 2x5 --adapter small --reads",
@@ -283,6 +284,10 @@ WORDS = (
         "--checkpoint",
         "--rules",
         "--seed",
+        "--key-mapping",
+        "^=base_model.",
+        "(=x",
+        "^0=\\9",
     ),
     *(
         "base.safetensors",

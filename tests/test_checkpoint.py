@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import fxlora
-from fxlora import AdapterError, ConfigError, ExportError, LoraConfig, Rule, VerificationError
+from fxlora import AdapterError, ConfigError, ExportError, LoraConfig, Rule, VerificationError, cli
 from fxlora.disk.checkpoint import pieces
 from fxlora.disk.checkpoint.weights_file import WeightsFile
 
@@ -465,6 +465,31 @@ def test_a_model_tells_how_square_matrices_are_stored() -> None:
         fxlora.fold_checkpoint(BASE, ADAPTER, Path("o"), model=untyped(dict))
 
 
+# ---- names that the model changes when it loads -------------------------------------------------
+
+LLAVA = {r"^model\.language_model\.": "language_model.model.", r"^model\.vision\.": "vision."}
+
+
+def test_names_that_differ_by_more_than_a_prefix() -> None:
+    names = {"model.language_model.q": "language_model.model.q", "model.vision.q": "vision.q"}
+    state = {f"{name}.weight": torch.randn(7, 5) for name in names.values()}
+    tensors = {n: t for name in names for n, t in pair(name, 7, 5).items()}
+    said = refused(state, tensors)
+    assert "does not fit" in said and "--key-mapping expression=text" in said
+    found = folded(key_mapping=LLAVA)
+    for name, held in names.items():
+        b, a = (tensors[f"{name}.lora_{x}.weight"].double() for x in "BA")
+        exact = state[f"{held}.weight"].double() + 3 * (b @ a)
+        assert torch.equal(found[f"{held}.weight"], exact.float())
+    words = [f"--key-mapping={old}={new}" for old, new in LLAVA.items()]
+    assert cli.main(["verify", str(BASE), str(ADAPTER), str(OUT), *words]) == 0
+    assert "no weight for" in refused(state, tensors, key_mapping={r"^.*\.q$": "vision.q"})
+    both = {r"^model\.(language_model|vision)\.": "vision."}
+    assert "several of its names are one" in refused(state, tensors, key_mapping=both)
+    with pytest.raises(ConfigError, match="key_mapping"):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT, key_mapping={"(": "x"})
+
+
 # ---- ties ---------------------------------------------------------------------------------------
 
 
@@ -690,6 +715,15 @@ def test_links_to_files_are_followed() -> None:
     found = folded(Path("snapshot"), Path("out"))
     assert not torch.equal(found["fc.weight"], read(base)["fc.weight"])
     assert not any(path.is_symlink() for path in (Path("out")).rglob("*"))
+
+
+def test_pickles_are_refused() -> None:
+    Path("base").mkdir()
+    torch.save({"fc.weight": torch.randn(7, 5)}, "base/pytorch_model.bin")
+    write_adapter(ADAPTER, pair("fc", 7, 5))
+    for base in ("base", "base/pytorch_model.bin"):
+        with pytest.raises(ConfigError, match=r"pytorch_model\.bin may be a pickle.* safetensors"):
+            fxlora.fold_checkpoint(base, ADAPTER, "out")
 
 
 def test_files_that_may_hold_other_weights_are_left_out() -> None:

@@ -73,6 +73,8 @@ class Changes:
 def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None) -> Changes:
     """Return what an adapter folder changes in a checkpoint.
 
+    The folder's `names` are what the user says of its names in the checkpoint.
+
     Raises:
         AdapterError: the adapter does not fit the checkpoint, or names or layouts are ambiguous.
         ConfigError: the model is not the checkpoint's.
@@ -303,6 +305,5 @@ def _misfit_of_model(model: Skeleton | None, base: Checkpoint, prefix: Prefix) -
 
 
 def _prefix(names: Iterable[str], misfit: Any, base: Checkpoint, content: Folder) -> Prefix:
-    return find_prefix(
-        list(names), base.tensors, misfit, str(content.path), f"the checkpoint {base.path}"
-    )
+    described = str(content.path), f"the checkpoint {base.path}"
+    return find_prefix(list(names), base.tensors, misfit, *described, content.names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def fold_checkpoint(
     model: Model | None = None,
     allow_nonfinite: bool = False,
     strict_base: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
     dry_run: bool = False,
     progress: bool = False,
 ) -> CheckpointReport:
@@ -54,6 +56,9 @@ def fold_checkpoint(
         allow_nonfinite: whether the adapter may have NaN or infinities.
         strict_base: whether to raise unless the checkpoint's weights are known to be those that the
             adapter was trained over (fxlora's adapters have their fingerprints).
+        key_mapping: regular expressions and their replacements for the adapter's names, where the
+            checkpoint has others: the first one that is found in a name counts (as for
+            `load_adapter`).
         dry_run: only return the report, from the headers; write nothing.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
@@ -65,7 +70,8 @@ def fold_checkpoint(
             may be split; or the adapter was trained over other weights.
 
     Raises:
-        ConfigError: the checkpoint is missing or damaged, or the model is not its.
+        ConfigError: the checkpoint is missing or damaged, the model is not its, or key_mapping is
+            no mapping of regular expressions.
         AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit the
             checkpoint, or does so in several ways; or, with `strict_base`, it was trained over
             another one.
@@ -85,7 +91,7 @@ def fold_checkpoint(
         >>> [tensor.name for tensor in report.folded], report.copied
         (['0.weight'], 1)
     """
-    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base)
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base, key_mapping)
     target = as_path(out, ExportError)
     if inputs.base.left:
         warn(

@@ -21,6 +21,7 @@ from ...names import shown
 from ...tables import some
 from ..folder import Folder, read_folder
 from ..keys import CONFIG
+from ..renaming import checked_mapping
 from ..values import not_finite
 from .base import Checkpoint
 from .changes import Changes, changes_of
@@ -53,17 +54,21 @@ class Inputs:
         model: Model | None,
         allow_nonfinite: bool,
         strict_base: bool,
+        key_mapping: Mapping[str, str] | None,
     ) -> Inputs:
         """Read headers and the adapter.
 
         Raises:
-            ConfigError: the checkpoint is missing or damaged, or the model is not its.
+            ConfigError: the checkpoint is missing or damaged, the model is not its, or key_mapping
+                is no mapping of regular expressions.
             AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit
                 the checkpoint, or does so in several ways; or, with `strict_base`, it does not say
                 which weights it was trained over.
         """
         checkpoint = Checkpoint.read(base)
         content = read_folder(as_path(adapter, AdapterError))
+        if key_mapping is not None:
+            content = content.named(checked_mapping(key_mapping))
         if not content.tensors:
             raise AdapterError(f"{content.path} has no tensors.")
         changes = changes_of(checkpoint, content, None if model is None else skeleton(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def verify_checkpoint(
     model: Model | None = None,
     allow_nonfinite: bool = False,
     strict_base: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> CheckpointReport:
     """Check that a checkpoint is another one with an adapter folded in, bit for bit.
 
@@ -46,7 +48,7 @@ def verify_checkpoint(
     `fold_checkpoint`, no model is built, and no tensor need fit into memory.
 
     Args:
-        base, adapter, model, allow_nonfinite, strict_base: as for `fold_checkpoint`.
+        base, adapter, model, allow_nonfinite, strict_base, key_mapping: as for `fold_checkpoint`.
         out: the checkpoint to check.
 
     Returns:
@@ -68,7 +70,7 @@ def verify_checkpoint(
         >>> fxlora.fold_checkpoint(*files) and len(fxlora.verify_checkpoint(*files).folded)
         1
     """
-    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base)
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base, key_mapping)
     with enough_memory(f"check {adapter}"):
         inputs.check_values()
     target = as_path(out, ConfigError)
