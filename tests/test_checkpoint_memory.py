@@ -81,7 +81,7 @@ KINDS = (
 @pytest.mark.parametrize(
     ("n", "kinds"),
     [
-        (700, ("two experts (out, in)", "DoRA on an embedding", "replaced")),
+        (700, ("two experts (out, in)", "DoRA on an embedding")),
         pytest.param(1500, KINDS, marks=pytest.mark.slow),
     ],
 )

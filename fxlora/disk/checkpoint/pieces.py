@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -111,6 +111,8 @@ def pieces_of(
 
 def _rows(tensor: TensorAt, fold: Fold) -> Iterator[Rows]:
     itemsize = (tensor.stop - tensor.start) // math.prod(tensor.shape)
+    # PEFT has the index in a stack fastest in B: each matrix would read all of B.
+    fold = replace(fold, values={n: value.contiguous() for n, value in fold.values.items()})
     start = tensor.start
     boxes = Box.whole(tensor.shape).split(_outer_dims(fold.entries), max(1, ROWS // itemsize))
     for number, box in enumerate(boxes):
