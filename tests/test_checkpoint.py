@@ -648,6 +648,27 @@ def test_verify_names_what_differs() -> None:
         fxlora.verify_checkpoint(base, ADAPTER, Path("none"))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_sum_halfway_between_two_numbers_may_be_either(dora: bool) -> None:
+    """The last bits of a sum in float64 depend on the order of its terms; a whole number does."""
+    weight = torch.ones(40, 8, dtype=BF16)  # halfway to the next number: 1 + 2⁻⁸
+    tensors = {"fc.lora_A.weight": torch.ones(1, 8), "fc.lora_B.weight": torch.full((40, 1), 2**-8)}
+    magnitude = {"fc.lora_magnitude_vector": (1 + 2**-8) * 8**0.5 * torch.ones(40).double()}
+    save_file({"fc.weight": weight}, BASE)
+    config = {"r": 1, "lora_alpha": 1, "use_dora": dora}
+    write_adapter(ADAPTER, tensors | (magnitude if dora else {}), **config)
+    found = folded()["fc.weight"]
+    for value, wrong in ((1.0, 0), (1 + 2**-7, 0), (1 + 2**-6, 1)):
+        other = found.clone()
+        other[33, 5] = value
+        save_file({"fc.weight": other}, OUT)
+        if not wrong:
+            fxlora.verify_checkpoint(BASE, ADAPTER, OUT)
+            continue
+        with pytest.raises(VerificationError, match="1 entries are wrong"):
+            fxlora.verify_checkpoint(BASE, ADAPTER, OUT)
+
+
 # ---- checkpoints that cannot be meant -----------------------------------------------------------
 
 
@@ -786,13 +807,25 @@ def test_a_pair_and_the_whole_tensor_for_one_weight() -> None:
         fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
 
 
-def test_fractions_are_not_cut_off() -> None:
-    state = {"one.weight": torch.randn(5, 6), "head.weight": torch.ones(3, 5, dtype=torch.int8)}
-    save_file(state, "base.safetensors")
-    tensors = {**pair("one", 5, 6), "head.weight": torch.randn(3, 5)}
-    write_adapter(Path("a"), tensors, target_modules=["one"], modules_to_save=["head"])
-    with pytest.raises(AdapterError, match=r"is I8 in .*cannot hold the torch\.float32"):
-        fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
+@pytest.mark.parametrize(
+    ("held", "given"),
+    [
+        (torch.ones(3, 5, dtype=torch.int8), torch.randn(3, 5)),
+        (torch.ones(3, 5), torch.randn(3, 5, dtype=torch.complex64)),
+        (torch.ones(3, 5, dtype=torch.int8), torch.full((3, 5), 300)),
+        (torch.ones(3, 5, dtype=BF16), torch.full((3, 5), 257)),
+        (torch.ones(3, 5, dtype=torch.bool), torch.full((3, 5), 2)),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_refused(held: torch.Tensor, given: torch.Tensor) -> None:
+    state = {"one.weight": torch.randn(5, 6), "head.weight": held, "head.bias": torch.ones(3)}
+    save_file(state, BASE)
+    tensors = {**pair("one", 5, 6), "head.weight": given}
+    write_adapter(ADAPTER, tensors, target_modules=["one"], modules_to_save=["head"])
+    with pytest.raises(AdapterError, match=rf"is .* in base.*cannot hold the {given.dtype}"):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT)
+    write_adapter(ADAPTER, tensors | {"head.weight": held}, modules_to_save=["head"])
+    assert torch.equal(folded()["head.weight"], held)
 
 
 def test_biases_of_modules_that_are_saved() -> None:
