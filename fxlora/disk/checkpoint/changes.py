@@ -61,6 +61,8 @@ class Changes:
         prefix: how the adapter's names become the checkpoint's.
         untied: other names of replaced tensors, which do not change with them, by their names;
             None if the adapter does not say.
+        together: other names of replaced tensors, which the adapter has, too, and the checkpoint
+            has not: it holds one tensor for all names of a tie.
     """
 
     folded: Mapping[str, Fold]
@@ -68,6 +70,7 @@ class Changes:
     same: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     prefix: Prefix = field(default_factory=Prefix)
     untied: Mapping[str, tuple[str, ...]] | None = None
+    together: Mapping[str, set[str]] = field(default_factory=dict[str, set[str]])
 
 
 def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None) -> Changes:
@@ -171,7 +174,8 @@ def _of_plan(
         for name, entries in groups.items()
     }
     untied = {prefix(n): tuple(map(prefix, others)) for n, others in plan.untied.items()}
-    return Changes(folded, {prefix(n): t for n, t in plain.items()}, prefix=prefix, untied=untied)
+    held, together = _held({prefix(n): t for n, t in plain.items()}, base)
+    return Changes(folded, held, prefix=prefix, untied=untied, together=together)
 
 
 def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
@@ -269,12 +273,9 @@ def _of_peft(base: Checkpoint, content: Folder, model: Skeleton | None) -> Chang
         folded[prefix(entry.parameter)] = Fold((entry,), values)
     owners = {owner_of(e) for fold in folded.values() for e in fold.entries if not is_bare(e)}
     trained = {n for n in plain if settings.trains(n, owners)}
-    return Changes(
-        folded,
-        {prefix(n): t for n, t in plain.items() if n in trained},
-        {prefix(n): t for n, t in plain.items() if n not in trained},
-        prefix,
-    )
+    held, together = _held({prefix(n): t for n, t in plain.items() if n in trained}, base)
+    same, _ = _held({prefix(n): t for n, t in plain.items() if n not in trained}, base)
+    return Changes(folded, held, same, prefix, together=together)
 
 
 # ---- names --------------------------------------------------------------------------------------
@@ -289,13 +290,35 @@ def _plain_name(key: str) -> str:
 
 def _misfit(tensors: Mapping[str, torch.Tensor], prefix: Prefix, base: Checkpoint) -> str | None:
     """Say which tensor of the base model the checkpoint does not have, in this shape."""
-    for name, tensor in tensors.items():
-        held = base.tensors.get(prefix(name))
+    found = {prefix(name): tensor for name, tensor in tensors.items()}
+    for name, tensor in found.items():
+        held = base.tensors.get(name)
+        if held is None and _twin(name, found, base):
+            continue
         if held is None:
-            return f"the checkpoint has no '{prefix(name)}'"
+            return f"the checkpoint has no '{name}'"
         if held.shape != tuple(tensor.shape):
             return f"'{held.name}' is {held.shape}, and {tuple(tensor.shape)} in the adapter"
     return None
+
+
+def _twin(name: str, found: Mapping[str, torch.Tensor], base: Checkpoint) -> str | None:
+    """Return the name of an equal tensor that the checkpoint has, of one that it has not."""
+    mine = found[name]
+    others = ((n, t) for n, t in found.items() if n in base.tensors and t.dtype == mine.dtype)
+    return next((n for n, t in others if torch.equal(t, mine)), None)
+
+
+def _held(
+    found: Mapping[str, torch.Tensor], base: Checkpoint
+) -> tuple[dict[str, torch.Tensor], dict[str, set[str]]]:
+    """Return the tensors that the checkpoint has, and the names of those equal to one of them."""
+    together: dict[str, set[str]] = {}
+    for name in found.keys() - base.tensors.keys():
+        twin = _twin(name, found, base)
+        assert twin is not None
+        together.setdefault(twin, set()).add(name)
+    return {n: t for n, t in found.items() if n in base.tensors}, together
 
 
 def _misfit_of_model(model: Skeleton | None, base: Checkpoint, prefix: Prefix) -> str | None:

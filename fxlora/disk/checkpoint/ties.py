@@ -35,7 +35,7 @@ def check_ties(base: Checkpoint, content: Folder, changes: Changes, model: Skele
         n: {prefix(other) for e in f.entries for other in e.names}
         for n, f in changes.folded.items()
     }
-    changed |= {name: {name} for name in changes.replaced}
+    changed |= {name: {name} | changes.together.get(name, set()) for name in changes.replaced}
     for name, together in changed.items():
         apart = _tied(base, name, changes, model) - together - set(changed)
         if missing := apart - set(base.tensors):
