@@ -176,7 +176,7 @@ def value_for(rng: random.Random, now: Any) -> Any:
         return now[:where] + rng.choice((*CODE, "x", ".", "\n", "\0")) + now[where:]
     if isinstance(now, bool):
         return not now
-    if isinstance(now, int | float):
+    if isinstance(now, int | float) and abs(now) < 2**1000:
         return rng.choice((now + 1, now - 1, -now, now * 1.5, float(now), now * 10**30, str(now)))
     if isinstance(now, list) and now:
         return rng.choice((now[::-1], now[:-1], now + now[:1], now[0], [*now, rng.choice(POOL)]))
@@ -205,7 +205,7 @@ def change(rng: random.Random, data: Any) -> Any:
 def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None:
     key = rng.choice(list(tensors))
     tensor = tensors[key]
-    what = rng.randrange(8)
+    what = rng.randrange(9)
     if what == 0:
         del tensors[key]
     elif what == 1:
@@ -217,7 +217,8 @@ def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None
         tensors[key].view(-1)[0] = rng.choice((math.nan, math.inf, -math.inf))
     elif what == 4:
         dtypes = (torch.int64, torch.float16, torch.bfloat16, torch.complex64, torch.bool)
-        tensors[key] = tensor.to(rng.choice((*dtypes, torch.float8_e4m3fn, torch.float64)))
+        narrow = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+        tensors[key] = tensor.to(rng.choice((*dtypes, *narrow, torch.float64)))
     elif what == 5:
         tensors[key] = rng.choice(
             (
@@ -227,6 +228,8 @@ def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None
                 tensor.new_zeros(()),
             )
         )
+    elif what == 7:  # no entries
+        tensors[key] = rng.choice((tensor[:0], tensor[..., :0])) if tensor.dim() else tensor
     elif what == 6:
         tensors[key] = tensor.double() * rng.choice((-2.0, 1e300, 0.0))
     else:
@@ -299,6 +302,7 @@ class Fuzz:
         roads: list[tuple[str, Callable[[random.Random], list[str]]]] = [
             *((name, lambda rng, m=make: self._shown(m(rng))) for name, make in modules),
             ("a checkpoint", self._checkpoint),
+            ("a checkpoint under a plan", self._planned_checkpoint),
             ("a command line", lambda rng: command_line(rng, CODE)),
         ]
         before = Path.cwd()
@@ -345,12 +349,25 @@ class Fuzz:
     def _checkpoint(self, rng: random.Random) -> list[str]:
         return checkpoint(rng, change, change_tensors, change_bytes)
 
+    def _planned_checkpoint(self, rng: random.Random) -> list[str]:
+        """Fold a mutant of fxlora's own folder into the files of the model."""
+        path, base, out = Path("adapter"), Path("base.st"), Path("out.st")
+        out.unlink(missing_ok=True)
+        save_file(self.model.state_dict(), base)
+        self._write_mutant(rng, rng.choice(list(KINDS)), path)
+        report = fxlora.fold_checkpoint(base, path, out)
+        fxlora.verify_checkpoint(base, path, out)
+        held = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, expected in (held | self._weights(path, None)).items():
+            same(load_file(out)[name], expected)
+        return [str(report), report.to_json()]
+
     # ---- folders --------------------------------------------------------------------------------
 
-    def _folder(self, rng: random.Random, name: str) -> fxlora.CapturedModule:
+    def _write_mutant(self, rng: random.Random, name: str, path: Path) -> Folder:
+        """Write a folder with one to three changes; return its content."""
         honest = self.folders[name]
         found = Folder(*copy.deepcopy((honest.config, honest.header)), dict(honest.tensors))
-        path = Path("adapter")
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -368,21 +385,29 @@ class Fuzz:
         if rng.random() < 0.2:
             file = path / rng.choice((WEIGHTS, CONFIG))
             file.write_bytes(change_bytes(rng, file.read_bytes()))
+        return found
+
+    def _folder(self, rng: random.Random, name: str) -> fxlora.CapturedModule:
+        path = Path("adapter")
+        found = self._write_mutant(rng, name, path)
         loaded = fxlora.load_adapter(self.module, path).eval()
         # Inits that change W0 have another formula, which tests/test_variants.py checks.
         if found.header is not None or all(e.init not in STARTS for e in loaded.plan or ()):
-            same(loaded(IDS), self._by_formula(loaded, path))
+            weights = self._weights(path, loaded.plan)
+            same(loaded(IDS), functional_call(self.model, weights, (IDS,)))
         return loaded
 
-    def _by_formula(self, loaded: fxlora.CapturedModule, path: Path) -> torch.Tensor:
-        """Return the outputs of the source with W + s·BA, from the numbers in the file."""
+    def _weights(self, path: Path, plan: Plan | None) -> dict[str, torch.Tensor]:
+        """Return the source's parameters with W + s·BA, from the numbers in the file.
+
+        The scalings are those of its header, or else of the plan.
+        """
         with safe_open(path / WEIGHTS, "pt") as file:
             header = json.loads((file.metadata() or {}).get("fxlora", "null"))
         tensors = {k: t.double() for k, t in load_file(path / WEIGHTS).items()}
-        said = {e["site"]: e["scaling"] for e in header["entries"]} if header else None
-        assert loaded.plan is not None
-        scalings = said or {entry.site: entry.scaling for entry in loaded.plan}
-        if {entry.site for entry in loaded.plan} != set(scalings):
+        said = {_site(e): e["scaling"] for e in header["entries"]} if header else None
+        scalings = said or {entry.site: entry.scaling for entry in plan or ()}
+        if plan is not None and {entry.site for entry in plan} != set(scalings):
             raise Wrong("it adapts other sites than the file says")
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         for site, s in scalings.items():
@@ -409,8 +434,7 @@ class Fuzz:
             weights[f"{site}.weight"] = weight + (delta.T if site == "emb" else delta).reshape(
                 weight.shape
             )
-        own = {n: tensors[ROOT + n] for n in weights if ROOT + n in tensors}
-        return functional_call(self.model, weights | own, (IDS,))
+        return weights | {n: tensors[ROOT + n] for n in weights if ROOT + n in tensors}
 
     # ---- rules and plans ------------------------------------------------------------------------
 
@@ -456,6 +480,12 @@ class Fuzz:
         if all(entry.init is not False for entry in plan):
             same(injected(IDS), self.model(IDS))
         return injected
+
+
+def _site(entry: dict[str, Any]) -> str:
+    """Return the name of a site from its parameter; the file's own name of it is only a label."""
+    name = entry["parameter"]
+    return entry["site"] if name == "W" else name.removesuffix(".weight")
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:

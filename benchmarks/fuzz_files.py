@@ -81,6 +81,7 @@ def checkpoint(
     base, folder, out = Path("base"), Path("adapter"), Path("out")
     for path in (base, folder, out):
         shutil.rmtree(path, ignore_errors=True)
+    Path("elsewhere").unlink(missing_ok=True)
     base.mkdir()
     folder.mkdir()
     parts = shards()
@@ -102,6 +103,10 @@ def checkpoint(
         if rng.random() < 0.5:
             path = rng.choice(list(files))
             files[path] = change(rng, files[path])
+        elif rng.random() < 0.2:  # a name in several files
+            part, other = rng.sample(list(saved.values()), 2)
+            name = rng.choice(list(part))
+            other[name] = part[name] if rng.random() < 0.5 else part.pop(name)
         else:
             change_tensors(rng, saved[rng.choice(list(saved))])
     for path, data in files.items():
@@ -112,9 +117,11 @@ def checkpoint(
             save_file({n: t.clone().contiguous() for n, t in held.items()}, path)
         except Exception:  # noqa: BLE001 - the format cannot hold the mutant: leave it out
             save_file({"x": torch.ones(2)}, path)
-    if rng.random() < 0.25:
+    if rng.random() < 0.4:
         path = rng.choice([*files, *saved])
-        path.write_bytes(change_bytes(rng, path.read_bytes()))
+        rng.choice((_bytes, _file, _link))(rng, path, change_bytes)
+    if rng.random() < 0.25:
+        _header(rng, rng.choice(list(saved)), change)
     before = sorted(Path().rglob("*"))
     try:
         report = fxlora.fold_checkpoint(base, folder, out)
@@ -125,6 +132,55 @@ def checkpoint(
     fxlora.verify_checkpoint(base, folder, out)
     _check(base, folder, out, report)
     return [str(report), report.to_json()]
+
+
+ChangeBytes = Callable[[random.Random, bytes], bytes]
+
+
+def _bytes(rng: random.Random, path: Path, change_bytes: ChangeBytes) -> None:
+    path.write_bytes(change_bytes(rng, path.read_bytes()))
+
+
+def _file(rng: random.Random, path: Path, _: ChangeBytes) -> None:
+    """Write a file with another length of its header, or nothing; or remove it."""
+    content = path.read_bytes()
+    sizes = (0, 1, 2, len(content), len(content) + 1, 10**8, 2**31, 2**63 - 1, 2**63, 2**64 - 1)
+    size = rng.choice(sizes).to_bytes(8, "little")
+    found = rng.choice((b"", size, size + content[8:], content[:8], content * 2, None))
+    path.unlink()
+    if found is not None:
+        path.write_bytes(found)
+
+
+def _link(rng: random.Random, path: Path, _: ChangeBytes) -> None:
+    """Put a link in place of a file: to its content elsewhere, to another file, or to nothing."""
+    elsewhere = Path("elsewhere")
+    elsewhere.write_bytes(path.read_bytes())
+    path.unlink()
+    places = (elsewhere, path, Path("nowhere"), Path("base"), *sorted(Path("base").iterdir()))
+    path.symlink_to(rng.choice(places).absolute())
+
+
+def _header(rng: random.Random, path: Path, change: Callable[[random.Random, Any], Any]) -> None:
+    """Change the header of a .safetensors file: names, dtypes, shapes and offsets."""
+    try:
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+    except (OSError, ValueError, MemoryError, OverflowError):  # changed before
+        return
+    codes = ("F8_E4M3", "F8_E5M2", "U8", "BOOL", "I64", "F4", "F64", "F32", "BF16", "C64", "X")
+    for _ in range(rng.choice((1, 1, 2))):
+        held = rng.choice([h for h in header.values() if isinstance(h, dict)] or [{}])
+        if rng.random() < 0.4:
+            held["dtype"] = rng.choice(codes)
+        else:
+            header = change(rng, header)
+        if not isinstance(header, dict):
+            break
+    text = header if isinstance(header, str) else json.dumps(header)
+    coded = text.encode("utf-8", "surrogatepass")
+    path.write_bytes(len(coded).to_bytes(8, "little") + coded + content[8 + size :])
 
 
 def _check(base: Path, folder: Path, out: Path, report: fxlora.CheckpointReport) -> None:
@@ -197,6 +253,9 @@ COMMANDS = (
     "fold base.safetensors --adapter small -o out.safetensors --dry-run --json",
     "fold base.safetensors small --model fuzzed:build -o out.safetensors",
     "verify base.safetensors small done.safetensors",
+    "verify base.safetensors --adapter small done.safetensors --strict-base --json",
+    "fold base.safetensors small --allow-nonfinite --strict-base -o out.safetensors",
+    "fold base.safetensors small --key-mapping ^0=0 -o out.safetensors",
     "verify base.safetensors small base.safetensors",
     "fold fuzzed:build --input 2x5 --adapter small -o out.safetensors",
     "verify fuzzed:build --input 2x5 --adapter small --reads",
@@ -218,10 +277,25 @@ WORDS = (
         "--meta",
         "--help",
         "--adapter",
+        "--strict-base",
+        "--allow-nonfinite",
+        "--reads",
+        "--folded",
+        "--checkpoint",
+        "--rules",
+        "--seed",
+        "--key-mapping",
+        "^=base_model.",
+        "(=x",
+        "^0=\\9",
     ),
     *(
         "base.safetensors",
         "small",
+        "small/adapter_config.json",
+        "/dev/null",
+        "done.safetensors",
+        "link.safetensors",
         "fuzzed:build",
         "fuzzed:nothing",
         "nothing:build",
@@ -270,6 +344,8 @@ def prepare() -> None:
     save_file(tensors, f"small/{WEIGHTS}")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["0"]}
     Path(f"small/{CONFIG}").write_text(json.dumps(config))
+    if not Path("link.safetensors").is_symlink():
+        Path("link.safetensors").symlink_to("base.safetensors")
     if not Path("done.safetensors").exists():
         fxlora.fold_checkpoint("base.safetensors", "small", "done.safetensors")
 

@@ -1,11 +1,12 @@
-"""Kill a process that folds a checkpoint, at random points, and go on: run by a test.
+"""Kill or interrupt a process that folds a checkpoint, at random points, and go on: run by a test.
 
     python -m tests.killed FOLDER COUNT SEED
 
-Each child folds FOLDER/base with FOLDER/adapter into FOLDER/out, and kills itself (SIGKILL) at one
-of its calls to the operating system, in the middle of a write if it is one. After some kills a last
-child goes on to the end. Prints one line of JSON for each sequence: the number of kills, whether
-one of them left something half-written under its final name, and the sizes that children found.
+Each child folds FOLDER/base with FOLDER/adapter into FOLDER/out, and sends itself a signal
+(SIGKILL, SIGTERM or SIGINT) at one of its calls to the operating system, in the middle of a write
+if it is one. After some kills a last child goes on to the end. Prints one line of JSON for each
+sequence: the number of kills, whether one of them left something half-written under its final name,
+and the sizes that children found.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ CALLS = [
 ]
 
 
-def armed(at: int) -> list[int]:
-    """Count the calls, and die at the one with this number; return the counter."""
+def armed(at: int, sent: signal.Signals) -> list[int]:
+    """Count the calls, and send the signal at the one with this number; return the counter."""
     counter = [0]
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +45,9 @@ def armed(at: int) -> list[int]:
             if counter[0] == at:
                 if name == "write":
                     call(args[0], args[1][: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), sent)
+                if name == "write":
+                    return len(args[1]) // 2
             return call(*args, **kwargs)
 
         return run
@@ -55,12 +58,12 @@ def armed(at: int) -> list[int]:
     return counter
 
 
-def child(folder: Path, at: int) -> tuple[int, int]:
+def child(folder: Path, at: int, sent: signal.Signals = signal.SIGKILL) -> tuple[int, int]:
     """Fold in a process of its own; return its exit status, and how many calls it made."""
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
-        counter = armed(at)
+        counter = armed(at, sent)
         status = 1
         try:
             fxlora.fold_checkpoint(folder / "base", folder / "adapter", folder / "out")
@@ -98,8 +101,9 @@ def main() -> None:
     while kills < count:
         found = {"kills": 0, "half": 0}
         for _ in range(rng.randint(1, 4)):
-            status, _ = child(folder, rng.randint(1, total))
-            found["kills"] += int(os.WIFSIGNALED(status))
+            sent = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            status, _ = child(folder, rng.randint(1, total), sent)
+            found["kills"] += int(status != 0)
             found["half"] += int(not whole(folder))
         status, _ = child(folder, 0)
         same = status == 0 and all(

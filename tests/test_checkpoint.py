@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import fxlora
-from fxlora import AdapterError, ConfigError, ExportError, LoraConfig, Rule, VerificationError
+from fxlora import AdapterError, ConfigError, ExportError, LoraConfig, Rule, VerificationError, cli
 from fxlora.disk.checkpoint import pieces
 from fxlora.disk.checkpoint.weights_file import WeightsFile
 
@@ -264,7 +264,7 @@ def test_an_update_below_the_rounding_does_not_survive() -> None:
 # ---- the base that an adapter was trained over --------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [64, 2**21])
+@pytest.mark.parametrize("rows", [2**12, 2**21])
 @pytest.mark.parametrize(("trained", "held"), [(BF16, BF16), (BF16, torch.float32)])
 def test_the_base_that_an_adapter_was_trained_over(
     rows: int, trained: torch.dtype, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -465,6 +465,31 @@ def test_a_model_tells_how_square_matrices_are_stored() -> None:
         fxlora.fold_checkpoint(BASE, ADAPTER, Path("o"), model=untyped(dict))
 
 
+# ---- names that the model changes when it loads -------------------------------------------------
+
+LLAVA = {r"^model\.language_model\.": "language_model.model.", r"^model\.vision\.": "vision."}
+
+
+def test_names_that_differ_by_more_than_a_prefix() -> None:
+    names = {"model.language_model.q": "language_model.model.q", "model.vision.q": "vision.q"}
+    state = {f"{name}.weight": torch.randn(7, 5) for name in names.values()}
+    tensors = {n: t for name in names for n, t in pair(name, 7, 5).items()}
+    said = refused(state, tensors)
+    assert "does not fit" in said and "--key-mapping expression=text" in said
+    found = folded(key_mapping=LLAVA)
+    for name, held in names.items():
+        b, a = (tensors[f"{name}.lora_{x}.weight"].double() for x in "BA")
+        exact = state[f"{held}.weight"].double() + 3 * (b @ a)
+        assert torch.equal(found[f"{held}.weight"], exact.float())
+    words = [f"--key-mapping={old}={new}" for old, new in LLAVA.items()]
+    assert cli.main(["verify", str(BASE), str(ADAPTER), str(OUT), *words]) == 0
+    assert "no weight for" in refused(state, tensors, key_mapping={r"^.*\.q$": "vision.q"})
+    both = {r"^model\.(language_model|vision)\.": "vision."}
+    assert "several of its names are one" in refused(state, tensors, key_mapping=both)
+    with pytest.raises(ConfigError, match="key_mapping"):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT, key_mapping={"(": "x"})
+
+
 # ---- ties ---------------------------------------------------------------------------------------
 
 
@@ -472,11 +497,12 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(11, 6)
+        self.mid = nn.Linear(6, 6, bias=False)
         self.head = nn.Linear(6, 11, bias=False)
         self.head.weight = self.emb.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.emb(ids)))
+        return self.head(torch.tanh(self.mid(self.emb(ids))))
 
 
 def embedding_pair(name: str = "emb") -> dict[str, torch.Tensor]:
@@ -489,7 +515,7 @@ def embedding_pair(name: str = "emb") -> dict[str, torch.Tensor]:
 def test_a_tie_that_the_adapter_splits_is_refused() -> None:
     model = Tied()
     save_model(model, str(BASE))  # notes the tie in the header
-    (kept,) = load_file(BASE)
+    (kept,) = load_file(BASE).keys() - {"mid.weight"}
     tensors = embedding_pair() if kept == "emb.weight" else pair("head", 11, 6)
     assert "which is tied to it" in refused(BASE, tensors)
     save_file({"emb.weight": model.emb.weight.detach()}, BASE)
@@ -513,20 +539,28 @@ HEAD = {"head.weight": torch.randn(11, 6)}
         ({"text_config": UNTIED | VOCAB}, {}, "refused"),
         (UNTIED | VOCAB, {}, "folded"),
         (VOCAB, HEAD, "warned"),  # another tensor of this shape may not be the head
-        ({}, {}, "warned"),
+        (VOCAB | {"vocab_size": 12}, {}, "warned"),
+        ({}, {}, "refused"),
         ({}, HEAD, "warned"),
     ],
 )
-def test_an_embedding_that_may_be_tied(config: Any, more: Any, outcome: str) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_embedding_that_may_be_tied(config: Any, more: Any, outcome: str, whole: bool) -> None:
+    """By a pair, or trained in full, which is no embedding if the vocabulary has another size."""
+    if whole and config.get("vocab_size") == 12:
+        outcome = "folded"
+    made = {"emb.weight": torch.randn(11, 6)} if whole else embedding_pair()
+    how: Any = {"modules_to_save": ["emb"]} if whole else {}
     base, save = Path("folder"), Path("folder/model.safetensors")
     base.mkdir()
     (base / "config.json").write_text(json.dumps(config))
     save_file({"emb.weight": torch.randn(11, 6), **more}, save)
     if outcome == "refused":
-        assert "may be tied to it" in refused(base, embedding_pair())
+        said = refused(base, made, how)
+        assert "may be tied to it" in said and ("put its config.json" in said) == (not config)
         if more:
             return
-    write_adapter(ADAPTER, embedding_pair())
+    write_adapter(ADAPTER, made, **how)
     untied = fxlora.FxLoraWarning if outcome == "warned" else None
     with pytest.warns(untied) if untied else contextlib.nullcontext() as said:
         if outcome != "refused":
@@ -565,6 +599,30 @@ def test_all_names_of_a_tie_fold_once() -> None:
     )
     assert list(found) == ["emb.weight"]
     assert torch.equal(found["emb.weight"], fxlora.fold(lora).state_dict()["emb.weight"])
+
+
+@pytest.mark.parametrize("whose", ["fxlora", "PEFT"])
+def test_a_tie_that_trains_in_full_is_replaced_once(whose: str) -> None:
+    """The adapter has the tensor under both names, the checkpoint under one."""
+    model, value = Tied(), torch.randn(11, 6)
+    if whose == "fxlora":
+        rules = [Rule("emb", train=True), Rule("mid", lora=LoraConfig(r=2))]
+        with pytest.warns(fxlora.FxLoraWarning, match="is the same tensor as"):
+            lora = fxlora.adapt(model, torch.randint(11, (3, 4)), rules=rules)
+        with torch.no_grad():
+            lora.get_parameter("emb.weight").copy_(value)
+        fxlora.save_adapter(lora, ADAPTER)
+    else:
+        trained = {"emb.weight": value, "head.weight": value.clone()}
+        write_adapter(ADAPTER, pair("mid", 6, 6) | trained, modules_to_save=["emb", "head"])
+    state = {n: t for n, t in model.state_dict().items() if n != "head.weight"}
+    save_file(state, BASE)
+    found = folded()
+    assert torch.equal(found["emb.weight"], value) and set(found) == set(state)
+    if whose == "PEFT":
+        other = pair("mid", 6, 6) | {"emb.weight": value, "head.weight": value + 1}
+        said = refused(BASE, other, {"modules_to_save": ["emb", "head"]})
+        assert "the checkpoint has no 'head.weight'" in said
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -613,6 +671,27 @@ def test_verify_names_what_differs() -> None:
         fxlora.verify_checkpoint(base, ADAPTER, out)
     with pytest.raises(ConfigError, match="no checkpoint at"):
         fxlora.verify_checkpoint(base, ADAPTER, Path("none"))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_sum_halfway_between_two_numbers_may_be_either(dora: bool) -> None:
+    """The last bits of a sum in float64 depend on the order of its terms; a whole number does."""
+    weight = torch.ones(40, 8, dtype=BF16)  # halfway to the next number: 1 + 2⁻⁸
+    tensors = {"fc.lora_A.weight": torch.ones(1, 8), "fc.lora_B.weight": torch.full((40, 1), 2**-8)}
+    magnitude = {"fc.lora_magnitude_vector": (1 + 2**-8) * 8**0.5 * torch.ones(40).double()}
+    save_file({"fc.weight": weight}, BASE)
+    config = {"r": 1, "lora_alpha": 1, "use_dora": dora}
+    write_adapter(ADAPTER, tensors | (magnitude if dora else {}), **config)
+    found = folded()["fc.weight"]
+    for value, wrong in ((1.0, 0), (1 + 2**-7, 0), (1 + 2**-6, 1)):
+        other = found.clone()
+        other[33, 5] = value
+        save_file({"fc.weight": other}, OUT)
+        if not wrong:
+            fxlora.verify_checkpoint(BASE, ADAPTER, OUT)
+            continue
+        with pytest.raises(VerificationError, match="1 entries are wrong"):
+            fxlora.verify_checkpoint(BASE, ADAPTER, OUT)
 
 
 # ---- checkpoints that cannot be meant -----------------------------------------------------------
@@ -684,6 +763,15 @@ def test_links_to_files_are_followed() -> None:
     assert not any(path.is_symlink() for path in (Path("out")).rglob("*"))
 
 
+def test_pickles_are_refused() -> None:
+    Path("base").mkdir()
+    torch.save({"fc.weight": torch.randn(7, 5)}, "base/pytorch_model.bin")
+    write_adapter(ADAPTER, pair("fc", 7, 5))
+    for base in ("base", "base/pytorch_model.bin"):
+        with pytest.raises(ConfigError, match=r"pytorch_model\.bin may be a pickle.* safetensors"):
+            fxlora.fold_checkpoint(base, ADAPTER, "out")
+
+
 def test_files_that_may_hold_other_weights_are_left_out() -> None:
     base = write_sharded(Path("base"), {"fc.weight": torch.randn(7, 5)})
     (base / "pytorch_model.bin").write_bytes(b"pickle")
@@ -744,13 +832,25 @@ def test_a_pair_and_the_whole_tensor_for_one_weight() -> None:
         fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
 
 
-def test_fractions_are_not_cut_off() -> None:
-    state = {"one.weight": torch.randn(5, 6), "head.weight": torch.ones(3, 5, dtype=torch.int8)}
-    save_file(state, "base.safetensors")
-    tensors = {**pair("one", 5, 6), "head.weight": torch.randn(3, 5)}
-    write_adapter(Path("a"), tensors, target_modules=["one"], modules_to_save=["head"])
-    with pytest.raises(AdapterError, match="which whole numbers cannot hold"):
-        fxlora.fold_checkpoint("base.safetensors", "a", "out.safetensors")
+@pytest.mark.parametrize(
+    ("held", "given"),
+    [
+        (torch.ones(3, 5, dtype=torch.int8), torch.randn(3, 5)),
+        (torch.ones(3, 5), torch.randn(3, 5, dtype=torch.complex64)),
+        (torch.ones(3, 5, dtype=torch.int8), torch.full((3, 5), 300)),
+        (torch.ones(3, 5, dtype=BF16), torch.full((3, 5), 257)),
+        (torch.ones(3, 5, dtype=torch.bool), torch.full((3, 5), 2)),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_refused(held: torch.Tensor, given: torch.Tensor) -> None:
+    state = {"one.weight": torch.randn(5, 6), "head.weight": held, "head.bias": torch.ones(3)}
+    save_file(state, BASE)
+    tensors = {**pair("one", 5, 6), "head.weight": given}
+    write_adapter(ADAPTER, tensors, target_modules=["one"], modules_to_save=["head"])
+    with pytest.raises(AdapterError, match=rf"is .* in base.*cannot hold the {given.dtype}"):
+        fxlora.fold_checkpoint(BASE, ADAPTER, OUT)
+    write_adapter(ADAPTER, tensors | {"head.weight": held}, modules_to_save=["head"])
+    assert torch.equal(folded()["head.weight"], held)
 
 
 def test_biases_of_modules_that_are_saved() -> None:

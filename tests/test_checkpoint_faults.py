@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -113,11 +114,23 @@ def change_adapter() -> None:
     write_adapter(Path("adapter"), pair("a", 40, 30) | pair("c", 33, 44))
 
 
-@pytest.mark.parametrize("change", [change_base, change_adapter])
+def change_configuration() -> None:
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
+
+
+def change_nothing() -> None:
+    """Only an option: see the test."""
+
+
+CHANGES = (change_base, change_adapter, change_configuration, change_nothing)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_other_inputs_begin_anew(
     change: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if they have the size and the time of those before."""
+    """Also if they have the size and the time of those before; and with other options."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -131,7 +144,8 @@ def test_other_inputs_begin_anew(
     for path, before in times.items():
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert path.stat().st_size == before.st_size
-    assert not fold().resumed
+    odd = change is change_nothing
+    assert not fxlora.fold_checkpoint("base", "adapter", "out", allow_nonfinite=odd).resumed
     fxlora.verify_checkpoint("base", "adapter", "out")
 
 
@@ -176,6 +190,19 @@ def test_a_file_that_may_not_grow() -> None:
     assert not Path(".out.safetensors.fxlora").exists()
 
 
+@pytest.mark.parametrize("limit", [6000, 12_000])
+def test_a_file_of_a_folder_that_may_not_grow(limit: int) -> None:
+    """A shard, or the index, which is copied last."""
+    index = Path("base/model.safetensors.index.json")
+    index.write_text(json.dumps({**json.loads(index.read_text()), "note": "x" * 20_000}))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert_nothing_written(fold, "cannot write out: File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000})())
     assert_nothing_written(fold, r"needs \d+\.\d KiB, and the disk has 1,000 B left")
@@ -207,7 +234,7 @@ def test_inputs_are_not_overwritten(target: str) -> None:
 
 def test_a_link_to_the_base_is_the_base() -> None:
     os.link("base.safetensors", "out.safetensors")
-    with pytest.raises(ExportError, match="it is the base itself"):
+    with pytest.raises(ExportError, match=r"base\.safetensors is read for it"):
         fxlora.fold_checkpoint("base.safetensors", "small", "out.safetensors")
 
 
@@ -227,6 +254,37 @@ def test_a_target_that_is_a_link(link: str) -> None:
     Path("folder").mkdir()
     Path("out").symlink_to(link)
     assert_nothing_written(fold, "it is a link. Name the folder")
+
+
+def test_a_target_around_the_adapter() -> None:
+    Path("out").mkdir()
+    Path("adapter").rename("out/adapter")
+    with pytest.raises(ExportError, match="is read for it"):
+        fxlora.fold_checkpoint("base", "out/adapter", "out")
+    assert [path.name for path in Path("out").iterdir()] == ["adapter"]
+
+
+def test_a_file_that_is_a_link_is_replaced() -> None:
+    """The file that it points to stays."""
+    Path("precious").write_text("x")
+    Path("out.safetensors").symlink_to("precious")
+    fxlora.fold_checkpoint("base.safetensors", "small", "out.safetensors")
+    assert Path("precious").read_text() == "x" and not Path("out.safetensors").is_symlink()
+
+
+def test_a_disk_where_case_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target inside of the base is found there, and two files that become one are an error."""
+    Path("BASE").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "samefile", lambda a, b: str(a).lower() == str(b).lower())
+        with pytest.raises(ExportError, match="is read for it"):
+            fxlora.fold_checkpoint("base", "adapter", "BASE/out")
+    assert not list(Path("BASE").iterdir())
+    Path("base/notes").write_text("x")
+    Path("base/Notes").write_text("y")
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: copy(a, Path(b).with_name(b.name.lower())))
+    assert_nothing_written(fold, "names of files in base are the same")
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -258,6 +316,23 @@ def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch, error: Exception)
 
     monkeypatch.setattr(stream, "folded_weight", fails)
     assert_nothing_written(fold, "not enough memory to fold 'a.weight'")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [
+        (stream._Memory, "take", "DefaultCPUAllocator: can't allocate memory: you tried"),
+        (threading.Thread, "start", "can't start new thread"),
+    ],
+)
+def test_memory_and_threads_that_cannot_be_had(
+    owner: type, name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(owner, name, fails)
+    assert_nothing_written(fold, "not enough memory to write out")
 
 
 def test_a_base_that_shrinks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

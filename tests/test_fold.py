@@ -14,7 +14,8 @@ from torch import nn
 
 import fxlora
 from fxlora import InjectError, LoraConfig, Rule
-from fxlora.module import adapted_weight
+from fxlora.lora.layout import Layout
+from fxlora.module import adapted_weight, folded_weight
 
 from .laws import randomise
 
@@ -103,7 +104,7 @@ def exact(lora: fxlora.CapturedModule) -> torch.Tensor:
 def test_weights_are_folded_block_by_block(
     kind: str, entries: int, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapted_weight, "_CPU_BLOCK", entries)
+    monkeypatch.setattr(folded_weight, "_CPU_BLOCK", entries)
     for dtype in (F64, torch.float32):
         lora = adapted(kind, dtype)
         before, expected = lora.get_parameter("weight").detach().clone(), exact(lora)
@@ -114,6 +115,40 @@ def test_weights_are_folded_block_by_block(
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         elif kind not in ("dora", "pissa"):  # whose factors are computed in float64 first
             assert torch.equal(found, expected.float())
+
+
+@pytest.mark.parametrize(
+    "roles",
+    ["oi", "io", "eoi", "eio", "oikk", "iok", "kkio", "kio", "ioo", "iio", "ooi", "eeoi", "oei"],
+)
+@pytest.mark.parametrize("limit", [1, 13])
+def test_a_block_has_the_products_of_its_parts(roles: str, limit: int) -> None:
+    """Blocks that are cut in any of the layout's dimensions cover the weight once."""
+    layout, shape = Layout(roles), tuple(range(2, 2 + len(roles)))
+    a, b = (torch.randn(size, dtype=F64) for size in layout.factor_shapes(shape, 2))
+
+    def product(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        zeros = layout.matrix(torch.zeros(shape, dtype=F64), shape)
+        return layout.unmatrix(layout.add_pair(zeros, a, b, 3.0, shape), shape)
+
+    whole, found = product(a, b, shape), torch.zeros(shape, dtype=F64)
+    for box in folded_weight.Box.whole(shape).split(layout.cut_dims, limit):
+        parts = layout.factors_of_block(a, b, box.first, box.shape)
+        box.of(found).add_(product(*parts, box.shape))
+    assert float(whole.abs().min()) > 0
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_parts_are_folded_in_any_order(order: int) -> None:
+    lora = adapted("parts", F64)
+    entries = list(lora.plan or ())[::order]
+    values = {n: lora.get_parameter(n).detach() for e in entries for n in e.tensors}
+    weight = lora.get_parameter("weight").detach()
+    found = folded_weight.folded_weight(entries, weight, values)
+    torch.testing.assert_close(found, exact(lora), rtol=0, atol=1e-12)
+    rows = folded_weight.folded_weight(entries, weight[4:, 4:], values, first=(4, 4))
+    torch.testing.assert_close(rows, found[4:, 4:], rtol=0, atol=1e-12)
 
 
 # ---- in place -----------------------------------------------------------------------------------

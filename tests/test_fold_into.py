@@ -191,6 +191,14 @@ def test_memory_of_the_module_is_refused(model: nn.Module, lora: CapturedModule)
     target = bits(model) | {"packed": memory.view(9, 7), "head.weight": memory[:36].view(4, 9)}
     with pytest.raises(ConfigError, match="in one memory of the target"):
         fxlora.fold_into(lora, target)
+    wide = torch.empty(9, 7 + 9)  # columns of one tensor lie between each other
+    target = bits(model) | {"packed": wide[:, :7], "head.weight": wide[:4, 7:]}
+    with pytest.raises(ConfigError, match=r"as columns of one tensor do .give rows of it"):
+        fxlora.fold_into(lora, target)
+    long = torch.empty(9 * 7 + 4 * 9)  # the advice
+    target |= {"packed": long[:63].view(9, 7), "head.weight": long[63:].view(4, 9)}
+    fxlora.fold_into(lora, target)
+    assert_same(target, fxlora.fold(lora).state_dict())
     assert_same(model.state_dict(), before)
 
 

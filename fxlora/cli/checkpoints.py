@@ -20,7 +20,7 @@ _OF_MODELS = {
     "folded": "--folded",
     "reads": "--reads",
 }
-_OF_CHECKPOINTS = {"skeleton": "--model", "dry_run": "--dry-run"}
+_OF_CHECKPOINTS = {"skeleton": "--model", "dry_run": "--dry-run", "key_mapping": "--key-mapping"}
 
 
 def is_checkpoint(options: Namespace) -> bool:
@@ -57,6 +57,7 @@ def fold_files(options: Namespace) -> str:
         model=_skeleton(options),
         allow_nonfinite=options.allow_nonfinite,
         strict_base=options.strict_base,
+        key_mapping=dict(options.key_mapping) or None,
         dry_run=options.dry_run,
         progress=True,
     )
@@ -77,6 +78,7 @@ def verify_files(options: Namespace) -> str:
         model=_skeleton(options),
         allow_nonfinite=options.allow_nonfinite,
         strict_base=options.strict_base,
+        key_mapping=dict(options.key_mapping) or None,
     )
     if options.json:
         return report.to_json()

@@ -178,6 +178,14 @@ def _add_files(parser: _Parser, named: str) -> None:
         help="the model of BASE, where names, layouts or ties are ambiguous; it gets no memory",
     )
     parser.add_argument(
+        "--key-mapping",
+        type=_mapping,
+        action="append",
+        default=[],
+        metavar="EXPRESSION=TEXT",
+        help="how names of ADAPTER become those of BASE; repeat it: the first one found counts",
+    )
+    parser.add_argument(
         "--allow-nonfinite", action="store_true", help="take an adapter with NaN or infinities"
     )
     parser.add_argument(
@@ -234,6 +242,14 @@ def _rule_options(*, adapter: bool = False) -> _Parser:
 def _names(text: str) -> list[str]:
     """Parse a list of names separated by commas."""
     return [name.strip() for name in text.split(",")]
+
+
+def _mapping(text: str) -> tuple[str, str]:
+    """Parse a regular expression and its replacement."""
+    expression, equals, replacement = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not EXPRESSION=TEXT")
+    return expression, replacement
 
 
 def _number(text: str) -> float:

@@ -15,7 +15,7 @@ from ..tables import count, some
 from .reading import Reading
 
 
-def not_finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
+def not_finite(tensor: torch.Tensor, before: torch.Tensor | None = None) -> bool:
     """Whether there are NaN or infinities, other than where `before` has them (as a mask may)."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return False

@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from ..errors import ConfigError, InjectError
 from ..lora.dtypes import DTYPES, correctly_rounded
 from ..module import CapturedModule, check_captured
-from ..module.adapted_weight import folded_weight
 from ..module.ambient import no_ambient_modes
+from ..module.folded_weight import folded_weight
 from ..module.memory import overlapping
 from ..module.quantised import dequantised, is_quantised
 from ..module.sharded import is_sharded, whole, write
@@ -225,6 +225,8 @@ def _check_memory(
         sources = {(values[n].data_ptr(), *(e.name_a for e in entries.get(n, []))) for n in names}
         if len(sources) > 1:
             raise ConfigError(
-                f"{some(names)} are in one memory of the target, and fold to different values: a "
-                'tie that the adapter splits. Adapt all names of it alike (tied="share").'
+                f"{some(names)} are in one memory of the target, and fold to different values: "
+                'a tie that the adapter splits (adapt all names of it alike, tied="share"), or '
+                "views that lie between each other's entries, as columns of one tensor do (give "
+                "rows of it, or tensors of their own)."
             )

@@ -13,6 +13,7 @@ torch.fx's proxies too: the same code computes a value and emits the nodes that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,40 @@ class Layout:
         if role == KERNEL or self.roles.count(role) > 1:
             return None, None
         return (stack + 1, None) if role == INPUT else (None, stack)
+
+    @property
+    def cut_dims(self) -> tuple[int, ...]:
+        """The dimensions in which a block of the weight may be cut: its ΔW is of parts of A and B.
+
+        They are those of the stack, and the first of the inputs and of the outputs.
+        """
+        first = self.roles.index(INPUT), self.roles.index(OUTPUT)
+        return tuple(d for d, role in enumerate(self.roles) if role == STACK or d in first)
+
+    def factors_of_block(
+        self, a: torch.Tensor, b: torch.Tensor, start: Sequence[int], shape: Shape
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the parts of A and B for a block of the weight.
+
+        Args:
+            a, b: A (…, r, in) and B (…, out, r).
+            start: the first index of the block in each dimension.
+            shape: the shape of the block, which is the weight's except in `cut_dims`.
+        """
+        stack = self.roles.count(STACK)
+        for index, dim in enumerate(d for d, role in enumerate(self.roles) if role == STACK):
+            a, b = (factor.narrow(index, start[dim], shape[dim]) for factor in (a, b))
+        a = a.narrow(stack + 1, *self._features_of_block(INPUT, start, shape))
+        return a, b.narrow(stack, *self.outputs_of_block(start, shape))
+
+    def outputs_of_block(self, start: Sequence[int], shape: Shape) -> tuple[int, int]:
+        """Return the first one and the number of the outputs of a block, among all outputs."""
+        return self._features_of_block(OUTPUT, start, shape)
+
+    def _features_of_block(self, role: str, start: Sequence[int], shape: Shape) -> tuple[int, int]:
+        first, *others = (d for d, mine in enumerate(self.roles) if mine == role)
+        each = math.prod(shape[d] for d in others)
+        return start[first] * each, shape[first] * each
 
     def transpose_factor(self, factor: Any) -> Any:
         """Exchange the rank dimension and the feature dimension of A or B."""

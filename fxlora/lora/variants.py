@@ -54,6 +54,11 @@ class Variant:
     by_output: bool = False
     freezes: tuple[str, ...] = ()
 
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether A and B are used as they are."""
+        return self.factors is _as_they_are
+
 
 # ---- DoRA ---------------------------------------------------------------------------------------
 # W = m·V/‖V‖ (Liu et al. 2024, eq. 5). The norm is taken over the inputs of each output, including

@@ -12,7 +12,8 @@ from torch import fx
 from ..fx.marks import ADAPTER
 from ..fx.straight_through import straight_through
 from ..plan import Entry, Plan
-from .adapted_weight import adapted_weight, folded_weight
+from .adapted_weight import adapted_weight
+from .folded_weight import folded_weight
 from .quantised import dequantised
 from .quantiser import Quantiser
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import InjectError, QuantisedError
 from ..module import CapturedModule
-from ..module.adapted_weight import folded_weight, is_bounded
+from ..module.folded_weight import folded_weight, is_bounded
 from ..module.memory import held_alone
 from ..module.quantised import dequantised, is_quantised
 from ..module.state import State

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +56,10 @@ class Checkpoint:
                 raise ConfigError(f"no checkpoint at {path}: no such file or folder.")
         except OSError as error:
             raise ConfigError(f"checkpoint {path}: {error.strerror or error}.") from error
-        return cls(path, (WeightsFile.read(path),), config=_config(path.parent))
+        try:
+            return cls(path, (WeightsFile.read(path),), config=_config(path.parent))
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_of_pickles([path])}") from error
 
     @property
     def is_folder(self) -> bool:
@@ -95,6 +98,8 @@ def _folder(path: Path) -> Checkpoint:
     top = [name for name in inside if name.parent == Path()]
     indices = [name for name in top if name.name.endswith(INDEX)]
     weights = [name for name in top if name.suffix == ".safetensors"]
+    if not indices and not weights:
+        raise ConfigError(f"checkpoint {path} has no .safetensors file.{_of_pickles(top)}")
     if len(indices) > 1 or (not indices and len(weights) != 1):
         what = f"{len(indices)} indices" if indices else f"{len(weights)} .safetensors files"
         raise ConfigError(
@@ -107,6 +112,17 @@ def _folder(path: Path) -> Checkpoint:
     left = [name for name in rest if name.suffix.lower() in _WEIGHTS]
     others = [name for name in rest if name not in left]
     return Checkpoint(path, tuple(files), tuple(others), tuple(left), _config(path))
+
+
+def _of_pickles(names: Iterable[Path]) -> str:
+    """Say what to do about files of torch.save."""
+    found = [name for name in names if name.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt")]
+    if not found:
+        return ""
+    return (
+        f" {some(map(str, found))} may be a pickle, which can run code when it is read: save the "
+        "weights again with safetensors (model.save_pretrained, safetensors.torch.save_file)."
+    )
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -38,7 +38,7 @@ class Budget:
     overflows: bool = False
     hashes: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
-    def observe(self, weight: torch.Tensor, exact: torch.Tensor) -> None:
+    def observe(self, weight: torch.Tensor, exact: torch.Tensor, _: object = None) -> None:
         """Take account of a block: W0, and the sum in float64."""
         weight, exact = (tensor.flatten(0, -2) for tensor in (weight, exact))
         rows = max(8, len(exact) // _SHARE)

@@ -59,16 +59,24 @@ class Changes:
         replaced: tensors that were trained in full, or buffers; as the adapter's file has them.
         same: tensors that the file repeats, and that must be the checkpoint's own.
         prefix: how the adapter's names become the checkpoint's.
+        untied: other names of replaced tensors, which do not change with them, by their names;
+            None if the adapter does not say.
+        together: other names of replaced tensors, which the adapter has, too, and the checkpoint
+            has not: it holds one tensor for all names of a tie.
     """
 
     folded: Mapping[str, Fold]
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     same: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     prefix: Prefix = field(default_factory=Prefix)
+    untied: Mapping[str, tuple[str, ...]] | None = None
+    together: Mapping[str, set[str]] = field(default_factory=dict[str, set[str]])
 
 
 def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None) -> Changes:
     """Return what an adapter folder changes in a checkpoint.
+
+    The folder's `names` are what the user says of its names in the checkpoint.
 
     Raises:
         AdapterError: the adapter does not fit the checkpoint, or names or layouts are ambiguous.
@@ -81,10 +89,12 @@ def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None)
     for name in (*changes.folded, *changes.replaced):
         known = base.tensors[name]
         given = changes.replaced.get(name)
-        if given is not None and given.is_floating_point() and known.code in _WHOLE_NUMBERS:
+        dtype = REPLACED.get(known.code)
+        if given is not None and dtype is not None and not _holds(dtype, given):
             raise AdapterError(
-                f"'{name}' is {known.code} in {base.path}, as in a quantised checkpoint, and "
-                f"{given.dtype} in {content.path}, which whole numbers cannot hold."
+                f"'{name}' is {known.code} in {base.path}, which cannot hold the {given.dtype} in "
+                f"{content.path}, as in a quantised checkpoint. Fold into the checkpoint that it "
+                "was made from."
             )
         if known.dtype is None and (name in changes.folded or known.code not in REPLACED):
             raise AdapterError(
@@ -97,12 +107,17 @@ def changes_of(base: Checkpoint, content: Folder, model: Skeleton | None = None)
             f"{content.path} has both a pair and the whole tensor for {some(sorted(twice))}: which "
             "of them counts is not known."
         )
-    check_ties(base, content, changes.folded, changes.replaced, changes.prefix, model)
+    check_ties(base, content, changes, model)
     return changes
 
 
-# safetensors' codes of dtypes without fractions.
-_WHOLE_NUMBERS = frozenset(("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"))
+def _holds(dtype: torch.dtype, value: torch.Tensor) -> bool:
+    """Whether a dtype can hold values: rounded if both have fractions, else exactly."""
+    if dtype == value.dtype or (dtype.is_floating_point and value.is_floating_point()):
+        return True
+    if value.is_floating_point() or value.is_complex():
+        return False
+    return torch.equal(value.to(dtype).to(value.dtype), value)
 
 
 # ---- folders with a plan ------------------------------------------------------------------------
@@ -158,7 +173,9 @@ def _of_plan(
         )
         for name, entries in groups.items()
     }
-    return Changes(folded, {prefix(n): t for n, t in plain.items()}, prefix=prefix)
+    untied = {prefix(n): tuple(map(prefix, others)) for n, others in plan.untied.items()}
+    held, together = _held({prefix(n): t for n, t in plain.items()}, base)
+    return Changes(folded, held, prefix=prefix, untied=untied, together=together)
 
 
 def _check_config(plan: Plan, pefts: bool, content: Folder) -> None:
@@ -256,12 +273,9 @@ def _of_peft(base: Checkpoint, content: Folder, model: Skeleton | None) -> Chang
         folded[prefix(entry.parameter)] = Fold((entry,), values)
     owners = {owner_of(e) for fold in folded.values() for e in fold.entries if not is_bare(e)}
     trained = {n for n in plain if settings.trains(n, owners)}
-    return Changes(
-        folded,
-        {prefix(n): t for n, t in plain.items() if n in trained},
-        {prefix(n): t for n, t in plain.items() if n not in trained},
-        prefix,
-    )
+    held, together = _held({prefix(n): t for n, t in plain.items() if n in trained}, base)
+    same, _ = _held({prefix(n): t for n, t in plain.items() if n not in trained}, base)
+    return Changes(folded, held, same, prefix, together=together)
 
 
 # ---- names --------------------------------------------------------------------------------------
@@ -276,13 +290,35 @@ def _plain_name(key: str) -> str:
 
 def _misfit(tensors: Mapping[str, torch.Tensor], prefix: Prefix, base: Checkpoint) -> str | None:
     """Say which tensor of the base model the checkpoint does not have, in this shape."""
-    for name, tensor in tensors.items():
-        held = base.tensors.get(prefix(name))
+    found = {prefix(name): tensor for name, tensor in tensors.items()}
+    for name, tensor in found.items():
+        held = base.tensors.get(name)
+        if held is None and _twin(name, found, base):
+            continue
         if held is None:
-            return f"the checkpoint has no '{prefix(name)}'"
+            return f"the checkpoint has no '{name}'"
         if held.shape != tuple(tensor.shape):
             return f"'{held.name}' is {held.shape}, and {tuple(tensor.shape)} in the adapter"
     return None
+
+
+def _twin(name: str, found: Mapping[str, torch.Tensor], base: Checkpoint) -> str | None:
+    """Return the name of an equal tensor that the checkpoint has, of one that it has not."""
+    mine = found[name]
+    others = ((n, t) for n, t in found.items() if n in base.tensors and t.dtype == mine.dtype)
+    return next((n for n, t in others if torch.equal(t, mine)), None)
+
+
+def _held(
+    found: Mapping[str, torch.Tensor], base: Checkpoint
+) -> tuple[dict[str, torch.Tensor], dict[str, set[str]]]:
+    """Return the tensors that the checkpoint has, and the names of those equal to one of them."""
+    together: dict[str, set[str]] = {}
+    for name in found.keys() - base.tensors.keys():
+        twin = _twin(name, found, base)
+        assert twin is not None
+        together.setdefault(twin, set()).add(name)
+    return {n: t for n, t in found.items() if n in base.tensors}, together
 
 
 def _misfit_of_model(model: Skeleton | None, base: Checkpoint, prefix: Prefix) -> str | None:
@@ -292,6 +328,5 @@ def _misfit_of_model(model: Skeleton | None, base: Checkpoint, prefix: Prefix) -
 
 
 def _prefix(names: Iterable[str], misfit: Any, base: Checkpoint, content: Folder) -> Prefix:
-    return find_prefix(
-        list(names), base.tensors, misfit, str(content.path), f"the checkpoint {base.path}"
-    )
+    described = str(content.path), f"the checkpoint {base.path}"
+    return find_prefix(list(names), base.tensors, misfit, *described, content.names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .budget import Budget
 from .inputs import Inputs, Model
 from .pieces import Replaced, Rows, pieces_of, restart
 from .report import CheckpointReport, readable
-from .stream import Progress, sequential, write_pieces
+from .stream import Progress, enough_memory, sequential, write_pieces
 from .trained_over import fingerprint_of
 from .verify import differences
 from .weights_file import WeightsFile
@@ -34,6 +35,7 @@ def fold_checkpoint(
     model: Model | None = None,
     allow_nonfinite: bool = False,
     strict_base: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
     dry_run: bool = False,
     progress: bool = False,
 ) -> CheckpointReport:
@@ -54,6 +56,9 @@ def fold_checkpoint(
         allow_nonfinite: whether the adapter may have NaN or infinities.
         strict_base: whether to raise unless the checkpoint's weights are known to be those that the
             adapter was trained over (fxlora's adapters have their fingerprints).
+        key_mapping: regular expressions and their replacements for the adapter's names, where the
+            checkpoint has others: the first one that is found in a name counts (as for
+            `load_adapter`).
         dry_run: only return the report, from the headers; write nothing.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
@@ -65,7 +70,8 @@ def fold_checkpoint(
             may be split; or the adapter was trained over other weights.
 
     Raises:
-        ConfigError: the checkpoint is missing or damaged, or the model is not its.
+        ConfigError: the checkpoint is missing or damaged, the model is not its, or key_mapping is
+            no mapping of regular expressions.
         AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit the
             checkpoint, or does so in several ways; or, with `strict_base`, it was trained over
             another one.
@@ -85,7 +91,7 @@ def fold_checkpoint(
         >>> [tensor.name for tensor in report.folded], report.copied
         (['0.weight'], 1)
     """
-    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base)
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base, key_mapping)
     target = as_path(out, ExportError)
     if inputs.base.left:
         warn(
@@ -94,9 +100,10 @@ def fold_checkpoint(
         )
     if dry_run:
         return inputs.report()
-    inputs.check_values()
+    with enough_memory(f"check {adapter}"):
+        inputs.check_values()
     _check_target(inputs, target)
-    with work_for(target) as work:
+    with work_for(target) as work, enough_memory(f"write {target}"):
         if inputs.base.is_folder and _is_full(target):
             return _there_already(inputs, target)
         stamps = inputs.stamps()
@@ -108,6 +115,7 @@ def fold_checkpoint(
         for other in inputs.base.others:
             (work.content / other).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inputs.base.path / other, work.content / other)
+        _check_names(inputs, target, work)
         if inputs.stamps() != stamps:
             raise ConfigError(f"the checkpoint {inputs.base.path} changed while it was read.")
         inputs.check_base({n: data.get("base") for n, data in work.records.items()})
@@ -166,12 +174,26 @@ def _check_target(inputs: Inputs, target: Path) -> None:
         own = [inputs.base.path, inputs.content.path]
         here = target.resolve()
         for path in (p.resolve() for p in own):
-            if here == path or path in here.parents or here in path.parents:
+            if _is_within(here, path) or _is_within(path, here):
                 raise ExportError(f"cannot write {target}: {path} is read for it.")
-        if target.is_file() and any(target.samefile(file.path) for file in inputs.base.files):
-            raise ExportError(f"cannot write {target}: it is the base itself.")
     except OSError as error:
         raise ExportError(f"cannot write {target}: {error.strerror or error}.") from error
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or a file, or inside of it; also where case does not count."""
+    here = [part for part in (path, *path.parents) if part.exists()]
+    return folder.exists() and any(part.samefile(folder) for part in here)
+
+
+def _check_names(inputs: Inputs, target: Path, work: Work) -> None:
+    """Raise if files of the base became one, on a disk that does not tell upper from lower case."""
+    written = sum(path.is_file() for path in work.content.rglob("*"))
+    if written < len(inputs.base.files) + len(inputs.base.others):
+        raise ExportError(
+            f"cannot write {target}: to its disk, names of files in {inputs.base.path} are the "
+            "same. Choose a target on another disk, or rename the files."
+        )
 
 
 def _is_full(target: Path) -> bool:

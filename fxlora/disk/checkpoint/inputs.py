@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ...names import shown
 from ...tables import some
 from ..folder import Folder, read_folder
 from ..keys import CONFIG
+from ..renaming import checked_mapping
 from ..values import not_finite
 from .base import Checkpoint
 from .changes import Changes, changes_of
@@ -27,6 +30,8 @@ from .report import CheckpointReport, FoldedTensor
 from .stream import one_thread, read_into
 from .trained_over import check_trained_over, comparable_marks
 from .weights_file import REPLACED
+
+_PART = 2**19  # entries that are checked at a time
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -49,17 +54,21 @@ class Inputs:
         model: Model | None,
         allow_nonfinite: bool,
         strict_base: bool,
+        key_mapping: Mapping[str, str] | None,
     ) -> Inputs:
         """Read headers and the adapter.
 
         Raises:
-            ConfigError: the checkpoint is missing or damaged, or the model is not its.
+            ConfigError: the checkpoint is missing or damaged, the model is not its, or key_mapping
+                is no mapping of regular expressions.
             AdapterError: the adapter is missing or damaged, has NaN or infinities, does not fit
                 the checkpoint, or does so in several ways; or, with `strict_base`, it does not say
                 which weights it was trained over.
         """
         checkpoint = Checkpoint.read(base)
         content = read_folder(as_path(adapter, AdapterError))
+        if key_mapping is not None:
+            content = content.named(checked_mapping(key_mapping))
         if not content.tensors:
             raise AdapterError(f"{content.path} has no tensors.")
         changes = changes_of(checkpoint, content, None if model is None else skeleton(model))
@@ -77,31 +86,50 @@ class Inputs:
             AdapterError: they are not.
         """
         changes = self.changes
-        odd = [
-            name
-            for fold in changes.folded.values()
-            for name, tensor in fold.values.items()
-            if not_finite(tensor, None)
-        ]
-        odd += [
-            name
-            for name, tensor in changes.replaced.items()
-            if not_finite(tensor, None) and not_finite(tensor, self.values(name))
-        ]
+        pairs = {n: t for fold in changes.folded.values() for n, t in fold.values.items()}
+        odd = [name for name, tensor in pairs.items() if any(map(not_finite, _parts(tensor)))]
+        odd += [name for name in changes.replaced if self._is_odd(name)]
         if odd and not self.allow_nonfinite:
             raise AdapterError(
                 f"{self.content.path}: {some(odd)} has NaN or infinities, as after a training that "
                 "diverged. Use an earlier checkpoint of the adapter, or allow_nonfinite=True "
                 "(--allow-nonfinite) to fold it nevertheless."
             )
-        for name, tensor in changes.same.items():
-            held = self.values(name)
-            if held is None or not torch.equal(held, tensor.to(held.dtype)):
+        for name in changes.same:
+            if not self._is_same(name):
                 raise AdapterError(
                     f"{self.content.path} has '{name}' with other values than {self.base.path}, "
                     f"but {CONFIG} does not say that it trains (modules_to_save, bias). Is the "
                     "adapter for another checkpoint?"
                 )
+
+    def _is_odd(self, name: str) -> bool:
+        """Whether a tensor that is replaced is not finite where the checkpoint's is."""
+        given = self.changes.replaced[name]
+        if not any(map(not_finite, _parts(given))):
+            return False
+        return any(not_finite(now, before) for now, before in self._beside(name, given))
+
+    def _is_same(self, name: str) -> bool:
+        """Whether a tensor that the adapter's file repeats is the checkpoint's."""
+        if self.base.tensors[name].code not in REPLACED:
+            return False
+        pairs = self._beside(name, self.changes.same[name])
+        return all(torch.equal(before, now.to(before.dtype)) for now, before in pairs)
+
+    def _beside(
+        self, name: str, given: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield parts of a tensor, flattened, and the same parts of the checkpoint's."""
+        tensor = self.base.tensors[name]
+        file = next(file for file in self.base.files if tensor in file.tensors)
+        dtype = REPLACED[tensor.code]
+        with _opened(file.path) as source:
+            at = tensor.start
+            for part in _parts(given.contiguous()):
+                buffer = torch.empty(len(part) * dtype.itemsize, dtype=torch.uint8)
+                yield part, read_into(source, at, buffer).view(dtype)
+                at += len(buffer)
 
     def check_base(self, marks: Mapping[str, str | None]) -> None:
         """Warn, or raise, if fingerprints of weights are not those in the adapter's file.
@@ -110,23 +138,6 @@ class Inputs:
             AdapterError: `strict_base`, and they are others or unknown.
         """
         check_trained_over(self.content.path, self.changes.folded, marks, self.strict_base)
-
-    def values(self, name: str) -> torch.Tensor | None:
-        """Read a tensor of the checkpoint, or return None for a dtype that is not torch's."""
-        tensor = self.base.tensors[name]
-        file = next(file for file in self.base.files if tensor in file.tensors)
-        if tensor.code not in REPLACED:
-            return None
-        buffer = torch.empty(tensor.stop - tensor.start, dtype=torch.uint8)
-        try:
-            descriptor = os.open(file.path, os.O_RDONLY)
-        except OSError as error:
-            raise ConfigError(f"checkpoint {file.path}: {error.strerror or error}.") from error
-        try:
-            read_into(descriptor, tensor.start, buffer)
-        finally:
-            os.close(descriptor)
-        return buffer.view(REPLACED[tensor.code]).view(tensor.shape)
 
     def key(self) -> Any:
         """Return all that the result depends on, as data.
@@ -175,6 +186,25 @@ class Inputs:
             tuple(map(str, base.left)),
             resumed,
         )
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return parts of a tensor, of a few megabytes: consecutive ones, if it is contiguous."""
+    if tensor.is_contiguous():
+        return tensor.flatten().split(_PART)
+    return tensor.split(max(1, _PART // max(1, math.prod(tensor.shape[1:]))))
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"checkpoint {path}: {error.strerror or error}.") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def skeleton(model: Model) -> Skeleton:

@@ -132,7 +132,8 @@ class Pairs:
         if (owner, prefix) in self._found:
             return self._found[owner, prefix]
         pairs = self.owners[owner]
-        names = [f"{owner}.{n.rpartition('.')[2]}" for n in children.get(prefix(owner), ())]
+        held = {n: f"{owner}.{n.rpartition('.')[2]}" for n in children.get(prefix(owner), ())}
+        names = [name for n, name in held.items() if prefix(name) == n]
         bare = [name for name in names if settings.targets(name)]
         layer = f"{owner}.weight"
         chosen = [(name, PARAMETERS) for name in bare]

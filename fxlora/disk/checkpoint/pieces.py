@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...lora.dtypes import correctly_rounded
-from ...module.adapted_weight import folds_by_rows
+from ...module.folded_weight import Box, cut_dims
+from ...plan import Entry
 from .changes import Changes, Fold
 from .weights_file import REPLACED, TensorAt, WeightsFile
 
-ROWS = 2**21  # bytes of a weight that are a piece, if its rows can be folded alone
+ROWS = 2**21  # bytes of a tensor that are a piece, if they can be folded without the others
 _MEASURED = 4  # of so many pieces of a weight, one is measured
 
 
@@ -26,20 +29,22 @@ class Copied:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a weight that is folded; all, if they cannot be folded one by one.
+    """Consecutive bytes of a weight that is folded: rows of it, or of a matrix in a stack.
+
+    They are all its bytes if it cannot be folded in such blocks.
 
     Attributes:
         tensor: the weight.
         fold: its adapters.
-        first: the first row.
-        shape: the shape of the rows.
+        first: the first index in each dimension.
+        shape: the numbers of indices.
         start, stop: their bytes.
         measured: whether the error of the rounding is measured on some of them.
     """
 
     tensor: TensorAt
     fold: Fold
-    first: int
+    first: tuple[int, ...]
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -48,20 +53,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A tensor whose bytes come from the adapter's file."""
+    """Bytes of a tensor that come from the adapter's file.
+
+    Attributes:
+        tensor: the tensor.
+        value: its value in the adapter's file.
+        start, stop: the bytes.
+    """
 
     tensor: TensorAt
     value: torch.Tensor
     start: int
     stop: int
 
-    def content(self) -> torch.Tensor:
-        """Return the tensor's bytes, in the checkpoint's dtype: rounded once, if it is narrower."""
+    def write(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Write them into a buffer, in the checkpoint's dtype: rounded once, if it is narrower."""
         dtype = REPLACED[self.tensor.code]
-        value = self.value.detach().cpu().contiguous()
+        first, last = ((at - self.tensor.start) // dtype.itemsize for at in (self.start, self.stop))
+        value = self.value.detach().flatten()[first:last]
         if value.dtype == torch.float64 and dtype.is_floating_point:
             value = correctly_rounded(value, dtype)
-        return value.to(dtype).contiguous().flatten().view(torch.uint8)
+        buffer.view(dtype).copy_(value)
+        return buffer
 
 
 Piece = Copied | Rows | Replaced
@@ -90,23 +103,35 @@ def pieces_of(
         elif fold := changes.folded.get(tensor.name):
             yield from _rows(tensor, fold)
         else:
-            value = changes.replaced[tensor.name]
-            yield Replaced(tensor, value, tensor.start, tensor.stop)
+            yield from _replaced(tensor, changes.replaced[tensor.name])
         at = tensor.stop
     if at < file.size:
         yield Copied(at, file.size)
 
 
 def _rows(tensor: TensorAt, fold: Fold) -> Iterator[Rows]:
-    rows = tensor.shape[0]
-    size = (tensor.stop - tensor.start) // rows
-    step = max(1, ROWS // size) if folds_by_rows(fold.entries) else rows
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        start = tensor.start + first * size
-        shape = (count, *tensor.shape[1:])
-        measured = first // step % _MEASURED == 0
-        yield Rows(tensor, fold, first, shape, start, start + count * size, measured)
+    itemsize = (tensor.stop - tensor.start) // math.prod(tensor.shape)
+    # PEFT has the index in a stack fastest in B: each matrix would read all of B.
+    fold = replace(fold, values={n: value.contiguous() for n, value in fold.values.items()})
+    start = tensor.start
+    boxes = Box.whole(tensor.shape).split(_outer_dims(fold.entries), max(1, ROWS // itemsize))
+    for number, box in enumerate(boxes):
+        stop = start + math.prod(box.shape) * itemsize
+        yield Rows(tensor, fold, box.first, box.shape, start, stop, number % _MEASURED == 0)
+        start = stop
+
+
+def _outer_dims(entries: Sequence[Entry]) -> list[int]:
+    """Return the outermost dimensions, in which blocks that can be folded are consecutive bytes."""
+    cut, shape = cut_dims(entries), entries[0].shape
+    return list(itertools.takewhile(lambda d: d in cut or shape[d] == 1, range(len(shape))))
+
+
+def _replaced(tensor: TensorAt, value: torch.Tensor) -> Iterator[Replaced]:
+    entries = max(1, ROWS // max(value.itemsize, REPLACED[tensor.code].itemsize))
+    step = entries * REPLACED[tensor.code].itemsize
+    for start in range(tensor.start, tensor.stop, step):
+        yield Replaced(tensor, value, start, min(start + step, tensor.stop))
 
 
 def restart(file: WeightsFile, changes: Changes, written: int, recorded: set[str]) -> int:

@@ -14,16 +14,28 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ExportError
-from ...module.adapted_weight import Observer, Scratch, folded_weight
+from ...module.folded_weight import Observer, Scratch, folded_weight
 from .budget import Budget
 from .pieces import ROWS, Copied, Piece, Replaced, Rows
 from .trained_over import hashed_span, hashes
 
 _THREADS = 8  # each has some 15 MiB
 _STEP = 2**26  # bytes that are copied at a time, between two signs of progress
+_NO_MEMORY = "allocate", "start new thread"
 _of_thread = threading.local()
 Progress = Callable[[int], object]
 Done = Callable[[Rows | Replaced, Budget], object]
+
+
+@contextmanager
+def enough_memory(what: str) -> Generator[None]:
+    """Raise an ExportError in place of the errors for memory and threads that cannot be had."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _NO_MEMORY):
+            raise
+        raise ExportError(f"not enough memory to {what}.") from error
 
 
 def write_pieces(
@@ -51,15 +63,15 @@ def write_pieces(
                 writer.submit(_copy, source, target, piece, progress)
                 continue
             budget = Budget()
+            buffer = memory.take(piece.stop - piece.start)
             if isinstance(piece, Rows):
-                buffer = memory.take(piece.stop - piece.start)
                 content = pool.submit(read_and_fold, source, piece, buffer, budget)
-                writer.submit(
-                    _write, target, content, progress, after=lambda b=buffer: memory.give_back(b)
-                )
-                writer.submit(total.add, budget)
             else:
-                writer.submit(_write, target, pool.submit(piece.content), progress)
+                content = pool.submit(piece.write, buffer)
+            writer.submit(
+                _write, target, content, progress, after=lambda b=buffer: memory.give_back(b)
+            )
+            writer.submit(total.add, budget)
             if piece.stop == piece.tensor.stop:
                 writer.submit(done, piece, total)
                 total = Budget()
@@ -98,24 +110,30 @@ def read_and_fold(
         ExportError: there is not enough memory.
     """
     rows = _rows(source, piece, buffer)
-    try:
-        with torch.no_grad():
-            if budget and piece.fold.base and piece.fold.base.comparable(piece.tensor.dtype):
-                budget.hashes.append(hashes(piece, _span(source, piece, buffer)))
-            _fold(piece, rows, budget.observe if budget and piece.measured else None)
-            if budget is not None and not bool(rows.sum().isfinite()):
-                before = _rows(source, piece, torch.empty_like(buffer))
-                budget.overflows |= bool((~rows.isfinite() & before.isfinite()).any())
-    except (MemoryError, RuntimeError) as error:  # torch raises the latter when memory is short
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        raise ExportError(f"not enough memory to fold '{piece.tensor.name}'.") from error
+    with enough_memory(f"fold '{piece.tensor.name}'"), torch.no_grad():
+        if budget and piece.fold.base and piece.fold.base.comparable(piece.tensor.dtype):
+            budget.hashes.append(hashes(piece, _span(source, piece, buffer)))
+        _fold(piece, rows, budget.observe if budget and piece.measured else None)
+        if budget is not None and not bool(rows.sum().isfinite()):
+            budget.overflows |= _overflows(source, piece, buffer)
     return buffer
 
 
 def _rows(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:
     assert piece.tensor.dtype is not None
     return read_into(source, piece.start, buffer).view(piece.tensor.dtype).view(piece.shape)
+
+
+def _overflows(source: int, piece: Rows, buffer: torch.Tensor) -> bool:
+    """Whether an entry is not finite where the weight's is."""
+    assert piece.tensor.dtype is not None
+    for start in range(0, len(buffer), ROWS):
+        folded = buffer[start : start + ROWS]
+        before = read_into(source, piece.start + start, torch.empty_like(folded))
+        folded, before = (held.view(piece.tensor.dtype) for held in (folded, before))
+        if bool((~folded.isfinite() & before.isfinite()).any()):
+            return True
+    return False
 
 
 def _span(source: int, piece: Rows, buffer: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...errors import AdapterError, warn
 from ...tables import some
 from ..folder import Folder
 from .base import Checkpoint
 from .model import Skeleton
-from .prefix import Prefix
 
 if TYPE_CHECKING:
-    from .changes import Fold
+    from .changes import Changes
 
 ADVICE = (
     'Adapt all names of the tie alike (LoraConfig(tied="share")), or export the folded model '
@@ -23,29 +20,24 @@ ADVICE = (
 )
 
 
-def check_ties(
-    base: Checkpoint,
-    content: Folder,
-    folded: Mapping[str, Fold],
-    replaced: Mapping[str, torch.Tensor],
-    prefix: Prefix,
-    model: Skeleton | None,
-) -> None:
+def check_ties(base: Checkpoint, content: Folder, changes: Changes, model: Skeleton | None) -> None:
     """Raise if a name that the adapter leaves alone would change with one that it changes.
 
     The model tells the ties, the files' headers, the plan of the adapter, or the configuration of
-    a transformers model. Without any, an embedding that may be tied to a head is refused if the
-    configuration has its size, and else a warning says what is not known.
+    a transformers model. Without any, a tensor that may be an embedding tied to a head is refused,
+    unless another one of its shape may be that head: then a warning says what is not known.
 
     Raises:
         AdapterError: the adapter splits a tie.
     """
+    prefix = changes.prefix
     changed = {
-        n: {prefix(other) for e in f.entries for other in e.names} for n, f in folded.items()
+        n: {prefix(other) for e in f.entries for other in e.names}
+        for n, f in changes.folded.items()
     }
-    changed |= {name: {name} for name in replaced}
+    changed |= {name: {name} | changes.together.get(name, set()) for name in changes.replaced}
     for name, together in changed.items():
-        apart = _tied(base, name, prefix, model, folded) - together - set(changed)
+        apart = _tied(base, name, changes, model) - together - set(changed)
         if missing := apart - set(base.tensors):
             raise AdapterError(
                 f"{content.path} changes '{name}' and not {some(sorted(missing))}, which is tied "
@@ -58,23 +50,17 @@ def check_ties(
             )
     if model is None:
         for name, together in changed.items():
-            fold = folded.get(name)
-            if len(together) == 1 and _is_embedding(base, name, fold):
-                planned = fold is not None and content.header is not None
-                _check_embedding(base, content, name, planned)
+            if len(together) == 1 and _may_be_embedding(base, name, changes):
+                _check_embedding(base, content, name, planned=changes.untied is not None)
 
 
-def _tied(
-    base: Checkpoint,
-    name: str,
-    prefix: Prefix,
-    model: Skeleton | None,
-    folded: Mapping[str, Fold],
-) -> set[str]:
+def _tied(base: Checkpoint, name: str, changes: Changes, model: Skeleton | None) -> set[str]:
     """Return the names that are known to be tied to one."""
+    prefix = changes.prefix
     found = {other for other, kept in base.ties.items() if kept == name}
-    if name in folded:
-        found |= {prefix(other) for e in folded[name].entries for other in e.tied}
+    found |= set((changes.untied or {}).get(name, ()))
+    if name in changes.folded:
+        found |= {prefix(other) for e in changes.folded[name].entries for other in e.tied}
     if model is not None:
         mine = [n for n in model.module.state_dict() if prefix(n) == name]
         found |= {prefix(other) for n in mine for other in model.tied(n)}
@@ -84,11 +70,20 @@ def _tied(
 # ---- embeddings without a model -----------------------------------------------------------------
 
 
-def _is_embedding(base: Checkpoint, name: str, fold: Fold | None) -> bool:
-    """Whether a changed tensor is an embedding or a head: PEFT's pair, or its size, tells."""
-    shape = base.tensors[name].shape
-    by_pair = fold is not None and any(entry.op == "embedding" for entry in fold.entries)
-    return len(shape) == 2 and (by_pair or shape[0] in _sizes(base))
+def _may_be_embedding(base: Checkpoint, name: str, changes: Changes) -> bool:
+    """Whether a changed tensor may be an embedding or a head that shares its tensor with the other.
+
+    PEFT's pair tells, or its size, if the configuration has that of the vocabulary. If nothing
+    does, each matrix that is replaced may be one, unless it has a bias, as embeddings do not.
+    """
+    shape, fold = base.tensors[name].shape, changes.folded.get(name)
+    if len(shape) != 2:
+        return False
+    if fold is not None and any(entry.op == "embedding" for entry in fold.entries):
+        return True
+    if sizes := _sizes(base):
+        return shape[0] in sizes
+    return fold is None and f"{name.rpartition('.')[0]}.bias" not in base.tensors
 
 
 def _check_embedding(base: Checkpoint, content: Folder, name: str, planned: bool) -> None:
@@ -104,8 +99,10 @@ def _check_embedding(base: Checkpoint, content: Folder, name: str, planned: bool
     shape = base.tensors[name].shape
     others = [n for n, t in base.tensors.items() if t.shape == shape and n != name]
     where = f"{content.path} changes '{name}', an embedding or a head of {base.path}"
-    advice = f"Pass the model (--model module:callable, model=…), which tells. {ADVICE}"
-    if True in said or (shape[0] in _sizes(base) and not others):
+    beside = "" if base.config else ", or put its config.json beside the weights"
+    advice = f"Pass the model (--model module:callable, model=…), which tells{beside}. {ADVICE}"
+    sizes = _sizes(base)
+    if True in said or (not others and (shape[0] in sizes or not sizes)):
         raise AdapterError(
             f"{where}: the other one may be tied to it (tie_word_embeddings), and would change, "
             f"too. {advice}"

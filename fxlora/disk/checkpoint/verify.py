@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,19 +12,19 @@ import torch
 from ...data import as_path
 from ...errors import ConfigError, VerificationError
 from ...lora.dtypes import correctly_rounded
-from ...module.adapted_weight import folded_weight
 from ...module.ambient import no_ambient_modes
+from ...module.folded_weight import Box, folded_weight
 from ...tables import count
 from .base import Checkpoint
 from .budget import Budget
 from .inputs import Inputs, Model
-from .pieces import Copied, Replaced, Rows, pieces_of
+from .pieces import ROWS, Copied, Replaced, Rows, pieces_of
 from .report import CheckpointReport
-from .stream import read_and_fold, read_into, sequential
+from .stream import enough_memory, read_and_fold, read_into, sequential
 from .trained_over import fingerprint_of
 from .weights_file import REPLACED, WeightsFile
 
-_STEP = 2**24  # bytes that are compared at a time
+_STEP = 2**21  # bytes that are compared at a time
 # Sums in float64 may differ in their last bits, by the order of their terms, which depends on the
 # number of threads. Close to halfway between two numbers of the checkpoint, both are right.
 _LAST_BITS = 2.0**-44
@@ -39,6 +40,7 @@ def verify_checkpoint(
     model: Model | None = None,
     allow_nonfinite: bool = False,
     strict_base: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> CheckpointReport:
     """Check that a checkpoint is another one with an adapter folded in, bit for bit.
 
@@ -46,7 +48,7 @@ def verify_checkpoint(
     `fold_checkpoint`, no model is built, and no tensor need fit into memory.
 
     Args:
-        base, adapter, model, allow_nonfinite, strict_base: as for `fold_checkpoint`.
+        base, adapter, model, allow_nonfinite, strict_base, key_mapping: as for `fold_checkpoint`.
         out: the checkpoint to check.
 
     Returns:
@@ -68,11 +70,14 @@ def verify_checkpoint(
         >>> fxlora.fold_checkpoint(*files) and len(fxlora.verify_checkpoint(*files).folded)
         1
     """
-    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base)
-    inputs.check_values()
+    inputs = Inputs.read(base, adapter, model, allow_nonfinite, strict_base, key_mapping)
+    with enough_memory(f"check {adapter}"):
+        inputs.check_values()
     target = as_path(out, ConfigError)
     marks: dict[str, str | None] = {}
-    if differ := differences(inputs, target, marks):
+    with enough_memory(f"compare {target}"):
+        differ = differences(inputs, target, marks)
+    if differ:
         listed = "; ".join(f"'{name}': {what}" for name, what in list(differ.items())[:8])
         more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise VerificationError(
@@ -167,38 +172,46 @@ def _differing_bytes(source: int, other: int, piece: Copied, shift: int) -> int:
 def _differing_entries(
     source: int, other: int, piece: Rows | Replaced, shift: int, budget: Budget
 ) -> int:
-    size = piece.stop - piece.start
-    theirs = read_into(other, piece.start + shift, torch.empty(size, dtype=torch.uint8))
+    buffer = torch.empty(piece.stop - piece.start, dtype=torch.uint8)
     if isinstance(piece, Rows):
-        ours = read_and_fold(source, piece, torch.empty(size, dtype=torch.uint8), budget)
+        ours = read_and_fold(source, piece, buffer, budget)
     else:
-        ours = piece.content()
-    if torch.equal(ours, theirs):
-        return 0
+        ours = piece.write(buffer)
     dtype = REPLACED[piece.tensor.code]
-    held = theirs.view(dtype)
-    differ = (ours.view(-1, dtype.itemsize) != theirs.view(-1, dtype.itemsize)).any(-1)
-    number = int(differ.sum())
-    if isinstance(piece, Replaced) or number > _FEW:
+    number = 0
+    for start in range(0, len(ours), ROWS):
+        mine = ours[start : start + ROWS]
+        theirs = read_into(other, piece.start + shift + start, torch.empty_like(mine))
+        if not torch.equal(mine, theirs):
+            number += int(_differ(mine, theirs, dtype).sum())
+    if not number or isinstance(piece, Replaced) or number > _FEW:
         return number
-    return number - _halfway(source, piece, held, differ)
+    return number - _halfway(source, other, piece, shift, buffer)
 
 
-def _halfway(source: int, piece: Rows, held: torch.Tensor, differ: torch.Tensor) -> int:
+def _differ(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return which entries of a dtype have other bytes, as (entries,)."""
+    return (ours.view(-1, dtype.itemsize) != theirs.view(-1, dtype.itemsize)).any(-1)
+
+
+def _halfway(source: int, other: int, piece: Rows, shift: int, buffer: torch.Tensor) -> int:
     """Count the entries that differ only because the sum in float64 has last bits of its own."""
-    exact = _exact(source, piece)[differ]
-    slack = exact.abs() * _LAST_BITS
-    dtype = held.dtype
-    low, high = (correctly_rounded(exact + sign * slack, dtype) for sign in (-1, 1))
-    return int(((held[differ] == low) | (held[differ] == high)).sum())
+    dtype = piece.tensor.dtype
+    assert dtype is not None
+    theirs = read_into(other, piece.start + shift, torch.empty_like(buffer))
+    held = theirs.view(dtype).view(piece.shape)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    number = 0
 
+    def compare(_: torch.Tensor, exact: torch.Tensor, box: Box) -> None:
+        nonlocal number
+        found, slack = box.of(held), exact.abs() * _LAST_BITS
+        low, high = (correctly_rounded(exact + sign * slack, dtype) for sign in (-1, 1))
+        differs = found.view(bits) != correctly_rounded(exact, dtype).view(bits)
+        number += int((differs & ((found == low) | (found == high))).sum())
 
-def _exact(source: int, piece: Rows) -> torch.Tensor:
-    """Return the sums in float64 of the rows of a piece, flattened."""
-    size = piece.stop - piece.start
-    rows = read_into(source, piece.start, torch.empty(size, dtype=torch.uint8))
-    assert piece.tensor.dtype is not None
-    wide = rows.view(piece.tensor.dtype).view(piece.shape).double()
+    rows = read_into(source, piece.start, buffer).view(dtype).view(piece.shape)
     fold = piece.fold
     with torch.no_grad():
-        return folded_weight(fold.entries, wide, fold.values, first=piece.first).flatten()
+        folded_weight(fold.entries, rows, fold.values, rows, piece.first, compare)
+    return number
