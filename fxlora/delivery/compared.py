@@ -13,19 +13,26 @@ from torch.utils import _pytree as pytree
 from ..errors import ExportError
 from ..module.program import ProgramModule
 from ..module.sizes import Arguments, larger, resized
+from ..proof.differences import largest, relative_errors
 from .adapters import Tensors
 from .program import Exported
+from .wider import Wider
 
-# The largest difference of a number from the module's, relative to its size (see `_distance`), that
-# another runtime's kernels may make by rounding.
+# The largest difference of a number from the module's, relative to its size, that another runtime's
+# kernels may make by rounding; in half precision, four times ε.
 TOLERANCES = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 5e-2,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
 }
+# How many times as large as the module's own error a file's may be, as the root of the mean square
+# of n numbers: two orders of rounding differ by less, but for chance, which few numbers have.
+_LARGER, _CHANCE = 2.0, 8.0  # _LARGER + _CHANCE / √n
+_OF_LARGEST = 2.0  # and this many times that for the largest error
 
 Run = Callable[..., Any]  # a loaded file, called as the program is
+Outputs = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -34,19 +41,22 @@ class Trial:
 
     Attributes:
         args, kwargs: the arguments of the program.
-        expected: the tensors of its output.
+        expected: the tensors of the module's output.
+        exact: returns the same in a wider dtype, or None if there is none.
         what: what the call is, for messages.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    expected: tuple[torch.Tensor, ...]
+    expected: Outputs
+    exact: Callable[[], Outputs | None]
     what: str
 
 
 def trials(
     made: Exported,
     reference: ProgramModule,
+    wider: Wider,
     values: Tensors,
     what: str,
     *,
@@ -59,6 +69,7 @@ def trials(
     Args:
         made: the program, and the call that it is of.
         reference: a module to compute what is expected.
+        wider: the same in a wider dtype.
         values: the values of the adapter's tensors, if these are inputs.
         what: what is compared, for messages.
         left_out: whether the call leaves these inputs out, of a flat program.
@@ -71,14 +82,19 @@ def trials(
         if not reference.holds_for(*called):
             continue
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(called))
+        kept = _copied(called)
         try:
             expected = tensors_of(call.returned(run_seeded(reference.forward, *called)))
         except (RuntimeError, IndexError, ValueError):
             if number < 2:  # the example itself
                 raise
             continue  # its values (offsets, lengths) need not be right for another size
+
+        def exact(kept: Arguments = kept) -> Outputs | None:
+            return wider.outputs(kept, call.returned)
+
         args = args[: len(args) - len(values)] if left_out else args
-        yield Trial(args, kwargs, expected, f"{what}, inputs of {shapes}")
+        yield Trial(args, kwargs, expected, exact, f"{what}, inputs of {shapes}")
 
 
 def run_seeded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,71 +117,88 @@ def tensors_of(output: Any) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-def tolerance_for(tensors: Sequence[torch.Tensor]) -> float:
-    """Return the tolerance of the least precise floating dtype."""
-    return max((TOLERANCES.get(t.dtype, 0.0) for t in tensors), default=0.0) or 1e-4
+def check(
+    run: Run, found: Sequence[Trial], dtypes: Sequence[torch.dtype], tolerance: float | None = None
+) -> None:
+    """Raise ExportError unless a file returns what is expected.
+
+    Without a tolerance, the least precise dtype of the module and of its outputs has one. Where
+    that is too little, because rounding adds up in a deep module, the error of the file is compared
+    with the module's own: both from the same module in a wider dtype.
+
+    Args:
+        run: the loaded file.
+        found: the calls.
+        dtypes: the dtypes of the module.
+        tolerance: the largest relative error of a number, whatever the module's own.
+    """
+    outputs = [_output(run, trial) for trial in found]
+    of_outputs = [tensor.dtype for trial in found for tensor in trial.expected]
+    known = [TOLERANCES[dtype] for dtype in (*dtypes, *of_outputs) if dtype in TOLERANCES]
+    allowed = max(known, default=1e-4) if tolerance is None else tolerance
+    wrong: list[tuple[float, int, Trial]] = []
+    for output, trial in zip(outputs, found, strict=True):
+        errors = map(distance, output, trial.expected)
+        wrong += [(error, n, trial) for n, error in enumerate(errors) if not error <= allowed]
+    if not wrong or (tolerance is None and _only_rounds(outputs, found, {n for _, n, _ in wrong})):
+        return
+    worst, number, trial = max(wrong, key=lambda one: one[0])
+    raise ExportError(
+        f"the file computes something else than the module ({trial.what}): output {number} differs "
+        f"by {worst:.1e} of its numbers' size, of which {allowed:.2g} is allowed"
+        f"{'' if tolerance is not None else ', or a few times its own rounding error'}. Nothing "
+        "was written; tolerance=… allows more."
+    )
 
 
-def check(run: Run, found: Sequence[Trial], tolerance: float) -> float:
-    """Raise ExportError unless a file returns what is expected; return the largest error."""
-    worst = 0.0
-    for trial in found:
-        try:
-            output = run_seeded(run, *_copied((trial.args, trial.kwargs)))
-        except Exception as error:
-            raise ExportError(f"the file does not run ({trial.what}): {error}") from error
-        worst = max(worst, _error(tensors_of(output), trial, tolerance))
-    return worst
+def _only_rounds(outputs: Sequence[Outputs], found: Sequence[Trial], numbers: set[int]) -> bool:
+    """Whether the errors of some outputs are about as large as the module's own, from the exact."""
+    exact = [trial.exact() for trial in found]
+    for number in numbers:
+        theirs, ours = list[torch.Tensor](), list[torch.Tensor]()
+        for output, trial, known in zip(outputs, found, exact, strict=True):
+            if known is None or not _is_real(trial.expected[number]):
+                return False
+            theirs.append(relative_errors(output[number], known[number]))
+            ours.append(relative_errors(trial.expected[number], known[number]))
+        file, module = torch.cat(theirs), torch.cat(ours)
+        factor = _LARGER + _CHANCE / math.sqrt(max(1, module.numel()))
+        if not _mean(file) <= factor * _mean(module) < math.inf:
+            return False
+        if not largest(file) <= _OF_LARGEST * factor * largest(module):
+            return False
+    return True
 
 
-def _error(output: Sequence[torch.Tensor], trial: Trial, tolerance: float) -> float:
+def _mean(errors: torch.Tensor) -> float:
+    return float(errors.square().mean().sqrt()) if errors.numel() else 0.0
+
+
+def _output(run: Run, trial: Trial) -> Outputs:
+    """Return the tensors that a file returns, in the shapes expected."""
+    try:
+        output = tensors_of(run_seeded(run, *_copied((trial.args, trial.kwargs))))
+    except Exception as error:
+        raise ExportError(f"the file does not run ({trial.what}): {error}") from error
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (output, trial.expected)]
     if shapes[0] != shapes[1]:
         raise ExportError(
             f"the file returns tensors of shapes {shapes[0]}, and the module {shapes[1]} "
             f"({trial.what}). Nothing was written."
         )
-    errors = [_distance(a, b) for a, b in zip(output, trial.expected, strict=True)]
-    worst = max(errors, default=0.0)
-    if not worst <= tolerance:
-        raise ExportError(
-            f"the file computes something else than the module ({trial.what}): output "
-            f"{errors.index(worst)} differs by {worst:.1e} of its numbers' size, of which "
-            f"{tolerance:g} is allowed. Nothing was written; tolerance=… allows more."
-        )
-    return worst
+    return output
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference of two numbers, relative to their size.
-
-    The size is that of the number expected, or the output's usual one if that is larger: one
-    number, such as a mask's minimum, says nothing about the error of the others.
-    """
-    if not (expected.is_floating_point() or expected.is_complex()):
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference of two numbers, relative to their size."""
+    if not _is_real(expected):
         exact = found.to(expected)
         same = torch.equal(exact, expected) and torch.equal(exact.to(found), found)
         return 0.0 if same else math.inf
-    kind = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = found.detach().to("cpu", kind), expected.detach().to("cpu", kind)
-    odd = ~torch.isfinite(b)
-    same = torch.where(odd, (a == b) | (torch.isnan(a) & torch.isnan(b)), torch.isfinite(a))
-    if not bool(same.all()):
+    if found.is_complex() is not expected.is_complex():
         return math.inf
-    if bool(odd.all()):
-        return 0.0
-    a, b = a[~odd], b[~odd]
-    scale = max(_usual_size(b.abs()), torch.finfo(expected.dtype).tiny)
-    return float(((a - b).abs() / b.abs().clamp_min(scale)).max())
+    return largest(relative_errors(found, expected))
 
 
-def _usual_size(sizes: torch.Tensor) -> float:
-    """Return the median of the numbers that are not 0, without those that stand for infinity.
-
-    There may be more of these than of others, as in scores under a causal mask.
-    """
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return 0.0
-    small = float(sizes.kthvalue(len(sizes) // 20 + 1).values)
-    return float(sizes[sizes <= 1e4 * small].median())
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -155,6 +155,7 @@ FORMAT = Format(
     write,
     load,
     packages=("onnx", "onnxscript", "onnxruntime"),
+    fixed_groups=True,
     defaults=True,
     adapter=ADAPTER,
     write_adapter=write_adapter,

@@ -20,6 +20,7 @@ from ..module.simplified import Simplification, Step
 from ..module.sizes import Arguments, larger, resized
 from ..names import shown
 from ..passes.simplify import PASSES, ForInference
+from .differences import largest, relative_errors
 from .runs import Ran, equal_tensors, run_with_state
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -156,10 +157,9 @@ def _compared(expected: Ran, tried: CapturedModule, inputs: Arguments) -> _Compa
 
 
 def _error(expected: Any, found: Any) -> float:
-    """Return the largest |found - expected| / max(|expected|, usual size); inf if not comparable.
+    """Return the largest error of a number, relative to its size; inf if not comparable.
 
-    What is no number of floating point is equal or not. The usual size is the median of the sizes
-    that occur, each counted once: zeros, and fill values such as a mask's, do not set it.
+    What is no number of floating point is equal or not.
     """
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         return 0.0 if type(expected) is type(found) and _same(expected, found) else math.inf
@@ -167,18 +167,9 @@ def _error(expected: Any, found: Any) -> float:
         return math.inf
     if equal_tensors(expected, found) or not expected.numel():
         return 0.0
-    if expected.is_complex():
-        expected, found = (torch.view_as_real(t.resolve_conj()) for t in (expected, found))
-    if not expected.is_floating_point() or is_quantised(expected):
+    if not (expected.is_floating_point() or expected.is_complex()) or is_quantised(expected):
         return math.inf
-    exact, other = expected.double(), found.double()
-    same = (exact == other) | (exact.isnan() & other.isnan())
-    apart = torch.where(same, 0.0, (exact - other).abs()).nan_to_num(math.inf)
-    size = exact.abs()
-    sizes = size[size.isfinite() & (size > 0)].unique()
-    usual = sizes.median() if sizes.numel() else torch.zeros_like(exact).sum()
-    relative = torch.where(same, 0.0, apart / torch.maximum(size.nan_to_num(0.0), usual))
-    return float(relative.nan_to_num(math.inf).max())
+    return largest(relative_errors(found, expected))
 
 
 def _same(expected: Any, found: Any) -> bool:

@@ -19,7 +19,7 @@ from ...lora.row import Op
 from ...module import CapturedModule
 from ...module.state import State
 from ..base import Pass
-from .affine_ops import affine_of, channelwise
+from .affine_ops import channelwise, is_bounded, scale_of
 from .values import Constants, is_pure
 
 aten = torch.ops.aten
@@ -115,20 +115,40 @@ def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
     weight = held.of(layer.weight)
     scale, shift = (value.to(weight.device) for value in found)
     along = [-1 if dim == layer.dim else 1 for dim in range(weight.ndim)]
-    scaled = (weight.double() * scale.reshape(along)).to(weight.dtype)
+    scaled = _rounded(weight.double() * scale.reshape(along), weight.dtype, layer.dim)
     old = 0.0 if layer.bias is None else held.of(layer.bias).double()
     bias = (old * scale + shift).to(weight.dtype)
-    if not bool(scaled.isfinite().all() and bias.isfinite().all()):
+    if scaled is None or not bool(bias.isfinite().all()):
         return
-    node.replace_input_with(layer.weight, held.replaced(layer.weight, node, scaled))
+    if not torch.equal(scaled, weight):
+        if held.takes_memory(layer.weight, scaled):
+            return
+        node.replace_input_with(layer.weight, held.replaced(layer.weight, node, scaled))
     if position is not None and layer.bias is not None:
         node.replace_input_with(layer.bias, held.replaced(layer.bias, node, bias))
-    elif position is not None:
+    elif position is not None and bool(bias.any()):
         owner = str(layer.weight.target).rpartition(".")[0]
         name = f"{owner}.bias" if owner else "bias"
         _set_argument(node, position, held.new(name, bias, node))
     after.replace_all_uses_with(node)
     after.graph.erase_node(after)
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype, dim: int) -> torch.Tensor | None:
+    """Return a weight in a dtype; None if that changes a feature by more than rounding does.
+
+    Numbers below the smallest normal one of the dtype lose digits, all of them in the end. Features
+    that are negligible beside the largest may.
+    """
+    rounded, eps = value.to(dtype), torch.finfo(dtype).eps
+    if not bool(rounded.isfinite().all()):
+        return None
+    sizes, errors = (
+        torch.linalg.vector_norm(of.movedim(dim, 0).flatten(1), dim=1)
+        for of in (value, rounded.double() - value)
+    )
+    negligible = eps * sizes.max() if sizes.numel() else sizes.sum()
+    return rounded if bool((errors <= eps * sizes.clamp_min(negligible)).all()) else None
 
 
 def _set_argument(node: fx.Node, position: int, value: fx.Node) -> None:
@@ -143,11 +163,11 @@ def _set_argument(node: fx.Node, position: int, value: fx.Node) -> None:
 def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Constants) -> None:
     """Make two products with constants in a row one product."""
     example = example_value(source)
-    scales = [_scale(first, source, held), _scale(second, first, held)]
+    scales = [scale_of(first, source, held), scale_of(second, first, held)]
     if example is None or scales[0] is None or scales[1] is None:
         return
     both = scales[0] * scales[1]
-    if both.ndim > example.ndim or not _keeps(both, example.dtype):
+    if both.ndim > example.ndim or not _keeps(source, scales[0], scales[1], example.dtype):
         return
     graph = second.graph
     # The constants are in the dtype and on the device of now; the example may be of before a move.
@@ -156,7 +176,11 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
         return
     factor: Any = float(both) if not used else None
     if used:
-        value = both.to(used[0].device, used[0].dtype)
+        kind = max(used, key=lambda tensor: tensor.ndim > 0)  # without dimensions, none promotes
+        value = both.to(kind.device, kind.dtype)
+        errors, eps = (value.to(both) - both).abs(), torch.finfo(example.dtype).eps
+        if bool((errors > eps * both.abs()).any()):
+            return
         factor = held.new(f"_simplified.{second.name}", value, second)
     with graph.inserting_before(second):
         made = graph.create_node("call_function", aten.mul.Tensor, (source, factor))
@@ -166,15 +190,18 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
         graph.erase_node(old)
 
 
-def _scale(node: fx.Node, source: fx.Node, held: Constants) -> torch.Tensor | None:
-    """Return the factor of a call that is a product with constants, as they broadcast, or None."""
-    if node.target is aten.batch_norm.default:
-        return None
-    found = affine_of(node, source, held)
-    return None if found is None or bool(found.shift.any()) else found.scale
+def _keeps(source: fx.Node, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether x·first·second is x·(first·second) for all x in a dtype, overflow included.
 
-
-def _keeps(value: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether no entry becomes zero or infinite in a dtype."""
-    rounded = value.to(dtype)
-    return bool(rounded.isfinite().all()) and torch.equal(rounded == 0, value == 0)
+    The first product may overflow where both together do not, if it is larger and x is not bounded.
+    Where it loses digits below the smallest normal number, so does the second, by up to ε² in all.
+    """
+    both, limits = first * second, torch.finfo(dtype)
+    for scale in (first, second, both):
+        rounded = scale.to(dtype)
+        if not bool(rounded.isfinite().all()) or not torch.equal(rounded == 0, scale == 0):
+            return False
+    overflows = (first.abs() > 1) & (first.abs() > both.abs())
+    lost = second.abs() * limits.tiny * limits.eps
+    fits = is_bounded(source) or not bool(overflows.any())
+    return fits and bool((lost <= limits.eps**2).all())
