@@ -355,6 +355,10 @@ def test_keep_keeps_the_branches_and_folds_the_rest() -> None:
     torch.testing.assert_close(kept(X), lora(X))
     again = fxlora.fold(kept, quantised="keep")
     assert torch.equal(again(X), kept(X))
+    with pytest.raises(fxlora.InputError, match=r"still has the branches of 0.*without folded="):
+        fxlora.verify(lora, X, folded=kept)
+    found = [fxlora.verify(module, X).sites for module in (kept, lora)]  # the advice
+    assert [[site.site for site in sites] for sites in found] == [["0"], ["0", "2"]]
 
 
 def test_dequantise_gives_plain_weights(product: Case) -> None:
@@ -550,6 +554,17 @@ def test_merge_aware_has_the_bits_that_the_fold_ships(case: Case) -> None:
         assert torch.equal(same(X), shipped(X))
     assert torch.equal(fxlora.explicit(aware)(X), case.lora(X))
     assert aware.state_dict().keys() == case.lora.state_dict().keys()
+
+
+def test_merge_aware_beside_a_plain_layer_is_equal_up_to_rounding() -> None:
+    """That layer computes its branch, and ships W + s·BA."""
+    model = plain_model()
+    quantize_(model[0], Int8WeightOnlyConfig())  # pyright: ignore[reportIndexIssue]
+    torch.manual_seed(2)
+    aware = fxlora.merge_aware(fxlora.adapt(model, X, rules=CONFIG).eval())
+    shipped = fxlora.fold(aware, quantised="requantise")
+    assert is_quantised(shipped.get_parameter("0.weight")) and shipped.plan is None
+    torch.testing.assert_close(aware(X), shipped(X), rtol=1e-4, atol=1e-5)
 
 
 def test_merge_aware_gradients_pass_straight_through(product: Case) -> None:
