@@ -427,6 +427,40 @@ def test_the_proof_sees_other_sizes_writes_and_numbers_beside_a_mask(
     assert len(small.graph.nodes) == len(captured.graph.nodes)
 
 
+class Deep(nn.Module):
+    """Adds up the rounding of half precision; its norm becomes part of one copy of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.norm = nn.Linear(24, 24), nn.BatchNorm1d(24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(8):
+            x = x + self.norm(self.lin(x)).tanh()
+        return self.lin(x)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_proof_in_half_precision(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(Deep()).bfloat16(), torch.randn(16, 24).bfloat16()
+    captured = fxlora.capture(model, x).eval()
+
+    class Off(Pass):
+        def rewrite(self, module: CapturedModule) -> Any:
+            weight = module.get_parameter("lin.weight") * 1.1
+            module.set_parameter("lin.weight", nn.Parameter(weight, requires_grad=False))
+            return module.known
+
+    if wrong:
+        monkeypatch.setitem(PASSES, "affine", untyped(Off()))
+    small = fxlora.simplify(captured, x, passes=["affine"])
+    assert small.simplified is not None
+    (step,) = small.simplified.steps
+    assert step.error > 1e-2 and step.kept is not wrong
+    assert ("batch_norm" in kinds(small)) is wrong
+
+
 def test_the_proof_compares_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Choice(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
+from ..module import CapturedModule
 from ..module.program import ProgramModule
 from ..module.sizes import Arguments, larger, resized
-from ..proof.differences import largest, relative_errors
+from ..proof.differences import largest, only_rounds, relative_errors
+from ..proof.wider import FAILURES, Wider
 from .adapters import Tensors
+from .call import Call
 from .program import Exported
-from .wider import Wider
 
 # The largest difference of a number from the module's, relative to its size, that another runtime's
 # kernels may make by rounding; in half precision, four times ε.
@@ -26,11 +29,6 @@ TOLERANCES = {
     torch.float16: 4 * torch.finfo(torch.float16).eps,
     torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
 }
-# How many times as large as the module's own error a file's may be, as the root of the mean square
-# of n numbers: two orders of rounding differ by less, but for chance, which few numbers have.
-_LARGER, _CHANCE = 2.0, 8.0  # _LARGER + _CHANCE / √n
-_OF_LARGEST = 2.0  # and this many times that for the largest error
-
 Run = Callable[..., Any]  # a loaded file, called as the program is
 Outputs = tuple[torch.Tensor, ...]
 
@@ -53,10 +51,38 @@ class Trial:
     what: str
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A module that says what a call should return, up to rounding and in a wider dtype.
+
+    Attributes:
+        module: what runs the call.
+        wider: the captured module in a wider dtype.
+        runner: returns what runs the call, of a captured module.
+    """
+
+    module: ProgramModule
+    wider: Wider
+    runner: Callable[[CapturedModule], ProgramModule]
+
+    @functools.cached_property
+    def _exact(self) -> ProgramModule | None:
+        module = self.wider.module
+        return None if module is None else self.runner(module)
+
+    def exact(self, called: Arguments, call: Call) -> Outputs | None:
+        """Return the tensors that a call returns in a wider dtype, or None if there is none."""
+        args, kwargs = self.wider.cast(called)
+        try:
+            found = self._exact
+            return found and tensors_of(call.returned(run_seeded(found.forward, args, kwargs)))
+        except FAILURES:
+            return None
+
+
 def trials(
     made: Exported,
-    reference: ProgramModule,
-    wider: Wider,
+    reference: Reference,
     values: Tensors,
     what: str,
     *,
@@ -68,8 +94,7 @@ def trials(
 
     Args:
         made: the program, and the call that it is of.
-        reference: a module to compute what is expected.
-        wider: the same in a wider dtype.
+        reference: computes what is expected.
         values: the values of the adapter's tensors, if these are inputs.
         what: what is compared, for messages.
         left_out: whether the call leaves these inputs out, of a flat program.
@@ -79,20 +104,18 @@ def trials(
     others = (*resized(spec, *given, 1), *larger(spec, *given))
     for number, (args, kwargs) in enumerate((given, given, *others)):
         called = call.taken(*_copied((args, kwargs)))[:2]
-        if not reference.holds_for(*called):
+        if not reference.module.holds_for(*called):
             continue
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(called))
         kept = _copied(called)
         try:
-            expected = tensors_of(call.returned(run_seeded(reference.forward, *called)))
+            expected = tensors_of(call.returned(run_seeded(reference.module.forward, *called)))
         except (RuntimeError, IndexError, ValueError):
             if number < 2:  # the example itself
                 raise
             continue  # its values (offsets, lengths) need not be right for another size
 
-        def exact(kept: Arguments = kept) -> Outputs | None:
-            return wider.outputs(kept, call.returned)
-
+        exact = functools.partial(reference.exact, kept, call)
         args = args[: len(args) - len(values)] if left_out else args
         yield Trial(args, kwargs, expected, exact, f"{what}, inputs of {shapes}")
 
@@ -153,25 +176,12 @@ def check(
 
 def _only_rounds(outputs: Sequence[Outputs], found: Sequence[Trial], numbers: set[int]) -> bool:
     """Whether the errors of some outputs are about as large as the module's own, from the exact."""
-    exact = [trial.exact() for trial in found]
-    for number in numbers:
-        theirs, ours = list[torch.Tensor](), list[torch.Tensor]()
-        for output, trial, known in zip(outputs, found, exact, strict=True):
-            if known is None or not _is_real(trial.expected[number]):
-                return False
-            theirs.append(relative_errors(output[number], known[number]))
-            ours.append(relative_errors(trial.expected[number], known[number]))
-        file, module = torch.cat(theirs), torch.cat(ours)
-        factor = _LARGER + _CHANCE / math.sqrt(max(1, module.numel()))
-        if not _mean(file) <= factor * _mean(module) < math.inf:
-            return False
-        if not largest(file) <= _OF_LARGEST * factor * largest(module):
-            return False
-    return True
-
-
-def _mean(errors: torch.Tensor) -> float:
-    return float(errors.square().mean().sqrt()) if errors.numel() else 0.0
+    known = [trial.exact() for trial in found]
+    exact = [tensors for tensors in known if tensors is not None]
+    if len(exact) < len(found) or not all(_is_real(found[0].expected[n]) for n in numbers):
+        return False
+    each = outputs, [trial.expected for trial in found], exact
+    return all(only_rounds(*([one[n] for one in of] for of in each)) for n in numbers)
 
 
 def _output(run: Run, trial: Trial) -> Outputs:

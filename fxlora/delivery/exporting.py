@@ -16,9 +16,10 @@ from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.program import ProgramModule
 from ..names import shown
+from ..proof.wider import Wider
 from .adapters import Adapters, base_of, check_way, held, values_like
 from .call import Call, Form, distinct_names
-from .compared import Trial, check, trials
+from .compared import Reference, Trial, check, trials
 from .delivery import Delivery, Format
 from .files import whole_files
 from .formats import format_of, writer_of_adapters
@@ -33,7 +34,6 @@ from .refusals import (
     warn_of_state,
     warn_of_unchecked,
 )
-from .wider import Wider
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -271,17 +271,25 @@ def _trials(
     made, adapters = delivery.made, delivery.adapters
     called = made.call.args, made.call.kwargs
     inputs = made.call.form.inputs
-    wider = Wider(graph, lambda module, cast: _runner(module, cast(called), method))
-    reference = _runner(graph, called, method)
-    yield from trials(made, reference, wider, inputs, "the module's own adapter")
+    wider = Wider(graph)
+
+    def own(module: CapturedModule) -> ProgramModule:
+        return _runner(module, wider.cast(called), method)
+
+    def base(module: CapturedModule) -> ProgramModule:
+        return _base(module, adapters, wider.cast(called), method)
+
+    reference = Reference(_runner(graph, called, method), wider, own)
+    yield from trials(made, reference, inputs, "the module's own adapter")
     if not inputs:
         return
-    base = _base(graph, adapters, called, method)
-    wider = Wider(graph, lambda module, cast: _base(module, adapters, cast(called), method))
-    neutral = adapters.neutral
-    yield from trials(made, base, wider, neutral, "the base's values of the inputs")
+    reference, neutral = (
+        Reference(_base(graph, adapters, called, method), wider, base),
+        adapters.neutral,
+    )
+    yield from trials(made, reference, neutral, "the base's values of the inputs")
     if form.defaults:
-        yield from trials(made, base, wider, neutral, "no adapter", left_out=True)
+        yield from trials(made, reference, neutral, "no adapter", left_out=True)
 
 
 def _base(
