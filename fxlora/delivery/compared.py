@@ -29,6 +29,11 @@ TOLERANCES = {
     torch.float16: 4 * torch.finfo(torch.float16).eps,
     torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
 }
+ADVICE = (
+    "If its runtime here lacks an op in some dtype, export the module in another (module.float()); "
+    "or with tolerance=math.inf, which writes the file as it is, for a runtime that has the op."
+)
+
 Run = Callable[..., Any]  # a loaded file, called as the program is
 Outputs = tuple[torch.Tensor, ...]
 
@@ -189,7 +194,7 @@ def _output(run: Run, trial: Trial) -> Outputs:
     try:
         output = tensors_of(run_seeded(run, *_copied((trial.args, trial.kwargs))))
     except Exception as error:
-        raise ExportError(f"the file does not run ({trial.what}): {error}") from error
+        raise ExportError(f"the file does not run ({trial.what}): {error} {ADVICE}") from error
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (output, trial.expected)]
     if shapes[0] != shapes[1]:
         raise ExportError(

@@ -19,7 +19,7 @@ from ..names import shown
 from ..proof.wider import Wider
 from .adapters import Adapters, base_of, check_way, held, values_like
 from .call import Call, Form, distinct_names
-from .compared import Reference, Trial, check, trials
+from .compared import ADVICE, Reference, Trial, check, trials
 from .delivery import Delivery, Format
 from .files import whole_files
 from .formats import format_of, writer_of_adapters
@@ -256,11 +256,7 @@ def _compare(
     try:
         run = form.load(delivery, path)
     except Exception as error:
-        raise ExportError(
-            f"the file cannot be loaded again: {error} If its runtime here lacks an op in "
-            "some dtype, export the module in another (module.float()), or with "
-            "tolerance=math.inf, which writes the file as it is, for a runtime that has the op."
-        ) from error
+        raise ExportError(f"the file cannot be loaded again: {error} {ADVICE}") from error
     found = list(_trials(form, delivery, graph, method))
     check(run, found, [p.dtype for p in graph.parameters()], tolerance)
 
