@@ -477,7 +477,8 @@ def four_ways(kept: torch.Tensor, change: torch.Tensor) -> list[float]:
         norms = torch.stack([row.square().sum() for row in other])
         rows = [norms.median() + norm for norm in norms]
         shares = [(k * c).sum() / n for k, c, n in zip(one, other, rows, strict=True)]
-        found.append(sum(shares) / sum(norm / n for norm, n in zip(norms, rows, strict=True)))
+        wholes = [norm / n for norm, n in zip(norms, rows, strict=True)]
+        found.append(torch.stack(shares).sum() / torch.stack(wholes).sum())
     return [float(ratio) for ratio in found]
 
 

@@ -26,7 +26,7 @@ class Net(nn.Module):
         super().__init__()
         self.c1, self.b1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
         self.c2, self.b2 = nn.Conv2d(8, 12, 3, groups=2), nn.BatchNorm2d(12)
-        self.t, self.b3 = nn.ConvTranspose2d(12, 6, 2), nn.BatchNorm2d(6)
+        self.t, self.b3 = nn.ConvTranspose2d(12, 6, 2, groups=3), nn.BatchNorm2d(6)
         self.lin = nn.utils.parametrizations.weight_norm(nn.Linear(6 * 9, 7))
         self.b4, self.drop = nn.BatchNorm1d(7), nn.Dropout(0.3)
         self.places = nn.Embedding(9, 7)
@@ -374,10 +374,12 @@ class Twice(nn.Module):
 def test_readers_of_equal_values_share_a_copy() -> None:
     torch.manual_seed(0)
     model, x = with_statistics(Twice().double()), X[:2]
+    model.to(memory_format=torch.channels_last)
     small = fxlora.simplify(fxlora.capture(model, x), x)
     assert "batch_norm" not in kinds(small)
     weights = [p for n, p in small.named_parameters() if n.startswith("conv.weight")]
     assert len(weights) == 2 and not torch.equal(*weights)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     torch.testing.assert_close(small(x), model(x), rtol=1e-10, atol=1e-10)
     assert torch.equal(fxlora.capture(model, x).eval()(x), model(x))  # which stayed as it was
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...fx.calls import argument, example_value
+from ...fx.calls import argument, example_value, named_argument
 from ...lora.layout import OUTPUT
 from ...lora.ops import AFFINE_READS, OPS
 from ...lora.row import Op
@@ -66,8 +66,9 @@ class _Layer:
         row: the row of its op.
         weight: the node of its weight.
         bias: the node of its bias, or None.
-        dim: the dimension of the weight with the output features.
-        features: their number.
+        dim: the dimension of the weight with the output features, those of one group.
+        features: the number of output features.
+        groups: the number of groups, in each of which the weight has inputs of its own.
     """
 
     node: fx.Node
@@ -76,6 +77,20 @@ class _Layer:
     bias: fx.Node | None
     dim: int
     features: int
+    groups: int
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight with the output features first, (out, …)."""
+        if self.groups == 1:
+            return weight.movedim(self.dim, 0)
+        # (in, out / groups, …) -> (groups, in / groups, out / groups, …)
+        return weight.unflatten(0, (self.groups, -1)).movedim(2, 1).flatten(0, 1)
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the weight whose rows these are."""
+        if self.groups == 1:
+            return rows.movedim(0, self.dim)
+        return rows.unflatten(0, (self.groups, -1)).movedim(1, 2).flatten(0, 1)
 
     @classmethod
     def of(cls, node: fx.Node, held: Constants) -> _Layer | None:
@@ -96,12 +111,13 @@ class _Layer:
             return None
         if layout.stacked or layout.roles.count(OUTPUT) > 1 or row.obstacle(node, weight, shape):
             return None
-        features = shape[layout.part_dim]
-        if example.shape[row.output] != features:  # as of a transposed convolution in groups
+        groups = named_argument(node, "groups") if row.in_first and layout.part_dim == 1 else 1
+        features = shape[layout.part_dim] * (groups or 1)
+        if example.shape[row.output] != features:
             return None
         if bias is not None and tuple(held.of(bias).shape) != (features,):
             return None
-        return cls(node, row, weight, bias, layout.part_dim, features)
+        return cls(node, row, weight, bias, layout.part_dim, features, groups or 1)
 
 
 def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
@@ -114,12 +130,13 @@ def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
         return
     weight = held.of(layer.weight)
     scale, shift = (value.to(weight.device) for value in found)
-    along = [-1 if dim == layer.dim else 1 for dim in range(weight.ndim)]
-    scaled = _rounded(weight.double() * scale.reshape(along), weight.dtype, layer.dim)
+    rows = layer.rows(weight.double())
+    rounded = _rounded(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)), weight.dtype)
     old = 0.0 if layer.bias is None else held.of(layer.bias).double()
     bias = (old * scale + shift).to(weight.dtype)
-    if scaled is None or not bool(bias.isfinite().all()):
+    if rounded is None or not bool(bias.isfinite().all()):
         return
+    scaled = torch.empty_like(weight).copy_(layer.from_rows(rounded))  # with its strides
     if not torch.equal(scaled, weight):
         if held.takes_memory(layer.weight, scaled):
             return
@@ -134,18 +151,17 @@ def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
     after.graph.erase_node(after)
 
 
-def _rounded(value: torch.Tensor, dtype: torch.dtype, dim: int) -> torch.Tensor | None:
-    """Return a weight in a dtype; None if that changes a feature by more than rounding does.
+def _rounded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the rows of a weight in a dtype; None if that changes one by more than rounding does.
 
-    Numbers below the smallest normal one of the dtype lose digits, all of them in the end. Features
+    Numbers below the smallest normal one of the dtype lose digits, all of them in the end. Rows
     that are negligible beside the largest may.
     """
-    rounded, eps = value.to(dtype), torch.finfo(dtype).eps
+    rounded, eps = rows.to(dtype), torch.finfo(dtype).eps
     if not bool(rounded.isfinite().all()):
         return None
     sizes, errors = (
-        torch.linalg.vector_norm(of.movedim(dim, 0).flatten(1), dim=1)
-        for of in (value, rounded.double() - value)
+        torch.linalg.vector_norm(of.flatten(1), dim=1) for of in (rows, rounded.double() - rows)
     )
     negligible = eps * sizes.max() if sizes.numel() else sizes.sum()
     return rounded if bool((errors <= eps * sizes.clamp_min(negligible)).all()) else None
