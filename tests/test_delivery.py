@@ -634,6 +634,20 @@ def test_a_second_call_shows_that_a_file_forgets(
         fxlora.export(gm, tmp_path / "m.pt2", x)
 
 
+def test_a_file_must_leave_its_inputs_as_the_module_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> compared.Run:
+        return lambda x: pt2.load(*given)(x.clone())
+
+    copies = untyped(type(pt2.FORMAT))(".pt2", pt2.write, load, flat=False, stateful=True)
+    monkeypatch.setitem(untyped(FORMATS), "pt2", copies)
+    x = torch.randn(5, 4)
+    gm = fxlora.capture(Counting("x").eval(), x.clone(), dynamic_shapes={"x": {}}).eval()
+    with pytest.raises(ExportError, match=r"input 0, as the call leaves it, differs by"):
+        fxlora.export(gm, tmp_path / "m.pt2", x)
+
+
 class Limited(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -44,7 +44,8 @@ class Trial:
 
     Attributes:
         args, kwargs: the arguments of the program.
-        expected: the tensors of the module's output.
+        expected: the tensors of the module's output, and its inputs as the call leaves them.
+        inputs: how many of these are inputs.
         exact: returns the same in a wider dtype, or None if there is none.
         what: what the call is, for messages.
     """
@@ -52,8 +53,17 @@ class Trial:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     expected: Outputs
+    inputs: int
     exact: Callable[[], Outputs | None]
     what: str
+
+    @property
+    def returned(self) -> Outputs:
+        return self.expected[: len(self.expected) - self.inputs]
+
+    def place(self, number: int) -> str:
+        after = number - len(self.returned)
+        return f"output {number}" if after < 0 else f"input {after}, as the call leaves it,"
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Reference:
         args, kwargs = self.wider.cast(called)
         try:
             found = self._exact
-            return found and tensors_of(call.returned(run_seeded(found.forward, args, kwargs)))
+            return found and _run(found, (args, kwargs), call)
         except FAILURES:
             return None
 
@@ -114,7 +124,7 @@ def trials(
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(called))
         kept = _copied(called)
         try:
-            expected = tensors_of(call.returned(run_seeded(reference.module.forward, *called)))
+            expected = _run(reference.module, called, call)
         except (RuntimeError, IndexError, ValueError):
             if number < 2:  # the example itself
                 raise
@@ -122,7 +132,15 @@ def trials(
 
         exact = functools.partial(reference.exact, kept, call)
         args = args[: len(args) - len(values)] if left_out else args
-        yield Trial(args, kwargs, expected, exact, f"{what}, inputs of {shapes}")
+        inputs = len(tensors_of(called))
+        yield Trial(args, kwargs, expected, inputs, exact, f"{what}, inputs of {shapes}")
+
+
+def _run(module: ProgramModule, called: Arguments, call: Call) -> Outputs:
+    """Return the tensors that a call returns, and its inputs as it leaves them."""
+    inputs = tensors_of(called)  # before the call, which may put others in a container
+    output = call.returned(run_seeded(module.forward, *called))
+    return *tensors_of(output), *inputs
 
 
 def run_seeded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -161,7 +179,7 @@ def check(
         tolerance: the largest relative error of a number, whatever the module's own.
     """
     outputs = [_output(run, trial) for trial in found]
-    of_outputs = [tensor.dtype for trial in found for tensor in trial.expected]
+    of_outputs = [tensor.dtype for trial in found for tensor in trial.returned]
     known = [TOLERANCES[dtype] for dtype in (*dtypes, *of_outputs) if dtype in TOLERANCES]
     allowed = max(known, default=1e-4) if tolerance is None else tolerance
     wrong: list[tuple[float, int, Trial]] = []
@@ -171,11 +189,11 @@ def check(
     if not wrong or (tolerance is None and _only_rounds(outputs, found, {n for _, n, _ in wrong})):
         return
     worst, number, trial = max(wrong, key=lambda one: one[0])
+    more = "" if tolerance is not None else ", or a few times its own rounding error"
     raise ExportError(
-        f"the file computes something else than the module ({trial.what}): output {number} differs "
-        f"by {worst:.1e} of its numbers' size, of which {allowed:.2g} is allowed"
-        f"{'' if tolerance is not None else ', or a few times its own rounding error'}. Nothing "
-        "was written; tolerance=… allows more."
+        f"the file computes something else than the module ({trial.what}): "
+        f"{trial.place(number)} differs by {worst:.1e} of its numbers' size, of which "
+        f"{allowed:.2g} is allowed{more}. Nothing was written; tolerance=… allows more."
     )
 
 
@@ -190,16 +208,18 @@ def _only_rounds(outputs: Sequence[Outputs], found: Sequence[Trial], numbers: se
 
 
 def _output(run: Run, trial: Trial) -> Outputs:
-    """Return the tensors that a file returns, in the shapes expected."""
+    """Return the tensors that a file returns, and its inputs as it leaves them."""
+    called = _copied((trial.args, trial.kwargs))
+    inputs = tensors_of(called)[: trial.inputs]
     try:
-        output = tensors_of(run_seeded(run, *_copied((trial.args, trial.kwargs))))
+        output = *tensors_of(run_seeded(run, *called)), *inputs
     except Exception as error:
         raise ExportError(f"the file does not run ({trial.what}): {error} {ADVICE}") from error
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (output, trial.expected)]
     if shapes[0] != shapes[1]:
         raise ExportError(
             f"the file returns tensors of shapes {shapes[0]}, and the module {shapes[1]} "
-            f"({trial.what}). Nothing was written."
+            f"({trial.what}; inputs come last). Nothing was written."
         )
     return output
 
