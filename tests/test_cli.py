@@ -335,7 +335,7 @@ def test_export_writes_what_plain_pytorch_runs(done: Callable[..., str]) -> None
     base = house("Mixed")
     done("adapt", *source, "--target", "emb,conv,lin", "-r", 2, "--out", "adapter")
     lora = train(base, "adapter", ids, scale)
-    done("export", *source, "--adapter", "adapter", "--out", "folded.pt2")
+    done("export", *source, "--adapter", "adapter", "-o", "folded.pt2")
     done("export", *source, "--out", "base.pt2")
     folded, plain = (torch.export.load(f"{n}.pt2").module() for n in ("folded", "base"))
     assert (lora(ids, scale=scale) - base(ids, scale)).abs().max() > 0.1

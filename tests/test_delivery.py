@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -409,6 +411,47 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert path.read_bytes()[:2] == b"PK"
 
 
+class Residual(nn.Module):
+    """A module that is deep enough to add up rounding errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            x = x + torch.tanh(self.layer(x))
+        return self.head(x)
+
+
+def test_an_error_in_half_precision_is_measured_by_the_modules_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that computes in float32 is right, one that is wrong by more than rounding not."""
+    torch.manual_seed(0)
+    model, x = Residual().bfloat16().eval(), torch.randn(6, 32).bfloat16()
+    gm, path = fxlora.capture(model, x).eval(), tmp_path / "m.pt2"
+    wide, before = copy.deepcopy(model).float(), copy.deepcopy(gm.state_dict())
+
+    def runtime(wrong: float) -> None:
+        def load(*_: Any) -> compared.Run:
+            return lambda x: (wide(x.float()) * wrong).bfloat16()
+
+        made = untyped(type(pt2.FORMAT))(".pt2", pt2.write, load, flat=False)
+        monkeypatch.setitem(untyped(FORMATS), "pt2", made)
+
+    error = compared.distance(wide(x.float()).bfloat16(), gm(x))
+    assert error > compared.TOLERANCES[torch.bfloat16]  # more than of one rounding
+    runtime(1)
+    assert fxlora.export(gm, path, x) == path
+    assert all(torch.equal(gm.state_dict()[name], value) for name, value in before.items())
+    with pytest.raises(ExportError, match="something else"):
+        fxlora.export(gm, path, x, tolerance=1e-4)
+    runtime(1.05)
+    with pytest.raises(ExportError, match=r"something else .* times its own rounding error"):
+        fxlora.export(gm, path, x)
+
+
 def test_files_that_belong_together_are_replaced_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,7 +524,10 @@ def test_what_a_graph_format_cannot_hold_is_a_typed_error(
     """A routed convolution has as many groups as the batch has samples; ONNX's number is fixed."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     routed = fxlora.route(loras)
-    with pytest.raises(ExportError, match=r"translating node %conv2d_1 .*attribute type"):
+    with pytest.raises(
+        ExportError,
+        match=r"the convolution .conv. has as many groups as the batch.*pt2.*take_adapter",
+    ):
         fxlora.export(routed, tmp_path / "m.onnx", X, {"adapter_ids": IDS})
     assert not list(tmp_path.iterdir())
 
@@ -496,7 +542,7 @@ def test_a_host_is_exported_as_its_module(tmp_path: Path) -> None:
 
 
 def test_the_distance_of_two_tensors() -> None:
-    distance = untyped(compared)._distance
+    distance = compared.distance
     a = torch.tensor([1.0, -4.0, float("nan"), float("inf")])
     assert distance(a, a.clone()) == 0
     assert distance(a + 0.5, a) == pytest.approx(0.5)  # of the 1
@@ -526,10 +572,11 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 @pytest.mark.parametrize("masked", [1, 90])
-def test_a_masked_score_hides_no_error(masked: int) -> None:
-    distance = untyped(compared)._distance
+@pytest.mark.parametrize("added", [True, False])
+def test_a_masked_score_hides_no_error(masked: int, added: bool) -> None:
+    distance = compared.distance
     scores = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    scores[:masked] = LOWEST
+    scores[:masked] = scores[:masked] - 1e4 if added else LOWEST
     wrong = scores.clone()
     wrong[-1] += 1
     assert distance(wrong, scores) > 0.1
@@ -542,32 +589,35 @@ def test_a_masked_score_hides_no_error(masked: int) -> None:
 
 
 class Counting(nn.Module):
-    """Writes to a buffer, or to its input."""
+    """Writes to a buffer, to its input, or to running statistics."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
         self.where, self.layer = where, nn.Linear(4, 3)
-        self.register_buffer("calls", torch.ones(1))
+        self.register_buffer("calls", torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layer(x) * self.get_buffer("calls")
-        (x[0] if self.where == "x" else self.get_buffer("calls")).add_(1)
+        calls = self.get_buffer("calls")
+        y = self.layer(x) * calls
+        if self.where == "statistics":
+            return F.batch_norm(y, calls, calls + 1, training=True)
+        (x[0] if self.where == "x" else calls).add_(1)
         return y
 
 
 @NEEDS_ONNX
-@pytest.mark.parametrize("where", ["calls", "x"])
+@pytest.mark.parametrize("where", ["calls", "x", "statistics"])
 def test_a_file_of_outputs_only_refuses_writes(where: str, tmp_path: Path) -> None:
-    x = torch.randn(5, 4)
+    x, written = torch.randn(5, 4), "x" if where == "x" else "calls"
     gm = fxlora.capture(Counting(where).eval(), x.clone()).eval()
-    with pytest.raises(ExportError, match=rf'write to {where}.*format="pt2"'):
+    with pytest.raises(ExportError, match=rf'write to {written}.*format="pt2"'):
         fxlora.export(gm, tmp_path / "m.onnx", x.clone())
     assert not list(tmp_path.iterdir())
     program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", x.clone())).module()
     ours, theirs = x.clone(), x.clone()
     for _ in range(2):
         assert torch.equal(program(theirs), gm(ours)) and torch.equal(theirs, ours)
-    assert (ours[0] != x[0]).all() if where == "x" else gm.get_buffer("calls") > 1
+    assert (ours[0] != x[0]).all() if where == "x" else (gm.get_buffer("calls") != 1).all()
 
 
 def test_a_second_call_shows_that_a_file_forgets(
@@ -581,6 +631,20 @@ def test_a_second_call_shows_that_a_file_forgets(
     x = torch.randn(5, 4)
     gm = fxlora.capture(Counting("calls").eval(), x, dynamic_shapes={"x": {}}).eval()
     with pytest.raises(ExportError, match="something else than the module"):
+        fxlora.export(gm, tmp_path / "m.pt2", x)
+
+
+def test_a_file_must_leave_its_inputs_as_the_module_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> compared.Run:
+        return lambda x: pt2.load(*given)(x.clone())
+
+    copies = untyped(type(pt2.FORMAT))(".pt2", pt2.write, load, flat=False, stateful=True)
+    monkeypatch.setitem(untyped(FORMATS), "pt2", copies)
+    x = torch.randn(5, 4)
+    gm = fxlora.capture(Counting("x").eval(), x.clone(), dynamic_shapes={"x": {}}).eval()
+    with pytest.raises(ExportError, match=r"input 0, as the call leaves it, differs by"):
         fxlora.export(gm, tmp_path / "m.pt2", x)
 
 
@@ -649,6 +713,48 @@ def test_hooks_around_the_graph_are_refused(tmp_path: Path) -> None:
     gm = fxlora.capture(model, x).eval()  # as the message says
     program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", x)).module()
     assert torch.equal(program(x), 2 * y)
+
+
+def test_hooks_of_all_modules_are_refused(gm: CapturedModule, tmp_path: Path) -> None:
+    register = (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    )
+    for add in register:
+        handle = add(lambda *_: None)
+        try:
+            with pytest.raises(ExportError, match=r"forward hooks for all modules.*handle\.remove"):
+                fxlora.export(gm, tmp_path / "m.pt2", X)
+        finally:
+            handle.remove()
+    assert not list(tmp_path.iterdir())
+    fxlora.export(gm, tmp_path / "m.pt2", X)  # as the message says
+
+
+class Passes(nn.Module):
+    """Returns its inputs, one twice, beside an output and a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, given: dict[str, torch.Tensor]) -> Any:
+        y = self.layer(given["x"])
+        return {"x": given["x"], "ids": [given["ids"]], "y": (y, y), "top": y.topk(2)}
+
+
+@NEEDS_ONNX
+def test_inputs_may_be_outputs(tmp_path: Path) -> None:
+    given = {"ids": torch.arange(5), "x": torch.randn(5, 4)}
+    gm = fxlora.capture(Passes().eval(), (given,)).eval()
+    run = session(fxlora.export(gm, tmp_path / "m.onnx", (given,)))
+    feed = {i.name: given["x" if i.name.endswith("x") else "ids"].numpy() for i in run.get_inputs()}
+    for found, expected in zip(run.run(None, feed), pytree.tree_leaves(gm(given)), strict=True):
+        assert close(found, expected) and len(feed) == 2
+    with pytest.raises(ExportError, match=r"topk.*plain=True"):
+        fxlora.export(gm, tmp_path / "m.pt2", (given,))
+    program = torch.export.load(fxlora.export(gm, tmp_path / "m.pt2", (given,), plain=True))
+    assert torch.equal(program.module()(given)["top"][0], gm(given)["top"][0])
 
 
 def test_an_adapter_file_has_what_is_active(

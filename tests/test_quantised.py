@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,10 @@ def test_keep_keeps_the_branches_and_folds_the_rest() -> None:
     torch.testing.assert_close(kept(X), lora(X))
     again = fxlora.fold(kept, quantised="keep")
     assert torch.equal(again(X), kept(X))
+    with pytest.raises(fxlora.InputError, match=r"still has the branches of 0.*without folded="):
+        fxlora.verify(lora, X, folded=kept)
+    found = [fxlora.verify(module, X).sites for module in (kept, lora)]  # the advice
+    assert [[site.site for site in sites] for sites in found] == [["0"], ["0", "2"]]
 
 
 def test_dequantise_gives_plain_weights(product: Case) -> None:
@@ -404,21 +409,77 @@ def test_retention_far_above_one_is_refused_as_noise() -> None:
             fold.check({"a": kept})
 
 
-def test_retention_counts_from_what_the_quantiser_makes_of_the_base() -> None:
-    retention: dict[str, float] = {}
-    weight = case_of("int8").model[0].weight
-    values = dequantised(weight)
+def larger(times: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A quantiser of another scale than the one that made the base."""
 
-    def off(given: torch.Tensor) -> torch.Tensor:
+    def quantise(given: torch.Tensor) -> torch.Tensor:
         layer = nn.Linear(64, 96, bias=False)
-        layer.weight = nn.Parameter(given * 1.03, requires_grad=False)
+        layer.weight = nn.Parameter(given * times, requires_grad=False)
         quantize_(layer, Int8WeightOnlyConfig())
         return layer.weight.detach()
 
+    return quantise
+
+
+def test_retention_counts_from_what_the_quantiser_makes_of_the_base() -> None:
+    weight = case_of("int8").model[0].weight
+    values = dequantised(weight)
     # A change of the weights' own direction: 3 % more of W is no part of it.
-    fold = QuantisedFold("requantise", quantiser=off)
-    fold.stored("a", "a.weight", weight, values * 1.01, retention)
+    fold, retention = QuantisedFold("requantise", quantiser=larger(1.03)), dict[str, float]()
+    fold.stored("a", "a.weight", weight, values * 1.1, retention)
     assert 1 < retention["a"] < 1.06
+    # But not where that is more than the change itself.
+    with pytest.raises(QuantisedError, match=r"'a': the quantiser .* by 3 times as much as s·BA"):
+        fold.stored("a", "a.weight", weight, values * 1.01, retention)
+    again = fold.stored("a", "a.weight", weight, values, retention)
+    assert again is weight and retention["a"] == 1  # nothing is to be added
+
+
+def changes() -> dict[str, torch.Tensor]:
+    """Changes far below the grid, but for an entry, rows or columns that are not."""
+    fine = torch.randn(96, 64, generator=torch.Generator().manual_seed(4)) * 1e-5
+    made = {name: fine.clone() for name in ("entry", "rows", "columns")}
+    made["entry"][3, 5] = 0.1
+    made["rows"][:20] *= 1e4
+    made["columns"][:, :15] *= 1e4
+    return made
+
+
+@pytest.mark.parametrize("where", list(changes()))
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_large_entries_hide_nothing(kind: str, where: str) -> None:
+    """NF4 keeps the others where they were; int8 moves them at random, by more than the change."""
+    weight, change = case_of(kind).model[0].weight, changes()[where]
+    values, quantise = dequantised(weight), quantiser_of(weight)
+    kept = dequantised(quantise(values + change)).double() - dequantised(quantise(values)).double()
+    whole = float((kept * change).sum() / change.square().sum())
+    assert abs(whole - 1) < 0.1  # the usual measure sees nothing
+    fold = QuantisedFold("requantise")
+
+    def folded() -> None:
+        retention: dict[str, float] = {}
+        fold.stored("a", "a.weight", weight, values + change, retention)
+        fold.check(retention)
+
+    message = r"of its smaller entries, 'a' \S+ is" if kind == "nf4" else "by .* times as much"
+    with pytest.raises(QuantisedError, match=message):
+        folded()
+
+
+def four_ways(kept: torch.Tensor, change: torch.Tensor) -> list[float]:
+    """Retention as the docs have it, row by row and column by column."""
+    small = (
+        change.abs() <= change.abs().flatten().sort().values[math.ceil(0.9 * change.numel()) - 1]
+    )
+    found = [(kept * change).sum() / change.square().sum()]
+    found.append((kept * change)[small].sum() / change[small].square().sum())
+    for one, other in ((kept, change), (kept.T, change.T)):
+        norms = torch.stack([row.square().sum() for row in other])
+        rows = [norms.median() + norm for norm in norms]
+        shares = [(k * c).sum() / n for k, c, n in zip(one, other, rows, strict=True)]
+        wholes = [norm / n for norm, n in zip(norms, rows, strict=True)]
+        found.append(torch.stack(shares).sum() / torch.stack(wholes).sum())
+    return [float(ratio) for ratio in found]
 
 
 def test_requantise_stores_the_sum_as_the_base_is_stored(case: Case) -> None:
@@ -432,7 +493,7 @@ def test_requantise_stores_the_sum_as_the_base_is_stored(case: Case) -> None:
         moved = (
             after - dequantised(quantiser_of(source.weight)(dequantised(source.weight))).double()
         )
-        expected = float(((moved * change).sum() / change.square().sum()).detach())
+        expected = max(four_ways(moved.detach(), change.detach()), key=lambda one: abs(one - 1))
         assert abs(folded.retention[name] - expected) < 1e-5
     merged = fxlora.merged(case.model, folded).eval()
     assert torch.equal(merged(X), folded(X))
@@ -494,6 +555,17 @@ def test_merge_aware_has_the_bits_that_the_fold_ships(case: Case) -> None:
         assert torch.equal(same(X), shipped(X))
     assert torch.equal(fxlora.explicit(aware)(X), case.lora(X))
     assert aware.state_dict().keys() == case.lora.state_dict().keys()
+
+
+def test_merge_aware_beside_a_plain_layer_is_equal_up_to_rounding() -> None:
+    """That layer computes its branch, and ships W + s·BA."""
+    model = plain_model()
+    quantize_(model[0], Int8WeightOnlyConfig())  # pyright: ignore[reportIndexIssue]
+    torch.manual_seed(2)
+    aware = fxlora.merge_aware(fxlora.adapt(model, X, rules=CONFIG).eval())
+    shipped = fxlora.fold(aware, quantised="requantise")
+    assert is_quantised(shipped.get_parameter("0.weight")) and shipped.plan is None
+    torch.testing.assert_close(aware(X), shipped(X), rtol=1e-4, atol=1e-5)
 
 
 def test_merge_aware_gradients_pass_straight_through(product: Case) -> None:

@@ -26,7 +26,7 @@ class Net(nn.Module):
         super().__init__()
         self.c1, self.b1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
         self.c2, self.b2 = nn.Conv2d(8, 12, 3, groups=2), nn.BatchNorm2d(12)
-        self.t, self.b3 = nn.ConvTranspose2d(12, 6, 2), nn.BatchNorm2d(6)
+        self.t, self.b3 = nn.ConvTranspose2d(12, 6, 2, groups=3), nn.BatchNorm2d(6)
         self.lin = nn.utils.parametrizations.weight_norm(nn.Linear(6 * 9, 7))
         self.b4, self.drop = nn.BatchNorm1d(7), nn.Dropout(0.3)
         self.places = nn.Embedding(9, 7)
@@ -292,6 +292,98 @@ def test_a_constant_that_is_returned_is_new_at_each_call() -> None:
     assert torch.equal(small(x)[2], captured(x)[2])
 
 
+class Statistics(nn.Module):
+    """Norms with the statistics of the batch, in eval too, which write to running ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.norm, self.other = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        self._normed(y, self.norm)  # for its effect
+        with torch.no_grad():
+            y = y + self._normed(y, self.other)
+        mean, variance = self.norm.get_buffer("running_mean"), self.other.get_buffer("running_var")
+        return y * (mean * 2) + variance.sqrt()
+
+    def _normed(self, y: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
+        return nn.functional.batch_norm(y, norm.running_mean, norm.running_var, training=True)
+
+
+def test_statistics_that_a_norm_writes_are_no_constants() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4).double()
+    captured = fxlora.capture(Statistics().double(), x).eval()
+    small = fxlora.simplify(captured, x)
+    assert small.simplified is not None and all(step.kept for step in small.simplified.steps)
+    for n in range(1, 4):
+        assert torch.equal(small(x * n), captured(x * n))
+    for name in ("norm.running_mean", "other.running_var"):
+        assert torch.equal(small.get_buffer(name), captured.get_buffer(name))
+        assert not torch.allclose(small.get_buffer(name), torch.zeros(6).double(), atol=1e-3)
+
+
+class Scales(nn.Module):
+    """Products in a row, and behind a layer, in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 5, bias=False).half()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.relu()
+        return (
+            y * 0.5 * 0.25,
+            y * 2.0 * 3.0,
+            y.tanh() * 3.0 * 0.5,  # it cannot overflow
+            y * 1e3 * 1e-3,
+            y * 1e-4 * 1e4,
+            y * 300.0 * 300.0,
+            (y.neg() + 0.0) * 2.0,
+            self.lin(x) * 1e-6,
+        )
+
+
+def test_scales_become_one_only_if_no_number_tells() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4).half()
+    captured = fxlora.capture(Scales().eval(), x)
+    small = fxlora.simplify(captured, x)
+    assert small.simplified is not None and all(step.kept for step in small.simplified.steps)
+    assert kinds(captured).count("mul") - kinds(small).count("mul") == 3
+    for other in (x, 300 * x, 0 * x, 1e-3 * x, torch.full_like(x, torch.inf), x * torch.nan):
+        for one, two in zip(small(other)[:7], captured(other)[:7], strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-6, equal_nan=True)
+            assert torch.equal(one.signbit(), two.signbit())
+    assert bool((captured(x)[7] != 0).any()) and torch.equal(small(x)[7], captured(x)[7])
+
+
+class Twice(nn.Module):
+    """A convolution and its norm that run twice, and the convolution behind another norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.norm(self.conv(x)) - self.norm(self.conv(x.cos()))
+        return both + self.other(self.conv(x.tanh())) * self.norm.get_buffer("running_var").sum()
+
+
+def test_readers_of_equal_values_share_a_copy() -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(Twice().double()), X[:2]
+    model.to(memory_format=torch.channels_last)
+    small = fxlora.simplify(fxlora.capture(model, x), x)
+    assert "batch_norm" not in kinds(small)
+    weights = [p for n, p in small.named_parameters() if n.startswith("conv.weight")]
+    assert len(weights) == 2 and not torch.equal(*weights)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(fxlora.capture(model, x).eval()(x), model(x))  # which stayed as it was
+
+
 class Edit(Pass):
     """A wrong pass: it edits the only graph, or a parameter."""
 
@@ -335,6 +427,40 @@ def test_the_proof_sees_other_sizes_writes_and_numbers_beside_a_mask(
     small = fxlora.simplify(captured, x, passes=["dropout"])
     assert small.simplified is not None and not small.simplified.steps[0].kept
     assert len(small.graph.nodes) == len(captured.graph.nodes)
+
+
+class Deep(nn.Module):
+    """Adds up the rounding of half precision; its norm becomes part of one copy of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.norm = nn.Linear(24, 24), nn.BatchNorm1d(24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(8):
+            x = x + self.norm(self.lin(x)).tanh()
+        return self.lin(x)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_proof_in_half_precision(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(Deep()).bfloat16(), torch.randn(16, 24).bfloat16()
+    captured = fxlora.capture(model, x).eval()
+
+    class Off(Pass):
+        def rewrite(self, module: CapturedModule) -> Any:
+            weight = module.get_parameter("lin.weight") * 1.1
+            module.set_parameter("lin.weight", nn.Parameter(weight, requires_grad=False))
+            return module.known
+
+    if wrong:
+        monkeypatch.setitem(PASSES, "affine", untyped(Off()))
+    small = fxlora.simplify(captured, x, passes=["affine"])
+    assert small.simplified is not None
+    (step,) = small.simplified.steps
+    assert step.error > 1e-2 and step.kept is not wrong
+    assert ("batch_norm" in kinds(small)) is wrong
 
 
 def test_the_proof_compares_integers(monkeypatch: pytest.MonkeyPatch) -> None:

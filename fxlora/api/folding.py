@@ -66,7 +66,9 @@ def fold(
         quantiser: the function (tensor → quantised tensor) or the configuration of torchao's
             `quantize_` that made the quantised weights; by default it is found by their class.
         min_retention: the least retention ⟨Q(W + d) - Q(W), d⟩ / ‖d‖² of d = s·BA for each
-            weight that is quantised anew; one above 2 - min_retention is refused, too, as noise.
+            weight that is quantised anew, also without the largest entries, rows and columns of d;
+            one above 2 - min_retention is refused, too, as noise, and a quantiser that changes W
+            itself by more than that many times d.
 
     Returns:
         The folded module.

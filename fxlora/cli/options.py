@@ -62,14 +62,16 @@ def build_parser() -> _Parser:
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument(
-        "--out", type=_plan_file, metavar="FILE", help="write the plan as .toml or .json"
+        "-o", "--out", type=_plan_file, metavar="FILE", help="write the plan as .toml or .json"
     )
     plan.add_argument(
         "--html", type=_file, metavar="FILE", help="write a page with the table and the graphs"
     )
 
     adapt = command(run_adapt, "save an untrained adapter", weighed, _rule_options())
-    adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="adapter folder")
+    adapt.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="DIR", help="adapter folder"
+    )
     adapt.add_argument("--force", action="store_true", help="overwrite an existing adapter")
 
     either = _model_options(files=True)
@@ -103,7 +105,7 @@ def build_parser() -> _Parser:
     exporting = command(run_export, "write a file that a runtime without fxlora runs", fed)
     exporting.add_argument("--adapter", type=Path, metavar="DIR", help="adapter to fold in first")
     exporting.add_argument(
-        "--out", type=_file, required=True, metavar="FILE", help="its suffix says the format"
+        "-o", "--out", type=_file, required=True, metavar="FILE", help="its suffix says the format"
     )
     exporting.add_argument("--format", choices=tuple(EXPORT_FORMATS))
 

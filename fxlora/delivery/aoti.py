@@ -33,4 +33,4 @@ def load(delivery: Delivery, path: Path) -> Run:
     return found
 
 
-FORMAT = Format(".pt2", write, load, flat=False, strict=True, stateful=True)
+FORMAT = Format(".pt2", write, load, flat=False, strict=True, stateful=True, fixed_groups=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,21 +12,30 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
+from ..module import CapturedModule
 from ..module.program import ProgramModule
 from ..module.sizes import Arguments, larger, resized
+from ..proof.differences import largest, only_rounds, relative_errors
+from ..proof.wider import FAILURES, Wider
 from .adapters import Tensors
+from .call import Call
 from .program import Exported
 
-# The largest difference of a number from the module's, relative to its size (see `_distance`), that
-# another runtime's kernels may make by rounding.
+# The largest difference of a number from the module's, relative to its size, that another runtime's
+# kernels may make by rounding; in half precision, four times ε.
 TOLERANCES = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 5e-2,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
 }
+ADVICE = (
+    "If its runtime here lacks an op in some dtype, export the module in another (module.float()); "
+    "or with tolerance=math.inf, which writes the file as it is, for a runtime that has the op."
+)
 
 Run = Callable[..., Any]  # a loaded file, called as the program is
+Outputs = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -34,19 +44,60 @@ class Trial:
 
     Attributes:
         args, kwargs: the arguments of the program.
-        expected: the tensors of its output.
+        expected: the tensors of the module's output, and its inputs as the call leaves them.
+        inputs: how many of these are inputs.
+        exact: returns the same in a wider dtype, or None if there is none.
         what: what the call is, for messages.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    expected: tuple[torch.Tensor, ...]
+    expected: Outputs
+    inputs: int
+    exact: Callable[[], Outputs | None]
     what: str
+
+    @property
+    def returned(self) -> Outputs:
+        return self.expected[: len(self.expected) - self.inputs]
+
+    def place(self, number: int) -> str:
+        after = number - len(self.returned)
+        return f"output {number}" if after < 0 else f"input {after}, as the call leaves it,"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A module that says what a call should return, up to rounding and in a wider dtype.
+
+    Attributes:
+        module: what runs the call.
+        wider: the captured module in a wider dtype.
+        runner: returns what runs the call, of a captured module.
+    """
+
+    module: ProgramModule
+    wider: Wider
+    runner: Callable[[CapturedModule], ProgramModule]
+
+    @functools.cached_property
+    def _exact(self) -> ProgramModule | None:
+        module = self.wider.module
+        return None if module is None else self.runner(module)
+
+    def exact(self, called: Arguments, call: Call) -> Outputs | None:
+        """Return the tensors that a call returns in a wider dtype, or None if there is none."""
+        args, kwargs = self.wider.cast(called)
+        try:
+            found = self._exact
+            return found and _run(found, (args, kwargs), call)
+        except FAILURES:
+            return None
 
 
 def trials(
     made: Exported,
-    reference: ProgramModule,
+    reference: Reference,
     values: Tensors,
     what: str,
     *,
@@ -58,7 +109,7 @@ def trials(
 
     Args:
         made: the program, and the call that it is of.
-        reference: a module to compute what is expected.
+        reference: computes what is expected.
         values: the values of the adapter's tensors, if these are inputs.
         what: what is compared, for messages.
         left_out: whether the call leaves these inputs out, of a flat program.
@@ -68,17 +119,28 @@ def trials(
     others = (*resized(spec, *given, 1), *larger(spec, *given))
     for number, (args, kwargs) in enumerate((given, given, *others)):
         called = call.taken(*_copied((args, kwargs)))[:2]
-        if not reference.holds_for(*called):
+        if not reference.module.holds_for(*called):
             continue
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(called))
+        kept = _copied(called)
         try:
-            expected = tensors_of(call.returned(run_seeded(reference.forward, *called)))
+            expected = _run(reference.module, called, call)
         except (RuntimeError, IndexError, ValueError):
             if number < 2:  # the example itself
                 raise
             continue  # its values (offsets, lengths) need not be right for another size
+
+        exact = functools.partial(reference.exact, kept, call)
         args = args[: len(args) - len(values)] if left_out else args
-        yield Trial(args, kwargs, expected, f"{what}, inputs of {shapes}")
+        inputs = len(tensors_of(called))
+        yield Trial(args, kwargs, expected, inputs, exact, f"{what}, inputs of {shapes}")
+
+
+def _run(module: ProgramModule, called: Arguments, call: Call) -> Outputs:
+    """Return the tensors that a call returns, and its inputs as it leaves them."""
+    inputs = tensors_of(called)  # before the call, which may put others in a container
+    output = call.returned(run_seeded(module.forward, *called))
+    return *tensors_of(output), *inputs
 
 
 def run_seeded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,71 +163,77 @@ def tensors_of(output: Any) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-def tolerance_for(tensors: Sequence[torch.Tensor]) -> float:
-    """Return the tolerance of the least precise floating dtype."""
-    return max((TOLERANCES.get(t.dtype, 0.0) for t in tensors), default=0.0) or 1e-4
+def check(
+    run: Run, found: Sequence[Trial], dtypes: Sequence[torch.dtype], tolerance: float | None = None
+) -> None:
+    """Raise ExportError unless a file returns what is expected.
+
+    Without a tolerance, the least precise dtype of the module and of its outputs has one. Where
+    that is too little, because rounding adds up in a deep module, the error of the file is compared
+    with the module's own: both from the same module in a wider dtype.
+
+    Args:
+        run: the loaded file.
+        found: the calls.
+        dtypes: the dtypes of the module.
+        tolerance: the largest relative error of a number, whatever the module's own.
+    """
+    outputs = [_output(run, trial) for trial in found]
+    of_outputs = [tensor.dtype for trial in found for tensor in trial.returned]
+    known = [TOLERANCES[dtype] for dtype in (*dtypes, *of_outputs) if dtype in TOLERANCES]
+    allowed = max(known, default=1e-4) if tolerance is None else tolerance
+    wrong: list[tuple[float, int, Trial]] = []
+    for output, trial in zip(outputs, found, strict=True):
+        errors = map(distance, output, trial.expected)
+        wrong += [(error, n, trial) for n, error in enumerate(errors) if not error <= allowed]
+    if not wrong or (tolerance is None and _only_rounds(outputs, found, {n for _, n, _ in wrong})):
+        return
+    worst, number, trial = max(wrong, key=lambda one: one[0])
+    more = "" if tolerance is not None else ", or a few times its own rounding error"
+    raise ExportError(
+        f"the file computes something else than the module ({trial.what}): "
+        f"{trial.place(number)} differs by {worst:.1e} of its numbers' size, of which "
+        f"{allowed:.2g} is allowed{more}. Nothing was written; tolerance=… allows more."
+    )
 
 
-def check(run: Run, found: Sequence[Trial], tolerance: float) -> float:
-    """Raise ExportError unless a file returns what is expected; return the largest error."""
-    worst = 0.0
-    for trial in found:
-        try:
-            output = run_seeded(run, *_copied((trial.args, trial.kwargs)))
-        except Exception as error:
-            raise ExportError(f"the file does not run ({trial.what}): {error}") from error
-        worst = max(worst, _error(tensors_of(output), trial, tolerance))
-    return worst
+def _only_rounds(outputs: Sequence[Outputs], found: Sequence[Trial], numbers: set[int]) -> bool:
+    """Whether the errors of some outputs are about as large as the module's own, from the exact."""
+    known = [trial.exact() for trial in found]
+    exact = [tensors for tensors in known if tensors is not None]
+    if len(exact) < len(found) or not all(_is_real(found[0].expected[n]) for n in numbers):
+        return False
+    each = outputs, [trial.expected for trial in found], exact
+    return all(only_rounds(*([one[n] for one in of] for of in each)) for n in numbers)
 
 
-def _error(output: Sequence[torch.Tensor], trial: Trial, tolerance: float) -> float:
+def _output(run: Run, trial: Trial) -> Outputs:
+    """Return the tensors that a file returns, and its inputs as it leaves them."""
+    called = _copied((trial.args, trial.kwargs))
+    inputs = tensors_of(called)[: trial.inputs]
+    try:
+        output = *tensors_of(run_seeded(run, *called)), *inputs
+    except Exception as error:
+        raise ExportError(f"the file does not run ({trial.what}): {error} {ADVICE}") from error
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (output, trial.expected)]
     if shapes[0] != shapes[1]:
         raise ExportError(
             f"the file returns tensors of shapes {shapes[0]}, and the module {shapes[1]} "
-            f"({trial.what}). Nothing was written."
+            f"({trial.what}; inputs come last). Nothing was written."
         )
-    errors = [_distance(a, b) for a, b in zip(output, trial.expected, strict=True)]
-    worst = max(errors, default=0.0)
-    if not worst <= tolerance:
-        raise ExportError(
-            f"the file computes something else than the module ({trial.what}): output "
-            f"{errors.index(worst)} differs by {worst:.1e} of its numbers' size, of which "
-            f"{tolerance:g} is allowed. Nothing was written; tolerance=… allows more."
-        )
-    return worst
+    return output
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference of two numbers, relative to their size.
-
-    The size is that of the number expected, or the output's usual one if that is larger: one
-    number, such as a mask's minimum, says nothing about the error of the others.
-    """
-    if not (expected.is_floating_point() or expected.is_complex()):
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference of two numbers, relative to their size."""
+    if not _is_real(expected):
         exact = found.to(expected)
         same = torch.equal(exact, expected) and torch.equal(exact.to(found), found)
         return 0.0 if same else math.inf
-    kind = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = found.detach().to("cpu", kind), expected.detach().to("cpu", kind)
-    odd = ~torch.isfinite(b)
-    same = torch.where(odd, (a == b) | (torch.isnan(a) & torch.isnan(b)), torch.isfinite(a))
-    if not bool(same.all()):
+    if found.is_complex() is not expected.is_complex():
         return math.inf
-    if bool(odd.all()):
-        return 0.0
-    a, b = a[~odd], b[~odd]
-    scale = max(_usual_size(b.abs()), torch.finfo(expected.dtype).tiny)
-    return float(((a - b).abs() / b.abs().clamp_min(scale)).max())
+    return largest(relative_errors(found, expected))
 
 
-def _usual_size(sizes: torch.Tensor) -> float:
-    """Return the median of the numbers that are not 0, without those that stand for infinity.
-
-    There may be more of these than of others, as in scores under a causal mask.
-    """
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return 0.0
-    small = float(sizes.kthvalue(len(sizes) // 20 + 1).values)
-    return float(sizes[sizes <= 1e4 * small].median())
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -42,6 +42,7 @@ class Format:
         stateful: whether a file keeps what calls write to buffers and inputs.
         checks: whether a file checks what the graph assumes about its inputs.
         bounded: whether a dimension without a maximum takes sizes up to the example's.
+        fixed_groups: whether a convolution must have a constant number of groups.
         defaults: whether inputs that are adapters may be left out, which gives the base.
         adapter: the suffix of a file of an adapter alone, "" if there is none.
         write_adapter: writes that file.
@@ -56,6 +57,7 @@ class Format:
     stateful: bool = False
     checks: bool = False
     bounded: bool = False
+    fixed_groups: bool = False
     defaults: bool = False
     adapter: str = ""
     write_adapter: Callable[[Tensors, Path], None] | None = None

@@ -16,15 +16,17 @@ from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
 from ..module.program import ProgramModule
 from ..names import shown
+from ..proof.wider import Wider
 from .adapters import Adapters, base_of, check_way, held, values_like
 from .call import Call, Form, distinct_names
-from .compared import Trial, check, tolerance_for, trials
+from .compared import ADVICE, Reference, Trial, check, trials
 from .delivery import Delivery, Format
 from .files import whole_files
 from .formats import format_of, writer_of_adapters
 from .program import Exported, exported, output_names
 from .refusals import (
     refuse_counts,
+    refuse_groups,
     refuse_hooks,
     refuse_lost_outputs,
     refuse_sharded,
@@ -73,9 +75,10 @@ def export(
         plain: whether "pt2" and "aoti" take and return dicts and tuples instead of other libraries'
             containers (transformers' outputs), which must be imported to load the file.
         tolerance: the largest difference of a number allowed, relative to itself or to the median
-            of its output, whichever is larger (integers and booleans must be equal); by default
-            1e-9 in float64, 1e-4 in float32, and 0.02 and 0.05 in float16 and bfloat16.
-            With `math.inf`, the file is neither loaded nor compared.
+            of its output, whichever is larger (integers and booleans must be equal). By default
+            1e-9 in float64, 1e-4 in float32 and 4 ε in float16 and bfloat16; or more, if the file's
+            error is not much more than the module's own, both against the same module in a wider
+            dtype. With `math.inf`, the file is neither loaded nor compared.
 
     Returns:
         The path of the file.
@@ -116,6 +119,7 @@ def export(
             raise
         raise InputError(f"{error} export needs inputs: export(module, path, args).") from error
     refuse_writes(made, form)
+    refuse_groups(made, form)
     warn_of_unchecked(made, form)
     delivery = _delivery(made, ways)
     with whole_files(path) as temporary:
@@ -222,7 +226,10 @@ def _write(form: Format, delivery: Delivery, path: Path) -> None:
     except (ExportError, OSError):
         raise
     except Exception as error:
-        raise ExportError(f"the exporter refuses the graph: {_reason(error)}") from error
+        raise ExportError(
+            f"the exporter refuses the graph: {_reason(error)} Change what the source computes "
+            'there, or export with format="pt2", which holds any graph.'
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -249,12 +256,9 @@ def _compare(
     try:
         run = form.load(delivery, path)
     except Exception as error:
-        raise ExportError(f"the file cannot be loaded again: {error}") from error
+        raise ExportError(f"the file cannot be loaded again: {error} {ADVICE}") from error
     found = list(_trials(form, delivery, graph, method))
-    if tolerance is None:
-        tensors = [*graph.parameters(), *(t for trial in found for t in trial.expected)]
-        tolerance = tolerance_for(tensors)
-    check(run, found, tolerance)
+    check(run, found, [p.dtype for p in graph.parameters()], tolerance)
 
 
 def _trials(
@@ -263,13 +267,25 @@ def _trials(
     made, adapters = delivery.made, delivery.adapters
     called = made.call.args, made.call.kwargs
     inputs = made.call.form.inputs
-    yield from trials(made, _runner(graph, called, method), inputs, "the module's own adapter")
+    wider = Wider(graph)
+
+    def own(module: CapturedModule) -> ProgramModule:
+        return _runner(module, wider.cast(called), method)
+
+    def base(module: CapturedModule) -> ProgramModule:
+        return _base(module, adapters, wider.cast(called), method)
+
+    reference = Reference(_runner(graph, called, method), wider, own)
+    yield from trials(made, reference, inputs, "the module's own adapter")
     if not inputs:
         return
-    base = _base(graph, adapters, called, method)
-    yield from trials(made, base, adapters.neutral, "the base's values of the inputs")
+    reference, neutral = (
+        Reference(_base(graph, adapters, called, method), wider, base),
+        adapters.neutral,
+    )
+    yield from trials(made, reference, neutral, "the base's values of the inputs")
     if form.defaults:
-        yield from trials(made, base, adapters.neutral, "no adapter", left_out=True)
+        yield from trials(made, reference, neutral, "no adapter", left_out=True)
 
 
 def _base(

@@ -139,6 +139,8 @@ def plain(value: Any) -> Any:
         return value
     children, context = node.flatten_fn(value)
     children = [plain(child) for child in children]
+    if kind.__module__ == "torch.return_types":  # of topk and others: no file can name these
+        return tuple(children)
     if kind.__module__.partition(".")[0] in ("builtins", "collections", "torch"):
         return node.unflatten_fn(children, context)
     if node.flatten_with_keys_fn is None:

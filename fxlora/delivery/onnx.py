@@ -133,6 +133,9 @@ def load(delivery: Delivery, path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if any(t.dtype is torch.float16 for t in delivery.made.program.state_dict.values()):
+        # With all of its optimizations, onnxruntime 1.32 ends the process over some of these files.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     known = {given.name for given in session.get_inputs()}
     known |= {given.name for given in session.get_overridable_initializers()}
@@ -155,6 +158,7 @@ FORMAT = Format(
     write,
     load,
     packages=("onnx", "onnxscript", "onnxruntime"),
+    fixed_groups=True,
     defaults=True,
     adapter=ADAPTER,
     write_adapter=write_adapter,

@@ -42,4 +42,4 @@ def load(delivery: Delivery, path: Path) -> Run:
     return run
 
 
-FORMAT = Format(".xml", write, load, packages=("openvino",), strict=True)
+FORMAT = Format(".xml", write, load, packages=("openvino",), strict=True, fixed_groups=True)

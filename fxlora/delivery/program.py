@@ -116,7 +116,7 @@ def _program(call: Call) -> nn.Module:
         output = run(args, kwargs, values)
         if contract is not None and contract.updates:
             contract.update(args, kwargs, output)
-        return call.returned(output)
+        return _apart(call, (args, kwargs), call.returned(output))
 
     forward.__dict__["__signature__"] = _signature(call)
     where, name = root_class(module.program.graphs["eval"])
@@ -124,6 +124,17 @@ def _program(call: Call) -> nn.Module:
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         program.__dict__[name] = module.__dict__[name]
     return program.eval()
+
+
+def _apart(call: Call, given: Any, returned: Any) -> Any:
+    """Return outputs of which none is an input itself, of a flat program.
+
+    Inputs and outputs have names in its file, and exporters give one value one name.
+    """
+    if not call.form.flat:
+        return returned
+    inputs = {id(leaf) for leaf in pytree.tree_leaves(given)}
+    return tuple(leaf.clone() if id(leaf) in inputs else leaf for leaf in returned)
 
 
 def _runner(call: Call) -> Callable[[Any, Any, Mapping[str, Any]], Any]:

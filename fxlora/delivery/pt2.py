@@ -25,7 +25,10 @@ def write(delivery: Delivery, path: Path) -> None:
     try:
         torch.export.save(program, content)
     except Exception as error:
-        raise ExportError(f"torch.export cannot write the graph: {error}") from error
+        raise ExportError(
+            f"torch.export cannot write the graph: {error} If it names a container of the inputs "
+            "or outputs, plain=True has dicts and tuples in its place."
+        ) from error
     path.write_bytes(content.getbuffer())
 
 

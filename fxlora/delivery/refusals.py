@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, warn
 from ..frontends.kept.containers import counts
-from ..fx.effects import written_nodes
+from ..fx.calls import call_site, named_argument
+from ..fx.effects import statistics_written, written_nodes
 from ..module import CapturedModule
 from ..module.contract import ConstantInput, Dimension, IntegerInput, TensorInput
 from ..module.fsdp import mesh_of
@@ -44,12 +45,23 @@ def refuse_sharded(module: CapturedModule) -> None:
 
 def refuse_hooks(module: nn.Module, method: str) -> None:
     """Raise ExportError for hooks around the call, which no graph has."""
-    if method == "forward" and (module._forward_hooks or module._forward_pre_hooks):
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if method == "forward" and any(hooks):
         raise ExportError(
             f"{type(module).__name__} has forward hooks, which run around its graph: the file "
             "would not have them. Take them off (handle.remove()), and register them on the source "
             "model before the capture: then the graph has what they compute."
         )
+    if any(getattr(nn.modules.module, name) for name in _OF_ALL_MODULES):
+        raise ExportError(
+            "this process has forward hooks for all modules "
+            "(torch.nn.modules.module.register_module_forward_hook), which run around each call of "
+            f"{type(module).__name__} here, and where the file runs do not. Take them off "
+            "(handle.remove()) before the export; they may be registered again afterwards."
+        )
+
+
+_OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 def refuse_counts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,8 +126,9 @@ def refuse_writes(made: Exported, form: Format) -> None:
     signature = made.program.graph_signature
     own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     own |= signature.inputs_to_lifted_tensor_constants
-    graph_module = made.program.graph_module
-    roots = (r for node in graph_module.graph.nodes for r in written_nodes(node, graph_module))
+    owner = made.program.graph_module
+    found = ((written_nodes(n, owner), statistics_written(n, owner)) for n in owner.graph.nodes)
+    roots = (root for both in found for roots in both for root in roots)
     held = [own.get(r.name, str(r.target)) for r in roots if r.op in ("placeholder", "get_attr")]
     names = [*held, *signature.buffers_to_mutate.values()]
     names += signature.user_inputs_to_mutate.values()
@@ -125,6 +138,19 @@ def refuse_writes(made: Exported, form: Format) -> None:
             'outputs only: the next call would not see it. Export with format="pt2"; or return the '
             "new value in the source, and give it as an input of the next call."
         )
+
+
+def refuse_groups(made: Exported, form: Format) -> None:
+    """Raise ExportError for a convolution whose number of groups is no constant."""
+    for node in made.program.graph.nodes if form.fixed_groups else ():
+        if node.op == "call_function" and isinstance(named_argument(node, "groups"), fx.Node):
+            site = call_site(node).removesuffix(".lora")
+            raise ExportError(
+                f"the convolution '{site}' has as many groups as the "
+                "batch has samples, since each has an adapter of its own, and a file of this "
+                'format has a fixed number. Export with format="pt2" or "executorch"; or each '
+                "adapter in a file of its own: export(take_adapter(module, slot), …)."
+            )
 
 
 def warn_of_unchecked(made: Exported, form: Format) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .calls import named_argument
 from .dispatched import overload_of
 from .nested import call_of
 from .trials import memory_use
@@ -51,6 +52,29 @@ def _written(node: fx.Node, owner: nn.Module) -> Iterator[fx.Node]:
     if is_python_function(node) and not call_of(node, owner):
         yield from memory_use(node, owner).written
     yield from _written_by_nested(node, owner)
+
+
+def statistics_written(node: fx.Node, owner: nn.Module) -> list[fx.Node]:
+    """Return the running statistics that norms write to, although their schemas do not say so.
+
+    Those in the nested graphs of a call count, whose operands they are.
+    """
+    if node.op != "call_function":
+        return []
+    found: list[fx.Node] = []
+    call = call_of(node, owner)
+    for nested in call.graphs if call else ():
+        given = dict(call.given(nested)) if call else {}
+        inside = (root for one in nested.graph.nodes for root in statistics_written(one, nested))
+        found += [value for root in inside if isinstance(value := given.get(root), fx.Node)]
+    if named_argument(node, *_OF_THE_BATCH) is not False:
+        named = [named_argument(node, name) for name in ("running_mean", "running_var")]
+        found += [value for value in named if isinstance(value, fx.Node)]
+    return found
+
+
+# The arguments of norms that say whether they compute with the statistics of the batch.
+_OF_THE_BATCH = ("training", "train", "use_input_stats")
 
 
 def is_python_function(node: fx.Node) -> bool:

@@ -21,6 +21,7 @@ from ..module.fsdp import mesh_of
 from ..module.parent import RegionCall
 from ..module.program import MODES
 from ..passes import FoldConstants, Inject, chosen
+from ..passes.fold_constants import quantised_sites
 from ..passes.fold_quantised import QuantisedFold
 from ..tables import some
 from .coverage import AdaptedRead, adapted_names, prove_coverage
@@ -97,6 +98,7 @@ def verify(
 
     Raises:
         NotCapturedError: `module` or `folded` is not a captured module.
+        InputError: `folded` still has branches (on quantised weights); or the inputs do not fit.
         VerificationError: a law does not hold; names the law, and the site if there is one.
         InjectError: the module has no active adapter, or is on the meta device.
 
@@ -114,6 +116,13 @@ def verify(
         raise InjectError("nothing to verify: pass the adapted module, before it is folded.")
     if folded is not None:
         check_captured(folded, "verify(…, folded=…)")
+        if branches := quantised_sites(folded):
+            raise InputError(
+                f"the folded module still has the branches of {some(branches)}, as "
+                'fold(…, quantised="keep") leaves them on quantised weights: it is no fold to '
+                "compare. verify(folded, …) checks these branches, and verify(module, …) without "
+                "folded= all adapters, with a fold made on the spot."
+            )
     if any(parameter.is_meta for parameter in module.parameters()):
         raise InjectError("nothing can be computed on the meta device: load the weights first.")
     of_methods = {} if methods is None else calls_of_methods(methods, InputError)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -20,7 +21,9 @@ from ..module.simplified import Simplification, Step
 from ..module.sizes import Arguments, larger, resized
 from ..names import shown
 from ..passes.simplify import PASSES, ForInference
+from .differences import largest, only_rounds, relative_errors
 from .runs import Ran, equal_tensors, run_with_state
+from .wider import FAILURES, HALF, Wider
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 _TOLERANCE = 1e-2  # of narrower dtypes, to which each new weight is rounded
@@ -39,7 +42,8 @@ def simplify(
     Each pass is proved by runs on the given inputs, and on larger ones where sizes are dynamic: all
     that the module returns and writes must be its own. Integers and booleans must be equal; other
     numbers may differ by 1e-10 of their size or of the usual size in their tensor in float64, by
-    1e-5 in float32, by 1e-2 in half precision. A pass that is not equal is left out.
+    1e-5 in float32, by 1e-2 in half precision, or there by about the module's own error, both
+    against the module in float32. A pass that is not equal is left out.
 
     - "dropout": drop dropouts that are switched off in eval.
     - "constants": compute once what depends on parameters and buffers only: parametrized weights,
@@ -93,14 +97,13 @@ def simplify(
 
 def _simplified(module: CapturedModule, inputs: Arguments, passes: Sequence[str]) -> CapturedModule:
     current = ForInference()(module).eval()
-    calls = list(_calls(current, inputs))
+    proof = _Proof(current, inputs)
     steps: list[Step] = []
     for name, one in PASSES.items():
         if name not in passes:
             continue
         tried = one(current)
-        found = [_compared(expected, tried, call) for call, expected in calls]
-        error, equal = max(one.error for one in found), all(one.equal for one in found)
+        error, equal = proof.compared(tried)
         steps.append(_step(name, current, tried, error, equal))
         current = tried if equal else current
     known = replace(current.known, simplified=Simplification(tuple(steps)))
@@ -111,9 +114,61 @@ def _simplified(module: CapturedModule, inputs: Arguments, passes: Sequence[str]
 # ---- proof --------------------------------------------------------------------------------------
 
 
-class _Comparison(NamedTuple):
-    error: float
-    equal: bool
+class _Proof:
+    """Runs of a module, with which those of a changed one are compared.
+
+    Attributes:
+        calls: the calls, each with what the module returns and writes.
+        wider: the module in a wider dtype.
+    """
+
+    def __init__(self, module: CapturedModule, inputs: Arguments) -> None:
+        self.calls = list(_calls(module, inputs))
+        self.wider = Wider(module)
+
+    def compared(self, tried: CapturedModule) -> tuple[float, bool]:
+        """Return the largest error of a changed module, and whether that is small enough."""
+        found: list[list[Any]] = []
+        for call, expected in self.calls:
+            try:
+                leaves, structure = pytree.tree_flatten(tuple(_ran(tried, call)))
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                return math.inf, False
+            if structure != pytree.tree_structure(tuple(expected)):
+                return math.inf, False
+            found.append(leaves)
+        worst, wrong = 0.0, set[int]()
+        for leaves, expected in zip(found, self._expected, strict=True):
+            for number, pair in enumerate(zip(expected, leaves, strict=True)):
+                error = _error(*pair)
+                worst = max(worst, error)
+                wrong |= set() if error <= _tolerance(pair[0]) else {number}
+        return worst, worst < math.inf and all(self._only_rounds(found, n) for n in wrong)
+
+    @functools.cached_property
+    def _expected(self) -> list[list[Any]]:
+        return [pytree.tree_leaves(tuple(expected)) for _, expected in self.calls]
+
+    @functools.cached_property
+    def _exact(self) -> list[list[Any]] | None:
+        module = self.wider.module
+        try:
+            calls = (self.wider.cast(call) for call, _ in self.calls)
+            return module and [pytree.tree_leaves(tuple(_ran(module, call))) for call in calls]
+        except FAILURES:
+            return None
+
+    def _only_rounds(self, found: list[list[Any]], number: int) -> bool:
+        """Whether the errors of a tensor in half precision are about as large as the module's."""
+        mine = [leaves[number] for leaves in self._expected]
+        if not all(isinstance(leaf, torch.Tensor) and leaf.dtype in HALF for leaf in mine):
+            return False
+        counts = {len(leaves) for leaves in (*self._expected, *(self._exact or [[]]))}
+        if self._exact is None or len(counts) > 1:
+            return False
+        return only_rounds(
+            *([one[number] for one in of] for of in (found, self._expected, self._exact))
+        )
 
 
 def _calls(module: CapturedModule, inputs: Arguments) -> Iterator[tuple[Arguments, Ran]]:
@@ -141,25 +196,10 @@ def _ran(module: CapturedModule, inputs: Arguments) -> Ran:
         return run_with_state(module, *inputs)
 
 
-def _compared(expected: Ran, tried: CapturedModule, inputs: Arguments) -> _Comparison:
-    """Run a module, and compare all that it returns and writes."""
-    leaves, structure = pytree.tree_flatten(tuple(expected))
-    try:
-        found, other_structure = pytree.tree_flatten(tuple(_ran(tried, inputs)))
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return _Comparison(math.inf, False)
-    if structure != other_structure:
-        return _Comparison(math.inf, False)
-    errors = [_error(one, other) for one, other in zip(leaves, found, strict=True)]
-    equal = all(e <= _tolerance(one) for e, one in zip(errors, leaves, strict=True))
-    return _Comparison(max(errors, default=0.0), equal)
-
-
 def _error(expected: Any, found: Any) -> float:
-    """Return the largest |found - expected| / max(|expected|, usual size); inf if not comparable.
+    """Return the largest error of a number, relative to its size; inf if not comparable.
 
-    What is no number of floating point is equal or not. The usual size is the median of the sizes
-    that occur, each counted once: zeros, and fill values such as a mask's, do not set it.
+    What is no number of floating point is equal or not.
     """
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         return 0.0 if type(expected) is type(found) and _same(expected, found) else math.inf
@@ -167,18 +207,9 @@ def _error(expected: Any, found: Any) -> float:
         return math.inf
     if equal_tensors(expected, found) or not expected.numel():
         return 0.0
-    if expected.is_complex():
-        expected, found = (torch.view_as_real(t.resolve_conj()) for t in (expected, found))
-    if not expected.is_floating_point() or is_quantised(expected):
+    if not (expected.is_floating_point() or expected.is_complex()) or is_quantised(expected):
         return math.inf
-    exact, other = expected.double(), found.double()
-    same = (exact == other) | (exact.isnan() & other.isnan())
-    apart = torch.where(same, 0.0, (exact - other).abs()).nan_to_num(math.inf)
-    size = exact.abs()
-    sizes = size[size.isfinite() & (size > 0)].unique()
-    usual = sizes.median() if sizes.numel() else torch.zeros_like(exact).sum()
-    relative = torch.where(same, 0.0, apart / torch.maximum(size.nan_to_num(0.0), usual))
-    return float(relative.nan_to_num(math.inf).max())
+    return largest(relative_errors(found, expected))
 
 
 def _same(expected: Any, found: Any) -> bool:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
-from ...fx.calls import named_argument
-from ...fx.effects import written_nodes
-from ...fx.trials import memory_use
+from ...fx.effects import statistics_written, written_nodes
 from .recorded import CALLS, VALUES, CallKey
 
 
@@ -75,15 +72,8 @@ def _written(graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> frozenset[objec
     owner = graph.owning_module
     assert owner is not None
     roots = {root for node in graph.nodes for root in written_nodes(node, owner)}
-    roots |= {root for node in graph.nodes for root in _statistics(node, owner)}
+    roots |= {root for node in graph.nodes for root in statistics_written(node, owner)}
     return frozenset(root.target if root.op == "get_attr" else copies[root] for root in roots)
-
-
-def _statistics(node: fx.Node, owner: Any) -> list[fx.Node]:
-    """Return the tensors that an op writes to although its schema does not say so (batch_norm)."""
-    if node.op != "call_function" or named_argument(node, "running_mean") is None:
-        return []
-    return [given for given in memory_use(node, owner).written if given.op == "get_attr"]
 
 
 def _bypass_in_place_results(graph: fx.Graph) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...fx.calls import argument, example_value
+from ...fx.calls import argument, example_value, named_argument
 from ...lora.layout import OUTPUT
 from ...lora.ops import AFFINE_READS, OPS
 from ...lora.row import Op
 from ...module import CapturedModule
 from ...module.state import State
 from ..base import Pass
-from .affine_ops import affine_of, channelwise
+from .affine_ops import channelwise, is_bounded, scale_of
 from .values import Constants, is_pure
 
 aten = torch.ops.aten
@@ -66,8 +66,9 @@ class _Layer:
         row: the row of its op.
         weight: the node of its weight.
         bias: the node of its bias, or None.
-        dim: the dimension of the weight with the output features.
-        features: their number.
+        dim: the dimension of the weight with the output features, those of one group.
+        features: the number of output features.
+        groups: the number of groups, in each of which the weight has inputs of its own.
     """
 
     node: fx.Node
@@ -76,6 +77,20 @@ class _Layer:
     bias: fx.Node | None
     dim: int
     features: int
+    groups: int
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight with the output features first, (out, …)."""
+        if self.groups == 1:
+            return weight.movedim(self.dim, 0)
+        # (in, out / groups, …) -> (groups, in / groups, out / groups, …)
+        return weight.unflatten(0, (self.groups, -1)).movedim(2, 1).flatten(0, 1)
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the weight whose rows these are."""
+        if self.groups == 1:
+            return rows.movedim(0, self.dim)
+        return rows.unflatten(0, (self.groups, -1)).movedim(1, 2).flatten(0, 1)
 
     @classmethod
     def of(cls, node: fx.Node, held: Constants) -> _Layer | None:
@@ -96,12 +111,13 @@ class _Layer:
             return None
         if layout.stacked or layout.roles.count(OUTPUT) > 1 or row.obstacle(node, weight, shape):
             return None
-        features = shape[layout.part_dim]
-        if example.shape[row.output] != features:  # as of a transposed convolution in groups
+        groups = named_argument(node, "groups") if row.in_first and layout.part_dim == 1 else 1
+        features = shape[layout.part_dim] * (groups or 1)
+        if example.shape[row.output] != features:
             return None
         if bias is not None and tuple(held.of(bias).shape) != (features,):
             return None
-        return cls(node, row, weight, bias, layout.part_dim, features)
+        return cls(node, row, weight, bias, layout.part_dim, features, groups or 1)
 
 
 def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
@@ -114,21 +130,41 @@ def _absorb(layer: _Layer, after: fx.Node, held: Constants) -> None:
         return
     weight = held.of(layer.weight)
     scale, shift = (value.to(weight.device) for value in found)
-    along = [-1 if dim == layer.dim else 1 for dim in range(weight.ndim)]
-    scaled = (weight.double() * scale.reshape(along)).to(weight.dtype)
+    rows = layer.rows(weight.double())
+    rounded = _rounded(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)), weight.dtype)
     old = 0.0 if layer.bias is None else held.of(layer.bias).double()
     bias = (old * scale + shift).to(weight.dtype)
-    if not bool(scaled.isfinite().all() and bias.isfinite().all()):
+    if rounded is None or not bool(bias.isfinite().all()):
         return
-    node.replace_input_with(layer.weight, held.replaced(layer.weight, node, scaled))
+    scaled = torch.empty_like(weight).copy_(layer.from_rows(rounded))  # with its strides
+    if not torch.equal(scaled, weight):
+        if held.takes_memory(layer.weight, scaled):
+            return
+        node.replace_input_with(layer.weight, held.replaced(layer.weight, node, scaled))
     if position is not None and layer.bias is not None:
         node.replace_input_with(layer.bias, held.replaced(layer.bias, node, bias))
-    elif position is not None:
+    elif position is not None and bool(bias.any()):
         owner = str(layer.weight.target).rpartition(".")[0]
         name = f"{owner}.bias" if owner else "bias"
         _set_argument(node, position, held.new(name, bias, node))
     after.replace_all_uses_with(node)
     after.graph.erase_node(after)
+
+
+def _rounded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the rows of a weight in a dtype; None if that changes one by more than rounding does.
+
+    Numbers below the smallest normal one of the dtype lose digits, all of them in the end. Rows
+    that are negligible beside the largest may.
+    """
+    rounded, eps = rows.to(dtype), torch.finfo(dtype).eps
+    if not bool(rounded.isfinite().all()):
+        return None
+    sizes, errors = (
+        torch.linalg.vector_norm(of.flatten(1), dim=1) for of in (rows, rounded.double() - rows)
+    )
+    negligible = eps * sizes.max() if sizes.numel() else sizes.sum()
+    return rounded if bool((errors <= eps * sizes.clamp_min(negligible)).all()) else None
 
 
 def _set_argument(node: fx.Node, position: int, value: fx.Node) -> None:
@@ -143,11 +179,11 @@ def _set_argument(node: fx.Node, position: int, value: fx.Node) -> None:
 def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Constants) -> None:
     """Make two products with constants in a row one product."""
     example = example_value(source)
-    scales = [_scale(first, source, held), _scale(second, first, held)]
+    scales = [scale_of(first, source, held), scale_of(second, first, held)]
     if example is None or scales[0] is None or scales[1] is None:
         return
     both = scales[0] * scales[1]
-    if both.ndim > example.ndim or not _keeps(both, example.dtype):
+    if both.ndim > example.ndim or not _keeps(source, scales[0], scales[1], example.dtype):
         return
     graph = second.graph
     # The constants are in the dtype and on the device of now; the example may be of before a move.
@@ -156,7 +192,11 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
         return
     factor: Any = float(both) if not used else None
     if used:
-        value = both.to(used[0].device, used[0].dtype)
+        kind = max(used, key=lambda tensor: tensor.ndim > 0)  # without dimensions, none promotes
+        value = both.to(kind.device, kind.dtype)
+        errors, eps = (value.to(both) - both).abs(), torch.finfo(example.dtype).eps
+        if bool((errors > eps * both.abs()).any()):
+            return
         factor = held.new(f"_simplified.{second.name}", value, second)
     with graph.inserting_before(second):
         made = graph.create_node("call_function", aten.mul.Tensor, (source, factor))
@@ -166,15 +206,18 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
         graph.erase_node(old)
 
 
-def _scale(node: fx.Node, source: fx.Node, held: Constants) -> torch.Tensor | None:
-    """Return the factor of a call that is a product with constants, as they broadcast, or None."""
-    if node.target is aten.batch_norm.default:
-        return None
-    found = affine_of(node, source, held)
-    return None if found is None or bool(found.shift.any()) else found.scale
+def _keeps(source: fx.Node, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether x·first·second is x·(first·second) for all x in a dtype, overflow included.
 
-
-def _keeps(value: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether no entry becomes zero or infinite in a dtype."""
-    rounded = value.to(dtype)
-    return bool(rounded.isfinite().all()) and torch.equal(rounded == 0, value == 0)
+    The first product may overflow where both together do not, if it is larger and x is not bounded.
+    Where it loses digits below the smallest normal number, so does the second, by up to ε² in all.
+    """
+    both, limits = first * second, torch.finfo(dtype)
+    for scale in (first, second, both):
+        rounded = scale.to(dtype)
+        if not bool(rounded.isfinite().all()) or not torch.equal(rounded == 0, scale == 0):
+            return False
+    overflows = (first.abs() > 1) & (first.abs() > both.abs())
+    lost = second.abs() * limits.tiny * limits.eps
+    fits = is_bounded(source) or not bool(overflows.any())
+    return fits and bool((lost <= limits.eps**2).all())

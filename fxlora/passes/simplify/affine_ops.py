@@ -32,6 +32,20 @@ def affine_of(node: fx.Node, source: fx.Node, held: Constants) -> Affine | None:
     return found if finite else None
 
 
+def scale_of(node: fx.Node, source: fx.Node, held: Constants) -> torch.Tensor | None:
+    """Return the factor of a call that is a product with constants, as they broadcast, or None.
+
+    A sum with zero is none: it makes -0 to 0.
+    """
+    found = affine_of(node, source, held) if _ROWS.get(node.target) in _SCALES else None
+    return found and found.scale
+
+
+def is_bounded(node: fx.Node) -> bool:
+    """Whether all numbers of a result are from -1 to 1, by definition."""
+    return node.target in _BOUNDED
+
+
 def channelwise(
     node: fx.Node, source: fx.Node, dims: int, channel: int, features: int, held: Constants
 ) -> Affine | None:
@@ -143,6 +157,13 @@ def _batch_norm(node: fx.Node, source: fx.Node, held: Constants) -> Affine | Non
     return Affine(scale, shift - mean * scale)
 
 
+_BOUNDED = frozenset(
+    [
+        *(aten.sin.default, aten.cos.default, aten.tanh.default, aten.erf.default),
+        *(aten.sigmoid.default, aten.softmax.int, aten._softmax.default),
+    ]
+)
+_SCALES = (_product, _quotient, _negative)
 _ROWS: dict[Any, Row] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor), _product),
     **dict.fromkeys((aten.multiply.Scalar,), _product),

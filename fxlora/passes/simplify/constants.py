@@ -13,9 +13,7 @@ from ...module import CapturedModule
 from ...module.memory import memory_id
 from ...module.state import State
 from ..base import Pass
-from .values import Constants
-
-_SMALL = 2**20  # numbers: a constant up to this size may be larger than what it is computed from
+from .values import SMALL, Constants
 
 
 @dataclass(frozen=True)
@@ -64,4 +62,4 @@ def _is_worth(node: fx.Node, value: torch.Tensor, held: Constants) -> bool:
         ahead += given.all_input_nodes
     view = memory_id(value) in {memory_id(tensor) for tensor in sources.values()}
     size = sum(tensor.numel() for tensor in sources.values())
-    return not view and value.numel() <= max(_SMALL, 2 * size)
+    return not view and value.numel() <= max(SMALL, 2 * size)

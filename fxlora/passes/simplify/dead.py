@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ...fx.effects import is_python_function, written_nodes
+from ...fx.effects import is_python_function, statistics_written, written_nodes
 from ...fx.nested import call_of
 from ...module import CapturedModule
 from ...module.state import State
@@ -40,6 +40,8 @@ class RemoveDead(Pass):
 
 def _has_effect(node: fx.Node, owner: nn.Module) -> bool:
     """Whether a node may do more than return a value, itself or in nested graphs of its owner."""
+    if statistics_written(node, owner):
+        return True
     if node.op == "get_attr" or is_pure(node):
         return False
     if node.op != "call_function" or node.is_impure() or written_nodes(node, owner):

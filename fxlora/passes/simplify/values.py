@@ -10,10 +10,12 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from ...fx.effects import written_nodes
+from ...fx.effects import statistics_written, written_nodes
 from ...module import CapturedModule
 from ...module.memory import memory_id
 from ...module.quantised import is_quantised
+
+SMALL = 2**20  # numbers: a constant up to this size may take further memory
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -51,6 +53,7 @@ class Constants:
     def __init__(self, graph: fx.Graph, module: CapturedModule) -> None:
         self._module, self._graph = module, graph
         self._known: dict[fx.Node, Any] = {}
+        self._copies: dict[str, list[str]] = {}
         self.nodes = self._found()
         self._reads = Counter(
             str(node.target)
@@ -60,9 +63,11 @@ class Constants:
         )
 
     def _found(self) -> set[fx.Node]:
-        changed = {s for node in self._graph.nodes for s in written_nodes(node, self._module)}
-        names = {str(node.target) for node in changed if node.op == "get_attr"}
         module, held = self._module, dict[str, torch.Tensor]()
+        changed: set[fx.Node] = set()
+        for node in self._graph.nodes:
+            changed.update(written_nodes(node, module), statistics_written(node, module))
+        names = {str(node.target) for node in changed if node.op == "get_attr"}
         held |= dict(module.named_parameters(remove_duplicate=False))
         held |= dict(module.named_buffers(remove_duplicate=False))
         # Also under another name.
@@ -100,17 +105,38 @@ class Constants:
     def replaced(self, node: fx.Node, reader: fx.Node, value: torch.Tensor) -> fx.Node:
         """Return a node that fetches a new value for one reader of a constant.
 
-        It is the same node, and the parameter keeps its name, if nothing else reads it.
+        It is the same node, and the parameter keeps its name, if nothing else reads it. Else it
+        fetches a copy, which readers of equal values share.
         """
         name = str(node.target)
-        aliases = next((n for n in self._module.aliases().values() if name in n), None)
-        if aliases is not None and sum(self._reads[alias] for alias in aliases) == 1:
+        if self._is_read_once(name):
             self._module.set_parameter(name, nn.Parameter(value, requires_grad=False))
             return node
         self._reads[name] -= 1
-        fetched = self.new(name, value, reader)
+        made = self._equal_copy(name, value)
+        if made is None:
+            fetched = self.new(name, value, reader)
+            self._copies.setdefault(name, []).append(str(fetched.target))
+        else:
+            fetched = self._fetched(made, reader)
         fetched.meta = dict(node.meta)
         return fetched
+
+    def takes_memory(self, node: fx.Node, value: torch.Tensor) -> bool:
+        """Whether a new value for one reader of a constant would be a large copy of its own."""
+        name = str(node.target)
+        if value.numel() <= SMALL or self._is_read_once(name):
+            return False
+        return self._equal_copy(name, value) is None
+
+    def _is_read_once(self, name: str) -> bool:
+        aliases = next((n for n in self._module.aliases().values() if name in n), None)
+        return aliases is not None and sum(self._reads[alias] for alias in aliases) == 1
+
+    def _equal_copy(self, name: str, value: torch.Tensor) -> str | None:
+        made = self._copies.get(name, ())
+        equal = (n for n in made if torch.equal(self._module.get_parameter(n), value))
+        return next(equal, None)
 
     def new(self, name: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
         """Register a frozen parameter under this name, or a free one like it; return its node."""
@@ -118,10 +144,13 @@ class Constants:
         taken = held | {path for path, _ in self._module.named_modules()}
         free = next(one for one in _numbered(name) if one not in taken)
         self._module.set_parameter(free, nn.Parameter(value, requires_grad=False))
+        return self._fetched(free, before)
+
+    def _fetched(self, name: str, before: fx.Node) -> fx.Node:
         with self._graph.inserting_before(before):
-            fetched = self._graph.create_node("get_attr", free)
+            fetched = self._graph.create_node("get_attr", name)
         self.nodes.add(fetched)
-        self._reads[free] += 1
+        self._reads[name] += 1
         return fetched
 
 
