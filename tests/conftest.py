@@ -45,6 +45,13 @@ def _search_no_caches_of_pytest() -> None:
     caches._LIBRARIES.update(("_pytest", "pytest", "pluggy"))
 
 
+@pytest.fixture(scope="module")
+def small_heap() -> None:
+    """Leave what earlier tests made out of collections: those of this module take little time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

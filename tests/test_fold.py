@@ -19,6 +19,8 @@ from fxlora.module import adapted_weight, folded_weight
 
 from .laws import randomise
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 F64 = torch.float64
 
 

@@ -240,6 +240,7 @@ def test_trl_trains_as_with_peft_and_resumes(tmp_path: Path) -> None:
     assert resumed == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_trl_reads_the_adapted_head(tmp_path: Path) -> None:
     """SFTTrainer multiplies by `lm_head.weight` itself."""
     ours, start = fine_tuned_host(["lm_head"])

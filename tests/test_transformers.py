@@ -493,6 +493,7 @@ def sam_prompts(rows: int = 2) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_segmenter_by_its_prompts() -> None:
     """Points and boxes get a whole graph each; what only one of them reads is adapted there."""
     torch.manual_seed(0)
