@@ -789,3 +789,76 @@ def test_the_weight_form_keeps_the_base_weight(base: torch.dtype, dtype: torch.d
     randomise(lora)
     (found,) = run(lora, (X.to(base),), {}, dtype)
     assert not torch.equal(found, expected)
+
+
+class RmsNorms(nn.Module):
+    """Two norms as in transformers, which go back to the dtype of their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.scale = nn.Parameter(torch.rand(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            y = x.to(torch.float32)
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+            x = x + layer(self.scale * y.to(x.dtype))
+        return x
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_repair_for_one_autocast_keeps_another(base: torch.dtype) -> None:
+    """Under float16, the norms of a base in bfloat16 have another dtype; under bfloat16 not."""
+    model, x = RmsNorms().to(base).eval(), X.to(base)
+    gm = fxlora.capture(model, x)
+    for training in (False, True):
+        model.train(training)
+        gm.train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = model(x), gm(x)
+        assert found.dtype is expected.dtype and torch.equal(found, expected)
+
+
+class DiffersInOneMode(nn.Module):
+    """Reads a dtype as a constant in each mode; in train mode also what no capture can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.lin(x)
+        if self.training and h.dtype == torch.bfloat16:
+            raise ValueError("not in half precision")
+        return (h.float() * 2).to(h.dtype)
+
+
+def test_each_mode_has_the_autocasts_of_its_own_source() -> None:
+    model = DiffersInOneMode()
+    gm = fxlora.capture(model, X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gm.eval()(X), model.eval()(X))
+        with pytest.raises(InputError, match="autocast"):
+            gm.train()(X)
+
+
+class AsksForBoth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.lin(x)
+        if not torch.is_grad_enabled() and h.dtype == torch.bfloat16:
+            h = h * 2
+        return h
+
+
+def test_an_answer_to_gradients_and_autocast_together_is_refused() -> None:
+    model = AsksForBoth().eval()
+    gm = fxlora.capture(model, X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gm(X), model(X))
+        with torch.no_grad(), pytest.raises(InputError, match="no_grad"):
+            gm(X)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fxlora
 from fxlora import CapturedModule, LoraConfig, Rule
 
+from .laws import randomise
 from .test_fast import EXACT, saved
 
 X = torch.randn(4, 5, 6, dtype=torch.float64)
@@ -198,3 +201,77 @@ def test_a_write_to_what_is_read_again_is_an_error() -> None:
     for module in (lora, fast):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             module(X).sum().backward()
+
+
+class Moved(nn.Module):
+    """Writes to an alias of a chain's input between the chain and the layer that reads it."""
+
+    def __init__(self, alias: Callable[[torch.Tensor], torch.Tensor], constant: bool) -> None:
+        super().__init__()
+        self.alias, self.constant = alias, constant
+        self.first, self.q, self.c = nn.Linear(6, 6), nn.Linear(6, 8), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        a = F.silu(x + 1)
+        z = self.alias(x)
+        z += 1 if self.constant else self.c
+        return self.q(a) + z.sum()
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda x: F.dropout(x, 0.3, False),
+        lambda x: x.type_as(torch.ones(1, dtype=x.dtype)),
+        lambda x: torch.einsum("abc->bac", x),
+        lambda x: torch.broadcast_tensors(x, x[:1])[0],
+        lambda x: x.view(-1, 6),
+    ],
+    ids=["dropout", "type_as", "einsum", "broadcast", "view"],
+)
+def test_a_chain_does_not_pass_a_write(alias: Any) -> None:
+    model = Moved(alias, constant=False).double()
+    lora = fxlora.adapt(model, X, rules=CONFIG).eval()
+    randomise(lora)
+    fast = fxlora.optimize(lora, recompute=True)
+    torch.testing.assert_close(fast(X), lora(X), **EXACT)
+    assert_alike(gradients(fast), gradients(lora))
+
+
+def test_a_chain_that_ends_in_a_bias() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h, self.last = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            b = self.h(x).mean((0, 1))
+            return F.linear(x, self.last.weight, (b * b.sigmoid()).tanh() * 0.5)
+
+    lora = fxlora.adapt(Biased().double(), X, rules=CONFIG)
+    randomise(lora)
+    fast = fxlora.optimize(lora, recompute=True)
+    assert_alike(gradients(fast), gradients(lora))
+
+
+def test_with_a_frozen_a_no_more_is_saved() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.last(((-x).unsqueeze(0).expand(8, *x.shape) + 1) * 2)
+
+    x = torch.randn(16, 5, 6, dtype=torch.float64)
+    plain = LoraConfig(r=2, target_modules="all-linear")
+    for config in (plain, replace(plain, variant="fa")):
+        lora = fxlora.adapt(Wide().double(), x, rules=config).train()
+        randomise(lora)
+        fast = fxlora.optimize(lora, recompute=True)
+        assert_alike(gradients(fast, x), gradients(lora, x))
+        less = saved(fast, x) < saved(fxlora.optimize(lora), x)
+        assert less is (config is plain) and less is bool(ends(fast))
+        assert saved(fast, x) <= saved(fxlora.optimize(lora), x)

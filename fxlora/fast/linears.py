@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .again import Again, gradients, may_repeat
+from .again import Again, Chain, gradients, may_repeat
 from .plain import autocast_of, autocast_to, is_plain
 
 _LIBRARY = torch.library.Library("fxlora", "FRAGMENT")
@@ -71,9 +71,11 @@ def linears(
 class LinearsOf:
     """The op on the result of a chain, which is computed again in the backward, and not saved."""
 
-    def __init__(self, inner: fx.GraphModule, number: int) -> None:
-        self.inner = inner
-        self.__name__, self.__module__ = f"linears_of_{number}", __name__  # which torch.fx asks for
+    def __init__(self, chain: Chain, repeats: bool) -> None:
+        """Take a chain, and whether to compute it again if the backward of the op reads no x."""
+        self.inner = chain.inner
+        self.otherwise = chain if repeats else chain.inner
+        self.__name__, self.__module__ = f"linears_of_{chain.__name__}", __name__  # for torch.fx
 
     def __call__(
         self,
@@ -86,8 +88,10 @@ class LinearsOf:
     ) -> list[Tensor]:
         """Return the outputs of `linears`, with the chain's inputs (given) in the place of x."""
         tensors = [*weights, *(b for b in biases if b is not None), *downs, *ups]
-        if not may_repeat(given) or not is_plain(tensors):
-            x = self.inner(*given)
+        # only gradients of W and A read x: with frozen ones (LoRA-FA), it would not be saved
+        is_read = any(tensor.requires_grad for tensor in (*weights, *downs))
+        if not (is_read and may_repeat(given) and is_plain(tensors)):
+            x = self.otherwise(*given)
             return torch.ops.fxlora.linears(x, weights, biases, downs, ups, scalings)
         weights, biases, downs, ups = _all_as_autocast(weights, biases, downs, ups)
         layers = *weights, *biases, *downs, *ups

@@ -56,22 +56,24 @@ def recompute_chains(graph: fx.Graph, is_barrier: Callable[[fx.Node], bool]) -> 
     returned = _bases(output.all_input_nodes)
     drawn = [number for node, number in order.items() if draws(node)]
     for number, chain in enumerate([*_chains(graph), *_dropouts(graph)]):
-        begin, end = order[chain[0]], order[chain[-1]]
+        joint = _joint_of(chain)
+        begin, end = order[chain[0]], order[joint or chain[-1]]  # where it will be computed
         if between(barriers, begin, end) or (draws(chain[0]) and between(drawn, begin, end)):
             continue
         inputs = _inputs(chain)
         if not written.isdisjoint(_bases(inputs)):
             continue  # autograd would refuse to read them in the backward
         inner = _graph_of(chain, inputs)
-        joint = all(map(_is_joint, chain[-1].users))
         exposed = [node for node in inputs if not _is_private(node, returned)]
-        found = _measured(inner, inputs, chain, exposed, joint)
+        found = _measured(inner, inputs, chain, exposed, joint is not None)
         if found and found.after < found.before:
-            (reader, *_) = chain[-1].users
+            function = Chain(inner, number, draws(chain[0]))
             if joint:
-                _read_by_joint(reader, chain, inputs, LinearsOf(inner, number), found)
+                alone = _measured(inner, inputs, chain, exposed, joint=False)
+                repeats = alone is not None and alone.after < alone.before
+                _read_by_joint(joint, chain, inputs, LinearsOf(function, repeats), found)
             else:
-                _replace(chain, inputs, Chain(inner, number, draws(chain[0])), found)
+                _replace(chain, inputs, function, found)
 
 
 # ---- chains -------------------------------------------------------------------------------------
@@ -98,6 +100,14 @@ def _chains(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         if node in ends and not _is_joint(node):
             chains.setdefault(ends[node], []).append(node)
     yield from (chain for end, chain in chains.items() if len(chain) > 1 or _is_joint(end))
+
+
+def _joint_of(chain: list[fx.Node]) -> fx.Node | None:
+    """Return the joint op whose x a chain computes, and nothing else; or None."""
+    (reader, *others) = chain[-1].users
+    return (
+        reader if not others and _is_joint(reader) and _is_input_only(chain[-1], reader) else None
+    )
 
 
 def _is_joint(node: fx.Node) -> bool:
@@ -165,12 +175,37 @@ def _bases(nodes: Iterable[fx.Node]) -> set[Any]:
         if base in found:
             continue
         found.add(base)
-        if isinstance(node.target, OpOverload):
-            may_be_view = any(value.alias_info for value in node.target._schema.returns)
-        else:
-            may_be_view = node.op == "call_function"  # an item of a tuple, or unknown
-        ahead += node.all_input_nodes if may_be_view else []
+        ahead += node.all_input_nodes if _may_be_view(node) else []
     return found
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    """Whether a result may share memory with an argument.
+
+    The schema of an op with a decomposition for all devices does not say so: `dropout` in eval mode
+    and `type_as` to the same dtype return their argument.
+    """
+    target = node.target
+    if isinstance(target, LinearsOf):
+        return False
+    if not isinstance(target, OpOverload):
+        return node.op == "call_function"  # an item of a tuple, or unknown
+    if any(value.alias_info for value in target._schema.returns):
+        return True
+    decomposed = torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), "CompositeImplicitAutograd"
+    )
+    known = target.overloadpacket in _FRESH or torch.Tag.pointwise in target.tags
+    return decomposed and not known
+
+
+# Ops with a decomposition whose results have memory of their own. Of one that is not here, the
+# arguments count as read for longer.
+_FRESH = (
+    *(torch.ops.fxlora.linears, aten.linear, aten.matmul, aten.conv1d, aten.conv2d, aten.conv3d),
+    *(aten.layer_norm, aten.rms_norm, aten.group_norm, aten.softmax, aten.log_softmax),
+    aten.scaled_dot_product_attention,
+)
 
 
 def _is_private(node: fx.Node, returned: set[Any]) -> bool:

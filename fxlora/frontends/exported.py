@@ -192,7 +192,7 @@ def _proved(
 
     reads = module.meta.pop(_READS)
     proof = other and other.for_source(model, export, reads)
-    if other is None or proof is None or not proof.found.holds_where(other.found):
+    if other is None or proof is None or not proof.is_as_good_as(other):
         proof = Proof(model, module, example, export, values, reads)
     found = proof.found
     context = wanted()

@@ -16,11 +16,11 @@ repaired.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -49,7 +49,15 @@ from .kept.tensor_state import StateReads
 from .kept.undisturbed import undisturbed
 from .run_values import Outcome, Run, Unknown, Values
 
-Mode = Context | GradientMode  # of the caller
+
+class Both(NamedTuple):
+    """An autocast, and a mode of gradients."""
+
+    context: Context
+    gradients: GradientMode
+
+
+Mode = Context | GradientMode | Both  # of the caller
 
 
 @dataclass(frozen=True)
@@ -98,20 +106,22 @@ class Proof:
     _target: torch.device | None = None  # where the weights are moved to
 
     def _autocasts(self) -> Autocasts:
-        gradients = tuple(self._gradient_modes())
         given = pytree.tree_leaves((self.example.args, self.example.kwargs))
         held = (*self.model.parameters(), *self.model.buffers(), *given)
         types = {tensor.device.type for tensor in held if isinstance(tensor, torch.Tensor)}
+        gradients = dict(self._gradient_modes())
         for context in contexts(types):
             difference = self._difference(context)
             if difference and difference.runs:
-                self._repair(context)
+                others = [c for c in contexts(types) if c != context]
+                self._repair(context, [c for c in others if self._difference(c) is None])
+        gradients |= self._modes_under(contexts(types), gradients)
         here = self._facts(types)
         known = [(device, here) for device in types if len(types) == 1]
         self._target = accelerator()
         if self._target and types == {"cpu"}:
             known.append((self._target.type, self._facts([self._target.type])))
-        return Autocasts(*here, by_device=tuple(known), gradients=gradients)
+        return Autocasts(*here, by_device=tuple(known), gradients=tuple(gradients.items()))
 
     def for_source(
         self, model: nn.Module, export: Callable[[Example], fx.GraphModule], reads: StateReads
@@ -122,6 +132,17 @@ class Proof:
         """
         changed = replace(self, model=model, export=export, reads=reads, repairs=False)
         return replace(changed, _expected={}, _found={}, _target=None)
+
+    def is_as_good_as(self, other: Proof) -> bool:
+        """Whether this holds where the other does, and a repair for this source has no place.
+
+        It has none where both sources differ from the graph in the same op, which the other's
+        repair could not mend.
+        """
+        if not self.found.holds_where(other.found):
+            return False
+        differs = any(difference and difference.runs for difference in self._found.values())
+        return not differs or self.found.differs == other.found.differs
 
     @cached_property
     def found(self) -> Autocasts:
@@ -142,6 +163,20 @@ class Proof:
 
         if self.reads.fast and not self.model.training:
             yield from other_numbers(self.model, self.module, self.example)
+
+    def _modes_under(
+        self, given: Iterable[Context], refused: Container[GradientMode]
+    ) -> dict[GradientMode, str]:
+        """Return the modes of gradients in which the source differs under an autocast only."""
+        asks = self.reads.gradient or self.reads.mode
+        modes = [m for m in (NO_GRADIENTS, INFERENCE) if asks and m not in refused]
+        held = [context for context in given if modes and self._difference(context) is None]
+        found: dict[GradientMode, str] = {}
+        for both in (Both(context, mode) for mode in modes for context in held):
+            difference = self._difference(both)
+            if difference and difference.runs:
+                found[both.gradients] = self._described(both, difference)
+        return found
 
     def _unproved(self, mode: GradientMode) -> str:
         """Return why the graph may differ from its source in a mode of gradients, or ""."""
@@ -170,8 +205,12 @@ class Proof:
         differs = {c: self._described(c, why) for c in found if (why := self._difference(c))}
         return tuple(c for c in found if c not in differs), tuple(differs.items())
 
-    def _repair(self, context: Context) -> None:
-        """Merge the source's graph under an autocast into the module's, if it has one."""
+    def _repair(self, context: Context, held: Sequence[Context]) -> None:
+        """Merge the source's graph under an autocast into the module's, if it has one.
+
+        Args:
+            held: autocasts that the graph holds for, whose constants stay.
+        """
         if self.export is None or not self.repairs:
             return
         try:
@@ -182,7 +221,8 @@ class Proof:
         (autocast,) = context
         device = accelerator()
         devices = {autocast[0]} | ({device.type} if device else set[str]())
-        guesses = [guess for (guess,) in contexts(devices) if guess != autocast]
+        others = [other for other in contexts(devices) if other != context and other not in held]
+        guesses = [guess for (guess,) in others]
         choose(self.module, other, autocast, guesses)
         self._forget()
         if self._difference(context) and bypass_regions(self.module):
@@ -236,7 +276,10 @@ class Proof:
     def _inputs(self, mode: Mode) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the inputs in a mode, the same tensors for both runs, which know their memory."""
         if mode not in self._inputs_in:
-            given = self.example if isinstance(mode, GradientMode) else self.example.under(mode)
+            context = mode.context if isinstance(mode, Both) else mode
+            given = self.example
+            if not isinstance(context, GradientMode):
+                given = given.under(context)
             self._inputs_in[mode] = given.args, given.kwargs
             leaves = pytree.tree_leaves((given.args, given.kwargs))
             self.values.held |= _memory(t for t in leaves if isinstance(t, torch.Tensor))
@@ -272,5 +315,11 @@ def _memory(tensors: Iterable[torch.Tensor]) -> set[int]:
     return set(map(memory_id, tensors))
 
 
-def _in_mode(mode: Mode) -> AbstractContextManager[None]:
-    return in_gradient_mode(mode) if isinstance(mode, GradientMode) else under(mode)
+@contextmanager
+def _in_mode(mode: Mode) -> Generator[None]:
+    if isinstance(mode, Both):
+        with under(mode.context), in_gradient_mode(mode.gradients):
+            yield
+    else:
+        with in_gradient_mode(mode) if isinstance(mode, GradientMode) else under(mode):
+            yield

@@ -71,9 +71,11 @@ class Schedule:
         losses: dict[ChunkedLoss, dict[str, None]] = {}
         for mode, graph in runs:
             for node in running_nodes(graph):
-                if chain := node.meta.get(RECOMPUTED):
+                names: tuple[str, ...] = node.meta.get(JOINED, ())
+                chain = node.meta.get(RECOMPUTED)
+                if chain and (not names or any(_trains_a(entries[name]) for name in names)):
                     again[mode][chain] += 1
-                if names := node.meta.get(JOINED):
+                if names:
                     modes.setdefault((names, ""), {})[mode] = None
                     adapted = [entries[name] for name in names]
                     explicit, fast = _traffic(adapted)
@@ -173,6 +175,11 @@ class Schedule:
 def _outputs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     """Return the output features and the rank of each entry."""
     return [(entry.layout.features(entry.adapted_shape)[1], entry.r) for entry in entries]
+
+
+def _trains_a(entry: Entry) -> bool:
+    """Whether A is trained, whose gradient reads x."""
+    return entry.name_a in entry.trainable
 
 
 def _traffic(entries: Sequence[Entry]) -> tuple[int, int]:
