@@ -489,3 +489,27 @@ def test_arguments_are_checked() -> None:
         fxlora.simplify(two, X[0, 0, 0, :3])
     only = fxlora.simplify(folded, X, passes=["dropout", "dead"])
     assert "batch_norm" in kinds(only) and "dropout" not in kinds(only)
+
+
+class WritesBetweenScales(nn.Module):
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own, self.lin = own, nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.lin(x) if self.own else x
+        y = h * 0.5
+        h.clamp_(-5, 5)
+        return y * 0.25, h
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_scales_are_read_before_a_write_between_them(own: bool) -> None:
+    model = WritesBetweenScales(own).double().eval()
+    gm = fxlora.capture(model, torch.randn(3, 5, dtype=torch.float64)).eval()
+    fast = fxlora.simplify(gm, torch.randn(3, 5, dtype=torch.float64))
+    x = 100 * torch.randn(3, 5, dtype=torch.float64)
+    expected, found = model(x.clone()), fast(x.clone())
+    assert float((x.abs() > 5).sum()) > 3
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..module import CapturedModule
 from ..module.program import ProgramModule
 from ..module.sizes import Arguments, larger, resized
 from ..proof.differences import largest, only_rounds, relative_errors
-from ..proof.wider import FAILURES, Wider
+from ..proof.wider import FAILURES, Wider, no_draws
 from .adapters import Tensors
 from .call import Call
 from .program import Exported
@@ -90,7 +91,7 @@ class Reference:
         args, kwargs = self.wider.cast(called)
         try:
             found = self._exact
-            return found and _run(found, (args, kwargs), call)
+            return found and _run(found, (args, kwargs), call, may_draw=False)
         except FAILURES:
             return None
 
@@ -136,17 +137,20 @@ def trials(
         yield Trial(args, kwargs, expected, inputs, exact, f"{what}, inputs of {shapes}")
 
 
-def _run(module: ProgramModule, called: Arguments, call: Call) -> Outputs:
+def _run(module: ProgramModule, called: Arguments, call: Call, may_draw: bool = True) -> Outputs:
     """Return the tensors that a call returns, and its inputs as it leaves them."""
     inputs = tensors_of(called)  # before the call, which may put others in a container
-    output = call.returned(run_seeded(module.forward, *called))
+    output = call.returned(run_seeded(module.forward, *called, may_draw=may_draw))
     return *tensors_of(output), *inputs
 
 
-def run_seeded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_seeded(
+    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], may_draw: bool = True
+) -> Any:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return run(*args, **kwargs)
+        with nullcontext() if may_draw else no_draws():
+            return run(*args, **kwargs)
 
 
 def _copied(arguments: Arguments) -> Arguments:
@@ -186,7 +190,9 @@ def check(
     for output, trial in zip(outputs, found, strict=True):
         errors = map(distance, output, trial.expected)
         wrong += [(error, n, trial) for n, error in enumerate(errors) if not error <= allowed]
-    if not wrong or (tolerance is None and _only_rounds(outputs, found, {n for _, n, _ in wrong})):
+    if not wrong or (
+        tolerance is None and _only_rounds(outputs, found, {n for _, n, _ in wrong}, allowed)
+    ):
         return
     worst, number, trial = max(wrong, key=lambda one: one[0])
     more = "" if tolerance is not None else ", or a few times its own rounding error"
@@ -197,14 +203,18 @@ def check(
     )
 
 
-def _only_rounds(outputs: Sequence[Outputs], found: Sequence[Trial], numbers: set[int]) -> bool:
+def _only_rounds(
+    outputs: Sequence[Outputs], found: Sequence[Trial], numbers: set[int], allowed: float
+) -> bool:
     """Whether the errors of some outputs are about as large as the module's own, from the exact."""
     known = [trial.exact() for trial in found]
     exact = [tensors for tensors in known if tensors is not None]
     if len(exact) < len(found) or not all(_is_real(found[0].expected[n]) for n in numbers):
         return False
     each = outputs, [trial.expected for trial in found], exact
-    return all(only_rounds(*([one[n] for one in of] for of in each)) for n in numbers)
+    return all(
+        only_rounds(*([one[n] for one in of] for of in each), allowed=allowed) for n in numbers
+    )
 
 
 def _output(run: Run, trial: Trial) -> Outputs:

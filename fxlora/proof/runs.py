@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ..module import CapturedModule
 from ..module.memory import copied_values
 from ..module.parent import RegionCall
 from ..module.quantised import is_quantised, stored
+from .wider import no_draws
 
 
 class MethodCall(NamedTuple):
@@ -76,12 +77,19 @@ class Ran(NamedTuple):
     written: dict[str, Tensor]
 
 
-def run_with_state(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ran:
-    """Run a module as `run` does, and return also what it changed."""
+def run_with_state(
+    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], may_draw: bool = True
+) -> Ran:
+    """Run a module as `run` does, and return also what it changed.
+
+    Raises:
+        Draws: it draws random numbers, and may not.
+    """
     args, kwargs = copied_values((args, kwargs))
     before = copied_values(module.state_tensors())
     with fixed_seed(module), _state_restored(module):
-        output = module(*args, **kwargs)
+        with nullcontext() if may_draw else no_draws():
+            output = module(*args, **kwargs)
         after = module.state_tensors()
         changed = {n: t for n, t in after.items() if not equal_tensors(t.detach(), before[n])}
         return Ran(*copied_values(((output, args, kwargs), changed)))

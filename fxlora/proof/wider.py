@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,28 @@ from ..module.quantised import is_quantised
 HALF = frozenset({torch.float16, torch.bfloat16})
 # What a module may raise in another dtype than it was captured in, or for want of memory.
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, FxLoraError)
+
+
+class Draws(RuntimeError):
+    """A module draws random numbers, which are others in a wider dtype."""
+
+
+@contextmanager
+def no_draws() -> Generator[None]:
+    """Within the context, no random numbers may be drawn.
+
+    Raises:
+        Draws: some were.
+    """
+    before = _states()
+    yield
+    if not all(map(torch.equal, before, _states())):
+        raise Draws
+
+
+def _states() -> list[torch.Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
 
 
 class Wider:

@@ -197,8 +197,8 @@ def _merge_scales(first: fx.Node, second: fx.Node, source: fx.Node, held: Consta
         errors, eps = (value.to(both) - both).abs(), torch.finfo(example.dtype).eps
         if bool((errors > eps * both.abs()).any()):
             return
-        factor = held.new(f"_simplified.{second.name}", value, second)
-    with graph.inserting_before(second):
+        factor = held.new(f"_simplified.{second.name}", value, first)
+    with graph.inserting_before(first):  # the source may be written to after it
         made = graph.create_node("call_function", aten.mul.Tensor, (source, factor))
     made.meta = dict(second.meta)
     second.replace_all_uses_with(made)
