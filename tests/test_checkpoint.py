@@ -623,6 +623,16 @@ def test_a_tie_that_trains_in_full_is_replaced_once(whose: str) -> None:
         other = pair("mid", 6, 6) | {"emb.weight": value, "head.weight": value + 1}
         said = refused(BASE, other, {"modules_to_save": ["emb", "head"]})
         assert "the checkpoint has no 'head.weight'" in said
+        frozen = {"head.weight": value, "emb.weight": value.clone()}  # of which one is trained
+        said = refused(BASE, pair("mid", 6, 6) | frozen, {"modules_to_save": ["head"]})
+        assert "is trained where this one is not" in said
+
+
+def test_equal_numbers_are_no_tie_if_they_are_one_number() -> None:
+    save_file({"mid.weight": torch.randn(6, 6), "n1.weight": torch.randn(6)}, BASE)
+    ones = {"n1.weight": torch.ones(6), "n2.weight": torch.ones(6)}
+    said = refused(BASE, pair("mid", 6, 6) | ones, {"modules_to_save": ["n1", "n2"]})
+    assert "the checkpoint has no 'n2.weight'" in said
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -303,8 +303,13 @@ def _misfit(tensors: Mapping[str, torch.Tensor], prefix: Prefix, base: Checkpoin
 
 
 def _twin(name: str, found: Mapping[str, torch.Tensor], base: Checkpoint) -> str | None:
-    """Return the name of an equal tensor that the checkpoint has, of one that it has not."""
+    """Return the name of an equal tensor that the checkpoint has, of one that it has not.
+
+    Equal numbers are a tie, unless they are one number: zeros and ones have no name.
+    """
     mine = found[name]
+    if not mine.numel() or torch.equal(mine, mine.flatten()[0].expand_as(mine)):
+        return None
     others = ((n, t) for n, t in found.items() if n in base.tensors and t.dtype == mine.dtype)
     return next((n for n, t in others if torch.equal(t, mine)), None)
 
@@ -316,7 +321,11 @@ def _held(
     together: dict[str, set[str]] = {}
     for name in found.keys() - base.tensors.keys():
         twin = _twin(name, found, base)
-        assert twin is not None
+        if twin is None:
+            raise AdapterError(
+                f"the checkpoint has no '{name}', and the tensor of the adapter that equals it is "
+                f"trained where this one is not, or the other way round. {WITH_MODEL}."
+            )
         together.setdefault(twin, set()).add(name)
     return {n: t for n, t in found.items() if n in base.tensors}, together
 
