@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from ..fx.calls import example_value
 from ..fx.marks import ADAPTER, INPUT, RECOMPUTED
 from ..fx.trials import concrete_sizes
+from ..lora.ops import OPS
 from .again import Chain
 from .layers import between, draws, hidden_of
 from .linears import LinearsOf
@@ -195,16 +196,16 @@ def _may_be_view(node: fx.Node) -> bool:
     decomposed = torch._C._dispatch_has_kernel_for_dispatch_key(
         target.name(), "CompositeImplicitAutograd"
     )
-    known = target.overloadpacket in _FRESH or torch.Tag.pointwise in target.tags
-    return decomposed and not known
+    known = target in _READ_OPS or target.overloadpacket in _FRESH
+    return decomposed and not known and torch.Tag.pointwise not in target.tags
 
 
 # Ops with a decomposition whose results have memory of their own. Of one that is not here, the
 # arguments count as read for longer.
+_READ_OPS = frozenset(op for (op, _), row in OPS.items() if row.kind != "einsum")
 _FRESH = (
-    *(torch.ops.fxlora.linears, aten.linear, aten.matmul, aten.conv1d, aten.conv2d, aten.conv3d),
-    *(aten.layer_norm, aten.rms_norm, aten.group_norm, aten.softmax, aten.log_softmax),
-    aten.scaled_dot_product_attention,
+    *(torch.ops.fxlora.linears, aten.layer_norm, aten.rms_norm, aten.group_norm),
+    *(aten.softmax, aten.log_softmax, aten.scaled_dot_product_attention),
 )
 
 
