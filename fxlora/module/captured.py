@@ -533,7 +533,8 @@ class CapturedModule(ProgramModule):
             InputError: calls change buffers, and the module has adapters that are not active: these
                 have values of their own for the buffers, which a state dict does not hold.
         """
-        if len(self.known.adapters) > 1 and (written := self.written_tensors()):
+        inactive = self.known.adapters.keys() - {*self.known.active}
+        if inactive and (written := self.written_tensors()):
             raise InputError(
                 f"calls change {some(sorted(written))}: each adapter has its own values, and a "
                 "state dict has those of the active one only. Save every adapter "

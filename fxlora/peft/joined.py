@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..api import inject
-from ..errors import InjectError
 from ..module import CapturedModule
-from ..tables import some
 
 
 def joined(base: CapturedModule, modules: Sequence[CapturedModule]) -> CapturedModule:
@@ -33,7 +29,6 @@ def joined(base: CapturedModule, modules: Sequence[CapturedModule]) -> CapturedM
         for module in modules:
             _share(result, module)
     result.refresh()
-    _take_buffers(result, modules)
     return result
 
 
@@ -48,22 +43,3 @@ def _share(result: CapturedModule, module: CapturedModule) -> None:
         named = result.named_parameters(remove_duplicate=False)
         for alias in [alias for alias, parameter in named if parameter is held]:
             result.set_parameter(alias, module.get_parameter(name))
-
-
-def _take_buffers(result: CapturedModule, modules: Sequence[CapturedModule]) -> None:
-    """Copy the buffers of the modules, which must be the same.
-
-    Raises:
-        InjectError: names those that are not.
-    """
-    first, *others = (module.state_tensors() for module in modules)
-    differ = [n for n, t in first.items() if not all(torch.equal(t, held[n]) for held in others)]
-    if differ:
-        raise InjectError(
-            f"calls changed {some(differ)} in the training of one of the adapters, and a model "
-            "with all of them has only one. Make them active one at a time, or train them in "
-            "eval()."
-        )
-    with torch.no_grad():
-        for name, tensor in result.state_tensors().items():
-            tensor.copy_(first[name])

@@ -101,6 +101,7 @@ def name_of(model: nn.Module) -> str | None:
 def add(adapters: Adapters, name: str, config: LoraConfig, autocast: bool) -> None:
     """Add a new adapter; its configuration is the one that was matched, with its targets."""
     adapters.check_new(name)
+    adapters.keep_buffers()
     plan = match(adapters.base, config, adapter_name=name)
     module = inject(adapters.base, plan, adapter_dtype=None if autocast else False)
     matched = plan.rules[0].lora or config
@@ -118,6 +119,7 @@ def load(
 ) -> None:
     """Add an adapter from a folder; its configuration is the one that it was matched with."""
     adapters.check_new(name)
+    adapters.keep_buffers()
     module = load_adapter(
         adapters.base,
         folder,

@@ -159,8 +159,14 @@ class PeftModel(RunningModule):
         self._run()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if only it was active, the first of the others is then."""
+        """Delete an adapter; if only it was active, the first of the others is then.
+
+        Raises:
+            ConfigError: there is none of this name, or no other, or it is merged.
+        """
         self._peft.check_known(adapter_name)
+        if adapter_name in self._peft.merged:
+            raise ConfigError(f"{shown(adapter_name)} is merged: call unmerge_adapter() first.")
         if len(self._peft.modules) == 1:
             raise ConfigError(
                 f"{shown(adapter_name)} is the only adapter: unload() gives the base."
@@ -168,8 +174,6 @@ class PeftModel(RunningModule):
         left = [name for name in self.active_adapters if name != adapter_name]
         was_active = left != self.active_adapters
         self._peft.remove(adapter_name)
-        if adapter_name in self._peft.merged:
-            self._peft.merged = ()
         if not left:
             left = [next(iter(self._peft.modules))]
             warn(f"{shown(adapter_name)} was active; now {shown(left[0])} is.")

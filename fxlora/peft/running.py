@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,8 +56,8 @@ class RunningModule(Host):
     # ---- running without them --------------------------------------------------------------------
 
     def disable_adapter_layers(self) -> None:
-        """Run the base model from now on."""
-        self._peft.enabled = False
+        """Run the base model from now on. What is merged is not, afterwards, as in PEFT."""
+        self._peft.enabled, self._peft.merged = False, ()
         self._run()
 
     def enable_adapter_layers(self) -> None:
@@ -83,14 +83,37 @@ class RunningModule(Host):
         *,
         quantised: str | None = None,
     ) -> None:
-        """Run the graph with folded weights (see `fold`), until `unmerge_adapter`."""
-        names = self._to_merge(adapter_names)
-        self._peft.merged, self._peft.quantised = tuple(names), quantised
+        """Run the graph with folded weights (see `fold`), until `unmerge_adapter`.
+
+        Adapters that are merged already stay so: the weights are those of the sum.
+
+        Args:
+            adapter_names: the adapters to merge; by default the active ones.
+            safe_merge: without effect: a fold raises for weights that are not finite.
+            quantised: as for `fxlora.fold`; by default as in the merge before.
+
+        Raises:
+            InjectError: the adapters have no sum, or a folded weight is not finite.
+            QuantisedError: as for `fxlora.fold`.
+
+        Warns:
+            FxLoraWarning: an active adapter that is not merged adapts other weights, where PEFT
+                runs it.
+        """
+        before = self._peft.merged, self._peft.quantised
+        self._peft.merged = self._to_merge(adapter_names)
+        self._peft.quantised = self._how(quantised, before[0])
         try:
             self._run()
         except FxLoraError:
-            self.unmerge_adapter()
+            self._peft.merged, self._peft.quantised = before
+            self._run()
             raise
+        if left := self._peft.left_out():
+            warn(
+                f"what is merged, {some(self._peft.merged)}, runs alone: not {some(left)}, which "
+                "adapt other weights too, where PEFT runs them. merge_adapter(…) merges them too."
+            )
 
     def unmerge_adapter(self) -> None:
         """Run the active adapter as a branch again."""
@@ -110,21 +133,25 @@ class RunningModule(Host):
         Args:
             progressbar: without effect.
             safe_merge: raise if a folded weight is not finite.
-            adapter_names: the adapters to merge; by default the active ones.
+            adapter_names: the adapters to merge, with those that are merged already; by default
+                the active ones.
             quantised: for quantised weights, "dequantise" or "requantise", as for `fxlora.fold`.
 
         Raises:
             InjectError: a folded weight is NaN or infinite.
             QuantisedError: as for `fxlora.fold`.
         """
-        names = self._to_merge(adapter_names)
+        how = self._how(quantised, self._peft.merged)
+        return self._merged(self._to_merge(adapter_names), how, safe_merge)
+
+    def _merged(self, names: tuple[str, ...], quantised: str | None, safe: bool) -> nn.Module:
         if quantised == "keep":
             raise ConfigError(
                 'the model\'s own class has no branches, which quantised="keep" would keep: take '
                 '"dequantise" or "requantise", or this model as it is.'
             )
         folded = fold(self._peft.with_active(names), quantised=quantised)
-        if safe_merge and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
+        if safe and (bad := [n for n, p in folded.named_parameters() if not _finite(p)]):
             raise InjectError(f"{some(bad)}: NaN or infinity after the merge.")
         result = merged(self._peft.source, folded)
         devices = {p.device for p in folded.parameters()}
@@ -133,26 +160,37 @@ class RunningModule(Host):
     def unload(self) -> nn.Module:
         """Return the user's own model, which never had adapters.
 
+        If adapters are merged, or base weights were loaded, return a copy of it with these.
+
         Warns:
             FxLoraWarning: modules or biases train in full, whose values PEFT's result has.
         """
+        if self._peft.merged:
+            return self._merged(self._peft.merged, self._peft.quantised, safe=False)
         plan = self._peft.with_active(self.active_adapters).plan
         if plan is not None and plan.trained:
             warn(
                 f"unload() gives the model that was given, without the trained values of "
                 f"{some(plan.trained)}, which PEFT's has: merge_and_unload() has them."
             )
-        return self._peft.source
+        if not self._peft.loaded:
+            return self._peft.source
+        self._peft.keep_buffers()
+        return merged(self._peft.source, self._peft.base)
 
     def get_base_model(self) -> Any:
         """Return the model with its adapters: it is an instance of the user's class itself."""
         return self
 
-    def _to_merge(self, names: Any) -> list[str]:
-        """Return the names of the adapters to merge: the active ones, if None are given."""
+    def _to_merge(self, names: Any) -> tuple[str, ...]:
+        """Return what is merged, with the adapters to merge: the active ones, if None are given."""
         chosen = self.active_adapters if names is None else listed("adapter_names", names)
         self._peft.check_known(*chosen)
-        return chosen
+        return tuple(dict.fromkeys((*self._peft.merged, *chosen)))
+
+    def _how(self, quantised: str | None, before: tuple[str, ...]) -> str | None:
+        """Return what a merge does with quantised weights: what the one before did, by default."""
+        return self._peft.quantised if quantised is None and before else quantised
 
     # ---- the tensors of all adapters -------------------------------------------------------------
 
@@ -167,24 +205,56 @@ class RunningModule(Host):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors of the model and of all adapters, by their names here."""
         state = super().state_dict(*args, **kwargs)
-        for name, parameter in self._peft.others():
-            state[f"{kwargs.get('prefix', '')}{name}"] = parameter.detach()
+        for name, tensor in self._peft.other_tensors().items():
+            state[f"{kwargs.get('prefix', '')}{name}"] = tensor.detach()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load the tensors of the running module, and those of other adapters that are given."""
-        others = dict(self._peft.others())
+        """Load the tensors of the running module, and those of other adapters that are given.
+
+        All adapters get the base weights; the user's model stays as it is.
+
+        Raises:
+            ConfigError: adapters are merged, whose weights would be the base's.
+            AdapterError: a tensor has another shape, or the state is of a model with other active
+                adapters, of which one trains in full what is a base weight here.
+        """
+        if self._peft.merged:
+            raise ConfigError(
+                f"{some(self._peft.merged)}: merged now, so the weights here are not the base's. "
+                "Call unmerge_adapter(), then load_state_dict, then merge_adapter()."
+            )
+        others = self._peft.other_tensors()
+        base = self._peft.names_of_base() & state_dict.keys()
+        self._check_state(state_dict, others, base)
         mine = {name: tensor for name, tensor in state_dict.items() if name not in others}
-        result = super().load_state_dict(mine, *args, **kwargs)
+        try:
+            result = super().load_state_dict(mine, *args, **kwargs)
+        finally:  # torch loads what fits, and raises afterwards
+            self._peft.share_base(base)
         with torch.no_grad():
             for name in state_dict.keys() & others.keys():
-                if others[name].shape != state_dict[name].shape:
-                    raise AdapterError(
-                        f"'{name}' is {tuple(state_dict[name].shape)} in the state, and "
-                        f"{tuple(others[name].shape)} here."
-                    )
                 others[name].copy_(state_dict[name])
         return result
+
+    def _check_state(
+        self, state: Mapping[str, Any], others: Mapping[str, torch.Tensor], base: Collection[str]
+    ) -> None:
+        for name in state.keys() & others.keys():
+            if others[name].shape != state[name].shape:
+                raise AdapterError(
+                    f"'{name}' is {tuple(state[name].shape)} in the state, and "
+                    f"{tuple(others[name].shape)} here."
+                )
+        own = self._peft.saved_names()
+        left = [n for n, path in own.items() if path in base and n in others and n not in state]
+        given = [n for n in own if n in state and n not in others]
+        if left or given:
+            raise AdapterError(
+                f"the state {'has no' if left else 'has'} {some(left or given)}: other adapters "
+                "were active when it was saved. Make them active here first: set_adapter, or "
+                "disable_adapter_layers() if none was."
+            )
 
     # ---- the host that runs ----------------------------------------------------------------------
 
