@@ -47,7 +47,7 @@ class FoldConstants(Pass):
         if sites and self.quantised is None:
             raise QuantisedError(
                 f"the weights of {some(sites)} are quantised, and lie on a grid: how to add s·BA "
-                "to them is for you to say, by the argument quantised=…, which takes "
+                "to them is for you to say, by quantised= of fxlora.fold, which takes "
                 '"keep" (these sites keep their branches), "dequantise" (they become plain '
                 'weights, in the dtype that they compute in) or "requantise" (they are quantised '
                 "anew, with the retention of s·BA checked)."
