@@ -417,6 +417,7 @@ def test_what_does_not_fit_is_refused(state: Any, tensors: Any, said: str) -> No
     ("config", "said"),
     [
         ({"peft_type": "LOHA"}, "for 'LOHA'"),
+        ({"peft_type": {"a": 1}}, "not for LORA"),
         ({"use_qalora": True}, "uses use_qalora"),
         ({"lora_bias": True}, "uses lora_bias"),
         ({"some_new_field": 3}, "uses some_new_field"),

@@ -59,7 +59,8 @@ class Settings:
         """
         config, path = content.config, content.path / CONFIG
         if (kind := config.get("peft_type")) != "LORA":
-            model = " Fold with the model: fxlora fold MODEL --adapter …" if kind in METHODS else ""
+            known = isinstance(kind, str) and kind in METHODS
+            model = " Fold with the model: fxlora fold MODEL --adapter …" if known else ""
             raise AdapterError(f"{path} is for {shown(kind)}, not for LORA.{model}")
         if unknown := [k for k, v in config.items() if v and k not in _WITHOUT_EFFECT | _READ]:
             raise AdapterError(
