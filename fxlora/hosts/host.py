@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InjectError, InputError
+from ..errors import InjectError
 from ..frontends.methods import method_of, signature_of
 from ..fx.literals import same_literal
 from ..module import CapturedModule, check_captured
 from ..module.compiled import uncompiled
-from ..module.contract import ConstantInput, InputSpec
 from ..module.example_calls import Call
 from ..module.host_attributes import MISSING, Attributes, SetByCalls, plain_values, set_by_calls
 from ..module.seal import Seal
-from ..module.several_calls import no_call_like
 from ..module.submodules import check_absent, host_part
 from ..tables import said
+from .arguments import align
 from .checkpoint import save_checkpoint
+from .tensors import check_fits, share_tensors, tensors_of
 
 
 def hosted(model: nn.Module, module: CapturedModule) -> Any:
@@ -72,7 +72,7 @@ def hosted(model: nn.Module, module: CapturedModule) -> Any:
     model = uncompiled(model, InjectError)
     if isinstance(model, Host | CapturedModule):
         raise InjectError("hosted takes the source model itself, not a captured or hosted one.")
-    _check_fits(model, module)
+    check_fits(model, module)
     _check_unchanged(model, module)
     return _hosted(model, module)
 
@@ -83,7 +83,7 @@ def _hosted(model: nn.Module, module: CapturedModule) -> Any:
     signatures = {name: signature_of(model, name) for name in methods}
     parts = {name for name in methods if isinstance(method_of(model, name), nn.Module)}
     try:
-        host = copy.deepcopy(model, _tensors_of(model, module))
+        host = copy.deepcopy(model, tensors_of(model, module))
     except Exception as error:
         raise InjectError(
             f"{type(model).__name__} cannot be copied for a host ({said(error)}). Make it "
@@ -95,7 +95,7 @@ def _hosted(model: nn.Module, module: CapturedModule) -> Any:
     own = {name: signature for name, signature in signatures.items() if name not in parts}
     host.__class__ = _host_class(type(model), module, own)
     host.__dict__["_captured"] = module
-    host.__dict__["_held"] = list(_share_tensors(host, module))
+    host.__dict__["_held"] = list(share_tensors(host, module))
     _seal(host, module, {name: signatures[name] for name in parts})
     return _in_mode(host, module.training)
 
@@ -327,7 +327,7 @@ def _run(
     if captured.training is not host.training:  # set without train(), perhaps
         captured.train(host.training)
     host._seal.refuse_apart()
-    args, kwargs = _align(captured, method, signature, args, kwargs)
+    args, kwargs = align(captured, method, signature, args, kwargs)
     attributes = host._seal.attributes
     if attributes.before or attributes.changing:
         program = captured.chosen_call(args, kwargs, method).program
@@ -335,30 +335,6 @@ def _run(
     if method == "forward":
         return captured(*args, **kwargs)
     return captured._call_method(method, *args, **kwargs)
-
-
-# ---- weights ------------------------------------------------------------------------------------
-
-
-def _check_fits(model: nn.Module, module: CapturedModule) -> None:
-    held = dict(module.named_parameters(remove_duplicate=False))
-    held |= dict(module.named_buffers(remove_duplicate=False))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in held or held[name].shape != tensor.shape:
-            raise InjectError(
-                f"the captured module has no '{name}' of shape {tuple(tensor.shape)}: host it in "
-                "the model that it was captured from."
-            )
-
-
-def _tensors_of(model: nn.Module, module: CapturedModule) -> dict[int, Any]:
-    """Return a memo for deepcopy that replaces the model's tensors by the captured module's."""
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        memo[id(parameter)] = module.get_parameter(name)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        memo[id(buffer)] = module.get_buffer(name)
-    return memo
 
 
 def _check_unchanged(model: nn.Module, module: CapturedModule) -> None:
@@ -375,24 +351,6 @@ def _check_unchanged(model: nn.Module, module: CapturedModule) -> None:
             )
 
 
-def _share_tensors(host: nn.Module, tree: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Make the host share the tree's dicts of tensors, and add submodules that it does not have.
-
-    Yields:
-        (parent, name, child) for each submodule of the host that is in the tree.
-    """
-    host._parameters, host._buffers = tree._parameters, tree._buffers
-    host._non_persistent_buffers_set = tree._non_persistent_buffers_set
-    for name, child in tree._modules.items():
-        assert child is not None
-        mine = host._modules.get(name)
-        if mine is None:
-            host._modules[name] = mine = child
-        elif mine is not child:  # as in a submodule with two names, the second time
-            yield from _share_tensors(mine, child)
-        yield host, name, mine
-
-
 def _check_held(host: Host) -> None:
     """Raise if a submodule of the host was replaced: the graph would not run the new one."""
     if torch.compiler.is_compiling():
@@ -403,76 +361,3 @@ def _check_held(host: Host) -> None:
                 f"module '{name}' of the host was replaced after it was captured (resized "
                 "embeddings?). Change the source model, and capture that."
             )
-
-
-# ---- arguments ----------------------------------------------------------------------------------
-
-
-def _align(
-    module: CapturedModule,
-    method: str,
-    signature: inspect.Signature,
-    args: tuple[Any, ...],
-    kwargs: Any,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call as those of the captured call that it is like.
-
-    Raises:
-        InputError: no captured call has an argument that is given, and not its default.
-    """
-    refusals: list[InputError] = []
-    calls = module.captured_calls(method)
-    if not calls:
-        return args, kwargs  # the module refuses the call
-    for call in calls:
-        try:
-            aligned = _align_with(call.contract, signature, args, kwargs)
-            if call.contract is not None and len(calls) > 1:
-                call.contract.check(*aligned, assume=False)
-            return aligned
-        except InputError as error:
-            refusals.append(error)
-    raise no_call_like(calls, refusals)
-
-
-def _align_with(
-    spec: InputSpec | None, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the captured arguments of a call; all others must have their default values.
-
-    Raises:
-        InputError: an argument that the graph was not captured with, and that is not the default.
-    """
-    parameters = list(signature.parameters.values())
-    if spec is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return args, kwargs
-    given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
-    defaults = {p.name: p.default for p in parameters}
-    for name, value in given.items():
-        if name not in spec.names and not _is_default(value, defaults.get(name)):
-            raise InputError(
-                f"{name}: not among the captured arguments ({', '.join(spec.names)}), and "
-                f"{_word(value)} may change the result. Capture again with it."
-            )
-    left_out = {n: v for n, v in _constants(spec).items() if _is_default(v, defaults.get(n))}
-    given = left_out | given
-    return (), {name: given[name] for name in spec.names if name in given}
-
-
-def _constants(spec: InputSpec) -> dict[str, Any]:
-    """Return the arguments that capture baked in as constants, by name."""
-    found: dict[str, Any] = {}
-    for name, leaves in zip(spec.names, spec.leaves, strict=True):
-        if len(leaves) == 1 and isinstance(leaves[0], ConstantInput):
-            found[name] = leaves[0].value
-    return found
-
-
-def _is_default(value: object, default: object) -> bool:
-    """Whether passing a value is the same as leaving the argument out."""
-    plain = type(value) in (bool, int, float, str)
-    return value is default or (plain and same_literal(value, default))
-
-
-def _word(value: object) -> str:
-    return type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)[:40]

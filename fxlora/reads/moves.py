@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 
-from ..fx.calls import frozen, is_torch_call
+from ..fx.calls import is_torch_call
 from ..fx.effects import written_nodes
 from ..fx.nested import Path, graph_around, operand_of
 from ..lora.layout import Layout, Shape
+from .replay import Replay, StandIn, Step, UnknownStepError, wide
 
 # Weights with more entries are replayed as views only, to limit memory (60 bytes per entry).
 MOST_ENTRIES = 2**26
@@ -107,52 +107,13 @@ def moved(
         return None
 
 
-class _UnknownError(Exception):
-    """The chain of ops cannot be replayed."""
-
-
-# ---- the chain of ops as steps ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One call in the chain, with the number of the step or constant for each input node."""
-
-    node: fx.Node
-    given: Mapping[fx.Node, int]
-
-    @property
-    def key(self) -> Hashable:
-        return self.node.op, self.node.target, frozen(self.node, self.given.__getitem__)
-
-    @property
-    def inert(self) -> bool:
-        """Whether the call has no dtype or device argument, by which it might cast or copy."""
-        named: list[Any] = []
-        map_aggregate((self.node.args, dict(self.node.kwargs)), named.append)
-        return not any(isinstance(n, torch.dtype | torch.device) for n in named)
-
-    def run(self, values: Sequence[Any], constant: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-        """Run the call on the values of earlier steps; `constant` converts other arguments."""
-
-        def seen(leaf: Any) -> Any:
-            return values[self.given[leaf]] if isinstance(leaf, fx.Node) else constant(leaf)
-
-        args: Any = map_aggregate(self.node.args, seen)
-        kwargs: Any = map_aggregate(dict(self.node.kwargs), seen)
-        if self.node.op == "call_method":
-            return getattr(args[0], str(self.node.target))(*args[1:], **kwargs)
-        function: Any = self.node.target
-        return function(*args, **kwargs)
-
-
 class _OpChain:
     """The chain of ops from a weight to a read, as steps to run on stand-ins for the weight."""
 
     def __init__(self, weight: Tensor, names: frozenset[str], owner: nn.Module) -> None:
         self.weight, self.names, self.owner = weight, names, owner
         self.shape = tuple(weight.shape)
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.constants: list[Tensor] = []
         self.numbers: dict[fx.Node, int] = {}  # 0: the weight; 1, 2, …: steps; -1, …: constants
 
@@ -172,9 +133,9 @@ class _OpChain:
         if outside is not None:
             return self.add(outside, path[:-1])
         if not is_torch_call(node) or written_nodes(node, owner):
-            raise _UnknownError
+            raise UnknownStepError
         given = {source: self.add(source, path) for source in node.all_input_nodes}
-        self.steps.append(_Step(node, given))
+        self.steps.append(Step(node, given))
         return len(self.steps)
 
     def _constant(self, owner: nn.Module, name: str) -> int:
@@ -182,7 +143,7 @@ class _OpChain:
         for part in name.split("."):
             value = getattr(value, part)
         if not isinstance(value, Tensor) or value.is_meta:
-            raise _UnknownError
+            raise UnknownStepError
         self.constants.append(value.detach())
         return -len(self.constants)
 
@@ -226,13 +187,13 @@ class _OpChain:
 
     def _replayed(self) -> Moved | None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            replay = _Replay(self.weight.numel())
+            replay = Replay(self.weight.numel())
             values: list[Any] = [replay.start(self.weight)]
-            constants = [_wide(value.cpu()) for value in reversed(self.constants)]
+            constants = [wide(value.cpu()) for value in reversed(self.constants)]
             for step in self.steps:
                 values.append(replay.after(step, [*values, *constants]))
         last = values[-1]
-        if not isinstance(last, _StandIn):
+        if not isinstance(last, StandIn):
             return None
         entries = torch.where(last.entry, last.names, 0.0).long() - 1
         return _outcome(entries, self.shape, last.verbatim and self._keeps_dtype(), last.intact)
@@ -250,139 +211,6 @@ class _OpChain:
 
 
 _KNOWN: dict[Hashable, Moved | None] = {}
-
-
-# ---- stand-ins ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _StandIn:
-    """Stand-ins for a tensor that depends on the weight, in both runs.
-
-    Attributes:
-        names: the number (from 1) of the weight's entry at each position, as float64.
-        values: the random values of the same entries.
-        entry: which positions hold entries of the weight; at others, both runs are equal.
-        verbatim: whether the steps only moved entries.
-        intact: whether the steps only moved and cast entries.
-    """
-
-    names: Tensor
-    values: Tensor
-    entry: Tensor
-    verbatim: bool
-    intact: bool
-
-
-class _Replay:
-    """Runs steps on stand-ins for a weight with `entries` entries."""
-
-    def __init__(self, entries: int) -> None:
-        generator = torch.Generator().manual_seed(entries)
-        # Many magnitudes and both signs: a clamp or a threshold changes some values, not all.
-        self.table = torch.randn(entries + 1, generator=generator, dtype=torch.float64)
-        sizes = torch.rand(entries + 1, generator=generator, dtype=torch.float64)
-        self.table *= 10 ** (60 * sizes - 30)
-
-    def start(self, weight: Tensor) -> _StandIn:
-        """Return the stand-in for the weight itself, with the weight's strides."""
-        shape, numbers = weight.shape, torch.arange(1, weight.numel() + 1, dtype=torch.float64)
-        names = torch.empty_strided(shape, weight.stride(), dtype=torch.float64)
-        names.copy_(numbers.reshape(shape))
-        everywhere = torch.ones(shape, dtype=torch.bool)
-        return _StandIn(names, self._values(names), everywhere, True, True)
-
-    def after(self, step: _Step, values: Sequence[Any]) -> Any:
-        """Return the stand-in for a step's result, or the result if no input is a stand-in.
-
-        Raises:
-            _UnknownError: the step neither moves data nor is pointwise, or draws random numbers.
-        """
-        given = [values[number] for number in step.given.values()]
-        stands = [v for value in given for v in _items(value) if isinstance(v, _StandIn)]
-        if not stands:
-            return _constant(step, values)
-        verbatim = step.inert and len(stands) == len(given) and all(s.verbatim for s in stands)
-        try:
-            names = step.run([_side(v, "names") for v in values], _wide)
-            found = step.run([_side(v, "values") for v in values], _wide)
-            return self._agreed(names, found, verbatim, all(s.intact for s in stands))
-        except Exception:  # noqa: BLE001 - a call raises anything for unsupported inputs
-            return self._pointwise(step, given)
-
-    def _agreed(self, names: Any, values: Any, verbatim: bool, intact: bool) -> Any:
-        """Return the results of both runs as stand-ins, if they moved the same entries.
-
-        Raises:
-            _UnknownError: they did not.
-        """
-        if isinstance(names, list | tuple):
-            pairs = zip(names, values, strict=True)
-            return [self._agreed(name, value, verbatim, intact) for name, value in pairs]
-        if not isinstance(names, Tensor) or not names.is_floating_point():
-            raise _UnknownError
-        inside = (names > 0) & (names < len(self.table)) & (names == names.round())
-        entry = inside & (self._values(torch.where(inside, names, 0.0)) == values)
-        if not bool((entry | (names == values)).all()):
-            raise _UnknownError
-        return _StandIn(names, values, entry, verbatim, intact)
-
-    def _pointwise(self, step: _Step, given: Sequence[Any]) -> _StandIn:
-        """Return the stand-in for a pointwise op, which leaves the entries in their positions.
-
-        Raises:
-            _UnknownError: torch does not tag the op as pointwise, or its inputs have different
-                entries at one position.
-        """
-        if torch.Tag.pointwise not in getattr(step.node.target, "tags", ()):
-            raise _UnknownError
-        tensors = (_side(value, "names") for value in given)
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors if isinstance(t, Tensor)))
-        first, *others = (
-            torch.where(v.entry, v.names, 0.0).expand(shape)
-            for v in given
-            if isinstance(v, _StandIn)
-        )
-        if not all(torch.equal(first, other) for other in others):
-            raise _UnknownError
-        entry = first > 0
-        return _StandIn(first, torch.where(entry, self._values(first), 0.0), entry, False, False)
-
-    def _values(self, names: Tensor) -> Tensor:
-        return self.table[names.long()]
-
-
-def _constant(step: _Step, values: Sequence[Any]) -> Any:
-    """Return the value of a step that does not depend on the weight.
-
-    Raises:
-        _UnknownError: two runs differ, because the step draws random numbers.
-    """
-    first, second = (_wide(step.run(values, _wide)) for _ in range(2))
-    alike = torch.equal(first, second) if isinstance(first, Tensor) else first == second
-    if not alike:
-        raise _UnknownError
-    return first
-
-
-def _items(value: Any) -> Iterator[Any]:
-    yield from value if isinstance(value, list | tuple) else [value]
-
-
-def _side(value: Any, side: str) -> Any:
-    """Replace stand-ins by their tensors in one run: `names` or `values`."""
-    if isinstance(value, list):
-        return [_side(item, side) for item in value]
-    return getattr(value, side) if isinstance(value, _StandIn) else value
-
-
-def _wide(leaf: Any) -> Any:
-    """Convert a constant to suit stand-ins: floating point to float64, devices to the CPU."""
-    if isinstance(leaf, torch.device):
-        return torch.device("cpu")
-    if isinstance(leaf, torch.dtype):
-        return torch.float64 if leaf.is_floating_point else leaf
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 # ---- outcomes -----------------------------------------------------------------------------------
