@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torchs
 
 from ..errors import CaptureError
-from ..module.submodules import HOOKS
+from ..module.sealed_dicts import HOOKS
 from ..names import shown
 
 # Attributes of a module that a call of it reads, and a call of one of its methods does not.

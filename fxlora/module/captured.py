@@ -28,6 +28,7 @@ from .blocks.calls import outline
 from .blocks.tree import block_around, check_not_replaced, named_modules, place, wrapped
 from .contract import InputSpec
 from .copies import complete_memo, deep_copy, derived, shallow_copy
+from .guarded import check_kinds
 from .host_attributes import ALL, DATA, MISSING, TRAINING, joined
 from .memory import overlaps_of
 from .merge_aware import merge_aware_graph
@@ -39,6 +40,7 @@ from .quantised import dequantised
 from .regions import described, uncovered
 from .schedule import Schedule
 from .seal import Seal
+from .sealed_dicts import children_of, seal_part
 from .several_calls import (
     CHOOSER,
     CallRunner,
@@ -49,7 +51,7 @@ from .several_calls import (
 from .sharing import copy_when_trained, unshare
 from .simplified import Simplification
 from .state import State
-from .submodules import Container, check_absent, check_kinds, children_of, seal_part
+from .submodules import Container, check_absent
 
 
 class CapturedModule(ProgramModule):

@@ -14,8 +14,8 @@ from ..errors import SubmoduleError
 from .blocks.tree import module_at
 from .fsdp import refuse_copy
 from .quantised import is_quantised, with_parts
+from .sealed_dicts import HOOKS
 from .sharing import copy_when_trained, is_shared
-from .submodules import HOOKS
 
 if TYPE_CHECKING:
     from .captured import CapturedModule

@@ -16,6 +16,7 @@ from ...errors import InputError, SubmoduleError
 from ...fx.autocast import current_autocast
 from ..autocasts import UNKNOWN
 from ..contract import ConstantInput, InputSpec
+from ..guarded import Guarded, check_tensor
 from ..host_attributes import DATA, is_private
 from ..program import (
     FACADE,
@@ -31,9 +32,7 @@ from ..seal import Seal
 from ..several_calls import CHOOSER, choosing_program, first_that_holds, signature_of_all
 from ..submodules import (
     Container,
-    Guarded,
     NoAttributeError,
-    check_tensor,
     container,
     may_note,
     plain_view,
