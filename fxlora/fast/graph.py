@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ..fx.marks import ADAPTER, APART, JOINED
 from ..fx.nested import Call, checkpointed
+from .frozen import leave_out_frozen_gradients
 from .layers import Layer, grouped, is_barrier
 from .linears import linears
 from .losses import chunk_losses
@@ -65,6 +66,7 @@ def fast_graph(graph: fx.Graph, how: Fast, owner: nn.Module | None = None) -> fx
     rewrite_norms(fast)
     if how.recompute:
         recompute_chains(fast, is_barrier)
+    leave_out_frozen_gradients(fast)
     fast.lint()
     return fast
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from ..fast import ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
-from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, RECOMPUTED
+from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, ONE_GRADIENT, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
 from .program import MODES
@@ -55,11 +55,14 @@ class Schedule:
         groups: those that one node computes first.
         recomputed: what the backward computes again, and how often, in the mode where it is most.
         losses: the losses that were to be computed for some rows at a time, with their modes.
+        one_gradient: the ops whose backward leaves out the gradient of a frozen weight, and how
+            often, in the mode where it is most.
     """
 
     groups: tuple[Group, ...]
     recomputed: tuple[tuple[Recomputed, int], ...] = ()
     losses: tuple[tuple[ChunkedLoss, tuple[str, ...]], ...] = ()
+    one_gradient: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, runs: Runs, plan: Plan | None) -> Schedule:
@@ -69,10 +72,13 @@ class Schedule:
         units: dict[tuple[str, ...], dict[str, Any]] = {}
         again = {mode: Counter[Recomputed]() for mode in MODES}
         losses: dict[ChunkedLoss, dict[str, None]] = {}
+        frozen = {mode: Counter[str]() for mode in MODES}
         for mode, graph in runs:
             for node in running_nodes(graph):
                 names: tuple[str, ...] = node.meta.get(JOINED, ())
                 chain = node.meta.get(RECOMPUTED)
+                if op := node.meta.get(ONE_GRADIENT):
+                    frozen[mode][op] += 1
                 if chain and (not names or any(_trains_a(entries[name]) for name in names)):
                     again[mode][chain] += 1
                 if names:
@@ -106,6 +112,7 @@ class Schedule:
             tuple(sorted(groups, key=lambda group: bool(group.reason))),
             tuple(sorted(most.items(), key=lambda item: len(item[0].ops))),
             tuple((loss, tuple(found)) for loss, found in losses.items()),
+            tuple(functools.reduce(operator.or_, frozen.values()).items()),
         )
 
     def measured(self) -> Schedule:
@@ -146,7 +153,13 @@ class Schedule:
                 explicit, fast = group.seconds or (None, None)
                 row += ["" if s is None else f"{1e3 * s:.3g}" for s in (fast, explicit)]
         tables = (render(header, rows), self._recomputations(), self._losses())
-        return "\n\n".join(filter(None, tables))
+        return "\n\n".join(filter(None, (*tables, self._one_gradient())))
+
+    def _one_gradient(self) -> str:
+        if not self.one_gradient:
+            return ""
+        rows = [(op, f"{number:,}") for op, number in self.one_gradient]
+        return render(("gradient of a frozen weight left out", "calls"), rows)
 
     def _losses(self) -> str:
         if not self.losses:
