@@ -100,7 +100,7 @@ def test_layers_of_one_input_are_one_op() -> None:
     assert sorted(joined(fast)) == sorted([*QKV, *SINGLE])
     assert lora.schedule is None
     code = fast.running(fast.graph).python_code("self").src
-    assert code.count("fxlora.linears") == 5 and "aten.linear" not in code
+    assert code.count("direct_linears(") == 5 and "aten.linear" not in code
 
 
 def test_the_schedule_is_measured_on_request() -> None:

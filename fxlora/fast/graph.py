@@ -14,13 +14,11 @@ from ..fx.marks import ADAPTER, APART, JOINED
 from ..fx.nested import Call, checkpointed
 from .frozen import leave_out_frozen_gradients
 from .layers import Layer, grouped, is_barrier
-from .linears import linears
+from .linears import direct_linears
 from .losses import chunk_losses
 from .nested import make_nested_fast
 from .norms import rewrite_norms
 from .recompute import recompute_chains
-
-assert linears  # its import registers the op
 
 aten = torch.ops.aten
 
@@ -67,6 +65,8 @@ def fast_graph(graph: fx.Graph, how: Fast, owner: nn.Module | None = None) -> fx
     if how.recompute:
         recompute_chains(fast, is_barrier)
     leave_out_frozen_gradients(fast)
+    for joint in fast.find_nodes(op="call_function", target=torch.ops.fxlora.linears.default):
+        joint.target = direct_linears
     fast.lint()
     return fast
 
