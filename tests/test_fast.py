@@ -728,6 +728,20 @@ def test_dropout_is_drawn_again(kind: str) -> None:
     assert after < 0.85 * before
 
 
+def test_dropout_is_drawn_again_for_a_batch_of_gradients() -> None:
+    lora = adapted(rules=VARIANTS["dropout"]).train()
+    basis = torch.randn(3, 3, 4, 5, dtype=F64)
+    found: list[Any] = []
+    for module in (lora, fxlora.optimize(lora, recompute=True)):
+        torch.manual_seed(3)
+        wrt = fxlora.lora_parameters(module)
+        batch = torch.autograd.grad(module(X), wrt, basis, is_grads_batched=True)
+        found.append([*batch, torch.rand(3)])
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -67,3 +68,20 @@ def autocast_of(device: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+@contextmanager
+def outside_of_transforms() -> Generator[None]:
+    """Leave the transforms of functorch and batches of gradients, for tensors that none wraps."""
+    batches: Any = torch._C
+    levels = batches._vmapmode_increment_nesting()
+    for _ in range(levels):
+        batches._vmapmode_decrement_nesting()
+    try:
+        with ExitStack() as stack:
+            while _functorch.peek_interpreter_stack() is not None:
+                stack.enter_context(temporarily_pop_interpreter_stack())
+            yield
+    finally:
+        for _ in range(levels - 1):
+            batches._vmapmode_increment_nesting()

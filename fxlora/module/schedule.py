@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from ..fast import ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
+from ..fast import NO_LOSS, ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
 from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, ONE_GRADIENT, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
@@ -92,6 +92,8 @@ class Schedule:
                 elif ADAPTER in node.meta:
                     reason = node.meta.get(APART, "")
                     modes.setdefault(((node.meta[ADAPTER][0],), reason), {})[mode] = None
+        if len(losses) > 1:  # of a graph without a loss, in a module that has one
+            losses.pop(NO_LOSS, None)
         seen = {name for names, _ in modes for name in names}
         for name in entries:
             if name not in seen:
