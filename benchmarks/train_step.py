@@ -52,6 +52,9 @@ PEFT = "PEFT"  # with adapters in the dtype of fxlora's, which is its default
 PEFT_NARROW = "PEFT, adapters in the model's dtype"
 # Between two orders of summation; the errors of gradients add up over layers, or in bfloat16.
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
+# Rounding turns ReLUs on and off, which a batch norm over the 49 positions of an image passes on:
+# the gradients of a ResNet in float32 differ by some per cent; in float64, by 1e-13.
+GRADIENTS = 1e-1
 # Of B's entries, so that the adapters' effect is more than the rounding.
 STD = {torch.float32: 0.02, torch.bfloat16: 0.1}
 
@@ -277,7 +280,7 @@ def check(trainees: dict[str, Trainee], dtype: torch.dtype) -> str:
         )
         assert effect > 10 * gap, f"the adapters change the loss by {effect:.1e}, only"
         assert gap < TOLERANCES[dtype], f"the losses differ by {gap:.1e}"
-        assert gradient < TOLERANCES[dtype], f"the gradients differ by {gradient:.1e}"
+        assert gradient < GRADIENTS, f"the gradients differ by {gradient:.1e}"
         said.append(f"{name} by {gap:.0e} in the loss and {gradient:.0e} in the gradients")
     fewer = f" PEFT adapts {len(reached) // 2} of {len(mine) // 2} weights."
     return (

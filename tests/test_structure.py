@@ -80,6 +80,7 @@ GRAPH_WRITERS = {
     "fast/frozen.py": "calls with one gradient, in a copy of the explicit graph",
     "fast/graph.py": "joint ops, in a copy of the explicit graph, which stays",
     "fast/losses.py": "the head and loss of some rows as one call, in that copy",
+    "fast/merged.py": "layers with one weight as one call, in that copy",
     "fast/nested.py": "fast nested graphs, in that copy",
     "fast/norms.py": "the norms of DoRA as one call, in that copy",
     "fast/recompute.py": "chains as one call, in that copy",

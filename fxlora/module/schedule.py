@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from ..fast import NO_LOSS, ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
-from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, ONE_GRADIENT, RECOMPUTED
+from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, MERGED, ONE_GRADIENT, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
 from .program import MODES
@@ -31,6 +31,7 @@ class Group:
         sites: the adapters' sites in the plan.
         modes: the modes in whose graph this is.
         reason: why these are the explicit nodes; "" for one node.
+        merged: whether it is one layer with the weight W + s·BA, where that pays.
         explicit, fast: the numbers that are read and written for each row of x, forward and
             backward, by the explicit nodes and by the one node; 0 if not known.
         shapes: the sizes in the example, if one node computes them.
@@ -41,6 +42,7 @@ class Group:
     sites: tuple[str, ...]
     modes: tuple[str, ...]
     reason: str = ""
+    merged: bool = False
     explicit: int = 0
     fast: int = 0
     shapes: Shapes | None = None
@@ -89,6 +91,8 @@ class Schedule:
                     units[names] = {"explicit": explicit, "fast": fast, "shapes": shapes}
                 elif loss := node.meta.get(CHUNKED):
                     losses.setdefault(loss, {})[mode] = None
+                elif name := node.meta.get(MERGED):
+                    modes.setdefault(((name,), MERGED), {})[mode] = None
                 elif ADAPTER in node.meta:
                     reason = node.meta.get(APART, "")
                     modes.setdefault(((node.meta[ADAPTER][0],), reason), {})[mode] = None
@@ -104,8 +108,8 @@ class Schedule:
             Group(
                 tuple(entries[name].site for name in names),
                 tuple(found),
-                reason,
-                **({} if reason else units[names]),
+                "" if reason == MERGED else reason,
+                **({"merged": True} if reason == MERGED else {} if reason else units[names]),
             )
             for (names, reason), found in modes.items()
         ]
@@ -143,7 +147,7 @@ class Schedule:
             [
                 some(group.sites),
                 ", ".join(group.modes),
-                f"explicit: {group.reason}" if group.reason else f"{len(group.sites)} in one op",
+                _form(group),
                 f"{group.fast:,}" if group.fast else "",
                 f"{group.explicit:,}" if group.fast else "",
             ]
@@ -185,6 +189,12 @@ class Schedule:
             for chain, number in self.recomputed
         ]
         return render(header, rows)
+
+
+def _form(group: Group) -> str:
+    if group.merged:
+        return "one weight, W + s·BA"
+    return f"explicit: {group.reason}" if group.reason else f"{len(group.sites)} in one op"
 
 
 def _outputs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
