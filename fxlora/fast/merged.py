@@ -53,7 +53,7 @@ class Merged:
 
     def _pays(self, *tensors: Tensor) -> bool:
         x, weight, down, up = tensors
-        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():  # pyright: ignore
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
             return False
         if x.dtype not in _EXACT or any(t.dtype is not x.dtype for t in (weight, down, up)):
             return False
@@ -110,7 +110,7 @@ def _convolution(output: fx.Node) -> Layer | None:
     base = output.args[0] if output.args else None
     if form != "branch" or output.target != aten.add.Tensor or not isinstance(base, fx.Node):
         return None
-    row = OPS.get((base.target, 1))  # pyright: ignore[reportArgumentType]
+    row = OPS.get((base.target, 1))
     weight = example_value(argument(base, 1))
     if row is None or not row.kernel or row.in_first or weight is None:
         return None

@@ -104,15 +104,13 @@ class Schedule:
                 modes[
                     (name,), "is in a choice, a loop, or a region of a submodule that is a module"
                 ] = {}
-        groups = [
-            Group(
-                tuple(entries[name].site for name in names),
-                tuple(found),
-                "" if reason == MERGED else reason,
-                **({"merged": True} if reason == MERGED else {} if reason else units[names]),
-            )
-            for (names, reason), found in modes.items()
-        ]
+        groups: list[Group] = []
+        for (names, reason), found in modes.items():
+            merged = reason == MERGED
+            known: dict[str, Any] = {} if reason else units[names]
+            adapted = tuple(entries[name].site for name in names)
+            why = "" if merged else reason
+            groups.append(Group(adapted, tuple(found), why, merged=merged, **known))
         most = functools.reduce(operator.or_, again.values())
         return cls(
             tuple(sorted(groups, key=lambda group: bool(group.reason))),
