@@ -103,6 +103,9 @@ def main() -> None:
     options = start(options_parser, rounds=15)
     report = Report(options)
     for name in options.models:
+        if options.dtype != "float32":  # there, the sides differ by as much as adapters change
+            wide = argparse.Namespace(**{**vars(options), "dtype": "float32", "compile": False})
+            check(prepared(TASKS[name](wide), wide), torch.float32)
         task = TASKS[name](options)
         trainees = prepared(task, options)
         agreement = check(trainees, DTYPES[options.dtype])
@@ -259,7 +262,8 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
 def check(trainees: dict[str, Trainee], dtype: torch.dtype) -> str:
     """Assert that the sides agree in loss and gradients, and that adapters have an effect.
 
-    PEFT's do not where it adapts fewer weights. Returns sentences with the differences.
+    PEFT's do not where it adapts fewer weights, and gradients in bfloat16 are not compared: the
+    model's own rounding changes them as much. Returns sentences with the differences.
     """
     losses = {name: trainee.loss() for name, trainee in trainees.items()}
     mine, peft = trainees[EXPLICIT].trained, trainees[PEFT].trained
@@ -278,9 +282,12 @@ def check(trainees: dict[str, Trainee], dtype: torch.dtype) -> str:
             torch.cat([gradient_of(p) for p in mine.values()]),
             torch.cat([gradient_of(theirs[key]) for key in mine]),
         )
-        assert effect > 10 * gap, f"the adapters change the loss by {effect:.1e}, only"
+        small = f"the adapters change the loss by {effect:.1e} only"
+        assert effect > 10 * gap or dtype is torch.bfloat16, small
         assert gap < TOLERANCES[dtype], f"the losses differ by {gap:.1e}"
-        assert gradient < GRADIENTS, f"the gradients differ by {gradient:.1e}"
+        assert gradient < GRADIENTS or dtype is torch.bfloat16, (
+            f"the gradients differ by {gradient:.1e}"
+        )
         said.append(f"{name} by {gap:.0e} in the loss and {gradient:.0e} in the gradients")
     fewer = f" PEFT adapts {len(reached) // 2} of {len(mine) // 2} weights."
     return (

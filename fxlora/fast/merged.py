@@ -7,7 +7,7 @@ For each position of an image, a training step multiplies
 more than without an adapter; forming the weight, and the gradients of A and B, are 3·r·in·out once.
 So one weight is less for few channels on many positions: the first stages of a network for images.
 The products of rank r are slower than wide ones, too, so it pays from a share of the branch's
-numbers on. The joint op of linear layers is as fast (benchmarks/layer_forms.py).
+numbers on (benchmarks/layer_forms.py). Linear layers have the joint op.
 """
 
 from __future__ import annotations
