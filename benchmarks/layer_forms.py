@@ -28,16 +28,15 @@ Form = Callable[..., Tensor]
 aten = torch.ops.aten
 
 # rows, inputs, outputs: of Swin-T and ConvNeXt-T, a Llama's and GPT-2's
-LINEAR = [(3136, 96, 96), (3136, 96, 288), (3136, 96, 384), (784, 192, 576), (196, 384, 1536)]
-LINEAR += [(49, 768, 3072), (256, 512, 512), (256, 768, 3072), (256, 1024, 1024)]
+LINEAR = [
+    *[(3136, 96, 96), (3136, 96, 288), (3136, 96, 384), (784, 192, 576), (196, 384, 1536)],
+    *[(49, 768, 3072), (256, 512, 512), (256, 768, 3072), (256, 1024, 1024)],
+]
 # channels in and out, kernel, stride, size: those of ResNet-50
-CONVOLUTION = [(64, 64, 1, 1, 56), (64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (256, 128, 1, 1, 56)]
-CONVOLUTION += [(128, 512, 1, 1, 28), (512, 128, 1, 1, 28), (256, 1024, 1, 1, 14)]
-CONVOLUTION += [
-    (64, 64, 3, 1, 56),
-    (128, 128, 3, 1, 28),
-    (128, 128, 3, 2, 56),
-    (256, 256, 3, 1, 14),
+CONVOLUTION = [
+    *[(64, 64, 1, 1, 56), (64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (256, 128, 1, 1, 56)],
+    *[(128, 512, 1, 1, 28), (512, 128, 1, 1, 28), (256, 1024, 1, 1, 14)],
+    *[(64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (128, 128, 3, 2, 56), (256, 256, 3, 1, 14)],
 ]
 EMBEDDING = [(256, 50257, 768), (256, 32000, 1024)]  # tokens, rows of the table, width
 EXPERTS = [(512, 4, 512, 2048), (512, 8, 1024, 2816)]  # rows, experts, inputs, outputs
@@ -47,7 +46,7 @@ IN_PLACE = [(1, 1024), (256, 1024)]  # rows, width
 def main() -> None:
     options = start(parser(__doc__), rounds=25)
     report = Report(options)
-    kinds: list[tuple[str, list[Any], Callable[..., Any]]] = [
+    kinds: list[tuple[str, Any, Any]] = [
         ("linear: rows, in, out", LINEAR, linear_layer),
         ("convolution: in, out, kernel, stride, size", CONVOLUTION, convolution),
         ("embedding: tokens, rows, width", EMBEDDING, embedding),
@@ -56,18 +55,23 @@ def main() -> None:
     ]
     for title, sizes, make in kinds:
         chosen = sizes[:1] if options.quick else sizes
-        rows = [compare(size, *make(*size), options) for size in chosen]
+        rows = [compare(size, make(*size), options) for size in chosen]
         report.add(f"{title}; r={R}, float32", rows)
 
 
 def compare(
     size: Sequence[int],
-    forms: dict[str, Form],
-    given: Sequence[Any],
-    wanted: Sequence[Tensor],
+    made: tuple[dict[str, Form], Sequence[Any], Sequence[Tensor]],
     options: argparse.Namespace,
 ) -> dict[str, str]:
-    """Return a row, after a check that the forms are equal; the last one is the frozen layer."""
+    """Return a row, after a check that the forms are equal; the last one is the frozen layer.
+
+    Args:
+        size: the layer's sizes.
+        made: its forms, what they take, and the tensors of which a gradient is wanted.
+        options: of the command line.
+    """
+    forms, given, wanted = made
 
     def step(form: Form, of: Sequence[Tensor]) -> list[Tensor]:
         y = form(*given)
@@ -128,8 +132,8 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int, size: int) 
     forms: dict[str, Form] = {
         "explicit": explicit,
         "one weight": one_weight,
-        "in place": lambda x: InPlace.apply(x, w, a, b, *how),  # pyright: ignore
-        "one convolution": lambda x: OneConvolution.apply(x, w, a, b, *how),  # pyright: ignore
+        "in place": lambda x: InPlace.apply(x, w, a, b, *how),
+        "one convolution": lambda x: OneConvolution.apply(x, w, a, b, *how),
         "frozen": lambda x: F.conv2d(x, w, None, *how),
     }
     return forms, (x,), (x, a, b)
