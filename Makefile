@@ -48,6 +48,7 @@ format: $(VENV)/lint ## fix and format the code with ruff
 bench: $(VENV)/test ## the benchmarks behind the README's numbers (minutes)
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/layer_forms.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/capture_memory.py
 	$(BIN)/python benchmarks/capture_cost.py

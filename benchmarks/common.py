@@ -297,13 +297,16 @@ def gpt2(layers: int) -> GPT2LMHeadModel:
 
 
 def copy_adapters(source: nn.Module, target: nn.Module) -> None:
-    """Copy A and B to the target, fxlora's or PEFT's module: both use the same names."""
-    theirs = dict(target.named_parameters())
+    """Copy A and B to the target, fxlora's or PEFT's module: both use the same names.
+
+    The target may have adapters at fewer weights.
+    """
+    theirs = {name: p for name, p in target.named_parameters() if is_adapter(name)}
     adapters = {name: p for name, p in source.named_parameters() if is_adapter(name)}
-    assert adapters.keys() == {name for name in theirs if is_adapter(name)}
+    assert theirs and theirs.keys() <= adapters.keys()
     with torch.no_grad():
-        for name, parameter in adapters.items():
-            theirs[name].copy_(parameter)
+        for name, parameter in theirs.items():
+            parameter.copy_(adapters[name])
 
 
 def randomise_b(module: nn.Module, std: float = 0.02) -> None:

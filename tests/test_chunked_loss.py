@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxlora
 from fxlora import CapturedModule, LoraConfig
-from fxlora.fast import losses
+from fxlora.fast import chunks
 
 from .laws import randomise
 
@@ -20,7 +20,7 @@ V, ROWS = 11, 3
 
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOGITS", ROWS * V)
+    monkeypatch.setattr(chunks, "_LOGITS", ROWS * V)
 
 
 class Model(nn.Module):
@@ -56,6 +56,41 @@ class Last(Model):
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> Any:
         h = self.up(self.embed(ids)).tanh()
         return F.cross_entropy((h @ self.head.weight.T)[:, -1], labels[:, 0], **self.how) * 2
+
+
+class Likelihood(Model):
+    """The cross-entropy as log_softmax and nll_loss."""
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        rows = F.log_softmax(logits.view(-1, V), dim=-1)
+        return F.nll_loss(rows, labels.view(-1), **self.how)
+
+
+class Preference(Model):
+    """Log-probabilities of the next tokens, added up where a token counts."""
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        logits, tokens = logits[:, :-1], labels[:, 1:].clamp(0)
+        found = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return (found * (labels[:, 1:] != -100)).sum(-1).sin().sum()
+
+
+class OverRows(Model):
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        return logits.log_softmax(1).gather(-1, labels.unsqueeze(-1)).sum()
+
+
+class OtherRows(Model):
+    """Tokens for the first rows only."""
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        return logits.log_softmax(-1).gather(-1, labels[:, :-1].unsqueeze(-1)).sum()
+
+
+class NoLoss(Model):
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return (picked - logits.logsumexp(-1)).sum()
 
 
 class Both(Model):
@@ -139,20 +174,23 @@ def assert_equal(chunked: Any, lora: CapturedModule) -> None:
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-10)
 
 
-MODELS: dict[str, tuple[nn.Module, Any]] = {
+MODELS: dict[str, tuple[Model, Any]] = {
     "mean": (Model(), {}),
     "sum, bias, and a frozen head": (Model(bias=True, reduction="sum"), {"targets": ["up"]}),
     "smoothed": (Wide(label_smoothing=0.1), {}),
     "another ignored target": (Wide(ignore_index=2), {}),
     "last": (Last(), {}),
     "dora": (Model(bias=True), {"use_dora": True}),
+    "log_softmax and nll_loss": (Likelihood(bias=True, ignore_index=2), {}),
+    "the sum of these": (Likelihood(reduction="sum"), {}),
+    "log_softmax and gather": (Preference(bias=True), {}),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_it_is_the_explicit_loss(kind: str) -> None:
     model, how = MODELS[kind]
-    LABELS[0, 1:3] = 2 if kind.startswith("another") else -100
+    LABELS[0, 1:3] = 2 if model.how.get("ignore_index") == 2 else -100
     LABELS[0, 0] = 1
     lora = adapted(model, **how)
     chunked = fxlora.optimize(lora, chunked_loss=True)
@@ -171,7 +209,7 @@ def test_it_is_the_explicit_loss(kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         chunked(IDS, LABELS)
     assert max(widths) < IDS.numel() * V  # no logits of all tokens, as the explicit one saves
-    if kind == "mean":
+    if kind in ("mean", "log_softmax and gather"):
         compiled: Any = torch.compile(chunked, backend="aot_eager", fullgraph=True)
         assert_equal(compiled, lora)
 
@@ -200,6 +238,9 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "logits returned": (Both(), "also returned"),
     "classes second": (OverTokens(), "not of one row of logits for each target"),
     "another function": (Soft(), "not of the outputs of a linear layer, but of aten.tanh"),
+    "softmax over rows": (OverRows(), "not over the last dimension"),
+    "tokens of some rows": (OtherRows(), "rows at a time"),  # which no example shows to be few
+    "logsumexp": (NoLoss(), "the graph has no cross-entropy"),
     "weighed": (Model(weight=torch.rand(V).double()), "weighs the classes"),
     "other rows": (Mixed(), "not of the outputs of a linear layer"),
     "rows with rows": (Alike(), "depends on its input"),

@@ -77,8 +77,10 @@ def test_only_ops_and_spellings_name_kinds_of_op() -> None:
 # Files outside passes/ that write to a graph, and to which graph or part of one.
 GRAPH_WRITERS = {
     "delivery/metadata.py": "places in the source, in a copy of the graph that is exported",
+    "fast/frozen.py": "calls with one gradient, in a copy of the explicit graph",
     "fast/graph.py": "joint ops, in a copy of the explicit graph, which stays",
     "fast/losses.py": "the head and loss of some rows as one call, in that copy",
+    "fast/merged.py": "layers with one weight as one call, in that copy",
     "fast/nested.py": "fast nested graphs, in that copy",
     "fast/norms.py": "the norms of DoRA as one call, in that copy",
     "fast/recompute.py": "chains as one call, in that copy",

@@ -110,7 +110,8 @@ def optimize(
     each branch to its layer's output in place, and has one gradient of x. It saves what the
     explicit nodes save. The module's graphs stay the explicit ones, so every other function takes
     the result, and adapters and optimizer states are the same. `module.schedule` tells for each
-    adapter whether it is in such an op, and why not.
+    adapter whether it is in such an op, and why not. Convolutions of 1x1 with few channels run with
+    the one weight W + s·BA, and ops of libraries leave out the gradients of frozen weights.
 
     Args:
         module: an adapted module; it is not changed.
@@ -118,7 +119,8 @@ def optimize(
             again in the backward, where less memory is saved for it then. It takes more time.
         chunked_loss: also compute a linear head and the cross-entropy of its logits for some rows
             at a time, and again in the backward, where the graph returns the loss and not the
-            logits. The logits of all tokens are never held.
+            logits. The logits of all tokens are never held. The cross-entropy may be written as
+            log_softmax with nll_loss or gather.
 
     Returns:
         The optimized module.

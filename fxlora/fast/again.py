@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..fx.autocast import current_autocast
-from .plain import autocast_to, is_plain
+from .plain import autocast_to, is_plain, outside_of_transforms
 
 
 class Chain:
@@ -75,7 +75,9 @@ class Again:
         ]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_with_random_states(self.random))
+            if self.random:  # vmap, of a batch of gradients, draws no random numbers
+                stack.enter_context(outside_of_transforms())
+                stack.enter_context(_with_random_states(self.random))
             for device in {tensor.device.type for tensor in saved}:
                 stack.enter_context(autocast_to(device, dict(self.autocast).get(device)))
             return given, self.inner(*given)

@@ -12,14 +12,14 @@ from torch import fx, nn
 
 from ..fx.marks import ADAPTER, APART, JOINED
 from ..fx.nested import Call, checkpointed
+from .frozen import leave_out_frozen_gradients
 from .layers import Layer, grouped, is_barrier
-from .linears import linears
+from .linears import direct_linears
 from .losses import chunk_losses
+from .merged import merge_convolutions
 from .nested import make_nested_fast
 from .norms import rewrite_norms
 from .recompute import recompute_chains
-
-assert linears  # its import registers the op
 
 aten = torch.ops.aten
 
@@ -65,6 +65,11 @@ def fast_graph(graph: fx.Graph, how: Fast, owner: nn.Module | None = None) -> fx
     rewrite_norms(fast)
     if how.recompute:
         recompute_chains(fast, is_barrier)
+    # whatever torch does not know comes last: others take it for what may write to a tensor
+    merge_convolutions(fast, owner)
+    leave_out_frozen_gradients(fast)
+    for joint in fast.find_nodes(op="call_function", target=torch.ops.fxlora.linears.default):
+        joint.target = direct_linears
     fast.lint()
     return fast
 

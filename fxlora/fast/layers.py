@@ -109,9 +109,9 @@ def layer_of(output: fx.Node) -> Layer:
         raise NotJoinable("is not at a product of x and a matrix")
     bias = None if found[1].bias is None else argument(base, found[1].bias)
     gain, scaling_nodes, product = _unscaled(branch, base, bias)
-    product = _call(product, LOW_RANK_PRODUCT)
-    scaled = _call(product.args[0], aten.mul.Tensor)
-    hidden = _call(scaled.args[0], LOW_RANK_PRODUCT)
+    product = call_of(product, LOW_RANK_PRODUCT)
+    scaled = call_of(product.args[0], aten.mul.Tensor)
+    hidden = call_of(scaled.args[0], LOW_RANK_PRODUCT)
     inner = (base, hidden, scaled, product)
     layer = Layer(name, found[1], found[0], *inner, output, gain, scaling_nodes)
     if hidden.args[0] is not layer.x:
@@ -136,14 +136,14 @@ def _unscaled(
     """
     if not (isinstance(branch, fx.Node) and branch.target == aten.type_as.default):
         return None, (), branch
-    total = _call(branch.args[0], aten.add.Tensor)
+    total = call_of(branch.args[0], aten.add.Tensor)
     product, more = total.args
-    more = _call(more, aten.mul.Tensor)
-    less, outputs = more.args[0], _call(more.args[1], aten.add.Tensor)
+    more = call_of(more, aten.mul.Tensor)
+    less, outputs = more.args[0], call_of(more.args[1], aten.add.Tensor)
     casts = [less] if isinstance(less, fx.Node) and less.target == aten.to.dtype else []
-    less = _call(casts[0].args[0] if casts else less, aten.sub.Tensor)
+    less = call_of(casts[0].args[0] if casts else less, aten.sub.Tensor)
     gain, one = less.args
-    unbiased = [] if bias is None else [_call(outputs.args[0], aten.sub.Tensor)]
+    unbiased = [] if bias is None else [call_of(outputs.args[0], aten.sub.Tensor)]
     as_said = outputs.args == (unbiased[0] if unbiased else base, product)
     if any(node.args != (base, bias) for node in unbiased) or not as_said or one != 1:
         raise NotJoinable("has another form")
@@ -157,19 +157,19 @@ def hidden_of(output: fx.Node) -> fx.Node | None:
     if output.meta.get(ADAPTER, ("", ""))[1] != "branch" or len(output.args) != 2:
         return None
     try:
-        product = _call(output.args[1], LOW_RANK_PRODUCT)
-        return _call(_call(product.args[0], aten.mul.Tensor).args[0], LOW_RANK_PRODUCT)
+        product = call_of(output.args[1], LOW_RANK_PRODUCT)
+        return call_of(call_of(product.args[0], aten.mul.Tensor).args[0], LOW_RANK_PRODUCT)
     except NotJoinable:
         return None
 
 
-def _call(node: Any, target: OpOverload) -> fx.Node:
-    """Return a node, if it is a call of the target with two arguments.
+def call_of(node: Any, target: Any, arguments: int = 2) -> fx.Node:
+    """Return a node, if it is a call of the target with this number of arguments.
 
     Raises:
         NotJoinable: it is not.
     """
-    if not (isinstance(node, fx.Node) and node.target == target and len(node.args) == 2):
+    if not (isinstance(node, fx.Node) and node.target == target and len(node.args) == arguments):
         raise NotJoinable("has another form")
     return node
 

@@ -68,6 +68,50 @@ def linears(
         return list(cast("tuple[Tensor, ...]", outputs))
 
 
+def direct_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:
+    """Return what `linears` does, without torch's dispatcher where nobody else looks at the call.
+
+    For one token, that takes longer than the products of A and B.
+    """
+    tensors = [x, *weights, *(b for b in biases if b is not None), *downs, *ups]
+    if (
+        torch.compiler.is_compiling()
+        or not is_plain(tensors)
+        or autocast_of(x.device.type) is not None
+    ):
+        return torch.ops.fxlora.linears(x, weights, biases, downs, ups, scalings)
+    if not torch.is_grad_enabled():
+        return _outputs(x, weights, biases, downs, ups, scalings)
+    outputs = _Linears.apply(tuple(scalings), None, 1, x, *weights, *biases, *downs, *ups)
+    return list(cast("tuple[Tensor, ...]", outputs))
+
+
+def _outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:
+    """Return the outputs, of which no gradient is wanted: no x A^T of all layers is kept."""
+    outputs: list[Tensor] = []
+    for weight, bias, down, up, scaling in zip(weights, biases, downs, ups, scalings, strict=True):
+        output, low = F.linear(x, weight, bias).contiguous(), F.linear(x, down)
+        rows = output if x.ndim == 2 else output.view(-1, output.shape[-1])
+        low = low if x.ndim == 2 else low.reshape(-1, low.shape[-1])
+        rows.addmm_(low, up.t(), alpha=scaling)
+        outputs.append(output)
+    return outputs
+
+
 class LinearsOf:
     """The op on the result of a chain, which is computed again in the backward, and not saved."""
 
@@ -92,7 +136,7 @@ class LinearsOf:
         is_read = any(tensor.requires_grad for tensor in (*weights, *downs))
         if not (is_read and may_repeat(given) and is_plain(tensors)):
             x = self.otherwise(*given)
-            return torch.ops.fxlora.linears(x, weights, biases, downs, ups, scalings)
+            return direct_linears(x, weights, biases, downs, ups, scalings)
         weights, biases, downs, ups = _all_as_autocast(weights, biases, downs, ups)
         layers = *weights, *biases, *downs, *ups
         outputs = _Linears.apply(tuple(scalings), self.inner, len(given), *given, *layers)
@@ -150,8 +194,8 @@ def _forward(
     scalings: Sequence[float],
 ) -> tuple[list[Tensor], Tensor]:
     """Return the outputs, and x A^T of all layers: (tokens, R)."""
-    rows = x.reshape(-1, x.shape[-1])
-    hidden = torch.mm(rows, _joined(downs).t())  # (tokens, in) @ (in, R) -> (tokens, R)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    hidden = F.linear(rows, _joined(downs))  # (tokens, in) @ (in, R) -> (tokens, R)
     outputs: list[Tensor] = []
     for weight, bias, up, scaling, low in zip(
         weights, biases, ups, scalings, _split(hidden, ups), strict=True
@@ -159,9 +203,9 @@ def _forward(
         output = F.linear(rows, weight, bias)
         # (tokens, out) += s (tokens, r) @ (r, out)
         output.addmm_(low, up.t(), alpha=scaling)
-        # not a view, which autograd would not let the model write to
-        shape = [*x.shape[:-1], weight.shape[0]]
-        outputs.append(torch.ops.aten._unsafe_view.default(output, shape))
+        if x.ndim != 2:  # not a view, which autograd would not let the model write to
+            output = torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], weight.shape[0]])
+        outputs.append(output)
     return outputs, hidden
 
 
@@ -342,7 +386,7 @@ def _joined(matrices: Sequence[Tensor]) -> Tensor:
 
 def _split(low: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return views of (tokens, R), a part of r columns for each layer."""
-    return low.split([up.shape[1] for up in ups], dim=1)
+    return [low] if len(ups) == 1 else low.split([up.shape[1] for up in ups], dim=1)
 
 
 def _in_fours(given: Sequence[Any]) -> list[Sequence[Any]]:

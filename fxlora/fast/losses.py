@@ -1,11 +1,7 @@
-"""Compute a linear head and the cross-entropy of its logits for some rows at a time.
+"""Find the linear heads whose logits only a loss reads, or their log-probabilities of some tokens.
 
-The logits of all tokens are the widest tensors of a language model, with their softmax and their
-gradient. Where only the loss reads them, they need not all be there at once:
-
-    loss = 1/n · sum over parts (sum over the rows of a part of -log softmax(x W^T)[target])
-
-with n targets that count. Each part is a checkpoint: the backward computes its logits again.
+One call of `chunks.py` takes the place of the head and of the nodes behind it: a cross-entropy,
+also one written as log_softmax and nll_loss, or log_softmax and gather.
 """
 
 from __future__ import annotations
@@ -15,50 +11,60 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import fx, nn
 
 from ..fx.calls import argument, example_value, flat_inputs
 from ..fx.marks import ADAPTER, CHUNKED
 from ..lora.ops import times_matrix
+from .chunks import MEAN, NO_LOSS, SUM, ChunkedLoss, Chunks, LogProbabilities
 from .layers import NotJoinable, between, is_barrier, layer_of
-from .plain import is_plain
 
 aten = torch.ops.aten
-
-_LOGITS = 2**24  # the most that are computed at a time: 64 MiB in float32
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _COPIES = (aten.contiguous.default, aten.clone.default)
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 # The number of arguments, from the second one on, that are dimensions.
 _OF_DIMENSIONS = {aten.slice.Tensor: 1, aten.select.int: 1, aten.flatten.using_ints: 2}
-_MEAN, _SUM = 1, 2  # torch's reductions
-
-
-@dataclass(frozen=True)
-class ChunkedLoss:
-    """A cross-entropy, and the form in which it runs.
-
-    Attributes:
-        head: the weight of the linear layer whose outputs are the logits, or "".
-        vocabulary: the number of logits of a row.
-        reason: why it is not computed for some rows at a time; "" if it is.
-    """
-
-    head: str = ""
-    vocabulary: int = 0
-    reason: str = ""
-
-    @property
-    def rows(self) -> int:
-        """The rows at a time."""
-        return max(1, _LOGITS // self.vocabulary) if self.vocabulary else 0
 
 
 class _NotChunked(Exception):
     """The reason why a loss is not computed for some rows at a time."""
+
+
+@dataclass(frozen=True)
+class _End:
+    """A loss of logits, or their log-probabilities of some tokens.
+
+    Attributes:
+        loss: the last node.
+        logits: what it is computed from.
+        targets: the tokens.
+        log_softmax: the node between, or None.
+    """
+
+    loss: fx.Node
+    logits: Any
+    targets: Any
+    log_softmax: fx.Node | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.loss,) if self.log_softmax is None else (self.log_softmax, self.loss)
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _End | None:
+        """Return the end that a node is, or None."""
+        if node.target == aten.cross_entropy_loss.default:
+            return cls(node, argument(node, 0), argument(node, 1))
+        targets = {aten.nll_loss_nd.default: 1, aten.nll_loss.default: 1, aten.gather.default: 2}
+        position = targets.get(cast("Any", node.target))
+        given = node.args[0] if node.args else None
+        if position is None or not isinstance(given, fx.Node):
+            return None
+        if given.target != aten.log_softmax.int:
+            return None
+        return cls(node, argument(given, 0), argument(node, position), given)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class _Tail:
         head: the nodes of the head, which is linear, with its adapter.
         shaping: the nodes behind it that choose or arrange rows, in order.
         casts: the nodes behind it that cast.
-        loss: the cross-entropy.
+        end: the loss, with what it reads.
     """
 
     weight: str
@@ -79,13 +85,13 @@ class _Tail:
     head: tuple[fx.Node, ...]
     shaping: tuple[fx.Node, ...]
     casts: tuple[fx.Node, ...]
-    loss: fx.Node
+    end: _End
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All of them, the last one first."""
-        order = {node: number for number, node in enumerate(self.loss.graph.nodes)}
-        found = (*self.head, *self.shaping, *self.casts, self.loss)
+        order = {node: number for number, node in enumerate(self.end.loss.graph.nodes)}
+        found = (*self.head, *self.shaping, *self.casts, *self.end.nodes)
         return tuple(sorted(found, key=lambda node: -order[node]))
 
 
@@ -96,26 +102,28 @@ def chunk_losses(graph: fx.Graph, fast: Callable[[fx.Graph], fx.Graph]) -> None:
         graph: the graph, which is changed.
         fast: makes the graph of a part, with the head, a fast one.
     """
-    for loss in graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+    found = [end for node in graph.nodes if (end := _End.of(node))]
+    for end in found:
         try:
-            _replace(_tail_of(loss), fast)
+            _replace(_tail_of(end), fast)
         except _NotChunked as reason:
-            loss.meta[CHUNKED] = ChunkedLoss(reason=str(reason))
+            end.loss.meta[CHUNKED] = ChunkedLoss(reason=str(reason))
+    if not found:
+        (output,) = graph.find_nodes(op="output")
+        output.meta[CHUNKED] = NO_LOSS
 
 
 # ---- where that is possible ---------------------------------------------------------------------
 
 
-def _tail_of(loss: fx.Node) -> _Tail:
-    logits, target, weight = (argument(loss, n) for n in range(3))
-    if weight is not None or argument(loss, 3) not in (_MEAN, _SUM):
-        raise _NotChunked("weighs the classes, or has no mean and no sum")
-    if _dims(logits) != 2 or _dims(target) != 1:
-        raise _NotChunked("is not of one row of logits for each target")
+def _tail_of(end: _End) -> _Tail:
+    _check_end(end)
     shaping: list[fx.Node] = []
     casts: list[fx.Node] = []
-    node = logits
-    while not _is_head(node):
+    node = end.logits
+    while not (isinstance(node, fx.Node) and _is_head(node)):
+        if not isinstance(node, fx.Node) or not node.args:
+            raise _NotChunked("is not of the outputs of a linear layer")
         if node.target in _CASTS and node.all_input_nodes == [node.args[0]]:
             casts.insert(0, node)
         elif node.target in _COPIES or _keeps_rows(node):
@@ -123,12 +131,28 @@ def _tail_of(loss: fx.Node) -> _Tail:
         else:
             raise _NotChunked(f"is not of the outputs of a linear layer, but of {node.target}")
         node = node.args[0]
-    tail = _Tail(*_head(node), tuple(shaping), tuple(casts), loss)
+    tail = _Tail(*_head(node), tuple(shaping), tuple(casts), end)
     twice = any(flat_inputs(n).count(tail.x) > 1 for n in tail.head)
     if twice or any(_is_computed_from(given, tail.x) for given in _operands(tail)):
         raise _NotChunked("is of a head whose weight or bias depends on its input")
     _check(tail)
     return tail
+
+
+def _check_end(end: _End) -> None:
+    """Raise _NotChunked unless each row of logits has targets of its own."""
+    loss, logits, softmax = end.loss, example_value(end.logits), end.log_softmax
+    targets = example_value(end.targets)
+    last = None if logits is None else (-1, logits.ndim - 1)
+    if softmax is not None and (last is None or argument(softmax, 1) not in last):
+        raise _NotChunked("is not over the last dimension")
+    if loss.target == aten.gather.default:
+        if last is None or targets is None or argument(loss, 1) not in last or argument(loss, 3):
+            raise _NotChunked("is not over the last dimension")
+    elif argument(loss, 2) is not None or argument(loss, 3) not in (MEAN, SUM):
+        raise _NotChunked("weighs the classes, or has no mean and no sum")
+    elif _dims(end.logits) != 2 or _dims(end.targets) != 1:
+        raise _NotChunked("is not of one row of logits for each target")
 
 
 def _operands(tail: _Tail) -> list[fx.Node]:
@@ -202,9 +226,9 @@ def _check(tail: _Tail) -> None:
     own = set(tail.nodes)
     if any(not own.issuperset(node.users) for node in tail.nodes[1:]):
         raise _NotChunked("is of logits that are also returned, or read elsewhere")
-    order = {node: number for number, node in enumerate(tail.loss.graph.nodes)}
+    order = {node: number for number, node in enumerate(tail.end.loss.graph.nodes)}
     barriers = [number for node, number in order.items() if is_barrier(node)]
-    if between(barriers, order[tail.nodes[-1]], order[tail.loss]):
+    if between(barriers, order[tail.nodes[-1]], order[tail.end.loss]):
         raise _NotChunked("has nodes in front of it that may write to a tensor")
     if _dims(tail.x) is None or not isinstance(_width(tail.x), int):
         raise _NotChunked("is of a head whose input has no known width")
@@ -224,14 +248,19 @@ def _width(node: fx.Node) -> Any:
 
 
 def _replace(tail: _Tail, fast: Callable[[fx.Graph], fx.Graph]) -> None:
-    graph, loss = tail.loss.graph, tail.loss
+    end = tail.end
+    graph, loss = end.loss.graph, end.loss
     operands = _operands(tail)
-    found = ChunkedLoss(tail.weight, int(_width(argument(loss, 0))))
+    found = ChunkedLoss(tail.weight, int(_width(end.logits)))
     inner = fx.GraphModule(nn.Module(), fast(_part(tail, operands)))
+    dtype = None if end.log_softmax is None else argument(end.log_softmax, 2)
+    if loss.target == aten.gather.default:
+        function: Any = LogProbabilities(inner, found, dtype)
+    else:
+        smoothing = argument(loss, 5) if end.log_softmax is None else 0.0
+        function = Chunks(inner, found, argument(loss, 3), argument(loss, 4), smoothing, dtype)
     with graph.inserting_before(loss):
-        rows = _rows(tail)
-        function = Chunks(inner, found, *(argument(loss, n) for n in (3, 4, 5)))
-        call = graph.call_function(function, (rows, argument(loss, 1), *operands))
+        call = graph.call_function(function, (_rows(tail), end.targets, *operands))
     call.meta = {**loss.meta, CHUNKED: found}
     loss.replace_all_uses_with(call)
     for node in tail.nodes:
@@ -240,7 +269,7 @@ def _replace(tail: _Tail, fast: Callable[[fx.Graph], fx.Graph]) -> None:
 
 def _rows(tail: _Tail) -> fx.Node:
     """Choose and arrange the rows of x as the tail does those of the logits."""
-    graph, rows = tail.loss.graph, tail.x
+    graph, rows = tail.end.loss.graph, tail.x
     for node in tail.shaping:
         target, sizes = cast("tuple[Any, Any]", (node.target, argument(node, 1)))
         if target in _VIEWS:
@@ -270,48 +299,3 @@ def _part(tail: _Tail, operands: list[fx.Node]) -> fx.Graph:
 def _known(node: Any) -> dict[str, Any]:
     value = example_value(node)
     return {} if value is None else {"val": value}
-
-
-class Chunks:
-    """The loss of all rows, from the logits of some rows at a time."""
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        loss: ChunkedLoss,
-        reduction: int,
-        ignored: int,
-        smoothing: float,
-    ) -> None:
-        self.module, self.loss, self.mean = module, loss, reduction == _MEAN
-        self.ignored, self.smoothing = ignored, smoothing
-        self.__name__, self.__module__ = "chunked_loss", __name__  # which torch.fx asks for
-
-    def __call__(self, rows: Tensor, targets: Tensor, *operands: Tensor) -> Tensor:
-        # a sum over many rows may overflow in float16
-        plain = is_plain([rows, *operands], traced=True) and rows.dtype is not torch.float16
-        if not plain or rows.shape[0] <= self.loss.rows:
-            return self._loss("mean" if self.mean else "sum", targets, rows, *operands)
-        parts = zip(rows.split(self.loss.rows), targets.split(self.loss.rows), strict=True)
-        losses = [self._again("sum", part, some, *operands) for some, part in parts]
-        wide = torch.promote_types(losses[0].dtype, torch.float32)
-        total = torch.stack(losses).sum(dtype=wide)
-        total = total / (targets != self.ignored).sum() if self.mean else total
-        return total.to(losses[0].dtype)
-
-    def _again(self, *given: Any) -> Tensor:
-        """Return the loss of some rows, which the backward computes again."""
-        if not torch.is_grad_enabled():
-            return self._loss(*given)
-        found: Any = checkpoint(self._loss, *given, use_reentrant=False, preserve_rng_state=False)
-        return found
-
-    def _loss(self, reduction: str, targets: Tensor, *given: Tensor) -> Tensor:
-        logits = self.module(*given)
-        return F.cross_entropy(
-            logits,
-            targets,
-            ignore_index=self.ignored,
-            label_smoothing=self.smoothing,
-            reduction=reduction,
-        )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from ..fx.nested import Call, call_of, nested_graph
-from .losses import Chunks
+from .chunks import Chunks, LogProbabilities
 
 
 class Fetched:
@@ -50,5 +50,5 @@ def running_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the nodes of a graph, and of the fast graphs that it calls."""
     for node in graph.nodes:
         yield node
-        if isinstance(node.target, Fetched | Chunks):
+        if isinstance(node.target, Fetched | Chunks | LogProbabilities):
             yield from running_nodes(node.target.module.graph)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -27,34 +28,37 @@ def is_plain(tensors: Sequence[Tensor], traced: bool = False) -> bool:
         tensors: the tensors.
         traced: whether it also holds for those of torch's tracers.
     """
-    kinds = _TRACED if traced else ()
-    return (
-        all(_is_dense(t) or (type(t) in kinds and t.layout is torch.strided) for t in tensors)
-        and not any(map(_is_batched, tensors))
-        and _functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
+    if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    legacy, level = _functorch.is_legacy_batchedtensor, _functorch.maybe_get_level
+    for tensor in tensors:  # spelled out, because the calls for one token wait for it
+        kind = type(tensor)
+        if kind is not Tensor and kind is not torch.nn.Parameter:
+            known = _has_no_code(kind) or (traced and kind in _TRACED)
+            if not known:
+                return False
+        # a transform of functorch, or torch.autograd's batched gradients, may wrap a tensor
+        if tensor.layout is not _STRIDED or legacy(tensor) or level(tensor) > -1:
+            return False
+    return True
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether torch's kernels take a tensor as it is: a strided one, without code of a subclass."""
-    kind = type(tensor)
-    plain = kind is Tensor or issubclass(kind, torch.nn.Parameter)
-    return plain and kind.__torch_function__ in _NO_CODE and tensor.layout is torch.strided
+_STRIDED = torch.strided
+
+
+def _has_no_code(kind: type[Tensor]) -> bool:
+    """Whether a subclass leaves tensors to torch's kernels, without code of its own."""
+    return issubclass(kind, torch.nn.Parameter) and kind.__torch_function__ in _NO_CODE
 
 
 _NO_CODE: Any = (Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
 
 
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether a transform of functorch, or torch.autograd's batched gradients, wraps a tensor."""
-    legacy = _functorch.is_legacy_batchedtensor(tensor)
-    return legacy or _functorch.maybe_get_level(tensor) > -1
-
-
 def autocast_to(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Return a context with this autocast, or with none; also for devices that have none."""
     if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    if dtype is None and not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
@@ -64,3 +68,20 @@ def autocast_of(device: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+@contextmanager
+def outside_of_transforms() -> Generator[None]:
+    """Leave the transforms of functorch and batches of gradients, for tensors that none wraps."""
+    batches: Any = torch._C
+    levels = batches._vmapmode_increment_nesting()
+    for _ in range(levels):
+        batches._vmapmode_decrement_nesting()
+    try:
+        with ExitStack() as stack:
+            while _functorch.peek_interpreter_stack() is not None:
+                stack.enter_context(temporarily_pop_interpreter_stack())
+            yield
+    finally:
+        for _ in range(levels - 1):
+            batches._vmapmode_increment_nesting()

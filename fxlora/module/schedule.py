@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import fx
 
-from ..fast import ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
-from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, RECOMPUTED
+from ..fast import NO_LOSS, ChunkedLoss, Recomputed, Shapes, running_nodes, seconds
+from ..fx.marks import ADAPTER, APART, CHUNKED, JOINED, MERGED, ONE_GRADIENT, RECOMPUTED
 from ..plan import Entry, Plan, scales_outputs
 from ..tables import render, some
 from .program import MODES
@@ -31,6 +31,7 @@ class Group:
         sites: the adapters' sites in the plan.
         modes: the modes in whose graph this is.
         reason: why these are the explicit nodes; "" for one node.
+        merged: whether it is one layer with the weight W + s·BA, where that pays.
         explicit, fast: the numbers that are read and written for each row of x, forward and
             backward, by the explicit nodes and by the one node; 0 if not known.
         shapes: the sizes in the example, if one node computes them.
@@ -41,6 +42,7 @@ class Group:
     sites: tuple[str, ...]
     modes: tuple[str, ...]
     reason: str = ""
+    merged: bool = False
     explicit: int = 0
     fast: int = 0
     shapes: Shapes | None = None
@@ -55,11 +57,14 @@ class Schedule:
         groups: those that one node computes first.
         recomputed: what the backward computes again, and how often, in the mode where it is most.
         losses: the losses that were to be computed for some rows at a time, with their modes.
+        one_gradient: the ops whose backward leaves out the gradient of a frozen weight, and how
+            often, in the mode where it is most.
     """
 
     groups: tuple[Group, ...]
     recomputed: tuple[tuple[Recomputed, int], ...] = ()
     losses: tuple[tuple[ChunkedLoss, tuple[str, ...]], ...] = ()
+    one_gradient: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, runs: Runs, plan: Plan | None) -> Schedule:
@@ -69,10 +74,13 @@ class Schedule:
         units: dict[tuple[str, ...], dict[str, Any]] = {}
         again = {mode: Counter[Recomputed]() for mode in MODES}
         losses: dict[ChunkedLoss, dict[str, None]] = {}
+        frozen = {mode: Counter[str]() for mode in MODES}
         for mode, graph in runs:
             for node in running_nodes(graph):
                 names: tuple[str, ...] = node.meta.get(JOINED, ())
                 chain = node.meta.get(RECOMPUTED)
+                if op := node.meta.get(ONE_GRADIENT):
+                    frozen[mode][op] += 1
                 if chain and (not names or any(_trains_a(entries[name]) for name in names)):
                     again[mode][chain] += 1
                 if names:
@@ -83,29 +91,32 @@ class Schedule:
                     units[names] = {"explicit": explicit, "fast": fast, "shapes": shapes}
                 elif loss := node.meta.get(CHUNKED):
                     losses.setdefault(loss, {})[mode] = None
+                elif name := node.meta.get(MERGED):
+                    modes.setdefault(((name,), MERGED), {})[mode] = None
                 elif ADAPTER in node.meta:
                     reason = node.meta.get(APART, "")
                     modes.setdefault(((node.meta[ADAPTER][0],), reason), {})[mode] = None
+        if len(losses) > 1:  # of a graph without a loss, in a module that has one
+            losses.pop(NO_LOSS, None)
         seen = {name for names, _ in modes for name in names}
         for name in entries:
             if name not in seen:
                 modes[
                     (name,), "is in a choice, a loop, or a region of a submodule that is a module"
                 ] = {}
-        groups = [
-            Group(
-                tuple(entries[name].site for name in names),
-                tuple(found),
-                reason,
-                **({} if reason else units[names]),
-            )
-            for (names, reason), found in modes.items()
-        ]
+        groups: list[Group] = []
+        for (names, reason), found in modes.items():
+            merged = reason == MERGED
+            known: dict[str, Any] = {} if reason else units[names]
+            adapted = tuple(entries[name].site for name in names)
+            why = "" if merged else reason
+            groups.append(Group(adapted, tuple(found), why, merged=merged, **known))
         most = functools.reduce(operator.or_, again.values())
         return cls(
             tuple(sorted(groups, key=lambda group: bool(group.reason))),
             tuple(sorted(most.items(), key=lambda item: len(item[0].ops))),
             tuple((loss, tuple(found)) for loss, found in losses.items()),
+            tuple(functools.reduce(operator.or_, frozen.values()).items()),
         )
 
     def measured(self) -> Schedule:
@@ -134,7 +145,7 @@ class Schedule:
             [
                 some(group.sites),
                 ", ".join(group.modes),
-                f"explicit: {group.reason}" if group.reason else f"{len(group.sites)} in one op",
+                _form(group),
                 f"{group.fast:,}" if group.fast else "",
                 f"{group.explicit:,}" if group.fast else "",
             ]
@@ -146,7 +157,13 @@ class Schedule:
                 explicit, fast = group.seconds or (None, None)
                 row += ["" if s is None else f"{1e3 * s:.3g}" for s in (fast, explicit)]
         tables = (render(header, rows), self._recomputations(), self._losses())
-        return "\n\n".join(filter(None, tables))
+        return "\n\n".join(filter(None, (*tables, self._one_gradient())))
+
+    def _one_gradient(self) -> str:
+        if not self.one_gradient:
+            return ""
+        rows = [(op, f"{number:,}") for op, number in self.one_gradient]
+        return render(("gradient of a frozen weight left out", "calls"), rows)
 
     def _losses(self) -> str:
         if not self.losses:
@@ -170,6 +187,12 @@ class Schedule:
             for chain, number in self.recomputed
         ]
         return render(header, rows)
+
+
+def _form(group: Group) -> str:
+    if group.merged:
+        return "one weight, W + s·BA"
+    return f"explicit: {group.reason}" if group.reason else f"{len(group.sites)} in one op"
 
 
 def _outputs(entries: Sequence[Entry]) -> list[tuple[int, int]]:

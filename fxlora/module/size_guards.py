@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch import fx, nn
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
@@ -67,10 +69,33 @@ def _guard(condition: Any, sizes: tuple[tuple[Any, Size], ...]) -> Guard:
     leaves = fx.Proxy(graph.placeholder("leaves"))
     values = {symbol: size.of(leaves) for symbol, size in sizes}
     graph.output(sympy_interp(PythonReferenceAnalysis, values, condition).node)
+    _replace_negations(graph)
     holds = fx.GraphModule(nn.Module(), graph, "Guard").forward
     names = {symbol: sympy.Symbol(size.text()) for symbol, size in sizes}
     text = PythonPrinter().doprint(condition.xreplace(names))
     return Guard(text, holds, _excludes_small(condition), condition)
+
+
+def _replace_negations(graph: fx.Graph) -> None:
+    """Write `a != b` for a negated `a == b`: torch.compile cannot trace torch.sym_not."""
+    for node in graph.find_nodes(op="call_function", target=torch.sym_not):
+        (given,) = node.all_input_nodes
+        if given.target in _NEGATED:
+            with graph.inserting_before(node):
+                made = graph.call_function(_NEGATED[given.target], given.args)
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+_NEGATED: dict[Any, Any] = {
+    operator.eq: operator.ne,
+    operator.ne: operator.eq,
+    operator.lt: operator.ge,
+    operator.ge: operator.lt,
+    operator.le: operator.gt,
+    operator.gt: operator.le,
+}
 
 
 def _excludes_small(condition: Any) -> bool:
