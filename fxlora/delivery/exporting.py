@@ -65,7 +65,7 @@ def export(
         args, kwargs: example inputs.
         method: the captured method to write.
         format: "pt2" (torch.export), "aoti" (AOTInductor), "onnx", "executorch" or "openvino"; by
-            default what the path's suffix says (.pt2, .onnx, .pte, .xml), else "pt2".
+            default what the path's suffix says (.pt2: "pt2", .onnx, .pte, .xml).
         adapters: "constants" keeps A and B as tensors of their own, under their names, which each
             runtime can replace by another adapter's. "folded" folds them into the weights. "inputs"
             makes them inputs: `adapters={name: tensor}` of a torch program, inputs of these names
