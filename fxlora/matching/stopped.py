@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..errors import UnsupportedOpError, warn
 from ..fx.calls import example_value
-from ..fx.nested import operand_of
 from ..fx.trials import concrete_sizes
 from ..module import CapturedModule
+from ..module.ambient import no_ambient_modes
 from ..module.quantised import is_quantised
 from ..plan import Plan
 from ..reads.gradient_flow import Flow
 from ..reads.readers import Reader
-from ..reads.sites import Site
+from ..reads.sites import Site, find_sites
 from ..tables import some
 
 ADVICE = (
@@ -39,17 +40,20 @@ class _Stop:
     source: fx.Node
 
 
-def check_gradients(module: CapturedModule, plan: Plan, sites: Collection[Site]) -> None:
+@no_ambient_modes()
+def check_gradients(module: CapturedModule, plan: Plan) -> None:
     """Warn if a quantised layer stops gradients of adapters in front of it.
 
     Args:
         module: the captured module.
         plan: the plan of its adapters.
-        sites: its sites.
 
     Raises:
         UnsupportedOpError: an adapter would get no gradient at all.
     """
+    if not any(map(is_quantised, module.parameters())):
+        return
+    sites = find_sites(module)
     by_name = {name: site for site in sites for name in site.names}
     adapted = {entry.site: by_name[entry.parameter] for entry in plan if entry.parameter in by_name}
     nodes = {id(_outermost(r)) for site in adapted.values() for r in site.readers}
@@ -63,12 +67,12 @@ def check_gradients(module: CapturedModule, plan: Plan, sites: Collection[Site])
     for name, site in adapted.items():
         if not any(reader.node in flow.trained for reader in site.readers):
             raise UnsupportedOpError(
-                f"'{name}' would never train: no gradient of the outputs arrives, because "
-                f"{names} quantised with activations, and passes none to its input. {ADVICE}"
+                f"'{name}' would never train: no gradient of the outputs arrives, because layers "
+                f"that quantise their inputs pass none on: {names}. {ADVICE}"
             )
     warn(
-        f"{names}: quantised with activations, and no gradient passes to the input. Adapters in "
-        f"front train by the paths around it only. {ADVICE}"
+        f"layers that quantise their inputs pass no gradient on: {names}. Adapters in front of "
+        f"them train by the paths around them only. {ADVICE}"
     )
 
 
@@ -96,13 +100,32 @@ def _stopped(reader: Reader, weight: torch.Tensor) -> list[fx.Node]:
         drawn = torch.randn(concrete_sizes(example.shape), generator=generator)
         values[given] = drawn.to(weight.device, example.dtype).requires_grad_()
     inputs = [given for given in values if given is not reader.weight]
-    function, args, kwargs = node.target, *_with(node, values)
+    function: Any = node.target
     try:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         with torch.enable_grad():
-            output = function(*args, **kwargs)
-            found = torch.autograd.grad(
-                output.sum(), [values[given] for given in inputs], allow_unused=True
-            )
+            output = function(*args, **kwargs).sum()
+            wanted = [values[given] for given in inputs]
+            found = torch.autograd.grad(output, wanted, materialize_grads=True)
     except Exception:  # noqa: BLE001 - a call raises anything for inputs that it does not support
         return []
-    return [given for given, gradient in zip(inputs, found, strict=True) if gradient is None]
+    return [given for given, gradient in zip(inputs, found, strict=True) if not gradient.any()]
+
+
+def _behind(stop: _Stop, nodes: Collection[int]) -> bool:
+    """Whether an input that gets no gradient depends on one of these nodes of whole graphs."""
+    waiting, seen = [stop.reader.path[0].node if stop.reader.path else stop.source], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if id(node) in nodes and node is not _outermost(stop.reader):
+            return True
+        waiting += node.all_input_nodes
+    return False
+
+
+def _outermost(reader: Reader) -> fx.Node:
+    """Return the node of the whole graph that a read is in."""
+    return reader.path[0].node if reader.path else reader.node
