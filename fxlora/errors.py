@@ -58,6 +58,21 @@ class QuantisedError(FxLoraError):
     """A quantised weight does not allow what was asked, or would lose it."""
 
 
+class NoProductError(QuantisedError):
+    """A quantised layer computes something else than the product with the values of its weight.
+
+    Attributes:
+        reason: which layer, and how that is known.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f'{reason} Fold with quantised="requantise" or quantised="keep", which leave the layer '
+            "as it is."
+        )
+        self.reason = reason
+
+
 class MisfitError(InjectError):
     """A plan was made for another module.
 

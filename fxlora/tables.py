@@ -65,6 +65,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def a(noun: str) -> str:
+    """Return a noun with its indefinite article, for a message: "an Int8Tensor"."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
 def _cell(cell: Any, style: str) -> str:
     text = printable(str(cell))  # tabulate escapes HTML itself
     return text.replace("|", "\\|") if style == "github" else text

@@ -674,7 +674,7 @@ def test_verify_names_what_differs() -> None:
         bad = good[name].clone()
         bad.view(torch.int16).view(-1)[7] += 1
         save_file(good | {name: bad}, out)
-        with pytest.raises(VerificationError, match=f"1 tensor differ: '{name}': 1") as error:
+        with pytest.raises(VerificationError, match=f"1 other tensor: '{name}': 1") as error:
             fxlora.verify_checkpoint(base, ADAPTER, out)
         assert ("entries" if name == "fc.weight" else "bytes") in str(error.value)
     save_file({"fc.weight": good["fc.weight"].float()}, out)

@@ -403,7 +403,7 @@ def test_verify_of_files_says_which_tensor_differs(
     good["conv.bias"].view(torch.int64)[2] += 1
     save_file(good, "out.safetensors")
     said = refused("verify", "base.safetensors", "adapter", "out.safetensors")
-    assert "1 tensor differ: 'conv.bias': 1 bytes are not the base's" in said
+    assert "1 other tensor: 'conv.bias': 1 bytes are not the base's" in said
 
 
 def test_a_model_for_a_checkpoint(done: Callable[..., str], refused: Refused) -> None:
@@ -540,7 +540,7 @@ def test_a_model_may_be_an_instance(done: Callable[..., str]) -> None:
         ("house:Mixd", ["has no 'Mixd'", "mean 'Mixed'?"]),
         ("house:Shop.mkae", ["has no 'Shop.mkae'", "mean 'make'?"]),
         ("house:seven", ["neither a callable nor an nn.Module", "7"]),
-        ("house:number", ["returned a int"]),
+        ("house:number", ["returned an int"]),
         ("house:needs", ["house:needs", "TypeError", "'size'"]),
         ("house:fails", ["KeyError: 'no such thing'", "--debug"]),
         ("house:leaves", ["SystemExit: 0"]),

@@ -496,6 +496,25 @@ def test_a_missing_package_is_named(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("m", None, r"suffix of m is of no format: end it in one of \.pt2, \.onnx, \.pte, \.xml;"),
+        ("m.onxx", None, r"suffix of m\.onxx is of no format"),
+        ("m.onnx", "pt2", r"format pt2 must end in \.pt2"),
+        ("m.pte", "onnx", r"format onnx must end in \.onnx"),
+        ("m.bin", "aoti", r"format aoti must end in \.pt2"),
+    ],
+)
+def test_a_suffix_of_another_format(
+    gm: CapturedModule, tmp_path: Path, name: str, format: str | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fxlora.export(gm, tmp_path / name, X, format=format)
+    assert not list(tmp_path.iterdir())
+    assert fxlora.export(gm, tmp_path / "m.program", X, format="pt2").exists()
+
+
 def test_wrong_arguments(gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     with pytest.raises(ConfigError, match="adapters must be one of folded, constants, inputs"):

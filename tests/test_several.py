@@ -410,3 +410,17 @@ def test_reports_name_the_adapters() -> None:
     assert fxlora.report(both, adapter="b") == fxlora.report(fxlora.activate(both, "b"))
     with pytest.raises(InjectError, match="no adapter 'c'"):
         fxlora.report(both, adapter="c")
+
+
+def test_a_file_of_some_adapters_has_no_tensors_of_the_others(tmp_path: Path) -> None:
+    gm = captured(Mlp(), X)
+    both = drawn(drawn(gm, config(2), "a", 1), config(3), "b", 2)
+    for active in ([], ["a"]):
+        module = fxlora.activate(both, active)
+        for way in ("folded", "constants"):
+            file = fxlora.export(module, tmp_path / "m.pt2", X, adapters=way)
+            held = [n for n in torch.export.load(file).state_dict if "lora_" in n]
+            assert {name.split(".")[-2] for name in held} == set(active if way != "folded" else [])
+    with pytest.raises(AdapterError, match=r"none is active: name one, .*adapter='a'\)"):
+        fxlora.save_adapter(fxlora.activate(both, []), tmp_path / "none")
+    fxlora.save_adapter(fxlora.activate(both, []), tmp_path / "a", adapter="a")  # the advice

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..tables import did_you_mean, said
+from ..tables import a, did_you_mean, said
 from .weights import load_checkpoint, read_checkpoint
 
 
@@ -36,7 +36,7 @@ def build_model(options: Namespace) -> nn.Module:
             "called without arguments."
         ) from error
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{options.model} returned a {type(model).__name__}, not an nn.Module.")
+        raise ConfigError(f"{options.model} returned {a(type(model).__name__)}, not an nn.Module.")
     if checkpoint:
         load_checkpoint(model, state, checkpoint)
     return model

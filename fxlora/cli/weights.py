@@ -14,7 +14,7 @@ from torch import nn
 from ..disk.files import whole_file
 from ..errors import ConfigError, ExportError
 from ..module import CapturedModule
-from ..tables import some
+from ..tables import a, some
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         keys = f" with the keys {some(map(str, state))}" if isinstance(state, dict) else ""
         raise ConfigError(
-            f"checkpoint {path} is not a state dict but a {type(state).__name__}{keys}. "
+            f"checkpoint {path} is not a state dict but {a(type(state).__name__)}{keys}. "
             "Save only model.state_dict()."
         )
     return state

@@ -90,6 +90,12 @@ def adapter_tensors(module: CapturedModule) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if name in names}
 
 
+def idle_tensors(module: CapturedModule) -> frozenset[str]:
+    """Return the names of the tensors of adapters that are not active, which no graph reads."""
+    known = module.known
+    return frozenset() if known.routing else known.adapter_parameters - set(adapter_tensors(module))
+
+
 def values_like(module: CapturedModule, like: CapturedModule) -> dict[str, torch.Tensor]:
     """Return the tensors of a module's adapter, for a program of another module.
 

@@ -17,7 +17,7 @@ from ..module.ambient import no_ambient_modes
 from ..module.program import ProgramModule
 from ..names import shown
 from ..proof.wider import Wider
-from .adapters import Adapters, base_of, check_way, held, values_like
+from .adapters import Adapters, base_of, check_way, held, idle_tensors, values_like
 from .call import Call, Form, distinct_names
 from .compared import ADVICE, Reference, Trial, check, trials
 from .delivery import Delivery, Format
@@ -65,7 +65,7 @@ def export(
         args, kwargs: example inputs.
         method: the captured method to write.
         format: "pt2" (torch.export), "aoti" (AOTInductor), "onnx", "executorch" or "openvino"; by
-            default what the path's suffix says (.pt2, .onnx, .pte, .xml), else "pt2".
+            default what the path's suffix says (.pt2: "pt2", .onnx, .pte, .xml).
         adapters: "constants" keeps A and B as tensors of their own, under their names, which each
             runtime can replace by another adapter's. "folded" folds them into the weights. "inputs"
             makes them inputs: `adapters={name: tensor}` of a torch program, inputs of these names
@@ -195,7 +195,8 @@ def _call(
     refuse_counts(*called)
     warn_of_state(runner)
     inputs = adapters.values if adapters.way == "inputs" else {}
-    for name in adapters.aliases if inputs else ():  # the file does not hold them
+    # The file holds neither these nor adapters that are not active.
+    for name in (*(adapters.aliases if inputs else ()), *idle_tensors(module)):
         owner, _, leaf = name.rpartition(".")
         del runner.get_submodule(owner)._parameters[leaf]
     call = Call(runner, *called, Form(form.flat, plain, inputs, adapters.aliases))

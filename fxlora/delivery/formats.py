@@ -29,17 +29,29 @@ def format_of(path: Path, name: object) -> tuple[str, Format]:
         ExportError: a package that it needs is not installed.
     """
     if name is None:
-        named = (key for key, form in FORMATS.items() if form.suffix == path.suffix)
-        name = next(named, "pt2")
+        name = _of_suffix(path)
     if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {shown(name)}.")
     found = FORMATS[name]
-    if found.strict and path.suffix != found.suffix:
+    others = {form.suffix for form in FORMATS.values()} - {found.suffix}
+    if path.suffix != found.suffix and (found.strict or path.suffix in others):
         raise ConfigError(
             f"a file of format {name} must end in {found.suffix}, unlike {path.name}."
         )
     check_installed(name, found)
     return name, found
+
+
+def _of_suffix(path: Path) -> str:
+    """Return the first format whose files end as a path does."""
+    for name, form in FORMATS.items():
+        if form.suffix == path.suffix:
+            return name
+    known = ", ".join(dict.fromkeys(form.suffix for form in FORMATS.values()))
+    raise ConfigError(
+        f"the suffix of {path.name} is of no format: end it in one of {known}; or say which, as in "
+        'format="pt2".'
+    )
 
 
 def writer_of_adapters(path: Path) -> Callable[[Tensors, Path], None]:

@@ -17,7 +17,7 @@ import torch
 from ..config import ALL_LINEAR, LoraConfig, Rule
 from ..errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
 from ..lora.inits import FILLS, STARTS
-from ..matching import match
+from ..matching import matched
 from ..matching.choice import by_pattern
 from ..matching.targets import Targets
 from ..module import CapturedModule
@@ -172,7 +172,7 @@ class _PeftReader:
             of_site |= dict.fromkeys(names, numbers[kind])
         try:
             rules = [_rule(number, adapted, of_site) for number, adapted in enumerate(kinds)]
-            plan = match(self.module, [*rules, *tokens], adapter_name=self.adapter)
+            plan = matched(self.module, [*rules, *tokens], adapter_name=self.adapter)
         except (ConfigError, NoMatchError, UnsupportedOpError) as error:
             raise AdapterError(f"{self.content.path} does not fit the module: {error}") from error
         entries = tuple(

@@ -90,6 +90,12 @@ def save_adapter(module: CapturedModule, folder: str | Path, *, adapter: str | N
             f"save_adapter(module, folder, adapter='{active[0]}'), or make one of them all with "
             "fxlora.combine."
         )
+    if module.plan is None and module.known.adapters:
+        name = next(iter(module.known.adapters))
+        raise AdapterError(
+            "a folder holds one adapter, and none is active: name one, "
+            f"save_adapter(module, folder, adapter={name!r})."
+        )
     if module.plan is None:
         raise AdapterError("nothing to save: the module has no adapters (before fold, not after).")
     if stray := module.unplanned():

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..fx.targets import refuse_unwritable_names
+from ..tables import a
 from .autocast_choices import remove_metadata_assertions
 from .examples import Example
 from .kept.checkpoints import marked_checkpoints
@@ -185,7 +186,7 @@ def _refuse_other_constants(model: nn.Module, module: fx.GraphModule) -> None:
         value = getattr(module.get_submodule(owner), name)
         if not isinstance(value, torch.Tensor | fx.GraphModule | ScriptObject):
             raise CaptureError(
-                f"{type(model).__name__}: torch.export puts a {type(value).__name__} into its "
+                f"{type(model).__name__}: torch.export puts {a(type(value).__name__)} into its "
                 "graph, as it does for an index inside torch.vmap. Compute this outside of vmap "
                 "(transformers: a mask from a function), or in a submodule of its own."
             )

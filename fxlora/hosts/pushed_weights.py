@@ -21,7 +21,7 @@ from ..module.shared_parameter import own
 from ..names import shown
 from ..passes.fold_constants import check_finite, overflows
 from ..plan import Entry, Plan
-from ..tables import some
+from ..tables import a, some
 
 
 @no_ambient_modes()
@@ -176,7 +176,7 @@ def _unwritable(tensor: torch.Tensor) -> str | None:
     if is_sharded(tensor):
         return None
     if getattr(type(tensor), _DISPATCH) is not getattr(torch.Tensor, _DISPATCH):
-        return f"is a {type(tensor).__name__}, of whose memory nothing is known"
+        return f"is {a(type(tensor).__name__)}, of whose memory nothing is known"
     if tensor.layout is not torch.strided:
         return f"is {tensor.layout}, not strided"
     if tensor.is_meta:

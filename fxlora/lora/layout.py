@@ -213,10 +213,18 @@ class Layout:
         """Return M + s·L·R, where M is a result of `matrix`."""
         left, right = self._operands(a, b, shape)
         multiply = aten.bmm.default if self.stacked else aten.mm.default
+        # s is not the sum's alpha, which torch 2.14's Inductor leaves out when it makes an addmm of
+        # a product and a sum. It scales the smaller factor.
+        if scaling != 1:
+            _, d0, d1 = self.sizes(shape)
+            if d0 < d1:
+                left = aten.mul.Tensor(left, scaling)
+            else:
+                right = aten.mul.Tensor(right, scaling)
         # Not a single addmm or baddbmm: autocast would compute the whole sum, M included, in half
         # precision.
         # (…, d0, r) @ (…, r, d1) -> (…, d0, d1)
-        return aten.add.Tensor(matrix, multiply(left, right), alpha=scaling)
+        return aten.add.Tensor(matrix, multiply(left, right))
 
     def add_pair_in_place(
         self, matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, shape: Shape

@@ -27,6 +27,7 @@ from .full import (
 )
 from .importance import Gains, Loss, check_rank_by, gains_of
 from .left_alone import left_alone
+from .stopped import check_gradients
 from .tokens import check_tokens, with_tokens
 from .unmatched import Unmatched, warn_of_large, warn_of_uncovered
 
@@ -85,21 +86,26 @@ def match(
     check_rank_by(rank_by, budget, data, loss)
     gains: Gains | None = None
     if rank_by is not None:
-        plan = _matched(module, rules, adapter_name, budget, None)
+        plan = matched(module, rules, adapter_name, budget)
         entries = [entry for entry in plan if not entry.tokens]
         gains = gains_of(module, entries, rank_by, data, loss)
-    return _matched(module, rules, adapter_name, budget, gains)
+    plan = matched(module, rules, adapter_name, budget, gains)
+    check_gradients(module, plan)
+    return plan
 
 
 @no_ambient_modes()
-def _matched(
+def matched(
     module: CapturedModule,
     rules: Rules | str | Path,
-    adapter_name: str,
-    budget: int | str | None,
-    gains: Gains | None,
+    adapter_name: str = "default",
+    budget: int | str | None = None,
+    gains: Gains | None = None,
 ) -> Plan:
-    """Return the plan of rules, within a budget that is shared out by gains, if there are any."""
+    """Return the plan of rules, within a budget that is shared out by gains, if there are any.
+
+    It may be of an adapter that is only to run, so that nothing is said about its training.
+    """
     check_captured(module, "match")
     if module.plan is not None:
         raise ConfigError("the module has adapters already: fold or remove them first.")

@@ -165,7 +165,7 @@ def _weight_form(site: Site, reason: str) -> Form:
     if site.quantised:
         raise UnsupportedOpError(
             f"'{site.name}' is quantised, so that its adapter has to be added to the outputs of "
-            f"its reads, and one of them allows that not ({reason}). Leave it out of the rule "
+            f"its reads, and one of them does not allow that ({reason}). Leave it out of the rule "
             "(Rule(name, lora=None) before it), or quantise the model without it."
         )
     sparse = [r for r in site.readers if named_argument(r.node, "sparse") is True]

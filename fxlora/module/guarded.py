@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import SubmoduleError
+from ..tables import a
 from .adapted_tensor import is_called_by
 from .host_attributes import joined
 from .quantised import is_quantised
@@ -110,7 +111,7 @@ def check_kind(held: torch.Tensor, value: torch.Tensor, name: str) -> None:
     """Raise if a tensor differs in dtype, kind of device or storage from the one in its place."""
     if is_quantised(value) and type(value) is not type(held):
         raise SubmoduleError(
-            f"'{name}' would become a {type(value).__name__}, and its graph cannot read that. "
+            f"'{name}' would become {a(type(value).__name__)}, and its graph cannot read that. "
             "Quantise the model before the capture; or the folded weights in a copy of the model: "
             "fxlora.merged(model, fxlora.fold(module))."
         )

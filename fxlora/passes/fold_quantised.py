@@ -4,8 +4,8 @@ A quantised weight lies on a grid. Rounding W + d to a grid loses every entry of
 step, so that a fold may lose what was trained. **Retention** tells how much is left:
 ⟨Q(W + d) - Q(W), d⟩ / ‖d‖², which is 1 if Q keeps d on average, and 0 if it loses it. A few large
 entries may make up the norm of d while all others are lost. So it is taken in four ways, and the
-one furthest from 1 counts: of d, of d without the largest tenth of its entries, and of d with its
-rows, or its columns, of about equal norm.
+one furthest from 1 counts: of d, and of d with its entries, its rows or its columns of about equal
+norm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from ..errors import QuantisedError
+from ..errors import NoProductError, QuantisedError
 from ..fx.calls import example_value
 from ..fx.trials import concrete_sizes
 from ..module.quantised import dequantised
@@ -89,9 +89,15 @@ class QuantisedFold:
             raise QuantisedError(
                 f"'{site}': the quantiser does not give the base's own values again: they change "
                 f"by {max(ratios):.2g} times as much as s·BA, or its smaller entries, change them, "
-                "which is the noise of a rounding twice. Give the quantiser that made the base "
-                '(quantiser=); or fold with quantised="dequantise" or quantised="keep".'
+                f"which is the noise of a rounding twice. {self._other_quantiser}"
+                'old with quantised="dequantise" or quantised="keep".'
             )
+
+    @property
+    def _other_quantiser(self) -> str:
+        if self.quantiser is None:
+            return "Give the quantiser that made the base (quantiser=); or f"
+        return "The one that made the base, with all its options, does not; otherwise f"
 
     def check(self, retention: Mapping[str, float]) -> None:
         """Raise QuantisedError if a site retains less than the least, or as much more than 1."""
@@ -124,20 +130,22 @@ def retained(kept: torch.Tensor, moved: torch.Tensor) -> float:
 
 def _weights(sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the four weights of entries, for the squares (rows, columns) of a change."""
-    entries = sizes[sizes > 0]
-    most = entries.kthvalue(math.ceil(0.9 * len(entries))).values
-    return torch.ones_like(sizes), sizes <= most, _equal(sizes, 1), _equal(sizes, 0)
+    return (
+        torch.ones_like(sizes),
+        _equal(sizes),
+        _equal(sizes.sum(1, True)),
+        _equal(sizes.sum(0, True)),
+    )
 
 
-def _equal(sizes: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return a weight for each row or column, so that none counts more than twice the usual one."""
-    norms = sizes.sum(dim, keepdim=True)
+def _equal(norms: torch.Tensor) -> torch.Tensor:
+    """Return weights for squared norms, so that none counts more than twice the usual one."""
     return 1 / (norms + norms[norms > 0].median())
 
 
 @torch.no_grad()
 def check_products(site: str, weight: torch.Tensor, reads: Iterable[tuple[fx.Node, Any]]) -> None:
-    """Raise QuantisedError unless reads of a quantised weight compute the product with its values.
+    """Raise NoProductError unless reads of a quantised weight compute the product with its values.
 
     They are run on random inputs. A weight may have its inputs quantised, too, and a fold to its
     values would leave that out. One entry of each row outweighs the others, so that a grid for the
@@ -153,19 +161,17 @@ def check_products(site: str, weight: torch.Tensor, reads: Iterable[tuple[fx.Nod
         generator = torch.Generator().manual_seed(0)
         inputs = {n: _random(n, generator, weight) for n in node.all_input_nodes if n is not source}
         if unknown := [n.name for n, value in inputs.items() if value is None]:
-            raise QuantisedError(
+            raise NoProductError(
                 f"'{site}': it is not known what shapes {', '.join(unknown)} have, so it cannot be "
-                "proved that the layer computes the product with the values of its weight. Fold "
-                'with quantised="requantise" or quantised="keep".'
+                "proved that the layer computes the product with the values of its weight."
             )
         found, expected = (_run(node, {**inputs, source: held}) for held in (weight, values))
         exact = expected.double()
         error = float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
         if not error <= _TOLERANCES.get(found.dtype, _TOLERANCE):
-            raise QuantisedError(
+            raise NoProductError(
                 f"'{site}': its layer computes more than the product with the values of its "
-                f"weight, as one does that quantises its inputs, too (they differ by {error:.2g}). "
-                'Fold with quantised="requantise" or quantised="keep", which leave it as it is.'
+                f"weight, as one does that quantises its inputs, too (they differ by {error:.2g})."
             )
 
 

@@ -20,7 +20,7 @@ from ..matching import match
 from ..module import CapturedModule
 from ..module.example_calls import Call
 from ..names import shown
-from ..tables import some
+from ..tables import a, some
 from .adapters import Adapters, set_trained
 
 
@@ -40,7 +40,7 @@ def as_config(config: Any) -> LoraConfig:
     kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
     if kind not in ("LORA", None):
         raise ConfigError(
-            f"peft_config is a {type(config).__name__}, of the method {kind}, and fxlora has LoRA "
+            f"peft_config is {a(type(config).__name__)}, of the method {kind}, and fxlora has LoRA "
             "only: give a LoraConfig, or train this one in PEFT."
         )
     return LoraConfig(**fields, tied="each")

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..errors import InjectError, InputError, VerificationError
+from ..errors import (
+    InjectError,
+    InputError,
+    NoProductError,
+    QuantisedError,
+    VerificationError,
+)
 from ..fx.autocast import by_autocast
 from ..module import CapturedModule, check_captured
 from ..module.ambient import no_ambient_modes
@@ -254,7 +260,14 @@ def _check_drawn(
 
 def _fold(module: CapturedModule) -> CapturedModule:
     """Fold a module; quantised weights become plain ones, which need not be rounded to a grid."""
-    return FoldConstants(quantised=QuantisedFold("dequantise"))(module)
+    try:
+        return FoldConstants(quantised=QuantisedFold("dequantise"))(module)
+    except NoProductError as error:
+        raise QuantisedError(
+            f"{error.reason} So no fold into plain weights computes the same, with which verify "
+            "could compare. Verify the adapter on a module captured from the model before it was "
+            "quantised."
+        ) from error
 
 
 def _modes_differ(module: CapturedModule) -> bool:

@@ -7,7 +7,7 @@ call of a nested graph is therefore seen inside that graph, too.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,16 +28,23 @@ class Flow:
         trained: the nodes whose result a gradient of some output reaches.
         recording: the nodes that run with gradients enabled, in at least one of the calls of the
             nested graph that they are in.
+        stops: pairs of a node and an input to which it is known to pass no gradient.
     """
 
     live: set[fx.Node] = field(default_factory=set[fx.Node])
     trained: set[fx.Node] = field(default_factory=set[fx.Node])
     recording: set[fx.Node] = field(default_factory=set[fx.Node])
+    stops: Collection[tuple[fx.Node, fx.Node]] = ()
 
     @classmethod
-    def of(cls, graphs: Iterable[fx.Graph], owner: nn.Module) -> Flow:
+    def of(
+        cls,
+        graphs: Iterable[fx.Graph],
+        owner: nn.Module,
+        stops: Collection[tuple[fx.Node, fx.Node]] = (),
+    ) -> Flow:
         """Sweep over graphs of the module `owner`."""
-        flow = cls()
+        flow = cls(stops=stops)
         for graph in graphs:
             results = graph.output_node().all_input_nodes
             flow._back(graph, owner, set(results), set(results), True)
@@ -46,7 +53,7 @@ class Flow:
     def reaches(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a gradient of the outputs passes through `node` to its input `source`."""
         through = node in self.trained and node in self.recording
-        return through and passes_gradient(node, source)
+        return through and (node, source) not in self.stops and passes_gradient(node, source)
 
     def _back(
         self,

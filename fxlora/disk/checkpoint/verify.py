@@ -82,7 +82,7 @@ def verify_checkpoint(
         more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise VerificationError(
             f"{target} is not {inputs.base.path} with {inputs.content.path} folded in; "
-            f"{count(len(differ), 'tensor')} differ: {listed}{more}."
+            f"{count(len(differ), 'other tensor')}: {listed}{more}."
         )
     inputs.check_base(marks)
     return inputs.report()

@@ -11,7 +11,7 @@ import torch
 
 from ...config import LoraConfig, Rule
 from ...errors import AdapterError, ConfigError, NoMatchError, UnsupportedOpError
-from ...matching import match
+from ...matching import matched
 from ...module import CapturedModule
 from ...module.sharded import whole
 from ...names import printable
@@ -225,7 +225,7 @@ def _plan(
     rules = [_rule(one) for one in found]
     rules += [Rule(f"re:{re.escape(name)}", train=True) for name in biases]
     try:
-        plan = match(module, rules, adapter_name=adapter_name)
+        plan = matched(module, rules, adapter_name=adapter_name)
     except ConfigError as error:
         raise AdapterError(str(error)) from error
     parts = [one for one, _ in _pairs(found)]

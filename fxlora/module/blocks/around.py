@@ -15,6 +15,7 @@ from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from ...fx.calls import example_value
+from ...tables import a
 from ..program import FACADE
 from .checks import check_sizes, check_unchanged, leaves_of
 from .part import CallPart, axis_of, is_size
@@ -132,7 +133,7 @@ class _Around:
             elif type(value) is dict:
                 ahead += value.values()
             elif not isinstance(value, (*base_types, fx.Node, type(None))):
-                raise self.part.refusal(f"takes a {type(value).__name__} as an argument")
+                raise self.part.refusal(f"takes {a(type(value).__name__)} as an argument")
 
     def _place(self) -> fx.Node:
         """Return the node before which to insert the call, after the nodes of all arguments."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import SubmoduleError
 from ...fx.literals import same_literal
+from ...tables import a
 
 
 def same(one: Any, other: Any) -> bool:
@@ -75,7 +76,7 @@ def leaves_of(
     different = structure is not None and found != pytree.tree_structure(structure)
     if different or len(leaves) != count:
         raise SubmoduleError(
-            f"'{path}': it returned a {type(output).__name__} of another structure than the one "
+            f"'{path}': it returned {a(type(output).__name__)} of another structure than the one "
             "captured: a hook, wrapper or replacement changed it. Return the same structure (and "
             "a dict's keys in the same order)."
         )
@@ -118,7 +119,7 @@ def check_sizes(
     if isinstance(leaf, fx.Proxy):
         return
     if not isinstance(leaf, Tensor):
-        raise _misshapen(path, index, f"is a {type(leaf).__name__}, not a tensor")
+        raise _misshapen(path, index, f"is {a(type(leaf).__name__)}, not a tensor")
     shape = leaf.shape
     if len(shape) != len(sizes):
         raise _misshapen(path, index, f"has {len(shape)} dimensions, not {len(sizes)}")

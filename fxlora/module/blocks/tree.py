@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ...errors import SubmoduleError
+from ...tables import a
 from ..program import ProgramModule
 from .block import Block
 from .calls import Calls
@@ -53,7 +54,7 @@ def check_not_replaced(module: CapturedModule, verb: str) -> None:
         found = module_at(module, path)
         if found is None or not any(part is block for part in found.modules()):
             raise SubmoduleError(
-                f"{verb}: '{path}' was replaced by a {type(found).__name__}, which has no "
+                f"{verb}: '{path}' was replaced by {a(type(found).__name__)}, which has no "
                 "graph. Put the captured one back (a copy of this module still has none): "
                 f"module.set_submodule({path!r}, module.outlined_modules[{path!r}])."
             )
