@@ -273,9 +273,8 @@ def test_unload_has_what_calls_and_training_left_in_the_model() -> None:
         for model in (ours, theirs):
             model.train()
             torch.manual_seed(1)
-            values = [
-                p for n, p in model.named_parameters() if "modules_to_save" in n or n == "2.weight"
-            ]
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            values = [p for n, p in named if "lora_" not in n and n.endswith("weight")]
             with torch.no_grad():
                 model(x)
                 for value in values:
@@ -283,3 +282,17 @@ def test_unload_has_what_calls_and_training_left_in_the_model() -> None:
         found, expected = ours.unload().eval()(x), theirs.unload().eval()(x)
         assert len(values) == len(head) and differ(expected.detach(), base(x).detach())
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_another_adapter_ends_a_merge(weighted: bool) -> None:
+    models = pair()
+    for model, config in zip(models, (peft.LoraConfig, LoraConfig), strict=True):
+        model.merge_adapter(["x"])
+        if weighted:
+            model.add_weighted_adapter(["x", "y"], [0.5, 2.0], "new", "cat")
+        else:
+            model.add_adapter("new", untyped(config)(r=2, target_modules=["a"]))
+        assert model.get_model_status().merged_adapters == []
+    assert differ(assert_alike(*models), made()[1].unload()(X))
+    torch.testing.assert_close(models[1].unload()(X), models[0].unload()(X), rtol=1e-10, atol=1e-10)
