@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlora import AdapterError, ConfigError, FxLoraWarning, InjectError, LoraConfig
+from fxlora import AdapterError, ConfigError, InjectError, LoraConfig
 from fxlora.peft import get_peft_model
 
 from .typed import untyped
@@ -116,9 +116,12 @@ def test_merges_in_steps_add_up_as_in_peft() -> None:
         assert not differ(assert_alike(*models), plain)
     assert not differ(assert_alike(*models), seen[0])  # no longer merged
     ours.delete_adapter("y")
-    with pytest.warns(FxLoraWarning, match="what is merged, own, runs alone: not x, which adapt"):
+    before = ours(X)
+    with pytest.raises(
+        ConfigError, match=r"own would run alone, and x, active, .*\['own', 'x'\]\)"
+    ):
         ours.merge_adapter(["own"])
-    ours.unmerge_adapter()
+    assert ours.get_model_status().merged_adapters == [] and torch.equal(ours(X), before)
 
     for name in ("a.lora_A.x.weight", "a.lora_B.x.weight"):
         ours.get_parameter(name).data.fill_(1e200)
@@ -241,3 +244,55 @@ def test_buffers_are_those_of_peft_whichever_adapter_ran() -> None:
     stats = models[1].get_buffer("norm.running_mean")
     assert differ(stats, made()[1].get_buffer("norm.running_mean"))
     assert differ(*seen[::2])
+
+
+def test_what_trains_after_the_adapters_were_off() -> None:
+    """As in PEFT: nothing while they are, and then the active ones only."""
+    models = pair()
+
+    def trained(model: Any) -> set[str]:
+        found = {name for name, p in model.named_parameters() if p.requires_grad}
+        return {adapter for adapter in ("x", "y", "own") for name in found if f".{adapter}" in name}
+
+    assert len({frozenset(trained(model)) for model in models}) == 1 and trained(models[0])
+    for model in models:
+        with model.disable_adapter():
+            assert not trained(model)
+    assert trained(models[0]) == trained(models[1]) == {"x"}
+
+
+def test_unload_has_what_calls_and_training_left_in_the_model() -> None:
+    """Statistics of a batch norm, and heads that train in full, as PEFT's result has them."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 4)).double().eval()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    for head in ([], ["2"]):
+        options: Any = {"r": 2, "target_modules": ["0"], "modules_to_save": head}
+        ours = get_peft_model(copy.deepcopy(base), LoraConfig(**options), x)
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
+        for model in (ours, theirs):
+            model.train()
+            torch.manual_seed(1)
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            values = [p for n, p in named if "lora_" not in n and n.endswith("weight")]
+            with torch.no_grad():
+                model(x)
+                for value in values:
+                    value.copy_(torch.linspace(-1, 1, value.numel()).view_as(value))
+        found, expected = ours.unload().eval()(x), theirs.unload().eval()(x)
+        assert len(values) == len(head) and differ(expected.detach(), base(x).detach())
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_another_adapter_ends_a_merge(weighted: bool) -> None:
+    models = pair()
+    for model, config in zip(models, (peft.LoraConfig, LoraConfig), strict=True):
+        model.merge_adapter(["x"])
+        if weighted:
+            model.add_weighted_adapter(["x", "y"], [0.5, 2.0], "new", "cat")
+        else:
+            model.add_adapter("new", untyped(config)(r=2, target_modules=["a"]))
+        assert model.get_model_status().merged_adapters == []
+    assert differ(assert_alike(*models), made()[1].unload()(X))
+    torch.testing.assert_close(models[1].unload()(X), models[0].unload()(X), rtol=1e-10, atol=1e-10)

@@ -56,7 +56,11 @@ class Adapters:
         self._hosts: dict[int, nn.Module] = {}  # by the id of their module, which they keep alive
 
     def add(self, name: str, module: CapturedModule, config: LoraConfig) -> None:
-        """Add an adapter, which is not active and so does not train."""
+        """Add an adapter, which is not active and so does not train.
+
+        What is merged is not any more, as in PEFT.
+        """
+        self.merged = ()
         self.modules[name] = module
         self.configs[name] = config
         self.active = self.active or (name,)

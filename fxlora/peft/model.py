@@ -118,6 +118,7 @@ class PeftModel(RunningModule):
             raise ConfigError("low_cpu_mem_usage is not supported here: leave it out.")
         add(self._peft, adapter_name, as_config(peft_config), autocast_adapter_dtype)
         set_trained(self._peft.modules[adapter_name], False)
+        self._run()
 
     def load_adapter(
         self,
@@ -139,6 +140,7 @@ class PeftModel(RunningModule):
         refused = {"torch_device": torch_device, "ephemeral_gpu_offload": ephemeral_gpu_offload}
         check_left_out("load_adapter", **refused, **options)
         load(self._peft, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping)
+        self._run()
         if not is_trainable:
             self.eval()
 
@@ -244,6 +246,7 @@ class PeftModel(RunningModule):
         )
         set_trained(combined, False)
         self._peft.add(adapter_name, combined, config)
+        self._run()
 
     # ---- files and numbers -----------------------------------------------------------------------
 

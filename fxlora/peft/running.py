@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..api import fold
-from ..errors import AdapterError, ConfigError, FxLoraError, InjectError, warn
+from ..errors import AdapterError, ConfigError, FxLoraError, InjectError
 from ..hosts.host import Host
 from ..hosts.merged_source import merged
 from ..names import shown
+from ..passes import Remove
 from ..tables import some
 from .adapters import Adapters
 
@@ -56,25 +57,30 @@ class RunningModule(Host):
     # ---- running without them --------------------------------------------------------------------
 
     def disable_adapter_layers(self) -> None:
-        """Run the base model from now on. What is merged is not, afterwards, as in PEFT."""
+        """Run the base model from now on, and train nothing.
+
+        What is merged is not, afterwards, as in PEFT.
+        """
         self._peft.enabled, self._peft.merged = False, ()
+        self._peft.train_only(())
         self._run()
 
     def enable_adapter_layers(self) -> None:
-        """Run the active adapter again."""
+        """Run the active adapters again. They train, and no others, as in PEFT."""
         self._peft.enabled = True
+        self._peft.train_only(self._peft.active)
         self._run()
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
-        """Run the base model in a `with` block."""
+        """Run the base model in a `with` block; afterwards `enable_adapter_layers` is called."""
         before = self._peft.enabled
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            self._peft.enabled = before
-            self._run()
+            if before:
+                self.enable_adapter_layers()
 
     def merge_adapter(
         self,
@@ -94,25 +100,32 @@ class RunningModule(Host):
 
         Raises:
             InjectError: the adapters have no sum, or a folded weight is not finite.
+            ConfigError: an active adapter that is not merged adapts other weights, where PEFT runs
+                it.
             QuantisedError: as for `fxlora.fold`.
-
-        Warns:
-            FxLoraWarning: an active adapter that is not merged adapts other weights, where PEFT
-                runs it.
         """
         before = self._peft.merged, self._peft.quantised
         self._peft.merged = self._to_merge(adapter_names)
         self._peft.quantised = self._how(quantised, before[0])
         try:
+            self._check_left_out()
             self._run()
         except FxLoraError:
             self._peft.merged, self._peft.quantised = before
             self._run()
             raise
+
+    def _check_left_out(self) -> None:
+        """Raise if an active adapter that is not merged adapts other weights than those that are.
+
+        PEFT runs it there, as no adapter that anyone has.
+        """
         if left := self._peft.left_out():
-            warn(
-                f"what is merged, {some(self._peft.merged)}, runs alone: not {some(left)}, which "
-                "adapt other weights too, where PEFT runs them. merge_adapter(…) merges them too."
+            merged, active = list(self._peft.merged), some(left)
+            raise ConfigError(
+                f"merged, {some(merged)} would run alone, and {active}, active, adapts other "
+                f"weights too, where PEFT runs it: call set_adapter({merged}) before, or "
+                f"merge_adapter({[*merged, *left]}) for the sum."
             )
 
     def unmerge_adapter(self) -> None:
@@ -160,23 +173,19 @@ class RunningModule(Host):
     def unload(self) -> nn.Module:
         """Return the user's own model, which never had adapters.
 
-        If adapters are merged, or base weights were loaded, return a copy of it with these.
-
-        Warns:
-            FxLoraWarning: modules or biases train in full, whose values PEFT's result has.
+        It is a copy of it where this model has other values than the user's: merged adapters,
+        modules or biases that the active ones train in full, buffers that calls have written to,
+        or weights that were loaded.
         """
         if self._peft.merged:
             return self._merged(self._peft.merged, self._peft.quantised, safe=False)
-        plan = self._peft.with_active(self.active_adapters).plan
-        if plan is not None and plan.trained:
-            warn(
-                f"unload() gives the model that was given, without the trained values of "
-                f"{some(plan.trained)}, which PEFT's has: merge_and_unload() has them."
-            )
-        if not self._peft.loaded:
-            return self._peft.source
         self._peft.keep_buffers()
-        return merged(self._peft.source, self._peft.base)
+        module = self._peft.with_active(self.active_adapters)
+        trained = module.plan is not None and module.plan.trained
+        if not (self._peft.loaded or trained or _buffers_differ(self._peft.source, module)):
+            return self._peft.source
+        plain = module if module.plan is None else Remove(restore=False)(module)
+        return merged(self._peft.source, plain)
 
     def get_base_model(self) -> Any:
         """Return the model with its adapters: it is an instance of the user's class itself."""
@@ -297,6 +306,16 @@ def listed(what: str, names: Any) -> list[str]:
             f"{what} takes the name of an adapter, or a list of names: {shown(names)}."
         )
     return list(found)
+
+
+def _buffers_differ(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module has other values of a model's buffers."""
+    held = dict(module.named_buffers(remove_duplicate=False))
+    return any(
+        not torch.equal(buffer, held[name].to(buffer.device))
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name in held
+    )
 
 
 def _finite(tensor: torch.Tensor) -> bool:
