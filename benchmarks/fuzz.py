@@ -173,6 +173,8 @@ def value_for(rng: random.Random, now: Any) -> Any:
         return rng.choice(CODE)
     if isinstance(now, str):
         where = rng.randint(0, len(now))
+        if now and rng.random() < 0.25:
+            return with_a_flip(rng, now)
         return now[:where] + rng.choice((*CODE, "x", ".", "\n", "\0")) + now[where:]
     if isinstance(now, bool):
         return not now
@@ -205,9 +207,16 @@ def change(rng: random.Random, data: Any) -> Any:
 def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None:
     key = rng.choice(list(tensors))
     tensor = tensors[key]
-    what = rng.randrange(9)
+    what = rng.randrange(11)
     if what == 0:
         del tensors[key]
+    elif what == 9:  # as a flipped bit does
+        tensors[with_a_flip(rng, key)] = tensors.pop(key)
+    elif what == 10:  # a beginning, or another module, for some or all names
+        old, new = rng.choice((("", "model."), (ROOT, f"{ROOT}x."), (ROOT, ""), ("fc", "head")))
+        for name in [name for name in tensors if rng.random() < rng.choice((0.5, 1.0))]:
+            renamed = name.replace(old, new, 1) if old else new + name
+            tensors[renamed] = tensors.pop(name)
     elif what == 1:
         tensors[rng.choice((*CODE[:-3], key + "x", key.replace("lora_A", "lora_B")))] = tensor
     elif what == 2:
@@ -235,6 +244,12 @@ def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None
     else:
         other = rng.choice(list(tensors))
         tensors[key], tensors[other] = tensors[other], tensors[key]
+
+
+def with_a_flip(rng: random.Random, text: str) -> str:
+    """Return a text with one flipped bit in one letter."""
+    where = rng.randrange(len(text))
+    return text[:where] + chr(ord(text[where]) ^ 1 << rng.randrange(5)) + text[where + 1 :]
 
 
 def change_bytes(rng: random.Random, content: bytes) -> bytes:

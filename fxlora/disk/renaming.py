@@ -10,7 +10,7 @@ one fits every tensor, in name and shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,9 @@ def checked_mapping(key_mapping: Any) -> Names:
     return Names(tuple(found))
 
 
-def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: Fits) -> Folder:
+def with_names(
+    module: CapturedModule, content: Folder, key_mapping: Any, fits: Fits, names: Collection[str]
+) -> Folder:
     """Return a folder that knows the module's names for its own.
 
     Args:
@@ -66,6 +68,7 @@ def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: 
         content: the folder.
         key_mapping: the user's, or None.
         fits: returns the names in a folder that find no place in the module.
+        names: all names in the folder.
 
     Raises:
         AdapterError: several other beginnings of the names would fit.
@@ -83,7 +86,9 @@ def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: 
             "wrappers' names."
         )
         return plain
-    mappings = list(_beginnings(module, wraps(left[0])))
+    mappings = [
+        m for m in _beginnings(module, wraps(left[0])) if _keeps_apart(m, map(wraps, names))
+    ]
     good = [m for m in mappings if not fits(content.named(checked_mapping(m).after(wraps)))]
     if len(good) > 1:
         raise AdapterError(
@@ -145,6 +150,25 @@ def _beginnings(module: CapturedModule, name: str) -> Iterator[Mapped]:
         if common and pair not in seen:
             seen.add(pair)
             yield _mapping(*pair)
+
+
+def _keeps_apart(mapping: Mapped, names: Iterable[str]) -> bool:
+    """Whether no module gets some of its names by the mapping and has others by itself.
+
+    Otherwise the file names that module already, and a name like it is damaged, or of another one.
+    """
+    renamed = checked_mapping(mapping)
+    (new,) = mapping.values()
+    moved: set[str] = set()
+    kept: set[str] = set()
+    for name in names:
+        moves = renamed.number(name) == 0
+        (moved if moves else kept).add(renamed(name))
+    if new:
+        return not any(name.startswith(new) for name in kept)
+    return {name.partition(".")[0] for name in moved}.isdisjoint(
+        name.partition(".")[0] for name in kept
+    )
 
 
 def _mapping(old: str, new: str) -> Mapped:
