@@ -311,6 +311,7 @@ def test_a_base_of_which_not_all_is_known() -> None:
 def test_headers_order_and_other_tensors_keep_their_bytes() -> None:
     state = {
         "b.weight": torch.randn(7, 5),
+        "b.bias": torch.randn(7),  # so it is no embedding, which might be tied
         "a.weight": torch.randn(5, 9).to(BF16),
         "ids": torch.arange(4),
         "scale": torch.randn(3).to(torch.float8_e4m3fn),
@@ -584,6 +585,21 @@ class Both(Only):
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(6, 11, bias=False)
+
+
+def test_a_pair_on_what_may_be_a_tied_head_needs_the_model() -> None:
+    """Only a head is in the file: an embedding that is tied to it would change too."""
+    base = Path("base.safetensors")
+    layers = {"up.weight": torch.randn(9, 6), "down.weight": torch.randn(6, 9)}
+    save_file({"head.weight": torch.randn(11, 6), **layers}, base)
+    said = refused(base, pair("head", 11, 6), {"target_modules": ["head"]})
+    assert "may be tied to it" in said and "--model" in said
+    write_adapter(ADAPTER, pair("up", 9, 6), target_modules=["up"])  # no head
+    fxlora.fold_checkpoint(base, ADAPTER, Path("up.safetensors"))
+    save_file({**load_file(base), "head.bias": torch.randn(11)}, base)
+    write_adapter(ADAPTER, pair("head", 11, 6), target_modules=["head"])
+    fxlora.fold_checkpoint(base, ADAPTER, Path("out.safetensors"))
+    assert not torch.equal(load_file("out.safetensors")["head.weight"], HEAD["head.weight"])
 
 
 def test_all_names_of_a_tie_fold_once() -> None:

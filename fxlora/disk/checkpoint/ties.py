@@ -74,7 +74,8 @@ def _may_be_embedding(base: Checkpoint, name: str, changes: Changes) -> bool:
     """Whether a changed tensor may be an embedding or a head that shares its tensor with the other.
 
     PEFT's pair tells, or its size, if the configuration has that of the vocabulary. If nothing
-    does, each matrix that is replaced may be one, unless it has a bias, as embeddings do not.
+    does, each matrix that is replaced may be one, and of those that get a pair the one with the
+    most rows, unless it has a bias, as embeddings do not.
     """
     shape, fold = base.tensors[name].shape, changes.folded.get(name)
     if len(shape) != 2:
@@ -83,7 +84,11 @@ def _may_be_embedding(base: Checkpoint, name: str, changes: Changes) -> bool:
         return True
     if sizes := _sizes(base):
         return shape[0] in sizes
-    return fold is None and f"{name.rpartition('.')[0]}.bias" not in base.tensors
+    if f"{name.rpartition('.')[0]}.bias" in base.tensors:
+        return False
+    others = [t.shape for n, t in base.tensors.items() if n != name and len(t.shape) == 2]
+    most_rows = bool(others) and shape[0] > max(shape[1], *(rows for rows, _ in others))
+    return fold is None or most_rows
 
 
 def _check_embedding(base: Checkpoint, content: Folder, name: str, planned: bool) -> None:
