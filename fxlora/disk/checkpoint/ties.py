@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import AdapterError, warn
 from ...tables import some
 from ..folder import Folder
 from .base import Checkpoint
+from .changes import Changes
 from .model import Skeleton
-
-if TYPE_CHECKING:
-    from .changes import Changes
 
 ADVICE = (
     'Adapt all names of the tie alike (LoraConfig(tied="share")), or export the folded model '
