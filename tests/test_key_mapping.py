@@ -169,6 +169,20 @@ def test_a_damaged_name_is_not_another_name(tmp_path: Path, old: str, new: str) 
         fxlora.load_adapter(gm, tmp_path)
 
 
+@pytest.mark.parametrize("damaged", ["model.first.lora_A.weight", "head.bias"])
+def test_one_module_under_two_names_is_not_guessed(tmp_path: Path, damaged: str) -> None:
+    """One key of a module lacks the root, and its others have it."""
+    model = Outer().to(D).eval()
+    made = theirs(model, tmp_path, r=2, target_modules=["first"], modules_to_save=["head"])
+    gm = fxlora.capture(model, *X)
+    keys(tmp_path, lambda key: damaged if key == ROOT + damaged else key)
+    with pytest.raises(AdapterError, match="under several names") as error:
+        fxlora.load_adapter(gm, tmp_path)
+    assert "key_mapping={}" in str(error.value)
+    lora = fxlora.load_adapter(gm, tmp_path, key_mapping={}).eval()  # the advice
+    assert_close(run(lora, X, {}), run(made, X, {}))
+
+
 def test_two_ways_that_fit_are_named(tmp_path: Path) -> None:
     model = Towers().to(D).eval()
     made = theirs(model.text, tmp_path, r=2, target_modules=["first", "second"])

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import AdapterError, ConfigError, warn
 from ..module import CapturedModule
 from ..names import shown
+from ..tables import some
 from .folder import Folder, Names
 from .saved import paths_of
 
@@ -71,7 +72,8 @@ def with_names(
         names: all names in the folder.
 
     Raises:
-        AdapterError: several other beginnings of the names would fit.
+        AdapterError: several other beginnings of the names would fit, or those of one module's
+            tensors differ.
         ConfigError: `key_mapping` is no mapping.
     """
     wraps = _Plain.of(module)
@@ -81,6 +83,7 @@ def with_names(
         return content
     plain = content.named(Names(before=wraps))
     if not (left := fits(plain)):
+        _check_alike(content, wraps)
         warn(
             f"{content.path}: its names are of a wrapped model ({strange[0]}): read without the "
             "wrappers' names."
@@ -134,6 +137,30 @@ class _Plain:
 def _without_adapter(found: re.Match[str]) -> str:
     """Return the kind of a tensor without the adapter's name, which a saved key does not have."""
     return found[0] if found[2] in ("weight", "bias") else found[1]
+
+
+def _check_alike(content: Folder, plain: Callable[[str], str]) -> None:
+    """Raise if the tensors of one module have several names of it, some with wrappers' names.
+
+    Raises:
+        AdapterError: names the module.
+    """
+    found: dict[str, set[str]] = {}
+    for key in content.tensors:
+        found.setdefault(_owner(plain(key)), set()).add(_owner(key))
+    for owner, names in found.items():
+        if len(names) > 1:
+            raise AdapterError(
+                f"{content.path} has tensors of '{owner}' under several names ({some(names)}), as "
+                "a damaged file has. If they are those of one module, say so: "
+                "load_adapter(…, key_mapping={})."
+            )
+
+
+def _owner(name: str) -> str:
+    """Return the path of the module that a tensor is of."""
+    owner, adapter, _ = name.partition(".lora_")
+    return owner if adapter else name.rpartition(".")[0]
 
 
 def _beginnings(module: CapturedModule, name: str) -> Iterator[Mapped]:
