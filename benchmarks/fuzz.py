@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,33 @@ POOL: tuple[Any, ...] = (
     ),
     *("pissa", "branch", "weight", "oi", "io", "eoi", "dora", ["dora"], ["from_weight"], "\ud800"),
 )
+# Values that a field of a plan, of a rule or of PEFT's configuration may have, but not everywhere.
+VALID: dict[str, tuple[Any, ...]] = {
+    "init": (True, False, "kaiming_uniform", "orthogonal", "pissa", "olora"),
+    "init_lora_weights": (True, False, "gaussian", "pissa", "olora", "eva"),
+    "variants": ([], ["dora"], ["fa"], ["from_weight"], ["from_weight", "dora"]),
+    "variant": (None, "fa", "dora", "from_weight"),
+    "use_dora": (True, False),
+    "use_rslora": (True, False),
+    "form": ("branch", "weight"),
+    "op": ("linear", "addmm", "embedding", "conv1d", "matmul"),
+    "layout": ("oi", "io", "oik", "iok", "eio"),
+    "r": (1, 2, 3, 4),
+    "alpha": (0.0, -6.0, 3.0, 12.0),
+    "scaling": (0.0, -1.5, 3.0, 12.0),
+    "lora_alpha": (0, -6, 3, 12),
+    "dropout": (0.0, 0.5),
+    "bias": ("none", "all", "lora_only"),
+    "part": (None, "q", "k", "v"),
+    "rows": (None, [0, 4], [4, 6], [6, 9], [3, 6]),
+    "parts": ({"q": 3, "k": 3, "v": 3}, {"v": 4, "k": 2, "q": 3}),
+    "enable": (["q"], ["k", "v"], ["v", "q"]),
+    "tokens": ([1], [0, 3], [3, 0]),
+    "padding_idx": (None, 0, 3),
+    "tied": ([], ["head.weight"], ["fc.weight"]),
+    "autocast_adapter_dtype": (True, False),  # others round, with a warning
+    "fan_in_fan_out": (True, False),
+}
 
 
 # ---- valid files --------------------------------------------------------------------------------
@@ -173,6 +200,8 @@ def value_for(rng: random.Random, now: Any) -> Any:
         return rng.choice(CODE)
     if isinstance(now, str):
         where = rng.randint(0, len(now))
+        if now and rng.random() < 0.25:
+            return with_a_flip(rng, now)
         return now[:where] + rng.choice((*CODE, "x", ".", "\n", "\0")) + now[where:]
     if isinstance(now, bool):
         return not now
@@ -188,6 +217,9 @@ def change(rng: random.Random, data: Any) -> Any:
     found = list(places(data))
     if not found or rng.random() < 0.02:
         return rng.choice((*POOL, "[" * 100_000, '{"a":' * 5000, "\udcff", "nonsense"))
+    if rng.random() < 0.25:
+        edit(rng, found)
+        return data
     container, key = rng.choice(found)
     what = rng.random()
     if what < 0.12:
@@ -202,18 +234,45 @@ def change(rng: random.Random, data: Any) -> Any:
     return data
 
 
+def edit(rng: random.Random, found: list[tuple[Any, Any]]) -> None:
+    """Give a field another valid value: one of its own, or another place's under the same name.
+
+    Or repeat an item of a list, as a plan that is edited by hand may have it twice.
+    """
+    lists = [c for c, _ in found if isinstance(c, list) and c]
+    if lists and rng.random() < 0.1:
+        held = rng.choice(lists)
+        held.append(copy.deepcopy(rng.choice(held)))
+        return
+    fields = [(c, k) for c, k in found if isinstance(c, dict)]
+    if not fields:
+        return
+    container, key = rng.choice([(c, k) for c, k in fields if k in VALID] or fields)
+    if rng.random() < 0.2:  # a field that may not have been there
+        key = rng.choice(list(VALID))
+    others = [c[k] for c, k in fields if k == key]
+    container[key] = copy.deepcopy(rng.choice([*others, *VALID.get(key, ())]))
+
+
 def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None:
     key = rng.choice(list(tensors))
     tensor = tensors[key]
-    what = rng.randrange(9)
+    what = rng.randrange(11)
     if what == 0:
         del tensors[key]
+    elif what == 9:  # as a flipped bit does
+        tensors[with_a_flip(rng, key)] = tensors.pop(key)
+    elif what == 10:  # a beginning, or another module, for some or all names
+        old, new = rng.choice((("", "model."), (ROOT, f"{ROOT}x."), (ROOT, ""), ("fc", "head")))
+        for name in [name for name in tensors if rng.random() < rng.choice((0.5, 1.0))]:
+            renamed = name.replace(old, new, 1) if old else new + name
+            tensors[renamed] = tensors.pop(name)
     elif what == 1:
         tensors[rng.choice((*CODE[:-3], key + "x", key.replace("lora_A", "lora_B")))] = tensor
     elif what == 2:
         tensors[rng.choice([*CODE, "x"])] = tensors.pop(key)
     elif what == 3 and tensor.is_floating_point() and tensor.numel():
-        tensors[key] = tensor.clone()
+        tensors[key] = tensor.clone().contiguous()
         tensors[key].view(-1)[0] = rng.choice((math.nan, math.inf, -math.inf))
     elif what == 4:
         dtypes = (torch.int64, torch.float16, torch.bfloat16, torch.complex64, torch.bool)
@@ -235,6 +294,12 @@ def change_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None
     else:
         other = rng.choice(list(tensors))
         tensors[key], tensors[other] = tensors[other], tensors[key]
+
+
+def with_a_flip(rng: random.Random, text: str) -> str:
+    """Return a text with one flipped bit in one letter."""
+    where = rng.randrange(len(text))
+    return text[:where] + chr(ord(text[where]) ^ 1 << rng.randrange(5)) + text[where + 1 :]
 
 
 def change_bytes(rng: random.Random, content: bytes) -> bytes:
@@ -409,21 +474,11 @@ class Fuzz:
         scalings = said or {entry.site: entry.scaling for entry in plan or ()}
         if plan is not None and {entry.site for entry in plan} != set(scalings):
             raise Wrong("it adapts other sites than the file says")
+        tensors = without_beginning(tensors, scalings)
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         for site, s in scalings.items():
-            key = (
-                f"{ROOT}{site}."
-                if site in ("emb", "conv", "fc")
-                else f"{ROOT}W_adapter.{site[2:]}."
-            )
-            a, b = (
-                tensors[key + end]
-                for end in (
-                    ("lora_embedding_A", "lora_embedding_B")
-                    if site == "emb"
-                    else ("lora_A.weight", "lora_B.weight")
-                )
-            )
+            ends = ENDS.get(site, ("lora_A.weight", "lora_B.weight"))
+            a, b = (tensors[f"{prefix_of(site)}.{end}"] for end in ends)
             delta = s * (b.flatten(1) @ a.flatten(1))
             if site.startswith("W."):
                 start = {"W.q": 0, "W.v": 6}[site]
@@ -434,7 +489,7 @@ class Fuzz:
             weights[f"{site}.weight"] = weight + (delta.T if site == "emb" else delta).reshape(
                 weight.shape
             )
-        return weights | {n: tensors[ROOT + n] for n in weights if ROOT + n in tensors}
+        return weights | {n: tensors[n] for n in weights if n in tensors}
 
     # ---- rules and plans ------------------------------------------------------------------------
 
@@ -482,6 +537,26 @@ class Fuzz:
         return injected
 
 
+def prefix_of(site: str) -> str:
+    return f"W_adapter.{site[2:]}" if site.startswith("W.") else site
+
+
+def without_beginning(
+    tensors: dict[str, torch.Tensor], sites: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Return tensors without the beginnings of their names, of which each module must have one."""
+    found = dict(tensors)
+    for module in dict.fromkeys([*map(prefix_of, sites), "head"]):
+        name = re.compile(rf"(?<![^.]){re.escape(module)}\.(lora_|weight$|bias$)")
+        starts = {key[: at.start()] for key in tensors if (at := name.search(key))}
+        if len(starts) > 1:
+            raise Wrong(f"it reads several beginnings of '{module}' as one: {starts}")
+        for start in starts:
+            mine = [key for key in tensors if key.startswith(f"{start}{module}.")]
+            found |= {key.removeprefix(start): found.pop(key) for key in mine}
+    return found
+
+
 def _site(entry: dict[str, Any]) -> str:
     """Return the name of a site from its parameter; the file's own name of it is only a label."""
     name = entry["parameter"]
@@ -493,6 +568,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
         raise Wrong(f"outputs are off by {float((found - expected).abs().max()):g}")
 
 
+ENDS = {"emb": ("lora_embedding_A", "lora_embedding_B")}
 KINDS = {"a folder": LAYERS, "a folder that PEFT cannot read": PARTS}
 OUTCOMES = ("accepted", "typed", "untyped", "wrong", "executed")
 

@@ -311,6 +311,7 @@ def test_a_base_of_which_not_all_is_known() -> None:
 def test_headers_order_and_other_tensors_keep_their_bytes() -> None:
     state = {
         "b.weight": torch.randn(7, 5),
+        "b.bias": torch.randn(7),  # so it is no embedding, which might be tied
         "a.weight": torch.randn(5, 9).to(BF16),
         "ids": torch.arange(4),
         "scale": torch.randn(3).to(torch.float8_e4m3fn),
@@ -584,6 +585,76 @@ class Both(Only):
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(6, 11, bias=False)
+
+
+class BothAndUp(Both):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 9, bias=False)
+
+
+def test_a_pair_on_what_may_be_a_tied_head_needs_the_model() -> None:
+    """Only a head is in the file: an embedding that is tied to it would change too."""
+    base = Path("base.safetensors")
+    layers = {"up.weight": torch.randn(9, 6), "down.weight": torch.randn(6, 9)}
+    save_file({"head.weight": torch.randn(11, 6), **layers}, base)
+    said = refused(base, pair("head", 11, 6), {"target_modules": ["head"]})
+    assert "may be tied to it" in said and "--model" in said
+    write_adapter(ADAPTER, pair("up", 9, 6), target_modules=["up"])  # no head
+    fxlora.fold_checkpoint(base, ADAPTER, Path("up.safetensors"))
+    save_file({**load_file(base), "head.bias": torch.randn(11)}, base)
+    write_adapter(ADAPTER, pair("head", 11, 6), target_modules=["head"])
+    fxlora.fold_checkpoint(base, ADAPTER, Path("out.safetensors"))
+    assert not torch.equal(load_file("out.safetensors")["head.weight"], HEAD["head.weight"])
+
+
+def test_a_head_outside_the_repeated_layers_may_be_tied() -> None:
+    """Also if the vocabulary is smaller than the layers; these are no heads."""
+    base = Path("base.safetensors")
+    layers = {f"layers.{i}.up.weight": torch.randn(20, 6) for i in range(2)}
+    save_file({"head.weight": torch.randn(11, 6), **layers}, base)
+    said = refused(base, pair("head", 11, 6), {"target_modules": ["head"]})
+    assert "may be tied to it" in said
+    write_adapter(ADAPTER, pair("layers.1.up", 20, 6), target_modules=["up"])
+    fxlora.fold_checkpoint(base, ADAPTER, Path("up.safetensors"))
+    assert not torch.equal(
+        load_file("up.safetensors")["layers.1.up.weight"], layers["layers.1.up.weight"]
+    )
+
+
+@pytest.mark.parametrize("named", ["emb", "head", "both"])
+def test_copies_of_an_embedding_may_be_a_tie(named: str) -> None:
+    """Both are in the file: other values cannot be tied, equal ones may be."""
+    base, weight = Path("base.safetensors"), torch.randn(11, 6)
+    made = {
+        "emb": embedding_pair(),
+        "head": pair("head", 11, 6),
+        "both": embedding_pair() | pair("head", 11, 6),
+    }[named]
+    how: Any = {"target_modules": ["emb", "head"]}
+    save_file(
+        {"emb.weight": weight, "head.weight": weight.clone(), "up.weight": torch.randn(9, 6)}, base
+    )
+    said = refused(base, made, how)
+    assert "has the same values" in said and "--model" in said
+    write_adapter(ADAPTER, made, **how)
+    fxlora.fold_checkpoint(base, ADAPTER, Path("out.safetensors"), model=BothAndUp)  # the advice
+    Path("config.json").write_text(json.dumps(UNTIED))
+    fxlora.fold_checkpoint(base, ADAPTER, Path("again.safetensors"))
+    assert Path("again.safetensors").read_bytes() == Path("out.safetensors").read_bytes()
+    Path("config.json").unlink()
+    save_file(
+        {"emb.weight": weight, "head.weight": weight + 1, "up.weight": torch.randn(9, 6)}, base
+    )
+    with pytest.warns(fxlora.FxLoraWarning, match="of the same shape"):
+        fxlora.fold_checkpoint(base, ADAPTER, Path("third.safetensors"))
+
+
+def test_a_pair_on_the_name_that_is_not_in_the_file() -> None:
+    base = Path("base.safetensors")
+    save_file({"emb.weight": torch.randn(11, 6), "up.weight": torch.randn(9, 6)}, base)
+    said = refused(base, pair("head", 11, 6), {"target_modules": ["head"]})
+    assert "no weight for 'head'" in said
 
 
 def test_all_names_of_a_tie_fold_once() -> None:

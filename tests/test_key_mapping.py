@@ -148,6 +148,41 @@ def test_another_layer_is_not_guessed(tmp_path: Path) -> None:
     assert_close(run(lora, X, {}), run(expected, X, {}))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("head.bias", "heal.bias"), ("model.second.bias", "modem.second.bias")],
+)
+def test_a_damaged_name_is_not_another_name(tmp_path: Path, old: str, new: str) -> None:
+    """A flipped bit in one name of a module, which has others under its own name."""
+    torch.manual_seed(0)
+    gm = fxlora.capture(Outer().to(D), *X)
+    config = LoraConfig(r=1, target_modules="all-linear", bias="lora_only")
+    lora = fxlora.inject(gm, fxlora.match(gm, config))
+    randomise(lora)
+    fxlora.save_adapter(lora, tmp_path)
+    assert_same(run(fxlora.load_adapter(gm, tmp_path), X, {}), run(lora, X, {}))
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(old.encode(), new.encode()))
+    assert path.read_bytes() != whole
+    with pytest.raises(AdapterError, match=re.escape(f"the module has no {new}")):
+        fxlora.load_adapter(gm, tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["model.first.lora_A.weight", "head.bias"])
+def test_one_module_under_two_names_is_not_guessed(tmp_path: Path, damaged: str) -> None:
+    """One key of a module lacks the root, and its others have it."""
+    model = Outer().to(D).eval()
+    made = theirs(model, tmp_path, r=2, target_modules=["first"], modules_to_save=["head"])
+    gm = fxlora.capture(model, *X)
+    keys(tmp_path, lambda key: damaged if key == ROOT + damaged else key)
+    with pytest.raises(AdapterError, match="under several names") as error:
+        fxlora.load_adapter(gm, tmp_path)
+    assert "key_mapping={}" in str(error.value)
+    lora = fxlora.load_adapter(gm, tmp_path, key_mapping={}).eval()  # the advice
+    assert_close(run(lora, X, {}), run(made, X, {}))
+
+
 def test_two_ways_that_fit_are_named(tmp_path: Path) -> None:
     model = Towers().to(D).eval()
     made = theirs(model.text, tmp_path, r=2, target_modules=["first", "second"])

@@ -116,6 +116,8 @@ def test_a_plan_has_every_row_once(gm: fxlora.CapturedModule) -> None:
     assert Plan((other, one))
     with pytest.raises(ConfigError, match="same rows"):
         Plan((one, dataclasses.replace(other, rows=(2, 6))))
+    with pytest.raises(ConfigError, match=r"trains 0\.bias more than once"):
+        Plan((entry,), ("0.bias", "0.bias"))
 
 
 class Named(nn.Module):

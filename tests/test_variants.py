@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -572,3 +573,20 @@ def test_a_frozen_a_keeps_no_input_for_the_backward(tmp_path: Path) -> None:
 def test_a_frozen_a_of_an_embedding_is_not_zero() -> None:
     _, lora = check_laws(Tied(), (IDS,), rules=Rule("emb", lora=LoraConfig(r=2, variant="fa")))
     assert lora.get_parameter("emb.lora_A.default.weight").any()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_plan_that_would_leave_the_initial_pair_in_is_refused(init: str) -> None:
+    """An edited plan: it starts from the weight, and nothing takes the first s·BA away."""
+    gm = fxlora.capture(Mlp(), torch.randn(4, 5))
+    plain = LoraConfig(r=2, target_modules="all-linear")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=init)
+    plan = fxlora.match(gm, config)
+    fxlora.inject(gm, plan)
+    for entries in (
+        [dataclasses.replace(entry, variants=()) for entry in plan],
+        [dataclasses.replace(e, init=init) for e in fxlora.match(gm, plain)],
+    ):
+        edited = dataclasses.replace(plan, entries=tuple(entries))
+        with pytest.raises(fxlora.InjectError, match="from_weight"):
+            fxlora.inject(gm, edited)

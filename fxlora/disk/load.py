@@ -25,6 +25,7 @@ from .foreign.plans import read_foreign
 from .foreign.tensors import foreign_file
 from .limits import why_not
 from .own_folder import counted, misfits, read_own
+from .peft import ROOT
 from .peft_checks import check_config
 from .peft_folder import read_peft
 from .peft_tensors import PeftTensors
@@ -134,7 +135,8 @@ def load_adapter(
     else:
         check_no_effect(options)
         content = read_folder(path.parent if path.is_file() else path)
-        content = with_names(module, content, key_mapping, _misfits(module, content))
+        fits, names = _misfits(module, content), _names_in(content)
+        content = with_names(module, content, key_mapping, fits, names)
         if content.header is not None:
             reading = read_own(module, content, adapter_name)
         else:
@@ -155,6 +157,15 @@ def _misfits(module: CapturedModule, content: Folder) -> Callable[[Folder], Sequ
         return lambda folder: PeftTensors.of(module, as_lora(module, folder)).misfits(module)
     plan, _ = plan_from_header(content.header, content.path, "default")
     return lambda folder: misfits(module, plan, folder.names)
+
+
+def _names_in(content: Folder) -> set[str]:
+    """Return all names in a folder: those of its tensors, and those that its plan adapts."""
+    names = {key.removeprefix(ROOT) for key in content.tensors}
+    if content.header is not None:
+        plan, _ = plan_from_header(content.header, content.path, "default")
+        names |= {name for entry in plan for name in (*entry.names, *entry.tied)} | {*plan.trained}
+    return names
 
 
 def _check_as_peft(

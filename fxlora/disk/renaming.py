@@ -10,13 +10,14 @@ one fits every tensor, in name and shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterError, ConfigError, warn
 from ..module import CapturedModule
 from ..names import shown
+from ..tables import some
 from .folder import Folder, Names
 from .saved import paths_of
 
@@ -58,7 +59,9 @@ def checked_mapping(key_mapping: Any) -> Names:
     return Names(tuple(found))
 
 
-def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: Fits) -> Folder:
+def with_names(
+    module: CapturedModule, content: Folder, key_mapping: Any, fits: Fits, names: Collection[str]
+) -> Folder:
     """Return a folder that knows the module's names for its own.
 
     Args:
@@ -66,9 +69,11 @@ def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: 
         content: the folder.
         key_mapping: the user's, or None.
         fits: returns the names in a folder that find no place in the module.
+        names: all names in the folder.
 
     Raises:
-        AdapterError: several other beginnings of the names would fit.
+        AdapterError: several other beginnings of the names would fit, or those of one module's
+            tensors differ.
         ConfigError: `key_mapping` is no mapping.
     """
     wraps = _Plain.of(module)
@@ -78,12 +83,15 @@ def with_names(module: CapturedModule, content: Folder, key_mapping: Any, fits: 
         return content
     plain = content.named(Names(before=wraps))
     if not (left := fits(plain)):
+        _check_alike(content, wraps)
         warn(
             f"{content.path}: its names are of a wrapped model ({strange[0]}): read without the "
             "wrappers' names."
         )
         return plain
-    mappings = list(_beginnings(module, wraps(left[0])))
+    mappings = [
+        m for m in _beginnings(module, wraps(left[0])) if _keeps_apart(m, map(wraps, names))
+    ]
     good = [m for m in mappings if not fits(content.named(checked_mapping(m).after(wraps)))]
     if len(good) > 1:
         raise AdapterError(
@@ -131,6 +139,30 @@ def _without_adapter(found: re.Match[str]) -> str:
     return found[0] if found[2] in ("weight", "bias") else found[1]
 
 
+def _check_alike(content: Folder, plain: Callable[[str], str]) -> None:
+    """Raise if the tensors of one module have several names of it, some with wrappers' names.
+
+    Raises:
+        AdapterError: names the module.
+    """
+    found: dict[str, set[str]] = {}
+    for key in content.tensors:
+        found.setdefault(_owner(plain(key)), set()).add(_owner(key))
+    for owner, names in found.items():
+        if len(names) > 1:
+            raise AdapterError(
+                f"{content.path} has tensors of '{owner}' under several names ({some(names)}), as "
+                "a damaged file has. If they are those of one module, say so: "
+                "load_adapter(…, key_mapping={})."
+            )
+
+
+def _owner(name: str) -> str:
+    """Return the path of the module that a tensor is of."""
+    owner, adapter, _ = name.partition(".lora_")
+    return owner if adapter else name.rpartition(".")[0]
+
+
 def _beginnings(module: CapturedModule, name: str) -> Iterator[Mapped]:
     """Yield mappings of the beginning of a name to that of a name in the module, once each."""
     path = name.partition(".lora_")[0].split(".")
@@ -145,6 +177,25 @@ def _beginnings(module: CapturedModule, name: str) -> Iterator[Mapped]:
         if common and pair not in seen:
             seen.add(pair)
             yield _mapping(*pair)
+
+
+def _keeps_apart(mapping: Mapped, names: Iterable[str]) -> bool:
+    """Whether no module gets some of its names by the mapping and has others by itself.
+
+    Otherwise the file names that module already, and a name like it is damaged, or of another one.
+    """
+    renamed = checked_mapping(mapping)
+    (new,) = mapping.values()
+    moved: set[str] = set()
+    kept: set[str] = set()
+    for name in names:
+        moves = renamed.number(name) == 0
+        (moved if moves else kept).add(renamed(name))
+    if new:
+        return not any(name.startswith(new) for name in kept)
+    return {name.partition(".")[0] for name in moved}.isdisjoint(
+        name.partition(".")[0] for name in kept
+    )
 
 
 def _mapping(old: str, new: str) -> Mapped:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InjectError, MisfitError, UnsupportedOpError
+from ..lora.variants import variants_of
 from ..matching.forms import branch_obstacle
 from ..matching.full import check_own_memory
 from ..matching.refusals import why_unsupported
@@ -118,6 +119,12 @@ def _check_fits(module: CapturedModule, entry: Entry, site: Site | None) -> None
         raise MisfitError(
             f"'{entry.site}': the plan was made for a weight {entry.shape}, the module's is "
             f"{site.shape} (laid out as {entry.layout.roles} and {site.layout.roles})."
+        )
+    needed = () if entry.tokens else variants_of(entry.init, None)
+    if missing := set(needed) - set(entry.variants):
+        raise MisfitError(
+            f"'{entry.site}': init={entry.init!r} starts from the weight, and without the variant "
+            f"{some(missing)} the initial pair would change the outputs. Match the plan again."
         )
     own = entry.site.removesuffix(f".{entry.part}") if entry.part else entry.site
     if own not in site.aliases:

@@ -103,6 +103,8 @@ class Plan:
             names = getattr(self, what)
             paths = isinstance(names, tuple) and all(map(is_path, names))
             check(paths, f"{what} must be a tuple of valid names in a graph, not {shown(names)}")
+        twice = [name for name, count in Counter(self.trained).items() if count > 1]
+        check(not twice, f"the plan trains {some(twice)} more than once")
         check(isinstance(self.trained_dtypes, Mapping), "trained_dtypes must be a mapping")
         for name, rule in self.trained_dtypes.items():
             check(name in self.trained, f"trained_dtypes has {shown(name)}, which does not train")

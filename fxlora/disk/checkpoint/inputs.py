@@ -23,8 +23,9 @@ from ..folder import Folder, read_folder
 from ..keys import CONFIG
 from ..renaming import checked_mapping
 from ..values import not_finite
+from .adapter import changes_of
 from .base import Checkpoint
-from .changes import Changes, changes_of
+from .changes import Changes
 from .model import Skeleton
 from .report import CheckpointReport, FoldedTensor
 from .stream import one_thread, read_into

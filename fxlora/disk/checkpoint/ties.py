@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import AdapterError, warn
+from ...lora.layout import Shape
 from ...tables import some
 from ..folder import Folder
 from .base import Checkpoint
+from .changes import Changes
 from .model import Skeleton
 
-if TYPE_CHECKING:
-    from .changes import Changes
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer: "model.layers.3.up.weight"
 
 ADVICE = (
     'Adapt all names of the tie alike (LoraConfig(tied="share")), or export the folded model '
@@ -74,7 +77,8 @@ def _may_be_embedding(base: Checkpoint, name: str, changes: Changes) -> bool:
     """Whether a changed tensor may be an embedding or a head that shares its tensor with the other.
 
     PEFT's pair tells, or its size, if the configuration has that of the vocabulary. If nothing
-    does, each matrix that is replaced may be one, unless it has a bias, as embeddings do not.
+    does, each matrix that is replaced may be one, and of those that get a pair the one with the
+    most rows and those outside the repeated layers, unless it has a bias, as embeddings do not.
     """
     shape, fold = base.tensors[name].shape, changes.folded.get(name)
     if len(shape) != 2:
@@ -83,7 +87,25 @@ def _may_be_embedding(base: Checkpoint, name: str, changes: Changes) -> bool:
         return True
     if sizes := _sizes(base):
         return shape[0] in sizes
-    return fold is None and f"{name.rpartition('.')[0]}.bias" not in base.tensors
+    if f"{name.rpartition('.')[0]}.bias" in base.tensors:
+        return False
+    return fold is None or _may_be_head(base, name)
+
+
+def _may_be_head(base: Checkpoint, name: str) -> bool:
+    """Whether a matrix is none of repeated layers, and the file has such, or none has more rows.
+
+    What repeats has the same name in another module, or with another number, and the same shape.
+    """
+
+    def kind(name: str) -> tuple[str, Shape]:
+        return ".".join(_NUMBER.sub("#", name).split(".")[-2:]), base.tensors[name].shape
+
+    matrices = [n for n, t in base.tensors.items() if len(t.shape) == 2]
+    counts = Counter(map(kind, matrices))
+    rows, columns = base.tensors[name].shape
+    most = rows > columns and rows == max(base.tensors[n].shape[0] for n in matrices)
+    return counts[kind(name)] == 1 and (max(counts.values()) > 1 or (most and len(matrices) > 1))
 
 
 def _check_embedding(base: Checkpoint, content: Folder, name: str, planned: bool) -> None:
@@ -106,6 +128,11 @@ def _check_embedding(base: Checkpoint, content: Folder, name: str, planned: bool
         raise AdapterError(
             f"{where}: the other one may be tied to it (tie_word_embeddings), and would change, "
             f"too. {advice}"
+        )
+    if copies := [n for n in others if base.same_bytes(n, name)]:
+        raise AdapterError(
+            f"{where}, and {some(copies)} has the same values: both may be one tied weight "
+            f"(tie_word_embeddings), of which only one would change. {advice}"
         )
     like = f"{some(others)}, of the same shape, may not be the other one" if others else "it may be"
     warn(f"{where}, and nothing says whether these are tied: {like}. {advice}")
