@@ -195,6 +195,14 @@ def test_an_exported_file_needs_no_fxlora(tmp_path: Path) -> None:
     assert all("fxlora" not in str(node.target) for node in program.graph.nodes)
 
 
+def test_a_file_takes_a_batch_of_one(case: Case, tmp_path: Path) -> None:
+    """Also where the decomposition of a quantised product checks strides, and so the batch."""
+    lora = fxlora.adapt(case.model, X, rules=CONFIG).eval()
+    program = torch.export.load(fxlora.export(lora, tmp_path / "m.pt2", X)).module()
+    for batch in (X, X[:1], X[:3]):
+        torch.testing.assert_close(program(batch), lora(batch), rtol=1e-5, atol=1e-5)
+
+
 def test_a_quantised_weight_needs_the_branch() -> None:
     case = case_of("int8")
     with pytest.raises(fxlora.UnsupportedOpError, match=r"'0' is quantised.*dora reads the weight"):

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ExportError
 from ..frontends.examples import Example, example_for, examples_for
 from ..frontends.one_export import run_export
-from ..frontends.small_sizes import contract_with_small_sizes
+from ..frontends.small_sizes import contract_with_small_sizes, drop_small_guards
 from ..fx.calls import example_value
 from ..module.contract import InputSpec
 from ..module.program import ProgramModule
@@ -72,13 +72,16 @@ def exported(call: Call, dynamic_shapes: Any) -> Exported:
     for example in _examples(call, dynamic_shapes):
         try:
             with torch.no_grad():  # for inference: nothing has to mark where gradients stop
-                found = _with_plain_state(run_export(program, example))
+                found = run_export(program, example)
         except Exception as error:  # noqa: BLE001 - torch.export raises whatever the graph does
             failure = error
             continue
         _refuse_own_ops(found)
         spec = contract_with_small_sizes(program, found, example, _of_one(call))
-        return Exported(found, call, spec)
+        plain = _with_plain_state(found)
+        if plain is not found:
+            drop_small_guards(spec, plain, _of_one(call))
+        return Exported(plain, call, spec)
     raise ExportError(f"torch.export refuses the graph: {failure}") from failure
 
 

@@ -129,6 +129,24 @@ def contract_with_small_sizes(
     return spec
 
 
+def drop_small_guards(
+    spec: InputSpec, program: ExportedProgram, singles: Iterable[Example]
+) -> None:
+    """Take guards out of a program that exclude small sizes which its contract allows.
+
+    A program that was decomposed checks strides, and so these sizes, anew.
+
+    Args:
+        spec: the contract, of the program as it was before.
+        program: the decomposed program; it is changed.
+        singles: inputs of small sizes.
+    """
+    for single in singles:
+        if spec.holds_for(single.args, single.kwargs):
+            items = [item for _, item in spec.pairs(single.args, single.kwargs)]
+            drop_guards_on_small_sizes(program, as_module(program), spec, items)
+
+
 def _squeezes(graph: fx.Graph) -> bool:
     """Whether a graph has a squeeze: it drops a dimension only if its size is 1."""
     return any(is_squeeze(node) for node in graph.nodes)
