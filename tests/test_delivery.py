@@ -515,6 +515,42 @@ def test_a_suffix_of_another_format(
     assert fxlora.export(gm, tmp_path / "m.program", X, format="pt2").exists()
 
 
+class Mixed(nn.Module):
+    """An output in float32, and one of a layer in bfloat16; takes (N, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(6, 4), nn.Linear(6, 3).bfloat16()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.wide(x), self.narrow(x.bfloat16()).float()
+
+
+def test_a_layer_in_half_precision_loosens_its_own_outputs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(5, 6)
+    gm = fxlora.capture(Mixed().eval(), x)
+    path, wrong = tmp_path / "m.pt2", 0
+
+    def load(*given: Any) -> compared.Run:
+        run = pt2.load(*given)
+
+        def off(*args: Any) -> Any:
+            outputs = list(run(*args))
+            outputs[wrong] = outputs[wrong] * (1 + 1e-3)
+            return tuple(outputs)
+
+        return off
+
+    made = untyped(type(pt2.FORMAT))(".pt2", pt2.write, load, flat=False)
+    monkeypatch.setitem(untyped(FORMATS), "pt2", made)
+    with pytest.raises(ExportError, match=r"output 0 differs by 1.0e-03 .*, of which 0.0001 is"):
+        fxlora.export(gm, path, x)
+    wrong = 1  # well within the error of the layer itself
+    assert fxlora.export(gm, path, x) == path
+
+
 def test_wrong_arguments(gm: CapturedModule, loras: list[CapturedModule], tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     with pytest.raises(ConfigError, match="adapters must be one of folded, constants, inputs"):

@@ -172,9 +172,10 @@ def check(
 ) -> None:
     """Raise ExportError unless a file returns what is expected.
 
-    Without a tolerance, the least precise dtype of the module and of its outputs has one. Where
-    that is too little, because rounding adds up in a deep module, the error of the file is compared
-    with the module's own: both from the same module in a wider dtype.
+    Without a tolerance, each output has that of its own dtype. Where that is too little, because
+    rounding adds up in a deep module, or some weights are less precise, the error of the file is
+    compared with the module's own: both from the same module in a wider dtype. If there is none,
+    the least precise dtype of the module decides.
 
     Args:
         run: the loaded file.
@@ -188,29 +189,43 @@ def check(
     allowed = max(known, default=1e-4) if tolerance is None else tolerance
     wrong: list[tuple[float, int, Trial]] = []
     for output, trial in zip(outputs, found, strict=True):
-        errors = map(distance, output, trial.expected)
-        wrong += [(error, n, trial) for n, error in enumerate(errors) if not error <= allowed]
-    if not wrong or (
-        tolerance is None and _only_rounds(outputs, found, {n for _, n, _ in wrong}, allowed)
-    ):
+        for number, (ours, expected) in enumerate(zip(output, trial.expected, strict=True)):
+            error = distance(ours, expected)
+            own = allowed if tolerance is not None else _of_dtype(expected, allowed)
+            wrong += [] if error <= own else [(error, number, trial)]
+    if wrong and tolerance is None:
+        rounds = _only_rounds(outputs, found, {n for _, n, _ in wrong}, allowed)
+        wrong = [] if rounds else [w for w in wrong if rounds is not None or not w[0] <= allowed]
+    if not wrong:
         return
     worst, number, trial = max(wrong, key=lambda one: one[0])
     more = "" if tolerance is not None else ", or a few times its own rounding error"
     raise ExportError(
         f"the file computes something else than the module ({trial.what}): "
         f"{trial.place(number)} differs by {worst:.1e} of its numbers' size, of which "
-        f"{allowed:.2g} is allowed{more}. Nothing was written; tolerance=… allows more."
+        f"{_of_dtype(trial.expected[number], allowed) if more else allowed:.2g} is allowed{more}. "
+        "Nothing was written; tolerance=… allows more."
     )
+
+
+def _of_dtype(output: torch.Tensor, otherwise: float) -> float:
+    return TOLERANCES.get(output.dtype, otherwise)
 
 
 def _only_rounds(
     outputs: Sequence[Outputs], found: Sequence[Trial], numbers: set[int], allowed: float
-) -> bool:
-    """Whether the errors of some outputs are about as large as the module's own, from the exact."""
+) -> bool | None:
+    """Whether the errors of some outputs are about as large as the module's own, from the exact.
+
+    Returns:
+        None if there is no module in a wider dtype.
+    """
+    if not all(_is_real(found[0].expected[n]) for n in numbers):
+        return False
     known = [trial.exact() for trial in found]
     exact = [tensors for tensors in known if tensors is not None]
-    if len(exact) < len(found) or not all(_is_real(found[0].expected[n]) for n in numbers):
-        return False
+    if len(exact) < len(found):
+        return None
     each = outputs, [trial.expected for trial in found], exact
     return all(
         only_rounds(*([one[n] for one in of] for of in each), allowed=allowed) for n in numbers
