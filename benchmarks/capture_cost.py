@@ -46,7 +46,7 @@ def main() -> None:
     report = Report(options)
     if options.floor:
         for layers in options.floor:
-            title = f"The steps that every layer needs, {layers} layers on the meta device, CPU time"
+            title = f"What every layer needs, {layers} layers on the meta device, CPU time"
             report.add(title, [floor(layers, options.rounds)])
         return
     shape = "Llama-3-8B's shape, batch and sequence dynamic"
