@@ -4,18 +4,24 @@ The model has Llama-3-8B's shape and is on the meta device, so that only tracing
 time; batch and sequence are dynamic on both sides. Two layers are also measured with real tensors,
 for comparison with two on the meta device. A capture exports the model in both modes, and
 proves each graph for a batch of 1 by runs on fake tensors.
+
+With `--floor`, instead: the steps that grow with depth even if layers that are alike were exported
+once, in CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from common import Report, Side, Timing, interleave, parser, start
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,9 +38,17 @@ EXPORT, ADAPT, INJECT = "one export", "capture + match + inject", "of which matc
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, metavar="N")
+    options_parser.add_argument(
+        "--floor", type=int, nargs="+", metavar="N", help="only the steps that every layer needs"
+    )
     options = start(options_parser, rounds=3)
     options.layers = options.layers[:2] if options.quick else options.layers
     report = Report(options)
+    if options.floor:
+        for layers in options.floor:
+            title = f"What every layer needs, {layers} layers on the meta device, CPU time"
+            report.add(title, [floor(layers, options.rounds)])
+        return
     shape = "Llama-3-8B's shape, batch and sequence dynamic"
     deep = [measured(layers, "meta", 128256, options) for layers in options.layers]
     add(report, f"{shape}, on the meta device (one round for 16 layers and more)", deep)
@@ -80,6 +94,44 @@ def measured(layers: int, place: str, vocabulary: int, options: argparse.Namespa
     rounds, warmup = (options.rounds, 1) if layers <= 8 else (1, 0)
     times = interleave(sides, rounds, options.device, warmup)
     return Measured(f"{layers} ({place})", layers, len(captured.graph.nodes), times)
+
+
+def floor(layers: int, rounds: int) -> dict[str, str]:
+    """Return the CPU times of one export, and of what each layer needs if layers are shared.
+
+    These are a copy of the graph's nodes, a run of the graph on fake tensors (to prove a layer that
+    was copied), and match + inject; each once, where a capture has a graph for each mode.
+    """
+    model = llama(layers, "meta", 128256)
+    example = {"input_ids": torch.zeros(2, 64, dtype=torch.long, device="meta")}
+    begin = time.process_time()
+    captured = fxlora.capture(model, (), example, dynamic_shapes=SHAPES)
+    capture = time.process_time() - begin
+
+    def run() -> None:
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with fakes:
+            captured(**{name: fakes.from_tensor(value) for name, value in example.items()})
+
+    steps: dict[str, Callable[[], object]] = {
+        EXPORT: lambda: torch.export.export(
+            model, (), example, dynamic_shapes=SHAPES, strict=False
+        ),
+        "copy of the nodes": lambda: fx.Graph().graph_copy(captured.graph, {}),
+        "run on fake tensors": run,
+        "match + inject": lambda: fxlora.inject(captured, fxlora.match(captured, RULES)),
+    }
+    row = {"layers": str(layers), "capture, ms (once, the first)": f"{1e3 * capture:.0f}"}
+    for name, step in steps.items():
+        seconds = [cpu_time(step) for _ in range(rounds)]
+        row[f"{name}, ms"] = f"{1e3 * statistics.median(seconds):.0f}"
+    return row
+
+
+def cpu_time(step: Callable[[], object]) -> float:
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin
 
 
 def llama(layers: int, place: str, vocabulary: int) -> nn.Module:
