@@ -168,9 +168,9 @@ def _merged(layer: Layer, given: Sequence[fx.Node]) -> fx.Graph:
         return graph.call_function(op, args, kwargs)
 
     # (out, r) @ (r, in) -> (out, in)
-    factors = (call(aten.flatten.using_ints, factor, 1) for factor in (up, down))
-    matrix = call(aten.mm.default, *factors)
+    left, right = (call(aten.flatten.using_ints, factor, 1) for factor in (up, down))
+    matrix = call(aten.mm.default, call(aten.mul.Tensor, left, layer.scaling), right)
     change = call(aten.view_as.default, matrix, weight)
-    made[layer.weight] = call(aten.add.Tensor, weight, change, alpha=layer.scaling)
+    made[layer.weight] = call(aten.add.Tensor, weight, change)
     graph.output(graph.node_copy(layer.base, made.__getitem__))
     return graph

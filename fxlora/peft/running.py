@@ -311,11 +311,18 @@ def listed(what: str, names: Any) -> list[str]:
 def _buffers_differ(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module has other values of a model's buffers."""
     held = dict(module.named_buffers(remove_duplicate=False))
-    return any(
-        not torch.equal(buffer, held[name].to(buffer.device))
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name in held
-    )
+    named = model.named_buffers(remove_duplicate=False)
+    return any(_differ(buffer, held[name]) for name, buffer in named if name in held)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors differ in dtype, shape or bits: a NaN is equal to itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return True
+    if one.is_meta or other.is_meta:
+        return one.is_meta is not other.is_meta
+    ours, theirs = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other))
+    return not torch.equal(ours, theirs)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
