@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..fx.calls import example_value
 from ..fx.marks import ONE_GRADIENT
-from .plain import autocast_of, is_plain
+from .plain import autocast_of, autocast_to, is_plain
 
 _BUILT_IN = ("aten", "prims", "prim", "fxlora")  # whose gradients are computed only where needed
 
@@ -69,7 +69,8 @@ class _OfInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         weight, *others = ctx.saved_tensors
-        of_x = ctx.op(grads[0], weight.transpose(-2, -1), *others)
+        with autocast_to(weight.device.type, None):  # as the forward ran
+            of_x = ctx.op(grads[0], weight.transpose(-2, -1), *others)
         return None, of_x, None, *[None] * len(others)
 
 

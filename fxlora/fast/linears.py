@@ -64,8 +64,20 @@ def linears(
             return [_formula(x, *layer) for layer in layers]
         if not torch.is_grad_enabled():
             return _forward(x, weights, biases, downs, ups, scalings)[0]
-        outputs = _Linears.apply(tuple(scalings), None, 1, x, *weights, *biases, *downs, *ups)
-        return list(cast("tuple[Tensor, ...]", outputs))
+        return _with_gradients(x, weights, biases, downs, ups, scalings)
+
+
+def _with_gradients(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:
+    """Return the outputs of layers, with the backward of this op."""
+    outputs = _Linears.apply(tuple(scalings), None, 1, x, *weights, *biases, *downs, *ups)
+    return list(cast("tuple[Tensor, ...]", outputs))
 
 
 def direct_linears(
@@ -89,8 +101,7 @@ def direct_linears(
         return torch.ops.fxlora.linears(x, weights, biases, downs, ups, scalings)
     if not torch.is_grad_enabled():
         return _outputs(x, weights, biases, downs, ups, scalings)
-    outputs = _Linears.apply(tuple(scalings), None, 1, x, *weights, *biases, *downs, *ups)
-    return list(cast("tuple[Tensor, ...]", outputs))
+    return _with_gradients(x, weights, biases, downs, ups, scalings)
 
 
 def _outputs(
