@@ -403,7 +403,7 @@ def test_verify_of_files_says_which_tensor_differs(
     good["conv.bias"].view(torch.int64)[2] += 1
     save_file(good, "out.safetensors")
     said = refused("verify", "base.safetensors", "adapter", "out.safetensors")
-    assert "1 other tensor: 'conv.bias': 1 bytes are not the base's" in said
+    assert "1 other tensor: 'conv.bias': 1 other byte" in said
 
 
 def test_a_model_for_a_checkpoint(done: Callable[..., str], refused: Refused) -> None:

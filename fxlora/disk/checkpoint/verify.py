@@ -145,7 +145,7 @@ def _differences_of_file(
                 wrong[name] = wrong.get(name, 0) + number
     changed = {*inputs.changes.folded, *inputs.changes.replaced}
     return {
-        name: f"{n:,} entries are wrong" if name in changed else f"{n:,} bytes are not the base's"
+        name: count(n, "wrong number" if name in changed else "other byte")
         for name, n in wrong.items()
     }
 
